@@ -1,0 +1,41 @@
+"""The errors a user can meet: one base class, and texts that say what was wrong, what was given and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["CheckpointError", "LayerError", "LayercritError", "ModelError", "ProbeError", "ProtocolError", "near"]
+
+
+class LayercritError(Exception):
+    """Base class of every error that layercrit raises on purpose."""
+
+
+class ModelError(LayercritError, ValueError):
+    """A model cannot be opened, run or rebuilt."""
+
+
+class CheckpointError(LayercritError, ValueError):
+    """A weight file is unreadable, unsafe, or does not fit the architecture."""
+
+
+class LayerError(LayercritError, ValueError):
+    """A layer is unknown, or none is selected."""
+
+
+class ProbeError(LayercritError, ValueError):
+    """Images or labels cannot be used as a probe set."""
+
+
+class ProtocolError(LayercritError, ValueError):
+    """A measurement was asked for with settings that make no sense."""
+
+
+def near(name: str, known: Iterable[str], limit: int = 5) -> str:
+    """Return a sentence that offers the known names nearest to ``name``, or lists the first few if none is near."""
+    names = list(dict.fromkeys(known))
+    matches = difflib.get_close_matches(name, names, n=limit, cutoff=0.5)
+    if matches:
+        return "Did you mean " + " or ".join(repr(match) for match in matches) + "?"
+    shown = ", ".join(repr(known_name) for known_name in names[:limit])
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"Known: {shown}{more}." if names else "None is known."

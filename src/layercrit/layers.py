@@ -1,0 +1,270 @@
+"""Which layers a network has: what is reset as one unit, its name, type, order and group."""
+
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from layercrit.errors import LayerError, near
+
+__all__ = ["GROUPS", "LAYER_TYPES", "Group", "Layer", "find_layers", "select_layers"]
+
+LAYER_TYPES = {
+    "conv": "convolutions",
+    "linear": "linear layers, attention projections, and other parameters that multiply their input as a matrix",
+    "norm": "scale and shift of normalisation layers",
+    "embedding": "lookup tables",
+    "other": "everything else that is trained: position embeddings, class tokens, layer scales, bias tables",
+}
+GROUPS = ("layer", "block", "stage")
+Group = Literal["layer", "block", "stage"]
+
+# Functions that multiply their input by a weight. A parameter handed to one of them is a linear map, whoever owns it.
+_LINEAR_MAPS = {
+    F.linear, F.bilinear, F.multi_head_attention_forward, F.conv1d, F.conv2d, F.conv3d,
+    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, torch.conv1d, torch.conv2d, torch.conv3d,
+    torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.tensordot,
+    Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm,
+}  # fmt: skip
+_NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One unit of reset: a module with parameters, or a group of such modules (a block or a stage).
+
+    Attributes:
+        name: the module's name inside the network (``layer1.0.conv1``), or the group's (``layer1.0``).
+        type: one of `LAYER_TYPES`; of a group, the types of its members joined by ``+``.
+        parameters: names of the parameters that a reset replaces.
+        shape: shape of the largest of them, such as ``(out_channels, in_channels, height, width)``.
+        n_parameters: how many numbers a reset replaces.
+        depth: position in the order in which the network first uses the layers, from 0.
+    """
+
+    name: str
+    type: str
+    parameters: tuple[str, ...]
+    shape: tuple[int, ...]
+    n_parameters: int
+    depth: int = 0
+
+
+class _FirstUse(TorchFunctionMode):
+    """Watches one forward pass and notes when each parameter is first used, and whether as a linear map."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        # Tensors computed from parameters alone stand for these parameters. They are kept alive, for a freed
+        # tensor's id could be given to another one.
+        self.origin: dict[int, tuple[Tensor, frozenset[int]]] = {
+            id(p): (p, frozenset([id(p)])) for p in parameters.values()
+        }
+        self.first_use: dict[int, int] = {}
+        self.linear_maps: set[int] = set()
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        weights = frozenset[int]().union(*(self.origin[id(t)][1] for t in tensors if id(t) in self.origin))
+        if not weights:
+            return output
+        self.calls += 1
+        if all(id(t) in self.origin for t in tensors):
+            for t in pytree.tree_leaves(output):
+                if isinstance(t, Tensor) and id(t) not in self.origin:
+                    self.origin[id(t)] = (t, weights)
+        else:  # the image has come in: this is a use
+            for weight in weights:
+                self.first_use.setdefault(weight, self.calls)
+            if func in _LINEAR_MAPS:
+                self.linear_maps |= weights
+        return output
+
+
+def find_layers(network: nn.Module, images: Tensor) -> list[Layer]:
+    """Return every layer of a network in the order in which a forward pass first uses it.
+
+    One forward pass is watched; the network is left as it was. Layers that the pass never uses come last.
+
+    Args:
+        network: the trained network, in evaluation mode.
+        images: one small batch that the network accepts, ``(n_images, channels, height, width)``.
+
+    Returns:
+        The layers, of all types. Every trainable parameter belongs to at least one of them; parameters tied between
+        two modules belong to both modules' layers.
+    """
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    with torch.no_grad(), _FirstUse(parameters) as watch:
+        network(images)
+    linear_maps = {name for name, p in parameters.items() if id(p) in watch.linear_maps}
+    layers = [layer for name, module in network.named_modules() for layer in _layers_of(name, module, linear_maps)]
+
+    def first_use(layer: Layer) -> float:
+        return min(watch.first_use.get(id(parameters[name]), float("inf")) for name in layer.parameters)
+
+    layers.sort(key=first_use)  # stable: layers that are never used stay in the order of registration
+    return [replace(layer, depth=depth) for depth, layer in enumerate(layers)]
+
+
+def select_layers(
+    layers: Sequence[Layer],
+    *,
+    types: Iterable[str] = ("conv", "linear"),
+    patterns: str | Iterable[str] = "*",
+    group: Group = "layer",
+) -> list[Layer]:
+    """Return the layers that are to be reset.
+
+    Args:
+        layers: all layers of the network, from `find_layers`.
+        types: which types; see `LAYER_TYPES`, or ``all``.
+        patterns: shell-style patterns on layer names, comma-separated or as a list: ``layer1.*,fc``.
+        group: ``layer``: each on its own. ``block``: the smallest numbered modules that hold two or more of the
+            selected layers (``layer1.0``, ``blocks.3``), each reset as a whole. ``stage``: the next numbered module
+            around the block (``layer1``), or the network's outermost child where there is none (``blocks``).
+
+    Raises:
+        LayerError: an unknown type or group, a pattern without a match, or nothing selected.
+    """
+    wanted = _check_types(types)
+    typed = [layer for layer in layers if layer.type in wanted]
+    asked = patterns.split(",") if isinstance(patterns, str) else list(patterns)
+    chosen: set[str] = set()
+    for pattern in (text.strip() for text in asked):
+        matches = fnmatch.filter([layer.name for layer in typed], pattern)
+        if not matches:
+            raise LayerError(_no_match(pattern, layers, typed, wanted))
+        chosen.update(matches)
+    selected = [layer for layer in typed if layer.name in chosen]
+    if not selected:
+        raise LayerError(
+            f"No layer is selected: the network has no layer of type {', '.join(sorted(wanted))}. "
+            f"Its types are: {', '.join(sorted({layer.type for layer in layers})) or 'none, it has no parameters'}."
+        )
+    if group not in GROUPS:
+        raise LayerError(f"Unknown group {group!r}. {near(group, GROUPS)}")
+    if group != "layer":
+        names = [layer.name for layer in selected]
+        group_of = {name: _block_of(name, names) if group == "block" else _stage_of(name, names) for name in names}
+        selected = _merge(selected, group_of)
+    return [replace(layer, depth=depth) for depth, layer in enumerate(selected)]
+
+
+def _layers_of(name: str, module: nn.Module, linear_maps: set[str]) -> list[Layer]:
+    prefix = f"{name}." if name else ""
+    own = {
+        f"{prefix}{child}": p
+        for child, p in module.named_parameters(remove_duplicate=False)
+        # torch.nn.utils.parametrize keeps the trained values of `weight` below a child of that name
+        if "." not in child or child.startswith("parametrizations.")
+    }
+    if not own or name.endswith("parametrizations") or ".parametrizations." in f".{name}.":
+        return []
+    kind = _type_of(module)
+    if kind != "other":
+        return [_layer(name or type(module).__name__, kind, own)]
+    units: dict[str, dict[str, nn.Parameter]] = {}
+    for parameter in own:
+        # attention keeps `in_proj_weight` and `in_proj_bias` side by side: one layer, `in_proj`
+        stem = parameter.removesuffix("_weight").removesuffix("_bias")
+        units.setdefault(stem if f"{stem}_weight" in own else parameter, {})[parameter] = own[parameter]
+    return [
+        _layer(unit, "linear" if linear_maps.intersection(members) else "other", members)
+        for unit, members in units.items()
+    ]
+
+
+def _type_of(module: nn.Module) -> str:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "conv"
+    if isinstance(module, (nn.Linear, nn.Bilinear)):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, _NORMS) or type(module).__name__.lower().endswith("norm"):
+        return "norm"
+    return "other"
+
+
+def _layer(name: str, kind: str, members: dict[str, nn.Parameter]) -> Layer:
+    largest = max(members.values(), key=lambda p: (p.ndim > 1, p.numel()))
+    return Layer(name, kind, tuple(members), tuple(largest.shape), sum(p.numel() for p in members.values()))
+
+
+def _check_types(types: Iterable[str]) -> set[str]:
+    names = types.split(",") if isinstance(types, str) else list(types)
+    if names == ["all"]:
+        return set(LAYER_TYPES)
+    for name in names:
+        if name not in LAYER_TYPES:
+            raise LayerError(f"Unknown layer type {name!r}. {near(name, [*LAYER_TYPES, 'all'])}")
+    return set(names)
+
+
+def _no_match(pattern: str, layers: Sequence[Layer], typed: Sequence[Layer], wanted: set[str]) -> str:
+    others = [layer for layer in layers if fnmatch.fnmatchcase(layer.name, pattern)]
+    if others:
+        found = sorted({layer.type for layer in others} - wanted)
+        return (
+            f"No layer of type {', '.join(sorted(wanted))} matches {pattern!r}; "
+            f"{len(others)} of type {', '.join(found)} would: add the type with --types (types=...)."
+        )
+    return f"No layer matches {pattern!r}. {near(pattern, [layer.name for layer in typed])}"
+
+
+def _numbered_ancestors(name: str) -> list[str]:
+    """Return the ancestors of a name whose last component ends in a digit, deepest first."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1) if parts[n - 1][-1].isdigit()]
+
+
+def _block_of(name: str, names: Sequence[str]) -> str:
+    for ancestor in _numbered_ancestors(name):
+        below = [other for other in names if other.startswith(f"{ancestor}.")]
+        if len(below) >= 2:
+            # a module that holds such modules itself is a stage: what it holds beside them stands alone
+            inner = Counter(a for other in below for a in _numbered_ancestors(other) if a.startswith(f"{ancestor}."))
+            return name if max(inner.values(), default=0) >= 2 else ancestor
+    return name
+
+
+def _stage_of(name: str, names: Sequence[str]) -> str:
+    block = _block_of(name, names)
+    return next(iter(_numbered_ancestors(block)), block.split(".")[0])
+
+
+def _merge(layers: Sequence[Layer], group_of: dict[str, str]) -> list[Layer]:
+    first = {group_of[layer.name]: layer.depth for layer in reversed(layers)}
+    ordered = sorted(layers, key=lambda layer: (first[group_of[layer.name]], layer.depth))
+    merged = []
+    for name, members in groupby(ordered, key=lambda layer: group_of[layer.name]):
+        group = list(members)
+        merged.append(
+            Layer(
+                name=name,
+                type="+".join(dict.fromkeys(layer.type for layer in group)),
+                parameters=tuple(dict.fromkeys(p for layer in group for p in layer.parameters)),
+                shape=max((layer.shape for layer in group), key=lambda s: (len(s) > 1, torch.Size(s).numel())),
+                n_parameters=sum(layer.n_parameters for layer in group),
+                depth=group[0].depth,
+            )
+        )
+    return merged
