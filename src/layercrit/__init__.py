@@ -1,0 +1,34 @@
+"""Which layers of a trained vision model do its decisions depend on?"""
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layercrit.distances import distance
+    from layercrit.errors import LayercritError
+    from layercrit.measure import Measurement, measure
+    from layercrit.models import Model, open_model
+    from layercrit.probes import ProbeSet
+    from layercrit.resets import reset
+
+__all__ = ["LayercritError", "Measurement", "Model", "ProbeSet", "distance", "measure", "open_model", "reset"]
+
+__version__ = metadata.version("layercrit")
+
+_HOME = {
+    "LayercritError": "errors",
+    "Measurement": "measure",
+    "Model": "models",
+    "ProbeSet": "probes",
+    "distance": "distances",
+    "measure": "measure",
+    "open_model": "models",
+    "reset": "resets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Names are fetched when first used, so that `layercrit --help` does not wait for torch.
+    if name not in _HOME:
+        raise AttributeError(f"module 'layercrit' has no attribute {name!r}")
+    return getattr(import_module(f"layercrit.{_HOME[name]}"), name)

@@ -1,0 +1,410 @@
+"""Read weight files safely: no code of a file is ever run, and weights that do not fit are listed, not skipped.
+
+A file is read into memory once, so its hash is that of exactly the bytes that were parsed. Before a pickle is loaded,
+its opcodes are scanned (nothing is executed) and every global outside a closed list of plain data refuses the file;
+then ``torch.load(weights_only=True)`` builds the tensors.
+"""
+
+import difflib
+import hashlib
+import io
+import pickletools
+import re
+import zipfile
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from layercrit.errors import CheckpointError, near
+
+__all__ = ["WRAPPER_PREFIXES", "Checkpoint", "fit_to", "foreign_globals", "hash_tensors", "read_checkpoint"]
+
+WRAPPER_PREFIXES = ("module.", "model.", "_orig_mod.", "network.", "backbone.")
+"""Prefixes that wrappers put before parameter names: data parallelism, Lightning, ``torch.compile`` and common habit."""
+
+# What torch itself writes into a file of plain tensors; none of it runs code that a file's author can choose.
+_PLAIN_GLOBAL = re.compile(
+    r"collections\.(OrderedDict|Counter)|_codecs\.encode|(builtins|__builtin__)\.(set|bytearray|complex)"
+    r"|torch(\.\w+)*\.\w*(Tensor|Storage)|torch\.(Size|device|per_(tensor|channel)_\w+)"
+    r"|torch\.(bool|bits|b?float|complex|q?u?int)\w*|torch\.nn\.parameter\.Parameter"
+    r"|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|torch\.serialization\._get_layout"
+)
+
+# Data that training scripts leave beside the weights: command-line options, metrics and paths.
+_INERT_GLOBALS = (
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+)
+
+_LEGACY_PICKLES = 5  # a legacy file holds: magic number, version, system, the object, storage keys; raw bytes follow
+_LISTED = 8  # names shown of each kind of difference
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of one file.
+
+    Attributes:
+        path: The file.
+        tensors: Names to tensors on the CPU, as they stand in the file.
+        sha256: SHA-256 of the file's bytes, hexadecimal.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    sha256: str
+
+
+class _Inert:
+    """Stands where a file holds data that is no tensor: takes any arguments and state, keeps none, does nothing."""
+
+    def __init__(self, *arguments: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
+    """Read the weights of a ``.safetensors`` file or of a file written by ``torch.save`` (zip or legacy format).
+
+    The weights are found by type: of all mappings from names to tensors and nothing else, at any depth of nested
+    mappings with string keys (so optimiser states, keyed by integers, are not entered), the one with the most tensors.
+    If another has at least half as many, as a moving average of the weights has, the choice is left to ``key``.
+
+    Args:
+        path: The file; a leading ``~`` is the home directory.
+        key: Which mapping to take, such as ``"state_dict_ema"``; nested keys are joined by dots.
+
+    Raises:
+        CheckpointError: The file is missing, empty, cut off, not a weight file, would run code, or holds no weights or
+            several.
+    """
+    path = Path(path).expanduser()
+    data = _read_bytes(path)
+    is_safetensors = path.suffix == ".safetensors" or _starts_like_safetensors(data)
+    content = _parse_safetensors(path, data) if is_safetensors else _parse_torch(path, data)
+    tensors = _choose(path, content, key)
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise CheckpointError(
+                f"{path} holds {name!r} as a sparse, quantised or valueless tensor; expected plain values. "
+                "Save the weights of the dense float model."
+            )
+    return Checkpoint(path, {name: tensor.detach() for name, tensor in tensors.items()}, _sha256(data))
+
+
+def foreign_globals(path: str | Path) -> list[str]:
+    """List the functions and classes, beyond plain data, that unpickling a file would import, without running any.
+
+    Returns:
+        Dotted names in alphabetical order; empty for a file of plain tensors and for ``.safetensors``.
+
+    Raises:
+        CheckpointError: The file is missing, empty, or not a weight file.
+    """
+    path = Path(path).expanduser()
+    data = _read_bytes(path)
+    return [] if _starts_like_safetensors(data) else _foreign(path, data)
+
+
+def fit_to(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Match the tensors of a file with those of an architecture: every name and every shape, nothing left over.
+
+    Wrapper prefixes are removed first: as long as all names of the file start with the same one of
+    `WRAPPER_PREFIXES`, and not all expected names do, it is cut off. Two differences are allowed, since neither can
+    change a prediction: ``num_batches_tracked``, absent from files before PyTorch 0.4.1 and unused in evaluation, may
+    be missing (the architecture's own value stands in), and floating-point tensors are cast to the expected precision.
+
+    Args:
+        tensors: The file's tensors by name.
+        expected: The architecture's ``state_dict()``.
+        source: Words for the file and architecture, with which an error begins.
+
+    Returns:
+        Tensors under the expected names, in the expected order, ready for ``load_state_dict(strict=True)``.
+
+    Raises:
+        CheckpointError: Names are missing or unexpected, or shapes or kinds of numbers differ; all are counted and the
+            first of each kind named.
+    """
+    tensors = _without_wrappers(tensors, expected)
+    untracked = {n for n in expected if n not in tensors and n.rpartition(".")[2] == "num_batches_tracked"}
+    missing = [name for name in expected if name not in tensors and name not in untracked]
+    unexpected = [name for name in tensors if name not in expected]
+    differing = [
+        f"{name!r} is {_words(tensors[name])} in the file, {_words(value)} expected"
+        for name, value in expected.items()
+        if name in tensors and not _compatible(tensors[name], value)
+    ]
+    differences = [
+        _listing("missing", [f"{name!r}{_nearest(name, unexpected)}" for name in missing]),
+        _listing("unexpected", [repr(name) for name in unexpected]),
+        _listing("of another shape or kind", differing),
+    ]
+    if any(differences):
+        raise CheckpointError(
+            f"{source}: the weights do not fit. {' '.join(filter(None, differences))} "
+            "Check the architecture and its options (such as num_classes), or rename the tensors first."
+        )
+    return {
+        name: (value if name in untracked else tensors[name]).detach().to(dtype=value.dtype, copy=True)
+        for name, value in expected.items()
+    }
+
+
+def hash_tensors(named: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 (hexadecimal) over names, dtypes, shapes and bytes, in alphabetical order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(named):
+        tensor = named[name].detach().cpu().contiguous()
+        digest.update(f"{name!r} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Read a file, refusing what people often have in place of a weight file."""
+    if path.is_dir():
+        inside = sorted(entry.name for entry in path.iterdir())[:_LISTED]
+        raise CheckpointError(f"{path} is a directory, expected one weight file. It holds: {', '.join(inside)}.")
+    if not path.exists():
+        if not path.parent.is_dir():
+            raise CheckpointError(f"There is no file {path}: the directory {path.parent} does not exist.")
+        beside = near(path.name, sorted(entry.name for entry in path.parent.iterdir()))
+        raise CheckpointError(f"There is no file {path}. In that directory: {beside}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    if not data:
+        raise CheckpointError(f"{path} is empty (0 bytes): the download did not finish. Fetch it again.")
+    start = data[:512].lstrip()
+    shown = f"It is {len(data)} bytes long and begins with {data[:60]!r}."
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the weights themselves. {shown} Run 'git lfs pull' in its repository."
+        )
+    if start.startswith(b"<"):
+        raise CheckpointError(
+            f"{path} is a web page (HTML or XML), not a weight file. {shown} The server answered with a page, as Google "
+            "Drive does for large files: download it in a browser."
+        )
+    if data.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf")):
+        raise CheckpointError(f"{path} is a compressed archive, not a weight file. {shown} Unpack it first.")
+    return data
+
+
+def _starts_like_safetensors(data: bytes) -> bool:
+    """Whether the first 8 bytes can be the length of a JSON header that follows them."""
+    return data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data)
+
+
+def _parse_safetensors(path: Path, data: bytes) -> object:
+    try:
+        return safetensors.torch.load(data)
+    except Exception as error:  # damaged bytes raise whatever the parser meets first
+        raise CheckpointError(
+            f"{path} is damaged or cut off: it cannot be read as safetensors ({_first_line(error)}). "
+            f"It is {len(data)} bytes long; fetch it again."
+        ) from error
+
+
+def _parse_torch(path: Path, data: bytes) -> object:
+    foreign = [name for name in _foreign(path, data) if name not in _INERT_GLOBALS]
+    if foreign:
+        raise CheckpointError(
+            f"{path} does not hold plain weights only: loading it would import and call {_named(foreign)}. layercrit runs "
+            "no code from a weight file, and a whole pickled module needs its author's code. If you trust the file, load "
+            "it where that code is installed and save model.state_dict(), best with safetensors."
+        )
+    stand_ins: list[Any] = [(_Inert, name) for name in _INERT_GLOBALS]
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged or hostile bytes raise whatever the unpickler meets first
+        raise CheckpointError(
+            f"{path} cannot be read as weights written by torch.save ({_first_line(error)}). It is {len(data)} bytes long "
+            f"and begins with {data[:16]!r}. It is damaged, cut off, or in another format: fetch it again, or save "
+            "model.state_dict() with torch.save or safetensors."
+        ) from error
+
+
+def _foreign(path: Path, data: bytes) -> list[str]:
+    """The globals of a pickled file that are not plain data, sorted."""
+    found: set[str] = set()
+    for stream in _pickle_streams(path, data):
+        found.update(_globals_of(stream))
+    return sorted(name for name in found if not _PLAIN_GLOBAL.fullmatch(name))
+
+
+def _pickle_streams(path: Path, data: bytes) -> Iterator[io.BytesIO]:
+    """Yield each pickle of a file, positioned at its start: the members of a zip archive, or a sequence."""
+    if not data.startswith(b"PK"):
+        stream = io.BytesIO(data)
+        for _ in range(_LEGACY_PICKLES):
+            yield stream
+        return
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+            pickles = [member for member in members if member.filename.endswith(".pkl")]
+            if not any(Path(member.filename).name == "data.pkl" for member in pickles):
+                names = ", ".join(member.filename for member in members[:_LISTED]) or "nothing"
+                raise CheckpointError(
+                    f"{path} is a zip archive without a data.pkl, so torch.save did not write it. It holds: {names}."
+                )
+            if any(Path(member.filename).name == "constants.pkl" for member in pickles):
+                raise CheckpointError(
+                    f"{path} is a TorchScript archive: it holds a program, not weights only. Load it with torch.jit.load "
+                    "where you trust it and save its state_dict()."
+                )
+            if sum(member.file_size for member in members) > len(data):
+                raise CheckpointError(
+                    f"{path} is a compressed zip archive; torch.save writes uncompressed ones. Unpack or save it again."
+                )
+            for member in pickles:
+                yield io.BytesIO(archive.read(member))
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or cut off: it begins as a zip archive of torch.save but cannot be opened as one "
+            f"({_first_line(error)}). It is {len(data)} bytes long; fetch it again."
+        ) from error
+
+
+def _globals_of(stream: io.BytesIO) -> Iterator[str]:
+    """Yield the dotted names that the pickle at the stream's position would import, read from its opcodes alone."""
+    memo: dict[int, str] = {}
+    pushed = ["?", "?"]  # the last two strings pushed: what STACK_GLOBAL takes as module and name
+    try:
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name in ("GLOBAL", "INST"):
+                yield str(argument).replace(" ", ".")
+            elif opcode.name == "STACK_GLOBAL":
+                yield ".".join(pushed)
+            elif opcode.name.startswith("EXT"):
+                yield f"copyreg.extension_{argument}"
+            elif opcode.name == "MEMOIZE":
+                memo[len(memo)] = pushed[-1]
+            elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                memo[int(str(argument))] = pushed[-1]
+            elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+                pushed = [pushed[-1], memo.get(int(str(argument)), "?")]
+            elif isinstance(argument, str):
+                pushed = [pushed[-1], argument]
+    except (ValueError, UnicodeError, IndexError):
+        return  # not a pickle, or not any more: torch.load, which is just as restricted, says what is wrong
+
+
+def _choose(path: Path, content: object, key: str | None) -> dict[str, Tensor]:
+    """Pick the weights among the mappings of a file; the rule is documented at `read_checkpoint`."""
+    mappings = _tensor_mappings(content)
+    sizes = {name: len(tensors) for name, tensors in mappings.items()}
+    shown = ", ".join(f"{name or 'the whole file'!r} ({size} tensors)" for name, size in sizes.items())
+    if not mappings:
+        raise CheckpointError(
+            f"{path} holds no weights: expected a mapping from names to tensors and nothing else, at the top or nested. "
+            f"It holds {_describe(content)}."
+        )
+    if key is not None:
+        if key not in mappings:
+            raise CheckpointError(f"{path} has no weights under key {key!r}; it has: {shown}. {near(key, mappings)}")
+        return mappings[key]
+    most = max(sizes.values())
+    rivals = [name for name, size in sizes.items() if size * 2 >= most]
+    if len(rivals) > 1:
+        raise CheckpointError(
+            f"{path} holds more than one set of weights: {shown}. Say which with key=, for example key={rivals[0]!r}."
+        )
+    return mappings[rivals[0]]
+
+
+def _tensor_mappings(content: object) -> dict[str, dict[str, Tensor]]:
+    """All mappings from names to tensors and nothing else, by their dotted path; the outermost first."""
+    found: dict[str, dict[str, Tensor]] = {}
+    pending: deque[tuple[str, object]] = deque([("", content)])
+    seen: set[int] = set()  # a pickle can hold a mapping that contains itself
+    while pending:
+        path, value = pending.popleft()
+        if not isinstance(value, Mapping) or id(value) in seen or not all(isinstance(name, str) for name in value):
+            continue
+        seen.add(id(value))
+        if value and all(isinstance(item, Tensor) for item in value.values()):
+            found[path] = dict(value)
+        else:
+            pending.extend((f"{path}.{name}" if path else name, item) for name, item in value.items())
+    return found
+
+
+def _describe(content: object) -> str:
+    """Words for a file's content in which no weights were found."""
+    if not isinstance(content, Mapping):
+        return f"one {type(content).__name__}"
+    entries = [f"{name!r} ({type(value).__name__})" for name, value in list(content.items())[:_LISTED]]
+    return f"a mapping of {len(content)}: {', '.join(entries)}{', ...' if len(content) > _LISTED else ''}"
+
+
+def _without_wrappers(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cut off the wrapper prefixes; the rule is documented at `fit_to`."""
+    stripped = dict(tensors)
+    while stripped:
+        shared = [
+            prefix
+            for prefix in WRAPPER_PREFIXES
+            if all(name.startswith(prefix) for name in stripped)
+            and not all(name.startswith(prefix) for name in expected)
+        ]
+        if not shared:
+            break
+        stripped = {name.removeprefix(shared[0]): tensor for name, tensor in stripped.items()}
+    return stripped
+
+
+def _compatible(tensor: Tensor, value: Tensor) -> bool:
+    same_kind = tensor.dtype == value.dtype or (tensor.is_floating_point() and value.is_floating_point())
+    return tensor.shape == value.shape and same_kind
+
+
+def _words(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _nearest(name: str, candidates: list[str]) -> str:
+    matches = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    return f" (near: {matches[0]!r})" if matches else ""
+
+
+def _listing(kind: str, entries: list[str]) -> str:
+    """One sentence that counts differences of a kind and shows the first; empty when there are none."""
+    more = f", and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""
+    return f"{len(entries)} {kind}: {', '.join(entries[:_LISTED])}{more}." if entries else ""
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _first_line(error: Exception) -> str:
+    """The type and first line of a foreign error, short enough to quote."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

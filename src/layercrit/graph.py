@@ -1,0 +1,427 @@
+"""A network as a graph whose weights are inputs, and the rewriting that makes it fast.
+
+A node that depends on the image is *dynamic*. A node that depends on weights alone is *static*: it is computed once for
+the trained weights and, below a reset layer, once for the drawn ones. Everything a fast mode does to weights (casts,
+memory layout, folding of normalisation into convolutions, packing) is therefore written as static nodes of the graph,
+and is right for drawn weights without a special case.
+"""
+
+import contextlib
+import logging
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+__all__ = ["WeightGraph", "export_graph", "speed_up"]
+
+aten = torch.ops.aten
+mkldnn = torch.ops.mkldnn
+
+_BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+_CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
+
+
+@dataclass
+class WeightGraph:
+    """A network exported by ``torch.export`` in evaluation mode.
+
+    Attributes:
+        graph: functional nodes in topological order.
+        images: the placeholder of the network's input, ``(n_images, channels, height, width)``.
+        logits: the node of the network's output, ``(n_images, n_classes)``.
+        weights: placeholder -> name of the parameter, buffer or constant it stands for.
+        values: placeholder -> its trained value.
+    """
+
+    graph: fx.Graph
+    images: fx.Node
+    logits: fx.Node
+    weights: dict[fx.Node, str]
+    values: dict[fx.Node, Tensor]
+
+    def dynamic_nodes(self) -> set[fx.Node]:
+        """Return the nodes whose value depends on the image."""
+        dynamic = {self.images}
+        for node in self.graph.nodes:
+            if any(argument in dynamic for argument in node.all_input_nodes):
+                dynamic.add(node)
+        return dynamic
+
+    def placeholders_of(self, parameters: Sequence[str]) -> dict[fx.Node, str]:
+        """Return the placeholders that hold the named parameters; a tied weight is read under any of its names."""
+        wanted = {id(self.values[node]): name for node, name in self.weights.items() if name in parameters}
+        return {node: wanted[id(value)] for node, value in self.values.items() if id(value) in wanted}
+
+
+def export_graph(network: nn.Module, images: Tensor) -> WeightGraph:
+    """Export a network for a fixed batch shape.
+
+    Args:
+        network: the network in evaluation mode; its forward returns logits ``(n_images, n_classes)``.
+        images: example input, ``(n_images, channels, height, width)``.
+
+    Raises:
+        Exception: whatever ``torch.export`` raises for a network it cannot follow, for instance one whose control flow
+            depends on the image. The caller takes a slower road.
+    """
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(network, (images,)).run_decompositions({})
+    signature = program.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        raise RuntimeError("the network writes to its own buffers or to its input")
+    names = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    tensors: dict[str, Tensor] = {
+        **dict(network.named_parameters(remove_duplicate=False)),
+        **dict(network.named_buffers(remove_duplicate=False)),
+    }
+    graph = program.graph
+    weights = {node: names[node.name] for node in graph.nodes if node.op == "placeholder" and node.name in names}
+    values = {
+        node: tensors[name] if name in tensors else program.constants[name]  # type: ignore[index]
+        for node, name in weights.items()
+    }
+    (images_node,) = (node for node in graph.nodes if node.op == "placeholder" and node not in weights)
+    (logits_node,) = graph.output_node().args[0]  # type: ignore[misc]
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)  # true of the float32 network; a fast mode changes types and layouts on purpose
+    return WeightGraph(graph, images_node, logits_node, weights, values)  # type: ignore[arg-type]
+
+
+def speed_up(weight_graph: WeightGraph, dtype: torch.dtype, device: torch.device) -> WeightGraph:
+    """Rewrite a graph in place for speed: same function, other rounding.
+
+    Batch normalisation is folded into the convolution before it (scale ``gamma / sqrt(var + eps)``), values are held in
+    ``dtype`` and channels-last order, and on a CPU a convolution, the residual sum and the activation after it
+    become one oneDNN call with packed weights. Logits stay float32.
+    """
+    _hold_dtype(weight_graph.graph, dtype)
+    _cast_images(weight_graph, dtype)
+    _fold_batch_norms(weight_graph.graph, dtype)
+    _cast_weights(weight_graph, dtype)
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _fused_convolution_works(dtype):
+        _fuse_convolutions(weight_graph.graph)
+    _cast_logits(weight_graph)
+    for node in reversed(list(weight_graph.graph.nodes)):
+        if node.op == "call_function" and not node.users:
+            weight_graph.graph.erase_node(node)
+    return weight_graph
+
+
+# --- what a node can call -------------------------------------------------------------------------------------------
+
+
+def in_layout(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast floating values; four-dimensional ones are also laid out channels-last."""
+    if not tensor.is_floating_point():
+        return tensor
+    if tensor.ndim == 4:
+        return tensor.to(dtype, memory_format=torch.channels_last)
+    return tensor.to(dtype)
+
+
+def norm_scale(gamma: Tensor | None, variance: Tensor, eps: float) -> Tensor:
+    """Return what batch normalisation multiplies each channel by."""
+    scale = (variance.float() + eps).rsqrt()
+    return scale if gamma is None else scale * gamma.float()
+
+
+def folded_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight of a convolution with the normalisation after it folded in."""
+    return in_layout(weight.float() * scale.view(-1, *[1] * (weight.ndim - 1)), dtype)
+
+
+def folded_bias(bias: Tensor | None, mean: Tensor, beta: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the bias of a convolution with the normalisation after it folded in."""
+    shifted = -mean.float() * scale if bias is None else (bias.float() - mean.float()) * scale
+    return (shifted if beta is None else shifted + beta.float()).to(dtype)
+
+
+def packed_weight(
+    weight: Tensor, padding: list[int], stride: list[int], dilation: list[int], groups: int, shape: list[int]
+) -> Tensor:
+    """Return a convolution weight in the blocked order that oneDNN wants for inputs of this shape."""
+    packed: Tensor = mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, shape)
+    return packed
+
+
+def fused_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    limits: list[float | None],
+) -> Tensor:
+    """Convolve and apply the activation in one call."""
+    y: Tensor = mkldnn._convolution_pointwise(
+        x, weight, bias, padding, stride, dilation, groups, activation, limits, ""
+    )
+    return y
+
+
+def fused_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    shortcut: Tensor,
+    activation: str | None,
+) -> Tensor:
+    """Convolve, add the shortcut and apply the activation in one call."""
+    y: Tensor = mkldnn._convolution_pointwise.binary(
+        x, shortcut, weight, bias, padding, stride, dilation, groups, "add", 1.0, activation, [], None
+    )
+    return y
+
+
+def fused_residual_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    shortcut: Tensor,
+    activation: str | None,
+) -> Tensor:
+    """Do as `fused_residual`, writing over the shortcut."""
+    y: Tensor = mkldnn._convolution_pointwise_.binary(
+        shortcut, x, weight, bias, padding, stride, dilation, groups, "add", 1.0, activation, [], None
+    )
+    return y
+
+
+# --- rewriting ------------------------------------------------------------------------------------------------------
+
+
+def _hold_dtype(graph: fx.Graph, dtype: torch.dtype) -> None:
+    """Let every value that the float32 network holds in float32 be held in ``dtype``, and drop layout promises."""
+    for node in graph.nodes:
+        if node.kwargs.get("dtype") is torch.float32:
+            node.kwargs = {**node.kwargs, "dtype": dtype}
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default  # a channels-last value has no view in the other order
+        if node.target is aten.clone.default and "memory_format" in node.kwargs:
+            node.kwargs = {}
+
+
+def _cast_images(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
+    graph, images = weight_graph.graph, weight_graph.images
+    last_placeholder = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last_placeholder):
+        cast = graph.call_function(in_layout, (images, dtype))
+    cast.meta = dict(images.meta)
+    images.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+
+
+def _cast_logits(weight_graph: WeightGraph) -> None:
+    graph = weight_graph.graph
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        logits = graph.call_function(aten._to_copy.default, (weight_graph.logits,), {"dtype": torch.float32})
+    output.args = ((logits,),)
+    weight_graph.logits = logits
+
+
+def _fold_batch_norms(graph: fx.Graph, dtype: torch.dtype) -> None:
+    for norm in [node for node in graph.nodes if node.target is _BATCH_NORM]:
+        x, gamma, beta, mean, variance, _, eps = norm.args
+        outputs = list(norm.users)  # (normalised, saved mean, saved variance)
+        if any(user.target is not operator.getitem or user.args[1] != 0 for user in outputs):
+            continue
+        if x.target not in _CONVOLUTIONS or len(x.users) != 1:
+            continue
+        arguments = [*x.args, None][: max(3, len(x.args))]
+        with graph.inserting_before(x):
+            scale = graph.call_function(norm_scale, (gamma, variance, eps))
+            arguments[1] = graph.call_function(folded_weight, (x.args[1], scale, dtype))
+            arguments[2] = graph.call_function(folded_bias, (arguments[2], mean, beta, scale, dtype))
+        x.args = tuple(arguments)
+        for user in outputs:
+            user.replace_all_uses_with(x)
+            graph.erase_node(user)
+        graph.erase_node(norm)
+
+
+def _cast_weights(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
+    """Cast what reaches dynamic nodes as it is; the folding nodes take the float32 values themselves."""
+    graph = weight_graph.graph
+    folding = (norm_scale, folded_weight, folded_bias)
+    last_placeholder = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    for node, value in weight_graph.values.items():
+        users = [user for user in node.users if user.target not in folding]
+        if not users or not value.is_floating_point():
+            continue
+        with graph.inserting_after(last_placeholder):
+            cast = graph.call_function(in_layout, (node, dtype))
+        cast.meta = dict(node.meta)
+        for user in users:
+            user.replace_input_with(node, cast)
+
+
+_ACTIVATIONS = {
+    aten.relu.default: "relu",
+    aten.hardtanh.default: "hardtanh",
+    aten.hardswish.default: "hardswish",
+    aten.silu.default: "swish",
+    aten.sigmoid.default: "sigmoid",
+}
+
+
+def _fuse_convolutions(graph: fx.Graph) -> None:
+    for conv in [node for node in graph.nodes if node.target is aten.conv2d.default]:
+        if isinstance(conv.args[4] if len(conv.args) > 4 else None, str):
+            continue  # padding given as a word
+        chain, shortcut, activation, limits = _epilogue(conv)
+        x, weight, bias, stride, padding, dilation, groups = _conv_arguments(conv)
+        # computed where the last node of the chain stood, so that the shortcut is there by then
+        with graph.inserting_before(chain[-1]):
+            shape = list(_shape(x))
+            packed = graph.call_function(packed_weight, (weight, padding, stride, dilation, groups, shape))
+            arguments = (x, packed, bias, stride, padding, dilation, groups)
+            if shortcut is None:
+                fused = graph.call_function(fused_convolution, (*arguments, activation or "none", limits))
+            else:
+                fused = graph.call_function(fused_residual, (*arguments, shortcut, activation))
+        fused.meta = dict(conv.meta)
+        chain[-1].replace_all_uses_with(fused)
+        for node in reversed(chain):
+            graph.erase_node(node)
+
+
+def _epilogue(conv: fx.Node) -> tuple[list[fx.Node], fx.Node | None, str | None, list[float]]:
+    """Return what one call can do: the nodes (convolution, residual sum, activation), the shortcut, the activation."""
+    chain, shortcut = [conv], None
+    follower = _only_user(conv)
+    if follower is not None and follower.target is aten.add.Tensor and not follower.kwargs:
+        other = follower.args[1] if follower.args[0] is conv else follower.args[0]
+        if isinstance(other, fx.Node) and other is not conv and _shape(other) == _shape(conv):
+            shortcut = other
+            chain.append(follower)
+            follower = _only_user(follower)
+    activation = None if follower is None else _ACTIVATIONS.get(follower.target)  # type: ignore[call-overload]
+    if follower is None or activation is None or (shortcut is not None and activation != "relu"):
+        return chain, shortcut, None, []
+    limits = [float(limit) for limit in follower.args[1:]] if activation == "hardtanh" else []  # type: ignore[arg-type]
+    return [*chain, follower], shortcut, activation, limits
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _conv_arguments(conv: fx.Node) -> tuple[Any, ...]:
+    defaults: list[Any] = [None, [1, 1], [0, 0], [1, 1], 1]
+    arguments = [*conv.args, *defaults[len(conv.args) - 2 :]]
+    for index in (3, 4, 5):
+        if len(arguments[index]) == 1:
+            arguments[index] = [*arguments[index]] * 2
+    return tuple(arguments)
+
+
+@cache
+def _fused_convolution_works(dtype: torch.dtype) -> bool:
+    """Try the private oneDNN operators once; where they are missing or wrong, the public ones are used."""
+    generator = torch.Generator().manual_seed(0)
+    x, shortcut = (
+        torch.randn(2, 4, 5, 5, generator=generator).to(dtype, memory_format=torch.channels_last) for _ in range(2)
+    )
+    weight = torch.randn(4, 4, 3, 3, generator=generator).to(dtype, memory_format=torch.channels_last)
+    where = ([1, 1], [1, 1], [1, 1], 1)
+    expected = nn.functional.conv2d(x.float(), weight.float(), None, 1, 1)
+    try:
+        with torch.inference_mode():
+            packed = packed_weight(weight, [1, 1], [1, 1], [1, 1], 1, [2, 4, 5, 5])
+            plain = fused_convolution(x, packed, None, *where, "relu", [])
+            added = fused_residual(x, packed, None, *where, shortcut, "relu")
+            written = fused_residual_(x, packed, None, *where, shortcut.clone(), "relu")
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    summed = (expected + shortcut.float()).relu()
+    return all(
+        torch.allclose(got.float(), wanted, atol=tolerance, rtol=tolerance)
+        for got, wanted in ((plain, expected.relu()), (added, summed), (written, summed))
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings and logs from the user: a failed export is answered by a slower road, said once."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+# Target -> the variant that writes over one of its inputs, and that input's position.
+IN_PLACE: dict[Any, tuple[Callable[..., Any], int]] = {
+    fused_residual: (fused_residual_, 7),
+    aten.add.Tensor: (aten.add_.Tensor, 0),
+    aten.relu.default: (aten.relu_.default, 0),
+    aten.hardtanh.default: (aten.hardtanh_.default, 0),
+    aten.silu.default: (aten.silu_.default, 0),
+    aten.hardswish.default: (aten.hardswish_.default, 0),
+}
+# Targets whose output never shares memory with an input.
+KEEPS_INPUT = {
+    *IN_PLACE,
+    *_CONVOLUTIONS,
+    fused_convolution,
+    aten.linear.default,
+    aten.max_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.mean.dim,
+    aten.mul.Tensor,
+    aten.cat.default,
+    aten.layer_norm.default,
+    aten.gelu.default,
+}
+
+# --- FLOPs ----------------------------------------------------------------------------------------------------------
+
+
+def count_flops(node: fx.Node) -> int:
+    """Return the floating-point operations of one node of an exported graph, two per multiply-add.
+
+    Convolutions, linear layers, matrix products and attention are counted; what is linear in the size of its input
+    is not, as is the custom of the field.
+    """
+    if node.target in _CONVOLUTIONS or node.target is aten.linear.default:
+        return 2 * _shape(node).numel() * _shape(node.args[1])[1:].numel()
+    if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
+        return 2 * _shape(node).numel() * _shape(node.args[0])[-1]
+    if node.target is aten.addmm.default:
+        return 2 * _shape(node).numel() * _shape(node.args[1])[-1]
+    if node.target is aten.scaled_dot_product_attention.default:
+        query, key, value = (_shape(argument) for argument in node.args[:3])
+        return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
+    return 0
+
+
+def _shape(node: Any) -> torch.Size:
+    shape: torch.Size = node.meta["val"].shape
+    return shape

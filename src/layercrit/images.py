@@ -1,0 +1,164 @@
+"""How one image, as a file, bytes or an array, becomes the uint8 pixels a model is asked about."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from layercrit.errors import ProbeError, near
+
+__all__ = ["FORMATS", "STANDARD", "SUFFIXES", "Interpolation", "Pixels", "Preprocessing", "open_image"]
+
+Pixels = npt.NDArray[np.uint8]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+# Only plain raster formats: Pillow also knows formats that start other programs (EPS) or read other files.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the uint8 array a model is asked about: convert, resize, crop.
+
+    The bits are those of torchvision's ``ImageClassification`` preset and of timm's evaluation transform
+    (``create_transform(is_training=False)``) before they turn pixels into floats. Their ``crop_pct`` is
+    ``resize = floor(height / crop_pct)`` here, timm's ``crop_mode="squash"`` a ``resize`` of two numbers. timm's
+    ``crop_mode="border"`` and its centre mode for models that are not square have no counterpart.
+
+    As in both libraries, the EXIF orientation is not applied, an alpha channel is dropped, and colours become grey by
+    ITU-R 601-2 luma before anything is resized. Unlike them, 16-bit grey images keep their high byte instead of being
+    clipped at 255.
+
+    Attributes:
+        channels: 3 for RGB, 1 for grey.
+        height: Of the result, in pixels.
+        width: Of the result, in pixels.
+        resize: Length of the shorter side after resizing (the aspect ratio stays), or ``(height, width)`` to squash
+            the image to exactly that, or None for no resize.
+        interpolation: Pillow's filter of that name, with its antialiasing.
+        crop: Whether to cut the centre of ``(height, width)`` out of the resized image; where the image is smaller,
+            black is added on both sides.
+
+    Raises:
+        ProbeError: The settings contradict each other or are out of range.
+    """
+
+    channels: int = 3
+    height: int = 224
+    width: int = 224
+    resize: int | tuple[int, int] | None = 256
+    interpolation: Interpolation = "bilinear"
+    crop: bool = True
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise ProbeError(f"channels is {self.channels}, expected 3 (RGB) or 1 (grey)")
+        resize = self.resize if isinstance(self.resize, tuple) else (self.resize or 1,)
+        if min(self.height, self.width, *resize) < 1 or self.resize == 0:
+            raise ProbeError(
+                f"image sizes must be positive, got height {self.height}, width {self.width}, resize {self.resize}"
+            )
+        if self.interpolation not in get_args(Interpolation):
+            raise ProbeError(
+                f"unknown interpolation {self.interpolation!r}. {near(self.interpolation, get_args(Interpolation))}"
+            )
+        if not self.crop and self.resize not in (None, (self.height, self.width)):
+            raise ProbeError(
+                f"without a crop, resize={self.resize} does not give {self.height} x {self.width} pixels; "
+                f"use resize=({self.height}, {self.width}), or crop=True"
+            )
+
+    def __call__(self, image: Image.Image) -> Pixels:
+        """Return the pixels of ``image``, shape ``(channels, height, width)``.
+
+        Raises:
+            ValueError: The image cannot be used: its pixels are floats or 32-bit integers, it has a size other than
+                the model's and nothing here changes it, or it would grow beyond ``PIL.Image.MAX_IMAGE_PIXELS``.
+            OSError: Pillow finds the image damaged while it decodes it.
+        """
+        resized = self._resized(self._converted(image))
+        pixels = np.asarray(resized).reshape(resized.height, resized.width, self.channels)
+        return np.ascontiguousarray(self._cropped(pixels).transpose(2, 0, 1))  # (channels, height, width)
+
+    def at_size(self, image: Image.Image) -> Pixels:
+        """Return the pixels of ``image``, already ``(height, width)``, with nothing but its channels adapted."""
+        pixels = np.asarray(self._converted(image)).reshape(self.height, self.width, self.channels)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (channels, height, width)
+
+    def _converted(self, image: Image.Image) -> Image.Image:
+        if image.mode == "F":
+            raise ValueError("its pixels are floats, whose range no image format defines")
+        if image.mode.startswith("I"):
+            wide = np.asarray(image)  # (height, width), 16 bits, in 32 where Pillow knows no better
+            if wide.min() < 0 or wide.max() > 0xFFFF:
+                raise ValueError("its pixels are 32-bit integers, whose range no image format defines")
+            image = Image.fromarray((wide >> 8).astype(np.uint8))
+        mode = "RGB" if self.channels == 3 else "L"
+        return image if image.mode == mode else image.convert(mode)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        if self.resize is None:
+            return image
+        if isinstance(self.resize, tuple):
+            height, width = self.resize
+        else:
+            longer = int(self.resize * max(image.size) / min(image.size))  # rounded down, as torchvision does
+            height, width = (longer, self.resize) if image.height >= image.width else (self.resize, longer)
+        if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.height} x {image.width} pixels would be resized to {height} x {width}")
+        if (width, height) == image.size:
+            return image
+        return image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+
+    def _cropped(self, pixels: Pixels) -> Pixels:
+        """Return the centre of ``pixels (height, width, channels)``, with zeros around it where it is too small."""
+        if pixels.shape[:2] == (self.height, self.width):
+            return pixels
+        if not self.crop:
+            raise ValueError(f"{pixels.shape[0]} x {pixels.shape[1]} pixels, not {self.height} x {self.width}")
+        rows, target_rows = _centre(pixels.shape[0], self.height)
+        columns, target_columns = _centre(pixels.shape[1], self.width)
+        cropped = np.zeros((self.height, self.width, self.channels), np.uint8)
+        cropped[target_rows, target_columns] = pixels[rows, columns]
+        return cropped
+
+
+STANDARD = Preprocessing()
+
+
+def _centre(length: int, wanted: int) -> tuple[slice, slice]:
+    """Return which part of an axis of ``length`` goes to which part of an axis of ``wanted``, as torchvision cuts."""
+    if length >= wanted:
+        start = round((length - wanted) / 2)
+        return slice(start, start + wanted), slice(0, wanted)
+    start = (wanted - length) // 2
+    return slice(0, length), slice(start, start + length)
+
+
+def open_image(encoded: bytes | Path) -> Image.Image:
+    """Decode an image file wholly, so that a damaged one is found here and not later.
+
+    Args:
+        encoded: The bytes of a file in one of ``FORMATS`` (found by content, not by suffix), or its path. Of several
+            frames the first is taken.
+
+    Raises:
+        ValueError: The bytes are in none of these formats.
+        OSError: The file cannot be read, or is damaged or cut off.
+        PIL.Image.DecompressionBombError: It has more than twice ``PIL.Image.MAX_IMAGE_PIXELS`` pixels.
+    """
+    content = io.BytesIO(encoded if isinstance(encoded, bytes) else encoded.read_bytes())
+    try:
+        image = Image.open(content, formats=FORMATS)
+    except UnidentifiedImageError:
+        # Pillow's own text holds a memory address, which would differ from run to run.
+        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
+    image.load()
+    # What a transparent colour is does not matter without alpha; kept, converting it warns.
+    image.info.pop("transparency", None)
+    return image
