@@ -3,32 +3,84 @@
 All lie on disk: nothing is downloaded. Nothing is extracted either, and no name found inside a shard is used as a path.
 """
 
-import functools
-import glob
 import inspect
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from PIL import Image
 
 from layercrit.errors import ProbeError, near
 from layercrit.images import SUFFIXES
-from layercrit.sources import ACCEPTED, Item, check_exists, integer_label, one_of
+from layercrit.sources import (
+    ACCEPTED,
+    ArraySource,
+    FolderSource,
+    ImageSource,
+    Item,
+    check_exists,
+    find_names,
+    integer_label,
+)
 
-__all__ = ["HuggingFaceSource", "ParquetSource", "TarSource", "TorchvisionSource"]
+__all__ = ["HuggingFaceSource", "ParquetSource", "TarSource", "TorchvisionSource", "open_source"]
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels")
 BATCH_ROWS = 64  # Parquet rows in memory at once: a row group can hold gigabytes
 
 
-class ParquetSource:
+def open_source(source: str | Path | npt.NDArray[Any] | torch.Tensor) -> ImageSource:
+    """Find out what ``source`` is, from its type, its suffix and what a folder holds.
+
+    Raises:
+        ProbeError: Nothing lies there, nothing in it is an image, or it is of none of the kinds known here.
+    """
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return ArraySource(source)
+    if str(source).startswith("torchvision:"):
+        return TorchvisionSource.from_text(str(source))
+    if not isinstance(source, str | Path):
+        raise ProbeError(f"cannot read images from an object of type {type(source).__name__}. Accepted: {ACCEPTED}")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _open_folder(path)
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return ParquetSource(source)
+    if suffix == ".tar":
+        return TarSource(source)
+    check_exists(path)
+    if suffix in (".npy", ".npz"):
+        return ArraySource(path)
+    hint = " For a single image, give its folder." if suffix in SUFFIXES else ""
+    if suffix == ".tgz" or ".tar" in path.suffixes:
+        hint = " A compressed tar file cannot be read by offset: decompress it first."
+    raise ProbeError(f"cannot read images from '{path}': unknown type of file. Accepted: {ACCEPTED}.{hint}")
+
+
+def _open_folder(path: Path) -> ImageSource:
+    if HuggingFaceSource.is_saved(path) or (path / "dataset_dict.json").is_file():
+        return HuggingFaceSource(path)
+    entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    suffixes = {entry.suffix.lower() for entry in entries}
+    if any(entry.is_dir() for entry in entries) or suffixes & set(SUFFIXES):
+        return FolderSource(path)
+    if {".parquet", ".tar"} <= suffixes:
+        raise ProbeError(f"'{path}' holds both .parquet and .tar files; say which, such as '{path / '*.tar'}'")
+    if ".parquet" in suffixes:
+        return ParquetSource(path)
+    return TarSource(path) if ".tar" in suffixes else FolderSource(path)
+
+
+class ParquetSource(ImageSource):
     """Parquet shards with a column ``image`` (or ``img``) and, if there are labels, ``label`` (or ``labels``).
 
     An image is the bytes of a file or, as Hugging Face writes it, a struct with ``bytes``. Only the row groups that
@@ -42,9 +94,10 @@ class ParquetSource:
     """
 
     def __init__(self, path: str | Path) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.description, self.n_classes = str(path), None
+        self.description = str(path)
         self._groups: list[tuple[Path, int]] = []  # (shard, number of the row group in it)
         starts = [0]  # the first row of each row group, counted through all shards
         columns: set[tuple[str, str | None]] = set()
@@ -52,9 +105,9 @@ class ParquetSource:
             try:
                 with pq.ParquetFile(shard) as file:
                     metadata, names = file.metadata, file.schema_arrow.names
-            except (OSError, ValueError) as error:
+            except (OSError, pa.ArrowException) as error:
                 raise ProbeError(f"cannot read '{shard}' as Parquet: {error}") from error
-            columns.add(_columns(names, f"in '{shard}'"))
+            columns.add(find_names(names, IMAGE_COLUMNS, LABEL_COLUMNS, f"'{shard}'"))
             for group in range(metadata.num_row_groups):
                 self._groups.append((shard, group))
                 starts.append(starts[-1] + metadata.row_group(group).num_rows)
@@ -92,6 +145,7 @@ class ParquetSource:
 
     def _rows(self, position: int, rows: list[int], label_column: str | None) -> Iterator[tuple[Any, Any]]:
         """Yield image and label of some ascending ``rows`` of one row group."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         shard, group = self._groups[position]
@@ -109,11 +163,11 @@ class ParquetSource:
                         row = next(waiting, None)
                     if row is None:
                         return
-        except (OSError, ValueError) as error:
+        except (OSError, pa.ArrowException) as error:
             raise ProbeError(f"cannot read row group {group} of '{shard}': {error}") from error
 
 
-class TarSource:
+class TarSource(ImageSource):
     """Tar shards in the layout of webdataset: ``key.jpg`` (or another image), ``key.cls`` or ``key.json`` with a label.
 
     ``key.cls`` holds an integer in digits, ``key.json`` a mapping with ``label``. The shards are indexed once; members
@@ -127,7 +181,7 @@ class TarSource:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.description, self.n_classes = str(path), None
+        self.description = str(path)
         self._images: list[tuple[Path, str, int, int]] = []  # (shard, name, offset, size) of each image
         self._labels: dict[tuple[Path, str], tuple[int, int]] = {}  # (shard, name) -> (offset, size)
         for shard in _shards(path, ".tar"):
@@ -163,14 +217,23 @@ class TarSource:
         for suffix in (".cls", ".json"):
             if (shard, key + suffix) in self._labels:
                 content = _part(file, *self._labels[shard, key + suffix])
-                try:
-                    value = json.loads(content)
-                except ValueError:  # neither digits nor JSON
-                    value = content
-                if isinstance(value, dict):
-                    value = value.get("label")
+                value = _class_number(content) if suffix == ".cls" else _json_label(content)
                 return None if value is None else integer_label(value, f"{shard.name}[{key}{suffix}]")
         return None
+
+
+def _class_number(content: bytes) -> int | bytes:
+    """Return the number that ``content`` spells, or itself where it spells none."""
+    return int(content) if re.fullmatch(rb"\s*-?\d+\s*", content) else content
+
+
+def _json_label(content: bytes) -> Any:
+    """Return what JSON gives as ``label``, None where it gives nothing, or ``content`` where it is no JSON."""
+    try:
+        mapping = json.loads(content)
+    except ValueError:
+        return content
+    return mapping.get("label") if isinstance(mapping, dict) else None
 
 
 def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
@@ -178,7 +241,8 @@ def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
     try:
         with tarfile.open(shard, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # the list would grow to gigabytes with a million images
+                # The list of all members, kept for lookup by name, would grow to gigabytes with a million images.
+                tar.members = []  # type: ignore[attr-defined]
                 if member.isreg() and not member.issparse() and not PurePosixPath(member.name).name.startswith("."):
                     yield member.name, member.offset_data, member.size
     except (OSError, tarfile.TarError) as error:
@@ -193,7 +257,7 @@ def _part(file: BinaryIO, offset: int, size: int) -> bytes:
     return file.read(size)
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(ImageSource):
     """A data set that the datasets library wrote with ``Dataset.save_to_disk``.
 
     Its images are the one column of type ``Image``, else ``image`` or ``img`` with encoded bytes; its labels the one
@@ -206,14 +270,12 @@ class HuggingFaceSource:
     def __init__(self, path: str | Path) -> None:
         folder = Path(path).expanduser()
         check_exists(folder)
-        splits = folder / "dataset_dict.json"
-        if splits.is_file():
-            names = json.loads(splits.read_text()).get("splits", [])
-            raise ProbeError(f"'{folder}' holds several splits; give one of them: {[str(folder / n) for n in names]}")
         if not self.is_saved(folder):
+            splits = sorted(str(entry) for entry in folder.iterdir() if self.is_saved(entry))
+            hint = f"It holds several splits, give one of them: {', '.join(splits)}. " if splits else ""
             raise ProbeError(
-                f"'{folder}' is not a data set written by Dataset.save_to_disk of the datasets library. Nothing is "
-                "downloaded: load the data set yourself and save it with save_to_disk"
+                f"'{folder}' is not a data set that the datasets library wrote with Dataset.save_to_disk. {hint}"
+                "Nothing is downloaded: load a data set yourself and save it with save_to_disk"
             )
         try:
             import datasets
@@ -223,8 +285,169 @@ class HuggingFaceSource:
             dataset = datasets.load_from_disk(str(folder)).with_format(None)
         except (OSError, ValueError) as error:
             raise ProbeError(f"cannot read the data set '{folder}': {error}") from error
+        self.description, self._prefix = str(path), folder.name
         features = dataset.features
-        by_type = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        image_column, label_column = _columns(by_type or list(features), f"in '{folder}'")
-        print(labels)
+        self._image_column, self._label_column = find_names(
+            features,
+            images if len(images) == 1 else IMAGE_COLUMNS,
+            labels if len(labels) == 1 else LABEL_COLUMNS,
+            f"the columns of '{folder}'",
+        )
+        self.label_origin = None if self._label_column is None else f"column '{self._label_column}'"
+        classes = getattr(features.get(self._label_column), "names", None)
+        self.n_classes = None if classes is None else len(classes)
+        self._dataset = dataset.select_columns([c for c in (self._image_column, self._label_column) if c is not None])
+        if images:
+            # Encoded, so that a damaged image is found with the others and not by the library.
+            self._dataset = self._dataset.cast_column(self._image_column, datasets.Image(decode=False))
+        if len(self) == 0:
+            raise ProbeError(f"no images in '{folder}': it has no rows")
+
+    @staticmethod
+    def is_saved(folder: Path) -> bool:
+        """Return whether ``Dataset.save_to_disk`` wrote this folder."""
+        return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def name(self, index: int) -> str:
+        """Return the name of the folder and the row."""
+        return f"{self._prefix}[{index}]"
+
+    def read(self, indices: Sequence[int], use_labels: bool) -> Iterator[Item]:
+        """Yield encoded images."""
+        for index in indices:
+            row = self._dataset[int(index)]
+            label = row[self._label_column] if use_labels and self._label_column is not None else None
+            number = None if label is None else integer_label(label, self.name(index))
+            yield Item(index, _stored_bytes(row[self._image_column]), number)
+
+
+def _stored_bytes(value: object) -> bytes | Exception:
+    """Return the bytes of an image in a table, where there may be a struct around them or only a path."""
+    stored = value.get("bytes") if isinstance(value, dict) else value
+    return stored if isinstance(stored, bytes) else ValueError("the row holds no bytes of an image file")
+
+
+class TorchvisionSource(ImageSource):
+    """A data set of torchvision that lies on disk, opened by its own class with the download switched off.
+
+    Args:
+        name: Of a class in ``torchvision.datasets``, such as ``FashionMNIST``.
+        root: The folder that class is given.
+        split: As that class calls it; ``train`` or ``test`` for those with a yes-or-no ``train``. None: ``test``,
+            or nothing for a class without splits.
+
+    Raises:
+        ProbeError: There is no such class or split, or its files are not below ``root``.
+    """
+
+    def __init__(self, name: str, root: str | Path, split: str | None = None) -> None:
+        from torchvision import datasets
+
+        parameters = {known: inspect.signature(getattr(datasets, known)).parameters for known in datasets.__all__}
+        known = [candidate for candidate in datasets.__all__ if "root" in parameters[candidate]]
+        if name not in known:
+            raise ProbeError(f"torchvision has no data set '{name}' with a folder on disk. {near(name, known)}")
+        check_exists(Path(root).expanduser())
+        settings = {"download": False} if "download" in parameters[name] else {}
+        try:
+            self._dataset = getattr(datasets, name)(
+                str(Path(root).expanduser()), **settings, **_split_settings(name, split, parameters[name])
+            )
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise ProbeError(
+                f"torchvision cannot open {name} below '{root}': {error}. Nothing is downloaded here: fetch it once "
+                f"with torchvision.datasets.{name}(root, download=True) where that class can"
+            ) from error
+        self.description = f"torchvision:{name}?root={root}" + (f"&split={split}" if split else "")
+        self._prefix = f"{name}/{split}" if split else name
+        classes = getattr(self._dataset, "classes", None)
+        self.n_classes = None if classes is None else len(classes)
+        self.label_origin = f"the targets of torchvision's {name}"
+        if len(self) == 0:
+            raise ProbeError(f"no images in '{self.description}'")
+
+    @classmethod
+    def from_text(cls, text: str) -> "TorchvisionSource":
+        """Open ``torchvision:NAME?root=PATH&split=SPLIT``; the path is taken as it stands, without ``%`` escapes."""
+        name, _, query = text.removeprefix("torchvision:").partition("?")
+        settings = dict(part.partition("=")[::2] for part in query.split("&"))
+        if "root" not in settings or not settings.keys() <= {"root", "split"}:
+            raise ProbeError(
+                f"cannot read '{text}', expected 'torchvision:NAME?root=PATH' or with '&split=SPLIT' added"
+            )
+        return cls(name, settings["root"], settings.get("split"))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def name(self, index: int) -> str:
+        """Return class, split and position."""
+        return f"{self._prefix}[{index}]"
+
+    def read(self, indices: Sequence[int], use_labels: bool) -> Iterator[Item]:
+        """Yield images that torchvision decoded."""
+        for index in indices:
+            try:
+                sample = self._dataset[index]
+            except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+                yield Item(index, error, None)
+                continue
+            if not (isinstance(sample, tuple) and len(sample) == 2 and isinstance(sample[0], Image.Image)):
+                raise ProbeError(f"'{self.description}' gives no pairs of image and label, so it cannot be a probe set")
+            yield Item(index, sample[0], integer_label(sample[1], self.name(index)) if use_labels else None)
+
+
+def _split_settings(name: str, split: str | None, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how the class ``name`` of torchvision is told to take ``split``."""
+    if "split" in parameters:
+        return {"split": split or "test"}
+    if "train" in parameters and split in (None, "train", "test"):
+        return {"train": split == "train"}
+    if split is None:
+        return {}
+    what = "'train' and 'test'" if "train" in parameters else "no splits"
+    raise ProbeError(f"torchvision's {name} has no split '{split}': it has {what}")
+
+
+def _shards(path: str | Path, suffix: str) -> list[Path]:
+    """Return the sorted files that ``path`` means: one file, the files of a folder, or those that match a pattern."""
+    plain = Path(path).expanduser()
+    if plain.is_dir():
+        found = _visible(plain.glob("*" + suffix))
+    else:
+        found = [file for pattern in _braces(str(plain)) for file in _matching(Path(pattern))]
+    if not found:
+        raise ProbeError(f"no images: no {suffix} file matches '{path}'. Accepted: {ACCEPTED}")
+    return found
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """Return the file named ``pattern``, or the sorted files that match its ``*``, ``?`` and ``[]``."""
+    if not pattern.is_file() and set(str(pattern)) & set("*?["):
+        return _visible(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    check_exists(pattern)
+    return [pattern]
+
+
+def _visible(files: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in files if not file.name.startswith("."))
+
+
+def _braces(pattern: str) -> list[str]:
+    """Expand ``{a,b}`` and ``{000..009}`` as a shell does."""
+    group = re.search(r"\{([^{}]*)\}", pattern)
+    if group is None:
+        return [pattern]
+    limits = re.fullmatch(r"(\d+)\.\.(\d+)", group[1])
+    if limits is None:
+        choices = group[1].split(",")
+    else:
+        choices = [str(i).zfill(len(limits[1])) for i in range(int(limits[1]), int(limits[2]) + 1)]
+    return [
+        whole for choice in choices for whole in _braces(pattern[: group.start()] + choice + pattern[group.end() :])
+    ]

@@ -26,13 +26,13 @@ from layercrit.errors import CheckpointError, near
 __all__ = ["WRAPPER_PREFIXES", "Checkpoint", "fit_to", "foreign_globals", "hash_tensors", "read_checkpoint"]
 
 WRAPPER_PREFIXES = ("module.", "model.", "_orig_mod.", "network.", "backbone.")
-"""Prefixes that wrappers put before parameter names: data parallelism, Lightning, ``torch.compile`` and common habit."""
+"""What wrappers put before parameter names: data parallelism, Lightning, ``torch.compile`` and common habit."""
 
 # What torch itself writes into a file of plain tensors; none of it runs code that a file's author can choose.
 _PLAIN_GLOBAL = re.compile(
     r"collections\.(OrderedDict|Counter)|_codecs\.encode|(builtins|__builtin__)\.(set|bytearray|complex)"
     r"|torch(\.\w+)*\.\w*(Tensor|Storage)|torch\.(Size|device|per_(tensor|channel)_\w+)"
-    r"|torch\.(bool|bits|b?float|complex|q?u?int)\w*|torch\.nn\.parameter\.Parameter"
+    r"|torch\.(bool|bits|b?float|b?complex|q?u?int)\w*|torch\.nn\.parameter\.Parameter"
     r"|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|torch\.serialization\._get_layout"
 )
 
@@ -184,34 +184,37 @@ def _sha256(data: bytes) -> str:
 
 def _read_bytes(path: Path) -> bytes:
     """Read a file, refusing what people often have in place of a weight file."""
-    if path.is_dir():
-        inside = sorted(entry.name for entry in path.iterdir())[:_LISTED]
-        raise CheckpointError(f"{path} is a directory, expected one weight file. It holds: {', '.join(inside)}.")
-    if not path.exists():
-        if not path.parent.is_dir():
-            raise CheckpointError(f"There is no file {path}: the directory {path.parent} does not exist.")
-        beside = near(path.name, sorted(entry.name for entry in path.parent.iterdir()))
-        raise CheckpointError(f"There is no file {path}. In that directory: {beside}")
     try:
         data = path.read_bytes()
-    except OSError as error:
+    except FileNotFoundError as error:
+        raise CheckpointError(f"There is no file {path}. {_beside(path)}") from error
+    except IsADirectoryError as error:
+        inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:_LISTED]) or "nothing"
+        raise CheckpointError(f"{path} is a directory, expected one weight file. It holds: {inside}.") from error
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
     if not data:
         raise CheckpointError(f"{path} is empty (0 bytes): the download did not finish. Fetch it again.")
-    start = data[:512].lstrip()
     shown = f"It is {len(data)} bytes long and begins with {data[:60]!r}."
-    if start.startswith(b"version https://git-lfs"):
+    if data.startswith(b"version https://git-lfs"):
         raise CheckpointError(
             f"{path} is a Git LFS pointer, not the weights themselves. {shown} Run 'git lfs pull' in its repository."
         )
-    if start.startswith(b"<"):
+    if data[:512].lstrip().startswith(b"<"):
         raise CheckpointError(
-            f"{path} is a web page (HTML or XML), not a weight file. {shown} The server answered with a page, as Google "
-            "Drive does for large files: download it in a browser."
+            f"{path} is a web page (HTML or XML), not a weight file. {shown} The server answered with a page, "
+            "as Google Drive does for large files: download it in a browser."
         )
     if data.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf")):
         raise CheckpointError(f"{path} is a compressed archive, not a weight file. {shown} Unpack it first.")
     return data
+
+
+def _beside(path: Path) -> str:
+    """What lies where a missing file was looked for."""
+    if not path.parent.is_dir():
+        return f"The directory {path.parent} does not exist either."
+    return f"In its directory: {near(path.name, sorted(entry.name for entry in path.parent.iterdir()))}"
 
 
 def _starts_like_safetensors(data: bytes) -> bool:
@@ -233,9 +236,9 @@ def _parse_torch(path: Path, data: bytes) -> object:
     foreign = [name for name in _foreign(path, data) if name not in _INERT_GLOBALS]
     if foreign:
         raise CheckpointError(
-            f"{path} does not hold plain weights only: loading it would import and call {_named(foreign)}. layercrit runs "
-            "no code from a weight file, and a whole pickled module needs its author's code. If you trust the file, load "
-            "it where that code is installed and save model.state_dict(), best with safetensors."
+            f"{path} does not hold plain weights only: loading it would import and call {_shortened(foreign)}. "
+            "layercrit runs no code from a weight file, and a pickled module needs its author's code. If you trust "
+            "the file, load it where that code is installed and save model.state_dict(), best with safetensors."
         )
     stand_ins: list[Any] = [(_Inert, name) for name in _INERT_GLOBALS]
     try:
@@ -243,8 +246,8 @@ def _parse_torch(path: Path, data: bytes) -> object:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged or hostile bytes raise whatever the unpickler meets first
         raise CheckpointError(
-            f"{path} cannot be read as weights written by torch.save ({_first_line(error)}). It is {len(data)} bytes long "
-            f"and begins with {data[:16]!r}. It is damaged, cut off, or in another format: fetch it again, or save "
+            f"{path} cannot be read as weights written by torch.save ({_first_line(error)}). It is {len(data)} bytes "
+            f"long and begins with {data[:16]!r}: damaged, cut off, or in another format. Fetch it again, or save "
             "model.state_dict() with torch.save or safetensors."
         ) from error
 
@@ -253,66 +256,81 @@ def _foreign(path: Path, data: bytes) -> list[str]:
     """The globals of a pickled file that are not plain data, sorted."""
     found: set[str] = set()
     for stream in _pickle_streams(path, data):
-        found.update(_globals_of(stream))
+        names = _globals_of(stream)
+        if names is None:  # no pickle, or no longer one: torch.load, restricted as well, says what is wrong
+            break
+        found.update(names)
     return sorted(name for name in found if not _PLAIN_GLOBAL.fullmatch(name))
 
 
 def _pickle_streams(path: Path, data: bytes) -> Iterator[io.BytesIO]:
     """Yield each pickle of a file, positioned at its start: the members of a zip archive, or a sequence."""
-    if not data.startswith(b"PK"):
-        stream = io.BytesIO(data)
-        for _ in range(_LEGACY_PICKLES):
-            yield stream
+    if data.startswith(b"PK"):
+        yield from (io.BytesIO(pickled) for pickled in _zipped_pickles(path, data))
         return
+    stream = io.BytesIO(data)
+    for _ in range(_LEGACY_PICKLES):
+        yield stream
+
+
+def _zipped_pickles(path: Path, data: bytes) -> list[bytes]:
+    """The pickles inside a zip archive of ``torch.save``; any other archive is refused."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = archive.infolist()
-            pickles = [member for member in members if member.filename.endswith(".pkl")]
-            if not any(Path(member.filename).name == "data.pkl" for member in pickles):
-                names = ", ".join(member.filename for member in members[:_LISTED]) or "nothing"
-                raise CheckpointError(
-                    f"{path} is a zip archive without a data.pkl, so torch.save did not write it. It holds: {names}."
-                )
-            if any(Path(member.filename).name == "constants.pkl" for member in pickles):
-                raise CheckpointError(
-                    f"{path} is a TorchScript archive: it holds a program, not weights only. Load it with torch.jit.load "
-                    "where you trust it and save its state_dict()."
-                )
-            if sum(member.file_size for member in members) > len(data):
-                raise CheckpointError(
-                    f"{path} is a compressed zip archive; torch.save writes uncompressed ones. Unpack or save it again."
-                )
-            for member in pickles:
-                yield io.BytesIO(archive.read(member))
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+            compressed = sum(member.file_size for member in members) > len(data)
+            pickles = [] if compressed else [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
+    except Exception as error:  # damaged bytes raise whatever the parser meets first
         raise CheckpointError(
             f"{path} is damaged or cut off: it begins as a zip archive of torch.save but cannot be opened as one "
             f"({_first_line(error)}). It is {len(data)} bytes long; fetch it again."
         ) from error
+    if compressed:
+        raise CheckpointError(
+            f"{path} is a compressed zip archive; torch.save writes uncompressed ones. Unpack it, or save it again."
+        )
+    names = [member.filename.rpartition("/")[2] for member in members]
+    if "constants.pkl" in names:
+        raise CheckpointError(
+            f"{path} is a TorchScript archive: it holds a program, not weights only. If you trust it, load it with "
+            "torch.jit.load and save its state_dict()."
+        )
+    if "data.pkl" not in names:
+        raise CheckpointError(
+            f"{path} is a zip archive without a data.pkl, so torch.save did not write it. "
+            f"It holds: {', '.join(member.filename for member in members[:_LISTED]) or 'nothing'}."
+        )
+    return pickles
 
 
-def _globals_of(stream: io.BytesIO) -> Iterator[str]:
-    """Yield the dotted names that the pickle at the stream's position would import, read from its opcodes alone."""
-    memo: dict[int, str] = {}
+def _globals_of(stream: io.BytesIO) -> list[str] | None:
+    """The dotted names that the pickle at the stream's position would import, read from its opcodes alone.
+
+    Returns:
+        The names in order of appearance; None where the bytes are not a whole pickle.
+    """
+    names: list[str] = []
+    memo: dict[object, str] = {}
     pushed = ["?", "?"]  # the last two strings pushed: what STACK_GLOBAL takes as module and name
     try:
         for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name in ("GLOBAL", "INST"):
-                yield str(argument).replace(" ", ".")
+                names.append(str(argument).replace(" ", "."))
             elif opcode.name == "STACK_GLOBAL":
-                yield ".".join(pushed)
+                names.append(".".join(pushed))
             elif opcode.name.startswith("EXT"):
-                yield f"copyreg.extension_{argument}"
+                names.append(f"copyreg.extension_{argument}")
             elif opcode.name == "MEMOIZE":
                 memo[len(memo)] = pushed[-1]
-            elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                memo[int(str(argument))] = pushed[-1]
-            elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
-                pushed = [pushed[-1], memo.get(int(str(argument)), "?")]
+            elif opcode.name.endswith("PUT"):
+                memo[argument] = pushed[-1]
+            elif opcode.name.endswith("GET"):
+                pushed = [pushed[-1], memo.get(argument, "?")]
             elif isinstance(argument, str):
                 pushed = [pushed[-1], argument]
-    except (ValueError, UnicodeError, IndexError):
-        return  # not a pickle, or not any more: torch.load, which is just as restricted, says what is wrong
+    except (ValueError, IndexError):
+        return None
+    return names
 
 
 def _choose(path: Path, content: object, key: str | None) -> dict[str, Tensor]:
@@ -322,12 +340,13 @@ def _choose(path: Path, content: object, key: str | None) -> dict[str, Tensor]:
     shown = ", ".join(f"{name or 'the whole file'!r} ({size} tensors)" for name, size in sizes.items())
     if not mappings:
         raise CheckpointError(
-            f"{path} holds no weights: expected a mapping from names to tensors and nothing else, at the top or nested. "
-            f"It holds {_describe(content)}."
+            f"{path} holds no weights: expected a mapping from names to tensors and nothing else, at the top or "
+            f"nested. It holds {_describe(content)}."
         )
     if key is not None:
         if key not in mappings:
-            raise CheckpointError(f"{path} has no weights under key {key!r}; it has: {shown}. {near(key, mappings)}")
+            named = near(key, filter(None, mappings))
+            raise CheckpointError(f"{path} has no weights under key {key!r}; it has: {shown}. {named}")
         return mappings[key]
     most = max(sizes.values())
     rivals = [name for name, size in sizes.items() if size * 2 >= most]
@@ -395,13 +414,12 @@ def _nearest(name: str, candidates: list[str]) -> str:
 
 def _listing(kind: str, entries: list[str]) -> str:
     """One sentence that counts differences of a kind and shows the first; empty when there are none."""
-    more = f", and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""
-    return f"{len(entries)} {kind}: {', '.join(entries[:_LISTED])}{more}." if entries else ""
+    return f"{len(entries)} {kind}: {_shortened(entries)}." if entries else ""
 
 
-def _named(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+def _shortened(entries: list[str]) -> str:
+    more = f" and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""
+    return ", ".join(entries[:_LISTED]) + more
 
 
 def _first_line(error: Exception) -> str:

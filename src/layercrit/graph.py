@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from layercrit.models import logits_of
+
 __all__ = ["WeightGraph", "export_graph", "speed_up"]
 
 aten = torch.ops.aten
@@ -59,19 +61,30 @@ class WeightGraph:
         return {node: wanted[id(value)] for node, value in self.values.items() if id(value) in wanted}
 
 
+class _Logits(nn.Module):
+    """The network with its output reduced to the logits, which is what the graph is to compute."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.network(images))
+
+
 def export_graph(network: nn.Module, images: Tensor) -> WeightGraph:
     """Export a network for a fixed batch shape.
 
     Args:
-        network: the network in evaluation mode; its forward returns logits ``(n_images, n_classes)``.
-        images: example input, ``(n_images, channels, height, width)``.
+        network: the network in evaluation mode; its output is anything that `logits_of` understands.
+        images: example input, normalised, ``(n_images, channels, height, width)``.
 
     Raises:
         Exception: whatever ``torch.export`` raises for a network it cannot follow, for instance one whose control flow
             depends on the image. The caller takes a slower road.
     """
     with torch.no_grad(), _quiet():
-        program = torch.export.export(network, (images,)).run_decompositions({})
+        program = torch.export.export(_Logits(network), (images,)).run_decompositions({})
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise RuntimeError("the network writes to its own buffers or to its input")
@@ -85,17 +98,21 @@ def export_graph(network: nn.Module, images: Tensor) -> WeightGraph:
         **dict(network.named_buffers(remove_duplicate=False)),
     }
     graph = program.graph
-    weights = {node: names[node.name] for node in graph.nodes if node.op == "placeholder" and node.name in names}
+    weights = {
+        node: names[node.name].removeprefix("network.")
+        for node in graph.nodes
+        if node.op == "placeholder" and node.name in names
+    }
     values = {
-        node: tensors[name] if name in tensors else program.constants[name]  # type: ignore[index]
+        node: tensors[name] if name in tensors else program.constants[names[node.name]]
         for node, name in weights.items()
     }
     (images_node,) = (node for node in graph.nodes if node.op == "placeholder" and node not in weights)
-    (logits_node,) = graph.output_node().args[0]  # type: ignore[misc]
+    (logits_node,) = graph.output_node().args[0]
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)  # true of the float32 network; a fast mode changes types and layouts on purpose
-    return WeightGraph(graph, images_node, logits_node, weights, values)  # type: ignore[arg-type]
+    return WeightGraph(graph, images_node, logits_node, weights, values)
 
 
 def speed_up(weight_graph: WeightGraph, dtype: torch.dtype, device: torch.device) -> WeightGraph:

@@ -117,7 +117,7 @@ def find_layers(network: nn.Module, images: Tensor) -> list[Layer]:
     linear_maps = {name for name, p in parameters.items() if id(p) in watch.linear_maps}
     layers = [layer for name, module in network.named_modules() for layer in _layers_of(name, module, linear_maps)]
 
-    def first_use(layer: Layer) -> float:
+    def first_use(layer: Layer) -> int:
         return min(watch.first_use.get(id(parameters[name]), float("inf")) for name in layer.parameters)
 
     layers.sort(key=first_use)  # stable: layers that are never used stay in the order of registration

@@ -29,6 +29,7 @@ from layercrit.graph import (
     speed_up,
 )
 from layercrit.layers import Layer
+from layercrit.models import logits_of
 
 __all__ = ["MODES", "GraphReplay", "Mode", "PlainReplay", "RecordedReplay", "Replay", "open_replay"]
 
@@ -46,9 +47,11 @@ class Replay(ABC):
         mode: ``reference`` (float32, the network's own operators, bit for bit the plain way), ``float32`` (folded and
             fused) or ``bfloat16`` (likewise, stored and multiplied in bfloat16).
         note: one line that says why a slower road than asked was taken; empty if none was.
+        flops_per_image: of one forward pass, two per multiply-add; 0 where it is not known.
     """
 
     road: str
+    flops_per_image = 0.0
 
     def __init__(self, layers: Sequence[Layer], mode: Mode = "reference", note: str = "") -> None:
         self.layers = list(layers)
@@ -82,8 +85,7 @@ def open_replay(network: nn.Module, layers: Sequence[Layer], images: Tensor, mod
     """Return the fastest replay that reproduces the network's own logits.
 
     Args:
-        network: evaluation mode; takes normalised images and returns logits ``(n_images, n_classes)``. Parameter names
-            of ``layers`` are names inside it.
+        network: evaluation mode; takes normalised images, and its output is anything that `logits_of` understands.
         layers: what may be reset, in depth order.
         images: a batch of normalised images; its shape is the one that sweeps will have.
         mode: one of `MODES`. The other roads than the graph's know ``reference`` only.
@@ -150,6 +152,7 @@ class GraphReplay(Replay):
         self._suffixes = {layer.name: self._plan_suffix(layer) for layer in layers}
         self._schedules: dict[frozenset[str], list[_Step | _Visit]] = {}
         flops = {node: count_flops(node) for node in self._dynamic if node.op == "call_function"}
+        self.flops_per_image = sum(flops.values()) / weight_graph.images.meta["val"].shape[0]
         self._flops_after = {
             name: sum(flops[step.node] for step in suffix.steps) / max(1, sum(flops.values()))
             for name, suffix in self._suffixes.items()
@@ -163,7 +166,8 @@ class GraphReplay(Replay):
         """Return a replay in a fast mode. It takes over this one's graph: this one must not be used any more."""
         dtype = torch.float32 if mode == "float32" else torch.bfloat16
         fast = GraphReplay(speed_up(self._weight_graph, dtype, device), self.layers, mode, self.note)
-        fast._flops_after = self._flops_after  # fused nodes no longer tell
+        # fused nodes no longer tell
+        fast._flops_after, fast.flops_per_image = self._flops_after, self.flops_per_image
         return fast
 
     @override
@@ -325,8 +329,7 @@ def _run(network: nn.Module, values: Values, images: Tensor) -> Tensor:
     # buffers that the forward itself updates are updated in copies
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     with torch.no_grad():
-        logits: Tensor = functional_call(network, {**buffers, **values}, (images,))
-    return logits
+        return logits_of(functional_call(network, {**buffers, **values}, (images,)))
 
 
 class PlainReplay(Replay):

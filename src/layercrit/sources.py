@@ -4,10 +4,12 @@ import operator
 import os
 import re
 import zipfile
+import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +26,8 @@ __all__ = [
     "ImageSource",
     "Item",
     "check_exists",
+    "find_names",
     "integer_label",
-    "one_of",
 ]
 
 ACCEPTED = (
@@ -53,9 +55,8 @@ class Item:
     label: int | None
 
 
-@runtime_checkable
-class ImageSource(Protocol):
-    """A numbered list of images in an order that depends on the data alone.
+class ImageSource(ABC):
+    """A numbered list of images, in an order that depends on the data alone.
 
     Attributes:
         description: The source as the user named it.
@@ -65,15 +66,18 @@ class ImageSource(Protocol):
     """
 
     description: str
-    label_origin: str | None
-    n_classes: int | None
+    label_origin: str | None = None
+    n_classes: int | None = None
 
+    @abstractmethod
     def __len__(self) -> int:
         """Return the number of images, readable or not."""
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """Return where image ``index`` lies, for people."""
 
+    @abstractmethod
     def read(self, indices: Sequence[int], use_labels: bool) -> Iterator[Item]:
         """Yield the images ``indices``, which ascend, without decoding them.
 
@@ -82,7 +86,7 @@ class ImageSource(Protocol):
         """
 
 
-class FolderSource:
+class FolderSource(ImageSource):
     """Image files below a folder, by suffix, sorted by their path in it; hidden names are left out.
 
     Folders directly below are classes if every image lies in one of them (at any depth, as in torchvision's
@@ -127,31 +131,32 @@ class FolderSource:
             yield Item(index, self.root / name, label)
 
 
-def _image_names(root: Path) -> Iterator[str]:
-    """Yield the paths of all images below ``root``, relative to it, with forward slashes."""
-
-    def refuse(error: OSError) -> None:
-        raise ProbeError(f"cannot list the folder '{error.filename}': {error.strerror}") from error
-
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=refuse):
-        here = Path(folder).resolve()
-        above = {here, *here.parents}
-        # A link to a folder above would be followed for ever.
-        subfolders[:] = [sub for sub in subfolders if sub[0] != "." and Path(folder, sub).resolve() not in above]
-        prefix = Path(folder).relative_to(root).as_posix() + "/"
-        for file in files:
-            if file[0] != "." and file.lower().endswith(SUFFIXES):
-                yield file if prefix == "./" else prefix + file
+def _image_names(folder: Path, prefix: str = "", above: frozenset[Path] = frozenset()) -> Iterator[str]:
+    """Yield the paths of all images below ``folder``, each with ``prefix``, with forward slashes."""
+    real = folder.resolve()
+    if real in above:  # a link back to a folder it lies in would be followed for ever
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise ProbeError(f"cannot list the folder '{folder}': {error.strerror}") from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _image_names(Path(entry), f"{prefix}{entry.name}/", above | {real})
+        elif entry.name.lower().endswith(SUFFIXES):
+            yield prefix + entry.name
 
 
 def _class_labels(classes: list[str]) -> tuple[dict[str, int], str | None, int | None]:
     """Return the label of each class folder, what these labels are, and how many classes they count (or None)."""
-    if classes and all(name.isascii() and name.isdecimal() for name in classes):
+    if classes and all(re.fullmatch(r"[0-9]{1,18}", name) for name in classes):
         return {name: int(name) for name in classes}, "the integers that name the class folders", None
     if classes and all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        from timm.data import ImageNetInfo
+        from timm.data.imagenet_info import ImageNetInfo
 
-        numbers = {name: number for number, name in enumerate(ImageNetInfo().label_names())}
+        numbers = {name: number for number, name in enumerate(ImageNetInfo().label_names())}  # type: ignore[no-untyped-call]
         if set(classes) <= numbers.keys():
             return {name: numbers[name] for name in classes}, "ImageNet-1k's numbers of the class folders", None
     if len(classes) < 2:
@@ -159,7 +164,7 @@ def _class_labels(classes: list[str]) -> tuple[dict[str, int], str | None, int |
     return {name: i for i, name in enumerate(classes)}, "positions of the sorted class folders", len(classes)
 
 
-class ArraySource:
+class ArraySource(ImageSource):
     """Pixels in an array, a tensor, or a NumPy file.
 
     Shapes: ``(n_images, height, width)`` grey, ``(n_images, height, width, channels)`` or
@@ -178,18 +183,17 @@ class ArraySource:
     def __init__(
         self, images: npt.NDArray[Any] | torch.Tensor | str | Path, labels: npt.ArrayLike | torch.Tensor | None = None
     ) -> None:
-        self.n_classes = None
         stored = None
         if isinstance(images, str | Path):
             self.description, self._prefix = str(images), Path(images).name
             array, stored = _load_numpy(Path(images).expanduser())
         else:
-            array = images.detach().cpu().numpy() if isinstance(images, torch.Tensor) else images
+            array = _as_numpy(images)
             self.description = self._prefix = f"array {array.shape}"
         self._images = _channels_last(array, self.description)
-        given = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else labels
-        self._labels = stored if given is None else np.asarray(given)
-        self.label_origin = None if self._labels is None else "stored with the images"
+        self._labels = stored if labels is None else _as_numpy(labels)
+        if self._labels is not None:
+            self.label_origin = "stored with the images"
 
     def __len__(self) -> int:
         return len(self._images)
@@ -219,10 +223,9 @@ def _load_numpy(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
         if isinstance(loaded, np.ndarray):
             return loaded, None
         with loaded:
-            image_key = one_of(IMAGE_KEYS, loaded.files, f"key for the images in '{path}'")
-            label_key = one_of(LABEL_KEYS, loaded.files, f"key for the labels in '{path}'", required=False)
-            return loaded[str(image_key)], None if label_key is None else loaded[label_key]
-    except (OSError, EOFError, zipfile.BadZipFile) as error:
+            image_key, label_key = find_names(loaded.files, IMAGE_KEYS, LABEL_KEYS, f"'{path}'")
+            return loaded[image_key], None if label_key is None else loaded[label_key]
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ProbeError(f"cannot read '{path}': {error}") from error
     except ProbeError:
         raise
@@ -235,28 +238,35 @@ def _load_numpy(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
 
 def _channels_last(images: npt.NDArray[Any], description: str) -> npt.NDArray[Any]:
     """Return a view of shape ``(n_images, height, width, channels)`` or ``(n_images, height, width)``."""
-    expected = "expected (n_images, height, width), (n_images, height, width, channels) or (n_images, channels, height, width)"
     if images.dtype != np.uint8 and images.dtype.kind != "f":
         raise ProbeError(f"pixels of '{description}' are {images.dtype}, expected uint8 from 0 to 255")
     if images.size == 0:
         raise ProbeError(f"no images in '{description}': its shape is {images.shape}")
-    last, first = images.shape[-1] in (1, 3), images.ndim == 4 and images.shape[1] in (1, 3)
-    if images.ndim == 3 and not last:
+    if images.ndim == 3 and images.shape[2] not in (1, 3):
         return images
-    if images.ndim != 4 or last == first:
-        why = "which axis holds the 1 or 3 channels is not clear" if images.ndim in (3, 4) else "wrong number of axes"
-        raise ProbeError(f"images of '{description}' have shape {images.shape}, {expected}: {why}")
-    images = images.transpose(0, 2, 3, 1) if first else images
-    return images[..., 0] if images.shape[-1] == 1 else images
+    channel_axes = [axis for axis in (1, 3) if images.ndim == 4 and images.shape[axis] in (1, 3)]
+    if len(channel_axes) != 1:
+        raise ProbeError(
+            f"images of '{description}' have shape {images.shape}, expected (n_images, height, width), or with an axis "
+            "of 1 or 3 channels in second or last place; give the axes so, also for a single image"
+        )
+    images = np.moveaxis(images, channel_axes[0], 3)
+    return images[..., 0] if images.shape[3] == 1 else images
+
+
+def _as_numpy(values: npt.ArrayLike | torch.Tensor) -> npt.NDArray[Any]:
+    if not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has no bfloat16
 
 
 def _as_uint8(pixels: npt.NDArray[Any], name: str) -> Pixels:
     if pixels.dtype == np.uint8:
         return pixels
-    levels = np.rint(pixels.astype(np.float64) * 255)
+    levels = np.rint(pixels.astype(np.float64) * 255).clip(0, 255)
     # A division by 255 in the array's own precision is off by half a last digit, a product with 1/255 by one.
-    lossless = np.abs(levels / 255 - pixels) <= np.finfo(pixels.dtype).eps
-    if not (lossless & (levels >= 0) & (levels <= 255)).all():
+    if not (np.abs(levels / 255 - pixels) <= np.finfo(pixels.dtype).eps).all():
         raise ProbeError(
             f"pixels of '{name}' are {pixels.dtype} from {pixels.min():.4g} to {pixels.max():.4g} and not multiples of "
             "1/255 from 0 to 1, so they would be rounded; give uint8 from 0 to 255, before any normalisation"
@@ -275,16 +285,31 @@ def check_exists(path: Path) -> None:
     raise ProbeError(f"no such file or folder: '{path}'. {hint} Nothing is downloaded. Accepted: {ACCEPTED}")
 
 
-def one_of(accepted: Sequence[str], present: Iterable[str], what: str) -> str | None:
-    """Return which of the ``accepted`` names is ``present``, or None.
+def find_names(
+    present: Iterable[str], images: Sequence[str], labels: Sequence[str], where: str
+) -> tuple[str, str | None]:
+    """Return which of the ``present`` names holds the images, and which the labels if any does.
+
+    Args:
+        present: Keys of a file or columns of a table.
+        images: Names accepted for the images.
+        labels: Names accepted for the labels.
+        where: What has these names, for the error.
 
     Raises:
-        ProbeError: Several are.
+        ProbeError: None of the names for images is there, or several for one thing are.
     """
-    found = [name for name in accepted if name in set(present)]
-    if len(found) > 1:
-        raise ProbeError(f"more than one {what}: {', '.join(found)}; keep one of them")
-    return found[0] if found else None
+    names = list(present)
+    found_images = [name for name in images if name in names]
+    found_labels = [name for name in labels if name in names]
+    if len(found_images) != 1 or len(found_labels) > 1:
+        wrong = "no images" if not found_images else "more than one name for images or labels"
+        raise ProbeError(
+            f"{wrong} in {where}: it has {', '.join(map(repr, names)) or 'nothing'}; expected one of "
+            f"{', '.join(map(repr, images))} for the images and at most one of {', '.join(map(repr, labels))} "
+            "for the labels"
+        )
+    return found_images[0], found_labels[0] if found_labels else None
 
 
 def integer_label(value: object, name: str) -> int:

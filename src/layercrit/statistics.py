@@ -81,8 +81,10 @@ def estimate(
         Bulletin* 2, 110-114), for Student's t. Where a mean square is below MS_rest, so that the effect's variance
         would be negative, the effect's variance is 0 and MS_rest stands for the mean square, *with the few degrees of
         freedom of the effect*. That rule is on the safe side: three trials that happen to agree do not pass for a
-        proof that trials agree. Simulated coverage of 95 % intervals: 93 to 100 % from three trials on, 89 to 100 %
-        for two.
+        proof that trials agree. Simulated coverage of 95 % intervals (50 and 200 images) with normal effects: 93 % or
+        more from three trials on, 88 % or more for two. Where trials are skewed, most near the largest distance and
+        a few far from it, no interval from three trials can know of the few: coverage falls to 80 %, and to 88 % for
+        ten trials.
     """
     values = _checked(distances, ("n_trials", "n_images"), upper)
     if not 0 < level < 1:

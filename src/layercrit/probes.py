@@ -1,0 +1,446 @@
+"""Image sources -> probe set: the images a model is asked about, drawn by seed, decoded once, identified by a hash."""
+
+import errno
+import hashlib
+import json
+import math
+import operator
+import os
+import shutil
+import tempfile
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from layercrit.archives import HuggingFaceSource, ParquetSource, TarSource, TorchvisionSource, open_source
+from layercrit.errors import ProbeError
+from layercrit.images import STANDARD, Pixels, Preprocessing, open_image
+from layercrit.sources import ArraySource, FolderSource, ImageSource, Item
+
+__all__ = ["MEMORY_LIMIT", "Preprocessing", "ProbeOptions", "ProbeSet", "Progress"]
+
+MEMORY_LIMIT = 2**30  # bytes
+Progress = Callable[[int, int], None]  # called with the number of images decoded so far, and of those wanted
+
+
+class ProbeOptions(TypedDict, total=False):
+    """What every way to a probe set can be told; meanings and defaults are those of ``ProbeSet.from_source``."""
+
+    n_images: int | None
+    seed: int
+    use_labels: bool
+    max_unreadable: float
+    memory_limit: int
+    n_threads: int | None
+    progress: Progress | None
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeSet:
+    """Images as a model is asked about them, in the order of their draw.
+
+    Attributes:
+        preprocessing: How images became pixels.
+        source: Where the images come from, as the user named it.
+        seed: Of the draw.
+        sha256: Identity, over shape, pixels and labels; 64 hexadecimal digits.
+        labels: ``(n_images,)`` int64, or None without labels.
+        label_origin: What the labels are, in words, or None without labels.
+        n_classes: How many classes the source counts, or None where it does not say or numbers them absolutely.
+        names: Where each image was found.
+        skipped: Name and reason of each image left out because it could not be read.
+    """
+
+    preprocessing: Preprocessing
+    source: str
+    seed: int
+    sha256: str
+    labels: npt.NDArray[np.int64] | None = field(repr=False)
+    label_origin: str | None
+    n_classes: int | None
+    names: tuple[str, ...] = field(repr=False)
+    skipped: tuple[str, ...] = field(repr=False)
+    _pixels: "_PixelStore" = field(repr=False)
+
+    @property
+    def n_images(self) -> int:
+        """How many images there are."""
+        return len(self.names)
+
+    @property
+    def images(self) -> Pixels:
+        """All images, ``(n_images, channels, height, width)``, read-only; memory-mapped if they lie in a file.
+
+        Pages of a memory map that were touched count as memory of the process while the array lives: to go through all
+        images, use ``batch``.
+        """
+        return self._pixels.first(self.n_images)
+
+    def batch(self, start: int, stop: int) -> torch.Tensor:
+        """Return a copy of images ``start`` to ``stop`` (cut at the end), ``(n, channels, height, width)`` uint8.
+
+        Raises:
+            ProbeError: The range is empty or begins outside the probe set.
+        """
+        if not 0 <= start < min(stop, self.n_images):
+            raise ProbeError(f"images {start} to {stop} asked of a probe set of {self.n_images} images")
+        return torch.from_numpy(self._pixels.read(start, min(stop, self.n_images)))
+
+    def check_labels(self, n_classes: int) -> None:
+        """Make sure that the labels can be those of a model with ``n_classes`` outputs; no labels are fine.
+
+        Raises:
+            ProbeError: A label is out of range, or the source counts another number of classes.
+        """
+        if self.labels is None:
+            return
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= n_classes))
+        if len(wrong):
+            first = wrong[0]
+            reason = f"label {self.labels[first]} of '{self.names[first]}' is not in 0 to {n_classes - 1}"
+        elif self.n_classes not in (None, n_classes):
+            reason = f"the source counts {self.n_classes} classes, the model {n_classes}"
+        else:
+            return
+        raise ProbeError(
+            f"labels of '{self.source}' are unlike the model's classes: {reason}. The labels are {self.label_origin}. "
+            "Give the numbers of the model's classes (class folders may be named by these integers), or leave the "
+            "labels out with use_labels=False (--no-labels)"
+        )
+
+    @classmethod
+    def from_source(
+        cls,
+        source: "str | Path | npt.NDArray[Any] | torch.Tensor | ImageSource | ProbeSet",
+        preprocessing: Preprocessing = STANDARD,
+        *,
+        n_images: int | None = 10_000,
+        seed: int = 0,
+        use_labels: bool = True,
+        max_unreadable: float = 0.05,
+        memory_limit: int = MEMORY_LIMIT,
+        n_threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> "ProbeSet":
+        """Draw images from anything that holds some, and decode them.
+
+        The images of a source are put into an order that depends on their number and ``seed`` alone, and the first
+        ``n_images`` readable ones are taken: a smaller probe set is the beginning of a larger one. Pixels in an array
+        that have the model's size already are taken as they are; all else goes through ``preprocessing``.
+
+        Args:
+            source: What ``open_source`` takes, or an opened source. A probe set is returned as it is, whatever the
+                other settings, provided its images have the size that ``preprocessing`` asks for.
+            preprocessing: How an image becomes pixels.
+            n_images: How many images to draw; None, or more than there are, takes all.
+            seed: Of the draw.
+            use_labels: Whether to read labels where the source has some.
+            max_unreadable: Largest share, of the images tried, that may be left out as damaged; in [0, 1].
+            memory_limit: Bytes above which the images lie in a temporary file instead of in memory.
+            n_threads: That decode; None: one per processor, 8 at most. The result does not depend on it.
+            progress: Called in this thread with the number of images decoded, and of those wanted.
+
+        Raises:
+            ProbeError: A setting is out of range; there are no images; too many are unreadable; labels are wrong or
+                given for some images only; or the disk is too small.
+        """
+        if isinstance(source, ProbeSet):
+            return source._fitting(preprocessing)
+        _check_settings(n_images, max_unreadable, n_threads)
+        opened = source if isinstance(source, ImageSource) else open_source(source)
+        n_wanted = len(opened) if n_images is None else min(n_images, len(opened))
+        shape = (n_wanted, preprocessing.channels, preprocessing.height, preprocessing.width)
+        store = _PixelStore(shape, memory_limit)
+        threads = n_threads or min(8, os.cpu_count() or 1)
+        draw = _Draw(opened, preprocessing, use_labels, max_unreadable, threads, progress)
+        draw.fill(store, _order(len(opened), seed))
+        labels = _labels(draw.kept, opened)
+        return cls(
+            preprocessing=preprocessing,
+            source=opened.description,
+            seed=seed,
+            sha256=_digest(store, len(draw.kept), labels),
+            labels=labels,
+            label_origin=None if labels is None else opened.label_origin,
+            n_classes=None if labels is None else opened.n_classes,
+            names=tuple(opened.name(index) for index, _ in draw.kept),
+            skipped=tuple(draw.skipped),
+            _pixels=store,
+        )
+
+    @classmethod
+    def from_folder(
+        cls, path: str | Path, preprocessing: Preprocessing = STANDARD, **options: Unpack[ProbeOptions]
+    ) -> "ProbeSet":
+        """Draw from the image files below a folder; ``FolderSource`` says which labels they get."""
+        return cls.from_source(FolderSource(path), preprocessing, **options)
+
+    @classmethod
+    def from_array(
+        cls,
+        images: npt.NDArray[Any] | torch.Tensor | str | Path,
+        preprocessing: Preprocessing = STANDARD,
+        labels: npt.ArrayLike | torch.Tensor | None = None,
+        **options: Unpack[ProbeOptions],
+    ) -> "ProbeSet":
+        """Draw from an array, a tensor, or a ``.npy`` or ``.npz`` file; ``ArraySource`` says of which shapes."""
+        return cls.from_source(ArraySource(images, labels), preprocessing, **options)
+
+    @classmethod
+    def from_parquet(
+        cls, path: str | Path, preprocessing: Preprocessing = STANDARD, **options: Unpack[ProbeOptions]
+    ) -> "ProbeSet":
+        """Draw from Parquet shards; ``ParquetSource`` says of which columns."""
+        return cls.from_source(ParquetSource(path), preprocessing, **options)
+
+    @classmethod
+    def from_tar(
+        cls, path: str | Path, preprocessing: Preprocessing = STANDARD, **options: Unpack[ProbeOptions]
+    ) -> "ProbeSet":
+        """Draw from tar shards; ``TarSource`` says in which layout."""
+        return cls.from_source(TarSource(path), preprocessing, **options)
+
+    @classmethod
+    def from_huggingface(
+        cls, path: str | Path, preprocessing: Preprocessing = STANDARD, **options: Unpack[ProbeOptions]
+    ) -> "ProbeSet":
+        """Draw from a data set saved by the datasets library; ``HuggingFaceSource`` says from which columns."""
+        return cls.from_source(HuggingFaceSource(path), preprocessing, **options)
+
+    @classmethod
+    def from_torchvision(
+        cls,
+        name: str,
+        root: str | Path,
+        preprocessing: Preprocessing = STANDARD,
+        split: str | None = None,
+        **options: Unpack[ProbeOptions],
+    ) -> "ProbeSet":
+        """Draw from a data set of torchvision on disk; ``TorchvisionSource`` says what the arguments mean."""
+        return cls.from_source(TorchvisionSource(name, root, split), preprocessing, **options)
+
+    def _fitting(self, preprocessing: Preprocessing) -> "ProbeSet":
+        size, wanted = self._pixels.shape[1:], (preprocessing.channels, preprocessing.height, preprocessing.width)
+        if size != wanted:
+            raise ProbeError(
+                f"the probe set of '{self.source}' has images {size} (channels, height, width), but {wanted} is asked "
+                "for; make a probe set with the model's preprocessing"
+            )
+        return self
+
+
+def _check_settings(n_images: int | None, max_unreadable: float, n_threads: int | None) -> None:
+    if n_images is not None and n_images < 1:
+        raise ProbeError(f"n_images is {n_images}, expected a positive number, or None for all images")
+    if not 0 <= max_unreadable <= 1:
+        raise ProbeError(f"max_unreadable is {max_unreadable}, expected a share in [0, 1]")
+    if n_threads is not None and n_threads < 1:
+        raise ProbeError(f"n_threads is {n_threads}, expected a positive number, or None")
+
+
+def _order(n_items: int, seed: int) -> list[int]:
+    """Return the numbers below ``n_items`` in the order of ``seed``.
+
+    Sorted by the raw words of the bit generator, which NumPy promises never to change, unlike its permutations.
+    """
+    word = hashlib.sha256(json.dumps(["probe set", operator.index(seed)]).encode()).digest()[:8]
+    words = np.random.PCG64(int.from_bytes(word)).random_raw(n_items)
+    return [int(index) for index in np.argsort(words, kind="stable")]
+
+
+@dataclass
+class _Draw:
+    """The draw under way: decodes images in order, and counts those that cannot be read.
+
+    Attributes:
+        kept: Index in the source, and label, of each image in the store.
+        skipped: Name and reason of each unreadable image, in the order of the draw.
+    """
+
+    source: ImageSource
+    preprocessing: Preprocessing
+    use_labels: bool
+    max_unreadable: float
+    n_threads: int
+    progress: Progress | None
+    kept: list[tuple[int, int | None]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def fill(self, store: "_PixelStore", order: Sequence[int]) -> None:
+        """Put the first readable images of ``order`` into ``store``, as many as it holds or as there are."""
+        tried = 0
+        while len(self.kept) < len(store) and tried < len(order):
+            candidates = order[tried : tried + len(store) - len(self.kept)]
+            tried += len(candidates)
+            self._try(store, candidates)
+            self._check_share(len(store), len(order))
+        if not self.kept:
+            raise ProbeError(f"no images in '{self.source.description}' can be read: {self._examples()}")
+
+    def _try(self, store: "_PixelStore", candidates: Sequence[int]) -> None:
+        """Decode ``candidates`` behind the images in ``store``, and close the gaps that unreadable ones leave."""
+        first = len(self.kept)
+        slots = {index: first + position for position, index in enumerate(candidates)}
+        labels: dict[int, int | None] = {}
+        reasons: dict[int, str] = {}
+        # Sorted, so that shards are read from front to back whatever the order of the draw.
+        for item, pixels in self._decoded(sorted(candidates)):
+            if isinstance(pixels, str):
+                reasons[item.index] = pixels
+                continue
+            store.write(slots[item.index], pixels)
+            labels[item.index] = item.label
+            if self.progress is not None:
+                self.progress(first + len(labels), len(store))
+        for index in candidates:
+            if index in reasons:
+                self.skipped.append(f"{self.source.name(index)}: {reasons[index]}")
+                continue
+            if slots[index] != len(self.kept):
+                store.move(slots[index], len(self.kept))
+            self.kept.append((index, labels[index]))
+
+    def _decoded(self, indices: Sequence[int]) -> Iterator[tuple[Item, Pixels | str]]:
+        """Yield images in order with their pixels, or with the reason why there are none."""
+        waiting: deque[tuple[Item, Future[Pixels | str]]] = deque()
+        with ThreadPoolExecutor(self.n_threads, thread_name_prefix="layercrit-decode") as pool:
+            for item in self.source.read(indices, self.use_labels):
+                waiting.append((item, pool.submit(_pixels_or_reason, item.content, self.preprocessing)))
+                if len(waiting) > 4 * self.n_threads:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            for done, future in waiting:
+                yield done, future.result()
+
+    def _check_share(self, n_wanted: int, n_items: int) -> None:
+        n_tried = min(n_wanted + len(self.skipped), n_items)  # when each failure so far will have been replaced
+        if len(self.skipped) / n_tried > self.max_unreadable:
+            raise ProbeError(
+                f"{len(self.skipped)} of {n_tried} images of '{self.source.description}' are unreadable, more than "
+                f"max_unreadable={self.max_unreadable:g} allows: {self._examples()}. Repair or remove them, or allow "
+                "more"
+            )
+
+    def _examples(self) -> str:
+        more = f" and {len(self.skipped) - 3} more" if len(self.skipped) > 3 else ""
+        return "; ".join(self.skipped[:3]) + more
+
+
+def _pixels_or_reason(content: Path | bytes | Image.Image | Pixels | Exception, model: Preprocessing) -> Pixels | str:
+    """Return the pixels ``(channels, height, width)`` of one image, or why it has none."""
+    if isinstance(content, Exception):
+        return f"{content}"
+    try:
+        if isinstance(content, np.ndarray):
+            image = Image.fromarray(content)
+            return model.at_size(image) if content.shape[:2] == (model.height, model.width) else model(image)
+        return model(content if isinstance(content, Image.Image) else open_image(content))
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders answer damaged files with errors of almost any type
+        return f"{error}" or type(error).__name__
+
+
+def _labels(kept: Sequence[tuple[int, int | None]], source: ImageSource) -> npt.NDArray[np.int64] | None:
+    missing = [index for index, label in kept if label is None]
+    if len(missing) == len(kept):
+        return None
+    if missing:
+        raise ProbeError(
+            f"{len(missing)} of {len(kept)} images of '{source.description}' have no label, such as "
+            f"'{source.name(missing[0])}'; label all, or leave the labels out with use_labels=False (--no-labels)"
+        )
+    labels = np.array([label for _, label in kept], np.int64)
+    labels.flags.writeable = False
+    return labels
+
+
+def _digest(store: "_PixelStore", n_images: int, labels: npt.NDArray[np.int64] | None) -> str:
+    shape = (n_images, *store.shape[1:])
+    digest = hashlib.sha256(json.dumps({"shape": shape, "labels": labels is not None}).encode())
+    step = max(1, 2**24 // math.prod(store.shape[1:]))
+    for start in range(0, n_images, step):
+        digest.update(store.read(start, min(start + step, n_images)).data)
+    if labels is not None:
+        digest.update(labels.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+class _PixelStore:
+    """uint8 images of one shape, in memory, or in a temporary file that goes when this object goes.
+
+    A pickled copy, as for another process, reads the same file and leaves its removal to the original.
+    """
+
+    def __init__(self, shape: tuple[int, ...], memory_limit: int) -> None:
+        self.shape = shape
+        in_memory = math.prod(shape) <= memory_limit
+        self._array = np.zeros(shape if in_memory else 0, np.uint8)
+        self._path = None if in_memory else self._temporary_file()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def _temporary_file(self) -> Path:
+        if shutil.disk_usage(tempfile.gettempdir()).free < math.prod(self.shape):
+            raise self._disk_full()
+        handle, name = tempfile.mkstemp(prefix="layercrit-probes-")
+        os.close(handle)
+        weakref.finalize(self, _remove, Path(name), os.getpid())
+        return Path(name)
+
+    def write(self, slot: int, image: Pixels) -> None:
+        """Put one image into ``slot``."""
+        if self._path is None:
+            self._array[slot] = image
+            return
+        try:
+            # Written, not mapped: a full disk is then an error and not the death of the process.
+            with self._path.open("r+b") as file:
+                file.seek(slot * image.nbytes)
+                file.write(image.data)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise self._disk_full() from error
+            raise
+
+    def read(self, start: int, stop: int) -> Pixels:
+        """Return a copy of images ``start`` to ``stop``."""
+        if self._path is None:
+            return self._array[start:stop].copy()
+        size = math.prod(self.shape[1:])
+        flat = np.fromfile(self._path, np.uint8, count=(stop - start) * size, offset=start * size)
+        return flat.reshape(stop - start, *self.shape[1:])
+
+    def move(self, slot: int, to: int) -> None:
+        """Copy the image in ``slot`` to another."""
+        self.write(to, self.read(slot, slot + 1)[0])
+
+    def first(self, n_images: int) -> Pixels:
+        """Return a read-only view of the first images."""
+        if self._path is not None:
+            return np.memmap(self._path, np.uint8, mode="r", shape=(n_images, *self.shape[1:]))
+        view = self._array[:n_images]
+        view.flags.writeable = False
+        return view
+
+    def _disk_full(self) -> ProbeError:
+        return ProbeError(
+            f"not enough space in '{tempfile.gettempdir()}' for {len(self)} images, which need "
+            f"{math.prod(self.shape) / 2**30:.3g} GiB; ask for fewer images (n_images), set TMPDIR to a larger disk, "
+            "or allow more in memory (memory_limit)"
+        )
+
+
+def _remove(path: Path, process: int) -> None:
+    if os.getpid() == process:  # and not a fork of it, where this object goes earlier
+        path.unlink(missing_ok=True)

@@ -1,0 +1,214 @@
+"""What a reset does to a layer's parameters, where fresh values come from, and the seeds they are drawn under."""
+
+import copy
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from layercrit.errors import ModelError, ProtocolError, near
+from layercrit.layers import Layer
+from layercrit.models import Model
+from layercrit.networks import drawing
+
+__all__ = ["RESETS", "Draw", "Reset", "donor_values", "draw_values", "get_reset", "reset", "seed_of"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a reset is given to make a layer's new values from.
+
+    Attributes:
+        layer: the layer to be reset.
+        trained: its trained values, parameter name -> tensor. Not to be written to.
+        donor: the same layer's values in the trial's donor (a freshly initialised network, or for ``rewind`` the
+            checkpoint). Empty for resets that need none.
+        generator: random numbers of this trial and layer.
+    """
+
+    layer: Layer
+    trained: Mapping[str, Tensor]
+    donor: Mapping[str, Tensor]
+    generator: torch.Generator
+
+
+ResetFunction = Callable[[Draw], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Reset:
+    """A registered reset.
+
+    Attributes:
+        name: what it is called on the command line and in tables.
+        function: makes the new values.
+        random: whether two trials differ.
+        donor: where ``Draw.donor`` comes from: ``initialiser`` (a fresh network), ``checkpoint`` (a file), or None.
+        summary: one line for tables.
+    """
+
+    name: str
+    function: ResetFunction
+    random: bool
+    donor: str | None
+    summary: str
+
+
+RESETS: dict[str, Reset] = {}
+
+
+def reset(name: str, *, random: bool, donor: str | None = None) -> Callable[[ResetFunction], ResetFunction]:
+    """Register a reset under a name, for `measure`, the command line and the tables.
+
+    Args:
+        name: what to call it.
+        random: whether two trials differ. A reset that is not random is run once, whatever the number of trials.
+        donor: ``initialiser`` if the function reads the values of a freshly initialised network from ``draw.donor``,
+            ``checkpoint`` if it reads those of a file, None if it reads neither.
+
+    Raises:
+        ProtocolError: the name is taken.
+
+    Example:
+        >>> @reset("negate", random=False)
+        ... def negate(draw):
+        ...     '''The layer's values with their signs flipped.'''
+        ...     return {name: -value for name, value in draw.trained.items()}
+        >>> RESETS["negate"].summary
+        "The layer's values with their signs flipped."
+        >>> del RESETS["negate"]
+    """
+    if name in RESETS:
+        raise ProtocolError(f"There is a reset named {name!r} already. Choose another name.")
+
+    def register(function: ResetFunction) -> ResetFunction:
+        summary = (inspect.getdoc(function) or name).splitlines()[0]
+        RESETS[name] = Reset(name, function, random, donor, summary)
+        return function
+
+    return register
+
+
+def get_reset(name: str) -> Reset:
+    """Return a registered reset.
+
+    Raises:
+        ProtocolError: no reset has this name.
+    """
+    if name not in RESETS:
+        raise ProtocolError(f"Unknown reset {name!r}. {near(name, RESETS)}")
+    return RESETS[name]
+
+
+@reset("rerandomize", random=True, donor="initialiser")
+def rerandomize(draw: Draw) -> Mapping[str, Tensor]:
+    """A fresh draw from the architecture's own initialiser (Zhang et al. 2022, section 3; Gavrikov et al. 2024)."""
+    return draw.donor
+
+
+@reset("zero", random=False)
+def zero(draw: Draw) -> Mapping[str, Tensor]:
+    """All values 0."""
+    return {name: torch.zeros_like(value) for name, value in draw.trained.items()}
+
+
+@reset("permute", random=True)
+def permute(draw: Draw) -> Mapping[str, Tensor]:
+    """The layer's own trained values in random order, each parameter tensor by itself."""
+    return {
+        name: value.flatten()[torch.randperm(value.numel(), generator=draw.generator)].view_as(value)
+        for name, value in draw.trained.items()
+    }
+
+
+@reset("rewind", random=False, donor="checkpoint")
+def rewind(draw: Draw) -> Mapping[str, Tensor]:
+    """The layer's values in an earlier checkpoint of the same training run (Zhang et al. 2022: re-initialisation)."""
+    return draw.donor
+
+
+def draw_values(
+    how: Reset, layer: Layer, network: nn.Module, donor: Mapping[str, Tensor], seed: int
+) -> dict[str, Tensor]:
+    """Return the new values of a layer's parameters for one trial.
+
+    Args:
+        how: the reset.
+        layer: the layer.
+        network: the trained network.
+        donor: all parameters of the trial's donor; may be empty where the reset needs none.
+        seed: the trial's seed. Random numbers of a layer are drawn under a seed hashed from it and the layer's name,
+            so that they do not depend on which other layers are reset.
+
+    Raises:
+        ProtocolError: the reset function left out a parameter or returned another shape.
+    """
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    trained = {name: parameters[name].detach().cpu() for name in layer.parameters}
+    mine = {name: donor[name] for name in layer.parameters} if donor else {}
+    generator = torch.Generator().manual_seed(seed_of(seed, layer.name))
+    values = dict(how.function(Draw(layer, trained, mine, generator)))
+    for name, value in trained.items():
+        if name not in values or values[name].shape != value.shape:
+            got = f"shape {tuple(values[name].shape)}" if name in values else "nothing"
+            raise ProtocolError(
+                f"The reset {how.name!r} returned {got} for {name!r} of layer {layer.name!r}; "
+                f"expected a tensor of shape {tuple(value.shape)}. Return a value for every name in draw.trained."
+            )
+    return {name: values[name].detach().to(trained[name].dtype) for name in trained}
+
+
+def seed_of(*words: str | int) -> int:
+    """Return the first 8 bytes of the SHA-256 of some words, as a number in [0, 2^64).
+
+    Hashing keeps seeds apart where sums of integers collide: trial 1 of study 2 is not trial 2 of study 1.
+    """
+    text = json.dumps(words, ensure_ascii=True, separators=(",", ":"))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def donor_values(model: Model, layers: Iterable[Layer], seed: int) -> dict[str, Tensor]:
+    """Return all parameters of a freshly initialised network of the model's architecture.
+
+    The network is built again under the seed where the model knows how; otherwise a copy of it is re-initialised
+    module by module with the modules' own ``reset_parameters``.
+
+    Raises:
+        ModelError: a module that owns parameters of ``layers`` has no initialiser, or the rebuilt network differs.
+    """
+    needed = {name for layer in layers for name in layer.parameters}
+    with drawing(seed), torch.no_grad():
+        donor = model.build() if model.build is not None else _reinitialised(model.network, needed)
+    values = {name: p.detach() for name, p in donor.named_parameters(remove_duplicate=False)}
+    trained = dict(model.network.named_parameters(remove_duplicate=False))
+    unlike = sorted(n for n in needed if n not in values or values[n].shape != trained[n].shape)
+    if unlike:
+        raise ModelError(
+            f"The network that {model.initialiser} builds is not the one of {model.reference!r}: {len(unlike)} "
+            f"parameters are missing or have another shape, the first is {unlike[0]!r}. "
+            "Give a donor of the same architecture."
+        )
+    return values
+
+
+def _reinitialised(network: nn.Module, needed: set[str]) -> nn.Module:
+    donor = copy.deepcopy(network).cpu()
+    without = []
+    for name, module in donor.named_modules():
+        own = {f"{name}.{child}" if name else child for child, _ in module.named_parameters(recurse=False)}
+        initialise = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if own and callable(initialise):
+            initialise()
+        elif own & needed:
+            without.append(f"{name or 'the network itself'} ({type(module).__name__})")
+    if without:
+        raise ModelError(
+            "These modules own parameters to be reset but have no reset_parameters method, so fresh values cannot be "
+            f"drawn: {', '.join(without[:8])}{' ...' if len(without) > 8 else ''}. "
+            "Open the model by reference (timm:, torchvision:, hf:, py:), or give a freshly initialised donor."
+        )
+    return donor
