@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from photographs import FOLDER, NAMES, encoded, photograph, piece
 from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import InterpolationMode
@@ -16,6 +15,7 @@ from torchvision.transforms.functional import center_crop
 
 from layercrit.errors import ProbeError
 from layercrit.images import FORMATS, STANDARD, SUFFIXES, Preprocessing, open_image
+from photographs import FOLDER, NAMES, encoded, photograph, piece
 
 # (width, height); the last ones are smaller than most crops, or have odd differences to them.
 SIZES = [(451, 300), (37, 300), (300, 37), (224, 224), (223, 225), (256, 257), (50, 41), (3, 40)]
@@ -207,7 +207,9 @@ def test_open_image__transparent_palette_without_a_warning() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
 def test_open_image__cut_off(kind: str, share: float) -> None:
     content = encoded(piece(0, 200, 150), kind)
-    with pytest.raises((OSError, SyntaxError, ValueError), match="(?i)truncated|not an image|could not create decoder"):
+    with pytest.raises(
+        (OSError, SyntaxError, ValueError), match=r"(?i)truncated|not an image|could not create decoder"
+    ):
         open_image(content[: int(len(content) * share)])
 
 

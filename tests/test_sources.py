@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from photographs import encoded, piece, pieces
 
 from layercrit.errors import ProbeError
 from layercrit.sources import ArraySource, FolderSource, ImageSource, integer_label
+from photographs import encoded, piece, pieces
 
 rng = np.random.default_rng
 
@@ -64,7 +64,9 @@ def test_folder_source__an_empty_class_folder_counts(tmp_path: Path) -> None:
 
 def test_folder_source__wordnet_ids_are_numbers_of_imagenet(tmp_path: Path) -> None:
     # First, second and last class of ImageNet-1k, and the Egyptian cat.
-    source = FolderSource(make_folder(tmp_path, [f"{n}/1.JPEG" for n in "n15075141 n01440764 n02124075 n01443537".split()]))
+    source = FolderSource(
+        make_folder(tmp_path, [f"{n}/1.JPEG" for n in ["n15075141", "n01440764", "n02124075", "n01443537"]])
+    )
     assert [label for _, label in all_of(source)] == [0, 1, 285, 999]
     assert source.label_origin == "ImageNet-1k's numbers of the class folders"
     assert source.n_classes is None
@@ -287,7 +289,9 @@ def test_array_source__missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("labels", [[1, 2], [[1], [2], [3]], 5])
 def test_array_source__labels_of_wrong_shape(labels: Any) -> None:
     source = ArraySource(pieces(3), labels)
-    with pytest.raises(ProbeError, match=r"labels of '.*' have shape \(.*\), expected \(3,\), one per image.*no-labels"):
+    with pytest.raises(
+        ProbeError, match=r"labels of '.*' have shape \(.*\), expected \(3,\), one per image.*no-labels"
+    ):
         all_of(source)
     assert [label for _, label in all_of(source, use_labels=False)] == [None] * 3
 

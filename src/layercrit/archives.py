@@ -283,8 +283,8 @@ class HuggingFaceSource(ImageSource):
             raise ProbeError(f"reading '{folder}' needs the datasets library: pip install 'layercrit[hf]'") from error
         try:
             dataset = datasets.load_from_disk(str(folder)).with_format(None)
-        except (OSError, ValueError) as error:
-            raise ProbeError(f"cannot read the data set '{folder}': {error}") from error
+        except (OSError, ValueError, LookupError) as error:  # the last where no row was saved
+            raise ProbeError(f"cannot read the data set '{folder}': {error!r}") from error
         self.description, self._prefix = str(path), folder.name
         features = dataset.features
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -302,8 +302,6 @@ class HuggingFaceSource(ImageSource):
         if images:
             # Encoded, so that a damaged image is found with the others and not by the library.
             self._dataset = self._dataset.cast_column(self._image_column, datasets.Image(decode=False))
-        if len(self) == 0:
-            raise ProbeError(f"no images in '{folder}': it has no rows")
 
     @staticmethod
     def is_saved(folder: Path) -> bool:

@@ -32,10 +32,10 @@ _REQUIRED = ("layer", "type", "criticality", "low", "high", "status")
 # Each format with the metadata that would hold the date.
 _FORMATS: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
-# Text from outside is never read as a formula, and a user's own style neither changes nor breaks a figure.
+# On top of matplotlib's defaults, so that a user's own style neither changes nor breaks a figure. Text from outside is
+# never read as a formula.
 _STYLE: dict[str, Any] = {
     "text.parse_math": False,
-    "text.usetex": False,
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 8.0,
     "axes.linewidth": 0.6,
@@ -82,16 +82,17 @@ def criticality_bars(
     levels = _levels(mean, chance)
     with _style():
         slot = min(max(_USUAL_AXES / len(table), _SLOT_RANGE[0]), _SLOT_RANGE[1])
-        name_size = min(0.62 * 72 * slot, _LARGEST_NAME_SIZE)  # points: the height of a rotated name fits its slot
-        axes_width = max(slot * len(table), _NARROWEST_AXES)
-        below = max(_text_width(name, name_size) for name in names) + _MARGIN + 0.06
-        above = _LEGEND_HEIGHT * bool(legend) + _TITLE_HEIGHT
-        right = max(
-            max((_text_width(text, _NOTE_SIZE) for _, text, _ in levels), default=0) + 0.06,
-            _text_width(_printable(title), _TITLE_SIZE, "bold") - axes_width,
-            sum(_text_width(label, _NOTE_SIZE) + _LEGEND_PATCH for label in legend) - axes_width,
+        name_size = min(0.78 * 72 * slot, _LARGEST_NAME_SIZE)  # points: the height of a rotated name fits its slot
+        axes_width = max(
+            slot * len(table),
+            _NARROWEST_AXES,
+            _text_width(_printable(title), _TITLE_SIZE, "bold"),
+            sum(_text_width(label, _NOTE_SIZE) + _LEGEND_PATCH for label in legend),
         )
-        width, height = _LEFT + axes_width + right + _MARGIN, below + _AXES_HEIGHT + above
+        right = max((_text_width(label, _NOTE_SIZE) + 0.06 for _, label, _ in levels), default=0) + _MARGIN
+        below = max(_text_width(name, name_size) for name in names) + 0.06 + _MARGIN
+        above = _LEGEND_HEIGHT * bool(legend) + _TITLE_HEIGHT
+        width, height = _LEFT + axes_width + right, below + _AXES_HEIGHT + above
         figure = Figure(figsize=(width, height), dpi=100)
         axes = figure.add_axes((_LEFT / width, below / height, axes_width / width, _AXES_HEIGHT / height))
         _prepare_axes(axes, names, name_size)
@@ -196,8 +197,9 @@ def _draw_bars(axes: "Axes", table: "pd.DataFrame", doubtful: Any, colors: Seque
             axes.bar(x, value, width=0.76, zorder=2, color=color)
     known = (table["low"].notna() & table["high"].notna()).to_numpy()
     ends = known.nonzero()[0], table["low"][known], table["high"][known]
-    axes.vlines(*ends, color="white", linewidth=2.0, zorder=3)  # a halo, since black on dark bars is hard to see
-    axes.vlines(*ends, color=_LINE_COLOR, linewidth=0.9, zorder=3, clip_on=False, gid="intervals")
+    # A halo, since black on dark bars is hard to see; snapped to pixels it would be wider on one side.
+    axes.vlines(*ends, color="white", linewidth=2.1, zorder=3, snap=False)
+    axes.vlines(*ends, color=_LINE_COLOR, linewidth=0.9, zorder=3, snap=False, clip_on=False, gid="intervals")
 
 
 def _draw_levels(axes: "Axes", levels: Sequence[tuple[float, str, str]]) -> None:
@@ -230,9 +232,9 @@ def _draw_legend(axes: "Axes", entries: dict[str, dict[str, Any]]) -> None:
 
     if not entries:
         return
-    legend = axes.legend(
+    axes.legend(
         [Patch(**look) for look in entries.values()],
-        ["." for _ in entries],  # filled in below: matplotlib leaves out labels that start with '_'
+        list(entries),
         ncols=len(entries),
         loc="lower left",
         bbox_to_anchor=(0, 1),
@@ -244,8 +246,6 @@ def _draw_legend(axes: "Axes", entries: dict[str, dict[str, Any]]) -> None:
         handlelength=1.2,
         handletextpad=0.5,
     )
-    for text, label in zip(legend.get_texts(), entries, strict=True):
-        text.set_text(label)
 
 
 def save_figure(

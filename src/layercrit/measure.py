@@ -164,6 +164,7 @@ class _Session:
         if self.n_trials < protocol.trials:
             self.notes.append(f"one trial: every trial of {protocol.reset!r} would be the same")
         self.replay = self._with_memory(self._open)
+        self.seconds_opening = time.time() - self.started
         self.clean: dict[str, npt.NDArray[np.float32]] = {}
         self.n_classes, self.temperature = self._with_memory(self._look_at_predictions)
         if probe_set.labels is not None:
@@ -254,7 +255,7 @@ class _Session:
     def _run_trial(self, trial: int) -> _Trial:
         donor = self._donor(trial)
         prepared, status, delta_norm = {}, [], []
-        trained = dict(self.model.network.named_parameters(remove_duplicate=False))
+        trained = {name: p.detach() for name, p in self.model.network.named_parameters(remove_duplicate=False)}
         for layer in self.layers:
             values = self._draw(layer, donor, trial)
             change = sum(
@@ -293,7 +294,7 @@ class _Session:
                 self.bar.advance(self._shares[name])
         labels = None
         if self.probe_set.labels is not None:
-            labels = torch.from_numpy(self.probe_set.labels[start : start + n]).to(self.device)
+            labels = torch.tensor(self.probe_set.labels[start : start + n], device=self.device)
         _check_finite(clean, start, self.model, self.probe_set)
         p, p_matched = clean.softmax(dim=1), (clean / self.temperature).softmax(dim=1)
         if first:
@@ -423,6 +424,7 @@ class _Session:
             "threads": torch.get_num_threads(),
             "notes": self.notes,
             "versions": versions(),
+            "seconds_opening": round(self.seconds_opening, 3),
             "seconds": round(time.time() - self.started, 3),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
