@@ -72,6 +72,8 @@ def test_criticality_bars__nothing_is_cut_off_or_overlaps(n_layers: int, name: s
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
     width, height = figure.bbox.size
+    slot = figure.axes[0].get_window_extent().width / n_layers / figure.dpi * 72  # points
+    assert all(1.16 * label.get_fontsize() <= slot for label in figure.axes[0].get_xticklabels())  # a line's height
     shown = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
     boxes = [text.get_window_extent(renderer) for text in shown]
     for text, box in zip(shown, boxes, strict=True):

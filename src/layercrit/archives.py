@@ -154,7 +154,7 @@ class ParquetSource(ImageSource):
         row = next(waiting, None)
         try:
             # A stream with a buffer, so that not even one row group lies in memory whole.
-            with pq.ParquetFile(shard, pre_buffer=False, buffer_size=2**20) as file:
+            with pq.ParquetFile(shard, ) as file:
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
                     start, end = end, end + batch.num_rows
                     while row is not None and row < end:

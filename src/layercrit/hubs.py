@@ -16,7 +16,10 @@ from layercrit.errors import ModelError, near
 from layercrit.images import Interpolation, Preprocessing
 from layercrit.networks import Model, drawing, explained, model_source, structure, written
 
-__all__ = ["timm_input"]
+__all__ = ["ImageInput", "timm_input", "torchvision_input"]
+
+ImageInput = tuple[tuple[float, ...], tuple[float, ...], Preprocessing]
+"""Mean and standard deviation of each channel, in units of pixels in [0, 1], and the geometry of images."""
 
 
 @model_source("timm")
@@ -70,9 +73,7 @@ def _timm_model(reference: str, name: str, config: dict[str, Any] | None, option
     )
 
 
-def timm_input(
-    network: nn.Module, options: Mapping[str, Any]
-) -> tuple[tuple[float, ...], tuple[float, ...], Preprocessing]:
+def timm_input(network: nn.Module, options: Mapping[str, Any]) -> ImageInput:
     """Mean, standard deviation and geometry of timm's own evaluation transform.
 
     That is ``create_transform(**resolve_model_data_config(network), is_training=False)``, as timm's model cards have
@@ -124,6 +125,14 @@ def _open_torchvision(rest: str, options: dict[str, Any]) -> Model:
             # library's own function may load the same file, which knows what each architecture needs beside it.
             weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
         network = models.get_model(name, weights=weights, progress=False, **options) if pretrained else build()
+    mean, std, shape = torchvision_input(weights)
+    architecture = f"torchvision:{name}{written(options)}"
+    initialiser = f"torchvision.models.get_model({name!r}, weights=None)"
+    return Model(f"torchvision:{rest}", architecture, network.eval(), mean, std, shape, build, initialiser)
+
+
+def torchvision_input(weights: Any) -> ImageInput:
+    """Mean, standard deviation and geometry of the transform that torchvision's weights were evaluated with."""
     transform = weights.transforms()
     shape = Preprocessing(
         height=transform.crop_size[0],
@@ -131,10 +140,7 @@ def _open_torchvision(rest: str, options: dict[str, Any]) -> Model:
         resize=transform.resize_size[0],
         interpolation=transform.interpolation.value,
     )
-    architecture = f"torchvision:{name}{written(options)}"
-    initialiser = f"torchvision.models.get_model({name!r}, weights=None)"
-    mean, std = tuple(transform.mean), tuple(transform.std)
-    return Model(f"torchvision:{rest}", architecture, network.eval(), mean, std, shape, build, initialiser)
+    return tuple(transform.mean), tuple(transform.std), shape
 
 
 @model_source("hf")
@@ -175,7 +181,7 @@ def _open_hf(rest: str, options: dict[str, Any]) -> Model:
     return Model(f"hf:{rest}", f"hf:{name}-{structure(network)}", network.eval(), mean, std, shape, build, initialiser)
 
 
-def _hf_input(where: str, config: Any) -> tuple[tuple[float, ...], tuple[float, ...], Preprocessing]:
+def _hf_input(where: str, config: Any) -> ImageInput:
     """Mean, standard deviation and geometry of a transformers image processor, checked against what it really does.
 
     A local folder without a processor: the configuration's image size, and pixels in [0, 1] without normalisation.

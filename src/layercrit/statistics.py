@@ -1,4 +1,4 @@
-"""From per-image distances to estimates with intervals; the two figures that a criticality is read against."""
+"""From per-image distances to estimates with intervals; the chance level and the matched temperature."""
 
 from dataclasses import dataclass
 from math import exp, isinf, log, nan, sqrt
@@ -83,7 +83,7 @@ def estimate(
         freedom of the effect*. That rule is on the safe side: three trials that happen to agree do not pass for a
         proof that trials agree. Simulated coverage of 95 % intervals (50 and 200 images) with normal effects: 93 % or
         more from three trials on, 88 % or more for two. Where trials are skewed, most near the largest distance and
-        a few far from it, no interval from three trials can know of the few: coverage falls to 80 %, and to 88 % for
+        a few far from it, three trials can hardly know of the few: coverage falls to 78 %, and to 88 % for
         ten trials.
     """
     values = _checked(distances, ("n_trials", "n_images"), upper)
