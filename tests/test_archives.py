@@ -5,6 +5,7 @@ import re
 import struct
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,17 @@ def test_tar_source__many_members_in_order_of_the_file(tmp_path: Path) -> None:
     assert items_of(source, [3, 77]) == [(b"333", None), (b"77" * 77, None)]
 
 
+def test_tar_source__index_takes_little_memory(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", {f"{number}.txt": b"" for number in range(3000)} | {"x.jpg": IMAGES[0]})
+    tracemalloc.start()
+    try:
+        assert len(TarSource(path)) == 1
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 500_000, "more than 160 bytes for each member that is no image"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "shown"),
     [
@@ -293,10 +305,16 @@ def test_hugging_face_source__columns_by_type(tmp_path: Path) -> None:
 
 
 def test_hugging_face_source__encoded_bytes_without_image_type(tmp_path: Path) -> None:
-    datasets.Dataset.from_dict({"img": IMAGES[:2], "labels": [5, 6]}).with_format("numpy").save_to_disk(tmp_path / "x")
+    datasets.Dataset.from_dict({"img": IMAGES[:2], "labels": [5, 6]}).save_to_disk(tmp_path / "x")
     source = HuggingFaceSource(tmp_path / "x")
     assert items_of(source) == [(IMAGES[0], 5), (IMAGES[1], 6)]
     assert source.n_classes is None
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+def test_hugging_face_source__format_of_the_saved_set_does_not_matter(kind: str, tmp_path: Path) -> None:
+    datasets.load_from_disk(save_dataset(tmp_path / "x")).with_format(kind).save_to_disk(tmp_path / "y")
+    assert items_of(HuggingFaceSource(tmp_path / "y")) == items_of(HuggingFaceSource(tmp_path / "x"))
 
 
 def test_hugging_face_source__splits(tmp_path: Path) -> None:

@@ -356,6 +356,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 @pytest.mark.parametrize("name", BROKEN)
 def test_read_checkpoint__broken(tmp_path, name):
     content, message = BROKEN[name]
@@ -411,6 +412,7 @@ def test_read_checkpoint__tensor_beyond_its_storage(tmp_path, zipped):
         read_checkpoint(path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("container", ["zip", "legacy", "safetensors"])
 def test_read_checkpoint__random_damage_never_leaks_another_error(tmp_path, container):
     generator = random.Random(container)

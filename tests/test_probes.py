@@ -423,6 +423,7 @@ def test_probe_set__own_source() -> None:
             return f"level {index}"
 
         def read(self, indices: Any, use_labels: bool) -> Any:
+            assert list(indices) == sorted(indices)
             for index in indices:
                 yield probes.Item(index, Image.new("L", (8, 8), index), None)
 

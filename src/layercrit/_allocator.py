@@ -6,7 +6,9 @@ import sys
 from collections.abc import Iterator
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # names and values of glibc's malloc.h
-_DEFAULT_THRESHOLD = 128 * 1024
+# Where glibc's own thresholds end up in a process that frees large blocks: they adapt to them up to 32 MiB and twice
+# that (mallopt(3)). Their adaptation stops for good at the first call of mallopt.
+_USUAL_MMAP_THRESHOLD, _USUAL_TRIM_THRESHOLD = 32 << 20, 64 << 20
 
 
 @contextlib.contextmanager
@@ -25,8 +27,8 @@ def large_blocks_stay() -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(_M_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)
-        libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_THRESHOLD)
+        libc.mallopt(_M_MMAP_THRESHOLD, _USUAL_MMAP_THRESHOLD)
+        libc.mallopt(_M_TRIM_THRESHOLD, _USUAL_TRIM_THRESHOLD)
         libc.malloc_trim(0)
 
 

@@ -5,9 +5,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 class Bar:
-    """The progress bar on stderr: silent where nobody watches."""
+    """The progress bar on stderr: drawn on a terminal only, and silent where nobody asked for it."""
 
     def __init__(self, shown: bool) -> None:
+        self._shown = shown
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -33,23 +34,13 @@ class Bar:
         """Show how many images are decoded."""
         self._progress.update(self._task, description="decoding", completed=n, total=wanted)
 
-    def start(self, total: float) -> None:
-        """Begin with the resets."""
-        self._progress.reset(self._task, description="measuring", completed=0, total=total)
-
-    def advance(self, amount: float) -> None:
-        """Count some work as done."""
-        self._progress.advance(self._task, amount)
-
-    @property
-    def done(self) -> float:
-        """How much work is done."""
-        return self._progress.tasks[0].completed
-
-    @done.setter
-    def done(self, amount: float) -> None:
-        self._progress.update(self._task, completed=amount)
+    def measured(self, done: float, total: float) -> None:
+        """Show how much of the resets is done."""
+        if self._progress.tasks[0].description != "measuring":
+            self._progress.reset(self._task, description="measuring")
+        self._progress.update(self._task, completed=done, total=total)
 
     def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        self._progress.console.print(line, markup=False)
+        """Print a line above the bar; without a terminal, on stderr as it is."""
+        if self._shown:
+            self._progress.console.print(line, markup=False, highlight=False)

@@ -153,8 +153,8 @@ class ParquetSource(ImageSource):
         waiting, end = iter(rows), 0
         row = next(waiting, None)
         try:
-            # A stream with a buffer, so that not even one row group lies in memory whole.
-            with pq.ParquetFile(shard, ) as file:
+            # Streamed page by page, so that a row group need not lie in memory whole.
+            with pq.ParquetFile(shard, pre_buffer=False, buffer_size=2**20) as file:
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
                     start, end = end, end + batch.num_rows
                     while row is not None and row < end:

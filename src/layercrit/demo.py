@@ -20,8 +20,8 @@ from layercrit.networks import drawing
 __all__ = ["digits_network", "run_demo"]
 
 _MEAN, _STD = (0.305,), (0.376,)  # of the training images' pixels
-_EPOCHS = 20
-_BATCH = 64
+_EPOCHS = 12
+_BATCH = 128
 
 
 class _Bottleneck(nn.Module):
@@ -114,6 +114,8 @@ def _trained(network: nn.Module, pixels: np.ndarray, labels: np.ndarray) -> nn.M
     n_steps = _EPOCHS * (len(x) // _BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     network.train()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as fast at this size, and the same weights on every number of cores
     for _ in range(_EPOCHS):
         for batch in torch.randperm(len(x))[: len(x) // _BATCH * _BATCH].view(-1, _BATCH):
             down, right = torch.randint(0, 3, (2,)).tolist()
@@ -123,4 +125,5 @@ def _trained(network: nn.Module, pixels: np.ndarray, labels: np.ndarray) -> nn.M
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
+    torch.set_num_threads(threads)
     return network.eval()

@@ -10,13 +10,15 @@ import contextlib
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate, map_arg
+from torch.utils.flop_counter import FlopCounterMode
 
 from layercrit.models import logits_of
 
@@ -26,7 +28,11 @@ aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
 
 _BATCH_NORM = aten._native_batch_norm_legit_no_training.default
-_CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
+# `padding` is the variant whose padding is a word: "same" or "valid"
+_CONVOLUTIONS = {
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+}
 
 
 @dataclass
@@ -34,17 +40,18 @@ class WeightGraph:
     """A network exported by ``torch.export`` in evaluation mode.
 
     Attributes:
-        graph: functional nodes in topological order.
+        graph: functional nodes in topological order. ``node.meta["val"]`` has the shape and dtype that a node has in
+            the exported network, ``node.meta["flops"]`` its floating-point operations for the whole batch.
         images: the placeholder of the network's input, ``(n_images, channels, height, width)``.
         logits: the node of the network's output, ``(n_images, n_classes)``.
-        weights: placeholder -> name of the parameter, buffer or constant it stands for.
+        names: placeholder -> every name of the parameter, buffer or constant it stands for; tied ones have several.
         values: placeholder -> its trained value.
     """
 
     graph: fx.Graph
     images: fx.Node
     logits: fx.Node
-    weights: dict[fx.Node, str]
+    names: dict[fx.Node, tuple[str, ...]]
     values: dict[fx.Node, Tensor]
 
     def dynamic_nodes(self) -> set[fx.Node]:
@@ -55,10 +62,17 @@ class WeightGraph:
                 dynamic.add(node)
         return dynamic
 
-    def placeholders_of(self, parameters: Sequence[str]) -> dict[fx.Node, str]:
-        """Return the placeholders that hold the named parameters; a tied weight is read under any of its names."""
-        wanted = {id(self.values[node]): name for node, name in self.weights.items() if name in parameters}
-        return {node: wanted[id(value)] for node, value in self.values.items() if id(value) in wanted}
+    def copy(self) -> "WeightGraph":
+        """Return a graph with nodes of its own; the values are shared."""
+        graph, twin = fx.Graph(), dict[fx.Node, fx.Node]()
+        graph.output(graph.graph_copy(self.graph, twin))
+        return WeightGraph(
+            graph,
+            twin[self.images],
+            twin[self.logits],
+            {twin[node]: names for node, names in self.names.items()},
+            {twin[node]: value for node, value in self.values.items()},
+        )
 
 
 class _Logits(nn.Module):
@@ -83,12 +97,15 @@ def export_graph(network: nn.Module, images: Tensor) -> WeightGraph:
         Exception: whatever ``torch.export`` raises for a network it cannot follow, for instance one whose control flow
             depends on the image. The caller takes a slower road.
     """
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _attributes_kept(network):
         program = torch.export.export(_Logits(network), (images,)).run_decompositions({})
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise RuntimeError("the network writes to its own buffers or to its input")
-    names = {
+    graph = program.graph
+    if any(node.op == "get_attr" for node in graph.nodes):
+        raise RuntimeError("the exported network has graphs inside its graph")
+    inputs: dict[str, str] = {
         **signature.inputs_to_parameters,
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
@@ -97,51 +114,51 @@ def export_graph(network: nn.Module, images: Tensor) -> WeightGraph:
         **dict(network.named_parameters(remove_duplicate=False)),
         **dict(network.named_buffers(remove_duplicate=False)),
     }
-    graph = program.graph
-    weights = {
-        node: names[node.name].removeprefix("network.")
-        for node in graph.nodes
-        if node.op == "placeholder" and node.name in names
-    }
-    values = {
-        node: tensors[name] if name in tensors else program.constants[names[node.name]]
-        for node, name in weights.items()
-    }
-    (images_node,) = (node for node in graph.nodes if node.op == "placeholder" and node not in weights)
+    names_of: dict[int, tuple[str, ...]] = {}
+    for name, tensor in tensors.items():
+        names_of[id(tensor)] = (*names_of.get(id(tensor), ()), name)
+    names, values = {}, {}
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name in inputs:
+            name = inputs[node.name].removeprefix("network.")
+            values[node] = tensors[name] if name in tensors else program.constants[inputs[node.name]]
+            names[node] = names_of.get(id(values[node]), (name,))
+    (images_node,) = (node for node in graph.nodes if node.op == "placeholder" and node not in values)
     (logits_node,) = graph.output_node().args[0]
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)  # true of the float32 network; a fast mode changes types and layouts on purpose
-    return WeightGraph(graph, images_node, logits_node, weights, values)
+        elif node.op == "call_function":
+            node.meta["flops"] = count_flops(node)
+    return WeightGraph(graph, images_node, logits_node, names, values)
 
 
 def speed_up(weight_graph: WeightGraph, dtype: torch.dtype, device: torch.device) -> WeightGraph:
-    """Rewrite a graph in place for speed: same function, other rounding.
+    """Return a graph rewritten for speed: same function, other rounding.
 
-    Batch normalisation is folded into the convolution before it (scale ``gamma / sqrt(var + eps)``), values are held in
-    ``dtype`` and channels-last order, and on a CPU a convolution, the residual sum and the activation after it
-    become one oneDNN call with packed weights. Logits stay float32.
+    Batch normalisation is folded into the convolution before it (scale ``gamma / sqrt(var + eps)``), values that depend
+    on the image are held in ``dtype`` and channels-last order, and on a CPU a convolution, the residual sum and the
+    activation after it become one oneDNN call with packed weights. What depends on weights alone is computed in
+    float32 and cast last. Logits stay float32.
     """
-    _hold_dtype(weight_graph.graph, dtype)
-    _cast_images(weight_graph, dtype)
-    _fold_batch_norms(weight_graph.graph, dtype)
-    _cast_weights(weight_graph, dtype)
+    fast = weight_graph.copy()
+    _hold_dtype(fast, dtype)
+    _fold_batch_norms(fast)
+    _cast_inputs(fast, dtype)
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _fused_convolution_works(dtype):
-        _fuse_convolutions(weight_graph.graph)
-    _cast_logits(weight_graph)
-    for node in reversed(list(weight_graph.graph.nodes)):
+        _fuse_convolutions(fast)
+    _cast_logits(fast)
+    for node in reversed(list(fast.graph.nodes)):
         if node.op == "call_function" and not node.users:
-            weight_graph.graph.erase_node(node)
-    return weight_graph
+            fast.graph.erase_node(node)
+    return fast
 
 
 # --- what a node can call -------------------------------------------------------------------------------------------
 
 
 def in_layout(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast floating values; four-dimensional ones are also laid out channels-last."""
-    if not tensor.is_floating_point():
-        return tensor
+    """Cast; four-dimensional values are also laid out channels-last."""
     if tensor.ndim == 4:
         return tensor.to(dtype, memory_format=torch.channels_last)
     return tensor.to(dtype)
@@ -149,19 +166,19 @@ def in_layout(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def norm_scale(gamma: Tensor | None, variance: Tensor, eps: float) -> Tensor:
     """Return what batch normalisation multiplies each channel by."""
-    scale = (variance.float() + eps).rsqrt()
-    return scale if gamma is None else scale * gamma.float()
+    scale = (variance + eps).rsqrt()
+    return scale if gamma is None else scale * gamma
 
 
-def folded_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def folded_weight(weight: Tensor, scale: Tensor) -> Tensor:
     """Return the weight of a convolution with the normalisation after it folded in."""
-    return in_layout(weight.float() * scale.view(-1, *[1] * (weight.ndim - 1)), dtype)
+    return weight * scale.view(-1, *[1] * (weight.ndim - 1))
 
 
-def folded_bias(bias: Tensor | None, mean: Tensor, beta: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def folded_bias(bias: Tensor | None, mean: Tensor, beta: Tensor | None, scale: Tensor) -> Tensor:
     """Return the bias of a convolution with the normalisation after it folded in."""
-    shifted = -mean.float() * scale if bias is None else (bias.float() - mean.float()) * scale
-    return (shifted if beta is None else shifted + beta.float()).to(dtype)
+    shifted = -mean * scale if bias is None else (bias - mean) * scale
+    return shifted if beta is None else shifted + beta
 
 
 def packed_weight(
@@ -229,36 +246,19 @@ def fused_residual_(
 # --- rewriting ------------------------------------------------------------------------------------------------------
 
 
-def _hold_dtype(graph: fx.Graph, dtype: torch.dtype) -> None:
-    """Let every value that the float32 network holds in float32 be held in ``dtype``, and drop layout promises."""
-    for node in graph.nodes:
-        if node.kwargs.get("dtype") is torch.float32:
-            node.kwargs = {**node.kwargs, "dtype": dtype}
-        if node.target is aten.view.default:
+def _hold_dtype(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
+    """Let every dynamic value that the network holds in float32 be held in ``dtype``, and drop layout promises."""
+    for node in weight_graph.dynamic_nodes():
+        node.args = map_aggregate(node.args, lambda a: dtype if a is torch.float32 else a)
+        node.kwargs = map_aggregate(node.kwargs, lambda a: dtype if a is torch.float32 else a)
+        if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # a channels-last value has no view in the other order
-        if node.target is aten.clone.default and "memory_format" in node.kwargs:
+        if node.target is aten.clone.default:
             node.kwargs = {}
 
 
-def _cast_images(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
-    graph, images = weight_graph.graph, weight_graph.images
-    last_placeholder = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    with graph.inserting_after(last_placeholder):
-        cast = graph.call_function(in_layout, (images, dtype))
-    cast.meta = dict(images.meta)
-    images.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
-
-
-def _cast_logits(weight_graph: WeightGraph) -> None:
-    graph = weight_graph.graph
-    output = graph.output_node()
-    with graph.inserting_before(output):
-        logits = graph.call_function(aten._to_copy.default, (weight_graph.logits,), {"dtype": torch.float32})
-    output.args = ((logits,),)
-    weight_graph.logits = logits
-
-
-def _fold_batch_norms(graph: fx.Graph, dtype: torch.dtype) -> None:
+def _fold_batch_norms(weight_graph: WeightGraph) -> None:
+    graph, dynamic = weight_graph.graph, weight_graph.dynamic_nodes()
     for norm in [node for node in graph.nodes if node.target is _BATCH_NORM]:
         x, gamma, beta, mean, variance, _, eps = norm.args
         outputs = list(norm.users)  # (normalised, saved mean, saved variance)
@@ -266,32 +266,46 @@ def _fold_batch_norms(graph: fx.Graph, dtype: torch.dtype) -> None:
             continue
         if x.target not in _CONVOLUTIONS or len(x.users) != 1:
             continue
-        arguments = [*x.args, None][: max(3, len(x.args))]
-        with graph.inserting_before(x):
-            scale = graph.call_function(norm_scale, (gamma, variance, eps))
-            arguments[1] = graph.call_function(folded_weight, (x.args[1], scale, dtype))
-            arguments[2] = graph.call_function(folded_bias, (arguments[2], mean, beta, scale, dtype))
-        x.args = tuple(arguments)
-        for user in outputs:
-            user.replace_all_uses_with(x)
-            graph.erase_node(user)
-        graph.erase_node(norm)
-
-
-def _cast_weights(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
-    """Cast what reaches dynamic nodes as it is; the folding nodes take the float32 values themselves."""
-    graph = weight_graph.graph
-    folding = (norm_scale, folded_weight, folded_bias)
-    last_placeholder = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    for node, value in weight_graph.values.items():
-        users = [user for user in node.users if user.target not in folding]
-        if not users or not value.is_floating_point():
+        image, weight, bias, *where = [*x.args, None] if len(x.args) == 2 else x.args
+        if any(value in dynamic for value in (weight, bias, gamma, beta, mean, variance)):
             continue
-        with graph.inserting_after(last_placeholder):
+        # computed where the normalisation stood, so that its parameters are there by then
+        with graph.inserting_before(norm):
+            scale = graph.call_function(norm_scale, (gamma, variance, eps))
+            new_weight = graph.call_function(folded_weight, (weight, scale))
+            new_bias = graph.call_function(folded_bias, (bias, mean, beta, scale))
+            conv = graph.call_function(x.target, (image, new_weight, new_bias, *where))
+        new_weight.meta, new_bias.meta, conv.meta = dict(weight.meta), dict(mean.meta), dict(x.meta)
+        for user in outputs:
+            user.replace_all_uses_with(conv)
+        for node in (*outputs, norm, x):
+            graph.erase_node(node)
+
+
+def _cast_inputs(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
+    """Cast the images, and every static value where a dynamic node reads it."""
+    graph, dynamic = weight_graph.graph, weight_graph.dynamic_nodes()
+    for node in list(graph.nodes):
+        readers = [user for user in node.users if user in dynamic]
+        if (node in dynamic and node is not weight_graph.images) or not readers:
+            continue
+        if not isinstance(node.meta.get("val"), Tensor) or node.meta["val"].dtype is not torch.float32:
+            continue
+        with graph.inserting_after(node):
             cast = graph.call_function(in_layout, (node, dtype))
         cast.meta = dict(node.meta)
-        for user in users:
-            user.replace_input_with(node, cast)
+        for reader in readers:
+            reader.replace_input_with(node, cast)
+
+
+def _cast_logits(weight_graph: WeightGraph) -> None:
+    graph = weight_graph.graph
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        logits = graph.call_function(aten._to_copy.default, (weight_graph.logits,), {"dtype": torch.float32})
+    logits.meta = dict(weight_graph.logits.meta)
+    output.args = ((logits,),)
+    weight_graph.logits = logits
 
 
 _ACTIVATIONS = {
@@ -303,15 +317,16 @@ _ACTIVATIONS = {
 }
 
 
-def _fuse_convolutions(graph: fx.Graph) -> None:
+def _fuse_convolutions(weight_graph: WeightGraph) -> None:
+    graph, dynamic = weight_graph.graph, weight_graph.dynamic_nodes()
     for conv in [node for node in graph.nodes if node.target is aten.conv2d.default]:
-        if isinstance(conv.args[4] if len(conv.args) > 4 else None, str):
-            continue  # padding given as a word
+        if conv.args[1] in dynamic or _value(conv).dtype is not torch.float32:
+            continue  # the weight is made from the image, or the network itself computes in another format
         chain, shortcut, activation, limits = _epilogue(conv)
         x, weight, bias, stride, padding, dilation, groups = _conv_arguments(conv)
         # computed where the last node of the chain stood, so that the shortcut is there by then
         with graph.inserting_before(chain[-1]):
-            shape = list(_shape(x))
+            shape = list(_value(x).shape)
             packed = graph.call_function(packed_weight, (weight, padding, stride, dilation, groups, shape))
             arguments = (x, packed, bias, stride, padding, dilation, groups)
             if shortcut is None:
@@ -330,7 +345,7 @@ def _epilogue(conv: fx.Node) -> tuple[list[fx.Node], fx.Node | None, str | None,
     follower = _only_user(conv)
     if follower is not None and follower.target is aten.add.Tensor and not follower.kwargs:
         other = follower.args[1] if follower.args[0] is conv else follower.args[0]
-        if isinstance(other, fx.Node) and other is not conv and _shape(other) == _shape(conv):
+        if isinstance(other, fx.Node) and other is not conv and alike(other, conv):
             shortcut = other
             chain.append(follower)
             follower = _only_user(follower)
@@ -382,6 +397,18 @@ def _fused_convolution_works(dtype: torch.dtype) -> bool:
 
 
 @contextlib.contextmanager
+def _attributes_kept(network: nn.Module) -> Iterator[None]:
+    """Undo what tracing leaves in a network whose forward assigns to its attributes: tensors without values."""
+    before = [(module, dict(module.__dict__)) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's warnings and logs from the user: a failed export is answered by a slower road, said once."""
     disabled = logging.root.manager.disable
@@ -418,27 +445,26 @@ KEEPS_INPUT = {
     aten.gelu.default,
 }
 
-# --- FLOPs ----------------------------------------------------------------------------------------------------------
+
+def alike(node: fx.Node, other: fx.Node) -> bool:
+    """Return whether two nodes have the same shape and dtype in the exported network."""
+    a, b = _value(node), _value(other)
+    return a.shape == b.shape and a.dtype == b.dtype
 
 
 def count_flops(node: fx.Node) -> int:
     """Return the floating-point operations of one node of an exported graph, two per multiply-add.
 
-    Convolutions, linear layers, matrix products and attention are counted; what is linear in the size of its input
-    is not, as is the custom of the field.
+    Convolutions, matrix products and attention are counted; what is linear in the size of its input is not, as is the
+    custom of the field.
     """
-    if node.target in _CONVOLUTIONS or node.target is aten.linear.default:
-        return 2 * _shape(node).numel() * _shape(node.args[1])[1:].numel()
-    if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
-        return 2 * _shape(node).numel() * _shape(node.args[0])[-1]
-    if node.target is aten.addmm.default:
-        return 2 * _shape(node).numel() * _shape(node.args[1])[-1]
-    if node.target is aten.scaled_dot_product_attention.default:
-        query, key, value = (_shape(argument) for argument in node.args[:3])
-        return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
-    return 0
+    with FlopCounterMode(display=False) as counter:
+        node.target(*map_arg(node.args, _value), **map_arg(node.kwargs, _value))  # type: ignore[operator]
+    total: int = counter.get_total_flops()
+    return total
 
 
-def _shape(node: Any) -> torch.Size:
-    shape: torch.Size = node.meta["val"].shape
-    return shape
+def _value(node: fx.Node) -> Tensor:
+    """Return what stands for a node's value in the exported network: a tensor without memory."""
+    value: Tensor = node.meta["val"]
+    return value

@@ -157,7 +157,8 @@ def _open_hf(rest: str, options: dict[str, Any]) -> Model:
             where, trust_remote_code=False, return_unused_kwargs=True, **options
         )
         if unknown:
-            raise ModelError(f"hf:{rest} has no option {min(unknown)!r}. {near(min(unknown), config.to_dict())}")
+            known = [*config.to_dict(), "num_labels"]
+            raise ModelError(f"hf:{rest} has no option {min(unknown)!r}. {near(min(unknown), known)}")
         build = partial(AutoModelForImageClassification.from_config, config, dtype=torch.float32)
         if pretrained:
             network, report = AutoModelForImageClassification.from_pretrained(

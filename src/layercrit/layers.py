@@ -1,14 +1,17 @@
 """Which layers a network has: what is reset as one unit, its name, type, order and group."""
 
 import fnmatch
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from statistics import mean
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -112,12 +115,15 @@ def find_layers(network: nn.Module, images: Tensor) -> list[Layer]:
         two modules belong to both modules' layers.
     """
     parameters = dict(network.named_parameters(remove_duplicate=False))
-    with torch.no_grad(), _FirstUse(parameters) as watch:
-        network(images)
+    # a buffer that the forward itself updates is updated in a copy
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    watch = _FirstUse(parameters)
+    with torch.no_grad(), watch:
+        functional_call(network, buffers, (images,))
     linear_maps = {name for name, p in parameters.items() if id(p) in watch.linear_maps}
     layers = [layer for name, module in network.named_modules() for layer in _layers_of(name, module, linear_maps)]
 
-    def first_use(layer: Layer) -> int:
+    def first_use(layer: Layer) -> float:
         return min(watch.first_use.get(id(parameters[name]), float("inf")) for name in layer.parameters)
 
     layers.sort(key=first_use)  # stable: layers that are never used stay in the order of registration
@@ -137,34 +143,35 @@ def select_layers(
         layers: all layers of the network, from `find_layers`.
         types: which types; see `LAYER_TYPES`, or ``all``.
         patterns: shell-style patterns on layer names, comma-separated or as a list: ``layer1.*,fc``.
-        group: ``layer``: each on its own. ``block``: the smallest numbered modules that hold two or more of the
-            selected layers (``layer1.0``, ``blocks.3``), each reset as a whole. ``stage``: the next numbered module
-            around the block (``layer1``), or the network's outermost child where there is none (``blocks``).
+        group: ``layer``: each on its own. ``block``: the selected layers of a block are reset together, a block being
+            the smallest numbered module that holds two or more convolutions or linear layers, as do most modules
+            numbered beside it (``layer1.0``, ``blocks.3``). ``stage``: likewise the next numbered module around the
+            block (``layer1``), or the network's outermost child where there is none (``blocks``).
 
     Raises:
         LayerError: an unknown type or group, a pattern without a match, or nothing selected.
     """
     wanted = _check_types(types)
     typed = [layer for layer in layers if layer.type in wanted]
-    asked = patterns.split(",") if isinstance(patterns, str) else list(patterns)
-    chosen: set[str] = set()
-    for pattern in (text.strip() for text in asked):
-        matches = fnmatch.filter([layer.name for layer in typed], pattern)
-        if not matches:
-            raise LayerError(_no_match(pattern, layers, typed, wanted))
-        chosen.update(matches)
-    selected = [layer for layer in typed if layer.name in chosen]
-    if not selected:
+    if not typed:
         raise LayerError(
             f"No layer is selected: the network has no layer of type {', '.join(sorted(wanted))}. "
             f"Its types are: {', '.join(sorted({layer.type for layer in layers})) or 'none, it has no parameters'}."
         )
+    asked = patterns.split(",") if isinstance(patterns, str) else list(patterns)
+    if not asked:
+        raise LayerError("No layer is selected: the list of patterns is empty. Give '*' for all layers.")
+    chosen: set[str] = set()
+    for pattern in (text.strip() for text in asked):
+        matches = [layer.name for layer in typed if fnmatch.fnmatchcase(layer.name, pattern)]
+        if not matches:
+            raise LayerError(_no_match(pattern, layers, typed, wanted))
+        chosen.update(matches)
+    selected = [layer for layer in typed if layer.name in chosen]
     if group not in GROUPS:
         raise LayerError(f"Unknown group {group!r}. {near(group, GROUPS)}")
     if group != "layer":
-        names = [layer.name for layer in selected]
-        group_of = {name: _block_of(name, names) if group == "block" else _stage_of(name, names) for name in names}
-        selected = _merge(selected, group_of)
+        selected = _merge(selected, _stage_of if group == "stage" else _block_of, _blocks(layers))
     return [replace(layer, depth=depth) for depth, layer in enumerate(selected)]
 
 
@@ -178,28 +185,30 @@ def _layers_of(name: str, module: nn.Module, linear_maps: set[str]) -> list[Laye
     }
     if not own or name.endswith("parametrizations") or ".parametrizations." in f".{name}.":
         return []
-    kind = _type_of(module)
+    kind = _type_of(module, is_linear_map=not linear_maps.isdisjoint(own))
     if kind != "other":
         return [_layer(name or type(module).__name__, kind, own)]
     units: dict[str, dict[str, nn.Parameter]] = {}
     for parameter in own:
-        # attention keeps `in_proj_weight` and `in_proj_bias` side by side: one layer, `in_proj`
-        stem = parameter.removesuffix("_weight").removesuffix("_bias")
-        units.setdefault(stem if f"{stem}_weight" in own else parameter, {})[parameter] = own[parameter]
+        # a weight and its bias are one layer: attention's `in_proj_weight` and `in_proj_bias` are `in_proj`
+        stem = re.sub(r"(^|[._])(weight|bias)$", "", parameter)
+        weight = {f"{stem}_weight", f"{stem}.weight".removeprefix(".")}
+        unit = parameter if weight.isdisjoint(own) else stem or type(module).__name__
+        units.setdefault(unit, {})[parameter] = own[parameter]
     return [
-        _layer(unit, "linear" if linear_maps.intersection(members) else "other", members)
+        _layer(unit, "other" if linear_maps.isdisjoint(members) else "linear", members)
         for unit, members in units.items()
     ]
 
 
-def _type_of(module: nn.Module) -> str:
+def _type_of(module: nn.Module, is_linear_map: bool) -> str:
     if isinstance(module, nn.modules.conv._ConvNd):
         return "conv"
     if isinstance(module, (nn.Linear, nn.Bilinear)):
         return "linear"
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
-    if isinstance(module, _NORMS) or type(module).__name__.lower().endswith("norm"):
+    if isinstance(module, _NORMS) or ("norm" in type(module).__name__.lower() and not is_linear_map):
         return "norm"
     return "other"
 
@@ -210,13 +219,11 @@ def _layer(name: str, kind: str, members: dict[str, nn.Parameter]) -> Layer:
 
 
 def _check_types(types: Iterable[str]) -> set[str]:
-    names = types.split(",") if isinstance(types, str) else list(types)
-    if names == ["all"]:
-        return set(LAYER_TYPES)
+    names = [name.strip() for name in (types.split(",") if isinstance(types, str) else types)]
     for name in names:
-        if name not in LAYER_TYPES:
+        if name not in LAYER_TYPES and name != "all":
             raise LayerError(f"Unknown layer type {name!r}. {near(name, [*LAYER_TYPES, 'all'])}")
-    return set(names)
+    return set(LAYER_TYPES) if "all" in names else set(names)
 
 
 def _no_match(pattern: str, layers: Sequence[Layer], typed: Sequence[Layer], wanted: set[str]) -> str:
@@ -236,22 +243,31 @@ def _numbered_ancestors(name: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1) if parts[n - 1][-1].isdigit()]
 
 
-def _block_of(name: str, names: Sequence[str]) -> str:
-    for ancestor in _numbered_ancestors(name):
-        below = [other for other in names if other.startswith(f"{ancestor}.")]
-        if len(below) >= 2:
-            # a module that holds such modules itself is a stage: what it holds beside them stands alone
-            inner = Counter(a for other in below for a in _numbered_ancestors(other) if a.startswith(f"{ancestor}."))
-            return name if max(inner.values(), default=0) >= 2 else ancestor
-    return name
+def _blocks(layers: Sequence[Layer]) -> set[str]:
+    """Return the names of the modules that are blocks."""
+    held = Counter[str]()  # numbered module -> how many convolutions and linear layers it holds, or is
+    for layer in layers:
+        if layer.type in ("conv", "linear"):
+            held.update(_numbered_ancestors(f"{layer.name}."))
+    siblings: dict[str, list[bool]] = {}
+    for name, n in held.items():
+        siblings.setdefault(name.rstrip("0123456789"), []).append(n >= 2)
+    # most siblings: the one numbered squeeze-and-excitation module of a block is no block of its own
+    large = {name for name in held if held[name] >= 2 and mean(siblings[name.rstrip("0123456789")]) > 0.5}
+    return {name for name in large if not any(other.startswith(f"{name}.") for other in large)}
 
 
-def _stage_of(name: str, names: Sequence[str]) -> str:
-    block = _block_of(name, names)
+def _block_of(name: str, blocks: set[str]) -> str:
+    return next((ancestor for ancestor in _numbered_ancestors(name) if ancestor in blocks), name)
+
+
+def _stage_of(name: str, blocks: set[str]) -> str:
+    block = _block_of(name, blocks)
     return next(iter(_numbered_ancestors(block)), block.split(".")[0])
 
 
-def _merge(layers: Sequence[Layer], group_of: dict[str, str]) -> list[Layer]:
+def _merge(layers: Sequence[Layer], group_name: Callable[[str, set[str]], str], blocks: set[str]) -> list[Layer]:
+    group_of = {layer.name: group_name(layer.name, blocks) for layer in layers}
     first = {group_of[layer.name]: layer.depth for layer in reversed(layers)}
     ordered = sorted(layers, key=lambda layer: (first[group_of[layer.name]], layer.depth))
     merged = []

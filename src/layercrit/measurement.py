@@ -14,26 +14,51 @@ import pandas as pd
 
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError
+from layercrit.networks import first_line
 from layercrit.statistics import Estimate, estimate, estimate_mean_over_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MATCHED", "Measurement"]
+__all__ = ["CELL_COLUMNS", "MATCHED", "PER_IMAGE", "Measurement"]
 
 MATCHED = "cosine_matched"  # the cosine distance of temperature-matched predictions
-_PER_IMAGE = "_per_image"
+PER_IMAGE = "_per_image"  # ends the columns of cells.parquet that hold a list of one distance per image
+
+CELL_COLUMNS = {
+    "model": "the model reference",
+    "layer": "the layer's name",
+    "type": "its type, or those of a group joined by '+'",
+    "depth": "its position among the layers that are reset, in the order in which the network first uses them, from 0",
+    "n_parameters": "how many numbers a reset replaces",
+    "flops_after": "share of a forward pass's FLOPs that runs anew after the reset, in [0, 1]; NaN where not known",
+    "reset": "what replaced the parameters",
+    "trial": "which draw, from 0",
+    "seed": "of the trial's donor; the layer's other random numbers are drawn under a hash of it and the layer's name",
+    "status": "ok; unchanged: the new values are the trained ones; not_finite: predictions became NaN or infinite",
+    "delta_norm": "Euclidean norm of the new minus the trained values",
+    "n_images": "how many images the means below are over",
+    MATCHED: "the distance cosine between predictions at the model's matched temperature",
+    "loss": "mean cross-entropy after the reset, in nats",
+    "top1_accuracy": "share of images whose label is the most probable class after the reset",
+    "top5_accuracy": "share of images whose label is among the five most probable classes after the reset",
+    "recovered_accuracy": "top1_accuracy divided by that of the trained network",
+}
+"""Columns of the table of cells. Beside them there is one for the mean of each distance; ``cosine`` is criticality."""
+
 _FORMAT = 1  # of the files; raised when their layout changes
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Measurement:
     """How far one model's predictions move when each of its layers is reset.
 
     Attributes:
-        cells: one row per (layer, trial), layers in depth order: what was reset, under which seed, ``status``, and the
-            mean over images of every distance. ``cosine`` is the criticality of that cell.
-        per_image: distance name -> values ``(n_layers, n_trials, n_images)``, float32; NaN in cells that are not ok.
+        cells: one row per (layer, trial), layers in depth order, with the columns `CELL_COLUMNS` and the mean over
+            images of every distance, of which ``cosine`` is the criticality of that cell. Means of cells that are not
+            ok are NaN. Columns about labels are there if the images had some.
+        per_image: distance name -> values ``(n_layers, n_trials, n_images)``, float32, images in the order of the probe
+            set; NaN in cells that are not ok.
         record: everything else worth keeping, as plain data: the resolved protocol, model, probe set, versions,
             device, the road taken, the chance level and the temperature.
     """
@@ -48,19 +73,15 @@ class Measurement:
         ``criticality`` is 1 minus the mean cosine similarity of softmax outputs, in [0, 1], and ``low`` and ``high``
         are the limits of its interval, which holds for new trials and new images (NaN where that cannot be known).
         ``criticality_matched`` is the same at the model's matched temperature. ``status`` is ``ok``, or says which
-        share of the trials was left out and why.
+        share of the trials was left out and why; all other columns are then over the remaining ``n_trials``.
         """
         rows = []
-        n_trials = self.cells["trial"].nunique()
         for index, (name, cells) in enumerate(self.cells.groupby("layer", sort=False)):
             ok = (cells["status"] == "ok").to_numpy()
+            critical, matched = (self._estimate(distance, index, ok) for distance in ("cosine", MATCHED))
             row: dict[str, Any] = {
                 "layer": name,
                 **{column: cells[column].iloc[0] for column in ("type", "depth", "n_parameters", "flops_after")},
-            }
-            matched = self._estimate(MATCHED, index, ok)
-            critical = self._estimate("cosine", index, ok)
-            row |= {
                 "criticality": critical.mean,
                 "low": critical.low,
                 "high": critical.high,
@@ -74,39 +95,45 @@ class Measurement:
             if "top1" in row:
                 row["top1_agreement"] = 1 - row.pop("top1")
             row["n_trials"] = int(ok.sum())
-            row["status"] = _status(cells["status"].to_list(), n_trials)
+            row["status"] = _status(cells["status"].to_list())
             rows.append(row)
         return pd.DataFrame(rows)
 
     def summary(self) -> dict[str, Any]:
         """Return the model's mean criticality with its interval, and what is needed to read it, as plain data.
 
-        ``criticality`` and ``criticality_matched`` are means over the layers whose cells are all ok. ``chance`` is the
-        mean cosine between predictions of different images: an unrelated prediction has criticality ``1 - chance``.
+        ``criticality`` and ``criticality_matched`` are means over the layers whose cells are all ok, the others are
+        ``left_out``; None where no layer is left or no temperature matched. ``chance`` is the mean cosine between
+        predictions of different images: an unrelated prediction has criticality ``1 - chance``.
         """
-        whole = self._whole_layers()
-        result: dict[str, Any] = {"model": self.record["model"]["reference"]}
-        for key, distance in (("criticality", "cosine"), ("criticality_matched", MATCHED)):
-            values = self.per_image[distance][whole]
-            mean = estimate_mean_over_layers(values, **self._how()) if len(values) else None
-            result[key] = (
-                None if mean is None else {"mean": mean.mean, "low": _plain(mean.low), "high": _plain(mean.high)}
-            )
-        counts = self.cells["status"].value_counts()
+        statuses = self.cells.groupby("layer", sort=False)["status"].agg(list)
+        whole = [all(status == "ok" for status in of_layer) for of_layer in statuses]
+        mean, matched = (self._estimate_mean(distance, whole) for distance in ("cosine", MATCHED))
         return {
-            **result,
+            "model": self.record["model"]["reference"],
+            "criticality": _limits(mean),
+            "criticality_matched": _limits(matched),
             "level": self.record["protocol"]["level"],
-            "covers": mean.covers if mean is not None else "nothing",
-            **{key: self.record["predictions"].get(key) for key in ("chance", "temperature", "top1_accuracy")},
-            "n_layers": int(self.cells["layer"].nunique()),
-            "n_layers_in_mean": len(whole),
+            "covers": "nothing" if mean is None else mean.covers,
+            **{key: self.record["predictions"][key] for key in ("chance", "temperature", "top1_accuracy")},
+            "n_layers": len(whole),
+            "n_layers_in_mean": sum(whole),
+            "left_out": [name for name, counts in zip(statuses.index, whole, strict=True) if not counts],
             "n_trials": int(self.cells["trial"].nunique()),
             "n_images": self.record["probe_set"]["n_images"],
-            "cells": {status: int(n) for status, n in counts.items()},
+            "cells": {str(status): int(n) for status, n in self.cells["status"].value_counts().items()},
             "road": self.record["road"],
             "dtype": self.record["dtype"],
             "notes": list(self.record["notes"]),
         }
+
+    def __repr__(self) -> str:
+        summary = self.summary()
+        mean = "not known" if summary["criticality"] is None else f"{summary['criticality']['mean']:.3f}"
+        return (
+            f"<Measurement of {summary['model']}: mean criticality {mean}, {summary['n_layers']} layers, "
+            f"{summary['n_trials']} trials, {summary['n_images']} images>"
+        )
 
     def plot(self) -> "Figure":
         """Return the bar picture of criticality in depth order."""
@@ -133,7 +160,7 @@ class Measurement:
         folder = Path(folder).expanduser()
         cells = self.cells.copy()
         for name, values in self.per_image.items():
-            cells[name + _PER_IMAGE] = pd.Series(list(values.reshape(len(cells), -1)))
+            cells[name + PER_IMAGE] = pd.Series(list(values.reshape(len(cells), -1)))
         record = {"format": _FORMAT, **self.record, "summary": self.summary()}
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -168,51 +195,70 @@ class Measurement:
             )
         try:
             record = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
-            cells = pd.read_parquet(folder / "cells.parquet")
-            shape = (cells["layer"].nunique(), cells["trial"].nunique(), -1)
-            columns = [column for column in cells.columns if column.endswith(_PER_IMAGE)]
-            per_image = {
-                column.removesuffix(_PER_IMAGE): np.stack(cells[column].to_list()).astype(np.float32).reshape(shape)
-                for column in columns
-            }
             if record["format"] != _FORMAT:
                 raise LayercritError(
                     f"The measurement in {folder} has format {record['format']}; this version reads {_FORMAT}. "
-                    "Read it with the version that wrote it (see measurement.json, versions)."
+                    "Read it with the version of layercrit that wrote it (see versions in measurement.json)."
                 )
-        except (OSError, ValueError, KeyError) as error:
-            raise LayercritError(f"The measurement in {folder} cannot be read: {error}. Measure again.") from error
+            cells = pd.read_parquet(folder / "cells.parquet")
+            _check_together(record, cells)
+            shape = (len(record["layers"]), cells["trial"].nunique(), record["probe_set"]["n_images"])
+            columns = [column for column in cells.columns if column.endswith(PER_IMAGE)]
+            per_image = {
+                column.removesuffix(PER_IMAGE): np.stack(cells[column].to_list()).astype(np.float32).reshape(shape)
+                for column in columns
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LayercritError(
+                f"The measurement in {folder} is damaged ({first_line(error)}). Restore the folder or measure again."
+            ) from error
         kept = {key: value for key, value in record.items() if key not in ("format", "summary")}
         return cls(cells.drop(columns=columns), per_image, kept)
 
     def _estimate(self, distance: str, layer: int, ok: npt.NDArray[np.bool_]) -> Estimate:
-        values = self.per_image[distance][layer, ok]
-        if not len(values):
-            nan = math.nan
-            level = self.record["protocol"]["level"]
-            return Estimate(nan, nan, nan, level, nan, nan, nan, 0, values.shape[1], "nothing")
-        return estimate(values, **self._how())
+        values = self.per_image[distance][layer, ok]  # (n_trials, n_images)
+        if values.size and np.isfinite(values).all():
+            return estimate(values, **self._how())
+        nan, level = math.nan, self.record["protocol"]["level"]
+        n_trials, n_images = values.shape
+        return Estimate(nan, nan, nan, level, nan, nan, nan, n_trials, n_images, "nothing")
+
+    def _estimate_mean(self, distance: str, layers: list[bool]) -> Estimate | None:
+        values = self.per_image[distance][layers]  # (n_layers, n_trials, n_images)
+        known = values.size > 0 and np.isfinite(values).all()
+        return estimate_mean_over_layers(values, **self._how()) if known else None
 
     def _how(self) -> dict[str, Any]:
         return {"level": self.record["protocol"]["level"], "random_trials": self.record["random_trials"]}
 
-    def _whole_layers(self) -> list[int]:
-        groups = self.cells.groupby("layer", sort=False)["status"]
-        return [index for index, (_, statuses) in enumerate(groups) if (statuses == "ok").all()]
-
     def _mean_columns(self) -> list[str]:
-        wanted = [*(name for name in DISTANCES if name != "cosine"), "loss", "top1_accuracy", "top5_accuracy"]
-        wanted += [name for name in self.per_image if name not in (*wanted, "cosine", MATCHED)]
-        return [name for name in [*wanted, "recovered_accuracy"] if name in self.cells.columns]
+        distances = [*DISTANCES, *(name for name in self.per_image if name not in DISTANCES)]
+        wanted = [name for name in distances if name not in ("cosine", MATCHED)]
+        wanted += ["loss", "top1_accuracy", "top5_accuracy", "recovered_accuracy"]
+        return [name for name in wanted if name in self.cells.columns]
 
 
-def _status(statuses: list[str], n_trials: int) -> str:
+def _check_together(record: Mapping[str, Any], cells: pd.DataFrame) -> None:
+    """Make sure that two files are of one measurement; if `save` was interrupted, one may be a trial ahead."""
+    seeds, recorded = set(cells["seed"]), set(record["trial_seeds"])
+    together = (
+        list(cells["layer"].unique()) == list(record["layers"])
+        and set(cells["model"]) == {record["model"]["reference"]}
+        and (seeds <= recorded or seeds >= recorded)
+    )
+    if not together:
+        raise ValueError("cells.parquet and measurement.json are of different measurements")
+
+
+def _status(statuses: list[str]) -> str:
+    """Say how many of a layer's trials do not count and why, such as ``not_finite 1/3``."""
     bad = [status for status in statuses if status != "ok"]
-    if not bad:
-        return "ok"
-    return ", ".join(f"{status} {bad.count(status)}/{n_trials}" for status in dict.fromkeys(bad))
+    return ", ".join(f"{status} {bad.count(status)}/{len(statuses)}" for status in dict.fromkeys(bad)) or "ok"
 
 
-def _plain(number: float) -> float | None:
-    """Return a number that JSON can hold."""
-    return number if math.isfinite(number) else None
+def _limits(mean: Estimate | None) -> dict[str, float | None] | None:
+    """Return an estimate as JSON can hold it."""
+    if mean is None:
+        return None
+    low, high = (limit if math.isfinite(limit) else None for limit in (mean.low, mean.high))
+    return {"mean": mean.mean, "low": low, "high": high}

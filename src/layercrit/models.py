@@ -90,7 +90,7 @@ def open_model(
         model = _from_reference(reference)
     else:
         raise ModelError(
-            f"A model is given as {type(reference).__name__}, expected a reference such as 'timm:resnet50' or a network."
+            f"A model was given as {type(reference).__name__}, expected a reference like 'timm:resnet50' or a network."
         )
     model = _with_input(model, mean, std, input_size)
     channels = model.preprocessing.channels

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from layercrit._untouched import rng_untouched
 from layercrit.checkpoints import hash_tensors
 from layercrit.errors import LayercritError, ModelError, near
 from layercrit.images import Preprocessing
@@ -176,17 +177,12 @@ def drawing(seed: object) -> Iterator[None]:
     """
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ModelError(f"seed is {seed!r}, expected a whole number from 0 to 2**64 - 1.")
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would also seed the accelerators, whose state is not restored here.
+    with rng_untouched():
+        # torch.manual_seed would seed the accelerators as well; fresh weights are drawn on the CPU.
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)  # noqa: NPY002
+        yield
 
 
 @contextmanager

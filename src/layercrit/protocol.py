@@ -1,6 +1,8 @@
 """What is measured and how: the settings of a measurement, with the defaults of the library and the command line."""
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from layercrit.errors import ProtocolError, near
@@ -28,6 +30,9 @@ class Protocol:
             error in criticality of at most 0.02 per layer and 0.002 in the mean; otherwise float32.
         device: ``auto`` (a GPU if there is one), or any name that torch knows.
         level: confidence level of intervals.
+
+    Raises:
+        ProtocolError: a number is out of range, or no number; or the dtype is unknown.
     """
 
     trials: int = 3
@@ -43,20 +48,27 @@ class Protocol:
     level: float = 0.95
 
     def __post_init__(self) -> None:
-        for name in ("trials", "n_images"):
+        for name, expected, smallest in (
+            ("trials", "a whole number of at least 1", 1),
+            ("n_images", "a whole number of at least 1", 1),
+            ("batch_size", "'auto' or a whole number of at least 1", 1),
+            ("seed", "a whole number", -math.inf),
+        ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ProtocolError(f"{name} must be a whole number of at least 1; got {value!r}.")
-        if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
-            raise ProtocolError(f"batch_size must be 'auto' or a whole number of at least 1; got {self.batch_size!r}.")
+            if name == "batch_size" and value == "auto":
+                continue
+            if not isinstance(value, Integral) or int(value) < smallest:
+                raise ProtocolError(f"{name} must be {expected}; got {value!r}.")
+            object.__setattr__(self, name, int(value))  # JSON knows no integers of NumPy
         if self.dtype not in DTYPES:
-            raise ProtocolError(f"Unknown dtype {self.dtype!r}. {near(self.dtype, DTYPES)}")
-        if not 0 < self.level < 1:
+            raise ProtocolError(f"Unknown dtype {str(self.dtype)!r}. {near(str(self.dtype), DTYPES)}")
+        if not isinstance(self.level, Real) or not 0 < self.level < 1:
             raise ProtocolError(f"level must lie between 0 and 1, such as 0.95; got {self.level!r}.")
+        object.__setattr__(self, "level", float(self.level))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain data."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return asdict(self)
 
 
 DEFAULTS = Protocol()

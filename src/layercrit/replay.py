@@ -7,7 +7,8 @@ module itself, where every module call that ended before the reset layer was fir
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -16,20 +17,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.node import map_arg
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from layercrit.graph import (
-    IN_PLACE,
-    KEEPS_INPUT,
-    WeightGraph,
-    count_flops,
-    export_graph,
-    speed_up,
-)
+from layercrit._machine import is_out_of_memory
+from layercrit.errors import ProtocolError
+from layercrit.graph import IN_PLACE, KEEPS_INPUT, WeightGraph, alike, export_graph, speed_up
 from layercrit.layers import Layer
-from layercrit.models import logits_of
+from layercrit.networks import first_line, logits_of
 
 __all__ = ["MODES", "GraphReplay", "Mode", "PlainReplay", "RecordedReplay", "Replay", "open_replay"]
 
@@ -37,6 +33,9 @@ Mode = Literal["reference", "float32", "bfloat16"]
 MODES = ("reference", "float32", "bfloat16")
 
 Values = Mapping[str, Tensor]
+
+# Total variation between softmax outputs, mean over images, beyond which a fast mode is not just rounded but broken.
+_BROKEN = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 class Replay(ABC):
@@ -46,7 +45,8 @@ class Replay(ABC):
         layers: the layers that can be reset, in depth order.
         mode: ``reference`` (float32, the network's own operators, bit for bit the plain way), ``float32`` (folded and
             fused) or ``bfloat16`` (likewise, stored and multiplied in bfloat16).
-        note: one line that says why a slower road than asked was taken; empty if none was.
+        road: ``graph``, ``recorded`` or ``plain``.
+        note: one line that says why a slower road or mode than asked was taken; empty if none was.
         flops_per_image: of one forward pass, two per multiply-add; 0 where it is not known.
     """
 
@@ -60,7 +60,10 @@ class Replay(ABC):
 
     @abstractmethod
     def prepare(self, layer: Layer, values: Values) -> Any:
-        """Turn a layer's drawn parameter values (name -> tensor) into what `sweep` takes; done once a trial."""
+        """Turn a layer's drawn parameter values (name -> tensor) into what `sweep` takes; done once a trial.
+
+        Of parameters that are tied to each other, the value under the first of their names in the layer counts.
+        """
 
     @abstractmethod
     def sweep(self, images: Tensor, prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
@@ -82,7 +85,7 @@ class Replay(ABC):
 
 
 def open_replay(network: nn.Module, layers: Sequence[Layer], images: Tensor, mode: Mode) -> Replay:
-    """Return the fastest replay that reproduces the network's own logits.
+    """Return the fastest replay that gives the network's own logits, for its trained weights and for others.
 
     Args:
         network: evaluation mode; takes normalised images, and its output is anything that `logits_of` understands.
@@ -90,23 +93,57 @@ def open_replay(network: nn.Module, layers: Sequence[Layer], images: Tensor, mod
         images: a batch of normalised images; its shape is the one that sweeps will have.
         mode: one of `MODES`. The other roads than the graph's know ``reference`` only.
     """
-    with torch.no_grad():
-        expected = _run(network, {}, images)
     try:
         weight_graph = export_graph(network, images)
     except Exception as error:  # torch.export documents no base class for what it raises
-        reason = f"the network does not export ({_first_line(error)})"
+        reason = f"the network does not export ({first_line(error)})"
     else:
-        graph_replay = GraphReplay(weight_graph, layers, "reference")
-        if torch.equal(graph_replay.logits(images), expected):
-            if mode == "reference":
-                return graph_replay
-            return graph_replay.in_mode(mode, images.device)
+        whole = Layer("", "", tuple(name for name, _ in network.named_parameters()), (), 0)
+        if _agrees(GraphReplay(weight_graph, [whole]), PlainReplay(network, [whole]), images):
+            return _in_mode(GraphReplay(weight_graph, layers), mode, images)
         reason = "the exported network does not reproduce the network's own logits"
-    recorded = RecordedReplay(network, layers, note=f"recorded outputs instead of a graph: {reason}")
-    if recorded.reproduces(images, expected):
-        return recorded
-    return PlainReplay(network, layers, note=f"the plain way, no reuse: {reason}, and recorded outputs do not either")
+    recorded = RecordedReplay(network, layers, f"recorded outputs instead of a graph: {reason}")
+    plain = PlainReplay(network, layers, f"the plain way, no reuse: {reason}, and recorded outputs do not either")
+    return recorded if _agrees(recorded, plain, images) else plain
+
+
+def _agrees(replay: Replay, plain: "PlainReplay", images: Tensor) -> bool:
+    """Return whether a replay gives the plain way's logits, bit for bit, also when weights are moved a little.
+
+    The trained weights alone would not do: a weight that the exporter took for a constant, or a value that the
+    network keeps between calls, shows only when weights change.
+    """
+    parameters = dict(plain.network.named_parameters(remove_duplicate=False))
+    moved = {
+        layer.name: {name: parameters[name].detach() * 1.015625 + 0.001 for name in layer.parameters}
+        for layer in plain.layers
+    }
+    prepared = {layer.name: replay.prepare(layer, moved[layer.name]) for layer in plain.layers}
+    return all(
+        torch.equal(got.nan_to_num(), expected.nan_to_num())
+        for (_, got), (_, expected) in zip(replay.sweep(images, prepared), plain.sweep(images, moved), strict=True)
+    )
+
+
+def _in_mode(reference: "GraphReplay", mode: Mode, images: Tensor) -> "GraphReplay":
+    """Return the replay in another mode; where that mode fails, the replay itself, with a note."""
+    if mode == "reference":
+        return reference
+    try:
+        fast = reference.in_mode(mode, images.device)
+        logits = fast.logits(images)
+    except RuntimeError as error:  # an operator that does not know this number format
+        if is_out_of_memory(error):
+            raise
+        reason = f"fails ({first_line(error)})"
+    else:
+        change = logits.softmax(dim=1) - reference.logits(images).softmax(dim=1)
+        distance = float(change.abs().sum(dim=1).mean() / 2)
+        if distance <= _BROKEN[mode]:
+            return fast
+        reason = f"moves predictions too far (total variation {distance:.2g})"
+    reference.note = f"the network's own operators: {mode} {reason}"
+    return reference
 
 
 # --- the graph road -------------------------------------------------------------------------------------------------
@@ -123,7 +160,14 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Suffix:
-    """What one layer's reset changes: its own placeholders, static nodes below them, and the steps an image needs."""
+    """What one layer's reset changes.
+
+    Attributes:
+        sources: placeholder -> the name under which the layer's value for it is drawn.
+        static: nodes below them that depend on weights alone.
+        steps: what an image needs.
+        frontier: the clean values that the steps read.
+    """
 
     sources: dict[fx.Node, str]
     static: list[fx.Node]
@@ -144,31 +188,23 @@ class GraphReplay(Replay):
 
     road = "graph"
 
-    def __init__(self, weight_graph: WeightGraph, layers: Sequence[Layer], mode: Mode, note: str = "") -> None:
-        super().__init__(layers, mode, note)
+    def __init__(self, weight_graph: WeightGraph, layers: Sequence[Layer], mode: Mode = "reference") -> None:
+        super().__init__(layers, mode)
         self._weight_graph = weight_graph
         self._nodes: list[fx.Node] = list(weight_graph.graph.nodes)
         self._dynamic = weight_graph.dynamic_nodes()
         self._suffixes = {layer.name: self._plan_suffix(layer) for layer in layers}
         self._schedules: dict[frozenset[str], list[_Step | _Visit]] = {}
-        flops = {node: count_flops(node) for node in self._dynamic if node.op == "call_function"}
-        self.flops_per_image = sum(flops.values()) / weight_graph.images.meta["val"].shape[0]
-        self._flops_after = {
-            name: sum(flops[step.node] for step in suffix.steps) / max(1, sum(flops.values()))
-            for name, suffix in self._suffixes.items()
-        }
+        self.flops_per_image = _flops(self._dynamic) / self._shape[0]
         read = {a for node in self._dynamic for a in node.all_input_nodes} | {weight_graph.logits}
         with torch.inference_mode():
             cache: dict[fx.Node, Any] = {}
             self._static = {node: self._static_value(node, cache) for node in read - self._dynamic}
 
     def in_mode(self, mode: Mode, device: torch.device) -> "GraphReplay":
-        """Return a replay in a fast mode. It takes over this one's graph: this one must not be used any more."""
+        """Return a replay of the same network and layers in a fast mode."""
         dtype = torch.float32 if mode == "float32" else torch.bfloat16
-        fast = GraphReplay(speed_up(self._weight_graph, dtype, device), self.layers, mode, self.note)
-        # fused nodes no longer tell
-        fast._flops_after, fast.flops_per_image = self._flops_after, self.flops_per_image
-        return fast
+        return GraphReplay(speed_up(self._weight_graph, dtype, device), self.layers, mode)
 
     @override
     def prepare(self, layer: Layer, values: Values) -> dict[fx.Node, Any]:
@@ -176,64 +212,67 @@ class GraphReplay(Replay):
         with torch.inference_mode():
             cache: dict[fx.Node, Any] = {node: values[name].detach() for node, name in suffix.sources.items()}
             for node in suffix.static:
-                cache[node] = self._call(node, node.target, partial(self._static_value, cache=cache))
+                cache[node] = _call(node, node.target, partial(self._static_value, cache=cache))
         read = {a for step in suffix.steps for a in step.node.all_input_nodes}
         return {node: value for node, value in cache.items() if node in read}
 
     @override
     def sweep(self, images: Tensor, prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
+        if images.shape != self._shape:
+            raise ProtocolError(
+                f"The images have shape {tuple(images.shape)}, but the network was exported for {tuple(self._shape)}. "
+                "Fill up the last batch, or open another replay."
+            )
         key = frozenset(prepared)
         if key not in self._schedules:
             self._schedules[key] = self._schedule([layer for layer in self.layers if layer.name in key])
         clean: dict[fx.Node, Any] = {self._weight_graph.images: images}
-        look_up = partial(_look_up, clean, self._static)
+        values = ChainMap(clean, self._static)
         for event in self._schedules[key]:
             with torch.inference_mode():
                 if isinstance(event, _Step):
-                    clean[event.node] = self._call(event.node, event.target, look_up)
+                    clean[event.node] = _call(event.node, event.target, values.__getitem__)
                 else:
                     logits = self._run_suffix(self._suffixes[event.layer.name], prepared[event.layer.name], clean)
             if isinstance(event, _Visit):
                 yield event.layer.name, logits
             for node in event.forget:
                 del clean[node]
-        yield None, look_up(self._weight_graph.logits)
+        yield None, values[self._weight_graph.logits]
 
     @override
     def flops_after(self) -> dict[str, float]:
-        return self._flops_after
+        total = max(1, _flops(self._dynamic))
+        return {name: _flops(step.node for step in s.steps) / total for name, s in self._suffixes.items()}
+
+    @property
+    def _shape(self) -> torch.Size:
+        shape: torch.Size = self._weight_graph.images.meta["val"].shape
+        return shape
 
     def _run_suffix(self, suffix: _Suffix, prepared: dict[fx.Node, Any], clean: dict[fx.Node, Any]) -> Any:
         drawn = dict(prepared)
-        look_up = partial(_look_up, drawn, clean, self._static)
+        values = ChainMap(drawn, clean, self._static)
         for step in suffix.steps:
-            drawn[step.node] = self._call(step.node, step.target, look_up)
+            drawn[step.node] = _call(step.node, step.target, values.__getitem__)
             for node in step.forget:
                 del drawn[node]
-        return look_up(self._weight_graph.logits)
+        return values[self._weight_graph.logits]
 
     def _static_value(self, node: fx.Node, cache: dict[fx.Node, Any]) -> Any:
         """Compute a static node from the trained weights, unless the cache has its value."""
         if node not in cache:
             if node.op == "placeholder":
                 return self._weight_graph.values[node].detach()
-            cache[node] = self._call(node, node.target, partial(self._static_value, cache=cache))
+            cache[node] = _call(node, node.target, partial(self._static_value, cache=cache))
         return cache[node]
 
-    @staticmethod
-    def _call(node: fx.Node, target: Any, look_up: Callable[[fx.Node], Any]) -> Any:
-        return target(*map_arg(node.args, look_up), **map_arg(node.kwargs, look_up))
-
     def _plan_suffix(self, layer: Layer) -> _Suffix:
-        names = self._weight_graph.weights
-        sources = {node: names[node] for node in self._weight_graph.placeholders_of(layer.parameters)}
-        own = {
-            self._weight_graph.values[node].data_ptr(): names[node]
-            for node in sources
-            if names[node] in layer.parameters
+        sources = {
+            node: next(name for name in layer.parameters if name in names)
+            for node, names in self._weight_graph.names.items()
+            if not set(names).isdisjoint(layer.parameters)
         }
-        # a tied weight is drawn under the name that the layer gives it, and read under the graph's
-        sources = {node: own[self._weight_graph.values[node].data_ptr()] for node in sources}
         changed = set(sources)
         for node in self._nodes:
             if node.op == "call_function" and any(a in changed for a in node.all_input_nodes):
@@ -280,13 +319,12 @@ class GraphReplay(Replay):
         return schedule
 
 
-def _look_up(*places: Any) -> Any:
-    """Return a node's value from the first of some dictionaries that holds it; the node is the last argument."""
-    *dictionaries, node = places
-    for dictionary in dictionaries:
-        if node in dictionary:
-            return dictionary[node]
-    raise KeyError(node)
+def _call(node: fx.Node, target: Any, look_up: Callable[[fx.Node], Any]) -> Any:
+    return target(*map_arg(node.args, look_up), **map_arg(node.kwargs, look_up))
+
+
+def _flops(nodes: Iterable[fx.Node]) -> float:
+    return float(sum(node.meta.get("flops", 0) for node in nodes))
 
 
 def _last_uses(events: Sequence[tuple[Any, Sequence[fx.Node]]], keep: set[fx.Node]) -> list[list[fx.Node]]:
@@ -312,9 +350,7 @@ def _in_place(node: fx.Node, dead: tuple[fx.Node, ...]) -> Callable[..., Any]:
     if variant is None:
         return target  # type: ignore[no-any-return]
     victim = node.args[position]
-    if not isinstance(victim, fx.Node) or victim not in dead or node.args.count(victim) > 1:
-        return target  # type: ignore[no-any-return]
-    if victim.meta["val"].shape != node.meta["val"].shape:
+    if not isinstance(victim, fx.Node) or victim not in dead or node.args.count(victim) > 1 or not alike(victim, node):
         return target  # type: ignore[no-any-return]
     if all(other.target in KEEPS_INPUT for other in [victim, *victim.users]):
         return variant
@@ -326,10 +362,13 @@ def _in_place(node: fx.Node, dead: tuple[fx.Node, ...]) -> Callable[..., Any]:
 
 def _run(network: nn.Module, values: Values, images: Tensor) -> Tensor:
     """Run the network with some parameters replaced; its own tensors are never written to."""
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    first_name = {id(parameters[name]): name for name in reversed(list(values))}  # of tied parameters
+    drawn = {name: values[name] for name in first_name.values()}
     # buffers that the forward itself updates are updated in copies
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     with torch.no_grad():
-        return logits_of(functional_call(network, {**buffers, **values}, (images,)))
+        return logits_of(functional_call(network, {**buffers, **drawn}, (images,)))
 
 
 class PlainReplay(Replay):
@@ -339,7 +378,7 @@ class PlainReplay(Replay):
 
     def __init__(self, network: nn.Module, layers: Sequence[Layer], note: str = "") -> None:
         super().__init__(layers, "reference", note)
-        self._network = network
+        self.network = network
 
     @override
     def prepare(self, layer: Layer, values: Values) -> Values:
@@ -349,8 +388,8 @@ class PlainReplay(Replay):
     def sweep(self, images: Tensor, prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
         for layer in self.layers:
             if layer.name in prepared:
-                yield layer.name, _run(self._network, prepared[layer.name], images)
-        yield None, _run(self._network, {}, images)
+                yield layer.name, _run(self.network, prepared[layer.name], images)
+        yield None, _run(self.network, {}, images)
 
 
 @dataclass
@@ -368,50 +407,33 @@ class _DivergedError(Exception):
     """The network called other modules than in the recorded pass."""
 
 
-class RecordedReplay(Replay):
+class RecordedReplay(PlainReplay):
     """The module itself, where calls that ended before the reset layer was first used return their recorded output."""
 
     road = "recorded"
 
-    def __init__(self, network: nn.Module, layers: Sequence[Layer], note: str = "") -> None:
-        super().__init__(layers, "reference", note)
-        self._network = network
-
-    @override
-    def prepare(self, layer: Layer, values: Values) -> Values:
-        return dict(values)
-
     @override
     def sweep(self, images: Tensor, prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
-        recording = _Recording(self._network)
+        recording = _Recording(self.network)
         clean = recording.record(images)
         for layer in self.layers:
             if layer.name in prepared:
                 yield layer.name, recording.replay(layer, prepared[layer.name], images)
         yield None, clean
 
-    def reproduces(self, images: Tensor, expected: Tensor) -> bool:
-        """Return whether replaying the trained values themselves gives the network's own logits, bit for bit."""
-        parameters = dict(self._network.named_parameters(remove_duplicate=False))
-        trained = {layer.name: {name: parameters[name].detach() for name in layer.parameters} for layer in self.layers}
-        try:
-            return all(torch.equal(logits, expected) for _, logits in self.sweep(images, trained))
-        except _DivergedError:
-            return False
 
-
-class _Recording(TorchFunctionMode):
+class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """All module calls of one forward pass with their outputs, and when each parameter was first used."""
 
     def __init__(self, network: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.network = network
         self.calls: list[_Call] = []
         self.first_use: dict[int, int] = {}
         self._parameters = {id(p) for p in network.parameters()}
         self._time = 0
 
-    def __torch_function__(
+    def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         for leaf in pytree.tree_leaves((args, kwargs)):
@@ -434,7 +456,8 @@ class _Recording(TorchFunctionMode):
 
     def replay(self, layer: Layer, values: Values, images: Tensor) -> Tensor:
         parameters = dict(self.network.named_parameters(remove_duplicate=False))
-        first_use = min(self.first_use.get(id(parameters[name]), self._time) for name in layer.parameters)
+        # a parameter whose use was not seen: nothing is reused
+        first_use = min(self.first_use.get(id(parameters[name]), 0) for name in layer.parameters)
         upcoming = 0
 
         def call(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -450,7 +473,10 @@ class _Recording(TorchFunctionMode):
             upcoming += 1
             return forward(*args, **kwargs)
 
-        with _calls_go_through(self.network, call):
+        try:
+            with _calls_go_through(self.network, call):
+                return _run(self.network, values, images)
+        except _DivergedError:
             return _run(self.network, values, images)
 
     def _tick(self) -> int:
@@ -481,8 +507,3 @@ def _calls_go_through(network: nn.Module, call: Callable[..., Any]) -> Iterator[
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = forward
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:120]}" if text else type(error).__name__

@@ -4,18 +4,31 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from layercrit.checkpoints import fit_to, hash_tensors, read_checkpoint
 from layercrit.errors import ModelError, ProtocolError, near
 from layercrit.layers import Layer
 from layercrit.models import Model
 from layercrit.networks import drawing
 
-__all__ = ["RESETS", "Draw", "Reset", "donor_values", "draw_values", "get_reset", "reset", "seed_of"]
+__all__ = [
+    "RESETS",
+    "Donor",
+    "Draw",
+    "Reset",
+    "donor_values",
+    "draw_values",
+    "get_reset",
+    "given_donor",
+    "reset",
+    "seed_of",
+]
 
 
 @dataclass(frozen=True)
@@ -24,9 +37,9 @@ class Draw:
 
     Attributes:
         layer: the layer to be reset.
-        trained: its trained values, parameter name -> tensor. Not to be written to.
-        donor: the same layer's values in the trial's donor (a freshly initialised network, or for ``rewind`` the
-            checkpoint). Empty for resets that need none.
+        trained: a copy of its trained values on the CPU, parameter name -> tensor.
+        donor: a copy of the same layer's values in the trial's donor (a freshly initialised network, or for ``rewind``
+            the checkpoint). Empty for resets that need none.
         generator: random numbers of this trial and layer.
     """
 
@@ -100,7 +113,7 @@ def get_reset(name: str) -> Reset:
         ProtocolError: no reset has this name.
     """
     if name not in RESETS:
-        raise ProtocolError(f"Unknown reset {name!r}. {near(name, RESETS)}")
+        raise ProtocolError(f"Unknown reset {name!r}. {near(str(name), RESETS)}")
     return RESETS[name]
 
 
@@ -148,8 +161,8 @@ def draw_values(
         ProtocolError: the reset function left out a parameter or returned another shape.
     """
     parameters = dict(network.named_parameters(remove_duplicate=False))
-    trained = {name: parameters[name].detach().cpu() for name in layer.parameters}
-    mine = {name: donor[name] for name in layer.parameters} if donor else {}
+    trained = {name: parameters[name].detach().cpu().clone() for name in layer.parameters}
+    mine = {name: donor[name].clone() for name in layer.parameters} if donor else {}
     generator = torch.Generator().manual_seed(seed_of(seed, layer.name))
     values = dict(how.function(Draw(layer, trained, mine, generator)))
     for name, value in trained.items():
@@ -175,7 +188,7 @@ def donor_values(model: Model, layers: Iterable[Layer], seed: int) -> dict[str, 
     """Return all parameters of a freshly initialised network of the model's architecture.
 
     The network is built again under the seed where the model knows how; otherwise a copy of it is re-initialised
-    module by module with the modules' own ``reset_parameters``.
+    module by module, children before their parents as in construction, by the modules' own ``reset_parameters``.
 
     Raises:
         ModelError: a module that owns parameters of ``layers`` has no initialiser, or the rebuilt network differs.
@@ -183,10 +196,8 @@ def donor_values(model: Model, layers: Iterable[Layer], seed: int) -> dict[str, 
     needed = {name for layer in layers for name in layer.parameters}
     with drawing(seed), torch.no_grad():
         donor = model.build() if model.build is not None else _reinitialised(model.network, needed)
-    values = {name: p.detach() for name, p in donor.named_parameters(remove_duplicate=False)}
-    trained = dict(model.network.named_parameters(remove_duplicate=False))
-    unlike = sorted(n for n in needed if n not in values or values[n].shape != trained[n].shape)
-    if unlike:
+    values = _parameters(donor)
+    if unlike := _unlike(values, model, needed):
         raise ModelError(
             f"The network that {model.initialiser} builds is not the one of {model.reference!r}: {len(unlike)} "
             f"parameters are missing or have another shape, the first is {unlike[0]!r}. "
@@ -195,13 +206,80 @@ def donor_values(model: Model, layers: Iterable[Layer], seed: int) -> dict[str, 
     return values
 
 
+@dataclass(frozen=True)
+class Donor:
+    """A donor that the user gave, the same for every trial.
+
+    Attributes:
+        values: parameter name -> value on the CPU.
+        origin: what it is, in words, with the hash of its values.
+    """
+
+    values: Mapping[str, Tensor]
+    origin: str
+
+
+def given_donor(
+    donor: nn.Module | str | Path | None, how: Reset, model: Model, layers: Iterable[Layer]
+) -> Donor | None:
+    """Return the donor that the user gave, checked against the model; None where none was given and none is needed.
+
+    Args:
+        donor: a network of the model's architecture, a weight file, or None.
+        how: the reset.
+        model: the trained model.
+        layers: what will be reset; a network need not hold more than their parameters.
+
+    Raises:
+        ProtocolError: the reset needs a donor and none was given, or the other way round.
+        ModelError: the network lacks a parameter or has it in another shape.
+        CheckpointError: the file cannot be read or does not fit the architecture.
+    """
+    if donor is None:
+        if how.donor == "checkpoint":
+            raise ProtocolError(
+                f"The reset {how.name!r} needs the checkpoint that its values come from: "
+                "give a weight file with --from (donor=...)."
+            )
+        return None
+    if how.donor is None:
+        raise ProtocolError(
+            f"A donor was given, but the reset {how.name!r} takes no values from one. Leave out --from (donor=...), "
+            f"or choose one of {', '.join(name for name, other in RESETS.items() if other.donor)}."
+        )
+    if not isinstance(donor, nn.Module):
+        checkpoint = read_checkpoint(donor)
+        values = fit_to(checkpoint.tensors, model.network.state_dict(), f"{donor} for {model.reference}")
+        return Donor(values, f"given: the file {donor}, SHA-256 {checkpoint.sha256}")
+    values = _parameters(donor)
+    if unlike := _unlike(values, model, {name for layer in layers for name in layer.parameters}):
+        wanted = tuple(model.network.get_parameter(unlike[0]).shape)
+        found = f"has it in the shape {tuple(values[unlike[0]].shape)}" if unlike[0] in values else "lacks it"
+        raise ModelError(
+            f"The donor is not of the architecture of {model.reference!r}: expected a parameter {unlike[0]!r} of shape "
+            f"{wanted}, the donor {found}{f'; {len(unlike)} parameters differ' if len(unlike) > 1 else ''}. "
+            "Give a network of the same architecture."
+        )
+    return Donor(values, f"given: a network {type(donor).__name__}, SHA-256 {hash_tensors(values)}")
+
+
+def _parameters(network: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().cpu() for name, p in network.named_parameters(remove_duplicate=False)}
+
+
+def _unlike(values: Mapping[str, Tensor], model: Model, needed: Iterable[str]) -> list[str]:
+    """Return the needed parameters that the values lack, or have in another shape than the model."""
+    trained = dict(model.network.named_parameters(remove_duplicate=False))
+    return sorted(name for name in needed if name not in values or values[name].shape != trained[name].shape)
+
+
 def _reinitialised(network: nn.Module, needed: set[str]) -> nn.Module:
     donor = copy.deepcopy(network).cpu()
     without = []
-    for name, module in donor.named_modules():
+    for name, module in _children_first(donor):
         own = {f"{name}.{child}" if name else child for child, _ in module.named_parameters(recurse=False)}
         initialise = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-        if own and callable(initialise):
+        if callable(initialise):
             initialise()
         elif own & needed:
             without.append(f"{name or 'the network itself'} ({type(module).__name__})")
@@ -212,3 +290,15 @@ def _reinitialised(network: nn.Module, needed: set[str]) -> nn.Module:
             "Open the model by reference (timm:, torchvision:, hf:, py:), or give a freshly initialised donor."
         )
     return donor
+
+
+def _children_first(
+    module: nn.Module, name: str = "", seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each module below and including one, once, in the order in which they were built."""
+    seen = set() if seen is None else seen
+    for child_name, child in module.named_children():
+        if child not in seen:
+            yield from _children_first(child, f"{name}.{child_name}" if name else child_name, seen)
+    seen.add(module)
+    yield name, module

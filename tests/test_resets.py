@@ -1,0 +1,334 @@
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from layercrit.errors import CheckpointError, ModelError, ProtocolError
+from layercrit.layers import find_layers
+from layercrit.models import open_model
+from layercrit.resets import (
+    RESETS,
+    donor_values,
+    draw_values,
+    get_reset,
+    given_donor,
+    reset,
+    seed_of,
+)
+
+
+def network():
+    """A convolution with normalisation, and a linear layer; every value is drawn, none is a plain 0 or 1."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)).eval()
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for tensor in (*net.parameters(), net[1].running_mean, net[1].running_var):
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    return net
+
+
+def layers_of(net):
+    return {layer.name: layer for layer in find_layers(net, torch.rand(1, 3, 4, 4))}
+
+
+@pytest.fixture
+def registered():
+    """Take out again what a test registers."""
+    before = dict(RESETS)
+    yield
+    RESETS.clear()
+    RESETS.update(before)
+
+
+# what a reset does
+
+
+@pytest.mark.parametrize("name", sorted(RESETS))
+def test_draw_values__gives_every_parameter_a_value_and_leaves_the_network_as_it_was(name):
+    net = network()
+    donor = dict(network().named_parameters())
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    for layer in layers_of(net).values():
+        values = draw_values(RESETS[name], layer, net, donor, 3)
+        assert list(values) == list(layer.parameters)
+        for key, value in values.items():
+            assert value.shape == net.get_parameter(key).shape
+            assert value.dtype == torch.float32
+            assert not value.requires_grad
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), f"{key} was changed by drawing"
+
+
+@pytest.mark.parametrize("name", ["rerandomize", "rewind"])
+def test_draw_values__takes_the_donors_values(name):
+    net = network()
+    donor = {key: torch.full_like(p, 7) for key, p in net.named_parameters()}
+    values = draw_values(RESETS[name], layers_of(net)["0"], net, donor, 3)
+    assert values.keys() == {"0.weight", "0.bias"}
+    assert all((value == 7).all() for value in values.values())
+
+
+def test_draw_values__zero_gives_zeros():
+    net = network()
+    values = draw_values(RESETS["zero"], layers_of(net)["4"], net, {}, 3)
+    assert {key: value.abs().max() for key, value in values.items()} == {"4.weight": 0, "4.bias": 0}
+
+
+def test_draw_values__permute_shuffles_each_tensor_by_itself_under_the_hashed_seed():
+    net = network()
+    values = draw_values(RESETS["permute"], layers_of(net)["0"], net, {}, 99)
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(json.dumps([99, "0"], separators=(",", ":")).encode()).digest()[:8], "big")
+    )
+    for key in ("0.weight", "0.bias"):
+        trained = net.get_parameter(key).detach()
+        twin = torch.stack([trained.reshape(-1)[i] for i in torch.randperm(trained.numel(), generator=generator)])
+        assert torch.equal(values[key], twin.reshape(trained.shape))
+        assert torch.equal(values[key].flatten().sort().values, trained.flatten().sort().values)
+    assert not torch.equal(values["0.weight"], net[0].weight)
+
+
+def test_draw_values__permute_depends_on_seed_and_layer_only():
+    net = network()
+    layers = layers_of(net)
+    first, again, other_seed = (
+        draw_values(RESETS["permute"], layers["4"], net, {}, seed)["4.weight"] for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other_seed)
+
+
+def test_draw_values__what_a_reset_writes_to_never_reaches_network_or_donor(registered):
+    @reset("spoil", random=False, donor="initialiser")
+    def spoil(draw):
+        for value in (*draw.trained.values(), *draw.donor.values()):
+            value.fill_(-1)
+        return draw.trained
+
+    net, donor = network(), network()
+    values = draw_values(RESETS["spoil"], layers_of(net)["4"], net, dict(donor.named_parameters()), 0)
+    assert (values["4.weight"] == -1).all()
+    for untouched in (net, donor):
+        assert (untouched[4].weight > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [(lambda draw: {}, "nothing"), (lambda draw: {k: v[:1] for k, v in draw.trained.items()}, r"shape \(1, 16\)")],
+    ids=["left out", "other shape"],
+)
+def test_draw_values__a_reset_that_does_not_fit_is_named(registered, returned, got):
+    reset("odd", random=False)(returned)
+    net = network()
+    with pytest.raises(ProtocolError, match=rf"'odd' returned {got} for '4.weight' .* expected .* \(5, 16\)"):
+        draw_values(RESETS["odd"], layers_of(net)["4"], net, {}, 0)
+
+
+# the registry
+
+
+def test_reset__registers_a_function_with_its_summary(registered):
+    @reset("halve", random=False)
+    def halve(draw):
+        """Half of each value.
+
+        Not shown.
+        """
+        return {name: value / 2 for name, value in draw.trained.items()}
+
+    entry = get_reset("halve")
+    assert (entry.name, entry.random, entry.donor, entry.summary) == ("halve", False, None, "Half of each value.")
+    assert entry.function is halve
+
+
+def test_reset__a_taken_name_is_refused():
+    with pytest.raises(ProtocolError, match="a reset named 'zero' already"):
+        reset("zero", random=False)
+
+
+@pytest.mark.parametrize(("name", "hint"), [("rerandomise", "mean 'rerandomize'"), ("qq", "Known: "), (3, "Known: ")])
+def test_get_reset__an_unknown_name_gets_near_ones(name, hint):
+    with pytest.raises(ProtocolError, match=f"Unknown reset .*{hint}"):
+        get_reset(name)
+
+
+# seeds
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ((0, "timm:resnet50", "rerandomize", 2), '[0,"timm:resnet50","rerandomize",2]'),
+        (("é",), '["\\u00e9"]'),
+        ((1, "2"), '[1,"2"]'),
+        (("1", 2), '["1",2]'),
+    ],
+)
+def test_seed_of__is_the_first_eight_bytes_of_sha256(words, text):
+    assert seed_of(*words) == int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
+
+
+def test_seed_of__known_values_stay_what_they_are():
+    """Golden: a change of these would change every measurement's draws."""
+    assert seed_of(0, "timm:resnet50", "rerandomize", 0) == 2272363814629139741
+    assert seed_of(0, "probe set") == 15457008853551747119
+
+
+def test_seed_of__does_not_collide_as_sums_do():
+    assert len({seed_of(study, "a", trial) for study in range(30) for trial in range(30)}) == 900
+
+
+# donors
+
+
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "test_convnext"])
+def test_donor_values__rebuilds_a_reference_under_the_seed(architecture):
+    model = open_model(f"timm:{architecture}?pretrained=false&seed=4&num_classes=7")
+    state = torch.get_rng_state()
+    values = donor_values(model, [], 123)
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(123)
+        twin = timm.create_model(architecture, pretrained=False, num_classes=7)
+    assert list(values) == [name for name, _ in twin.named_parameters()]
+    for name, parameter in twin.named_parameters():
+        assert torch.equal(values[name], parameter), f"{name} is not what timm.create_model draws"
+    assert any(not torch.equal(values[name], p) for name, p in model.network.named_parameters())
+
+
+class Attending(nn.Module):
+    """Attention, whose own initialiser sets the bias of the linear layer that it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3))
+
+    def forward(self, images):
+        x = images.mean(dim=1)
+        return self.head(self.attention(x, x, x)[0].mean(dim=1))
+
+
+def shared_module():
+    one = nn.Linear(3, 3)
+    return nn.Sequential(one, nn.ReLU(), nn.Sequential(one, nn.Linear(3, 2)))
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(3, 2)), Attending, shared_module],
+    ids=["in a row", "attention", "shared"],
+)
+def test_donor_values__a_given_network_is_initialised_as_if_it_were_built_under_the_seed(factory):
+    trained = factory().eval()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.fill_(5)
+    values = donor_values(open_model(trained), [], 77)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(77)
+        twin = dict(factory().named_parameters())
+    for name, parameter in twin.items():
+        assert torch.equal(values[name], parameter), f"{name} is not what construction draws"
+    assert all((p == 5).all() for p in trained.parameters())
+
+
+class OwnInitialiser(nn.Module):
+    """Holds parameters itself and initialises them, its children and itself, from its own method."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(3))
+        self.linear = nn.Linear(3, 2)
+
+    def reset_parameters(self):
+        nn.init.constant_(self.scale, 3.0)
+        nn.init.constant_(self.linear.weight, 4.0)
+
+    def forward(self, images):
+        return self.linear(images.mean(dim=(2, 3)) * self.scale)
+
+
+def test_donor_values__a_parents_initialiser_has_the_last_word():
+    values = donor_values(open_model(nn.Sequential(OwnInitialiser()).eval()), [], 0)
+    assert (values["0.scale"] == 3).all()
+    assert (values["0.linear.weight"] == 4).all()
+
+
+class NoInitialiser(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, images):
+        return self.linear(images.mean(dim=(2, 3)) * self.scale)
+
+
+def test_donor_values__a_module_without_initialiser_is_named_when_it_is_to_be_reset():
+    model = open_model(nn.Sequential(NoInitialiser()).eval())
+    layers = layers_of(model.network)
+    assert set(donor_values(model, [layers["0.linear"]], 0)) == {"0.scale", "0.linear.weight", "0.linear.bias"}
+    with pytest.raises(ModelError, match=r"no reset_parameters .*: 0 \(NoInitialiser\)\. Open the model by reference"):
+        donor_values(model, layers.values(), 0)
+
+
+def test_donor_values__a_rebuilt_network_of_another_shape_is_refused():
+    model = replace(open_model(network()), build=lambda: nn.Sequential(nn.Conv2d(3, 4, 5)), initialiser="my_factory()")
+    with pytest.raises(ModelError, match=r"my_factory\(\) builds is not the one of .* 3 parameters .* '0.weight'"):
+        donor_values(model, [layers_of(model.network)[name] for name in ("0", "4")], 0)
+
+
+@pytest.mark.parametrize("as_path", [str, lambda path: path], ids=["str", "Path"])
+def test_given_donor__reads_a_file(tmp_path, as_path):
+    net = network()
+    other = {key: value + 1 for key, value in net.state_dict().items()}
+    save_file({f"module.{key}": value for key, value in other.items()}, tmp_path / "epoch0.safetensors")
+    path = as_path(tmp_path / "epoch0.safetensors")
+    donor = given_donor(path, get_reset("rewind"), open_model(net), layers_of(net).values())
+    assert torch.equal(donor.values["0.weight"], net[0].weight + 1)
+    sha256 = hashlib.sha256((tmp_path / "epoch0.safetensors").read_bytes()).hexdigest()
+    assert donor.origin == f"given: the file {path}, SHA-256 {sha256}"
+
+
+def test_given_donor__takes_a_network():
+    net, other = network(), network()
+    donor = given_donor(other, get_reset("rerandomize"), open_model(net), layers_of(net).values())
+    assert all(torch.equal(donor.values[name], p) for name, p in other.named_parameters())
+    assert donor.origin.startswith("given: a network Sequential, SHA-256 ")
+
+
+def test_given_donor__none_is_fine_for_resets_that_need_none():
+    net = network()
+    for name in ("rerandomize", "zero", "permute"):
+        assert given_donor(None, get_reset(name), open_model(net), []) is None
+
+
+@pytest.mark.parametrize(
+    ("how", "donor", "error", "text"),
+    [
+        ("rewind", None, ProtocolError, r"'rewind' needs the checkpoint .* give a weight file with --from"),
+        ("zero", nn.Linear(2, 2), ProtocolError, r"'zero' takes no values .* choose one of rerandomize, rewind"),
+        ("rewind", nn.Sequential(nn.Linear(2, 2)), ModelError,
+         r"expected a parameter '0.bias' of shape \(4,\), the donor has it in the shape \(2,\); 6 parameters differ"),
+        ("rewind", nn.Conv2d(3, 4, 3), ModelError, r"'0.bias' of shape \(4,\), the donor lacks it"),
+        ("rewind", "nowhere/epoch0.pth", CheckpointError, r"no file nowhere/epoch0.pth"),
+    ],
+    ids=["none", "unwanted", "other shape", "other names", "no file"],
+)  # fmt: skip
+def test_given_donor__what_does_not_fit_is_said(how, donor, error, text):
+    net = network()
+    with pytest.raises(error, match=text):
+        given_donor(donor, get_reset(how), open_model(net), layers_of(net).values())
+
+
+def test_given_donor__a_file_with_other_names_is_refused(tmp_path):
+    net = network()
+    save_file({"conv.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"other.safetensors for .*: the weights do not fit. 8 missing"):
+        given_donor(tmp_path / "other.safetensors", get_reset("rewind"), open_model(net), [])
