@@ -2,7 +2,6 @@ import gzip
 import io
 import json
 import re
-import struct
 import sys
 import tarfile
 import tracemalloc
@@ -19,7 +18,7 @@ import torch
 from layercrit.archives import HuggingFaceSource, ParquetSource, TarSource, TorchvisionSource, open_source
 from layercrit.errors import ProbeError
 from layercrit.sources import ArraySource, FolderSource, ImageSource
-from photographs import encoded, piece, pieces
+from photographs import encoded, piece, pieces, write_fashion_mnist
 
 IMAGES = [encoded(piece(number)) for number in range(10)]
 
@@ -359,18 +358,6 @@ def test_hugging_face_source__labels_that_are_no_integers(tmp_path: Path) -> Non
 
 
 # Data sets of torchvision
-
-
-def write_fashion_mnist(root: Path, n_images: int = 6) -> tuple[np.ndarray, list[int]]:
-    """Write both splits in the raw format of IDX files; return the pixels and labels of the test split."""
-    raw = root / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    images, labels = pieces(2 * n_images, 28)[..., 0], [number % 10 for number in range(2 * n_images)]
-    for split, part in [("train", slice(0, n_images)), ("t10k", slice(n_images, None))]:
-        header = struct.pack(">IIII", 0x803, n_images, 28, 28)
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + images[part].tobytes())
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, n_images) + bytes(labels[part]))
-    return images[n_images:], labels[n_images:]
 
 
 def test_torchvision_source__fashion_mnist(tmp_path: Path) -> None:

@@ -207,9 +207,7 @@ def test_open_image__transparent_palette_without_a_warning() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
 def test_open_image__cut_off(kind: str, share: float) -> None:
     content = encoded(piece(0, 200, 150), kind)
-    with pytest.raises(
-        (OSError, SyntaxError, ValueError), match=r"(?i)truncated|not an image|create decoder"
-    ):
+    with pytest.raises((OSError, SyntaxError, ValueError), match=r"(?i)truncated|not an image|create decoder"):
         open_image(content[: int(len(content) * share)])
 
 

@@ -40,13 +40,29 @@ QUIET = {"progress": False}
 STILL = Preprocessing(height=SIZE, width=SIZE, resize=None)
 
 
-def photographs(n_images=10, labelled=True):
-    labels = np.random.default_rng(1).integers(0, 6, n_images) if labelled else None
+def photographs(n_images=10, labels=None):
     return ProbeSet.from_array(pieces(n_images, SIZE), STILL, labels)
 
 
-def normalised(probe_set, mean=0.0, std=1.0):
+def mostly_right(network, n_images=10):
+    """Labels in the order of the array: what the network predicts, but for every third image."""
+    pixels = torch.from_numpy(pieces(n_images, SIZE)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        predicted = network(pixels / 255).argmax(dim=1).numpy()
+    return np.where(np.arange(n_images) % 3 == 0, (predicted + 1) % 6, predicted)
+
+
+def normalised(probe_set, mean=(0.0,) * 3, std=(1.0,) * 3):
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
     return (torch.tensor(probe_set.images).float() / 255 - mean) / std
+
+
+def two_layers():
+    """A network for `PIXELS`: linear layers '1' and '3' around a ReLU."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+PIXELS = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (6, 3, 2, 2), dtype=np.uint8))
 
 
 @contextlib.contextmanager
@@ -92,7 +108,8 @@ def assert_same_cells(found, expected, atol):
     ],
 )
 def test_measure__equals_the_slow_way(group, dtype, batch_size, labelled):
-    network, probe_set, trials = small_network(), photographs(labelled=labelled), 3
+    network, trials = small_network(), 3
+    probe_set = photographs(labels=mostly_right(network) if labelled else None)
     architecture = f"module:slow_measurement.SmallNetwork-{structure(network)}"
     seeds = [hashed(8, architecture, "rerandomize", trial) for trial in range(trials)]
     donors = [fresh(SmallNetwork, seed) for seed in seeds]
@@ -124,19 +141,22 @@ def test_measure__equals_the_slow_way(group, dtype, batch_size, labelled):
 def test_measure__equals_the_slow_way_for_a_reference(architecture):
     reference = f"timm:{architecture}?pretrained=false&seed=3&num_classes=9&input_size=(3,160,160)"
     model = open_model(reference)
-    probe_set = ProbeSet.from_array(pieces(4, 160), model.preprocessing)
+    probe_set = ProbeSet.from_array(pieces(3, 160), model.preprocessing)
 
     def build():
         return timm.create_model(architecture, pretrained=False, num_classes=9)
 
     seeds = [hashed(0, f"timm:{architecture}?num_classes=9", "rerandomize", trial) for trial in range(2)]
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in (model.mean, model.std))
     layers = {name: [name] for name, m in model.network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     expected, whole = slow_measurement(
-        fresh(build, 3).eval(), normalised(probe_set, mean, std), None, layers, [fresh(build, seed) for seed in seeds]
+        fresh(build, 3).eval(),
+        normalised(probe_set, model.mean, model.std),
+        None,
+        layers,
+        [fresh(build, seed) for seed in seeds],
     )
 
-    found = measure(reference, probe_set, trials=2, batch_size=3, **QUIET)
+    found = measure(reference, probe_set, trials=2, batch_size=2, **QUIET)
 
     position = {name: index for index, name in enumerate(layers)}
     order = [position[name] for name in found.to_pandas()["layer"]]
@@ -147,3 +167,292 @@ def test_measure__equals_the_slow_way_for_a_reference(architecture):
     assert found.record["predictions"]["chance"] == pytest.approx(whole["chance"], abs=1e-6)
     assert found.record["model"]["donor"] == f"timm.create_model('{architecture}', pretrained=False)"
     assert found.summary()["notes"] == []
+
+
+# networks whose criticality is known
+
+
+class Fixed(nn.Module):
+    """Logits that do not depend on the image: the bias of a linear layer with weight 0."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.fc = nn.Linear(3, len(logits))
+        with torch.no_grad():
+            self.fc.weight.zero_()
+            self.fc.bias.copy_(torch.tensor(logits))
+
+    def forward(self, images):
+        return self.fc(images.mean(dim=(2, 3)))
+
+
+def test_measure__a_forced_flip_has_criticality_1():
+    """p = (1, 0) up to e^-200 and, from the donor, (0, 1): 1 - cos = 1."""
+    found = measure(Fixed([100.0, -100.0]), photographs(), donor=Fixed([-100.0, 100.0]), **QUIET)
+    (row,) = found.to_pandas().to_dict("records")
+    assert row["criticality"] == 1
+    assert row["top1_agreement"] == 0
+    assert (found.cells["l1"] == 2).all()
+    assert found.record["protocol"]["trials"] == 1
+
+
+@pytest.mark.parametrize("n_classes", [2, 5, 100])
+def test_measure__forgetting_a_sure_decision_has_a_known_criticality(n_classes):
+    """p = (1, 0, ..., 0) and, with all parameters 0, (1/k, ..., 1/k): 1 - cos = 1 - (1/k) / (1 / sqrt k)."""
+    found = measure(Fixed([200.0] + [0.0] * (n_classes - 1)), photographs(), reset="zero", **QUIET)
+    assert found.summary()["criticality"]["mean"] == pytest.approx(1 - 1 / math.sqrt(n_classes), abs=1e-6)
+    assert found.to_pandas()["top1_agreement"].item() == 1, "of tied classes the first counts, which was right"
+
+
+class Ignoring(nn.Module):
+    """Of four layers the output depends on ``used`` alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.multiplied_by_zero, self.dropped, self.used, self.never_called = (nn.Linear(3, 4) for _ in range(4))
+
+    def forward(self, images):
+        x = images.mean(dim=(2, 3))
+        zero = 0 * self.multiplied_by_zero(x)
+        self.dropped(x)
+        return 30 * self.used(x) + zero
+
+
+@pytest.mark.parametrize("dtype", ["reference", "float32", "bfloat16"])
+def test_measure__a_layer_that_the_output_ignores_has_criticality_0(dtype):
+    found = measure(Ignoring().eval(), photographs(), dtype=dtype, **QUIET)
+    table = found.to_pandas().set_index("layer")
+    assert list(table.index) == ["multiplied_by_zero", "dropped", "used", "never_called"]
+    for layer in ("multiplied_by_zero", "dropped", "never_called"):
+        assert table.loc[layer, ["criticality", "low", "high", "criticality_matched", "l1"]].tolist() == [0] * 5
+        assert table.loc[layer, "status"] == "ok", "the layer was changed, though it does not matter"
+    assert table.loc["used", "criticality"] > 0.001
+    assert (found.cells["delta_norm"] > 0).all()
+
+
+# what a result may depend on
+
+
+@pytest.mark.parametrize("dtype", ["reference", "float32"])
+def test_measure__does_not_depend_on_the_batch_size(dtype):
+    network, probe_set = small_network(), photographs(7, mostly_right(small_network(), 7))
+    whole, *others = (
+        measure(network, probe_set, batch_size=n, dtype=dtype, trials=1, group="block", **QUIET) for n in (7, 1, 3, 99)
+    )
+    for other in others:
+        assert_same_cells(other, whole, atol=2e-6)
+        assert other.record["predictions"] == pytest.approx(whole.record["predictions"], rel=1e-5)
+
+
+def test_measure__does_not_depend_on_the_order_of_the_images():
+    network, images = small_network(), pieces(9, SIZE)
+    labels, order = mostly_right(network, 9), np.random.default_rng(2).permutation(9)
+    straight = ProbeSet.from_array(images, STILL, labels)
+    shuffled = ProbeSet.from_array(images[order], STILL, labels[order])
+    position = {image.tobytes(): index for index, image in enumerate(straight.images)}
+    moved = [position[image.tobytes()] for image in shuffled.images]
+    assert moved != sorted(moved)
+    one, other = (measure(network, probe_set, batch_size=4, **QUIET) for probe_set in (straight, shuffled))
+    for name, values in other.per_image.items():
+        np.testing.assert_allclose(values, one.per_image[name][..., moved], rtol=0, atol=1e-5, err_msg=name)
+    numbers = one.cells.select_dtypes("number").columns
+    pd.testing.assert_frame_equal(other.cells[numbers], one.cells[numbers], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rerandomize", "permute"])
+def test_measure__a_layer_does_not_depend_on_the_other_layers(name):
+    network, probe_set = small_network(), photographs(6)
+    everything, some = (
+        measure(network, probe_set, reset=name, layers=layers, dtype="reference", **QUIET)
+        for layers in ("*", "fc,layer1.*.conv2")
+    )
+    cells = everything.cells.set_index(["layer", "trial"])
+    for cell in some.cells.to_dict("records"):
+        for column in ("seed", "delta_norm", *DISTANCES):
+            assert cell[column] == cells.loc[(cell["layer"], cell["trial"]), column]
+    assert set(some.cells["layer"]) == {"fc", "layer1.0.conv2", "layer1.1.conv2"}
+
+
+def test_measure__the_seed_decides_everything():
+    network, images = small_network(), pieces(12, SIZE)
+    once, again, other = (measure(network, images, n_images=5, seed=seed, **QUIET) for seed in (4, 4, 5))
+    assert once.record["probe_set"]["sha256"] == again.record["probe_set"]["sha256"]
+    for name, values in once.per_image.items():
+        assert np.array_equal(values, again.per_image[name]), f"{name}: same seed, other bits"
+    assert once.record["probe_set"]["sha256"] != other.record["probe_set"]["sha256"]
+    assert not set(once.cells["seed"]) & set(other.cells["seed"])
+    assert not np.isclose(once.cells["delta_norm"], other.cells["delta_norm"]).any()
+
+
+def test_measure__a_trial_does_not_depend_on_how_many_there_are():
+    network, probe_set = small_network(), photographs(5)
+    few, many = (measure(network, probe_set, trials=trials, **QUIET) for trials in (1, 3))
+    for name, values in few.per_image.items():
+        assert np.array_equal(values[:, 0], many.per_image[name][:, 0])
+    assert few.to_pandas()["low"].isna().all(), "one draw does not tell how far draws lie apart"
+    assert few.summary()["covers"] == "nothing"
+
+
+def test_measure__layers_of_a_trial_share_one_donor(own_reset):
+    donors = []
+
+    @own_reset("spy", random=True, donor="initialiser")
+    def spy(draw):
+        donors.append(draw.donor)
+        return draw.donor
+
+    found = measure(two_layers(), PIXELS, reset="spy", trials=2, seed=6, **QUIET)
+    for trial in range(2):
+        twin = fresh(two_layers, int(found.cells["seed"][trial]))
+        mine = donors[2 * trial] | donors[2 * trial + 1]
+        assert mine.keys() == dict(twin.named_parameters()).keys()
+        assert all(torch.equal(mine[name], p) for name, p in twin.named_parameters())
+
+
+def test_measure__buffers_stay_trained(own_reset):
+    """Of a normalisation layer scale and shift are reset, running statistics never are."""
+    network, probe_set = small_network(), photographs(4)
+    donor = copy.deepcopy(network)
+    with torch.no_grad():
+        for module in donor.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.fill_(1e4)
+    found = measure(network, probe_set, types="all", donor=donor, **QUIET)
+    assert (found.cells["status"] == "unchanged").all()
+    donor.stem.bias.data += 0.1
+    found = measure(network, probe_set, types="all", donor=donor, **QUIET)
+    assert found.to_pandas().set_index("layer").loc["stem", "criticality"] < 0.9
+
+
+# what is left behind
+
+
+class Troubled(nn.Module):
+    """Raises at one call of its forward; may write to its own parameters and buffers, which keeps it off the graph."""
+
+    def __init__(self, call=None, error=None, writes=False):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Linear(4, 3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.call, self.error, self.writes, self.n = call, error, writes, 0
+
+    def forward(self, images):
+        self.n += 1
+        if self.writes:
+            self.calls += 1
+            self.head.weight.data.clamp_(-0.01, 0.01)
+        if self.n == self.call:
+            raise self.error
+        return self.head(self.body(images).mean(dim=(2, 3)))
+
+
+def troubled(**trouble):
+    network = Troubled(**trouble).eval()
+    network.body[0].weight.requires_grad_(False)
+    network.body.register_forward_hook(lambda module, inputs, output: None)
+    network.head.register_forward_pre_hook(lambda module, inputs: None)
+    return network
+
+
+def state_of(network):
+    """Everything that a measurement must leave as it was, tensors as bytes."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    return {
+        "values": {name: (t.detach().numpy().tobytes(), id(t)) for name, t in tensors.items()},
+        "requires_grad": {name: p.requires_grad for name, p in network.named_parameters()},
+        "training": [m.training for m in network.modules()],
+        "hooks": [[dict(h) for n, h in sorted(vars(m).items()) if "hooks" in n] for m in network.modules()],
+        "attributes": [sorted(vars(m)) for m in network.modules()],
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "numpy": str(np.random.get_state()),  # noqa: NPY002
+        "python": random.getstate(),
+    }
+
+
+def interrupt(_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("writes", [False, True], ids=["pure", "writing"])
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({}, None),
+        ({"dtype": "reference", "reset": "permute"}, None),
+        ({"layers": "nothing*"}, LayerError),
+        ({"reset": "rewind"}, ProtocolError),
+        ({"images": "nowhere"}, ProbeError),
+        ({"on_trial": interrupt}, KeyboardInterrupt),
+    ],
+    ids=["finished", "reference", "layers", "donor", "images", "on_trial"],
+)
+def test_measure__leaves_everything_as_it_was(writes, settings, error):
+    network = troubled(writes=writes)
+    before = state_of(network)
+    with contextlib.nullcontext() if error is None else pytest.raises(error):
+        measure(network, **{"images": photographs(4), "types": "all", "batch_size": 2, **QUIET, **settings})
+    assert_same_state(network, before)
+
+
+def assert_same_state(network, before):
+    after = state_of(network)
+    for what, value in before.items():
+        assert after[what] == value, f"{what} changed"
+
+
+@pytest.mark.parametrize(
+    ("call", "writes", "road"),
+    [(1, False, "watched"), (2, False, "run"), (3, False, "exported"), (5, True, "recorded"), (9, True, "replayed")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError], ids=["Ctrl-C", "exception"])
+def test_measure__an_exception_in_the_forward_leaves_everything_as_it_was(error, call, writes, road):
+    network = troubled(call=call, error=error("the network's own"), writes=writes)
+    before = state_of(network)
+    if error is ValueError and road == "exported":
+        found = measure(network, photographs(4), **QUIET)
+        assert found.record["road"] == "recorded", "a network that cannot be exported is measured another way"
+        assert "does not export (ValueError: the network's own)" in found.record["notes"][-1]
+    else:
+        with pytest.raises(ModelError if error is ValueError and road == "watched" else error, match="network's own"):
+            measure(network, photographs(4), **QUIET)
+        assert network.n == call
+    assert_same_state(network, before)
+
+
+def test_measure__an_exception_in_the_midst_of_a_trial_leaves_everything_as_it_was(own_reset):
+    @own_reset("failing", random=True)
+    def failing(draw):
+        if draw.layer.name == "head":
+            raise ZeroDivisionError
+        return {name: value + 1 for name, value in draw.trained.items()}
+
+    network = troubled()
+    before = state_of(network)
+    with pytest.raises(ZeroDivisionError):
+        measure(network, photographs(4), reset="failing", **QUIET)
+    assert_same_state(network, before)
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["a module", "a Model"])
+def test_measure__a_network_in_training_mode_is_measured_in_evaluation_mode(opened):
+    network, probe_set = small_network(), photographs(5)
+    expected = measure(network, probe_set, **QUIET)
+    model = open_model(network, input_size=(3, SIZE, SIZE))
+    network.train()
+    before = state_of(network)
+    found = measure(model if opened else network, probe_set, **QUIET)
+    assert_same_state(network, before)
+    assert_same_cells(found, expected, atol=0)
+
+
+def test_measure__weights_changed_since_are_seen():
+    """Nothing of a measurement is kept for the next one."""
+    network, probe_set = small_network(), photographs(5)
+    first = measure(network, probe_set, **QUIET)
+    with torch.no_grad():
+        network.fc.weight.mul_(0.1)
+    second = measure(network, probe_set, **QUIET)
+    assert (second.cells["cosine"] < first.cells["cosine"]).all()
+    assert first.record["model"]["sha256"] != second.record["model"]["sha256"]

@@ -214,7 +214,9 @@ def test_open_model__options_of_the_input():
         ("'x y'", "x y"),
         ("timm:resnet50", "timm:resnet50"),
         ("__import__('os').getcwd()", "__import__('os').getcwd()"),
+        ("FALSE", False),
         ("(" * 300, "(" * 300),
+        ("-" * 9000 + "1", "-" * 9000 + "1"),
         ("a=b", "a=b"),
         ("", ""),
     ],
@@ -280,6 +282,14 @@ def test_file__with_architecture(weights):
         assert torch.equal(model.classifier(images), network(normalised))
 
 
+def test_file__options_of_the_file_win_over_those_of_its_architecture(weights):
+    network, path = weights
+    path.with_suffix(".json").write_text(json.dumps({"arch": "timm:test_resnet?num_classes=5&global_pool=avg"}))
+    model = open_model(f"file:{path}?num_classes=10")
+    assert same_state(model.network, network)
+    assert model.architecture == "timm:test_resnet?global_pool=avg&num_classes=10"
+
+
 def test_file__wrapped_and_chosen_by_key(weights, monkeypatch):
     network, path = weights
     monkeypatch.setenv("HOME", str(path.parent))
@@ -291,11 +301,12 @@ def test_file__wrapped_and_chosen_by_key(weights, monkeypatch):
         open_model("file:~/w.pth.tar?arch=timm:test_resnet&num_classes=10")
 
 
-def test_file__architecture_in_the_record_beside_it(weights):
+def test_file__architecture_in_the_record_beside_it(weights, monkeypatch):
     network, path = weights
+    monkeypatch.setenv("HOME", str(path.parent))
     record = {"arch": "timm:test_resnet?num_classes=10", "epochs": 3}
     path.with_suffix(".json").write_text(json.dumps(record))
-    for reference in (f"file:{path}", f"file:{path.parent}"):
+    for reference in (f"file:{path}", f"file:{path.parent}", "file:~/weights.safetensors"):
         model = open_model(reference)
         assert same_state(model.network, network)
         assert model.reference == reference
