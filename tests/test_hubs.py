@@ -17,7 +17,7 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from layercrit.errors import ModelError
-from layercrit.hubs import timm_input, torchvision_input
+from layercrit.hubs import _check_hf_input, timm_input, torchvision_input
 from layercrit.images import Preprocessing
 from layercrit.models import open_model
 
@@ -98,8 +98,8 @@ def test_timm__fresh(drawn):
     assert model.architecture == "timm:test_resnet"
     assert model.initialiser == "timm.create_model('test_resnet', pretrained=False)"
     assert model.preprocessing == Preprocessing(3, 160, 160, 168, "bilinear")
-    assert model.n_classes == 1000
     assert not any(module.training for module in model.network.modules())
+    assert model.n_classes == 1000
     assert same_state(model.network, drawn(lambda: timm.create_model("test_resnet"), seed=0))
     assert same_state(drawn(model.build), drawn(lambda: timm.create_model("test_resnet")))
 
@@ -439,6 +439,7 @@ def test_hf__processor(vit, processor, expected):
     [
         ("LevitImageProcessor", {}),
         ("EfficientNetImageProcessor", {}),
+        ("MobileViTImageProcessor", {}),
         ("PoolFormerImageProcessor", {"size": {"shortest_edge": 384}}),
     ],
 )
@@ -447,6 +448,23 @@ def test_hf__processor_without_counterpart(vit, name, settings):
     getattr(transformers, name)(**settings).save_pretrained(folder)
     with pytest.raises(ModelError, match=f"{name} prepares images in a way that layercrit does not have"):
         open_model(f"hf:{folder}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": Preprocessing(3, 224, 224, 257, "bilinear")},
+        {"mean": (0.5, 0.502, 0.5)},
+        {"std": (0.5, 0.5, 0.505)},
+    ],
+    ids=["resize", "mean", "std"],
+)
+def test_check_hf_input__notices_small_differences(change):
+    processor = transformers.MobileNetV2ImageProcessor()
+    right = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "shape": Preprocessing(3, 224, 224, 256, "bilinear")}
+    _check_hf_input(processor, **right)
+    with pytest.raises(ModelError, match="MobileNetV2ImageProcessor prepares images in a way"):
+        _check_hf_input(processor, **{**right, **change})
 
 
 def test_hf__untrained_classifier_is_refused(vit):

@@ -59,33 +59,24 @@ def case(build: Callable[[], nn.Module], *shape: int) -> Case:
 
 
 def _livened(network: nn.Module, images: Tensor) -> nn.Module:
-    """Give a fresh network what training gives: statistics that fit, no constant parameters, outspoken predictions."""
+    """Give a fresh network what training gives: statistics, no constant parameters, outspoken predictions."""
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.numel() > 1 and parameter.min() == parameter.max():
                 parameter += 0.2 * torch.randn(parameter.shape)
-        norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        handles = [norm.register_forward_pre_hook(_fit_statistics) for norm in norms if norm.running_var is not None]
-        for norm in norms:
-            if norm.weight is not None:
-                norm.weight[0], norm.weight[-1] = 0.0, -0.7
-        network.eval()(images)
-        for handle in handles:
-            handle.remove()
-        last = list(network.modules())[-1] if not hasattr(network, "last") else network.last
+        for norm in network.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                if norm.weight is not None:
+                    norm.weight[0], norm.weight[-1] = 0.0, -0.7
+                if norm.running_mean is not None:
+                    norm.running_mean += 0.2 * torch.randn(norm.num_features)
+                    norm.running_var *= 0.5 + torch.rand(norm.num_features)
+        network.eval()
+        last = getattr(network, "last", None) or [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
         spread = logits_of(network(images)).std()
         for parameter in last.parameters(recurse=False):
             parameter *= 2 / spread
     return network
-
-
-def _fit_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-    """Set the statistics that a normalisation keeps to about those of its input."""
-    x = inputs[0].transpose(0, 1).flatten(1)  # (channels, values)
-    # a channel that is silent here may not be after a reset: dividing by no spread would amplify rounding
-    variance = x.var(1).clamp(min=0.1 * float(x.var(1).mean()) + 0.01)
-    norm.running_mean.copy_(x.mean(1) + 0.2 * variance.sqrt() * torch.randn(len(x)))
-    norm.running_var.copy_(variance * (0.5 + torch.rand(len(x))))
 
 
 class PlainWay:
@@ -237,6 +228,19 @@ class _Head(nn.Module):
         return self.last(self.body(self.stem(images)).flatten(2).mean(2))
 
 
+class Sketch(_Head):
+    """Any few modules and a function that says how they are used: ``body(sketch, x)``, x ``(n_images, 8, 8, 8)``."""
+
+    def __init__(self, how: Callable[["Sketch", Tensor], Tensor], **parts: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.how = how
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.how(self, x)
+
+
 class UsedTwice(_Head):
     """One convolution and one normalisation, each called twice, and a whole block that holds both called twice."""
 
@@ -351,9 +355,9 @@ class DataDependent(_Head):
         self.tail = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
 
     def body(self, x: Tensor) -> Tensor:
-        for _ in range(3):
-            x = self.even(x) if x.mean() > 0.1 else self.odd(x)
-        if x.abs().amax() > 1:
+        for step in range(4):
+            x = self.even(x) if x[0, step].mean() > x[1, step].mean() else self.odd(x)
+        if x.abs().amax() > 0.1:
             x = self.tail(x)
         return x
 
@@ -383,17 +387,19 @@ class Caching(_Head):
 
 
 class Counting(_Head):
-    """A buffer counts forward passes, in evaluation mode too, and decides nothing."""
+    """Buffers count forward passes and remember the last images, in evaluation mode too, and decide nothing."""
 
     calls: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("seen", torch.zeros(8))
         self.conv = nn.Conv2d(8, 8, 3, padding=1)
 
     def body(self, x: Tensor) -> Tensor:
         self.calls += 1
+        self.seen = x.mean((0, 2, 3))  # another tensor in the buffer's place
         return self.conv(x)
 
 
@@ -442,3 +448,25 @@ class Failing(_Head):
 
     def body(self, x: Tensor) -> Tensor:
         return self.norm(self.fuse(self.norm(self.fuse(x))))
+
+
+class Recurrent(_Head):
+    """A recurrent layer, which keeps a list of its weights beside the parameters, over the rows of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(64, 64, batch_first=True)
+
+    def body(self, x: Tensor) -> Tensor:
+        return x + self.lstm(x.flatten(2))[0].view_as(x)
+
+
+class Baking(_Head):
+    """A weight is read as a Python number: the exporter writes the number down, and a reset would not be seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.5, 0.5]))
+
+    def body(self, x: Tensor) -> Tensor:
+        return x * float(self.scale.detach().numpy()[0])

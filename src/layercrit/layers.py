@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from layercrit._holding import holding
 from layercrit.errors import LayerError, near
 
 __all__ = ["GROUPS", "LAYER_TYPES", "Group", "Layer", "find_layers", "select_layers"]
@@ -115,11 +115,9 @@ def find_layers(network: nn.Module, images: Tensor) -> list[Layer]:
         two modules belong to both modules' layers.
     """
     parameters = dict(network.named_parameters(remove_duplicate=False))
-    # a buffer that the forward itself updates is updated in a copy
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     watch = _FirstUse(parameters)
-    with torch.no_grad(), watch:
-        functional_call(network, buffers, (images,))
+    with torch.no_grad(), holding(network, {}), watch:
+        network(images)
     linear_maps = {name for name, p in parameters.items() if id(p) in watch.linear_maps}
     layers = [layer for name, module in network.named_modules() for layer in _layers_of(name, module, linear_maps)]
 

@@ -25,7 +25,6 @@ from layercrit.distances import DISTANCES, get_distance, label_scores, measure_d
 from layercrit.errors import LayercritError, ModelError, ProtocolError
 from layercrit.measurement import CELL_COLUMNS, MATCHED, PER_IMAGE, Measurement
 from layercrit.models import Model, open_model
-from layercrit.networks import first_line
 from layercrit.probes import ProbeSet
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.replay import Mode, Replay, open_replay
@@ -38,7 +37,7 @@ MATCHED_ENTROPY = 0.1  # of the largest possible entropy, ln(n_classes): what th
 _TEMPERATURE_IMAGES = 512
 _CALIBRATION_LAYERS = 12
 _COLUMN_OF_SCORE = {"loss": "loss", "top1": "top1_accuracy", "top5": "top5_accuracy"}
-_LONG_JOB = 2e13  # FLOPs from which `auto` considers bfloat16: minutes on a CPU, where a calibration is worth its time
+_LONG_JOB = 4e12  # FLOPs from which `auto` considers bfloat16: some 20 s on a CPU, where a calibration pays
 
 Result = TypeVar("Result")
 
@@ -238,15 +237,11 @@ class _Session:
         evaluations = self.subject.n_trials * self.probe_set.n_images * (1 + sum(share.values()))
         if float32.flops_per_image * evaluations < _LONG_JOB:
             return float32
+        bfloat16 = open_replay(network, layers, images, "bfloat16")
+        if bfloat16.mode != "bfloat16":
+            return bfloat16  # its note says why it is another
         some = layers[:: math.ceil(len(layers) / _CALIBRATION_LAYERS)]
-        try:
-            bfloat16 = open_replay(network, layers, images, "bfloat16")
-            calibration = calibrate(float32, bfloat16, list(self.subject.changes(0, some)), images)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            self.notes.append(f"float32, for bfloat16 fails ({first_line(error)})")
-            return float32
+        calibration = calibrate(float32, bfloat16, list(self.subject.changes(0, some)), images)
         if calibration.tolerable:
             self.notes.append(f"bfloat16: {calibration}")
             return bfloat16
