@@ -1,8 +1,10 @@
 import contextlib
 import copy
-import json
+import importlib
 import math
 import random
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,15 +12,12 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from photographs import pieces
 from safetensors.torch import save_file
-from slow_measurement import GROUPS, SmallNetwork, fresh, hashed, members, small_network, slow_measurement
 from torch import nn
 
-import layercrit
 from layercrit import _calibration
-from layercrit import measure as measure_module
 from layercrit._machine import choose_batch_size, find_device, is_out_of_memory
+from layercrit._progress import Bar
 from layercrit.distances import DISTANCES, distance
 from layercrit.errors import (
     CheckpointError,
@@ -32,8 +31,12 @@ from layercrit.measure import measure
 from layercrit.models import open_model
 from layercrit.networks import structure
 from layercrit.probes import Preprocessing, ProbeSet
-from layercrit.replay import GraphReplay, PlainReplay
+from layercrit.replay import GraphReplay
 from layercrit.resets import RESETS, reset
+from photographs import pieces
+from slow_measurement import GROUPS, SmallNetwork, fresh, hashed, members, slow_measurement, small_network
+
+measure_module = importlib.import_module("layercrit.measure")
 
 SIZE = 12
 QUIET = {"progress": False}
@@ -409,15 +412,17 @@ def test_measure__an_exception_in_the_forward_leaves_everything_as_it_was(error,
     """Whether the pass is watched, exported, recorded or replayed when it is cut short."""
     network = troubled(call=call, error=error("the network's own"), writes=writes)
     before = state_of(network)
+    raised = found = None
     try:
         found = measure(network, photographs(4), **QUIET)
-    except (error, ModelError) as raised:
+    except (error, ModelError) as caught:
+        raised = caught
+    assert_same_state(network, before)
+    if raised is not None:
         assert "the network's own" in str(raised)
         assert call == 1 or not isinstance(raised, ModelError), "only the first pass tells whether images fit"
-    else:
-        swallowed = len(network.seen) >= call
-        assert not swallowed or "does not export (ValueError: the network's own)" in found.record["notes"][-1]
-    assert_same_state(network, before)
+    elif len(network.seen) >= call:
+        assert "does not export (ValueError: the network's own)" in found.record["notes"][-1]
 
 
 def test_measure__an_exception_in_the_midst_of_a_trial_leaves_everything_as_it_was(own_reset):
@@ -687,3 +692,248 @@ def test_measure__the_format_stays_when_memory_runs_out(long_job, monkeypatch):
     found = measure(network, probe_set, trials=5, on_trial=forbid, **QUIET)
     assert [note.partition(":")[0] for note in found.record["notes"][1:]] == ["bfloat16", "out of memory"]
     assert found.record["dtype"] == "bfloat16"
+
+
+# what is asked for, and what cannot be
+
+
+def test_measure__takes_a_model_an_array_and_a_reference_alike(tmp_path):
+    network = two_layers()
+    given = measure(network, PIXELS, **QUIET)
+    opened = measure(open_model(network, input_size=(3, 2, 2)), PIXELS.numpy(), **QUIET)
+    last = measure(network, np.ascontiguousarray(PIXELS.permute(0, 2, 3, 1)), **QUIET)
+    for other in (opened, last):
+        assert_same_cells(other, given, atol=0)
+    np.savez(tmp_path / "images.npz", images=PIXELS.numpy(), labels=np.arange(6) % 3)
+    stored = measure(open_model(network, input_size=(3, 2, 2)), tmp_path / "images.npz", **QUIET)
+    assert np.array_equal(stored.per_image["cosine"], given.per_image["cosine"])
+    assert stored.record["probe_set"]["labels"]
+
+
+def test_measure__n_images_is_how_many_are_drawn():
+    found = measure(two_layers(), PIXELS, n_images=4, **QUIET)
+    assert found.per_image["cosine"].shape == (2, 3, 4)
+    assert found.record["protocol"]["n_images"] == found.summary()["n_images"] == 4
+    assert measure(two_layers(), PIXELS, n_images=99, **QUIET).record["protocol"]["n_images"] == 6
+
+
+@pytest.mark.parametrize("how", ["array", "probe set"])
+def test_measure__labels_can_be_left_alone(how, tmp_path):
+    """Labels that the model cannot have are no error then."""
+    labels = np.arange(6) + 100
+    np.savez(tmp_path / "images.npz", images=PIXELS.numpy(), labels=labels)
+    model = open_model(two_layers(), input_size=(3, 2, 2))
+    probe_set = ProbeSet.from_source(tmp_path / "images.npz", model.preprocessing)
+    images = probe_set if how == "probe set" else tmp_path / "images.npz"
+    found = measure(model, images, use_labels=False, **QUIET)
+    assert "loss" not in found.cells
+    assert found.record["predictions"]["top1_accuracy"] is None
+    with pytest.raises(ProbeError, match=r"unlike the model's classes: label 10\d .* is not in 0 to 2"):
+        measure(model, images, **QUIET)
+
+
+def test_measure__permute_and_zero_reset_what_they_say():
+    """The permuted layer keeps its values, so that the norm of the change is bounded by twice theirs."""
+    network = two_layers()
+    norm = math.sqrt(sum(p.square().sum().item() for p in network[1].parameters()))
+    zeroed = measure(network, PIXELS, reset="zero", layers="1", **QUIET)
+    assert zeroed.cells["delta_norm"].tolist() == [pytest.approx(norm)]
+    permuted = measure(network, PIXELS, reset="permute", layers="1", trials=4, **QUIET)
+    assert permuted.cells["delta_norm"].nunique() == 4
+    assert permuted.cells["delta_norm"].max() <= 2 * norm
+    assert (zeroed.record["model"]["donor"], permuted.record["model"]["donor"]) == (None, None)
+
+
+def test_measure__rewind_takes_the_values_of_a_file(tmp_path):
+    network, earlier = small_network(), small_network(seed=6)
+    save_file(earlier.state_dict(), tmp_path / "epoch0.safetensors")
+    probe_set = photographs(labels=mostly_right(network))
+    expected, _ = slow_measurement(network, normalised(probe_set), probe_set.labels, members("layer"), [earlier])
+    rewound = measure(network, probe_set, reset="rewind", donor=tmp_path / "epoch0.safetensors", **QUIET)
+    assert rewound.record["model"]["donor"].startswith(f"given: the file {tmp_path / 'epoch0.safetensors'}, SHA-256 ")
+    given = measure(network, probe_set, donor=earlier, **QUIET)
+    for found in (rewound, given):
+        np.testing.assert_allclose(found.per_image["cosine"], expected["cosine"], rtol=0, atol=1e-5)
+        assert found.summary()["covers"] == "images", "there is no chance but in the choice of images"
+    assert rewound.record["notes"] == ["one trial instead of 3: all trials of the reset 'rewind' are the same"]
+    assert given.record["notes"] == ["one trial instead of 3: all trials with one given donor are the same"]
+
+
+def test_measure__says_where_fresh_values_come_from():
+    network = two_layers()
+    note = "fresh values come from each module's own reset_parameters"
+    given = measure(network, PIXELS, trials=1, **QUIET)
+    assert given.record["notes"][0].startswith(note)
+    assert given.record["model"]["donor"] == "each module's own reset_parameters"
+    model = replace(open_model(network, input_size=(3, 2, 2)), build=two_layers, initialiser="two_layers()")
+    built = measure(model, PIXELS, trials=1, **QUIET)
+    assert (built.record["notes"], built.record["model"]["donor"]) == ([], "two_layers()")
+
+
+def test_measure__keeps_registered_resets_and_distances(own_reset):
+    @own_reset("add_one", random=False)
+    def add_one(draw):
+        return {name: value + 1 for name, value in draw.trained.items()}
+
+    with registered(DISTANCES):
+
+        @distance("largest_change", upper=1.0)
+        def largest_change(p, q):
+            return (p - q).abs().amax(dim=1)
+
+        found = measure(two_layers(), PIXELS, reset="add_one", distances=["largest_change", "l2"], **QUIET)
+        everything = measure(two_layers(), PIXELS, **QUIET)
+    assert list(found.per_image) == ["cosine", "largest_change", "l2", "cosine_matched"]
+    assert found.cells["delta_norm"].tolist() == [pytest.approx(math.sqrt(104)), pytest.approx(math.sqrt(27))]
+    assert {"largest_change", "l2"} <= set(found.to_pandas())
+    assert "js" not in found.cells
+    assert (found.cells["largest_change"] <= found.cells["l2"]).all()
+    assert list(everything.per_image) == [*DISTANCES, "largest_change", "cosine_matched"]
+
+
+@pytest.mark.parametrize("name", ["status", "loss", "cosine_matched", "js_per_image"])
+def test_measure__a_distance_cannot_take_another_columns_name(name):
+    with registered(DISTANCES):
+        distance(name, upper=1.0)(lambda p, q: p[:, 0])
+        with pytest.raises(ProtocolError, match=f"distance '{name}' has the name of another column"):
+            measure(two_layers(), PIXELS, **QUIET)
+
+
+def test_measure__of_distances_one_name_or_several_with_commas_will_do():
+    assert list(measure(two_layers(), PIXELS, distances="l2", **QUIET).per_image)[:-1] == ["cosine", "l2"]
+    assert list(measure(two_layers(), PIXELS, distances="l1,cosine", **QUIET).per_image)[:-1] == ["cosine", "l1"]
+
+
+SMALL = open_model(two_layers(), input_size=(3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"reset": "rerandomise"}, ProtocolError, "Unknown reset 'rerandomise'. Did you mean 'rerandomize'"),
+        ({"distances": ["cosin"]}, ProtocolError, "No distance is named 'cosin'. Did you mean 'cosine'"),
+        ({"dtype": "float23"}, ProtocolError, "Unknown dtype 'float23'. Did you mean 'float32'"),
+        ({"group": "blocks"}, LayerError, "Unknown group 'blocks'. Did you mean 'block'"),
+        ({"types": "convolution"}, LayerError, "Unknown layer type 'convolution'"),
+        ({"types": "norm"}, LayerError, "no layer of type norm. Its types are: linear"),
+        ({"layers": "4"}, LayerError, "No layer matches '4'"),
+        ({"device": "gpu"}, ProtocolError, "The device 'gpu' cannot be used: Expected one of cpu, .*Here 'auto'"),
+        ({"device": "meta"}, ProtocolError, "The device 'meta' cannot be used"),
+        ({"device": "cuda:99"}, ProtocolError, "The device 'cuda:99' cannot be used"),
+        ({"n_images": 0}, ProtocolError, "n_images must be .* at least 1; got 0"),
+        ({"trials": 0}, ProtocolError, "trials must be .* at least 1; got 0"),
+        ({"batch_size": 0}, ProtocolError, "batch_size must be .* at least 1; got 0"),
+        ({"level": 0}, ProtocolError, "level must lie between 0 and 1"),
+        ({"reset": "rewind"}, ProtocolError, "'rewind' needs the checkpoint"),
+        ({"reset": "zero", "donor": two_layers()}, ProtocolError, "'zero' takes no values from one"),
+        ({"donor": small_network()}, ModelError, "The donor is not of the architecture of"),
+        ({"donor": "nowhere.pth"}, CheckpointError, "no file nowhere.pth"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(12, 1)).eval()}, ModelError, "one number an image"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(13, 2)).eval()}, ModelError,
+         r"cannot run on one image of 3 channels, 2 x 2 pixels \(RuntimeError: .*name that size: open_model"),
+        ({"model": nn.Flatten().eval()}, LayerError, "none, it has no parameters"),
+        ({"model": "timm:resnet5O?pretrained=false"}, ModelError, "timm has no model 'resnet5O'"),
+        ({"model": 5}, ModelError, "given as int"),
+        ({"model": SMALL, "images": "nowhere"}, ProbeError, "no such file or folder: 'nowhere'"),
+        ({"model": SMALL, "images": photographs(2)}, ProbeError, r"images \(3, 12, 12\) .* but \(3, 2, 2\) is asked"),
+    ],
+    ids=lambda value: str(value)[:60],
+)  # fmt: skip
+def test_measure__what_makes_no_sense_is_said(settings, error, text):
+    with pytest.raises(error, match=text) as raised:
+        measure(**{"model": two_layers(), "images": PIXELS, **QUIET, **settings})
+    assert isinstance(raised.value, LayercritError)
+
+
+def test_measure__a_module_without_initialiser_is_named():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.eye(12))
+
+        def forward(self, x):
+            return x @ self.scale
+
+    network = nn.Sequential(nn.Flatten(), Scale(), nn.Linear(12, 3)).eval()
+    with pytest.raises(ModelError, match=r"no reset_parameters method, .*: 1 \(Scale\)\. Open the model by reference"):
+        measure(network, PIXELS, **QUIET)
+    assert measure(network, PIXELS, reset="permute", **QUIET).summary()["cells"] == {"ok": 6}
+    assert measure(network, PIXELS, layers="2", **QUIET).summary()["cells"] == {"ok": 3}
+
+
+def test_measure__settings_are_checked_before_images_are_decoded():
+    class Never:
+        shape = (4, 3, 2, 2)
+
+        def __array__(self, *_):
+            raise AssertionError("images were read before the settings were found to be wrong")
+
+    for wrong in ({"layers": "4"}, {"group": "blocks"}, {"device": "meta"}, {"reset": "rewind"}, {"dtype": "float23"}):
+        with pytest.raises(LayercritError):
+            measure(two_layers(), Never(), **wrong, **QUIET)
+
+
+def test_measure__on_trial_is_shown_what_is_finished():
+    shown = []
+    found = measure(two_layers(), PIXELS, trials=3, on_trial=shown.append, **QUIET)
+    assert [one.cells["trial"].nunique() for one in shown] == [1, 2, 3]
+    assert [len(one.record["trial_seeds"]) for one in shown] == [1, 2, 3]
+    pd.testing.assert_frame_equal(shown[-1].cells, found.cells)
+    for index, one in enumerate(shown, 1):
+        assert np.array_equal(one.per_image["cosine"], found.per_image["cosine"][:, :index])
+        assert one.record["notes"] is not found.record["notes"], "what is shown must not change later"
+
+
+@pytest.mark.xfail(strict=True, reason="the function and its module have one name, so the module hides the function")
+def test_layercrit__measure_is_the_function_whenever_it_is_asked_for():
+    """Also after its module, which has the same name, has been imported."""
+    lines = "import layercrit\nfor _ in range(2):\n    assert callable(layercrit.measure), layercrit.measure"
+    ran = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+# the machine
+
+
+@pytest.mark.parametrize(
+    ("n_images", "size", "expected"),
+    [(10_000, 224, 16), (100, 224, 15), (20, 224, 10), (5, 224, 5), (3, 4096, 1), (1000, 32, 500), (512, 8, 512)],
+)
+def test_choose_batch_size__auto_divides_evenly(n_images, size, expected):
+    class Images:
+        preprocessing = Preprocessing(height=size, width=size)
+
+    Images.n_images = n_images
+    cpu = torch.device("cpu")
+    assert choose_batch_size("auto", Images, cpu) == expected
+    assert choose_batch_size(7, Images, cpu) == min(7, n_images)
+
+
+def test_find_device__names_the_device():
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto").type in ("cpu", "cuda")
+
+
+def test_is_out_of_memory__tells_such_errors_from_others():
+    assert all(is_out_of_memory(error) for error in OUT_OF_MEMORY)
+    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_bar__is_drawn_on_a_terminal_and_silent_elsewhere(monkeypatch, capsys):
+    def work(shown):
+        with Bar(shown) as bar:
+            bar.decoded(1, 2)
+            bar.measured(0, 400)
+            bar.measured(300, 400)
+            bar.say("a line")
+        return capsys.readouterr().err
+
+    assert work(shown=True) == "a line\n"
+    assert work(shown=False) == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    drawn = work(shown=True)
+    assert "measuring" in drawn
+    assert "75%" in drawn
+    assert "a line" in drawn
+    assert work(shown=False) == ""

@@ -1,4 +1,4 @@
-"""Networks small enough to reset every layer of: published architectures shrunk, oddities, and one to compute by hand."""
+"""Networks small enough to reset each layer of: published architectures shrunk, one to compute by hand, oddities."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -356,7 +356,7 @@ class DataDependent(_Head):
 
     def body(self, x: Tensor) -> Tensor:
         for step in range(4):
-            x = self.even(x) if x[0, step].mean() > x[1, step].mean() else self.odd(x)
+            x = self.even(x) if (x[0, step] - x[1, step]).mean() * (-1) ** step > 0 else self.odd(x)
         if x.abs().amax() > 0.1:
             x = self.tail(x)
         return x
@@ -461,12 +461,13 @@ class Recurrent(_Head):
         return x + self.lstm(x.flatten(2))[0].view_as(x)
 
 
-class Baking(_Head):
-    """A weight is read as a Python number: the exporter writes the number down, and a reset would not be seen."""
+class Hidden(_Head):
+    """A weight is read as a Python number, which neither the exporter nor a recording can follow."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.tensor([1.5, 0.5]))
+        self.conv = nn.Conv2d(8, 8, 1)
+        self.scale = nn.Parameter(torch.rand(2) + 1)
 
     def body(self, x: Tensor) -> Tensor:
-        return x * float(self.scale.detach().numpy()[0])
+        return self.conv(x * float(self.scale.detach().numpy()[0]))
