@@ -68,6 +68,9 @@ def two_layers():
 PIXELS = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (6, 3, 2, 2), dtype=np.uint8))
 
 
+SMALL = open_model(two_layers(), input_size=(3, 2, 2))
+
+
 @contextlib.contextmanager
 def registered(registry):
     """Take out again what is registered inside."""
@@ -439,6 +442,20 @@ def test_measure__an_exception_in_the_midst_of_a_trial_leaves_everything_as_it_w
     assert_same_state(network, before)
 
 
+def test_measure__leaves_the_global_random_states_to_others(own_reset):
+    """A reset of the user's may draw from them; afterwards they are as before."""
+
+    @own_reset("global", random=True)
+    def drawing(draw):
+        noise = random.random() + np.random.rand()  # noqa: NPY002
+        return {name: torch.rand_like(value) + noise for name, value in draw.trained.items()}
+
+    network = two_layers()
+    before = state_of(network)
+    measure(network, PIXELS, reset="global", **QUIET)
+    assert_same_state(network, before)
+
+
 @pytest.mark.parametrize("opened", [False, True], ids=["a module", "a Model"])
 def test_measure__a_network_in_training_mode_is_measured_in_evaluation_mode(opened):
     network, probe_set = small_network(), photographs(5)
@@ -523,21 +540,42 @@ def test_measure__predictions_that_are_not_finite_are_marked_and_left_out(own_re
     assert summary["cells"] == {"ok": 5, "not_finite": 1}
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_measure__a_model_that_predicts_nan_itself_is_an_error(value):
-    class Divides(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(12, 3)
+class Fragile(nn.Module):
+    """Predicts no number for white images."""
 
-        def forward(self, images):
-            x = images.flatten(1)
-            return self.fc(torch.where(x[:, :1] > 0.9, value, x))
+    def __init__(self, value):
+        super().__init__()
+        self.fc, self.value = nn.Linear(12, 3), value
 
+    def forward(self, images):
+        x = images.flatten(1)
+        return self.fc(torch.where(x[:, :1] > 0.9, self.value, x))
+
+
+def one_white(index):
     pixels = PIXELS.clamp(max=200)
-    pixels[2] = 255
+    pixels[index] = 255
+    return pixels
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_measure__a_model_that_predicts_nan_itself_is_an_error(own_reset, value):
+    @own_reset("never", random=False)
+    def never(draw):
+        raise AssertionError("a layer was reset before the model's own predictions were looked at")
+
     with pytest.raises(ModelError, match=r"itself predicts NaN or infinity for 1 of 6 images, .* 'array .*\[2\]'"):
-        measure(Divides().eval(), pixels, **QUIET)
+        measure(Fragile(value).eval(), one_white(2), reset="never", **QUIET)
+
+
+def test_measure__a_model_that_predicts_nan_later_on_is_an_error_too(monkeypatch):
+    """Beyond the images that are looked at first; found in the midst of the first trial."""
+    monkeypatch.setattr(measure_module, "_TEMPERATURE_IMAGES", 1)
+    network = Fragile(math.nan).eval()
+    drawn = ProbeSet.from_array(PIXELS, SMALL.preprocessing, seed=hashed(0, "probe set") % 2**32)
+    index = int(drawn.names[-1].partition("[")[2].rstrip("]"))
+    with pytest.raises(ModelError, match=rf"for 1 of 1 images, the first is 'array .*\[{index}\]'"):
+        measure(network, one_white(index), batch_size=1, **QUIET)
 
 
 def test_measure__constant_predictions_have_no_matched_temperature():
@@ -658,6 +696,14 @@ def test_measure__auto_takes_float32_where_bfloat16_is_too_rough(long_job, monke
     found = measure(small_network(), photographs(6), **QUIET)
     assert found.record["dtype"] == "float32"
     assert any(note.startswith("float32, for bfloat16 is too rough: error") for note in found.record["notes"])
+
+
+def test_measure__auto_calibrates_on_some_of_many_layers(long_job, monkeypatch):
+    monkeypatch.setattr(measure_module, "_CALIBRATION_LAYERS", 4)
+    monkeypatch.setattr(_calibration, "LAYER_TOLERANCE", 1)
+    found = measure(small_network(), photographs(4), trials=1, **QUIET)
+    assert "in the mean of 3 layers, on 4 images" in found.record["notes"][-1]
+    assert len(found.to_pandas()) == 9
 
 
 def test_measure__the_error_that_auto_notes_is_that_of_the_cells(long_job, monkeypatch):
@@ -802,9 +848,6 @@ def test_measure__a_distance_cannot_take_another_columns_name(name):
 def test_measure__of_distances_one_name_or_several_with_commas_will_do():
     assert list(measure(two_layers(), PIXELS, distances="l2", **QUIET).per_image)[:-1] == ["cosine", "l2"]
     assert list(measure(two_layers(), PIXELS, distances="l1,cosine", **QUIET).per_image)[:-1] == ["cosine", "l1"]
-
-
-SMALL = open_model(two_layers(), input_size=(3, 2, 2))
 
 
 @pytest.mark.parametrize(

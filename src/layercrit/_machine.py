@@ -3,6 +3,7 @@
 import contextlib
 import math
 import platform
+import re
 from importlib import metadata
 
 import torch
@@ -10,7 +11,11 @@ import torch
 from layercrit.errors import ProtocolError
 from layercrit.probes import ProbeSet
 
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+# What allocators of the CPU and of GPUs say, and oneDNN, whose other errors name a primitive descriptor.
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
+    r"|could not create a (memory object|primitive(?! descriptor))"
+)
 
 
 def find_device(name: str) -> torch.device:
@@ -51,9 +56,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out; torch has no class of its own for this on the CPU."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
-    )
+    said = isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    return said or isinstance(error, MemoryError)
 
 
 def versions() -> dict[str, str]:

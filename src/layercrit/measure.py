@@ -323,7 +323,7 @@ class _Session:
             raise ModelError(
                 f"{self.subject.model.reference!r} itself predicts NaN or infinity for {len(bad)} of {len(logits)} "
                 f"images, the first is {self.probe_set.names[start + bad[0]]!r}. "
-                "Check its normalisation (mean, std), or use --dtype float32."
+                "Check its normalisation (mean, std), or use --dtype float32 (dtype='float32')."
             )
 
     # --- the result -------------------------------------------------------------------------------------------------

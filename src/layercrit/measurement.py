@@ -205,8 +205,7 @@ class Measurement:
             shape = (len(record["layers"]), cells["trial"].nunique(), record["probe_set"]["n_images"])
             columns = [column for column in cells.columns if column.endswith(PER_IMAGE)]
             per_image = {
-                column.removesuffix(PER_IMAGE): np.stack(cells[column].to_list()).astype(np.float32).reshape(shape)
-                for column in columns
+                column.removesuffix(PER_IMAGE): np.stack(cells[column].to_list()).reshape(shape) for column in columns
             }
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LayercritError(

@@ -160,8 +160,7 @@ def draw_values(
     Raises:
         ProtocolError: the reset function left out a parameter or returned another shape.
     """
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    trained = {name: parameters[name].detach().cpu().clone() for name in layer.parameters}
+    trained = {name: network.get_parameter(name).detach().cpu().clone() for name in layer.parameters}
     mine = {name: donor[name].clone() for name in layer.parameters} if donor else {}
     generator = torch.Generator().manual_seed(seed_of(seed, layer.name))
     values = dict(how.function(Draw(layer, trained, mine, generator)))
