@@ -10,8 +10,8 @@ Contenders take turns, each in a process of its own so that peak memory is its o
 image and trial; imports and opening the model are left out on both sides, decoding and the donor are in.
 
 The networks are not trained on anything (no weights can be assumed to be there). Their BatchNorm statistics are taken
-from the photographs and the last layer is scaled until the mean entropy of predictions is one nat, so that differences
-in criticality show.
+from the photographs and the last layer is scaled until the mean entropy of predictions is three nats, so that
+differences in criticality show.
 """
 
 import argparse
@@ -61,9 +61,7 @@ def main() -> None:
             line = compare(folder, arch, arguments.images, arguments.rounds, arguments.plain_batches, rates)
             last = last or line
         exact = child(what="exact", folder=scratch)
-        print(
-            f"\nefficientnet_lite0, trained on ImageNet, {exact['n_images']} photographs, 3 trials, against reference mode"
-        )
+        print(f"\nefficientnet_lite0, trained on ImageNet, {exact['n_images']} photographs, against reference mode")
         for mode in ("float32", "bfloat16"):
             print(f"  {mode}: largest difference of a layer {exact[mode][0]:.1e}, of the mean {exact[mode][1]:.1e}")
         print(last)
@@ -85,7 +83,8 @@ def compare(folder: Path, arch: str, n_images: int, rounds: int, batches: list[i
     )
     print(f"  {work['after'] / 1e9:.0f} GFLOP after the layers together ({work['after'] / work['flops']:.1f} passes)")
     print(
-        f"  {'':20} {'ms/image':>9} {'(min-max)':>13} {'ratios':>11} {'floor':>6} {'open s':>7} {'peak MB':>8} {'max diff':>9}"
+        f"  {'':20} {'ms/image':>9} {'(min-max)':>13} {'ratios':>11} {'floor':>6} {'open s':>7} "
+        f"{'peak MB':>8} {'max diff':>9}"
     )
     for name, found in runs.items():
         each = [1e3 * run["seconds"] / n_images for run in found]
@@ -184,17 +183,16 @@ def plain(arch: str, folder: str, n_images: int, batch_size: int) -> dict:
 def layercrit_measure(arch: str, folder: str, n_images: int, dtype: str, layers: str = "*", trials: int = 1) -> dict:
     import layercrit
 
-    started = time.perf_counter()
     model = layercrit.open_model(f"file:{folder}/{arch}.pth?arch=timm:{arch}")
-    opened = time.perf_counter()
+    started = time.perf_counter()
     measurement = layercrit.measure(
         model, f"{folder}/images", trials=trials, n_images=n_images, dtype=dtype, layers=layers, progress=False
     )
-    total = time.perf_counter() - opened
+    total = time.perf_counter() - started
     record, table = measurement.record, measurement.to_pandas()
     return {
         "seconds": total - record["seconds_opening"],
-        "opening": record["seconds_opening"] + opened - started,
+        "opening": record["seconds_opening"],
         "criticality": dict(zip(table["layer"], table["criticality"], strict=True)),
         "dtype": record["dtype"],
         "notes": record["notes"],
@@ -227,12 +225,12 @@ def write_network(arch: str, folder: str) -> dict:
         head = network.get_classifier()
         low, high = 1.0, 1e6
         weight = head.weight.clone()
-        for _ in range(40):  # scale the head until the mean entropy is one nat
+        for _ in range(40):  # scale the head until the mean entropy is three nats
             scale = math.sqrt(low * high)
             head.weight.copy_(weight * scale)
             p = network(x).softmax(dim=1)
             entropy = -(p * p.clamp_min(1e-30).log()).sum(dim=1).mean()
-            low, high = (scale, high) if entropy > 1 else (low, scale)
+            low, high = (scale, high) if entropy > 3 else (low, scale)
         torch.save(network.state_dict(), Path(folder) / f"{arch}.pth")
         layers = select_layers(find_layers(network, x[:1]))
         replay = open_replay(network, layers, x[:1], "reference")
@@ -285,11 +283,16 @@ def product_rate(dtype: str) -> float:
 
     a = torch.randn(3136, 768).to(getattr(torch, dtype))
     b = torch.randn(768, 768).to(getattr(torch, dtype))
+    # The same product as a 1 x 1 convolution goes to another library, which is faster on some processors.
+    image = a.t().reshape(1, 768, 56, 56).contiguous(memory_format=torch.channels_last)
+    kernel = b.reshape(768, 768, 1, 1).contiguous(memory_format=torch.channels_last)
     times = []
-    for _ in range(30):
-        started = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - started)
+    with torch.inference_mode():
+        for _ in range(30):
+            for product in (lambda: a @ b, lambda: torch.conv2d(image, kernel)):
+                started = time.perf_counter()
+                product()
+                times.append(time.perf_counter() - started)
     return 2 * 3136 * 768 * 768 / min(times)
 
 

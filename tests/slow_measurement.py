@@ -1,4 +1,4 @@
-"""A whole measurement once more, slowly and close to its formulas; and the small network it is compared on."""
+"""A whole measurement once more, slowly and close to its formulas."""
 
 import copy
 import hashlib
@@ -7,76 +7,12 @@ import math
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
-
-
-class Block(nn.Module):
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.conv1, self.bn = nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
-        self.shortcut = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
-
-    def forward(self, x):
-        return F.relu(self.conv2(F.relu(self.bn(self.conv1(x)))) + self.shortcut(x))
-
-
-class SmallNetwork(nn.Module):
-    """A residual network from images ``(n_images, 3, height, width)`` to 6 classes."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, 3)
-        self.layer1 = nn.Sequential(Block(4, 4), Block(4, 4))
-        self.layer2 = nn.Sequential(Block(4, 6))
-        self.fc = nn.Linear(6, 6)
-
-    def forward(self, x):
-        return self.fc(self.layer2(self.layer1(self.stem(x))).mean(dim=(2, 3)))
-
-
-GROUPS = {
-    "layer": ["stem", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1", "layer1.1.conv2", "layer2.0.conv1",
-              "layer2.0.conv2", "layer2.0.shortcut", "fc"],
-    "block": ["stem", "layer1.0", "layer1.1", "layer2.0", "fc"],
-    "stage": ["stem", "layer1", "layer2", "fc"],
-}  # fmt: skip
-"""Names of what is reset in a SmallNetwork, in the order of its forward."""
-
-
-def members(group):
-    """Name -> the modules that are reset together."""
-    single = GROUPS["layer"]
-    return {name: [one for one in single if one == name or one.startswith(f"{name}.")] for name in GROUPS[group]}
-
-
-def small_network(seed=5):
-    """A SmallNetwork that is as sure of itself as a trained one, with normalisation statistics that are not 0 and 1."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = SmallNetwork().eval()
-        with torch.no_grad():
-            for module in network.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.running_mean.normal_(0, 0.3)
-                    module.running_var.uniform_(0.1, 0.4)
-                    module.bias.normal_(0, 0.3)
-            network.fc.weight.mul_(40)
-    return network
 
 
 def hashed(*words):
     """The first 8 bytes of the SHA-256 of a JSON list."""
     text = json.dumps(list(words), separators=(",", ":"))
     return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
-
-
-def fresh(build, seed):
-    """What a factory builds under a seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
 
 
 def slow_measurement(network, images, labels, layers, donors):

@@ -1,8 +1,6 @@
-import contextlib
 import copy
 import importlib
 import math
-import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,87 +13,42 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from layercrit import _calibration
-from layercrit._machine import choose_batch_size, find_device, is_out_of_memory
-from layercrit._progress import Bar
 from layercrit.distances import DISTANCES, distance
-from layercrit.errors import (
-    CheckpointError,
-    LayercritError,
-    LayerError,
-    ModelError,
-    ProbeError,
-    ProtocolError,
-)
+from layercrit.errors import CheckpointError, LayercritError, LayerError, ModelError, ProbeError, ProtocolError
 from layercrit.measure import measure
 from layercrit.models import open_model
 from layercrit.networks import structure
 from layercrit.probes import Preprocessing, ProbeSet
-from layercrit.replay import GraphReplay
 from layercrit.resets import RESETS, reset
 from photographs import pieces
-from slow_measurement import GROUPS, SmallNetwork, fresh, hashed, members, slow_measurement, small_network
+from slow_measurement import hashed, slow_measurement
+from small_subjects import (
+    GROUPS,
+    PIXELS,
+    QUIET,
+    SIZE,
+    SMALL,
+    STILL,
+    SmallNetwork,
+    assert_same_cells,
+    build_two_layers,
+    fresh,
+    members,
+    mostly_right,
+    normalised,
+    photographs,
+    registered,
+    small_network,
+    two_layers,
+)
 
 measure_module = importlib.import_module("layercrit.measure")
-
-SIZE = 12
-QUIET = {"progress": False}
-STILL = Preprocessing(height=SIZE, width=SIZE, resize=None)
-
-
-def photographs(n_images=10, labels=None):
-    return ProbeSet.from_array(pieces(n_images, SIZE), STILL, labels)
-
-
-def mostly_right(network, n_images=10):
-    """Labels in the order of the array: what the network predicts, but for every third image."""
-    pixels = torch.from_numpy(pieces(n_images, SIZE)).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        predicted = network(pixels / 255).argmax(dim=1).numpy()
-    return np.where(np.arange(n_images) % 3 == 0, (predicted + 1) % 6, predicted)
-
-
-def normalised(probe_set, mean=(0.0,) * 3, std=(1.0,) * 3):
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    return (torch.tensor(probe_set.images).float() / 255 - mean) / std
-
-
-def two_layers():
-    """A network for `PIXELS`: linear layers '1' and '3' around a ReLU."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
-
-
-PIXELS = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (6, 3, 2, 2), dtype=np.uint8))
-
-
-SMALL = open_model(two_layers(), input_size=(3, 2, 2))
-
-
-@contextlib.contextmanager
-def registered(registry):
-    """Take out again what is registered inside."""
-    before = dict(registry)
-    try:
-        yield
-    finally:
-        registry.clear()
-        registry.update(before)
 
 
 @pytest.fixture
 def own_reset():
     with registered(RESETS):
         yield reset
-
-
-def assert_same_cells(found, expected, atol):
-    """Every distance of every image, and every number of every cell, are the same within ``atol``."""
-    assert found.per_image.keys() == expected.per_image.keys()
-    for name, values in expected.per_image.items():
-        np.testing.assert_allclose(found.per_image[name], values, rtol=0, atol=atol, err_msg=name)
-    numbers = expected.cells.select_dtypes("number").columns
-    pd.testing.assert_frame_equal(found.cells[numbers], expected.cells[numbers], rtol=0, atol=atol)
-    assert (found.cells["status"] == expected.cells["status"]).all()
 
 
 # the whole measurement against a slow one
@@ -116,7 +69,7 @@ def assert_same_cells(found, expected, atol):
 def test_measure__equals_the_slow_way(group, dtype, batch_size, labelled):
     network, trials = small_network(), 3
     probe_set = photographs(labels=mostly_right(network) if labelled else None)
-    architecture = f"module:slow_measurement.SmallNetwork-{structure(network)}"
+    architecture = f"module:small_subjects.SmallNetwork-{structure(network)}"
     seeds = [hashed(8, architecture, "rerandomize", trial) for trial in range(trials)]
     donors = [fresh(SmallNetwork, seed) for seed in seeds]
     expected, whole = slow_measurement(network, normalised(probe_set), probe_set.labels, members(group), donors)
@@ -226,7 +179,7 @@ class Ignoring(nn.Module):
 
 @pytest.mark.parametrize("dtype", ["reference", "float32", "bfloat16"])
 def test_measure__a_layer_that_the_output_ignores_has_criticality_0(dtype):
-    found = measure(Ignoring().eval(), photographs(), dtype=dtype, **QUIET)
+    found = measure(fresh(Ignoring, 0).eval(), photographs(), dtype=dtype, **QUIET)
     table = found.to_pandas().set_index("layer")
     assert list(table.index) == ["multiplied_by_zero", "dropped", "used", "never_called"]
     for layer in ("multiplied_by_zero", "dropped", "never_called"):
@@ -309,7 +262,7 @@ def test_measure__layers_of_a_trial_share_one_donor(own_reset):
 
     found = measure(two_layers(), PIXELS, reset="spy", trials=2, seed=6, **QUIET)
     for trial in range(2):
-        twin = fresh(two_layers, int(found.cells["seed"][trial]))
+        twin = fresh(build_two_layers, int(found.cells["seed"][trial]))
         mine = donors[2 * trial] | donors[2 * trial + 1]
         assert mine.keys() == dict(twin.named_parameters()).keys()
         assert all(torch.equal(mine[name], p) for name, p in twin.named_parameters())
@@ -328,155 +281,6 @@ def test_measure__buffers_stay_trained(own_reset):
     donor.stem.bias.data += 0.1
     found = measure(network, probe_set, types="all", donor=donor, **QUIET)
     assert found.to_pandas().set_index("layer").loc["stem", "criticality"] < 0.9
-
-
-# what is left behind
-
-
-class Troubled(nn.Module):
-    """Raises at one call of its forward; may write to its own parameters and buffers, which keeps it off the graph."""
-
-    def __init__(self, call=None, error=None, writes=False):
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-        self.head = nn.Linear(4, 3)
-        self.register_buffer("calls", torch.zeros(()))
-        self.call, self.error, self.writes = call, error, writes
-        self.seen = []  # a list, for the exporter takes back what a forward assigns
-
-    def forward(self, images):
-        if self.writes:
-            self.calls += 1
-            self.head.weight.data.clamp_(-0.01, 0.01)
-        self.seen.append(len(images))
-        if len(self.seen) == self.call:
-            raise self.error
-        return self.head(self.body(images).mean(dim=(2, 3)))
-
-
-def troubled(**trouble):
-    network = Troubled(**trouble).eval()
-    network.body[0].weight.requires_grad_(False)
-    network.body.register_forward_hook(lambda module, inputs, output: None)
-    network.head.register_forward_pre_hook(lambda module, inputs: None)
-    return network
-
-
-def state_of(network):
-    """Everything that a measurement must leave as it was, tensors as bytes."""
-    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    return {
-        "values": {name: (t.detach().numpy().tobytes(), id(t)) for name, t in tensors.items()},
-        "requires_grad": {name: p.requires_grad for name, p in network.named_parameters()},
-        "training": [m.training for m in network.modules()],
-        "hooks": [[dict(h) for n, h in sorted(vars(m).items()) if "hooks" in n] for m in network.modules()],
-        "attributes": [sorted(vars(m)) for m in network.modules()],
-        "torch": torch.get_rng_state().numpy().tobytes(),
-        "numpy": str(np.random.get_state()),  # noqa: NPY002
-        "python": random.getstate(),
-    }
-
-
-def interrupt(_):
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("writes", [False, True], ids=["pure", "writing"])
-@pytest.mark.parametrize(
-    ("settings", "error"),
-    [
-        ({}, None),
-        ({"dtype": "reference", "reset": "permute"}, None),
-        ({"layers": "nothing*"}, LayerError),
-        ({"reset": "rewind"}, ProtocolError),
-        ({"images": "nowhere"}, ProbeError),
-        ({"on_trial": interrupt}, KeyboardInterrupt),
-    ],
-    ids=["finished", "reference", "layers", "donor", "images", "on_trial"],
-)
-def test_measure__leaves_everything_as_it_was(writes, settings, error):
-    network = troubled(writes=writes)
-    before = state_of(network)
-    with contextlib.nullcontext() if error is None else pytest.raises(error):
-        measure(network, **{"images": photographs(4), "types": "all", "batch_size": 2, **QUIET, **settings})
-    assert_same_state(network, before)
-
-
-def assert_same_state(network, before):
-    after = state_of(network)
-    for what, value in before.items():
-        assert after[what] == value, f"{what} changed"
-
-
-@pytest.mark.parametrize("call", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("writes", [False, True], ids=["pure", "writing"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError], ids=["Ctrl-C", "exception"])
-def test_measure__an_exception_in_the_forward_leaves_everything_as_it_was(error, writes, call):
-    """Whether the pass is watched, exported, recorded or replayed when it is cut short."""
-    network = troubled(call=call, error=error("the network's own"), writes=writes)
-    before = state_of(network)
-    raised = found = None
-    try:
-        found = measure(network, photographs(4), **QUIET)
-    except (error, ModelError) as caught:
-        raised = caught
-    assert_same_state(network, before)
-    if raised is not None:
-        assert "the network's own" in str(raised)
-        assert call == 1 or not isinstance(raised, ModelError), "only the first pass tells whether images fit"
-    elif len(network.seen) >= call:
-        assert "does not export (ValueError: the network's own)" in found.record["notes"][-1]
-
-
-def test_measure__an_exception_in_the_midst_of_a_trial_leaves_everything_as_it_was(own_reset):
-    @own_reset("failing", random=True)
-    def failing(draw):
-        if draw.layer.name == "head":
-            raise ZeroDivisionError
-        return {name: value + 1 for name, value in draw.trained.items()}
-
-    network = troubled()
-    before = state_of(network)
-    with pytest.raises(ZeroDivisionError):
-        measure(network, photographs(4), reset="failing", **QUIET)
-    assert_same_state(network, before)
-
-
-def test_measure__leaves_the_global_random_states_to_others(own_reset):
-    """A reset of the user's may draw from them; afterwards they are as before."""
-
-    @own_reset("global", random=True)
-    def drawing(draw):
-        noise = random.random() + np.random.rand()  # noqa: NPY002
-        return {name: torch.rand_like(value) + noise for name, value in draw.trained.items()}
-
-    network = two_layers()
-    before = state_of(network)
-    measure(network, PIXELS, reset="global", **QUIET)
-    assert_same_state(network, before)
-
-
-@pytest.mark.parametrize("opened", [False, True], ids=["a module", "a Model"])
-def test_measure__a_network_in_training_mode_is_measured_in_evaluation_mode(opened):
-    network, probe_set = small_network(), photographs(5)
-    expected = measure(network, probe_set, **QUIET)
-    model = open_model(network, input_size=(3, SIZE, SIZE))
-    network.train()
-    before = state_of(network)
-    found = measure(model if opened else network, probe_set, **QUIET)
-    assert_same_state(network, before)
-    assert_same_cells(found, expected, atol=0)
-
-
-def test_measure__weights_changed_since_are_seen():
-    """Nothing of a measurement is kept for the next one."""
-    network, probe_set = small_network(), photographs(5)
-    first = measure(network, probe_set, **QUIET)
-    with torch.no_grad():
-        network.fc.weight.mul_(0.1)
-    second = measure(network, probe_set, **QUIET)
-    assert (second.cells["cosine"] < first.cells["cosine"]).all()
-    assert first.record["model"]["sha256"] != second.record["model"]["sha256"]
 
 
 # cells that do not count
@@ -592,154 +396,6 @@ def test_measure__constant_predictions_have_no_matched_temperature():
     assert found.to_pandas()["status"].tolist() == ["ok", "ok"]
 
 
-# memory
-
-
-class Memory:
-    """Stands where memory is: sweeps and openings of more images than fit fail as torch fails, after ``layers``."""
-
-    def __init__(self, monkeypatch, error, n_images, layers=0, sweeps=0):
-        self.error, self.n_images, self.layers, self.sweeps, self.failures = error, n_images, layers, sweeps, 0
-        sweep = GraphReplay.sweep
-
-        def failing(replay, images, prepared):
-            for index, found in enumerate(sweep(replay, images, prepared)):
-                if len(images) > self.n_images and index >= self.layers and bool(prepared) == bool(self.layers):
-                    self.sweeps -= 1
-                    if self.sweeps < 0:
-                        self.failures += 1
-                        raise self.error
-                yield found
-
-        monkeypatch.setattr(GraphReplay, "sweep", failing)
-
-
-OUT_OF_MEMORY = [
-    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-    MemoryError(),
-]
-
-
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["CPU", "GPU", "cuDNN", "Python"])
-def test_measure__without_enough_memory_batches_are_halved_and_that_is_said(monkeypatch, capsys, error):
-    network, probe_set = small_network(), photographs(labels=mostly_right(small_network()))
-    expected = measure(network, probe_set, batch_size=10, trials=2, **QUIET)
-    memory = Memory(monkeypatch, error, n_images=2)
-    found = measure(network, probe_set, batch_size=10, trials=2, progress=True)
-    assert memory.failures > 0
-    said = ["out of memory: batch size halved to 5", "out of memory: batch size halved to 2"]
-    assert [note for note in found.record["notes"] if "memory" in note] == said
-    assert found.record["protocol"]["batch_size"] == 2
-    assert found.record["dtype"] == "float32"
-    assert_same_cells(found, expected, atol=2e-6)
-    assert capsys.readouterr().err.splitlines() == said
-
-
-def test_measure__memory_that_runs_out_within_a_trial_costs_that_trial_only(monkeypatch):
-    """The third batch of the second trial fails when two layers are done; trial 0 is kept as it is."""
-    network, probe_set = small_network(), photographs(labels=mostly_right(small_network()))
-    expected = measure(network, probe_set, batch_size=4, trials=3, **QUIET)
-    monkeypatch.setattr(measure_module, "_TEMPERATURE_IMAGES", 4)
-    memory = Memory(monkeypatch, OUT_OF_MEMORY[0], n_images=2, layers=2, sweeps=2 * 7 + 3 * 7)
-    shown = []
-    found = measure(network, probe_set, batch_size=4, trials=3, on_trial=shown.append, **QUIET)
-    assert memory.failures == 1
-    assert [note for note in found.record["notes"] if "memory" in note] == ["out of memory: batch size halved to 2"]
-    assert [one.cells["trial"].nunique() for one in shown] == [1, 2, 3]
-    assert shown[0].record["protocol"]["batch_size"] == 4
-    for name, values in shown[0].per_image.items():
-        assert np.array_equal(values[:, 0], found.per_image[name][:, 0])
-    np.testing.assert_allclose(found.per_image["cosine"], expected.per_image["cosine"], atol=2e-6)
-
-
-def test_measure__a_batch_of_one_that_does_not_fit_is_an_error(monkeypatch):
-    Memory(monkeypatch, OUT_OF_MEMORY[1], n_images=0)
-    with pytest.raises(LayercritError, match="Out of memory on cpu even with a batch of one image"):
-        measure(small_network(), photographs(3), **QUIET)
-
-
-def test_measure__other_runtime_errors_are_not_taken_for_lack_of_memory(monkeypatch):
-    Memory(monkeypatch, RuntimeError("shapes cannot be multiplied"), n_images=0)
-    with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        measure(two_layers(), PIXELS, **QUIET)
-
-
-# the number format
-
-
-@pytest.fixture
-def long_job(monkeypatch):
-    monkeypatch.setattr(measure_module, "_LONG_JOB", 0)
-    monkeypatch.setattr(measure_module, "multiplies_bfloat16", lambda device: True)
-
-
-def test_measure__auto_takes_bfloat16_where_it_is_exact_enough(long_job):
-    network, probe_set = small_network(), photographs(6)
-    with torch.no_grad():
-        network.fc.weight.mul_(0.1)
-    found, again = (measure(network, probe_set, dtype="auto", **QUIET) for _ in range(2))
-    asked = measure(network, probe_set, dtype="bfloat16", **QUIET)
-    assert found.record["dtype"] == found.summary()["dtype"] == found.record["protocol"]["dtype"] == "bfloat16"
-    (note,) = (note for note in found.record["notes"] if "bfloat16" in note)
-    assert note.startswith("bfloat16: error in criticality 0.0")
-    assert note.endswith("in the mean of 9 layers, on 6 images")
-    for name, values in found.per_image.items():
-        assert np.array_equal(values, again.per_image[name]), "the choice is not deterministic"
-        assert np.array_equal(values, asked.per_image[name])
-
-
-@pytest.mark.parametrize("tolerance", ["LAYER_TOLERANCE", "MEAN_TOLERANCE"])
-def test_measure__auto_takes_float32_where_bfloat16_is_too_rough(long_job, monkeypatch, tolerance):
-    monkeypatch.setattr(_calibration, tolerance, -1)
-    found = measure(small_network(), photographs(6), **QUIET)
-    assert found.record["dtype"] == "float32"
-    assert any(note.startswith("float32, for bfloat16 is too rough: error") for note in found.record["notes"])
-
-
-def test_measure__auto_calibrates_on_some_of_many_layers(long_job, monkeypatch):
-    monkeypatch.setattr(measure_module, "_CALIBRATION_LAYERS", 4)
-    monkeypatch.setattr(_calibration, "LAYER_TOLERANCE", 1)
-    found = measure(small_network(), photographs(4), trials=1, **QUIET)
-    assert "in the mean of 3 layers, on 4 images" in found.record["notes"][-1]
-    assert len(found.to_pandas()) == 9
-
-
-def test_measure__the_error_that_auto_notes_is_that_of_the_cells(long_job, monkeypatch):
-    """With one trial and one batch, calibration and measurement reset the same layers to the same values."""
-    monkeypatch.setattr(_calibration, "LAYER_TOLERANCE", 1)
-    monkeypatch.setattr(_calibration, "MEAN_TOLERANCE", 1)
-    network, probe_set = small_network(), photographs(6)
-    rough, exact = (measure(network, probe_set, dtype=dtype, trials=1, **QUIET) for dtype in ("auto", "float32"))
-    errors = rough.cells["cosine"] - exact.cells["cosine"]
-    assert f"{errors.abs().max():.4f} at most and {abs(errors.mean()):.5f} in the mean" in rough.record["notes"][-1]
-
-
-@pytest.mark.parametrize(("flops", "native"), [(1e30, True), (0, False)], ids=["short job", "emulated"])
-def test_measure__auto_takes_float32_where_bfloat16_does_not_pay(monkeypatch, flops, native):
-    monkeypatch.setattr(measure_module, "_LONG_JOB", flops)
-    monkeypatch.setattr(measure_module, "multiplies_bfloat16", lambda device: native)
-    found = measure(small_network(), photographs(4), trials=1, layers="fc", **QUIET)
-    assert found.record["dtype"] == "float32"
-    assert not any("bfloat16" in note for note in found.record["notes"])
-
-
-def test_measure__the_format_stays_when_memory_runs_out(long_job, monkeypatch):
-    """Trials of one measurement are all in the format that was chosen first, without another calibration."""
-    network, probe_set = small_network(), photographs(6)
-    Memory(monkeypatch, OUT_OF_MEMORY[0], n_images=3, layers=2, sweeps=30)
-    monkeypatch.setattr(_calibration, "LAYER_TOLERANCE", 1)
-    monkeypatch.setattr(_calibration, "MEAN_TOLERANCE", 1)
-
-    def forbid(_):
-        monkeypatch.setattr(_calibration, "LAYER_TOLERANCE", -1)
-
-    found = measure(network, probe_set, trials=5, on_trial=forbid, **QUIET)
-    assert [note.partition(":")[0] for note in found.record["notes"][1:]] == ["bfloat16", "out of memory"]
-    assert found.record["dtype"] == "bfloat16"
-
-
 # what is asked for, and what cannot be
 
 
@@ -811,7 +467,7 @@ def test_measure__says_where_fresh_values_come_from():
     given = measure(network, PIXELS, trials=1, **QUIET)
     assert given.record["notes"][0].startswith(note)
     assert given.record["model"]["donor"] == "each module's own reset_parameters"
-    model = replace(open_model(network, input_size=(3, 2, 2)), build=two_layers, initialiser="two_layers()")
+    model = replace(open_model(network, input_size=(3, 2, 2)), build=build_two_layers, initialiser="two_layers()")
     built = measure(model, PIXELS, trials=1, **QUIET)
     assert (built.record["notes"], built.record["model"]["donor"]) == ([], "two_layers()")
 
@@ -933,50 +589,3 @@ def test_layercrit__measure_is_the_function_whenever_it_is_asked_for():
     lines = "import layercrit\nfor _ in range(2):\n    assert callable(layercrit.measure), layercrit.measure"
     ran = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-
-
-# the machine
-
-
-@pytest.mark.parametrize(
-    ("n_images", "size", "expected"),
-    [(10_000, 224, 16), (100, 224, 15), (20, 224, 10), (5, 224, 5), (3, 4096, 1), (1000, 32, 500), (512, 8, 512)],
-)
-def test_choose_batch_size__auto_divides_evenly(n_images, size, expected):
-    class Images:
-        preprocessing = Preprocessing(height=size, width=size)
-
-    Images.n_images = n_images
-    cpu = torch.device("cpu")
-    assert choose_batch_size("auto", Images, cpu) == expected
-    assert choose_batch_size(7, Images, cpu) == min(7, n_images)
-
-
-def test_find_device__names_the_device():
-    assert find_device("cpu") == torch.device("cpu")
-    assert find_device("auto").type in ("cpu", "cuda")
-
-
-def test_is_out_of_memory__tells_such_errors_from_others():
-    assert all(is_out_of_memory(error) for error in OUT_OF_MEMORY)
-    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
-    assert not is_out_of_memory(ValueError("out of memory"))
-
-
-def test_bar__is_drawn_on_a_terminal_and_silent_elsewhere(monkeypatch, capsys):
-    def work(shown):
-        with Bar(shown) as bar:
-            bar.decoded(1, 2)
-            bar.measured(0, 400)
-            bar.measured(300, 400)
-            bar.say("a line")
-        return capsys.readouterr().err
-
-    assert work(shown=True) == "a line\n"
-    assert work(shown=False) == ""
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
-    drawn = work(shown=True)
-    assert "measuring" in drawn
-    assert "75%" in drawn
-    assert "a line" in drawn
-    assert work(shown=False) == ""

@@ -3,7 +3,9 @@ import gc
 import random
 import re
 import weakref
+from collections.abc import Callable
 from functools import cache, partial
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -308,7 +310,7 @@ def test_open_replay__out_of_memory_is_not_taken_for_an_unknown_number_format(mo
     made = case(UsedTwice, *IMAGES)
 
     def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("no memory left")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(replay, "speed_up", full)
     with pytest.raises(torch.OutOfMemoryError):
@@ -464,7 +466,7 @@ def test_flops_after__by_hand(by_hand):
 
 
 @pytest.mark.parametrize("name", ["convnext_tiny", "torchvision_resnet18", "vit_tiny"])
-def test_flops_after__falls_with_depth_and_is_the_same_in_every_mode(name):
+def test_flops_after__falls_with_depth_in_every_mode(name):
     made, _, opened = architecture(name)
     share = opened.flops_after()
     assert list(share) == [layer.name for layer in made.layers]
@@ -472,7 +474,11 @@ def test_flops_after__falls_with_depth_and_is_the_same_in_every_mode(name):
     assert 0 < share[made.layers[-1].name] < 0.05
     for mode in ("float32", "bfloat16"):
         fast = opened.in_mode(mode, CPU)
-        assert fast.flops_after() == pytest.approx(share)
+        for layer in made.layers:  # a normalisation that is folded runs its convolution anew
+            if layer.type == "norm":
+                assert fast.flops_after()[layer.name] >= share[layer.name]
+            else:
+                assert fast.flops_after()[layer.name] == pytest.approx(share[layer.name])
         assert fast.flops_per_image == pytest.approx(opened.flops_per_image)
 
 
@@ -483,41 +489,39 @@ def chain(depth: int) -> nn.Module:
     return Sketch(lambda net, x: net.convs(x), convs=nn.Sequential(*(nn.Conv2d(8, 8, 1) for _ in range(depth))))
 
 
-def live_activations() -> int:
-    """Tensors of the shape that every activation of `chain` has."""
-    gc.collect()
-    return sum(1 for t in gc.get_objects() if type(t) is Tensor and t.shape == (4, 8, 8, 8))
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Count the results of nodes, of the shape of an activation of `chain`, that are still alive."""
+    call, results = replay._call, []
+
+    def watched(*arguments: object) -> object:
+        result = call(*arguments)
+        if isinstance(result, Tensor) and result.shape == (4, 8, 8, 8):
+            results.append(weakref.ref(result))
+        most.append(count())
+        return result
+
+    def count() -> int:
+        return sum(result() is not None for result in results)
+
+    most: list[int] = []
+    count.most = most
+    monkeypatch.setattr(replay, "_call", watched)
+    return count
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_sweep__keeps_no_value_after_its_last_use(mode):
+def test_sweep__keeps_no_value_after_its_last_use(live, mode):
     made = case(partial(chain, 12), *IMAGES)
     opened = open_replay(made.network, made.layers, made.images, mode)
-    before = live_activations()
     for layers in (made.layers, made.layers[-1:], made.layers[3:5]):
         prepared = {layer.name: opened.prepare(layer, made.values(layer)) for layer in layers}
-        most = 0
+        live.most.clear()
         for _ in opened.sweep(made.images, prepared):
-            most = max(most, live_activations() - before)
-        assert most <= 2, f"{most} activations alive between two resets"
-    assert live_activations() == before
-
-
-def test_run_suffix__keeps_no_value_after_its_last_use(monkeypatch):
-    made = case(partial(chain, 12), *IMAGES)
-    opened = open_replay(made.network, made.layers, made.images, "reference")
-    call, seen = replay._call, []
-
-    def counting(*arguments: object) -> object:
-        seen.append(live_activations())
-        return call(*arguments)
-
-    before = live_activations()
-    prepared = {"stem": opened.prepare(made.layers[0], made.values(made.layers[0]))}
-    monkeypatch.setattr(replay, "_call", counting)
-    dict(opened.sweep(made.images, prepared))
-    assert len(seen) > 24
-    assert max(seen) - before <= 3
+            assert live() <= 1, "between two resets, one clean value is enough"
+        assert len(live.most) > 12
+        assert max(live.most) <= 3, "one clean value, and the input and output of one node after the reset"
+        assert live() == 0
 
 
 @pytest.mark.parametrize("build", [UsedTwice, DataDependent, Caching], ids=["graph", "recorded", "plain"])
@@ -582,14 +586,17 @@ class Snapshot:
         assert not torch.is_inference_mode_enabled()
 
 
+def _one_more(module: nn.Linear, x: Tensor) -> Tensor:
+    return type(module).forward(module, x) + 1
+
+
 def dressed(build: type[nn.Module]) -> Case:
     """A network with a training flag, a frozen parameter, a hook and a forward of the user's own."""
     made = case(build, *IMAGES)
     made.network.stem.training = True  # a convolution does not mind
     made.network.last.bias.requires_grad_(False)
     made.network.stem.register_forward_hook(lambda module, inputs, output: output * 2)
-    forward = made.network.last.forward
-    made.network.last.forward = lambda x: forward(x) + 1
+    made.network.last.forward = MethodType(_one_more, made.network.last)
     return made
 
 
@@ -652,7 +659,7 @@ def test_sweep__after_an_exception_in_a_graph_everything_is_as_it_was(monkeypatc
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("calls_left", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("calls_left", [0, 1, 2, 3])
 def test_open_replay__after_an_exception_everything_is_as_it_was(calls_left, error):
     """The first two calls are the exporter's: what it raises is answered by a slower road."""
     made = dressed(Failing)
@@ -678,9 +685,10 @@ def test_sweep__abandoned_halfway_leaves_everything_as_it_was():
 
 
 def test_sweep__a_network_made_in_inference_mode():
-    made = case(Counting, *IMAGES)
+    made = case(DataDependent, *IMAGES)
     with torch.inference_mode():
         network = copy.deepcopy(made.network)
+    assert network.stem.weight.is_inference()
     snapshot = Snapshot(network)
     got = sweep(PlainReplay(network, made.layers), made)
     assert_equal(got, PlainWay(made.network).sweep(made))

@@ -276,7 +276,7 @@ def _fold_batch_norms(weight_graph: WeightGraph) -> None:
             new_weight = graph.call_function(folded_weight, (weight, scale))
             new_bias = graph.call_function(folded_bias, (bias, mean, beta, scale))
             conv = graph.call_function(x.target, (image, new_weight, new_bias, *where))
-        new_weight.meta, new_bias.meta, conv.meta = dict(weight.meta), dict(mean.meta), dict(x.meta)
+        new_weight.meta, new_bias.meta, conv.meta = {"val": _value(weight)}, {"val": _value(mean)}, dict(x.meta)
         for user in outputs:
             user.replace_all_uses_with(conv)
         for node in (*outputs, norm, x):
@@ -294,7 +294,7 @@ def _cast_inputs(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
             continue
         with graph.inserting_after(node):
             cast = graph.call_function(in_layout, (node, dtype))
-        cast.meta = dict(node.meta)
+        cast.meta = {"val": _value(node)}
         for reader in readers:
             reader.replace_input_with(node, cast)
 
@@ -304,7 +304,7 @@ def _cast_logits(weight_graph: WeightGraph) -> None:
     output = graph.output_node()
     with graph.inserting_before(output):
         logits = graph.call_function(aten._to_copy.default, (weight_graph.logits,), {"dtype": torch.float32})
-    logits.meta = dict(weight_graph.logits.meta)
+    logits.meta = {"val": _value(weight_graph.logits)}
     output.args = ((logits,),)
     weight_graph.logits = logits
 

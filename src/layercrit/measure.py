@@ -25,9 +25,10 @@ from layercrit.distances import DISTANCES, get_distance, label_scores, measure_d
 from layercrit.errors import LayercritError, ModelError, ProtocolError
 from layercrit.measurement import CELL_COLUMNS, MATCHED, PER_IMAGE, Measurement
 from layercrit.models import Model, open_model
+from layercrit.networks import first_line
 from layercrit.probes import ProbeSet
 from layercrit.protocol import DEFAULTS, Protocol
-from layercrit.replay import Mode, Replay, open_replay
+from layercrit.replay import GraphReplay, Mode, Replay, open_replay, reopen
 from layercrit.resets import get_reset, seed_of
 from layercrit.statistics import ChanceLevel, fit_temperature
 
@@ -204,11 +205,12 @@ class _Session:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                reason = first_line(error)
             # Only here, where the error's traceback no longer holds the tensors that were too many:
             self.replay = None
             if self.batch_size == 1:
                 raise LayercritError(
-                    f"Out of memory on {self.subject.device} even with a batch of one image. "
+                    f"Out of memory on {self.subject.device} even with a batch of one image ({reason}). "
                     "Close other programs, use a smaller network or another device (--device)."
                 )
             self.batch_size //= 2
@@ -231,13 +233,13 @@ class _Session:
         """Return a bfloat16 replay where it pays and its error is tolerable on one batch, else the float32 one."""
         network, layers = self.subject.network, self.subject.layers
         float32 = open_replay(network, layers, images, "float32")
-        share = float32.flops_after()
-        if share is None or not multiplies_bfloat16(self.subject.device):
+        if not isinstance(float32, GraphReplay) or not multiplies_bfloat16(self.subject.device):
             return float32
+        share = float32.flops_after()
         evaluations = self.subject.n_trials * self.probe_set.n_images * (1 + sum(share.values()))
         if float32.flops_per_image * evaluations < _LONG_JOB:
             return float32
-        bfloat16 = open_replay(network, layers, images, "bfloat16")
+        bfloat16 = reopen(float32, images, "bfloat16")
         if bfloat16.mode != "bfloat16":
             return bfloat16  # its note says why it is another
         some = layers[:: math.ceil(len(layers) / _CALIBRATION_LAYERS)]
@@ -267,16 +269,14 @@ class _Session:
     # --- one trial --------------------------------------------------------------------------------------------------
 
     def _run_trial(self, trial: int, replay: Replay) -> _Trial:
-        n_images = self.probe_set.n_images
         prepared, delta_norm = {}, []
         for change in self.subject.changes(trial):
             delta_norm.append(change.delta_norm)
             if change.delta_norm != 0:
                 prepared[change.layer.name] = replay.prepare(change.layer, change.values)
         clean, parts = _Clean(), []
-        for start in range(0, n_images, self.batch_size):
-            self.bar.measured(trial * n_images + start, self.subject.n_trials * n_images)
-            parts.append(self._run_batch(start, replay, prepared, clean))
+        for start in range(0, self.probe_set.n_images, self.batch_size):
+            parts.append(self._run_batch(trial, start, replay, prepared, clean))
         distances = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
         status = [
             "unchanged" if norm == 0 else "ok" if np.isfinite(row).all() else "not_finite"
@@ -286,11 +286,15 @@ class _Session:
         return _Trial(trial, self.subject.seed(trial), status, delta_norm, distances)
 
     def _run_batch(
-        self, start: int, replay: Replay, prepared: Mapping[str, Any], clean: _Clean
+        self, trial: int, start: int, replay: Replay, prepared: Mapping[str, Any], clean: _Clean
     ) -> dict[str, npt.NDArray[np.float32]]:
         """Return each distance and score of one batch, ``(n_layers, n_images)``."""
         images, n = self._normalised(start)
-        logits = {name: found[:n].float() for name, found in replay.sweep(images, prepared)}
+        logits = {}
+        for name, found in replay.sweep(images, prepared):
+            logits[name] = found[:n].float()
+            done = trial * self.probe_set.n_images + start + n * len(logits) / (len(prepared) + 1)
+            self.bar.measured(done, self.subject.n_trials * self.probe_set.n_images)
         before = logits[None]
         self._check_finite(before, start)
         labels = None

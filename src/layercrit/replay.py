@@ -11,6 +11,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ from layercrit.graph import IN_PLACE, KEEPS_INPUT, WeightGraph, alike, export_gr
 from layercrit.layers import Layer
 from layercrit.networks import first_line, logits_of
 
-__all__ = ["MODES", "GraphReplay", "Mode", "PlainReplay", "RecordedReplay", "Replay", "open_replay"]
+__all__ = ["MODES", "GraphReplay", "Mode", "PlainReplay", "RecordedReplay", "Replay", "open_replay", "reopen"]
 
 Mode = Literal["reference", "float32", "bfloat16"]
 MODES = ("reference", "float32", "bfloat16")
@@ -37,7 +38,7 @@ Values = Mapping[str, Tensor]
 # Error of logits, relative to the largest, that two ways to compute the same network in float32 may differ by.
 _ROUNDING = 1e-4
 # Total variation between softmax outputs, mean over images, beyond which a fast mode is not just rounded but broken.
-_BROKEN: dict[Mode, float] = {"float32": 1e-3, "bfloat16": 0.1}
+_BROKEN: dict[Mode, float] = {"float32": 1e-3, "bfloat16": 0.5}
 
 
 class Replay(ABC):
@@ -125,11 +126,18 @@ def _agrees(replay: Replay, plain: "PlainReplay", images: Tensor, rounding: floa
         for layer in plain.layers
     }
     prepared = {layer.name: replay.prepare(layer, moved[layer.name]) for layer in plain.layers}
-    for (_, got), (_, expected) in zip(replay.sweep(images, prepared), plain.sweep(images, moved), strict=True):
+    # the logits of the trained weights, which end a sweep, would show nothing more
+    sweeps = islice(replay.sweep(images, prepared), len(moved)), islice(plain.sweep(images, moved), len(moved))
+    for (_, got), (_, expected) in zip(*sweeps, strict=True):
         expected_finite = expected.nan_to_num()  # where the network itself overflows, both must
         if (got.nan_to_num() - expected_finite).abs().max() > rounding * expected_finite.abs().max():
             return False
     return True
+
+
+def reopen(replay: "GraphReplay", images: Tensor, mode: Mode) -> "GraphReplay":
+    """Return a replay of the same network and layers in another mode, without exporting and checking it again."""
+    return _in_mode(GraphReplay(replay.exported, replay.layers), mode, images)
 
 
 def _in_mode(reference: "GraphReplay", mode: Mode, images: Tensor) -> "GraphReplay":
@@ -199,9 +207,16 @@ class GraphReplay(Replay):
 
     road = "graph"
 
-    def __init__(self, weight_graph: WeightGraph, layers: Sequence[Layer], mode: Mode = "reference") -> None:
+    def __init__(
+        self,
+        weight_graph: WeightGraph,
+        layers: Sequence[Layer],
+        mode: Mode = "reference",
+        exported: WeightGraph | None = None,
+    ) -> None:
         super().__init__(layers, mode)
         self._weight_graph = weight_graph
+        self.exported = exported or weight_graph  # as it was before it was rewritten for speed
         self._nodes: list[fx.Node] = list(weight_graph.graph.nodes)
         self._dynamic = weight_graph.dynamic_nodes()
         self._suffixes = {layer.name: self._plan_suffix(layer) for layer in layers}
@@ -219,7 +234,7 @@ class GraphReplay(Replay):
     def in_mode(self, mode: Mode, device: torch.device) -> "GraphReplay":
         """Return a replay of the same network and layers in a fast mode."""
         dtype = torch.float32 if mode == "float32" else torch.bfloat16
-        return GraphReplay(speed_up(self._weight_graph, dtype, device), self.layers, mode)
+        return GraphReplay(speed_up(self.exported, dtype, device), self.layers, mode, self.exported)
 
     @override
     def prepare(self, layer: Layer, values: Values) -> dict[fx.Node, Any]:
@@ -291,15 +306,16 @@ class GraphReplay(Replay):
         for node in self._nodes:
             if node.op == "call_function" and any(a in changed for a in node.all_input_nodes):
                 changed.add(node)
-        static = [node for node in self._nodes if node in changed - self._dynamic and node.op == "call_function"]
-        order = [node for node in self._nodes if node in changed & self._dynamic]
-        frontier = {a for node in order for a in node.all_input_nodes if a in self._dynamic and a not in changed}
+        static = [node for node in self._nodes if node in changed and node not in self._dynamic and node not in sources]
+        order = [node for node in self._nodes if node in changed and node in self._dynamic]
+        read = {a for node in order for a in node.all_input_nodes if a in self._dynamic}
+        frontier = [node for node in self._nodes if node in read and node not in changed]
         forget = _last_uses([(node, node.all_input_nodes) for node in order], keep={self._weight_graph.logits})
         steps = []
         for node, dead in zip(order, forget, strict=True):
             mine = tuple(a for a in dead if a in changed and a in self._dynamic)
             steps.append(_Step(node, _in_place(node, mine), mine))
-        return _Suffix(sources, static, steps, [node for node in self._nodes if node in frontier])
+        return _Suffix(sources, static, steps, frontier)
 
     def _schedule(self, layers: Sequence[Layer]) -> list[_Step | _Visit]:
         """Order one sweep: run the clean network just far enough for each layer in turn, then to its end."""
