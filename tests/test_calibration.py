@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from layercrit import _calibration
-from layercrit.measure import measure
+from layercrit.measuring import measure
 from small_subjects import (
     QUIET,
     photographs,
     small_network,
 )
 
-measure_module = importlib.import_module("layercrit.measure")
+measure_module = importlib.import_module("layercrit.measuring")
 
 
 @pytest.fixture

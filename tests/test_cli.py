@@ -217,7 +217,7 @@ def test_help__answers_without_importing_torch(tmp_path):
 
 
 def test_options__defaults_are_the_library_s():
-    from layercrit.measure import measure
+    from layercrit.measuring import measure
 
     options = {option.name: option.default for option in cli.commands["measure"].params}
     library = inspect.signature(measure).parameters

@@ -10,7 +10,7 @@ from layercrit import _calibration
 from layercrit._machine import choose_batch_size, find_device, is_out_of_memory
 from layercrit._progress import Bar
 from layercrit.errors import LayercritError
-from layercrit.measure import measure
+from layercrit.measuring import measure
 from layercrit.probes import Preprocessing
 from layercrit.replay import GraphReplay
 from small_subjects import (
@@ -23,7 +23,7 @@ from small_subjects import (
     two_layers,
 )
 
-measure_module = importlib.import_module("layercrit.measure")
+measure_module = importlib.import_module("layercrit.measuring")
 
 
 class Memory:

@@ -13,8 +13,8 @@ from torch import nn
 
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError
-from layercrit.measure import measure
 from layercrit.measurement import CELL_COLUMNS, MATCHED, PER_IMAGE, Measurement
+from layercrit.measuring import measure
 from layercrit.probes import Preprocessing, ProbeSet
 from layercrit.statistics import estimate, estimate_mean_over_layers
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from layercrit.errors import ProtocolError
-from layercrit.measure import measure
+from layercrit.measuring import measure
 from layercrit.protocol import DEFAULTS, DTYPES, Protocol
 from layercrit.replay import MODES
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from layercrit.errors import LayerError, ModelError, ProbeError, ProtocolError
-from layercrit.measure import measure
+from layercrit.measuring import measure
 from layercrit.models import open_model
 from layercrit.resets import RESETS, reset
 from small_subjects import (

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from layercrit.distances import distance
     from layercrit.errors import LayercritError
-    from layercrit.measure import Measurement, measure
+    from layercrit.measurement import Measurement
+    from layercrit.measuring import measure
     from layercrit.models import Model, open_model
     from layercrit.probes import ProbeSet
     from layercrit.resets import reset
@@ -17,11 +18,11 @@ __version__ = metadata.version("layercrit")
 
 _HOME = {
     "LayercritError": "errors",
-    "Measurement": "measure",
+    "Measurement": "measurement",
     "Model": "models",
     "ProbeSet": "probes",
     "distance": "distances",
-    "measure": "measure",
+    "measure": "measuring",
     "open_model": "models",
     "reset": "resets",
 }

@@ -118,7 +118,7 @@ def measure_command(
     MODEL is a reference: timm:NAME, torchvision:NAME[:WEIGHTS], hf:REPO, hf-hub:REPO,
     'file:PATH?arch=timm:resnet50', or py:package.module:factory.
     """
-    from layercrit.measure import measure
+    from layercrit.measuring import measure
 
     folder = _folder_for(model, out, overwrite)
     saver = _Saver(folder)

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from layercrit.errors import LayercritError
 from layercrit.images import Preprocessing
-from layercrit.measure import measure
 from layercrit.measurement import Measurement
+from layercrit.measuring import measure
 from layercrit.models import Model
 from layercrit.networks import drawing
 

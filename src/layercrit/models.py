@@ -197,7 +197,16 @@ def _given(network: nn.Module) -> Model:
             raise ModelError(
                 f"{name} is in training mode and cannot be copied ({error}): call .eval() first."
             ) from error
-    return _described(name, f"{name}-{structure(network)}", network, None, _ONLY_GIVEN)
+    build, initialiser = _rebuild(network)
+    return _described(name, f"{name}-{structure(network)}", network, build, initialiser)
+
+
+def _rebuild(network: nn.Module) -> tuple[Callable[[], nn.Module] | None, str]:
+    """Find how the library that a network comes from builds it afresh, if it is one that can be asked."""
+    config = getattr(network, "config", None)
+    if config is not None and hasattr(type(network), "_from_config"):  # transformers
+        return partial(type(network), copy.deepcopy(config)), f"{type(network).__name__}(config)"
+    return None, _ONLY_GIVEN
 
 
 def _described(

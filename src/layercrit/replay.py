@@ -102,6 +102,8 @@ def open_replay(network: nn.Module, layers: Sequence[Layer], images: Tensor, mod
     try:
         weight_graph = export_graph(network, images)
     except Exception as error:  # torch.export documents no base class for what it raises
+        if is_out_of_memory(error):
+            raise
         reason = f"the network does not export ({first_line(error)})"
     else:
         whole = Layer("", "", tuple(name for name, _ in network.named_parameters()), (), 0)
