@@ -87,8 +87,10 @@ def run_demo(folder: Path, say: Callable[[str], Any] = print) -> tuple[Measureme
     np.savez_compressed(images, images=pixels[n_train:], labels=labels[n_train:])
     say("Resetting each of its layers in turn, 5 draws each, and asking about 360 other digits ...")
     size = Preprocessing(channels=1, height=8, width=8, resize=None)
-    model = Model("demo:digits", "demo:digits", network, _MEAN, _STD, size, digits_network, "PyTorch's initialisers")
-    reference = f"file:{weights}?arch=py:layercrit.demo:digits_network&mean={_MEAN[0]}&std={_STD[0]}&input_size=(1,8,8)"
+    architecture = "py:layercrit.demo:digits_network"
+    options = f"mean=({_MEAN[0]},)&std=({_STD[0]},)&input_size=(1,8,8)"
+    reference = f"file:{weights}?arch={architecture}&{options}"
+    model = Model("demo:digits", architecture, network, _MEAN, _STD, size, digits_network, "PyTorch's initialisers")
     return measure(model, images, trials=5), f"layercrit measure '{reference}' --images {images} --trials 5"
 
 
