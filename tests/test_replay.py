@@ -474,11 +474,11 @@ def test_flops_after__falls_with_depth_in_every_mode(name):
     assert 0 < share[made.layers[-1].name] < 0.05
     for mode in ("float32", "bfloat16"):
         fast = opened.in_mode(mode, CPU)
-        for layer in made.layers:  # a normalisation that is folded runs its convolution anew
-            if layer.type == "norm":
-                assert fast.flops_after()[layer.name] >= share[layer.name]
-            else:
-                assert fast.flops_after()[layer.name] == pytest.approx(share[layer.name])
+        for layer in made.layers:
+            # a normalisation that is folded, or a shortcut that is added in the same call, runs a convolution anew
+            anew = layer.type == "norm" or "downsample" in layer.name
+            found, expected = fast.flops_after()[layer.name], share[layer.name]
+            assert found == pytest.approx(expected) or (anew and found > expected)
         assert fast.flops_per_image == pytest.approx(opened.flops_per_image)
 
 
@@ -659,9 +659,9 @@ def test_sweep__after_an_exception_in_a_graph_everything_is_as_it_was(monkeypatc
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("calls_left", [0, 1, 2, 3])
+@pytest.mark.parametrize("calls_left", [0, 1])
 def test_open_replay__after_an_exception_everything_is_as_it_was(calls_left, error):
-    """The first two calls are the exporter's: what it raises is answered by a slower road."""
+    """The first call is the exporter's: what it raises is answered by a slower road, which then meets it itself."""
     made = dressed(Failing)
     snapshot = Snapshot(made.network)
     made.network.fuse.calls_left, made.network.fuse.error = calls_left, error

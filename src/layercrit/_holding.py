@@ -20,7 +20,8 @@ def holding(network: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """
     parameters = dict(network.named_parameters(remove_duplicate=False))
     drawn = {id(parameters[name]): (parameters[name], value) for name, value in reversed(list(values.items()))}
-    registered = [(module, dict(module._buffers)) for module in network.modules()]
+    modules = [module for module in network.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    registered = [(module, dict(module._buffers)) for module in modules]
     with torch.inference_mode():  # writes to tensors that were made in inference mode, too
         before = [(tensor, tensor.clone()) for tensor in (*network.buffers(), *(p for p, _ in drawn.values()))]
     try:

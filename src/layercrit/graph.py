@@ -344,7 +344,10 @@ def _epilogue(conv: fx.Node) -> tuple[list[fx.Node], fx.Node | None, str | None,
     """Return what one call can do: the nodes (convolution, residual sum, activation), the shortcut, the activation."""
     chain, shortcut = [conv], None
     follower = _only_user(conv)
-    if follower is not None and follower.target is aten.add.Tensor and not follower.kwargs:
+    grouped = (
+        conv.args[6] != 1 if len(conv.args) > 6 else False
+    )  # oneDNN then computes the sum apart, and not in bfloat16
+    if follower is not None and follower.target is aten.add.Tensor and not follower.kwargs and not grouped:
         other = follower.args[1] if follower.args[0] is conv else follower.args[0]
         if isinstance(other, fx.Node) and other is not conv and alike(other, conv):
             shortcut = other
@@ -463,7 +466,7 @@ def count_flops(node: fx.Node) -> int:
     Convolutions, matrix products and attention are counted; what is linear in the size of its input is not, as is the
     custom of the field.
     """
-    with FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         node.target(*map_arg(node.args, _value), **map_arg(node.kwargs, _value))  # type: ignore[operator]
     total: int = counter.get_total_flops()
     return total

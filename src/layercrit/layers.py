@@ -3,7 +3,7 @@
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import mean
@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layercrit._holding import holding
 from layercrit.errors import LayerError, near
@@ -30,13 +29,17 @@ LAYER_TYPES = {
 GROUPS = ("layer", "block", "stage")
 Group = Literal["layer", "block", "stage"]
 
-# Functions that multiply their input by a weight. A parameter handed to one of them is a linear map, whoever owns it.
-_LINEAR_MAPS = {
-    F.linear, F.bilinear, F.multi_head_attention_forward, F.conv1d, F.conv2d, F.conv3d,
-    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, torch.conv1d, torch.conv2d, torch.conv3d,
-    torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.tensordot,
-    Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm,
-}  # fmt: skip
+# Operators that multiply their input by a weight. They tell what a parameter is, whoever owns it.
+_TYPE_OF_OPERATOR = {
+    torch.ops.aten.convolution: "conv",
+    **{
+        getattr(torch.ops.aten, name): "linear"
+        for name in (
+            *("addmm", "baddbmm", "bmm", "linear", "matmul", "mm", "mv", "_trilinear"),
+            *("_native_multi_head_attention", "_transformer_encoder_layer_fwd"),  # kernels of evaluation mode
+        )
+    },
+}
 _NORMS = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
@@ -66,21 +69,23 @@ class Layer:
     depth: int = 0
 
 
-class _FirstUse(TorchFunctionMode):
-    """Watches one forward pass and notes when each parameter is first used, and whether as a linear map."""
+class _FirstUse(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches one forward pass and notes when each parameter is first used, and whether it multiplies its input."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         # Tensors computed from parameters alone stand for these parameters. They are kept alive, for a freed
         # tensor's id could be given to another one.
         self.origin: dict[int, tuple[Tensor, frozenset[int]]] = {
             id(p): (p, frozenset([id(p)])) for p in parameters.values()
         }
         self.first_use: dict[int, int] = {}
-        self.linear_maps: set[int] = set()
+        self.types: dict[int, str] = {}
         self.calls = 0
 
-    def __torch_function__(
+    def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -96,8 +101,9 @@ class _FirstUse(TorchFunctionMode):
         else:  # the image has come in: this is a use
             for weight in weights:
                 self.first_use.setdefault(weight, self.calls)
-            if func in _LINEAR_MAPS:
-                self.linear_maps |= weights
+            operator = getattr(func, "overloadpacket", None)
+            if operator in _TYPE_OF_OPERATOR:
+                self.types.update(dict.fromkeys(weights, _TYPE_OF_OPERATOR[operator]))
         return output
 
 
@@ -118,8 +124,8 @@ def find_layers(network: nn.Module, images: Tensor) -> list[Layer]:
     watch = _FirstUse(parameters)
     with torch.no_grad(), holding(network, {}), watch:
         network(images)
-    linear_maps = {name for name, p in parameters.items() if id(p) in watch.linear_maps}
-    layers = [layer for name, module in network.named_modules() for layer in _layers_of(name, module, linear_maps)]
+    types = {name: watch.types[id(p)] for name, p in parameters.items() if id(p) in watch.types}
+    layers = [layer for name, module in network.named_modules() for layer in _layers_of(name, module, types)]
 
     def first_use(layer: Layer) -> float:
         return min(watch.first_use.get(id(parameters[name]), float("inf")) for name in layer.parameters)
@@ -173,7 +179,7 @@ def select_layers(
     return [replace(layer, depth=depth) for depth, layer in enumerate(selected)]
 
 
-def _layers_of(name: str, module: nn.Module, linear_maps: set[str]) -> list[Layer]:
+def _layers_of(name: str, module: nn.Module, types: Mapping[str, str]) -> list[Layer]:
     prefix = f"{name}." if name else ""
     own = {
         f"{prefix}{child}": p
@@ -183,7 +189,7 @@ def _layers_of(name: str, module: nn.Module, linear_maps: set[str]) -> list[Laye
     }
     if not own or name.endswith("parametrizations") or ".parametrizations." in f".{name}.":
         return []
-    kind = _type_of(module, is_linear_map=not linear_maps.isdisjoint(own))
+    kind = _type_of(module, multiplies=not types.keys().isdisjoint(own))
     if kind != "other":
         return [_layer(name or type(module).__name__, kind, own)]
     units: dict[str, dict[str, nn.Parameter]] = {}
@@ -194,19 +200,19 @@ def _layers_of(name: str, module: nn.Module, linear_maps: set[str]) -> list[Laye
         unit = parameter if weight.isdisjoint(own) else stem or type(module).__name__
         units.setdefault(unit, {})[parameter] = own[parameter]
     return [
-        _layer(unit, "other" if linear_maps.isdisjoint(members) else "linear", members)
+        _layer(unit, next((types[parameter] for parameter in members if parameter in types), "other"), members)
         for unit, members in units.items()
     ]
 
 
-def _type_of(module: nn.Module, is_linear_map: bool) -> str:
+def _type_of(module: nn.Module, multiplies: bool) -> str:
     if isinstance(module, nn.modules.conv._ConvNd):
         return "conv"
     if isinstance(module, (nn.Linear, nn.Bilinear)):
         return "linear"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
-    if isinstance(module, _NORMS) or ("norm" in type(module).__name__.lower() and not is_linear_map):
+    if isinstance(module, _NORMS) or ("norm" in type(module).__name__.lower() and not multiplies):
         return "norm"
     return "other"
 

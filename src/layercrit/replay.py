@@ -241,8 +241,12 @@ class GraphReplay(Replay):
     @override
     def prepare(self, layer: Layer, values: Values) -> dict[fx.Node, Any]:
         suffix = self._suffixes[layer.name]
+        # kernels are chosen by requires_grad, too, even where no gradient is computed: F.linear of strided inputs
+        cache: dict[fx.Node, Any] = {
+            node: values[name].detach().requires_grad_(self._weight_graph.values[node].requires_grad)
+            for node, name in suffix.sources.items()
+        }
         with torch.inference_mode():
-            cache: dict[fx.Node, Any] = {node: values[name].detach() for node, name in suffix.sources.items()}
             for node in suffix.static:
                 cache[node] = _call(node, node.target, partial(self._static_value, cache=cache))
         read = {a for step in suffix.steps for a in step.node.all_input_nodes}
@@ -294,7 +298,7 @@ class GraphReplay(Replay):
         """Compute a static node from the trained weights, unless the cache has its value."""
         if node not in cache:
             if node.op == "placeholder":
-                return self._weight_graph.values[node].detach()
+                return self._weight_graph.values[node]
             cache[node] = _call(node, node.target, partial(self._static_value, cache=cache))
         return cache[node]
 
@@ -450,6 +454,8 @@ class RecordedReplay(PlainReplay):
 
 class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """All module calls of one forward pass with their outputs, and when each parameter was first used."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
