@@ -1,12 +1,11 @@
 """Memory that runs out, devices, batch sizes, the progress bar."""
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
 
 from layercrit import _calibration
+from layercrit import session as session_module
 from layercrit._machine import choose_batch_size, find_device, is_out_of_memory
 from layercrit._progress import Bar
 from layercrit.errors import LayercritError
@@ -22,8 +21,6 @@ from small_subjects import (
     small_network,
     two_layers,
 )
-
-measure_module = importlib.import_module("layercrit.measuring")
 
 
 class Memory:
@@ -75,7 +72,7 @@ def test_measure__memory_that_runs_out_within_a_trial_costs_that_trial_only(monk
     """The third batch of the second trial fails when two layers are done; trial 0 is kept as it is."""
     network, probe_set = small_network(), photographs(labels=mostly_right(small_network()))
     expected = measure(network, probe_set, batch_size=4, trials=3, **QUIET)
-    monkeypatch.setattr(measure_module, "_TEMPERATURE_IMAGES", 4)
+    monkeypatch.setattr(session_module, "_TEMPERATURE_IMAGES", 4)
     memory = Memory(monkeypatch, OUT_OF_MEMORY[0], n_images=2, layers=2, spared=2 * 7 + 3 * 7)
     shown = []
     found = measure(network, probe_set, batch_size=4, trials=3, on_trial=shown.append, **QUIET)
@@ -103,8 +100,8 @@ def test_measure__other_runtime_errors_are_not_taken_for_lack_of_memory(monkeypa
 def test_measure__the_format_stays_when_memory_runs_out(monkeypatch):
     """Trials of one measurement are all in the format that was chosen first, without another calibration."""
     network, probe_set = small_network(), photographs(6)
-    monkeypatch.setattr(measure_module, "_LONG_JOB", 0)
-    monkeypatch.setattr(measure_module, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(session_module, "_LONG_JOB", 0)
+    monkeypatch.setattr(session_module, "multiplies_bfloat16", lambda device: True)
     Memory(monkeypatch, OUT_OF_MEMORY[0], n_images=3, layers=2, spared=30)
     monkeypatch.setattr(_calibration, "LAYER_TOLERANCE", 1)
     monkeypatch.setattr(_calibration, "MEAN_TOLERANCE", 1)

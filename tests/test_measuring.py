@@ -1,5 +1,4 @@
 import copy
-import importlib
 import math
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from layercrit import session as session_module
 from layercrit.distances import DISTANCES, distance
 from layercrit.errors import CheckpointError, LayercritError, LayerError, ModelError, ProbeError, ProtocolError
 from layercrit.measuring import measure
@@ -41,8 +41,6 @@ from small_subjects import (
     small_network,
     two_layers,
 )
-
-measure_module = importlib.import_module("layercrit.measuring")
 
 
 @pytest.fixture
@@ -374,7 +372,7 @@ def test_measure__a_model_that_predicts_nan_itself_is_an_error(own_reset, value)
 
 def test_measure__a_model_that_predicts_nan_later_on_is_an_error_too(monkeypatch):
     """Beyond the images that are looked at first; found in the midst of the first trial."""
-    monkeypatch.setattr(measure_module, "_TEMPERATURE_IMAGES", 1)
+    monkeypatch.setattr(session_module, "_TEMPERATURE_IMAGES", 1)
     network = Fragile(math.nan).eval()
     drawn = ProbeSet.from_array(PIXELS, SMALL.preprocessing, seed=hashed(0, "probe set") % 2**32)
     index = int(drawn.names[-1].partition("[")[2].rstrip("]"))

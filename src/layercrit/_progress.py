@@ -34,13 +34,20 @@ class Bar:
         """Show how many images are decoded."""
         self._progress.update(self._task, description="decoding", completed=n, total=wanted)
 
+    def predicted(self, n: int, n_images: int) -> None:
+        """Show how many images the trained network was asked about."""
+        self._show("predicting", n, n_images)
+
     def measured(self, done: float, total: float) -> None:
         """Show how much of the resets is done."""
-        if self._progress.tasks[0].description != "measuring":
-            self._progress.reset(self._task, description="measuring")
-        self._progress.update(self._task, completed=done, total=total)
+        self._show("measuring", done, total)
 
     def say(self, line: str) -> None:
         """Print a line above the bar; without a terminal, on stderr as it is."""
         if self._shown:
             self._progress.console.print(line, markup=False, highlight=False)
+
+    def _show(self, description: str, done: float, total: float) -> None:
+        if self._progress.tasks[0].description != description:
+            self._progress.reset(self._task, description=description)
+        self._progress.update(self._task, completed=done, total=total)

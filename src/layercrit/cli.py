@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from layercrit._printing import number, percent, plain, print_table
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, DTYPES
 
@@ -163,8 +164,8 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
     for layer in found:
         shape = " x ".join(str(n) for n in layer.shape)
         share = f"{100 * after[layer.name]:.1f}%" if after else "-"
-        table.add_row(str(layer.depth), _plain(layer.name), layer.type, shape, f"{layer.n_parameters:,}", share)
-    _print(table)
+        table.add_row(str(layer.depth), plain(layer.name), layer.type, shape, f"{layer.n_parameters:,}", share)
+    print_table(table)
     total = sum(layer.n_parameters for layer in found)
     reuse = f"; one trial of all costs {sum(after.values()):.1f} forward passes" if after else ""
     click.echo(f"{len(found)} layers, {total:,} parameters{reuse}")
@@ -258,7 +259,7 @@ def _show(measurement: "Measurement", as_json: bool, folder: Path) -> None:
         rows = json.loads(table.to_json(orient="records", double_precision=15))
         click.echo(json.dumps({**summary, "layers": rows, "folder": str(folder)}, allow_nan=False))
         return
-    _print(_layer_table(table, summary))
+    print_table(_layer_table(table, summary))
     for line in _summary_lines(summary):
         click.echo(line)
 
@@ -278,10 +279,10 @@ def _layer_table(table: "pd.DataFrame", summary: dict[str, Any]) -> Any:
         shown.add_column(column, justify="left" if column == "status" else "right")
     for row in table.to_dict("records"):
         interval = "-" if row["low"] != row["low"] else f"{row['low']:.3f} - {row['high']:.3f}"
-        cells = [Text(row["layer"]), row["type"], _number(row["criticality"]), interval, _bar(row["criticality"])]
-        cells += [_number(row["criticality_matched"]), _percent(row.get("top1_agreement"))]
+        cells = [Text(row["layer"]), row["type"], number(row["criticality"]), interval, _bar(row["criticality"])]
+        cells += [number(row["criticality_matched"]), percent(row.get("top1_agreement"))]
         if "top1_accuracy" in table:
-            cells.append(_percent(row["top1_accuracy"]))
+            cells.append(percent(row["top1_accuracy"]))
         shown.add_row(*cells, Text(row["status"], style="" if row["status"] == "ok" else "yellow"))
     return shown
 
@@ -321,29 +322,6 @@ def _bar(value: float, width: int = 20) -> str:
         return ""
     eighths = round(8 * width * min(1.0, max(0.0, value)))
     return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
-
-
-def _number(value: float) -> str:
-    return "-" if value != value else f"{value:.3f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None or value != value else f"{100 * value:.1f}%"
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)  # names may hold what rich takes for markup
-
-
-def _print(table: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # in a file or a pipe nothing should be cut off
-    console.print(table)
 
 
 def main() -> None:

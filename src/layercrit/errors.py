@@ -3,7 +3,16 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CheckpointError", "LayerError", "LayercritError", "ModelError", "ProbeError", "ProtocolError", "near"]
+__all__ = [
+    "CheckpointError",
+    "LayerError",
+    "LayercritError",
+    "ModelError",
+    "ProbeError",
+    "ProtocolError",
+    "StudyError",
+    "near",
+]
 
 
 class LayercritError(Exception):
@@ -28,6 +37,10 @@ class ProbeError(LayercritError, ValueError):
 
 class ProtocolError(LayercritError, ValueError):
     """A measurement was asked for with settings that make no sense."""
+
+
+class StudyError(LayercritError, ValueError):
+    """A study cannot be read, planned or run."""
 
 
 def near(name: str, known: Iterable[str], limit: int = 5) -> str:

@@ -95,6 +95,21 @@ class ProbeSet:
             raise ProbeError(f"images {start} to {stop} asked of a probe set of {self.n_images} images")
         return torch.from_numpy(self._pixels.read(start, min(stop, self.n_images)))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what identifies the probe set and how it was made, as plain data."""
+        return {
+            "source": str(self.source),
+            "sha256": self.sha256,
+            "seed": self.seed,
+            "n_images": self.n_images,
+            "skipped": list(self.skipped),
+            "labels": self.labels is not None,
+            "preprocessing": {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in vars(self.preprocessing).items()
+            },
+        }
+
     def check_labels(self, n_classes: int) -> None:
         """Make sure that the labels can be those of a model with ``n_classes`` outputs; no labels are fine.
 

@@ -1,0 +1,32 @@
+"""How tables and numbers are printed on a terminal."""
+
+from typing import Any
+
+__all__ = ["number", "percent", "plain", "print_table"]
+
+
+def number(value: float) -> str:
+    """Return a number as tables show it; a dash for NaN."""
+    return "-" if value != value else f"{value:.3f}"
+
+
+def percent(value: float | None) -> str:
+    """Return a share in [0, 1] as a percentage; a dash where it is not known."""
+    return "-" if value is None or value != value else f"{100 * value:.1f}%"
+
+
+def plain(text: str) -> Any:
+    """Return text as rich shows it literally: names may hold what rich takes for markup."""
+    from rich.text import Text
+
+    return Text(text)
+
+
+def print_table(table: Any) -> None:
+    """Print a table of rich on stdout; in a file or a pipe nothing is cut off."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(table)
