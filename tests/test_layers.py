@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layercrit.errors import LayerError
-from layercrit.layers import GROUPS, LAYER_TYPES, Layer, find_layers, select_layers
+from layercrit.layers import GROUPS, LAYER_TYPES, Layer, find_layers, select_layers, stages_of, wrapper_of
 from tiny_networks import (
     ARCHITECTURES,
     BY_HAND_IMAGES,
@@ -543,3 +543,34 @@ def test_select_layers__every_parameter_belongs_to_one_group(name, group):
     if group == "block":
         mixed = {layer.name for layer in grouped if "+" in layer.type}
         assert mixed == {block for block in BLOCKS[name][0] if block not in {layer.name for layer in layers}}
+
+
+@pytest.mark.parametrize("wrapper", ["", "model.", "module.model."])
+def test_stages_of__a_resnet_by_its_names(wrapper):
+    names = [layer.name for layer in select_layers(published("resnet50"))]
+    assert len(names) == 54
+    stages = stages_of([wrapper + name for name in names])
+    assert list(stages) == [wrapper + name for name in names]
+    assert list(dict.fromkeys(stages.values())) == [wrapper + stage for stage in BLOCKS["resnet50"][1]]
+    assert stages[f"{wrapper}layer1.0.downsample.0"] == f"{wrapper}layer1"
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_stages_of__agrees_with_groups_of_the_network(name):
+    layers = select_layers(published(name))
+    stages = stages_of([layer.name for layer in layers])
+    assert list(dict.fromkeys(stages.values())) == BLOCKS[name][1]
+
+
+@pytest.mark.parametrize(
+    ("names", "wrapper"),
+    [
+        (["model.conv1", "model.fc"], "model."),
+        (["module.model.conv1", "module.model.fc"], "module.model."),
+        (["backbone.conv1", "fc"], ""),
+        (["modelling.conv1"], ""),
+        ([], ""),
+    ],
+)
+def test_wrapper_of(names, wrapper):
+    assert wrapper_of(names) == wrapper

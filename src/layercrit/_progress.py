@@ -42,6 +42,11 @@ class Bar:
         """Show how much of the resets is done."""
         self._show("measuring", done, total)
 
+    def fetched(self, name: str, done: int, total: int | None) -> None:
+        """Show how many bytes of a file have come, in a bar without length where its size is not known."""
+        amount = f"{done / 1e6:.0f}" if total is None else f"{done / 1e6:.0f} of {total / 1e6:.0f}"
+        self._progress.update(self._task, description=f"{name} {amount} MB", completed=done, total=total)
+
     def say(self, line: str) -> None:
         """Print a line above the bar; without a terminal, on stderr as it is."""
         if self._shown:

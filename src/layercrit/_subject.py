@@ -73,6 +73,11 @@ class Subject:
             return None
         return "each module's own reset_parameters" if self.model.build is None else self.model.initialiser
 
+    @property
+    def donor_identity(self) -> str | None:
+        """What tells the donor's values, given the trial's seed: hash or initialiser; None where there is no donor."""
+        return self.donor_in_words if self._given_donor is None else self._given_donor.sha256
+
     def notes(self) -> list[str]:
         """Say what differs from what may be expected."""
         notes = []

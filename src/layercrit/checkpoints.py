@@ -10,6 +10,7 @@ import hashlib
 import io
 import pickletools
 import re
+import stat
 import zipfile
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -185,6 +186,9 @@ def _sha256(data: bytes) -> str:
 def _read_bytes(path: Path) -> bytes:
     """Read a file, refusing what people often have in place of a weight file."""
     try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # reading a pipe or a device might never end
+            raise CheckpointError(f"{path} is a device, pipe or socket, expected a weight file.")
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {path}. {_beside(path)}") from error

@@ -11,6 +11,7 @@ __all__ = [
     "ProbeError",
     "ProtocolError",
     "StudyError",
+    "ZooError",
     "near",
 ]
 
@@ -41,6 +42,10 @@ class ProtocolError(LayercritError, ValueError):
 
 class StudyError(LayercritError, ValueError):
     """A study cannot be read, planned or run."""
+
+
+class ZooError(LayercritError, ValueError):
+    """A published checkpoint is unknown, or its file cannot be fetched."""
 
 
 def near(name: str, known: Iterable[str], limit: int = 5) -> str:

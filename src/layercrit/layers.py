@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layercrit._holding import holding
+from layercrit.checkpoints import WRAPPER_PREFIXES
 from layercrit.errors import LayerError, near
 
-__all__ = ["GROUPS", "LAYER_TYPES", "Group", "Layer", "find_layers", "select_layers"]
+__all__ = ["GROUPS", "LAYER_TYPES", "Group", "Layer", "find_layers", "select_layers", "stages_of", "wrapper_of"]
 
 LAYER_TYPES = {
     "conv": "convolutions",
@@ -177,6 +178,30 @@ def select_layers(
     if group != "layer":
         selected = _merge(selected, _stage_of if group == "stage" else _block_of, _blocks(layers))
     return [replace(layer, depth=depth) for depth, layer in enumerate(selected)]
+
+
+def stages_of(names: Sequence[str]) -> dict[str, str]:
+    """Return layer name -> stage, where only the names of a network's layers are known.
+
+    The rule is that of ``group="stage"`` in `select_layers`, every layer taken for a convolution. A wrapper around the
+    whole network is no stage: ``model.conv1`` beside ``model.fc`` is a stage of its own.
+
+    Example:
+        >>> stages_of(["model.conv1", "model.layer1.0.conv1", "model.layer1.0.conv2"])["model.layer1.0.conv2"]
+        'model.layer1'
+    """
+    wrapper = wrapper_of(names)
+    bare = {name: name.removeprefix(wrapper) for name in names}
+    blocks = _blocks([Layer(name, "conv", (), (), 0) for name in bare.values()])
+    return {name: wrapper + _stage_of(inner, blocks) for name, inner in bare.items()}
+
+
+def wrapper_of(names: Iterable[str]) -> str:
+    """Return what wrappers have put before every one of some names, such as ``model.``; empty where they have not."""
+    found, inner = "", list(names)
+    while shared := next((w for w in WRAPPER_PREFIXES if inner and all(name.startswith(w) for name in inner)), ""):
+        found, inner = found + shared, [name.removeprefix(shared) for name in inner]
+    return found
 
 
 def _layers_of(name: str, module: nn.Module, types: Mapping[str, str]) -> list[Layer]:

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import layercrit.zoo  # noqa: F401 - it registers the references zoo:ID
 from layercrit.checkpoints import fit_to, read_checkpoint
 from layercrit.errors import ModelError, near
 from layercrit.hubs import timm_input

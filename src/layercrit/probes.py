@@ -1,14 +1,10 @@
 """Image sources -> probe set: the images a model is asked about, drawn by seed, decoded once, identified by a hash."""
 
-import errno
 import hashlib
 import json
 import math
 import operator
 import os
-import shutil
-import tempfile
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +17,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from layercrit._pixels import KeptPixels, PixelStore
 from layercrit.archives import HuggingFaceSource, ParquetSource, TarSource, TorchvisionSource, open_source
 from layercrit.errors import ProbeError
 from layercrit.images import STANDARD, Pixels, Preprocessing, open_image
@@ -29,6 +26,8 @@ from layercrit.sources import ArraySource, FolderSource, ImageSource, Item
 __all__ = ["MEMORY_LIMIT", "Preprocessing", "ProbeOptions", "ProbeSet", "Progress"]
 
 MEMORY_LIMIT = 2**30  # bytes
+_IMAGES, _ABOUT = "images.npy", "probe_set.json"
+_IMAGES_AT_ONCE = 256
 Progress = Callable[[int, int], None]  # called with the number of images decoded so far, and of those wanted
 
 
@@ -69,7 +68,7 @@ class ProbeSet:
     n_classes: int | None
     names: tuple[str, ...] = field(repr=False)
     skipped: tuple[str, ...] = field(repr=False)
-    _pixels: "_PixelStore" = field(repr=False)
+    _pixels: PixelStore | KeptPixels = field(repr=False)
 
     @property
     def n_images(self) -> int:
@@ -109,6 +108,72 @@ class ProbeSet:
                 for name, value in vars(self.preprocessing).items()
             },
         }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``images.npy``, ``(n_images, channels, height, width)`` uint8, and ``probe_set.json`` into a folder.
+
+        Raises:
+            ProbeError: The folder cannot be written, for instance because the disk is full.
+        """
+        folder = Path(folder).expanduser()
+        about = {
+            **self.to_dict(),
+            "labels": None if self.labels is None else self.labels.tolist(),
+            "label_origin": self.label_origin,
+            "n_classes": self.n_classes,
+            "names": list(self.names),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / _ABOUT).unlink(missing_ok=True)  # without it, half-written images are none
+            shape = (self.n_images, *self._pixels.shape[1:])
+            with (folder / _IMAGES).open("wb") as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for start in range(0, self.n_images, _IMAGES_AT_ONCE):
+                    file.write(self._pixels.read(start, min(start + _IMAGES_AT_ONCE, self.n_images)).data)
+            (folder / _ABOUT).write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ProbeError(
+                f"the images cannot be written into {folder}: {error.strerror or error}; free some space, "
+                "or name another folder"
+            ) from error
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, *, verify: bool = True) -> "ProbeSet":
+        """Read what `save` wrote, without decoding anything.
+
+        Args:
+            folder: Where.
+            verify: Whether to make sure that pixels and labels still have their hash.
+
+        Raises:
+            ProbeError: There is no probe set in the folder, or it is damaged.
+        """
+        folder = Path(folder).expanduser()
+        try:
+            about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+            settings = about["preprocessing"]
+            resize = settings["resize"]
+            labels = None if about["labels"] is None else np.array(about["labels"], np.int64)
+            probe_set = cls(
+                preprocessing=Preprocessing(
+                    **settings | {"resize": tuple(resize) if isinstance(resize, list) else resize}
+                ),
+                labels=labels,
+                names=tuple(about["names"]),
+                skipped=tuple(about["skipped"]),
+                _pixels=KeptPixels(folder / _IMAGES),
+                **{name: about[name] for name in ("source", "seed", "sha256", "label_origin", "n_classes")},
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ProbeError(
+                f"there is no whole probe set in {folder} ({error}); delete the folder, and it is made anew"
+            ) from error
+        if verify and _digest(probe_set._pixels, probe_set.n_images, labels) != probe_set.sha256:
+            raise ProbeError(f"the images in {folder} were changed; delete the folder, and they are decoded anew")
+        return probe_set
 
     def check_labels(self, n_classes: int) -> None:
         """Make sure that the labels can be those of a model with ``n_classes`` outputs; no labels are fine.
@@ -174,7 +239,7 @@ class ProbeSet:
         opened = source if isinstance(source, ImageSource) else open_source(source)
         n_wanted = len(opened) if n_images is None else min(n_images, len(opened))
         shape = (n_wanted, preprocessing.channels, preprocessing.height, preprocessing.width)
-        store = _PixelStore(shape, memory_limit)
+        store = PixelStore(shape, memory_limit)
         threads = n_threads or min(8, os.cpu_count() or 1)
         draw = _Draw(opened, preprocessing, use_labels, max_unreadable, threads, progress)
         draw.fill(store, _order(len(opened), seed))
@@ -290,7 +355,7 @@ class _Draw:
     kept: list[tuple[int, int | None]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
-    def fill(self, store: "_PixelStore", order: Sequence[int]) -> None:
+    def fill(self, store: PixelStore, order: Sequence[int]) -> None:
         """Put the first readable images of ``order`` into ``store``, as many as it holds or as there are."""
         tried = 0
         while len(self.kept) < len(store) and tried < len(order):
@@ -301,7 +366,7 @@ class _Draw:
         if not self.kept:
             raise ProbeError(f"no images in '{self.source.description}' can be read: {self._examples()}")
 
-    def _try(self, store: "_PixelStore", candidates: Sequence[int]) -> None:
+    def _try(self, store: PixelStore, candidates: Sequence[int]) -> None:
         """Decode ``candidates`` behind the images in ``store``, and close the gaps that unreadable ones leave."""
         first = len(self.kept)
         slots = {index: first + position for position, index in enumerate(candidates)}
@@ -379,7 +444,7 @@ def _labels(kept: Sequence[tuple[int, int | None]], source: ImageSource) -> npt.
     return labels
 
 
-def _digest(store: "_PixelStore", n_images: int, labels: npt.NDArray[np.int64] | None) -> str:
+def _digest(store: PixelStore | KeptPixels, n_images: int, labels: npt.NDArray[np.int64] | None) -> str:
     shape = (n_images, *store.shape[1:])
     digest = hashlib.sha256(json.dumps({"shape": shape, "labels": labels is not None}).encode())
     step = max(1, 2**24 // math.prod(store.shape[1:]))
@@ -388,74 +453,3 @@ def _digest(store: "_PixelStore", n_images: int, labels: npt.NDArray[np.int64] |
     if labels is not None:
         digest.update(labels.astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-class _PixelStore:
-    """uint8 images of one shape, in memory, or in a temporary file that goes when this object goes.
-
-    A pickled copy, as for another process, reads the same file and leaves its removal to the original.
-    """
-
-    def __init__(self, shape: tuple[int, ...], memory_limit: int) -> None:
-        self.shape = shape
-        in_memory = math.prod(shape) <= memory_limit
-        self._array = np.zeros(shape if in_memory else 0, np.uint8)
-        self._path = None if in_memory else self._temporary_file()
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def _temporary_file(self) -> Path:
-        if shutil.disk_usage(tempfile.gettempdir()).free < math.prod(self.shape):
-            raise self._disk_full()
-        handle, name = tempfile.mkstemp(prefix="layercrit-probes-")
-        os.close(handle)
-        weakref.finalize(self, _remove, Path(name), os.getpid())
-        return Path(name)
-
-    def write(self, slot: int, image: Pixels) -> None:
-        """Put one image into ``slot``."""
-        if self._path is None:
-            self._array[slot] = image
-            return
-        try:
-            # Written, not mapped: a full disk is then an error and not the death of the process.
-            with self._path.open("r+b") as file:
-                file.seek(slot * image.nbytes)
-                file.write(image.data)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise self._disk_full() from error
-            raise
-
-    def read(self, start: int, stop: int) -> Pixels:
-        """Return a copy of images ``start`` to ``stop``."""
-        if self._path is None:
-            return self._array[start:stop].copy()
-        size = math.prod(self.shape[1:])
-        flat = np.fromfile(self._path, np.uint8, count=(stop - start) * size, offset=start * size)
-        return flat.reshape(stop - start, *self.shape[1:])
-
-    def move(self, slot: int, to: int) -> None:
-        """Copy the image in ``slot`` to another."""
-        self.write(to, self.read(slot, slot + 1)[0])
-
-    def first(self, n_images: int) -> Pixels:
-        """Return a read-only view of the first images."""
-        if self._path is not None:
-            return np.memmap(self._path, np.uint8, mode="r", shape=(n_images, *self.shape[1:]))
-        view = self._array[:n_images]
-        view.flags.writeable = False
-        return view
-
-    def _disk_full(self) -> ProbeError:
-        return ProbeError(
-            f"not enough space in '{tempfile.gettempdir()}' for {len(self)} images, which need "
-            f"{math.prod(self.shape) / 2**30:.3g} GiB; ask for fewer images (n_images), set TMPDIR to a larger disk, "
-            "or allow more in memory (memory_limit)"
-        )
-
-
-def _remove(path: Path, process: int) -> None:
-    if os.getpid() == process:  # and not a fork of it, where this object goes earlier
-        path.unlink(missing_ok=True)

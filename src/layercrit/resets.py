@@ -211,11 +211,13 @@ class Donor:
 
     Attributes:
         values: parameter name -> value on the CPU.
-        origin: what it is, in words, with the hash of its values.
+        origin: what it is, in words, with its hash.
+        sha256: hash of its values, hexadecimal.
     """
 
     values: Mapping[str, Tensor]
     origin: str
+    sha256: str
 
 
 def given_donor(
@@ -249,7 +251,7 @@ def given_donor(
     if not isinstance(donor, nn.Module):
         checkpoint = read_checkpoint(donor)
         values = fit_to(checkpoint.tensors, model.network.state_dict(), f"{donor} for {model.reference}")
-        return Donor(values, f"given: the file {donor}, SHA-256 {checkpoint.sha256}")
+        return Donor(values, f"given: the file {donor}, SHA-256 {checkpoint.sha256}", hash_tensors(values))
     values = _parameters(donor)
     if unlike := _unlike(values, model, {name for layer in layers for name in layer.parameters}):
         wanted = tuple(model.network.get_parameter(unlike[0]).shape)
@@ -259,7 +261,8 @@ def given_donor(
             f"{wanted}, the donor {found}{f'; {len(unlike)} parameters differ' if len(unlike) > 1 else ''}. "
             "Give a network of the same architecture."
         )
-    return Donor(values, f"given: a network {type(donor).__name__}, SHA-256 {hash_tensors(values)}")
+    sha256 = hash_tensors(values)
+    return Donor(values, f"given: a network {type(donor).__name__}, SHA-256 {sha256}", sha256)
 
 
 def _parameters(network: nn.Module) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import math
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ class FailureRow:
     reset: str
     trial: int
     error: str
-    details: str
+    details: str = field(repr=False)
     at: str
 
 
@@ -253,8 +253,11 @@ class Store:
     # --- models and plan --------------------------------------------------------------------------------------------
 
     def put_models(self, models: Sequence[ModelRow]) -> None:
-        """Replace the list of models; what was known of one by the same name and reference is kept."""
+        """Replace the list of models; what was known and planned of one by the same name and reference is kept."""
         known = {(row.model, row.reference): row.record for row in self.models()}
+        for name, _ in known.keys() - {(row.model, row.reference) for row in models}:
+            self._connection.execute("DELETE FROM plan WHERE model = ?", (name,))
+            self._connection.execute("DELETE FROM failures WHERE model = ?", (name,))
         self._connection.execute("DELETE FROM models")
         self._connection.executemany(
             "INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -264,8 +267,6 @@ class Store:
                 for record in [row.record or known.get((row.model, row.reference))]
             ],
         )
-        self._connection.execute("DELETE FROM plan WHERE model NOT IN (SELECT model FROM models)")
-        self._connection.execute("DELETE FROM failures WHERE model NOT IN (SELECT model FROM models)")
 
     def put_record(self, model: str, record: Mapping[str, Any]) -> None:
         """Remember what is known of an opened model."""
@@ -289,10 +290,12 @@ class Store:
             [tuple(vars(row).values()) for row in rows],
         )
 
-    def clear_plan(self, model: str, reset: str, trial: int | None = None) -> None:
-        """Forget which cells were planned for a model and reset, or for one trial of them; cells measured stay."""
+    def clear_plan(self, model: str | None = None, reset: str | None = None, trial: int | None = None) -> None:
+        """Forget which cells were planned, of all models or of one, its resets and trials; cells measured stay."""
         self._connection.execute(
-            "DELETE FROM plan WHERE model = ? AND reset = ? AND trial = coalesce(?, trial)", (model, reset, trial)
+            "DELETE FROM plan WHERE model = coalesce(?, model) AND reset = coalesce(?, reset) "
+            "AND trial = coalesce(?, trial)",
+            (model, reset, trial),
         )
 
     def plan(self) -> list[PlanRow]:

@@ -1,0 +1,432 @@
+"""Many models beside each other: how critical which layers are, against a baseline, and against accuracy."""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from layercrit.errors import StudyError, near
+from layercrit.layers import wrapper_of
+from layercrit.study import Study
+
+__all__ = ["Comparison", "accuracy_of", "compare"]
+
+_ADVERSARIAL = "adversarial_training"
+_MATCHED = "cosine_matched"
+_LISTED = 5  # names shown in a note
+_CAUTION = (
+    "The cosine depends on how peaked a model's softmax is, and models of unlike training are compared without "
+    "temperature-matched values: part of a difference may be confidence, not reliance on layers."
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """The models of a study under one reset, over the layers that all of them have.
+
+    Tables of models x layers have a row per compared model in the order of the study and a column per layer in the
+    order of depth. A layer some of whose cells are not ok is NaN there, left out of its model's means, and named in
+    `notes`.
+
+    Attributes:
+        criticality: models x layers; 1 minus the mean cosine similarity over trials and images, in [0, 1].
+        difference: models x layers, criticality minus that of the baseline; None without a baseline.
+        sd_trials: models x layers, standard deviation (ddof 1) of criticality over trials; NaN with one trial.
+        depth: models x layers, position of a layer among the compared ones, from 0.
+        models: one row per model: ``label``, ``category``, ``accuracy`` (a share in [0, 1]), ``criticality`` (mean over
+            layers), ``criticality_matched`` (the same at the matched temperature; NaN where not measured),
+            ``difference`` (mean over layers that the baseline has too), ``centre_of_mass`` and ``n_layers``. The centre
+            of mass is sum(share * criticality) / sum(criticality), with share = 0 for the first layer to 1 for the
+            last: below 0.5, criticality sits in early layers.
+        layers: one row per layer: ``stage`` and ``criticality`` (mean over models).
+        categories: one row per category: ``n_models`` and ``criticality`` (mean over its models).
+        stages: models x stages, mean criticality over the layers of a stage.
+        correlations: one row per (``without``, ``method``): rank correlation of a model's mean criticality with its
+            accuracy, over all models (``without`` is None) and without each category in turn: ``statistic``,
+            ``pvalue``, and ``n``, how many models. Methods: Spearman's rho, Kendall's tau-b. NaN for fewer than three
+            models.
+        accuracy: ``documented`` (as the authors give it) or ``measured`` (top-1 on the probe set).
+        reset: what replaced the parameters.
+        baseline: name of the model that differences are to, or None.
+        left_out: names of models that were left out on request.
+        caution: what to mind when reading differences between categories, or None.
+        notes: what else a reader has to know, in plain words.
+        origin: where the cells are from: ``source`` and ``sha256`` (None for measured ones), ``rows``,
+            ``models_in_file`` and ``trials``.
+    """
+
+    criticality: pd.DataFrame
+    difference: pd.DataFrame | None
+    sd_trials: pd.DataFrame
+    depth: pd.DataFrame
+    models: pd.DataFrame
+    layers: pd.DataFrame
+    categories: pd.DataFrame
+    stages: pd.DataFrame
+    correlations: pd.DataFrame
+    accuracy: str
+    reset: str
+    baseline: str | None
+    left_out: tuple[str, ...]
+    caution: str | None
+    notes: tuple[str, ...]
+    origin: Mapping[str, Any]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one row per (model, layer): ``criticality``, ``difference``, ``sd_trials``, ``category`` and so on."""
+        n_models, n_layers = self.criticality.shape
+        absent = np.full((n_models, n_layers), math.nan)
+        return pd.DataFrame(
+            {
+                "model": np.repeat(self.criticality.index.to_numpy(), n_layers),
+                "category": np.repeat(self.models["category"].to_numpy(), n_layers),
+                "layer": np.tile(self.criticality.columns.to_numpy(), n_models),
+                "stage": np.tile(self.layers["stage"].to_numpy(), n_models),
+                "depth": self.depth.to_numpy().ravel(),
+                "criticality": self.criticality.to_numpy().ravel(),
+                "difference": (absent if self.difference is None else self.difference.to_numpy()).ravel(),
+                "sd_trials": self.sd_trials.to_numpy().ravel(),
+            }
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as one JSON object; None stands for what is not known.
+
+        Keys that end in ``percent`` or hold ``percent_by`` count in percent, all others in shares.
+        """
+        adversarial = _ADVERSARIAL in set(self.categories.index)
+        spread = pd.Series(self.sd_trials.to_numpy().ravel())
+        percent = {
+            f"mean_criticality_percent_by_{name}": _plain(100 * table["criticality"])
+            for name, table in (("category", self.categories), ("model", self.models), ("layer", self.layers))
+        }
+        return {
+            **self.origin,
+            "models_in_figures": len(self.models),
+            "layers": len(self.layers),
+            **{f"{method}_all": self._correlation(None, method) for method in ("spearman", "kendall")},
+            **{
+                f"{method}_without_adversarial": self._correlation(_ADVERSARIAL, method) if adversarial else None
+                for method in ("spearman", "kendall")
+            },
+            "mean_of_cell_std_percent": _number(100 * spread.mean()),
+            "max_of_cell_std_percent": _number(100 * spread.max()),
+            **percent,
+            "baseline": self.baseline,
+            "reset": self.reset,
+            "accuracy": self.accuracy,
+            "correlations": [
+                {"without": without, "method": method, **_plain(row)}
+                for (without, method), row in self._correlation_rows()
+            ],
+            "models": {str(name): _plain(row) for name, row in self.models.iterrows()},
+            "criticality_by_model_and_stage": {str(name): _plain(row) for name, row in self.stages.iterrows()},
+            "difference_by_model_and_layer": None
+            if self.difference is None
+            else {str(name): _plain(row) for name, row in self.difference.iterrows()},
+            "stage_by_layer": _plain(self.layers["stage"]),
+            "left_out": list(self.left_out),
+            "caution": self.caution,
+            "notes": list(self.notes),
+        }
+
+    def __repr__(self) -> str:
+        against = f", baseline {self.baseline}" if self.baseline else ""
+        return f"<Comparison of {len(self.models)} models over {len(self.layers)} layers{against}>"
+
+    def _correlation_rows(self) -> list[tuple[tuple[str | None, str], pd.Series]]:
+        table = self.correlations
+        keys = zip(table["without"], table["method"], strict=True)
+        rows = table[["statistic", "pvalue", "n"]].astype({"n": object}).iterrows()
+        return [(key, row) for key, (_, row) in zip(keys, rows, strict=True)]
+
+    def _correlation(self, without: str | None, method: str) -> dict[str, Any]:
+        rows = dict(self._correlation_rows())
+        return {str(name): value for name, value in _plain(rows[without, method]).items()}
+
+
+def compare(
+    study: Study, *, baseline: str | None = None, leave_out: Sequence[str] | None = None, reset: str | None = None
+) -> Comparison:
+    """Set the models of a study beside each other.
+
+    Args:
+        study: finished or not; models without a finished cell are named in the notes.
+        baseline: the model that differences are to. None: the study's own, if it names one.
+        leave_out: categories, or names of models. None: those that the study names; an empty list: none.
+        reset: None for the study's only or first one.
+
+    Raises:
+        StudyError: a name is unknown, no model is left, or the models have no layer in common.
+    """
+    ok = study.of_reset(reset)
+    used = str(ok["reset"].iloc[0])
+    cells = study.cells[study.cells["reset"] == used]
+    left_out = _left_out(study, study.record.get("leave_out", []) if leave_out is None else leave_out)
+    compared = [name for name in study.models["model"] if name not in left_out and name in set(ok["model"])]
+    if not compared:
+        raise StudyError(f"No model of the study in {study.folder} is left to compare. Leave out fewer.")
+    notes = [*study.record.get("notes", []), *_about_missing(study, cells, used, left_out)]
+    chosen, about_baseline = _baseline(study, baseline, compared)
+    first = chosen or compared[0]  # names and order of layers are its
+    cells, about_layers = _aligned(cells[cells["model"].isin(compared)], first)
+    grid = _grid(cells)
+    layers = _layers(cells, first)
+    tables = {
+        name: grid[name].unstack("layer").reindex(index=compared, columns=layers).rename_axis("model")  # noqa: PD010
+        for name in ("cosine", _MATCHED, "sd", "depth", "n_bad")
+    }
+    criticality = tables["cosine"]
+    difference = None if chosen is None else criticality - criticality.loc[chosen]
+    depth = tables["depth"].rank(axis=1, method="first").astype(int) - 1
+    models, kind, about_accuracy = _models(study, criticality, tables[_MATCHED], difference, depth)
+    stages = grid["stage"].xs(first, level="model").reindex(layers)
+    unlike = len(set(models["category"])) > 1 and models["criticality_matched"].isna().any()
+    return Comparison(
+        criticality=criticality,
+        difference=difference,
+        sd_trials=tables["sd"],
+        depth=depth,
+        models=models,
+        layers=pd.DataFrame({"stage": stages, "criticality": criticality.mean()}),
+        categories=models.groupby("category").agg(
+            n_models=("criticality", "size"), criticality=("criticality", "mean")
+        ),
+        stages=criticality.T.groupby(stages, sort=False).mean().T,
+        correlations=_correlations(models),
+        accuracy=kind,
+        reset=used,
+        baseline=chosen,
+        left_out=tuple(name for name in study.models["model"] if name in left_out),
+        caution=_CAUTION if unlike else None,
+        notes=(*notes, *about_baseline, *about_layers, *_about_bad(cells, tables["n_bad"]), *about_accuracy),
+        origin=_origin(study, used),
+    )
+
+
+def _left_out(study: Study, names: Sequence[str]) -> set[str]:
+    """Return the models that a list of categories and models stands for."""
+    of_category = {str(name): list(models) for name, models in study.models.groupby("category")["model"]}
+    models = set(study.models["model"])
+    found: set[str] = set()
+    for name in names:
+        if name not in models and name not in of_category:
+            raise StudyError(
+                f"The study in {study.folder} has no model and no category {name!r} that could be left out. "
+                f"{near(name, [*of_category, *study.models['model']])}"
+            )
+        found.update(of_category.get(name, []) if name not in models else [name])
+    return found
+
+
+def _baseline(study: Study, asked: str | None, compared: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the baseline, and a note where the study's own cannot be used."""
+    known = study.models["model"].to_list()
+    if asked is not None and asked not in known:
+        raise StudyError(f"The study in {study.folder} has no model {asked!r}. {near(asked, known)}")
+    if asked is not None and asked not in compared:
+        raise StudyError(
+            f"The baseline {asked!r} is left out or has no finished cell. Name another one; compared are: "
+            f"{_listed(compared)}."
+        )
+    own = study.record.get("baseline")
+    if asked is None and own is not None and own not in compared:
+        return None, [f"There are no differences to the baseline {own}: it is left out or has no finished cell."]
+    return asked or own, []
+
+
+def _aligned(cells: pd.DataFrame, first: str) -> tuple[pd.DataFrame, list[str]]:
+    """Return the cells of the layers that all models have, under names without wrappers where that is needed."""
+    of_model = {
+        str(model): list(layers) for model, layers in cells.groupby("model", sort=False)["layer"].unique().items()
+    }
+    if all(set(layers) == set(of_model[first]) for layers in of_model.values()):
+        return cells, []
+    wrappers = {model: wrapper_of(layers) for model, layers in of_model.items()}
+    bare = {model: [name.removeprefix(wrappers[model]) for name in layers] for model, layers in of_model.items()}
+    common, unwrapped = (set[str].intersection(*map(set, names.values())) for names in (of_model, bare))
+    if len(unwrapped) > len(common):
+        common, of_model = unwrapped, bare
+        lengths = cells["model"].map({model: len(wrapper) for model, wrapper in wrappers.items()})
+        cells = cells.assign(
+            **{
+                column: [text and text[n:] for text, n in zip(cells[column], lengths, strict=True)]
+                for column in ("layer", "stage")
+            }
+        )
+    if not common:
+        examples = "; ".join(f"{model}: {_listed(layers, 3)}" for model, layers in list(of_model.items())[:3])
+        raise StudyError(
+            f"The models have no layer in common ({examples}). Compare models of one architecture: "
+            "leave out the others."
+        )
+    return cells[cells["layer"].isin(common)], _about_layers(of_model, common)
+
+
+def _about_layers(of_model: Mapping[str, Sequence[str]], common: set[str]) -> list[str]:
+    left: dict[tuple[str, ...], list[str]] = {}
+    for model, layers in of_model.items():
+        if rest := tuple(name for name in layers if name not in common):
+            left.setdefault(rest, []).append(model)
+    if not left:
+        return []
+    parts = [f"{len(names)} of {_listed(models)} ({_listed(names)})" for names, models in left.items()]
+    return [
+        f"The models differ in their layers: the {len(common)} that all have are compared. Left out: "
+        f"{'; '.join(parts)}."
+    ]
+
+
+def _layers(cells: pd.DataFrame, model: str) -> list[str]:
+    """Return the layers in the order of a model's depth."""
+    return list(cells[cells["model"] == model].sort_values("depth", kind="stable")["layer"].unique())
+
+
+def _grid(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per (model, layer): means and spread over trials, NaN where a cell is not ok."""
+    table = cells.assign(**{_MATCHED: cells.get(_MATCHED, math.nan), "bad": cells["status"] != "ok"})
+    groups = table.groupby(["model", "layer"], sort=False)
+    grid = groups.agg(
+        cosine=("cosine", "mean"),
+        sd=("cosine", "std"),
+        depth=("depth", "first"),
+        stage=("stage", "first"),
+        n_bad=("bad", "sum"),
+        **{_MATCHED: (_MATCHED, "mean")},
+    )
+    grid.loc[grid["n_bad"] > 0, ["cosine", "sd", _MATCHED]] = math.nan
+    return grid
+
+
+def _models(
+    study: Study,
+    criticality: pd.DataFrame,
+    matched: pd.DataFrame,
+    difference: pd.DataFrame | None,
+    depth: pd.DataFrame,
+) -> tuple[pd.DataFrame, str, list[str]]:
+    """Return the table of models, which accuracy it holds, and notes about that."""
+    about = study.models.set_index("model").loc[criticality.index]
+    kind, accuracy = accuracy_of(about)
+    whole = criticality.notna() & matched.notna()
+    weights = criticality.fillna(0.0)
+    shares = depth / (depth.shape[1] - 1) if depth.shape[1] > 1 else depth * math.nan
+    total = weights.sum(axis=1)
+    table = pd.DataFrame(
+        {
+            "label": about["label"],
+            "category": about["category"].astype(object).where(about["category"].notna(), None),
+            "accuracy": accuracy,
+            "criticality": criticality.mean(axis=1),
+            "criticality_matched": matched.mean(axis=1).where((whole == criticality.notna()).all(axis=1)),
+            "difference": math.nan if difference is None else difference.mean(axis=1),
+            "centre_of_mass": (shares * weights).sum(axis=1, min_count=1) / total.where(total > 0),
+            "n_layers": criticality.notna().sum(axis=1),
+        }
+    )
+    unknown = accuracy.index[accuracy.isna()]
+    if len(unknown) == len(accuracy):
+        return table, kind, ["No accuracy is known, so there are no correlations with it."]
+    if len(unknown):
+        return table, kind, [f"Not in the correlations, since their {kind} accuracy is not known: {_listed(unknown)}."]
+    return table, kind, []
+
+
+def accuracy_of(models: pd.DataFrame) -> tuple[str, pd.Series]:
+    """Return which accuracy is known of all models, or of most of them, and its values, shares in [0, 1].
+
+    It is ``documented`` (as the authors give it) or ``measured`` (top-1 on the probe set), the former where both are.
+
+    Args:
+        models: rows of `layercrit.study.Study.models`.
+    """
+    choices = {"documented": models["documented_accuracy"], "measured": models["top1_accuracy"]}
+    kind = max(choices, key=lambda name: int(choices[name].notna().sum()))
+    return kind, choices[kind].astype("float64")
+
+
+def _correlations(models: pd.DataFrame) -> pd.DataFrame:
+    """Return the rank correlations of mean criticality with accuracy."""
+    from scipy.stats import kendalltau, spearmanr
+
+    known = models.dropna(subset=["accuracy", "criticality"])
+    rows = []
+    for without in [None, *sorted(models["category"].dropna().unique())]:
+        some = known if without is None else known[known["category"] != without]
+        for method, function in (("spearman", spearmanr), ("kendall", kendalltau)):
+            statistic, pvalue = math.nan, math.nan
+            if len(some) > 2 and len(set(some["accuracy"])) > 1 and len(set(some["criticality"])) > 1:
+                statistic, pvalue = function(some["criticality"].to_numpy(), some["accuracy"].to_numpy())
+            rows.append((without, method, float(statistic), float(pvalue), len(some)))
+    table = pd.DataFrame(rows, columns=["without", "method", "statistic", "pvalue", "n"])
+    return table.assign(without=pd.Series([row[0] for row in rows], dtype=object))  # keeps None
+
+
+def _origin(study: Study, reset: str) -> dict[str, Any]:
+    cells = study.cells[study.cells["reset"] == reset]
+    origin = study.record.get("origin", {})
+    return {
+        "source": origin.get("source"),
+        "sha256": origin.get("sha256"),
+        "rows": len(cells),
+        "models_in_file": int(cells["model"].nunique()),
+        "trials": int(cells["trial"].nunique()),
+    }
+
+
+# --- notes ------------------------------------------------------------------------------------------------------------
+
+
+def _about_missing(study: Study, cells: pd.DataFrame, reset: str, left_out: set[str]) -> list[str]:
+    """Say which models have nothing to compare, or fewer trials than planned, and what failed."""
+    wanted = [name for name in study.models["model"] if name not in left_out]
+    usable = set(cells.loc[cells["status"] == "ok", "model"])
+    notes = []
+    if absent := [name for name in wanted if name not in usable]:
+        notes.append(f"Not compared, since they have no finished cell that is ok: {_listed(absent, len(absent))}.")
+    trials = cells.groupby(["model", "layer"])["trial"].nunique().groupby("model").min()
+    planned = study.record.get("protocol", {}).get("trials")
+    most = max(int(trials.max()), planned if isinstance(planned, int) else 0)
+    if few := [f"{name} ({trials[name]})" for name in wanted if name in usable and trials[name] < most]:
+        notes.append(f"Fewer than the {most} trials of the study: {_listed(few, len(few))}.")
+    notes += [
+        f"Failed: {failure.model}, trial {failure.trial} ({failure.error})."
+        for failure in study.failures
+        if failure.reset == reset and failure.model not in left_out
+    ]
+    return notes
+
+
+def _about_bad(cells: pd.DataFrame, n_bad: pd.DataFrame) -> list[str]:
+    """Say which layers of which models are in no mean, since some of their cells are not ok."""
+    notes = []
+    for model in n_bad.index[(n_bad > 0).any(axis=1)]:
+        layers = n_bad.columns[n_bad.loc[model] > 0]
+        bad = cells[(cells["model"] == model) & (cells["status"] != "ok")]
+        counts = ", ".join(f"{n} {status}" for status, n in bad["status"].value_counts().items())
+        notes.append(
+            f"{model}: its means are over {n_bad.shape[1] - len(layers)} of {n_bad.shape[1]} layers; "
+            f"left out, since cells are not ok ({counts}): {_listed(layers)}."
+        )
+    return notes
+
+
+def _listed(names: Sequence[str] | pd.Index, limit: int = _LISTED) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+# --- plain data -------------------------------------------------------------------------------------------------------
+
+
+def _plain(values: pd.Series) -> dict[Hashable, Any]:
+    """Return a column or row as JSON can hold it."""
+    return {name: _number(value) for name, value in values.items()}
+
+
+def _number(value: Any) -> Any:
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,410 @@
+"""Fetch one file over the net: resumed where it broke off, checked, and put in its place only when it is whole.
+
+An address is ``https://...`` (or ``http://...``), ``hf:OWNER/REPOSITORY/FILE`` for the Hugging Face Hub, whose server
+``HF_ENDPOINT`` may replace, or ``gdrive:ID`` for Google Drive. The hub is asked over plain HTTPS like any other server:
+one road, with one way to resume and one way to check, and nothing stored twice in a second cache.
+"""
+
+import contextlib
+import errno
+import hashlib
+import html
+import http.client
+import json
+import os
+import re
+import shutil
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from http.cookiejar import CookieJar
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock
+
+from layercrit.errors import ZooError
+
+__all__ = ["DRIVE", "Fetched", "address_of", "cache_folder", "check_file", "digest_of", "fetch"]
+
+DRIVE = "https://drive.usercontent.google.com"
+"""The server of Google Drive's files."""
+
+Progress = Callable[[int, int | None], object]
+"""Called with the number of bytes that have come, and of all bytes where the server says so."""
+
+_PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds between attempts that brought nothing new
+_TIMEOUT = 60.0  # seconds without a byte after which a connection counts as dropped
+_BLOCK = 1 << 20
+_MARGIN = 64 * 2**20  # bytes of disk left free
+_PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP answers that may be another one a little later
+_DROPPED = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A file that has been fetched.
+
+    Attributes:
+        path: Where it lies.
+        size: In bytes.
+        sha256: SHA-256 of its bytes, hexadecimal.
+    """
+
+    path: Path
+    size: int
+    sha256: str
+
+
+def cache_folder() -> Path:
+    """Return where files are kept: ``LAYERCRIT_CACHE``, else ``layercrit`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    if given := os.environ.get("LAYERCRIT_CACHE"):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "layercrit"
+
+
+def address_of(address: str) -> str:
+    """Return the URL of an address, as the module describes them.
+
+    Raises:
+        ZooError: It is none, or leads out of the place that it names.
+    """
+    kind, _, rest = address.partition(":")
+    parts = rest.split("/")
+    if kind == "hf" and len(parts) >= 3 and all(re.fullmatch(r"\w[\w.+-]*", part) for part in parts):
+        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        return f"{endpoint.rstrip('/')}/{'/'.join(parts[:2])}/resolve/main/{'/'.join(parts[2:])}"
+    if kind == "gdrive" and re.fullmatch(r"[\w-]+", rest):
+        return f"{DRIVE}/download?id={rest}&export=download"
+    if kind in ("http", "https") and urllib.parse.urlsplit(address).hostname:
+        return address
+    raise ZooError(f"{address!r} is no address of a file: expected https://..., hf:OWNER/REPOSITORY/FILE or gdrive:ID.")
+
+
+def digest_of(path: Path) -> Fetched:
+    """Return size and SHA-256 of a file, read block by block."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return Fetched(path, file.tell(), digest.hexdigest())
+
+
+def fetch(
+    address: str,
+    path: str | Path,
+    *,
+    size: int | None = None,
+    sha256: str | None = None,
+    progress: Progress | None = None,
+) -> Fetched:
+    """Fetch a file, or check the one that is there already.
+
+    What has come is kept in ``PATH.part`` when the connection breaks, and this or a later call goes on from there, if
+    the server vouches that the file is still the same; otherwise it begins anew. Processes that fetch the same file at
+    once wait for each other.
+
+    Args:
+        address: See the module.
+        path: Where to put the file; its folder is made.
+        size: The expected size in bytes.
+        sha256: The expected SHA-256, or its first digits, hexadecimal.
+        progress: Called after every block.
+
+    Raises:
+        ZooError: The address is wrong, the server does not give the file, it is a web page or another file than
+            expected, or it cannot be stored.
+    """
+    path = Path(path)
+    url = address_of(address)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f"{path.name}.lock")):
+            if path.exists():
+                return check_file(digest_of(path), address, size, sha256)
+            part = _Part(path)
+            _bring(part, address, url, progress)
+            try:
+                _refuse_page(part.path, address)
+                fetched = check_file(digest_of(part.path), address, size, sha256)
+            except ZooError:
+                part.discard()
+                raise
+            part.path.replace(path)
+            part.discard()
+            return Fetched(path, fetched.size, fetched.sha256)
+    except OSError as error:
+        raise _not_stored(path, error) from error
+
+
+def _not_stored(path: Path, error: OSError) -> ZooError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ZooError(
+            f"The disk is full: {path} could not be written whole. Make room, or choose another place with "
+            "LAYERCRIT_CACHE, and start again; it goes on where it stopped."
+        )
+    return ZooError(f"{path} cannot be written ({error.strerror or error}). Choose another place with LAYERCRIT_CACHE.")
+
+
+def check_file(fetched: Fetched, address: str, size: int | None, sha256: str | None) -> Fetched:
+    """Return a file if it has the expected size and hash; None stands for not known.
+
+    Raises:
+        ZooError: It is another file than expected.
+    """
+    if size is not None and fetched.size != size:
+        wrong = f"has {fetched.size} bytes, expected {size}"
+    elif sha256 is not None and not fetched.sha256.startswith(sha256.lower()):
+        wrong = f"has SHA-256 {fetched.sha256}, expected {sha256}"
+    else:
+        return fetched
+    raise ZooError(
+        f"The file from {address} {wrong}. It is not the file that was published, or no longer; it is not used."
+    )
+
+
+class _Part:
+    """The part of a file that has come so far, with what tells whether the server's file is still the same."""
+
+    def __init__(self, whole: Path) -> None:
+        self.path = whole.with_name(f"{whole.name}.part")
+        self._note = whole.with_name(f"{whole.name}.part.json")
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def validator(self, address: str) -> str | None:
+        """What the server named the file by when this part came, where that can be used to resume."""
+        try:
+            note = json.loads(self._note.read_text(encoding="utf-8"))
+            return str(note["validator"]) if note["address"] == address and self.size else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def begin(self, address: str, validator: str | None) -> BinaryIO:
+        """Throw away what came and open an empty part."""
+        self.discard()
+        if validator is not None:
+            self._note.write_text(json.dumps({"address": address, "validator": validator}), encoding="utf-8")
+        return self.path.open("wb")
+
+    def discard(self) -> None:
+        """Remove the part."""
+        self.path.unlink(missing_ok=True)
+        self._note.unlink(missing_ok=True)
+
+
+def _bring(part: _Part, address: str, url: str, progress: Progress | None) -> None:
+    """Fetch until the part is whole; an attempt that brought more than any before does not count as failed."""
+    failures, most = 0, part.size
+    while True:
+        try:
+            _attempt(part, address, url, progress)
+            return
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and part.size:
+                part.discard()  # the file is shorter than what came before: another one
+                continue
+            if error.code not in _PASSING:
+                raise _refused(address, url, error) from error
+            reason: Exception = error
+        except _DROPPED as error:
+            reason = error
+        failures = 1 if part.size > most else failures + 1
+        most = max(most, part.size)
+        if failures > len(_PAUSES):
+            raise ZooError(
+                f"{address} could not be fetched: {_words(reason)}, {failures} times in a row; {part.size} bytes have "
+                f"come and are kept. Check the network and start again. Or fetch {url} by other means and use "
+                "`layercrit zoo fetch ID --from FILE`."
+            ) from reason
+        time.sleep(_PAUSES[failures - 1])
+
+
+def _refused(address: str, url: str, error: urllib.error.HTTPError) -> ZooError:
+    return ZooError(
+        f"{address}: the server at {urllib.parse.urlsplit(url).netloc} answered {error.code} {error.reason}. The file "
+        f"may have moved, or may need a login: look at {url} in a browser, and use "
+        "`layercrit zoo fetch ID --from FILE` with what you get."
+    )
+
+
+def _words(error: Exception) -> str:
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    return f"{type(error).__name__}: {reason}" if str(reason) else type(error).__name__
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirections to other servers, but not to other protocols and not from HTTPS to plain HTTP."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        old, new = (urllib.parse.urlsplit(url).scheme for url in (req.full_url, newurl))
+        if new not in ("http", "https") or (old == "https" and new == "http"):
+            raise ZooError(f"{req.full_url} leads to {newurl}, which is not fetched: it is not protected by HTTPS.")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """An opener for HTTP and HTTPS alone, with cookies, which Google Drive needs between page and file."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.HTTPCookieProcessor(CookieJar()),
+        _Redirects(),
+    ):
+        opener.add_handler(handler)
+    opener.addheaders = [("User-Agent", "layercrit"), ("Accept-Encoding", "identity")]
+    return opener
+
+
+def _attempt(part: _Part, address: str, url: str, progress: Progress | None) -> None:
+    """Fetch what is missing over one connection.
+
+    Raises:
+        ConnectionError: The connection ended before the file did.
+        ZooError: The server answers with a web page.
+    """
+    opener = _opener()
+    validator = part.validator(address)
+    wanted = {} if validator is None else {"Range": f"bytes={part.size}-", "If-Range": validator}
+    response = _open(opener, url, wanted)
+    if address.startswith("gdrive:") and _is_page(response):
+        with response:
+            form = _confirmation(_read(response).decode(errors="replace"), response.url, address)
+        response = _open(opener, form, wanted)
+    with response:
+        if _is_page(response):
+            raise _page(address, _read(response))
+        start = part.size if _continues(response, part, validator) else 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length is not None and length.isdecimal() else None
+        _check_room(part.path, total, start)
+        with part.path.open("ab") if start else part.begin(address, _validator(response)) as file:
+            while block := _read(response):
+                file.write(block)
+                if progress is not None:
+                    progress(file.tell(), total)
+    if total is not None and part.size < total:
+        raise ConnectionError(f"the connection ended after {part.size} of {total} bytes")
+
+
+@contextlib.contextmanager
+def _over_the_net() -> Iterator[None]:
+    """Inside, whatever the operating system reports is about the connection, not about the disk."""
+    try:
+        yield
+    except _DROPPED:
+        raise
+    except OSError as error:
+        raise ConnectionError(str(error)) from error
+
+
+def _open(opener: urllib.request.OpenerDirector, url: str, headers: dict[str, str]) -> Any:
+    with _over_the_net():
+        return opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)  # noqa: S310
+
+
+def _read(response: Any) -> bytes:
+    with _over_the_net():
+        return bytes(response.read(_BLOCK))
+
+
+def _continues(response: Any, part: _Part, validator: str | None) -> bool:
+    """Whether an answer is the rest of the file of which a part has come."""
+    if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+        return False
+    first = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+    # A server that ignores If-Range sends the rest of another file, under another name for it.
+    if first is None or int(first[1]) != part.size or _validator(response) not in (None, validator):
+        part.discard()
+        raise ConnectionError("the server sent another part of the file than was asked for")
+    return True
+
+
+def _validator(response: Any) -> str | None:
+    """What a server names this state of a file by, fit to be asked for again (RFC 9110, section 13.1.5)."""
+    etag = response.headers.get("ETag")
+    if etag and not etag.startswith("W/"):
+        return str(etag)
+    modified = response.headers.get("Last-Modified")
+    return str(modified) if modified else None
+
+
+def _check_room(path: Path, total: int | None, start: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if total is not None and total - start > free - _MARGIN:
+        raise ZooError(
+            f"{path.parent} has {free / 1e9:.2f} GB left, too little for {(total - start) / 1e9:.2f} GB more. Make "
+            "room, or choose another place with LAYERCRIT_CACHE."
+        )
+
+
+def _is_page(response: Any) -> bool:
+    return str(response.headers.get("Content-Type", "")).lower().startswith(("text/html", "application/xhtml"))
+
+
+def _refuse_page(path: Path, address: str) -> None:
+    """Refuse a web page that came under another type."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if start[:512].lstrip().startswith(b"<"):
+        raise _page(address, start)
+
+
+def _page(address: str, content: bytes) -> ZooError:
+    """Say what a web page that came instead of a file is about."""
+    text = content.decode(errors="replace")
+    title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
+    named = html.unescape(title[1]).strip() if title else ""
+    about = f", titled {named[:200]!r}" if named else f", which begins with {text[:80]!r}"
+    return ZooError(
+        f"{address}: the server answered with a web page{about}, not with the file. Open the address in a browser, "
+        "and use `layercrit zoo fetch ID --from FILE` with what you get; or try again later, as quotas pass."
+    )
+
+
+class _Form(HTMLParser):
+    """The form of a page that leads to a file: where it is sent, and its hidden fields."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.action = ""
+        self.fields: dict[str, str] = {}
+        self._inside = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        if tag == "form" and not self.action:
+            self.action, self._inside = given.get("action", ""), True
+        elif tag == "input" and self._inside and given.get("type", "").lower() == "hidden" and given.get("name"):
+            self.fields[given["name"]] = given.get("value", "")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "form":
+            self._inside = False
+
+
+def _confirmation(page: str, url: str, address: str) -> str:
+    """Where Google Drive's page about files too large for its virus scan leads to.
+
+    Raises:
+        ZooError: It is another page, as when a quota is used up.
+    """
+    form = _Form()
+    with contextlib.suppress(AssertionError):  # which the parser raises at some malformed pages
+        form.feed(page)
+    target = urllib.parse.urljoin(url, form.action)
+    if not form.action or "id" not in form.fields or not target.startswith(("https://", f"{DRIVE}/")):
+        raise _page(address, page.encode())
+    return f"{target.partition('?')[0]}?{urllib.parse.urlencode(form.fields)}"

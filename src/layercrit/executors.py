@@ -1,0 +1,438 @@
+"""Run the tasks of a study on workers: here local processes; whatever else runs tasks has the same interface.
+
+A worker is told once how to start and then works off one task after the other, sending messages as parts of a task are
+finished. Every task ends in exactly one `Finished` or `Failed`: an exception fails its task alone, and so does a worker
+that keeps dying of one task.
+"""
+
+import bisect
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any, TypeAlias
+
+from layercrit.errors import ProtocolError
+
+__all__ = [
+    "Event",
+    "Executor",
+    "Failed",
+    "Finished",
+    "LocalProcesses",
+    "Message",
+    "Place",
+    "Start",
+    "Task",
+    "Work",
+    "local_places",
+]
+
+_PATIENCE = 3.0  # seconds a worker is given to end by itself before it is killed
+_LOOK_AGAIN = 1.0  # seconds; a process that a worker forked holds the worker's sentinel and pipe open
+
+_ADVICE = {
+    "SIGKILL": "Most often the system ran out of memory: use fewer workers or a smaller batch size.",
+    "SIGTERM": "Something outside ended it, such as a job scheduler or a time limit.",
+    "SIGSEGV": "Native code crashed: try another device, or other versions of the driver and of torch.",
+}
+_OTHER_ADVICE = (
+    "What it printed last stands on stderr. A script that starts workers must do so below `if __name__ == '__main__':`."
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker computes.
+
+    Attributes:
+        device: ``cpu``, ``cuda:0`` or any other name that torch knows.
+        n_threads: Processor cores it may keep busy.
+    """
+
+    device: str
+    n_threads: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one worker does in one go.
+
+    Attributes:
+        name: Unique in its run.
+        affinity: Tasks of the same affinity share what a worker has open, such as a model, so a worker keeps to one
+            affinity as long as it has tasks left.
+        payload: What the work needs; picklable and small, since large data belongs in files.
+    """
+
+    name: str
+    affinity: str
+    payload: Any
+
+
+Work: TypeAlias = Callable[[Task], Iterator[Any]]
+"""Does a task; yields picklable messages as parts are finished."""
+
+Start: TypeAlias = Callable[[Place], Work]
+"""Called once in each worker. Picklable: a function of a module, or a `functools.partial` of one."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """A part of a task is finished. A task that is run again, since its worker died, repeats its messages."""
+
+    task: Task
+    content: Any
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A task is finished."""
+
+    task: Task
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A task could not be finished.
+
+    Attributes:
+        task: The task.
+        error: What went wrong, for people: ``Type: text`` of an exception, or how the worker died.
+        details: The traceback; empty where the worker died.
+    """
+
+    task: Task
+    error: str
+    details: str
+
+
+Event: TypeAlias = Message | Finished | Failed
+
+
+class Executor(ABC):
+    """What runs tasks."""
+
+    @abstractmethod
+    def run(self, tasks: Sequence[Task], start: Start) -> Iterator[Event]:
+        """Run tasks and yield what happens.
+
+        Every task ends in exactly one `Finished` or `Failed`, and its messages come before it, in their order. A
+        failed task does not stop the others. Closing the iterator ends the workers.
+
+        Args:
+            tasks: In the order in which those of one affinity are begun.
+            start: Prepares a worker.
+
+        Raises:
+            ProtocolError: Two tasks have the same name.
+        """
+
+
+class LocalProcesses(Executor):
+    """Processes of this machine, begun when there is a task for them and ended with the run.
+
+    A free worker takes the next task of the affinity it is on, else of one that no other worker is on, else the first
+    that waits. A worker that dies is replaced, and its task is run again.
+
+    Workers begin as new interpreters, which import the running script: what it does must stand below
+    ``if __name__ == "__main__":``. They ignore Ctrl-C, which ends the run in this process, and end when this process
+    vanishes.
+    """
+
+    def __init__(self, places: Sequence[Place], *, attempts: int = 3) -> None:
+        """Choose the workers.
+
+        Args:
+            places: One for each worker.
+            attempts: How often a task may be run in all if its worker dies each time.
+
+        Raises:
+            ProtocolError: There is no place, or no attempt.
+        """
+        if not places:
+            raise ProtocolError("No place to compute was given; expected at least one, as `local_places` returns.")
+        if attempts < 1:
+            raise ProtocolError(f"attempts is {attempts}; expected 1 or more: how often a task may be run in all.")
+        self._places = list(places)
+        self._attempts = attempts
+
+    def run(self, tasks: Sequence[Task], start: Start) -> Iterator[Event]:
+        """Run tasks on the processes; see `Executor.run`."""
+        repeated = [name for name, n in Counter(task.name for task in tasks).items() if n > 1]
+        if repeated:
+            raise ProtocolError(f"Two tasks are named {repeated[0]!r}; expected a name of its own for each task.")
+        return _Run(self._places, tasks, pickle.dumps(start), self._attempts).events()
+
+
+def local_places(n_workers: int | None, device: str, n_gpus: int) -> list[Place]:
+    """Share this machine out among workers.
+
+    Args:
+        n_workers: How many; None is one for each GPU with the devices ``auto`` and ``cuda``, and one else.
+        device: ``auto`` is the GPUs if there are any, else the processor. Workers on ``auto`` or ``cuda`` take the
+            GPUs in turn; any other device is used by all workers.
+        n_gpus: How many GPUs there are, as ``torch.cuda.device_count()`` says.
+
+    Returns:
+        A place for each worker. The cores this process may use are divided among them, at least one each.
+
+    Raises:
+        ProtocolError: Fewer than one worker, or ``cuda`` without a GPU.
+    """
+    if n_workers is not None and n_workers < 1:
+        raise ProtocolError(f"The number of workers is {n_workers}; expected 1 or more.")
+    if device == "cuda" and n_gpus == 0:
+        raise ProtocolError("The device is 'cuda', but torch sees no GPU here. Use 'cpu', or 'auto' for what there is.")
+    gpus = [f"cuda:{number}" for number in range(n_gpus)] if device in ("auto", "cuda") else []
+    devices = gpus or ["cpu" if device == "auto" else device]
+    n_workers = n_workers or len(devices)
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n_threads = max(1, n_cores // n_workers)
+    return [Place(devices[number % len(devices)], n_threads) for number in range(n_workers)]
+
+
+# What a worker answers. It is pickled plainly, not by `Connection.send`: that sends a tensor as a reference to shared
+# memory, which is gone when the worker is.
+@dataclass(frozen=True)
+class _Part:
+    content: Any
+
+
+@dataclass(frozen=True)
+class _Done:
+    pass
+
+
+@dataclass(frozen=True)
+class _Error:
+    error: str
+    details: str
+    is_last: bool  # the worker could not start, and ends
+
+
+_Answer: TypeAlias = _Part | _Done | _Error
+
+
+@dataclass
+class _Worker:
+    place: Place
+    process: SpawnProcess
+    connection: "Connection[bytes, bytes]"
+    affinity: str | None = None  # of its last task
+    task: Task | None = None  # what it works on
+
+    def send(self, data: bytes) -> None:
+        with contextlib.suppress(ConnectionError):  # it is dead, which shows when it is next asked
+            self.connection.send_bytes(data)
+
+    def receive(self) -> _Answer | None:
+        """Return the next answer, None if there will be no more."""
+        try:
+            data = self.connection.recv_bytes()
+        except (EOFError, OSError):  # closed before an answer, or within one
+            return None
+        answer: _Answer = pickle.loads(data)  # noqa: S301 - written by our own process
+        return answer
+
+
+class _Run:
+    """The tasks and workers of one run."""
+
+    def __init__(self, places: Sequence[Place], tasks: Sequence[Task], start: bytes, attempts: int) -> None:
+        self._free_places = list(reversed(places))
+        self._waiting = list(tasks)
+        self._position = {task.name: position for position, task in enumerate(tasks)}
+        self._start = start
+        self._attempts = attempts
+        self._deaths: defaultdict[str, list[str]] = defaultdict(list)  # name of a task -> how its workers died
+        self._workers: list[_Worker] = []
+
+    def events(self) -> Iterator[Event]:
+        try:
+            while self._waiting or any(worker.task for worker in self._workers):
+                yield from self._hand_out()
+                yield from self._collect()
+        finally:
+            _end(self._workers)
+
+    def _hand_out(self) -> Iterator[Failed]:
+        """Give a task to every free worker, and begin workers while there are tasks and places."""
+        while self._waiting:
+            worker = next((worker for worker in self._workers if worker.task is None), None)
+            if worker is None and not self._free_places:
+                return
+            yield from self._give_task(worker or self._begin_worker(self._free_places.pop()))
+
+    def _begin_worker(self, place: Place) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        # A daemon, so that leaving Python while an iterator is still open ends the workers instead of waiting for them.
+        process = context.Process(target=_serve, args=(theirs, place), daemon=True)
+        worker = _Worker(place, process, ours)
+        with theirs, _interrupts_held():
+            process.start()
+            self._workers.append(worker)
+        worker.send(self._start)
+        return worker
+
+    def _give_task(self, worker: _Worker) -> Iterator[Failed]:
+        others = {other.affinity for other in self._workers if other is not worker}
+        task = _choose(self._waiting, worker.affinity, others)
+        self._waiting.remove(task)
+        try:
+            data = pickle.dumps(task)
+        except Exception as error:  # pickling runs the payload's own code
+            yield Failed(task, _text(error), _traceback(error))
+            return
+        worker.task, worker.affinity = task, task.affinity
+        worker.send(data)
+
+    def _collect(self) -> Iterator[Event]:
+        """Wait for answers and deaths, and say what happened."""
+        connections = [worker.connection for worker in self._workers]
+        deaths = [worker.process.sentinel for worker in self._workers]
+        wait([*connections, *deaths], _LOOK_AGAIN)
+        for worker in list(self._workers):
+            is_dead = not worker.process.is_alive()  # asked first: what a dead worker sent is then read to its end
+            while wait([worker.connection], 0):
+                answer = worker.receive()
+                if answer is None:
+                    is_dead = True
+                    break
+                yield self._event(worker, answer)
+                is_dead = is_dead or (isinstance(answer, _Error) and answer.is_last)
+                if not is_dead:
+                    break  # so that a worker of many words does not keep the others waiting
+            if is_dead:
+                yield from self._bury(worker)
+
+    def _event(self, worker: _Worker, answer: _Answer) -> Event:
+        task = worker.task
+        assert task is not None  # noqa: S101 - a worker answers to a task only
+        if isinstance(answer, _Part):
+            return Message(task, answer.content)
+        worker.task = None
+        return Finished(task) if isinstance(answer, _Done) else Failed(task, answer.error, answer.details)
+
+    def _bury(self, worker: _Worker) -> Iterator[Failed]:
+        """Make room for another worker; the task of the dead one waits again, or has failed too often."""
+        self._workers.remove(worker)
+        self._free_places.append(worker.place)
+        task = worker.task
+        worker.task = None
+        exit_code = _end([worker])[0]
+        if task is None:
+            return
+        deaths = self._deaths[task.name]
+        deaths.append(_cause(exit_code))
+        if len(deaths) < self._attempts:
+            bisect.insort(self._waiting, task, key=lambda waiting: self._position[waiting.name])
+            return
+        times = "once" if len(deaths) == 1 else f"{len(deaths)} times"
+        advice = _ADVICE.get(deaths[-1], _OTHER_ADVICE)
+        yield Failed(
+            task, f"Its worker process on {worker.place.device} died {times} ({', '.join(deaths)}). {advice}", ""
+        )
+
+
+def _choose(waiting: Sequence[Task], affinity: str | None, others: set[str | None]) -> Task:
+    """Return the task for a worker that is on an affinity while other workers are on others."""
+    of_its_own = (task for task in waiting if task.affinity == affinity)
+    of_nobody = (task for task in waiting if task.affinity not in others)
+    return next(chain(of_its_own, of_nobody, waiting))
+
+
+def _end(workers: Sequence[_Worker]) -> list[int]:
+    """End workers, those at work at once, and return their exit codes."""
+    for worker in workers:
+        if worker.task is not None:
+            worker.process.terminate()
+        worker.connection.close()  # which tells a free worker to end
+    deadline = time.monotonic() + _PATIENCE
+    exit_codes = []
+    for worker in workers:
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+        worker.process.kill()  # nothing, if it has ended
+        worker.process.join()
+        exit_codes.append(worker.process.exitcode or 0)
+        worker.process.close()
+    return exit_codes
+
+
+def _cause(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    try:
+        return signal.Signals(-exit_code).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {-exit_code}"
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold back Ctrl-C, also in processes begun meanwhile: they are to ignore it, and cannot yet."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # beginning it, as the first process would, lets Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(connection: "Connection[bytes, bytes]", place: Place) -> None:
+    """Be a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, ConnectionError):  # no more tasks, or nobody left to answer
+        _serve_tasks(connection, place)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # noqa: S101 - a worker is always begun by another process
+    parent.join()
+    os._exit(1)
+
+
+def _serve_tasks(connection: "Connection[bytes, bytes]", place: Place) -> None:
+    start = connection.recv_bytes()
+    try:
+        work: Work = pickle.loads(start)(place)  # noqa: S301 - written by our own process
+    except Exception as error:
+        connection.send_bytes(pickle.dumps(_Error(_text(error), _traceback(error), is_last=True)))
+        return
+    while True:
+        task = connection.recv_bytes()
+        answer: _Answer = _Done()
+        try:
+            for content in work(pickle.loads(task)):  # noqa: S301 - written by our own process
+                connection.send_bytes(pickle.dumps(_Part(content)))
+        except Exception as error:
+            answer = _Error(_text(error), _traceback(error), is_last=False)
+        connection.send_bytes(pickle.dumps(answer))
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def _traceback(error: Exception) -> str:
+    return "".join(traceback.format_exception(error))

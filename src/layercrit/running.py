@@ -1,0 +1,298 @@
+"""Run a study: every cell once, nothing lost, the rest goes on where one model fails."""
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from layercrit._machine import versions
+from layercrit._progress import Bar
+from layercrit._worker import Job, Measured, Planned, Progressed, start_worker
+from layercrit.errors import LayercritError, ProbeError, StudyError
+from layercrit.executors import Event, Executor, Failed, LocalProcesses, Message, Task, local_places
+from layercrit.probes import ProbeSet
+from layercrit.resets import RESETS, seed_of
+from layercrit.store import FailureRow, ModelRow, Store
+from layercrit.studyfile import ModelEntry, StudyFile
+from layercrit.zoo import ZOO, fetch_entry, is_fetched
+
+__all__ = ["RunReport", "hold", "holder", "run_study"]
+
+_HOLDER = "running.json"  # who runs a study; the lock itself is a file beside it, released when that process ends
+_PROBE_SET = "probe_set"
+
+
+@dataclass
+class RunReport:
+    """What a run did.
+
+    Attributes:
+        folder: the study's.
+        n_measured: cells measured now.
+        n_known: cells that were there already.
+        n_retryable: failures of earlier runs that were not tried again.
+        failures: everything that is not measured, and why.
+        seconds: how long the run took.
+    """
+
+    folder: Path
+    n_measured: int = 0
+    n_known: int = 0
+    n_retryable: int = 0
+    failures: list[FailureRow] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def run_study(
+    study: StudyFile,
+    folder: str | Path,
+    *,
+    n_workers: int | None = None,
+    retry: bool = False,
+    progress: bool = True,
+    executor: Executor | None = None,
+) -> RunReport:
+    """Measure what is missing of a study; run again to go on after an interruption.
+
+    Every finished cell is committed to the folder's store under a name of its content (weights, layer, reset, seed,
+    images, settings), so that no cell is measured twice and none of another model, image or setting is mixed in.
+
+    Args:
+        study: what to measure, from `layercrit.studyfile.read_study_file`.
+        folder: where the results go; made if need be.
+        n_workers: local processes; None: one for each GPU, else one.
+        retry: whether to try again what failed in an earlier run.
+        progress: whether to show a progress bar on a terminal.
+        executor: runs the tasks in place of local processes.
+
+    Raises:
+        StudyError: another process runs this study, or the folder cannot be used.
+        ProbeError: the images cannot be read.
+    """
+    started = time.monotonic()
+    folder = Path(folder).expanduser().absolute()
+    executor = executor or LocalProcesses(local_places(n_workers, study.protocol.device, torch.cuda.device_count()))
+    with hold(folder), Store(folder, create=True) as store, Bar(progress) as bar:
+        run = _Run(study, folder, store, bar)
+        run.begin(retry)
+        run.fetch()
+        run.work(executor)
+        run.report.seconds = time.monotonic() - started
+        return run.report
+
+
+class _Run:
+    """One run of a study under way."""
+
+    def __init__(self, study: StudyFile, folder: Path, store: Store, bar: Bar) -> None:
+        self.study, self.folder, self.store, self.bar = study, folder, store, bar
+        self.report = RunReport(folder)
+        self.number = 0
+        self.expected: dict[str, float] = {}  # task name -> cells, as far as its model was opened
+        self.said: set[tuple[str, str]] = set()
+        self.done: dict[str, float] = {}  # task name -> cells, parts of them while under way
+
+    def begin(self, retry: bool) -> None:
+        """Write down what the study is about, and make sure of its images."""
+        probe_set = self._probe_set()
+        about = _about(self.study, probe_set)
+        with self.store.transaction():
+            if self.store.meta("study", {}).get("measured") != about["measured"]:
+                self.store.clear_plan()
+            self.store.put_models([_model_row(entry) for entry in self.study.models])
+            if retry:
+                for entry in self.study.models:
+                    self.store.drop_failures(entry.name)
+            self.store.put_meta("study", about)
+            self.number = self.store.put_run(_now(), {"versions": versions(), "machine": platform.node()})
+        _write(self.folder / "study.toml", self.study.to_toml())
+
+    def _probe_set(self) -> ProbeSet:
+        """Return the images as an earlier run decoded them, or decode them now."""
+        asked = {"source": self.study.source, "n_images": self.study.n_images, "labels": self.study.labels,
+                 "seed": self.study.protocol.seed, "preprocessing": str(self.study.preprocessing)}  # fmt: skip
+        kept = self.folder / _PROBE_SET
+        if self.store.meta("images") == asked:
+            with contextlib.suppress(
+                ProbeError
+            ):  # gone or damaged: decoded anew, and its hash tells whether it changed
+                return ProbeSet.load(kept)
+        probe_set = ProbeSet.from_source(
+            self.study.source,
+            self.study.preprocessing,
+            n_images=self.study.n_images,
+            seed=seed_of(self.study.protocol.seed, "probe set") % 2**32,
+            use_labels=self.study.labels,
+            progress=self.bar.decoded,
+        )
+        probe_set.save(kept)
+        with self.store.transaction():
+            self.store.put_meta("images", asked)
+        return ProbeSet.load(kept, verify=False)
+
+    def fetch(self) -> None:
+        """Download what the zoo lacks; what cannot be had fails when it is opened."""
+        for entry in self.study.models:
+            kind, _, name = entry.reference.partition("?")[0].partition(":")
+            if kind == "zoo" and not is_fetched(ZOO[name]):
+                with contextlib.suppress(LayercritError):
+                    fetch_entry(ZOO[name], progress=self.bar.fetched)
+
+    def work(self, executor: Executor) -> None:
+        """Run all tasks, and keep what they give."""
+        tasks = self._tasks()
+        self.expected = dict.fromkeys((task.name for task in tasks), 0.0)
+        self.done = dict.fromkeys(self.expected, 0.0)
+        events = executor.run(tasks, partial(start_worker, self.study, self.folder))
+        with contextlib.closing(events):  # type: ignore[type-var]
+            for event in events:
+                with self.store.transaction():
+                    self._keep(event)
+                self._show()
+        self.report.failures = self.store.failures()
+
+    def _tasks(self) -> list[Task]:
+        failed = {(row.model, row.reset, row.trial) for row in self.store.failures()}
+        tasks = []
+        for entry in self.study.models:
+            for reset in self.study.resets:
+                for trial in range(self.study.protocol.trials if RESETS[reset].random else 1):
+                    if (entry.name, reset, trial) in failed:
+                        self.report.n_retryable += 1
+                        continue
+                    name = f"{entry.name}, {reset}, trial {trial}"
+                    tasks.append(Task(name, f"{entry.name}, {reset}", Job(entry, reset, trial)))
+        return tasks
+
+    def _keep(self, event: Event) -> None:
+        job: Job = event.task.payload
+        name = event.task.name
+        where = (job.model.name, job.reset, job.trial)
+        if isinstance(event, Failed):
+            self.store.put_failure(FailureRow(*where, event.error, event.details, _now()))
+            if (job.model.name, event.error) not in self.said:
+                self.said.add((job.model.name, event.error))
+                self.bar.say(f"{name} failed: {event.error}")
+            self.expected[name] = self.done[name]
+        elif isinstance(event, Message) and isinstance(event.content, Planned):
+            planned = event.content
+            self._put_record(job.model.name, planned.record)
+            self.store.clear_plan(*where)
+            self.store.put_plan(planned.plan)
+            self.expected[name], self.done[name] = len(planned.plan), planned.n_known
+            self.report.n_known += planned.n_known
+        elif isinstance(event, Message) and isinstance(event.content, Progressed):
+            part = event.content.part
+            self.store.put_part(event.content.task, part)
+            self.done[name] += event.content.n_layers * (part.stop - part.start) / self._n_images
+        elif isinstance(event, Message) and isinstance(event.content, Measured):
+            self._put_record(job.model.name, event.content.record)
+            self.store.put_cells(event.content.cells, self.number)
+            self.store.drop_parts(event.content.task)
+            self.store.drop_failures(*where)
+            self.report.n_measured += len(event.content.cells)
+            self.done[name] = self.expected[name]
+
+    def _put_record(self, model: str, record: dict[str, Any]) -> None:
+        """Keep what is known of a model; with other weights than before, its cells are others, too."""
+        known = next(row.record for row in self.store.models() if row.model == model) or {}
+        if known.get("sha256") == record["sha256"]:
+            for of_resets in ("donor", "random_trials"):
+                record = {**record, of_resets: {**known.get(of_resets, {}), **record[of_resets]}}
+        else:
+            self.store.clear_plan(model)
+        self.store.put_record(model, record)
+
+    @property
+    def _n_images(self) -> int:
+        return int(self.store.meta("study")["probe_set"]["n_images"])
+
+    def _show(self) -> None:
+        """Show how far the study is; models that are not open yet are taken to have as many cells as the others."""
+        opened = [n for n in self.expected.values() if n]
+        typical = sum(opened) / len(opened) if opened else 1.0
+        self.bar.measured(sum(self.done.values()), sum(n or typical for n in self.expected.values()))
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold a study's folder, so that one process at a time writes it.
+
+    Raises:
+        StudyError: another process holds it, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise StudyError(
+            f"The study in {folder} is being run by {holder(folder) or 'another process'}. "
+            "Wait for it, stop it, or look at it with `layercrit study status`."
+        ) from error
+    except OSError as error:
+        raise StudyError(f"The folder {folder} cannot be used ({error.strerror}). Name another with --out.") from error
+    try:
+        about = {"process": os.getpid(), "machine": platform.node(), "since": _now()}
+        _write(folder / _HOLDER, json.dumps(about))
+        yield
+    finally:
+        (folder / _HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def holder(folder: Path) -> str | None:
+    """Say who runs the study in a folder; None if nobody does."""
+    lock = FileLock(folder / ".lock")
+    try:
+        with lock.acquire(timeout=0):
+            return None
+    except Timeout:
+        pass
+    except OSError:
+        return None  # a folder that cannot be written is run by nobody
+    try:
+        about = json.loads((folder / _HOLDER).read_text(encoding="utf-8"))
+        return f"process {about['process']} on {about['machine']}, since {about['since']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"
+
+
+def _about(study: StudyFile, probe_set: ProbeSet) -> dict[str, Any]:
+    """Return the facts about a study; those under ``measured`` decide which cells it has."""
+    protocol = {**study.protocol.to_dict(), "resets": list(study.resets), "distances": list(study.distances),
+                "n_images": study.n_images}  # fmt: skip
+    del protocol["reset"]
+    deciding = {k: v for k, v in protocol.items() if k not in ("batch_size", "device", "level")}
+    return {
+        "name": study.name,
+        "baseline": study.baseline,
+        "leave_out": list(study.leave_out),
+        "protocol": protocol,
+        "probe_set": {**probe_set.to_dict(), "labels": probe_set.labels is not None},
+        "measured": {**deciding, "probe_set": probe_set.sha256},
+    }
+
+
+def _model_row(entry: ModelEntry) -> ModelRow:
+    return ModelRow(entry.name, entry.reference, entry.category, entry.label, entry.accuracy)
+
+
+def _write(path: Path, text: str) -> None:
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,477 @@
+"""The file that describes a study: read, checked as a whole, and written again with everything resolved.
+
+.. code-block:: toml
+
+    [study]
+    name = "my study"              # default: the file's name
+    baseline = "plain"             # the model that others are compared with
+    leave_out = ["freezing"]       # models or categories that comparisons leave out
+    imports = ["my_resets"]        # modules to import first, for resets, distances and model sources of your own
+
+    [images]
+    source = "imagenet/val"        # anything that `layercrit measure --images` takes; relative to this file
+    n_images = 10000
+    labels = true                  # use labels where there are some
+    input_size = [3, 224, 224]     # every model is asked about the same pixels: channels, height, width,
+    resize = 256                   # the shorter side before the crop (0: none)
+    interpolation = "bilinear"
+
+    [protocol]                     # the settings of `layercrit measure`
+    trials = 3
+    resets = ["rerandomize"]
+
+    [[models]]
+    reference = "zoo:*"            # one model, or a pattern, as are timm:resnet50.*, file:runs/*/final.safetensors
+    name = "plain"                 # these five are optional, and for single models but for the category
+    category = "baseline"
+    label = "Plain"
+    accuracy = 0.7615
+    donor = "runs/epoch0.safetensors"    # a weight file, for the reset rewind
+
+    [[models]]
+    list = "models.csv"            # columns reference, name, category, label, accuracy, donor; or one reference a line
+"""
+
+import csv
+import glob
+import importlib
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from layercrit.distances import DISTANCES, get_distance
+from layercrit.errors import LayercritError, StudyError, near
+from layercrit.images import STANDARD, Preprocessing
+from layercrit.models import MODEL_SOURCES
+from layercrit.protocol import DEFAULTS, Protocol
+from layercrit.resets import RESETS, get_reset
+from layercrit.zoo import find_entries
+
+__all__ = ["ModelEntry", "StudyFile", "read_study_file"]
+
+_LISTED = 20  # mistakes shown at once
+_WILD = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model of a study file, patterns and lists expanded.
+
+    Attributes:
+        name: unique in the study.
+        reference: its model reference, paths in it absolute.
+        category: the family of its training method, or None.
+        label: how figures call it, or None.
+        accuracy: top-1 accuracy as its authors give it, a share in [0, 1], or None.
+        donor: a weight file, for resets whose values come from one.
+    """
+
+    name: str
+    reference: str
+    category: str | None = None
+    label: str | None = None
+    accuracy: float | None = None
+    donor: str | None = None
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """What a study is about, checked.
+
+    Attributes:
+        name: the study's name.
+        models: the models, in order.
+        source: where the images come from.
+        n_images: how many to draw.
+        labels: whether to use labels.
+        preprocessing: how images become the pixels that every model is asked about.
+        protocol: the settings of all measurements; its ``reset`` is the first of ``resets``.
+        resets: names of the resets.
+        distances: names of the distances, ``cosine`` first.
+        baseline: name of the model that others are compared with, or None.
+        leave_out: names of models or categories that comparisons leave out.
+        imports: modules to import first.
+    """
+
+    name: str
+    models: tuple[ModelEntry, ...]
+    source: str
+    n_images: int
+    labels: bool
+    preprocessing: Preprocessing
+    protocol: Protocol
+    resets: tuple[str, ...]
+    distances: tuple[str, ...]
+    baseline: str | None
+    leave_out: tuple[str, ...]
+    imports: tuple[str, ...]
+
+    def to_toml(self) -> str:
+        """Return the study file with every default, pattern and path resolved."""
+        size = self.preprocessing
+        protocol = {name: value for name, value in self.protocol.to_dict().items() if name not in ("reset", "n_images")}
+        sections: list[tuple[str, Mapping[str, Any]]] = [
+            ("[study]", {"name": self.name, "baseline": self.baseline, "leave_out": list(self.leave_out),
+                         "imports": list(self.imports)}),
+            ("[images]", {"source": self.source, "n_images": self.n_images, "labels": self.labels,
+                          "input_size": [size.channels, size.height, size.width],
+                          "resize": 0 if size.resize is None else size.resize, "interpolation": size.interpolation}),
+            ("[protocol]", {**protocol, "resets": list(self.resets), "distances": list(self.distances)}),
+            *(("[[models]]", vars(model)) for model in self.models),
+        ]  # fmt: skip
+        return "\n".join(_section(title, values) for title, values in sections)
+
+
+def read_study_file(path: str | Path) -> StudyFile:
+    """Read a study file, or the one in a study's folder, and check all that can be checked without opening models.
+
+    Raises:
+        StudyError: naming every mistake found, with its place.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path = path / "study.toml"
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"The study file {path} cannot be read ({error}).") from error
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"The study file {path} is not written as TOML: {error}.") from error
+    return _Reader(path.absolute(), content).read()
+
+
+_KEYS: dict[str, dict[str, tuple[type, ...]]] = {
+    "study": {"name": (str,), "baseline": (str,), "leave_out": (list,), "imports": (list,)},
+    "images": {"source": (str,), "n_images": (int,), "labels": (bool,), "input_size": (list,), "resize": (int, list),
+               "interpolation": (str,)},
+    "protocol": {
+        **{f.name: (type(getattr(DEFAULTS, f.name)), *((int,) if f.name in ("level", "batch_size") else ()))
+           for f in fields(Protocol) if f.name not in ("reset", "n_images")},
+        "resets": (list,), "distances": (list,),
+    },
+    "models": {"reference": (str,), "list": (str,), "name": (str,), "category": (str,), "label": (str,),
+               "accuracy": (int, float), "donor": (str,)},
+}  # fmt: skip
+_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
+
+
+class _Reader:
+    """Reads one study file and gathers its mistakes."""
+
+    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
+        self.path, self.content = path, content
+        self.mistakes: list[str] = []
+
+    def read(self) -> StudyFile:
+        self._check_keys()
+        study, images, protocol = (self._table(name) for name in ("study", "images", "protocol"))
+        for module in (imports := self._texts("study", "imports")):
+            self._import(module)
+        resets = self._texts("protocol", "resets") or [DEFAULTS.reset]
+        distances = self._texts("protocol", "distances") or list(DISTANCES)
+        self._check_names(resets, get_reset)
+        self._check_names(distances, get_distance)
+        settings = self._protocol({k: v for k, v in protocol.items() if k not in ("resets", "distances")})
+        preprocessing = self._preprocessing(images)
+        models = self._models()
+        self._check_donors(models, resets)
+        leave_out = self._texts("study", "leave_out")
+        baseline = study.get("baseline")
+        self._check_comparison(models, baseline, leave_out)
+        n_images = images.get("n_images", DEFAULTS.n_images)
+        if isinstance(n_images, int) and n_images < 1:
+            self.mistakes.append(f"[images] n_images must be at least 1; got {n_images}")
+        if "source" not in images:
+            self.mistakes.append("[images] source is missing: where do the images come from?")
+        if self.mistakes:
+            shown = "\n".join(f"  - {mistake}" for mistake in self.mistakes[:_LISTED])
+            more = len(self.mistakes) - _LISTED
+            raise StudyError(
+                f"{self.path} has {len(self.mistakes)} mistake{'s' * (len(self.mistakes) > 1)}:\n{shown}"
+                + (f"\n  ... and {more} more" if more > 0 else "")
+            )
+        return StudyFile(
+            name=study.get("name", self.path.parent.name if self.path.stem == "study" else self.path.stem),
+            models=tuple(models),
+            source=self._absolute_source(images["source"]),
+            n_images=n_images,
+            labels=images.get("labels", True),
+            preprocessing=preprocessing,
+            protocol=settings,
+            resets=tuple(dict.fromkeys(resets)),
+            distances=tuple(dict.fromkeys(["cosine", *distances])),
+            baseline=baseline,
+            leave_out=tuple(leave_out),
+            imports=tuple(imports),
+        )
+
+    # --- sections ---------------------------------------------------------------------------------------------------
+
+    def _table(self, name: str) -> dict[str, Any]:
+        found = self.content.get(name, {})
+        return found if isinstance(found, dict) else {}
+
+    def _texts(self, section: str, key: str) -> list[str]:
+        found = self._table(section).get(key, [])
+        if isinstance(found, list) and all(isinstance(text, str) for text in found):
+            return found
+        self.mistakes.append(f"[{section}] {key} must be a list of texts; got {found!r}")
+        return []
+
+    def _check_keys(self) -> None:
+        for section, values in self.content.items():
+            if section not in _KEYS:
+                self.mistakes.append(f"unknown section [{section}]. {near(section, _KEYS)}")
+                continue
+            tables = values if isinstance(values, list) else [values]
+            expected = "[[models]] tables" if section == "models" else f"one table [{section}]"
+            if not all(isinstance(t, dict) for t in tables) or isinstance(values, list) != (section == "models"):
+                self.mistakes.append(f"expected {expected}, got {values!r}")
+                continue
+            for number, table in enumerate(tables, 1):
+                where = f"[[models]] no. {number}:" if section == "models" else f"[{section}]"
+                self._check_types(where, table, _KEYS[section])
+
+    def _check_types(self, where: str, table: Mapping[str, Any], known: Mapping[str, tuple[type, ...]]) -> None:
+        for key, value in table.items():
+            if key not in known:
+                self.mistakes.append(f"{where} unknown key {key!r}. {near(key, known)}")
+            elif not isinstance(value, known[key]) or (isinstance(value, bool) and bool not in known[key]):
+                words = " or ".join(_WORDS[kind] for kind in known[key])
+                self.mistakes.append(f"{where} {key} must be {words}; got {value!r}")
+
+    def _protocol(self, values: Mapping[str, Any]) -> Protocol:
+        good: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in _KEYS["protocol"] or not isinstance(value, _KEYS["protocol"][name]):
+                continue  # said already
+            setting: dict[str, Any] = {name: value}
+            try:
+                Protocol(**setting)
+            except LayercritError as error:
+                self.mistakes.append(f"[protocol] {error}")
+            else:
+                good[name] = value
+        return Protocol(**good)
+
+    def _preprocessing(self, images: Mapping[str, Any]) -> Preprocessing:
+        size = images.get("input_size", [STANDARD.channels, STANDARD.height, STANDARD.width])
+        if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int for n in size):
+            self.mistakes.append(f"[images] input_size must be [channels, height, width]; got {size!r}")
+            return STANDARD
+        channels, height, width = size
+        standard = STANDARD.resize if (height, width) == (STANDARD.height, STANDARD.width) else max(height, width)
+        resize = images.get("resize", standard)
+        try:
+            return Preprocessing(
+                channels=channels,
+                height=height,
+                width=width,
+                resize=tuple(resize) if isinstance(resize, list) else resize or None,
+                interpolation=images.get("interpolation", STANDARD.interpolation),
+            )
+        except (LayercritError, TypeError) as error:
+            self.mistakes.append(f"[images] {error}")
+            return STANDARD
+
+    def _import(self, module: str) -> None:
+        try:
+            import_here(module)
+        except Exception as error:  # the user's own code, run by importing it
+            self.mistakes.append(f"[study] imports: {module!r} cannot be imported ({type(error).__name__}: {error})")
+
+    def _check_names(self, names: Sequence[str], get: Any) -> None:
+        for name in names:
+            try:
+                get(name)
+            except LayercritError as error:
+                self.mistakes.append(f"[protocol] {error}")
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    def _models(self) -> list[ModelEntry]:
+        tables = self.content.get("models", [])
+        tables = [table for table in tables if isinstance(table, dict)] if isinstance(tables, list) else []
+        if not tables:
+            self.mistakes.append("there are no models: add [[models]] tables with a reference each")
+        models: list[ModelEntry] = []
+        for number, table in enumerate(tables, 1):
+            where = f"[[models]] no. {number}"
+            if ("reference" in table) == ("list" in table):
+                self.mistakes.append(f"{where}: expected either reference or list")
+                continue
+            rows = [(where, table)] if "reference" in table else list(self._listed(where, table))
+            for place, row in rows:
+                models.extend(self._entries(place, row))
+        self._check_unique(models)
+        return models
+
+    def _listed(self, where: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield (place, row) of a list file; what stands beside ``list`` holds where a row leaves it empty."""
+        path = self.path.parent / str(table["list"])
+        given = {key: value for key, value in table.items() if key != "list"}
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            self.mistakes.append(f"{where}: the list {path} cannot be read ({error})")
+            return
+        if "reference" not in (lines or [""])[0].split(","):
+            for number, line in enumerate(lines, 1):
+                if line.strip() and not line.startswith("#"):
+                    yield f"{path.name} line {number}", {**given, "reference": line.strip()}
+            return
+        known = _KEYS["models"].keys() - {"list"}
+        reader = csv.DictReader(lines)
+        for column in set(reader.fieldnames or ()) - known:
+            self.mistakes.append(f"{path.name}: unknown column {column!r}. {near(column, known)}")
+        for number, row in enumerate(reader, 2):
+            place = f"{path.name} line {number}"
+            values: dict[str, Any] = {key: text for key, text in row.items() if key in known and text}
+            if "accuracy" in values:
+                try:
+                    values["accuracy"] = float(values["accuracy"])
+                except ValueError:
+                    self.mistakes.append(f"{place}: accuracy must be a number; got {values.pop('accuracy')!r}")
+            yield place, {**given, **values}
+
+    def _entries(self, where: str, table: Mapping[str, Any]) -> Iterator[ModelEntry]:
+        """Yield the models of one row, more than one where its reference is a pattern."""
+        reference = table.get("reference")
+        if not isinstance(reference, str):
+            return  # said already
+        accuracy = table.get("accuracy")
+        if isinstance(accuracy, int | float) and not 0 <= accuracy <= 1:
+            hint = f" Did you mean {accuracy / 100:g}?" if 1 < accuracy <= 100 else ""
+            self.mistakes.append(f"{where}: accuracy must be a share in [0, 1]; got {accuracy}.{hint}")
+        try:
+            found = list(self._expand(reference))
+        except LayercritError as error:
+            self.mistakes.append(f"{where}: {error}")
+            return
+        single = {"name", "label", "accuracy", "donor"} & table.keys()
+        if len(found) > 1 and single:
+            self.mistakes.append(
+                f"{where}: {reference!r} names {len(found)} models, but {', '.join(sorted(single))} can be of one only"
+            )
+            return
+        for entry in found:
+            given = {key: table[key] for key in ("name", "category", "label", "accuracy") if key in table}
+            donor = table.get("donor")
+            yield ModelEntry(**{**vars(entry), **given, "donor": None if donor is None else str(self._absolute(donor))})
+
+    def _expand(self, reference: str) -> Iterator[ModelEntry]:
+        name, _, options = reference.partition("?") if not reference.startswith("file:") else _file_parts(reference)
+        kind, _, rest = name.partition(":")
+        if kind not in MODEL_SOURCES or not rest:
+            raise StudyError(f"{reference!r} is no model reference. {near(kind, MODEL_SOURCES)}")
+        tail = f"?{options}" if options else ""
+        if kind == "zoo":
+            for entry in find_entries(rest):
+                yield ModelEntry(
+                    entry.id, f"zoo:{entry.id}{tail}", entry.category, entry.label, entry.documented_accuracy
+                )
+        elif kind == "file":
+            yield from self._files(rest, tail)
+        elif kind == "timm":
+            for model in _timm_names(rest):
+                yield ModelEntry(model, f"timm:{model}{tail}")
+        elif _WILD.search(rest):
+            raise StudyError(f"{reference!r}: patterns are known for zoo:, timm: and file: only")
+        else:
+            yield ModelEntry(rest.rpartition("/")[2] if kind in ("hf", "hf-hub") else rest, reference)
+
+    def _files(self, rest: str, tail: str) -> Iterator[ModelEntry]:
+        pattern = str(self._absolute(rest))
+        paths = sorted(glob.glob(pattern, recursive=True)) if _WILD.search(rest) else [pattern]  # noqa: PTH207
+        if not paths:
+            raise StudyError(f"no file matches {pattern}")
+        missing = [path for path in paths if not Path(path).exists()]
+        if missing:
+            there = near(Path(missing[0]).name, sorted(p.name for p in Path(missing[0]).parent.glob("*")))
+            raise StudyError(f"there is no file {missing[0]}. {there}")
+        stems = [Path(path).stem for path in paths]
+        folders = [Path(path).parent.name for path in paths]
+        names = folders if len(set(stems)) < len(stems) else stems
+        for name, path in zip(names, paths, strict=True):
+            yield ModelEntry(name, f"file:{path}{tail}")
+
+    def _check_unique(self, models: Sequence[ModelEntry]) -> None:
+        names: dict[str, str] = {}
+        for model in models:
+            if model.name in names:
+                self.mistakes.append(
+                    f"two models are named {model.name!r}: {names[model.name]} and {model.reference}; give one a name"
+                )
+            names.setdefault(model.name, model.reference)
+
+    def _check_donors(self, models: Sequence[ModelEntry], resets: Sequence[str]) -> None:
+        needing = [name for name in resets if name in RESETS and RESETS[name].donor == "checkpoint"]
+        for model in models:
+            if needing and model.donor is None:
+                self.mistakes.append(f"model {model.name!r} has no donor, which the reset {needing[0]!r} needs")
+            if model.donor is not None and not Path(model.donor).is_file():
+                self.mistakes.append(f"the donor of model {model.name!r} is no file: {model.donor}")
+
+    def _check_comparison(self, models: Sequence[ModelEntry], baseline: Any, leave_out: Sequence[str]) -> None:
+        names = [model.name for model in models]
+        categories = [model.category for model in models if model.category]
+        if isinstance(baseline, str) and baseline not in names:
+            self.mistakes.append(f"[study] baseline {baseline!r} is none of the models. {near(baseline, names)}")
+        for name in leave_out:
+            if name not in names and name not in categories:
+                known = [*dict.fromkeys(categories), *names]
+                self.mistakes.append(f"[study] leave_out {name!r} is no category and no model. {near(name, known)}")
+
+    # --- paths ------------------------------------------------------------------------------------------------------
+
+    def _absolute(self, path: str) -> Path:
+        return self.path.parent / Path(path).expanduser()
+
+    def _absolute_source(self, source: str) -> str:
+        """Make the path in an image source absolute; that of a torchvision data set is its option ``root``."""
+        if source.startswith("torchvision:"):
+            return re.sub(r"(?<=[?&]root=)[^&]*", lambda found: str(self._absolute(found[0])), source)
+        return str(self._absolute(source))
+
+
+def import_here(module: str) -> None:
+    """Import a module of the user's, from the current directory or among the installed ones."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    importlib.import_module(module)
+
+
+def _file_parts(reference: str) -> tuple[str, str, str]:
+    """Split ``file:PATH?arch=...`` at its options; a question mark elsewhere in a path is a wildcard."""
+    match = re.match(r"(?s)(.*?)\?(\w+=.*)$", reference)
+    return (match[1], "?", match[2]) if match else (reference, "", "")
+
+
+def _timm_names(name: str) -> list[str]:
+    import timm
+
+    if _WILD.search(name):
+        found = timm.list_models(name, pretrained=True) or timm.list_models(name)
+        if not found:
+            raise StudyError(f"timm has no model that matches {name!r}")
+        return list(found)
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise StudyError(f"timm has no model {name!r}. {near(architecture, timm.list_models())}")
+    tags = [known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", pretrained=True)]
+    tag = name.partition(".")[2]
+    if tag and tag not in tags:
+        raise StudyError(f"timm has no weights {tag!r} for {architecture}. {near(tag, tags)}")
+    return [name]
+
+
+def _section(title: str, values: Mapping[str, Any]) -> str:
+    # JSON's texts, numbers, truth values and lists are TOML's, too
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value is not None]
+    return "\n".join([title, *lines, ""])
