@@ -8,7 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from layercrit.executors import Place, Task
+from layercrit.executors import LocalProcesses, Message, Place, Task
 
 
 def task(name, function, *arguments, affinity="model"):
@@ -76,6 +76,11 @@ def meet(own, other):
         time.sleep(0.005)
 
 
+def meet_and_say(own, other, n):
+    yield from meet(own, other)
+    yield from range(n)
+
+
 def raise_after(error, *contents):
     yield from contents
     raise error
@@ -135,17 +140,18 @@ def fork_and_die():
 
 def run_aloud(n_workers):
     """Be the parent in a process of its own: print the workers' ids, which stay at work."""
-    from layercrit.executors import LocalProcesses, Message
-
     tasks = [task(f"{number}", say_pid_and_sleep) for number in range(n_workers)]
     print("begin", flush=True)
     for event in LocalProcesses([Place("cpu", 1)] * n_workers).run(tasks, start):
         print(event.content if isinstance(event, Message) else event, flush=True)
 
 
+def run_one():
+    events = LocalProcesses([Place("cpu", 1)], attempts=1).run([task("a", say, 1)], start)
+    print([event.content if isinstance(event, Message) else type(event).__name__ for event in events])
+
+
 def leave_open(folder):
     """Be a parent that leaves Python while the iterator is held by a module."""
-    from layercrit.executors import LocalProcesses
-
     globals()["held"] = LocalProcesses([Place("cpu", 1)]).run([task("a", say_pid_and_sleep)], start)
     (Path(folder) / "pid").write_text(str(next(globals()["held"]).content))

@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import io
+import os
 import pickle
 import random
 import tarfile
@@ -444,6 +445,13 @@ def test_read_checkpoint__directory(tmp_path, state):
     saved(tmp_path / "a.pth", state)
     with pytest.raises(CheckpointError, match=r"is a directory.*It holds: a.pth"):
         read_checkpoint(tmp_path)
+
+
+def test_read_checkpoint__pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match="is a device or a pipe, which might never end"):
+            read_checkpoint(path)
 
 
 def test_read_checkpoint__impossible_path(tmp_path):

@@ -117,6 +117,12 @@ def test_run__no_more_workers_than_tasks(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_run__one_worker_goes_from_affinity_to_affinity():
+    names = ["a1", "b1", "a2", "c1", "b2", "a3"]
+    events = run([jobs.task(name, jobs.say, affinity=name[0]) for name in names])
+    assert [event.task.name for event in events] == ["a1", "a2", "a3", "b1", "b2", "c1"]
+
+
 def test_run__a_worker_keeps_to_its_affinity(tmp_path):
     pairs = [(tmp_path / f"a{i}", tmp_path / f"b{i}") for i in range(4)]
     # Listed a0 a1 b0 a2 b1 a3 b2 b3; the two tasks of a pair can end only while both run.
@@ -146,6 +152,18 @@ def test_run__workers_share_an_affinity_when_no_other_is_left(tmp_path):
     assert contents(events, "one") != contents(events, "two")
 
 
+def test_run__a_worker_of_many_words_does_not_keep_others_waiting(tmp_path):
+    many = jobs.task("many", jobs.meet_and_say, tmp_path / "many", tmp_path / "few", 500, affinity="many")
+    few = jobs.task("few", jobs.meet, tmp_path / "few", tmp_path / "many", affinity="few")
+    others = [jobs.task(f"{i}", jobs.say, affinity="few") for i in range(5)]
+    finished = []
+    for event in LocalProcesses([PLACE] * 2).run([many, few, *others], jobs.start):
+        time.sleep(0.001)  # slower than words come
+        if isinstance(event, Finished):
+            finished.append(event.task)
+    assert finished == [few, *others, many]
+
+
 def test_run__an_exception_fails_its_task_and_the_worker_lives_on():
     events = run(
         [
@@ -166,7 +184,7 @@ def test_run__an_exception_fails_its_task_and_the_worker_lives_on():
 
 def test_run__an_exception_in_start_fails_the_task_and_the_next_gets_a_new_worker(tmp_path):
     start = functools.partial(jobs.start_failing_once, tmp_path / "flag")
-    events = run([jobs.task("first", jobs.say, 1), jobs.task("second", jobs.say, 2)], start=start)
+    events = run([jobs.task("first", jobs.say, 1), jobs.task("second", jobs.say, 2)], start=start, attempts=1)
     failed = end_of(events, "first")
     assert failed.error == "RuntimeError: no driver here"
     assert "start_failing_once" in failed.details
@@ -246,6 +264,17 @@ def test_run__a_task_whose_worker_died_is_run_again(tmp_path):
         Finished(task),
         Finished(after),
     ]
+
+
+def test_run__what_a_worker_said_before_it_died_is_delivered(tmp_path):
+    task = jobs.task("deadly", jobs.die, tmp_path / "log", signal.SIGKILL, *range(50))
+    events = []
+    for event in LocalProcesses([PLACE], attempts=1).run([task], jobs.start):
+        if not events:
+            time.sleep(0.3)  # meanwhile it says the rest and dies
+        events.append(event)
+    assert contents(events, "deadly") == list(range(50))
+    assert "died once" in events[-1].error
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -352,6 +381,29 @@ def test_run__ctrl_c_ends_all_with_one_traceback(moment):
     assert wait_until_gone(alive_in_group(parent.pid), 2)  # the resource tracker of multiprocessing ends last
 
 
+def test_run__a_worker_ignores_ctrl_c():
+    happening = LocalProcesses([PLACE], attempts=1).run([jobs.task("a", jobs.say_pid_often, 3, 0.1)], jobs.start)
+    events = [next(happening)]
+    os.kill(events[0].content[1], signal.SIGINT)
+    events += happening
+    assert [number for number, _ in contents(events, "a")] == [0, 1, 2]
+    assert isinstance(events[-1], Finished)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="cannot hold back signals")
+def test_run__a_worker_ignores_ctrl_c_while_its_interpreter_begins(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "if '--multiprocessing-fork' in sys.orig_argv:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    code = "import executor_jobs; executor_jobs.run_one()"
+    with begin_parent(code, env={**os.environ, "PYTHONPATH": path}) as parent:
+        assert parent.stdout.read() == "[1, 'Finished']\n"
+        assert parent.stderr.read() == ""
+
+
 @needs_proc
 def test_run__leaving_python_with_an_open_iterator_ends_the_workers(tmp_path):
     with begin_parent(f"import executor_jobs; executor_jobs.leave_open({str(tmp_path)!r})") as parent:
@@ -363,7 +415,7 @@ def test_run__leaving_python_with_an_open_iterator_ends_the_workers(tmp_path):
 def test_run__a_script_without_a_main_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from executor_jobs import *\nfrom layercrit.executors import LocalProcesses\n"
+        "from executor_jobs import *\n"
         "print(*LocalProcesses([Place('cpu', 1)], attempts=1).run([task('a', say)], start))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}

@@ -39,7 +39,8 @@ def full_state(seed=5):
 def momentum(state, names_too=False):
     """What SGD's ``state_dict()`` holds after a step: buffers under integers, or (as if) under names."""
     buffers = {
-        (name if names_too else index): {"momentum_buffer": torch.zeros(3)} for index, name in enumerate(list(state)[:5])
+        (name if names_too else index): {"momentum_buffer": torch.zeros(3)}
+        for index, name in enumerate(list(state)[:5])
     }
     return {"state": buffers, "param_groups": [{"lr": 0.1, "momentum": 0.9, "params": list(range(5))}]}
 
@@ -157,7 +158,10 @@ def write_swav(folder, state):
 
 def simclr(state):
     names = {simclr_name(name): tensor for name, tensor in state.items()}
-    return {"resnet": OrderedDict(names), "head": {"layers.0.weight": torch.zeros(4, 4), "layers.1.bias": torch.zeros(4)}}
+    return {
+        "resnet": OrderedDict(names),
+        "head": {"layers.0.weight": torch.zeros(4, 4), "layers.1.bias": torch.zeros(4)},
+    }
 
 
 def debiased(state):

@@ -186,10 +186,9 @@ def _sha256(data: bytes) -> str:
 def _read_bytes(path: Path) -> bytes:
     """Read a file, refusing what people often have in place of a weight file."""
     try:
-        kind = path.stat().st_mode
-        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # reading a pipe or a device might never end
-            raise CheckpointError(f"{path} is a device, pipe or socket, expected a weight file.")
-        data = path.read_bytes()
+        mode = path.stat().st_mode
+        endless = not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+        data = b"" if endless else path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {path}. {_beside(path)}") from error
     except IsADirectoryError as error:
@@ -197,6 +196,8 @@ def _read_bytes(path: Path) -> bytes:
         raise CheckpointError(f"{path} is a directory, expected one weight file. It holds: {inside}.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    if endless:
+        raise CheckpointError(f"{path} is a device or a pipe, which might never end; expected a weight file.")
     if not data:
         raise CheckpointError(f"{path} is empty (0 bytes): the download did not finish. Fetch it again.")
     shown = f"It is {len(data)} bytes long and begins with {data[:60]!r}."

@@ -388,8 +388,10 @@ def _about_missing(study: Study, cells: pd.DataFrame, reset: str, left_out: set[
     if absent := [name for name in wanted if name not in usable]:
         notes.append(f"Not compared, since they have no finished cell that is ok: {_listed(absent, len(absent))}.")
     trials = cells.groupby(["model", "layer"])["trial"].nunique().groupby("model").min()
-    planned = study.record.get("protocol", {}).get("trials")
-    most = max(int(trials.max()), planned if isinstance(planned, int) else 0)
+    records = study.models.set_index("model")["record"]
+    random = all(records[name].get("random_trials", {}).get(reset, True) for name in usable)
+    planned = study.record.get("protocol", {}).get("trials", 0) if random else 0  # one trial tells all without chance
+    most = max(int(trials.max()), planned)
     if few := [f"{name} ({trials[name]})" for name in wanted if name in usable and trials[name] < most]:
         notes.append(f"Fewer than the {most} trials of the study: {_listed(few, len(few))}.")
     notes += [

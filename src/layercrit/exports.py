@@ -118,10 +118,8 @@ def cells_table(study: Study) -> pd.DataFrame:
         {"model": row.model, "reset": row.reset, "trial": row.trial, "status": "failed", "error": row.error}
         for row in study.failures
     ]
-    cells = study.cells.drop(columns="raw").assign(error=None)
-    return _typed(
-        pd.concat([_typed(cells), _typed(pd.DataFrame(failed, columns=["model", "error"]))]) if failed else cells
-    )
+    cells = _typed(study.cells.drop(columns="raw").assign(error=None))
+    return pd.concat([cells, _typed(pd.DataFrame(failed))], ignore_index=True) if failed else cells
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from layercrit.errors import ModelError, near
 from layercrit.images import Interpolation, Preprocessing
 from layercrit.networks import Model, drawing, explained, model_source, structure, written
 
-__all__ = ["ImageInput", "timm_input", "torchvision_input"]
+__all__ = ["ImageInput", "is_cached", "timm_input", "torchvision_input"]
 
 ImageInput = tuple[tuple[float, ...], tuple[float, ...], Preprocessing]
 """Mean and standard deviation of each channel, in units of pixels in [0, 1], and the geometry of images."""
@@ -239,3 +239,40 @@ def _check_hf_input(processor: Any, mean: tuple[float, ...], std: tuple[float, .
             f"{type(processor).__name__} prepares images in a way that layercrit does not have. Load the network "
             "yourself and call open_model(network, mean=..., std=..., input_size=...)."
         )
+
+
+def is_cached(kind: str, rest: str) -> bool:
+    """Whether the trained weights of a reference ``kind:rest`` lie on this machine, or never come from a network.
+
+    Where they come from is known for timm's, torchvision's and Hugging Face's; what is asked is whether their caches
+    hold a file of that name, not whether it is whole.
+    """
+    if kind == "timm":
+        import timm
+
+        config = timm.get_pretrained_cfg(rest)
+        if config is None:
+            return True  # there are no weights
+        return _in_hub_cache(config.hf_hub_id, config.url)
+    if kind == "torchvision":
+        import torchvision
+
+        name, _, weights = rest.partition(":")
+        if weights.lower() == "none":
+            return True
+        enum = torchvision.models.get_model_weights(name)
+        return _in_hub_cache(None, (enum[weights] if weights else enum.DEFAULT).url)
+    return kind not in ("hf", "hf-hub") or Path(rest).expanduser().is_dir() or _in_hub_cache(rest, None)
+
+
+def _in_hub_cache(repository: str | None, address: str | None) -> bool:
+    """Whether the weights of a Hugging Face repository, or those at an address, are in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if repository:
+        files = ("model.safetensors", "pytorch_model.bin")
+        if any(isinstance(try_to_load_from_cache(repository, name), str) for name in files):
+            return True
+    if not address:
+        return False
+    return (Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]).is_file()

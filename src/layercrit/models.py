@@ -36,7 +36,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import layercrit.zoo  # noqa: F401 - it registers the references zoo:ID
 from layercrit.checkpoints import fit_to, read_checkpoint
 from layercrit.errors import ModelError, near
 from layercrit.hubs import timm_input
@@ -54,8 +53,18 @@ from layercrit.networks import (
     structure,
     written,
 )
+from layercrit.zoo import find_entries
 
-__all__ = ["MODEL_SOURCES", "Classifier", "Model", "ModelSource", "logits_of", "model_source", "open_model"]
+__all__ = [
+    "MODEL_SOURCES",
+    "Classifier",
+    "Model",
+    "ModelSource",
+    "logits_of",
+    "model_source",
+    "open_model",
+    "without_weights",
+]
 
 _ONLY_GIVEN = "none: the network was given as an object"
 
@@ -138,6 +147,30 @@ def _parsed(reference: str) -> tuple[str, str, dict[str, Any]]:
             raise ModelError(f"{reference!r}: option {option!r} is not written as name=value, or given twice.")
         options[key] = _literal(value)
     return kind, rest, options
+
+
+def without_weights(reference: str) -> str:
+    """Return a reference to the same architecture, not trained; equal ones for models that differ in weights only.
+
+    Raises:
+        ModelError: The reference is unknown, or a file's architecture is not said.
+    """
+    kind, rest, options = _parsed(reference)
+    if kind == "file":
+        options.pop("key", None)
+        path = Path(rest).expanduser()
+        inside = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+        architecture = str(options.pop("arch", None) or _recorded_architecture(inside[0] if len(inside) == 1 else path))
+        kind, rest, own = _parsed(architecture)
+        options = own | options
+    if kind in ("timm", "torchvision"):
+        separator = "." if kind == "timm" else ":"
+        rest = rest.partition(separator)[0]
+    if kind == "zoo":
+        (entry,) = find_entries(rest)
+        kind, _, rest = entry.architecture.partition(":")
+    options = {name: value for name, value in options.items() if name not in ("mean", "std", "input_size")}
+    return f"{kind}:{rest}{written({**options, 'pretrained': False})}"
 
 
 def _unknown_reference(reference: str, name: str, kind: str) -> str:

@@ -268,14 +268,14 @@ def _open_zoo(name: str, options: dict[str, Any]) -> Model:
         raise ModelError(f"The zoo has no model {name!r}. {near(name, ZOO)} `layercrit zoo list` shows all.")
     entry = ZOO[name]
     pretrained = options.pop("pretrained", True)
-    model = _untrained(entry, options)
-    if not pretrained:
-        return model
-    if not is_fetched(entry):
+    if pretrained and not is_fetched(entry):
         raise ModelError(
             f"The weights of zoo:{name} are not on this machine ({entry.path}). Fetch them with "
             f"`layercrit zoo fetch {name}`, or add '?pretrained=false' for an untrained network."
         )
+    model = _untrained(entry, options)
+    if not pretrained:
+        return model
     tensors = fit_to(_stored(entry), model.network.state_dict(), f"{entry.path} for {model.architecture}")
     model.network.load_state_dict(tensors)
     return model
@@ -332,7 +332,7 @@ def check_accuracy(
     where = find_device(device)
     classifier = model.classifier.to(where)
     step = choose_batch_size(batch_size, probe_set, where)
-    labels = torch.from_numpy(probe_set.labels)
+    labels = torch.tensor(probe_set.labels)
     n_right = 0
     with torch.inference_mode():
         for start in range(0, probe_set.n_images, step):
