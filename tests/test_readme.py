@@ -56,7 +56,7 @@ def test_demo__learns_measures_and_can_be_repeated_from_its_files(demo):
     assert summary["cells"] == {"ok": 80}
     assert 0.2 < summary["criticality"]["mean"] < 1 - summary["chance"]
     assert all(measurement.to_pandas()["status"] == "ok")
-    reference = re.search(r"'(file:[^']+)'", again).group(1)
+    reference = re.search(r"'(file:[^']+)'", again[0]).group(1)
     from layercrit import measure
 
     with contextlib.chdir(folder):

@@ -4,6 +4,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from layercrit.comparison import compare
     from layercrit.distances import distance
     from layercrit.errors import LayercritError
     from layercrit.measurement import Measurement
@@ -11,8 +12,21 @@ if TYPE_CHECKING:
     from layercrit.models import Model, open_model
     from layercrit.probes import ProbeSet
     from layercrit.resets import reset
+    from layercrit.study import Study, load_study
 
-__all__ = ["LayercritError", "Measurement", "Model", "ProbeSet", "distance", "measure", "open_model", "reset"]
+__all__ = [
+    "LayercritError",
+    "Measurement",
+    "Model",
+    "ProbeSet",
+    "Study",
+    "compare",
+    "distance",
+    "load_study",
+    "measure",
+    "open_model",
+    "reset",
+]
 
 __version__ = metadata.version("layercrit")
 
@@ -21,7 +35,10 @@ _HOME = {
     "Measurement": "measurement",
     "Model": "models",
     "ProbeSet": "probes",
+    "Study": "study",
+    "compare": "comparison",
     "distance": "distances",
+    "load_study": "study",
     "measure": "measuring",
     "open_model": "models",
     "reset": "resets",

@@ -1,5 +1,6 @@
 """What a worker of a study does: it measures trials of models, and tells how far it got."""
 
+import contextlib
 import hashlib
 import json
 import time
@@ -92,10 +93,10 @@ class _Opened:
         own = open_model(entry.reference, input_size=None if size.channels == 3 else shape)
         model = open_model(own, input_size=shape)
         self.model: Model = replace(model, preprocessing=size)
-        protocol = replace(study.protocol, reset=reset, device=device, n_images=study.n_images)
-        donor = entry.donor if RESETS[reset].donor == "checkpoint" else None
-        self.subject = Subject(protocol, self.model, donor)
-        self.probe_set, self.protocol, self.study = probe_set, protocol, study
+        self.probe_set, self.study = probe_set, study
+        self.reset, self._donor = reset, entry.donor
+        self._protocol = replace(study.protocol, device=device, n_images=study.n_images)
+        self.subject = self._subject(reset)
         self._session: Session | None = None
         black = torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8)
         flops, self._flops_after = count_flops(self.subject.network, self.subject.layers, self.subject.normalise(black))
@@ -105,7 +106,7 @@ class _Opened:
             "mean": list(self.model.mean),
             "std": list(self.model.std),
             "probe_set": probe_set.sha256,
-            "asked_dtype": protocol.dtype,
+            "asked_dtype": study.protocol.dtype,
         }
         again = all(known.get(name) == value for name, value in about.items())
         kept = {name: known[name] for name in ("dtype", "road", "predictions", "notes") if name in known and again}
@@ -113,9 +114,9 @@ class _Opened:
         if own.preprocessing != size:
             notes.append(f"its own evaluation differs from the study's pixels: {_in_words(own.preprocessing)}")
         self.record: dict[str, Any] = {
-            "notes": notes,
             **kept,
             **about,
+            "notes": list(dict.fromkeys([*kept.get("notes", []), *notes])),
             "n_images": probe_set.n_images,
             "flops_per_image": flops,
             "n_parameters": sum(p.numel() for p in self.subject.network.parameters()),
@@ -123,41 +124,58 @@ class _Opened:
             "random_trials": {reset: self.subject.random_trials},
         }
 
+    def _subject(self, reset: str) -> Subject:
+        donor = self._donor if RESETS[reset].donor == "checkpoint" else None
+        return Subject(replace(self._protocol, reset=reset), self.model, donor)
+
     @property
     def session(self) -> Session:
         """The session, opened if need be; what it finds goes into the record."""
         if self._session is None:
-            mode, predictions = self.record.get("dtype"), self.record.get("predictions")
-            session = Session(
-                self.protocol,
-                self.subject,
-                self.probe_set,
-                list(self.study.distances),
-                self.study.labels,
-                Bar(shown=False),
-                mode=cast(Mode | None, mode),
-                predictions=None if predictions is None else Predictions(**predictions),
-            )
-            self.record |= {
-                "dtype": session.replay.mode,
-                "road": session.replay.road,
-                "predictions": asdict(session.predictions),
-            }
-            self._session = session
+            if self._protocol.dtype == "auto" and "dtype" not in self.record:
+                self._choose_dtype()
+            self._session = self._open_session(self.subject)
         self.record["notes"] = list(dict.fromkeys([*self.record["notes"], *self._session.notes]))
         return self._session
+
+    def _choose_dtype(self) -> None:
+        """Let the first reset that the model can undergo choose, so that it does not matter which is opened first."""
+        for reset in self.study.resets[: self.study.resets.index(self.reset)]:
+            with contextlib.suppress(Exception):  # it fails where that reset is run
+                self._open_session(self._subject(reset))
+                return
+
+    def _open_session(self, subject: Subject) -> Session:
+        predictions = self.record.get("predictions")
+        session = Session(
+            self._protocol,
+            subject,
+            self.probe_set,
+            list(self.study.distances),
+            self.study.labels,
+            Bar(shown=False),
+            mode=cast(Mode | None, self.record.get("dtype")),
+            predictions=None if predictions is None else Predictions(**predictions),
+        )
+        self.record |= {
+            "dtype": session.replay.mode,
+            "road": session.replay.road,
+            "predictions": asdict(session.predictions),
+        }
+        return session
 
     def plan(self, model: str, trial: int) -> list[PlanRow]:
         """Return the cells of a trial."""
         if "dtype" not in self.record:
             _ = self.session  # which chooses the number format, a part of each cell's identity
-        layers, reset = self.subject.layers, self.protocol.reset
+        self.record["content"] = {self.reset: _hash(self._content())}
+        layers = self.subject.layers
         stages = stages_of([layer.name for layer in layers])
         return [
             PlanRow(
                 model=model,
                 layer=layer.name,
-                reset=reset,
+                reset=self.reset,
                 trial=trial,
                 key=self._key(layer, trial),
                 type=layer.type,
@@ -171,21 +189,22 @@ class _Opened:
 
     def _key(self, layer: Layer, trial: int) -> str:
         """Name the content of a cell: equal keys mean equal numbers, up to rounding."""
-        return _hash(
-            {
-                "meaning": _MEANING,
-                "weights": self.record["sha256"],
-                "normalisation": [self.record["mean"], self.record["std"]],
-                "layer": [layer.name, *layer.parameters],
-                "reset": self.protocol.reset,
-                "donor": self.subject.donor_identity,
-                "seed": self.subject.seed(trial),
-                "probe_set": self.record["probe_set"],
-                "labels": self.study.labels,
-                "dtype": self.record["dtype"],
-                "distances": sorted(self.study.distances),
-            }
-        )
+        seed = self.subject.seed(trial)
+        return _hash({**self._content(), "layer": [layer.name, *layer.parameters], "seed": seed})
+
+    def _content(self) -> dict[str, Any]:
+        """Return what all cells of this model and reset have in common."""
+        return {
+            "meaning": _MEANING,
+            "weights": self.record["sha256"],
+            "normalisation": [self.record["mean"], self.record["std"]],
+            "reset": self.reset,
+            "donor": self.subject.donor_identity,
+            "probe_set": self.record["probe_set"],
+            "labels": self.study.labels and self.probe_set.labels is not None,
+            "dtype": self.record["dtype"],
+            "distances": sorted(self.study.distances),
+        }
 
 
 class _Worker:
@@ -228,7 +247,7 @@ class _Worker:
                 opened = error
             self._opened = (what, opened)
         if isinstance(self._opened[1], Exception):
-            raise self._opened[1].with_traceback(None)
+            raise self._opened[1]
         return self._opened[1]
 
     def _measure(

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from layercrit._cli_study import study
+from layercrit._cli_tables import compare_command, export_command, import_command
+from layercrit._cli_zoo import zoo
 from layercrit._printing import number, percent, plain, print_table
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, DTYPES
@@ -144,18 +147,17 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
     import torch
     from rich.table import Table
 
+    from layercrit.flops import count_flops
     from layercrit.layers import Group, find_layers, select_layers
     from layercrit.models import open_model
-    from layercrit.replay import open_replay
 
     opened = open_model(model)
     size = opened.preprocessing
-    images = torch.zeros(1, size.channels, size.height, size.width)
-    found = select_layers(find_layers(opened.network, images), types=types, patterns=layers, group=cast(Group, group))
-    replay = open_replay(opened.network, found, images, "reference")
-    after = replay.flops_after() or {}
+    black = opened.classifier.normalise(torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8))
+    found = select_layers(find_layers(opened.network, black), types=types, patterns=layers, group=cast(Group, group))
+    _, after = count_flops(opened.network, found, black)
     if as_json:
-        rows = [{**vars(layer), "flops_after": after.get(layer.name)} for layer in found]
+        rows = [{**vars(layer), "flops_after": after[layer.name]} for layer in found]
         click.echo(json.dumps({"model": model, "layers": rows}, allow_nan=False))
         return
     table = Table(title=model, title_justify="left", box=None, pad_edge=False)
@@ -163,14 +165,12 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
         table.add_column(column, justify="left" if column in ("layer", "type", "shape") else "right")
     for layer in found:
         shape = " x ".join(str(n) for n in layer.shape)
-        share = f"{100 * after[layer.name]:.1f}%" if after else "-"
+        share = f"{100 * after[layer.name]:.1f}%"
         table.add_row(str(layer.depth), plain(layer.name), layer.type, shape, f"{layer.n_parameters:,}", share)
     print_table(table)
     total = sum(layer.n_parameters for layer in found)
-    reuse = f"; one trial of all costs {sum(after.values()):.1f} forward passes" if after else ""
-    click.echo(f"{len(found)} layers, {total:,} parameters{reuse}")
-    if replay.note:
-        click.echo(replay.note, err=True)
+    passes = f"one trial of all costs {sum(after.values()):.1f} forward passes"
+    click.echo(f"{len(found)} layers, {total:,} parameters; {passes}")
 
 
 @cli.command("show")
@@ -193,13 +193,22 @@ def show_command(folder: Path, as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 def demo_command(out: Path, as_json: bool) -> None:
-    """Train a small network on handwritten digits, then measure it. Takes seconds and needs no network."""
+    """Train small networks on handwritten digits, then measure one. Takes seconds and needs no network."""
     from layercrit.demo import run_demo
 
     measurement, again = run_demo(out, say=lambda line: click.echo(line, err=True))
     _show(measurement, as_json, out)
     _Saver(out).save(measurement)
-    click.echo(f"The same by hand, and a place to start from:\n  {again}", err=True)
+    click.echo("The same by hand, and a study of three networks trained in three ways:", err=True)
+    for command in again:
+        click.echo(f"  {command}", err=True)
+
+
+cli.add_command(study)
+cli.add_command(compare_command)
+cli.add_command(import_command)
+cli.add_command(export_command)
+cli.add_command(zoo)
 
 
 class _Saver:

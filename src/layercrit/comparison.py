@@ -1,12 +1,15 @@
 """Many models beside each other: how critical which layers are, against a baseline, and against accuracy."""
 
+import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
+from scipy.stats import kendalltau, rankdata, spearmanr
 
 from layercrit.errors import StudyError, near
 from layercrit.layers import wrapper_of
@@ -16,6 +19,7 @@ __all__ = ["Comparison", "accuracy_of", "compare"]
 
 _ADVERSARIAL = "adversarial_training"
 _MATCHED = "cosine_matched"
+_EXACT = 8  # models up to which the p-value of Spearman's rho is taken over all their orders
 _LISTED = 5  # names shown in a note
 _CAUTION = (
     "The cosine depends on how peaked a model's softmax is, and models of unlike training are compared without "
@@ -350,8 +354,6 @@ def accuracy_of(models: pd.DataFrame) -> tuple[str, pd.Series]:
 
 def _correlations(models: pd.DataFrame) -> pd.DataFrame:
     """Return the rank correlations of mean criticality with accuracy."""
-    from scipy.stats import kendalltau, spearmanr
-
     known = models.dropna(subset=["accuracy", "criticality"])
     rows = []
     for without in [None, *sorted(models["category"].dropna().unique())]:
@@ -359,10 +361,24 @@ def _correlations(models: pd.DataFrame) -> pd.DataFrame:
         for method, function in (("spearman", spearmanr), ("kendall", kendalltau)):
             statistic, pvalue = math.nan, math.nan
             if len(some) > 2 and len(set(some["accuracy"])) > 1 and len(set(some["criticality"])) > 1:
-                statistic, pvalue = function(some["criticality"].to_numpy(), some["accuracy"].to_numpy())
+                values = some["criticality"].to_numpy(), some["accuracy"].to_numpy()
+                statistic, pvalue = function(*values)
+                if method == "spearman" and len(some) <= _EXACT:
+                    pvalue = _exact_spearman(*values)
             rows.append((without, method, float(statistic), float(pvalue), len(some)))
     table = pd.DataFrame(rows, columns=["without", "method", "statistic", "pvalue", "n"])
     return table.assign(without=pd.Series([row[0] for row in rows], dtype=object))  # keeps None
+
+
+def _exact_spearman(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
+    """Return the two-sided p-value of Spearman's rho over all orders of one side.
+
+    Few models make the usual approximation by Student's t far too sure: it gives 0 for three models in perfect order.
+    """
+    ranks = [rankdata(values) - (len(values) + 1) / 2 for values in (x, y)]
+    orders = np.array(list(itertools.permutations(ranks[1])))  # (n!, n)
+    sums = np.abs(orders @ ranks[0])
+    return float((sums >= abs(ranks[0] @ ranks[1]) - 1e-9).mean())
 
 
 def _origin(study: Study, reset: str) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""The embedded default: a small network trained on handwritten digits, measured."""
+"""The embedded default: small networks trained on handwritten digits, one of them measured, all three for a study."""
 
 from collections.abc import Callable
+from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from layercrit.measuring import measure
 from layercrit.models import Model
 from layercrit.networks import drawing
 
-__all__ = ["digits_network", "run_demo"]
+__all__ = ["digits_network", "example_study", "run_demo"]
 
 _MEAN, _STD = (0.305,), (0.376,)  # of the training images' pixels
 _EPOCHS = 12
@@ -63,35 +65,48 @@ def digits_network() -> nn.Module:
     return _DigitsNetwork()
 
 
-def run_demo(folder: Path, say: Callable[[str], Any] = print) -> tuple[Measurement, str]:
-    """Train the demo's network, measure it, and leave weights and images in a folder for more.
+def run_demo(folder: Path, say: Callable[[str], Any] = print) -> tuple[Measurement, tuple[str, str]]:
+    """Train the demo's networks, measure the plain one, and leave weights, images and a study file for more.
 
     Args:
-        folder: where ``digits.safetensors`` and ``digits.npz`` (360 test images with labels) are written.
+        folder: where ``digits.safetensors``, ``digits-smoothing.safetensors`` and ``digits-frozen.safetensors`` are
+            written, ``digits.npz`` (360 test images with labels), and ``digits.toml``, the study of all three.
         say: is told what goes on.
 
     Returns:
-        The measurement, and a command line that does it again.
+        The measurement, and command lines for more: one that does it again, and one that runs the study.
 
     Raises:
         LayercritError: scikit-learn, which ships the digits, is not installed.
     """
     pixels, labels = _digits()
     n_train = len(pixels) - 360  # the first writers train, the last ones test
-    say(f"Training a small residual network on {n_train} handwritten digits of scikit-learn ...")
-    with drawing(0):
-        network = _trained(digits_network(), pixels[:n_train], labels[:n_train])
+    say(f"Training a small residual network in three ways on {n_train} handwritten digits of scikit-learn ...")
     folder.mkdir(parents=True, exist_ok=True)
-    weights, images = folder / "digits.safetensors", folder / "digits.npz"
-    save_file(network.state_dict(), weights)
+    networks = {}
+    for name, train in _METHODS.items():
+        with drawing(0):  # the same initial weights and order of images for each
+            networks[name] = train(digits_network(), pixels[:n_train], labels[:n_train])
+        save_file(networks[name].state_dict(), folder / f"{name}.safetensors")
+    images = folder / "digits.npz"
     np.savez_compressed(images, images=pixels[n_train:], labels=labels[n_train:])
-    say("Resetting each of its layers in turn, 5 draws each, and asking about 360 other digits ...")
+    (folder / "digits.toml").write_text(example_study("digits"), encoding="utf-8")
+    say("Resetting each layer of the plain one in turn, 5 draws each, and asking about 360 other digits ...")
     size = Preprocessing(channels=1, height=8, width=8, resize=None)
     architecture = "py:layercrit.demo:digits_network"
     options = f"mean=({_MEAN[0]},)&std=({_STD[0]},)&input_size=(1,8,8)"
-    reference = f"file:{weights}?arch={architecture}&{options}"
-    model = Model("demo:digits", architecture, network, _MEAN, _STD, size, digits_network, "PyTorch's initialisers")
-    return measure(model, images, trials=5), f"layercrit measure '{reference}' --images {images} --trials 5"
+    reference = f"file:{folder / 'digits.safetensors'}?arch={architecture}&{options}"
+    model = Model(
+        "demo:digits", architecture, networks["digits"], _MEAN, _STD, size, digits_network, "PyTorch's initialisers"
+    )
+    again = f"layercrit measure '{reference}' --images {images} --trials 5"
+    family = f"layercrit study run {folder / 'digits.toml'} --out {folder / 'study'}"
+    return measure(model, images, trials=5), (again, family)
+
+
+def example_study(name: str) -> str:
+    """Return a study file that comes with layercrit: ``paper`` or ``digits``."""
+    return resources.files("layercrit").joinpath(f"studies/{name}.toml").read_text(encoding="utf-8")
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +122,15 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)
 
 
-def _trained(network: nn.Module, pixels: np.ndarray, labels: np.ndarray) -> nn.Module:
+def _frozen(network: nn.Module, pixels: np.ndarray, labels: np.ndarray) -> nn.Module:
+    """Train with all 3x3 convolutions left at their random initial values."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+            module.requires_grad_(False)
+    return _trained(network, pixels, labels)
+
+
+def _trained(network: nn.Module, pixels: np.ndarray, labels: np.ndarray, label_smoothing: float = 0.0) -> nn.Module:
     """Train with shifts by up to one pixel, SGD and a cosine schedule."""
     x = ((torch.from_numpy(pixels).float() / 255 - _MEAN[0]) / _STD[0])[:, None]
     y = torch.from_numpy(labels)
@@ -122,10 +145,17 @@ def _trained(network: nn.Module, pixels: np.ndarray, labels: np.ndarray) -> nn.M
         for batch in torch.randperm(len(x))[: len(x) // _BATCH * _BATCH].view(-1, _BATCH):
             down, right = torch.randint(0, 3, (2,)).tolist()
             shifted = F.pad(x[batch], (1, 1, 1, 1), value=background)[:, :, down : down + 8, right : right + 8]
-            loss = F.cross_entropy(network(shifted), y[batch])
+            loss = F.cross_entropy(network(shifted), y[batch], label_smoothing=label_smoothing)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     torch.set_num_threads(threads)
     return network.eval()
+
+
+_METHODS: dict[str, Callable[[nn.Module, np.ndarray, np.ndarray], nn.Module]] = {
+    "digits": _trained,
+    "digits-smoothing": partial(_trained, label_smoothing=0.2),
+    "digits-frozen": _frozen,
+}

@@ -1,6 +1,7 @@
 """What a reset costs: the floating-point operations of a forward pass that depend on each layer."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def count_flops(network: nn.Module, layers: Sequence[Layer], images: Tensor) -> 
             bits[block] = bits.get(block, 0) | 1 << place
     bits[_block(images)] = 1
     watch = _Influence(bits)
-    with torch.no_grad(), holding(network, {}), watch:
+    with torch.no_grad(), holding(network, {}), _in_single_operators(), watch:
         network(images)
     dynamic = [(influence, flops) for influence, flops in watch.flops if influence & 1]
     total = sum(flops for _, flops in dynamic)
@@ -76,6 +77,17 @@ def count_flops(network: nn.Module, layers: Sequence[Layer], images: Tensor) -> 
         for place, layer in enumerate(layers, 1)
     }
     return total / len(images), after
+
+
+@contextlib.contextmanager
+def _in_single_operators() -> Iterator[None]:
+    """Inside, attention of torch's own modules is no single call, whose FLOPs torch does not know."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -111,12 +111,8 @@ def _open_torchvision(rest: str, options: dict[str, Any]) -> Model:
     known = models.list_models(module=models)
     if name not in known:
         raise ModelError(f"torchvision has no classifier {name!r}. {near(name, known)}")
-    published = models.get_model_weights(name).__members__
     pretrained = options.pop("pretrained", True) and weights_name != "none"
-    if weights_name not in ("", "none", *published):
-        hint = near(weights_name, [*published, "none"])
-        raise ModelError(f"torchvision:{name} has no weights {weights_name!r}. {hint}")
-    weights = published[weights_name if weights_name not in ("", "none") else "DEFAULT"]
+    weights = _torchvision_weights(name, weights_name)
     seed = options.pop("seed", 0)
     with explained(f"torchvision:{rest}", options, ("pretrained", "seed", "num_classes")), drawing(seed):
         build = partial(models.get_model, name, weights=None, **options)
@@ -129,6 +125,17 @@ def _open_torchvision(rest: str, options: dict[str, Any]) -> Model:
     architecture = f"torchvision:{name}{written(options)}"
     initialiser = f"torchvision.models.get_model({name!r}, weights=None)"
     return Model(f"torchvision:{rest}", architecture, network.eval(), mean, std, shape, build, initialiser)
+
+
+def _torchvision_weights(name: str, weights_name: str) -> Any:
+    """The weights of a classifier by their name in a reference; the default ones where there is none."""
+    from torchvision import models
+
+    published = models.get_model_weights(name).__members__
+    if weights_name not in ("", "none", *published):
+        hint = near(weights_name, [*published, "none"])
+        raise ModelError(f"torchvision:{name} has no weights {weights_name!r}. {hint}")
+    return published[weights_name if weights_name not in ("", "none") else "DEFAULT"]
 
 
 def torchvision_input(weights: Any) -> ImageInput:
@@ -246,6 +253,9 @@ def is_cached(kind: str, rest: str) -> bool:
 
     Where they come from is known for timm's, torchvision's and Hugging Face's; what is asked is whether their caches
     hold a file of that name, not whether it is whole.
+
+    Raises:
+        ModelError: torchvision has no such weights of the classifier.
     """
     if kind == "timm":
         import timm
@@ -255,13 +265,8 @@ def is_cached(kind: str, rest: str) -> bool:
             return True  # there are no weights
         return _in_hub_cache(config.hf_hub_id, config.url)
     if kind == "torchvision":
-        import torchvision
-
-        name, _, weights = rest.partition(":")
-        if weights.lower() == "none":
-            return True
-        enum = torchvision.models.get_model_weights(name)
-        return _in_hub_cache(None, (enum[weights] if weights else enum.DEFAULT).url)
+        name, _, weights_name = rest.partition(":")
+        return weights_name == "none" or _in_hub_cache(None, _torchvision_weights(name, weights_name).url)
     return kind not in ("hf", "hf-hub") or Path(rest).expanduser().is_dir() or _in_hub_cache(rest, None)
 
 

@@ -7,6 +7,7 @@ A model reference is ``kind:name``, with options after a question mark: ``kind:n
 ``hf-hub:REPO``                        a timm model of a Hugging Face repository
 ``torchvision:NAME[:WEIGHTS]``         torchvision's weights; ``none`` for none, the default ones if left out
 ``hf:REPO`` or ``hf:FOLDER``           an image classifier of transformers, safetensors only, never code from the hub
+``zoo:ID``                             published weights of the zoo, fetched before (`layercrit.zoo`)
 ``file:PATH?arch=REFERENCE``           a weight file for the architecture of another reference; ``key=`` chooses among
                                        several sets of weights; ``arch`` may instead stand in a JSON file beside it
 ``py:PACKAGE.MODULE:FACTORY``          what a function of yours returns; the current directory can be imported from
@@ -169,7 +170,8 @@ def without_weights(reference: str) -> str:
     if kind == "zoo":
         (entry,) = find_entries(rest)
         kind, _, rest = entry.architecture.partition(":")
-    options = {name: value for name, value in options.items() if name not in ("mean", "std", "input_size")}
+    weights_or_input = ("seed", "mean", "std", "input_size")
+    options = {name: value for name, value in options.items() if name not in weights_or_input}
     return f"{kind}:{rest}{written({**options, 'pretrained': False})}"
 
 

@@ -84,6 +84,7 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
     with large_blocks_stay():
         for entry in study.models:
             name, built = _architecture(study, entry, architectures)
+            here, mistake = _is_here(entry, built.mistake)
             n_cells = built.n_layers * sum(trials.values())
             n_done = min(done[entry.name], n_cells)
             left = (n_cells - n_done) / max(1, n_cells) * study.n_images
@@ -100,8 +101,8 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
                     "n_layers": built.n_layers,
                     "n_cells": n_cells,
                     "n_done": n_done,
-                    "download": 0 if _is_here(entry) else _BYTES * built.n_numbers,
-                    "mistake": built.mistake,
+                    "download": 0 if here else _BYTES * built.n_numbers,
+                    "mistake": mistake,
                 }
             )
     return StudyPlan(pd.DataFrame(rows), study.n_images, plain, replayed, seconds)
@@ -121,7 +122,8 @@ def _architecture(study: StudyFile, entry: ModelEntry, known: dict[str, _Archite
 
 def _built(study: StudyFile, reference: str) -> _Architecture:
     size, protocol = study.preprocessing, study.protocol
-    model = open_model(reference, input_size=(size.channels, size.height, size.width))
+    still = {"mean": (0.0,) * size.channels, "std": (1.0,) * size.channels}  # what a model's own are costs nothing
+    model = open_model(reference, **still, input_size=(size.channels, size.height, size.width))
     network = model.network
     normalise = Classifier(network, model.mean, model.std).normalise
     black = torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8)
@@ -150,12 +152,16 @@ def _seconds(network: torch.nn.Module, images: torch.Tensor) -> float:
     return (time.perf_counter() - started) / len(images)
 
 
-def _is_here(entry: ModelEntry) -> bool:
-    """Whether opening a model downloads nothing."""
-    kind, _, rest = entry.reference.partition("?")[0].partition(":")
-    if kind == "zoo":
-        return is_fetched(ZOO[rest])
-    return is_cached(kind, rest)
+def _is_here(entry: ModelEntry, mistake: str) -> tuple[bool, str]:
+    """Return whether opening a model downloads nothing, and the mistake known of it or found in its weights' name."""
+    name, _, options = entry.reference.partition("?")
+    kind, _, rest = name.partition(":")
+    if mistake or "pretrained=false" in options.lower().split("&"):
+        return True, mistake
+    try:
+        return (is_fetched(ZOO[rest]) if kind == "zoo" else is_cached(kind, rest)), ""
+    except LayercritError as error:
+        return True, str(error)
 
 
 def _done(folder: Path) -> Counter[str]:

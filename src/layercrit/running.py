@@ -1,11 +1,9 @@
 """Run a study: every cell once, nothing lost, the rest goes on where one model fails."""
 
 import contextlib
-import json
-import os
+import hashlib
 import platform
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -13,22 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from layercrit._machine import versions
 from layercrit._progress import Bar
 from layercrit._worker import Job, Measured, Planned, Progressed, start_worker
-from layercrit.errors import LayercritError, ProbeError, StudyError
+from layercrit.errors import LayercritError, ProbeError
 from layercrit.executors import Event, Executor, Failed, LocalProcesses, Message, Task, local_places
+from layercrit.locks import hold
 from layercrit.probes import ProbeSet
 from layercrit.resets import RESETS, seed_of
 from layercrit.store import FailureRow, ModelRow, Store
 from layercrit.studyfile import ModelEntry, StudyFile
 from layercrit.zoo import ZOO, fetch_entry, is_fetched
 
-__all__ = ["RunReport", "hold", "holder", "run_study"]
+__all__ = ["RunReport", "run_study"]
 
-_HOLDER = "running.json"  # who runs a study; the lock itself is a file beside it, released when that process ends
 _PROBE_SET = "probe_set"
 
 
@@ -99,7 +96,8 @@ class _Run:
         self.report = RunReport(folder)
         self.number = 0
         self.expected: dict[str, float] = {}  # task name -> cells, as far as its model was opened
-        self.said: set[tuple[str, str]] = set()
+        self.opened: set[str] = set()  # tasks whose model was opened
+        self.said: set[tuple[str, str]] = set()  # failures that were printed, once for each model
         self.done: dict[str, float] = {}  # task name -> cells, parts of them while under way
 
     def begin(self, retry: bool) -> None:
@@ -107,10 +105,11 @@ class _Run:
         probe_set = self._probe_set()
         about = _about(self.study, probe_set)
         with self.store.transaction():
-            if self.store.meta("study", {}).get("measured") != about["measured"]:
+            changed = self.store.meta("study", {}).get("measured") != about["measured"]
+            if changed:
                 self.store.clear_plan()
             self.store.put_models([_model_row(entry) for entry in self.study.models])
-            if retry:
+            if changed or retry:  # what failed was asked for in another way, or may work now
                 for entry in self.study.models:
                     self.store.drop_failures(entry.name)
             self.store.put_meta("study", about)
@@ -122,11 +121,13 @@ class _Run:
         asked = {"source": self.study.source, "n_images": self.study.n_images, "labels": self.study.labels,
                  "seed": self.study.protocol.seed, "preprocessing": str(self.study.preprocessing)}  # fmt: skip
         kept = self.folder / _PROBE_SET
-        if self.store.meta("images") == asked:
-            with contextlib.suppress(
-                ProbeError
-            ):  # gone or damaged: decoded anew, and its hash tells whether it changed
-                return ProbeSet.load(kept)
+        files = _state_of(self.study.source)
+        known = self.store.meta("images", {})
+        if known.get("asked") == asked and files in (None, known["files"]):
+            with contextlib.suppress(ProbeError):  # gone or damaged: decoded anew
+                probe_set = ProbeSet.load(kept)
+                if probe_set.sha256 == known["sha256"]:
+                    return probe_set
         probe_set = ProbeSet.from_source(
             self.study.source,
             self.study.preprocessing,
@@ -137,7 +138,7 @@ class _Run:
         )
         probe_set.save(kept)
         with self.store.transaction():
-            self.store.put_meta("images", asked)
+            self.store.put_meta("images", {"asked": asked, "files": files, "sha256": probe_set.sha256})
         return ProbeSet.load(kept, verify=False)
 
     def fetch(self) -> None:
@@ -190,7 +191,9 @@ class _Run:
             self.store.clear_plan(*where)
             self.store.put_plan(planned.plan)
             self.expected[name], self.done[name] = len(planned.plan), planned.n_known
-            self.report.n_known += planned.n_known
+            if name not in self.opened:  # else its worker died, and another one begins anew
+                self.report.n_known += planned.n_known
+            self.opened.add(name)
         elif isinstance(event, Message) and isinstance(event.content, Progressed):
             part = event.content.part
             self.store.put_part(event.content.task, part)
@@ -204,11 +207,16 @@ class _Run:
             self.done[name] = self.expected[name]
 
     def _put_record(self, model: str, record: dict[str, Any]) -> None:
-        """Keep what is known of a model; with other weights than before, its cells are others, too."""
+        """Keep what is known of a model; where its weights or other content changed, its cells are others, too."""
         known = next(row.record for row in self.store.models() if row.model == model) or {}
         if known.get("sha256") == record["sha256"]:
-            for of_resets in ("donor", "random_trials"):
-                record = {**record, of_resets: {**known.get(of_resets, {}), **record[of_resets]}}
+            for reset, content in record["content"].items():
+                if known["content"].get(reset) != content:
+                    self.store.clear_plan(model, reset)
+            for of_resets in ("content", "donor", "random_trials"):
+                record = {**record, of_resets: {**known[of_resets], **record[of_resets]}}
+            if known["probe_set"] == record["probe_set"]:  # another worker may have the same model open
+                record = {**record, "notes": list(dict.fromkeys([*known["notes"], *record["notes"]]))}
         else:
             self.store.clear_plan(model)
         self.store.put_record(model, record)
@@ -222,50 +230,6 @@ class _Run:
         opened = [n for n in self.expected.values() if n]
         typical = sum(opened) / len(opened) if opened else 1.0
         self.bar.measured(sum(self.done.values()), sum(n or typical for n in self.expected.values()))
-
-
-@contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Hold a study's folder, so that one process at a time writes it.
-
-    Raises:
-        StudyError: another process holds it, or the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise StudyError(
-            f"The study in {folder} is being run by {holder(folder) or 'another process'}. "
-            "Wait for it, stop it, or look at it with `layercrit study status`."
-        ) from error
-    except OSError as error:
-        raise StudyError(f"The folder {folder} cannot be used ({error.strerror}). Name another with --out.") from error
-    try:
-        about = {"process": os.getpid(), "machine": platform.node(), "since": _now()}
-        _write(folder / _HOLDER, json.dumps(about))
-        yield
-    finally:
-        (folder / _HOLDER).unlink(missing_ok=True)
-        lock.release()
-
-
-def holder(folder: Path) -> str | None:
-    """Say who runs the study in a folder; None if nobody does."""
-    lock = FileLock(folder / ".lock")
-    try:
-        with lock.acquire(timeout=0):
-            return None
-    except Timeout:
-        pass
-    except OSError:
-        return None  # a folder that cannot be written is run by nobody
-    try:
-        about = json.loads((folder / _HOLDER).read_text(encoding="utf-8"))
-        return f"process {about['process']} on {about['machine']}, since {about['since']}"
-    except (OSError, ValueError, KeyError):
-        return "another process"
 
 
 def _about(study: StudyFile, probe_set: ProbeSet) -> dict[str, Any]:
@@ -286,6 +250,18 @@ def _about(study: StudyFile, probe_set: ProbeSet) -> dict[str, Any]:
 
 def _model_row(entry: ModelEntry) -> ModelRow:
     return ModelRow(entry.name, entry.reference, entry.category, entry.label, entry.accuracy)
+
+
+def _state_of(source: str) -> str | None:
+    """Return what changes when the files of an image source do; None where it is no path on this machine."""
+    path = Path(source)
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in filter(Path.is_file, sorted(path.rglob("*")) if path.is_dir() else [path]):
+        about = file.stat()
+        digest.update(f"{file.relative_to(path)} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

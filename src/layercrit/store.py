@@ -156,7 +156,7 @@ class FailureRow:
 class Store:
     """The SQLite file of a study's folder; a context manager that closes it.
 
-    Any number of processes may read while one writes.
+    Any number of processes may read while one writes. What is put into it is put inside a `transaction`.
 
     Raises:
         StudyError: there is none, it is damaged or no study's, a newer version of layercrit wrote it, or the disk is
@@ -170,8 +170,11 @@ class Store:
                 f"There is no study in {self.path.parent}: {FILE} is missing. Give the folder that `layercrit study "
                 "run` or `layercrit import` wrote."
             )
-        with self._explained():
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StudyError(f"{self.path} cannot be made ({error.strerror}). Name another folder.") from error
+        with self._explained():
             # transactions are written out below: the module's own begin them where it guesses
             self._connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             try:
@@ -193,7 +196,7 @@ class Store:
             )
         if version == SCHEMA:
             return
-        # readers go on while a cell is committed, and a commit need not wait for the disk
+        # readers go on while a cell is committed
         self._connection.execute("PRAGMA journal_mode = WAL")
         with self.transaction():
             (version,) = self._connection.execute("PRAGMA user_version").fetchone()  # another process was faster?
@@ -220,10 +223,11 @@ class Store:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:  # SQLite itself ends one for which the disk is too small
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
 
     # --- facts about the study --------------------------------------------------------------------------------------
 
@@ -327,6 +331,22 @@ class Store:
             ],
         )
 
+    def copy_cells(self, other: "Store") -> None:
+        """Add all cells of another study, with the runs they come from; cells that are there already are left."""
+        with self._explained():
+            self._connection.execute("ATTACH DATABASE ? AS other", (str(other.path),))
+        try:
+            with self.transaction():
+                (offset,) = self._connection.execute("SELECT coalesce(max(run), 0) FROM runs").fetchone()
+                self._connection.execute("INSERT INTO runs SELECT run + ?, started, record FROM other.runs", (offset,))
+                self._connection.execute(
+                    "INSERT OR IGNORE INTO cells SELECT key, status, seed, delta_norm, n_images, means, per_image, raw, "
+                    "seconds, finished, run + ? FROM other.cells",
+                    (offset,),
+                )
+        finally:
+            self._connection.execute("DETACH DATABASE other")
+
     def known(self, keys: Iterable[str]) -> set[str]:
         """Return those of some keys whose cells are measured."""
         wanted = list(keys)
@@ -354,6 +374,10 @@ class Store:
         table["raw"] = [None if text is None else json.loads(text) for text in table["raw"]]
         table["seed"] = pd.array([None if seed is None else int(seed) for seed in table["seed"]], dtype="UInt64")
         return pd.concat([table.drop(columns="raw"), means, table[["raw"]]], axis=1)
+
+    def keys_with_images(self) -> set[str]:
+        """Return the keys of all cells for which per-image values were kept."""
+        return {key for (key,) in self._rows("SELECT key FROM cells WHERE per_image IS NOT NULL")}
 
     def per_image(self, keys: Sequence[str]) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
         """Return key -> name of a distance or score -> one value an image, for those cells that have any."""
@@ -423,8 +447,6 @@ class Store:
                 f"{self.path} cannot be used ({error}). If the disk is full, free some space; if the file is damaged, "
                 "restore it or start anew in another folder."
             ) from error
-        except OSError as error:
-            raise StudyError(f"{self.path} cannot be made ({error.strerror}). Name another folder.") from error
 
 
 def pack(values: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
@@ -440,11 +462,21 @@ def pack(values: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
 
 
 def unpack(data: bytes) -> dict[str, npt.NDArray[np.float32]]:
-    """Return what `pack` was given."""
+    """Return what `pack` was given.
+
+    Raises:
+        StudyError: the bytes are damaged.
+    """
     end = 4 + int.from_bytes(data[:4], "little")
-    header = json.loads(data[4:end])
-    planes = np.frombuffer(zlib.decompress(data[end:]), np.uint8).reshape(4, -1)
-    stacked = np.ascontiguousarray(planes.T).view("<f4").reshape(len(header["names"]), *header["shape"])
+    try:
+        header = json.loads(data[4:end])
+        planes = np.frombuffer(zlib.decompress(data[end:]), np.uint8).reshape(4, -1)
+    except (ValueError, zlib.error) as error:
+        raise StudyError(
+            f"Values of single images are damaged in the study's file ({error}). Restore {FILE}, or start anew in "
+            "another folder."
+        ) from error
+    stacked = planes.T.copy().view("<f4").reshape(len(header["names"]), *header["shape"])
     return dict(zip(header["names"], stacked, strict=True))
 
 

@@ -1,7 +1,9 @@
 """Many models measured under one protocol: the tables of a study's folder."""
 
-from collections.abc import Hashable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +39,7 @@ class Study:
         cells: one row per measured cell, in the order of models, resets, depth and trials; the columns are those of
             `layercrit.measurement.CELL_COLUMNS` with the model's name under ``model``, and ``stage``.
         failures: what could not be measured, and why.
-        n_planned: how many cells the study is about, as far as its models were opened.
+        planned: model -> how many cells it has; models that were not opened yet are missing.
         record: everything else worth keeping, as plain data: name, protocol, probe set, baseline, origin.
         runs: when, where and with which versions cells were measured.
     """
@@ -46,7 +48,7 @@ class Study:
     models: pd.DataFrame
     cells: pd.DataFrame
     failures: tuple[FailureRow, ...]
-    n_planned: int
+    planned: Mapping[str, int]
     record: Mapping[str, Any]
     runs: tuple[Mapping[str, Any], ...]
 
@@ -96,6 +98,36 @@ class Study:
         """
         return self._means.copy()
 
+    def progress(self) -> pd.DataFrame:
+        """Return one row per model: how far it is.
+
+        ``state`` is done, failed, left or not opened; ``n_planned`` cells (NaN before it is opened), ``n_done`` cells,
+        ``n_failed`` trials, and the first ``error``.
+        """
+        done = self.cells["model"].value_counts()
+        rows = []
+        for model in self.models["model"]:
+            errors = [failure.error for failure in self.failures if failure.model == model]
+            planned, n_done = self.planned.get(model), int(done.get(model, 0))
+            state = "failed" if errors else "not opened" if planned is None else "done" if n_done == planned else "left"
+            rows.append((model, state, planned, n_done, len(errors), errors[0] if errors else None))
+        return pd.DataFrame(rows, columns=["model", "state", "n_planned", "n_done", "n_failed", "error"])
+
+    def seconds_left(self) -> float | None:
+        """Estimate the time that the cells left take, at the speed of the last run; None where it measured nothing.
+
+        Models that were not opened yet are taken to have as many cells as the others have in the mean.
+        """
+        if not self.runs:
+            return None
+        run = self.runs[-1]
+        finished = self.cells.loc[self.cells["run"] == run["run"], "finished"].map(datetime.fromisoformat)
+        if finished.empty or not self.planned:
+            return None
+        took = (finished.max() - datetime.fromisoformat(run["started"])).total_seconds()
+        n_planned = sum(self.planned.values()) / len(self.planned) * len(self.models)
+        return float(max(0.0, n_planned - len(self.cells)) * took / len(finished))
+
     def compare(
         self, *, baseline: str | None = None, leave_out: list[str] | None = None, reset: str | None = None
     ) -> "Comparison":
@@ -110,96 +142,65 @@ class Study:
         )
 
     @property
-    def _level(self) -> float:
+    def level(self) -> float:
+        """Confidence level of the intervals."""
         return float(self.record.get("protocol", {}).get("level", 0.95))
 
     @cached_property
     def _layers(self) -> pd.DataFrame:
-        measured = [name for name in self.cells.columns if name not in _NO_MEANS]
-        rows = []
-        for group, cells in _groups(self.cells, ["model", "reset", "layer"]):
-            ok = cells[cells["status"] == "ok"]
-            per_image = self._per_image(ok)
-            critical, matched = (self._estimate(ok, per_image, name) for name in ("cosine", _MATCHED))
-            row = {
-                **dict(zip(("model", "reset", "layer"), group, strict=True)),
-                **{column: cells[column].iloc[0] for column in _ABOUT_LAYER},
-                "criticality": np.nan if critical is None else critical.mean,
-                "low": np.nan if critical is None else critical.low,
-                "high": np.nan if critical is None else critical.high,
-                "covers": "nothing" if critical is None else critical.covers,
-                "sd_trials": ok["cosine"].std() if len(ok) > 1 else np.nan,
-                "criticality_matched": np.nan if matched is None else matched.mean,
-                "matched_low": np.nan if matched is None else matched.low,
-                "matched_high": np.nan if matched is None else matched.high,
-            }
-            means = ok[[name for name in measured if name not in ("cosine", _MATCHED)]].mean()
-            row |= means.to_dict()
-            if "top1" in row:
-                row["top1_agreement"] = 1 - row.pop("top1")
-            rows.append({**row, "n_trials": len(ok), "n_images": cells["n_images"].max(), "status": _status(cells)})
-        return pd.DataFrame(rows)
+        by = ["model", "reset", "layer"]
+        groups = self.cells.groupby(by, sort=False)
+        ok = self.cells[self.cells["status"] == "ok"]
+        of_ok = ok.groupby(by)
+        table = groups[list(_ABOUT_LAYER)].first()
+        table = table.join(self._estimates(ok, by, table.index))
+        table["sd_trials"] = of_ok["cosine"].std()
+        means = [name for name in self.cells.columns if name not in (*_NO_MEANS, "cosine", _MATCHED)]
+        table = table.join(of_ok[means].mean())
+        if "top1" in table:
+            table["top1_agreement"] = 1 - table.pop("top1")
+        table["n_trials"] = of_ok.size().reindex(table.index, fill_value=0)
+        table["n_images"] = groups["n_images"].max()
+        table["status"] = groups["status"].agg(_status)
+        return table.reset_index()
 
     @cached_property
     def _means(self) -> pd.DataFrame:
+        by = ["model", "reset"]
+        ok = self.cells["status"] == "ok"
+        cells = self.cells[ok.groupby([self.cells[column] for column in (*by, "layer")]).transform("all")]
+        counts = cells.groupby(by, sort=False).agg(n_layers=("layer", "nunique"), n_trials=("trial", "nunique"))
+        means = self._estimates(cells, by, counts.index).join(counts).drop(columns=["matched_low", "matched_high"])
+        return self.models.drop(columns="record").merge(means.reset_index(), on="model", how="left")
+
+    def _estimates(self, cells: pd.DataFrame, by: list[str], groups: pd.Index) -> pd.DataFrame:
+        """Return one row per group: the estimates of its mean distance and of the temperature-matched one.
+
+        Args:
+            cells: those that are ok. The cells of a group that share a trial are averaged first: they share the donor.
+            by: the columns that make groups.
+            groups: the groups wanted; one without cells gives NaN.
+        """
+        places = cells.groupby(by, sort=False).indices
+        random = dict(
+            zip(self.models["model"], (r.get("random_trials", {}) for r in self.models["record"]), strict=True)
+        )
         rows = []
-        for (model, reset), cells in _groups(self.cells, ["model", "reset"]):
-            whole = cells.groupby("layer")["status"].transform(lambda of_layer: (of_layer == "ok").all())
-            cells = cells[whole]
-            critical, matched = (self._mean_over_layers(cells, name) for name in ("cosine", _MATCHED))
-            rows.append(
-                {
-                    "model": model,
-                    "reset": reset,
-                    "criticality": np.nan if critical is None else critical.mean,
-                    "low": np.nan if critical is None else critical.low,
-                    "high": np.nan if critical is None else critical.high,
-                    "covers": "nothing" if critical is None else critical.covers,
-                    "criticality_matched": np.nan if matched is None else matched.mean,
-                    "n_layers": cells["layer"].nunique(),
-                    "n_trials": cells["trial"].nunique(),
-                }
-            )
-        means = pd.DataFrame(rows, columns=list(rows[0]) if rows else ["model"])
-        return self.models.drop(columns="record").merge(means, on="model", how="left")
-
-    def _per_image(self, cells: pd.DataFrame) -> list[dict[str, npt.NDArray[np.float32]]]:
-        """Return the per-image values of some cells, in their order; empty unless all of them have any."""
-        if cells["raw"].notna().any():
-            return []
         with Store(self.folder) as store:
-            found = store.per_image(cells["key"].to_list())
-        return list(found.values()) if len(found) == len(cells) else []
-
-    def _estimate(
-        self, cells: pd.DataFrame, per_image: list[dict[str, npt.NDArray[np.float32]]], name: str
-    ) -> Estimate | None:
-        if per_image:
-            values = np.stack([of_cell[name] for of_cell in per_image])  # (n_trials, n_images)
-        elif name in cells and len(cells):
-            values = cells[[name]].to_numpy(dtype=np.float64)  # (n_trials, 1)
-        else:
-            return None
-        return self._estimated(cells, values)
-
-    def _mean_over_layers(self, cells: pd.DataFrame, name: str) -> Estimate | None:
-        if name not in cells or cells.empty:
-            return None
-        trials = []
-        for _, of_trial in _groups(cells, ["trial"]):
-            per_image = self._per_image(of_trial)
-            if per_image:
-                trials.append(np.mean([of_cell[name] for of_cell in per_image], axis=0, dtype=np.float64))
-            else:
-                trials.append(np.array([of_trial[name].mean()]))
-        return self._estimated(cells, np.stack(trials))  # (n_trials, n_images), or (n_trials, 1) of means
-
-    def _estimated(self, cells: pd.DataFrame, values: npt.NDArray[Any]) -> Estimate | None:
-        if not np.isfinite(values).all():
-            return None
-        records = self.models.set_index("model")["record"]
-        known = records[cells["model"].iloc[0]].get("random_trials", {})
-        return estimate(values, level=self._level, random_trials=known.get(cells["reset"].iloc[0], True))
+            with_images = store.keys_with_images()
+            for group in groups:
+                of_group = cells.iloc[places.get(group, [])]
+                if with_images.issuperset(of_group["key"]):
+                    values = _per_image(store, of_group)
+                else:
+                    values = _means_of_trials(of_group)
+                how = {"level": self.level, "random_trials": random[group[0]].get(group[1], True)}
+                found = {
+                    name: estimate(distances, **how) if np.isfinite(distances).all() else None
+                    for name, distances in values.items()
+                }
+                rows.append(_columns(found.get("cosine"), found.get(_MATCHED)))
+        return pd.DataFrame(rows, index=groups, columns=list(_columns(None, None)))
 
 
 def load_study(folder: str | Path) -> Study:
@@ -215,7 +216,7 @@ def load_study(folder: str | Path) -> Study:
             models=_models_table(store),
             cells=store.cells(),
             failures=tuple(store.failures()),
-            n_planned=len(store.plan()),
+            planned=Counter(row.model for row in store.plan()),
             record=store.meta("study", {}),
             runs=tuple(store.runs()),
         )
@@ -242,11 +243,44 @@ def _models_table(store: Store) -> pd.DataFrame:
     return pd.DataFrame(rows).astype(dict.fromkeys(numbers, "float64"))
 
 
-def _groups(cells: pd.DataFrame, by: list[str]) -> list[tuple[tuple[Hashable, ...], pd.DataFrame]]:
-    """Return the groups of a table in the order in which they first appear."""
-    return [(key, group) for key, group in cells.groupby(by, sort=False)]  # type: ignore[misc]
+def _per_image(store: Store, cells: pd.DataFrame) -> dict[str, npt.NDArray[np.float64]]:
+    """Return name -> ``(n_trials, n_images)`` of some cells, the mean over those of a trial."""
+    found: dict[str, list[npt.NDArray[np.float64]]] = {}
+    for _, of_trial in cells.groupby("trial"):
+        sums: dict[str, npt.NDArray[np.float64]] = {}
+        for key in of_trial["key"]:
+            for name, values in store.per_image([key])[key].items():
+                if name in ("cosine", _MATCHED):
+                    sums[name] = sums.get(name, 0.0) + values.astype(np.float64)
+        for name, total in sums.items():
+            found.setdefault(name, []).append(total / len(of_trial))
+    return {name: np.stack(trials) for name, trials in found.items()}
 
 
-def _status(cells: pd.DataFrame) -> str:
-    bad = cells.loc[cells["status"] != "ok", "status"]
-    return ", ".join(f"{status} {n}/{len(cells)}" for status, n in bad.value_counts().items()) or "ok"
+def _means_of_trials(cells: pd.DataFrame) -> dict[str, npt.NDArray[np.float64]]:
+    """Return name -> ``(n_trials, 1)`` of some cells of which only means are known."""
+    trials = cells["trial"].to_numpy()
+    columns = {name: cells[name].to_numpy(dtype=np.float64) for name in ("cosine", _MATCHED) if name in cells}
+    return {
+        name: np.array([[values[trials == trial].mean()] for trial in np.unique(trials)])
+        for name, values in columns.items()
+    }
+
+
+def _columns(critical: Estimate | None, matched: Estimate | None) -> dict[str, Any]:
+    return {
+        "criticality": np.nan if critical is None else critical.mean,
+        "low": np.nan if critical is None else critical.low,
+        "high": np.nan if critical is None else critical.high,
+        "covers": "nothing" if critical is None else critical.covers,
+        "criticality_matched": np.nan if matched is None else matched.mean,
+        "matched_low": np.nan if matched is None else matched.low,
+        "matched_high": np.nan if matched is None else matched.high,
+    }
+
+
+def _status(statuses: pd.Series) -> str:
+    if (statuses == "ok").all():
+        return "ok"
+    bad = statuses[statuses != "ok"]
+    return ", ".join(f"{status} {n}/{len(statuses)}" for status, n in bad.value_counts().items())

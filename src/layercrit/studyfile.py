@@ -40,13 +40,14 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.errors import LayercritError, StudyError, near
 from layercrit.images import STANDARD, Preprocessing
+from layercrit.layers import GROUPS, LAYER_TYPES
 from layercrit.models import MODEL_SOURCES
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import RESETS, get_reset
@@ -166,6 +167,7 @@ class _Reader:
     def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
         self.path, self.content = path, content
         self.mistakes: list[str] = []
+        self.tables: dict[str, list[dict[str, Any]]] = {name: [] for name in _KEYS}  # None for values of a wrong type
 
     def read(self) -> StudyFile:
         self._check_keys()
@@ -176,7 +178,8 @@ class _Reader:
         distances = self._texts("protocol", "distances") or list(DISTANCES)
         self._check_names(resets, get_reset)
         self._check_names(distances, get_distance)
-        settings = self._protocol({k: v for k, v in protocol.items() if k not in ("resets", "distances")})
+        single = {name: value for name, value in protocol.items() if name not in ("resets", "distances")}
+        settings = self._protocol({**single, "reset": resets[0]})
         preprocessing = self._preprocessing(images)
         models = self._models()
         self._check_donors(models, resets)
@@ -184,9 +187,9 @@ class _Reader:
         baseline = study.get("baseline")
         self._check_comparison(models, baseline, leave_out)
         n_images = images.get("n_images", DEFAULTS.n_images)
-        if isinstance(n_images, int) and n_images < 1:
+        if n_images < 1:
             self.mistakes.append(f"[images] n_images must be at least 1; got {n_images}")
-        if "source" not in images:
+        if not any("source" in table for table in self.tables["images"]):
             self.mistakes.append("[images] source is missing: where do the images come from?")
         if self.mistakes:
             shown = "\n".join(f"  - {mistake}" for mistake in self.mistakes[:_LISTED])
@@ -213,12 +216,12 @@ class _Reader:
     # --- sections ---------------------------------------------------------------------------------------------------
 
     def _table(self, name: str) -> dict[str, Any]:
-        found = self.content.get(name, {})
-        return found if isinstance(found, dict) else {}
+        """Return what stands in a section, without values of a wrong type."""
+        return {key: value for table in self.tables[name] for key, value in table.items() if value is not None}
 
     def _texts(self, section: str, key: str) -> list[str]:
-        found = self._table(section).get(key, [])
-        if isinstance(found, list) and all(isinstance(text, str) for text in found):
+        found: list[Any] = self._table(section).get(key, [])
+        if all(isinstance(text, str) for text in found):
             return found
         self.mistakes.append(f"[{section}] {key} must be a list of texts; got {found!r}")
         return []
@@ -235,21 +238,26 @@ class _Reader:
                 continue
             for number, table in enumerate(tables, 1):
                 where = f"[[models]] no. {number}:" if section == "models" else f"[{section}]"
-                self._check_types(where, table, _KEYS[section])
+                self.tables[section].append(self._well_typed(where, table, _KEYS[section]))
 
-    def _check_types(self, where: str, table: Mapping[str, Any], known: Mapping[str, tuple[type, ...]]) -> None:
+    def _well_typed(
+        self, where: str, table: Mapping[str, Any], known: Mapping[str, tuple[type, ...]]
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         for key, value in table.items():
             if key not in known:
                 self.mistakes.append(f"{where} unknown key {key!r}. {near(key, known)}")
-            elif not isinstance(value, known[key]) or (isinstance(value, bool) and bool not in known[key]):
-                words = " or ".join(_WORDS[kind] for kind in known[key])
+                continue
+            fits = isinstance(value, known[key]) and (bool in known[key] or not isinstance(value, bool))
+            found[key] = value if fits else None
+            if not fits:
+                words = " or ".join(_WORDS[kind] for kind in known[key] if kind is not int or float not in known[key])
                 self.mistakes.append(f"{where} {key} must be {words}; got {value!r}")
+        return found
 
     def _protocol(self, values: Mapping[str, Any]) -> Protocol:
         good: dict[str, Any] = {}
         for name, value in values.items():
-            if name not in _KEYS["protocol"] or not isinstance(value, _KEYS["protocol"][name]):
-                continue  # said already
             setting: dict[str, Any] = {name: value}
             try:
                 Protocol(**setting)
@@ -257,7 +265,13 @@ class _Reader:
                 self.mistakes.append(f"[protocol] {error}")
             else:
                 good[name] = value
-        return Protocol(**good)
+        protocol = Protocol(**good)
+        if protocol.group not in GROUPS:
+            self.mistakes.append(f"[protocol] unknown group {protocol.group!r}. {near(protocol.group, GROUPS)}")
+        for name in (text.strip() for text in protocol.types.split(",")):
+            if name not in (*LAYER_TYPES, "all"):
+                self.mistakes.append(f"[protocol] unknown layer type {name!r}. {near(name, [*LAYER_TYPES, 'all'])}")
+        return protocol
 
     def _preprocessing(self, images: Mapping[str, Any]) -> Preprocessing:
         size = images.get("input_size", [STANDARD.channels, STANDARD.height, STANDARD.width])
@@ -295,17 +309,15 @@ class _Reader:
     # --- models -----------------------------------------------------------------------------------------------------
 
     def _models(self) -> list[ModelEntry]:
-        tables = self.content.get("models", [])
-        tables = [table for table in tables if isinstance(table, dict)] if isinstance(tables, list) else []
-        if not tables:
+        if not self.content.get("models"):
             self.mistakes.append("there are no models: add [[models]] tables with a reference each")
         models: list[ModelEntry] = []
-        for number, table in enumerate(tables, 1):
+        for number, table in enumerate(self.tables["models"], 1):
             where = f"[[models]] no. {number}"
             if ("reference" in table) == ("list" in table):
                 self.mistakes.append(f"{where}: expected either reference or list")
                 continue
-            rows = [(where, table)] if "reference" in table else list(self._listed(where, table))
+            rows = [(where, table)] if "reference" in table else self._listed(where, table)
             for place, row in rows:
                 models.extend(self._entries(place, row))
         self._check_unique(models)
@@ -313,39 +325,56 @@ class _Reader:
 
     def _listed(self, where: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield (place, row) of a list file; what stands beside ``list`` holds where a row leaves it empty."""
-        path = self.path.parent / str(table["list"])
+        if table["list"] is None:
+            return  # said already
+        path = self._absolute(table["list"])
         given = {key: value for key, value in table.items() if key != "list"}
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets write a mark before the text
         except (OSError, UnicodeDecodeError) as error:
             self.mistakes.append(f"{where}: the list {path} cannot be read ({error})")
             return
-        if "reference" not in (lines or [""])[0].split(","):
-            for number, line in enumerate(lines, 1):
-                if line.strip() and not line.startswith("#"):
-                    yield f"{path.name} line {number}", {**given, "reference": line.strip()}
-            return
+        if lines and "reference" in next(csv.reader(lines[:1])):
+            rows = list(self._csv_rows(path.name, lines))
+        else:
+            named = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+            rows = [(n, {"reference": line}) for n, line in named if line and not line.startswith("#")]
+        if not rows:
+            self.mistakes.append(f"{where}: the list {path} names no models")
+        for number, row in rows:
+            yield f"{path.name} line {number}", {**given, **row}
+
+    def _csv_rows(self, name: str, lines: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (line number, values that are not empty) of a list with columns."""
         known = _KEYS["models"].keys() - {"list"}
         reader = csv.DictReader(lines)
-        for column in set(reader.fieldnames or ()) - known:
-            self.mistakes.append(f"{path.name}: unknown column {column!r}. {near(column, known)}")
-        for number, row in enumerate(reader, 2):
-            place = f"{path.name} line {number}"
+        for column in sorted({*(reader.fieldnames or ())} - known):
+            self.mistakes.append(f"{name}: unknown column {column!r}. {near(column, sorted(known))}")
+        for row in reader:
+            place = f"{name} line {reader.line_num}"
             values: dict[str, Any] = {key: text for key, text in row.items() if key in known and text}
+            if None in row:
+                self.mistakes.append(
+                    f"{place}: more values than columns. Put quotation marks around a reference that has commas"
+                )
+                continue
+            if "reference" not in values:
+                self.mistakes.append(f"{place}: there is no reference")
             if "accuracy" in values:
                 try:
                     values["accuracy"] = float(values["accuracy"])
                 except ValueError:
                     self.mistakes.append(f"{place}: accuracy must be a number; got {values.pop('accuracy')!r}")
-            yield place, {**given, **values}
+            yield reader.line_num, values
 
     def _entries(self, where: str, table: Mapping[str, Any]) -> Iterator[ModelEntry]:
         """Yield the models of one row, more than one where its reference is a pattern."""
+        table = {key: value for key, value in table.items() if value is not None}
         reference = table.get("reference")
-        if not isinstance(reference, str):
+        if reference is None:
             return  # said already
         accuracy = table.get("accuracy")
-        if isinstance(accuracy, int | float) and not 0 <= accuracy <= 1:
+        if accuracy is not None and not 0 <= accuracy <= 1:
             hint = f" Did you mean {accuracy / 100:g}?" if 1 < accuracy <= 100 else ""
             self.mistakes.append(f"{where}: accuracy must be a share in [0, 1]; got {accuracy}.{hint}")
         try:
@@ -361,8 +390,8 @@ class _Reader:
             return
         for entry in found:
             given = {key: table[key] for key in ("name", "category", "label", "accuracy") if key in table}
-            donor = table.get("donor")
-            yield ModelEntry(**{**vars(entry), **given, "donor": None if donor is None else str(self._absolute(donor))})
+            donor = str(self._absolute(table["donor"])) if "donor" in table else None
+            yield replace(entry, **given, donor=donor)
 
     def _expand(self, reference: str) -> Iterator[ModelEntry]:
         name, _, options = reference.partition("?") if not reference.startswith("file:") else _file_parts(reference)
@@ -383,20 +412,27 @@ class _Reader:
         elif _WILD.search(rest):
             raise StudyError(f"{reference!r}: patterns are known for zoo:, timm: and file: only")
         else:
-            yield ModelEntry(rest.rpartition("/")[2] if kind in ("hf", "hf-hub") else rest, reference)
+            folder = self._absolute(rest)
+            place = str(folder) if kind == "hf" and folder.is_dir() else rest
+            yield ModelEntry(rest.rpartition("/")[2] if kind in ("hf", "hf-hub") else rest, f"{kind}:{place}{tail}")
 
     def _files(self, rest: str, tail: str) -> Iterator[ModelEntry]:
-        pattern = str(self._absolute(rest))
-        paths = sorted(glob.glob(pattern, recursive=True)) if _WILD.search(rest) else [pattern]  # noqa: PTH207
+        path = self._absolute(rest)
+        if path.exists():
+            paths = [path]
+        elif _WILD.search(rest):
+            # relative to the study's folder, whose own name may hold brackets
+            found = glob.glob(str(Path(rest).expanduser()), root_dir=self.path.parent, recursive=True)  # noqa: PTH207
+            paths = sorted(self.path.parent / name for name in found)
+        else:
+            there = near(path.name, sorted(other.name for other in path.parent.glob("*")))
+            raise StudyError(f"there is no file {path}. {there}")
         if not paths:
-            raise StudyError(f"no file matches {pattern}")
-        missing = [path for path in paths if not Path(path).exists()]
-        if missing:
-            there = near(Path(missing[0]).name, sorted(p.name for p in Path(missing[0]).parent.glob("*")))
-            raise StudyError(f"there is no file {missing[0]}. {there}")
-        stems = [Path(path).stem for path in paths]
-        folders = [Path(path).parent.name for path in paths]
-        names = folders if len(set(stems)) < len(stems) else stems
+            raise StudyError(f"no file matches {path}")
+        stems = [path.name if path.is_dir() else path.stem for path in paths]
+        folders = [path.parent.name for path in paths]
+        both = [f"{folder}-{stem}" for folder, stem in zip(folders, stems, strict=True)]
+        names = next((names for names in (stems, folders, both) if len(set(names)) == len(names)), stems)
         for name, path in zip(names, paths, strict=True):
             yield ModelEntry(name, f"file:{path}{tail}")
 
@@ -472,6 +508,10 @@ def _timm_names(name: str) -> list[str]:
 
 
 def _section(title: str, values: Mapping[str, Any]) -> str:
-    # JSON's texts, numbers, truth values and lists are TOML's, too
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value is not None]
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
     return "\n".join([title, *lines, ""])
+
+
+def _toml(value: Any) -> str:
+    # JSON's texts, numbers, truth values and lists are TOML's, too, but for one character that JSON leaves as it is
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,65 @@
+"""Who writes a study's folder: one process at a time."""
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from layercrit.errors import StudyError
+
+__all__ = ["hold", "holder"]
+
+_HOLDER = "running.json"  # who runs a study; the lock itself is a file beside it, released when that process ends
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold a study's folder, so that one process at a time writes it.
+
+    Raises:
+        StudyError: another process holds it, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=1)  # `holder` takes it for a moment
+    except Timeout as error:
+        raise StudyError(
+            f"The study in {folder} is being run by {holder(folder) or 'another process'}. "
+            "Wait for it, stop it, or look at it with `layercrit study status`."
+        ) from error
+    except OSError as error:
+        raise StudyError(f"The folder {folder} cannot be used ({error.strerror}). Name another with --out.") from error
+    try:
+        about = {
+            "process": os.getpid(),
+            "machine": platform.node(),
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        (folder / _HOLDER).write_text(json.dumps(about), encoding="utf-8")
+        yield
+    finally:
+        (folder / _HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def holder(folder: Path) -> str | None:
+    """Say who runs the study in a folder; None if nobody does."""
+    lock = FileLock(folder / ".lock")
+    try:
+        with lock.acquire(timeout=0):
+            return None
+    except Timeout:
+        pass
+    except OSError:
+        return None  # a folder that cannot be written is run by nobody
+    try:
+        about = json.loads((folder / _HOLDER).read_text(encoding="utf-8"))
+        return f"process {about['process']} on {about['machine']}, since {about['since']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"

@@ -1,0 +1,282 @@
+"""How the tests of running studies run them: here, in a process that is killed, or with workers; and what they make.
+
+Network, resets and distance are named in study files, and found by processes that know nothing of the tests.
+"""
+
+import json
+import multiprocessing
+import os
+import sqlite3
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from layercrit.distances import distance
+from layercrit.executors import Executor, Failed, Finished, LocalProcesses, Message, Place
+from layercrit.networks import drawing
+from layercrit.resets import reset
+from layercrit.running import run_study
+from layercrit.store import FILE, Store
+from layercrit.study import load_study
+from layercrit.studyfile import read_study_file
+from small_studies import write_study
+
+ARCHITECTURE = "arch=py:running_jobs:small_network"
+PLACE = Place("cpu", 1)
+CHANGING = ["run", "seconds", "finished"]  # columns of cells that differ from run to run
+
+
+def small_network():
+    """From images ``(n_images, 3, 2, 2)`` to 3 classes; resets change the layers '1', '3' and '5'."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+LAYERS = ["1", "3", "5"]
+
+
+def write_model(path, seed):
+    """Write weights with which the network is as sure of itself as a trained one."""
+    with drawing(seed):
+        network = small_network()
+    state = network.state_dict()
+    state["5.weight"] *= 20
+    save_file(state, path)
+
+
+def write_pixels(path, n_images=24, seed=0):
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(0, 256, (n_images, 3, 2, 2), dtype=np.uint8)
+    np.savez(path, images=pixels, labels=generator.integers(0, 3, n_images))
+
+
+def write_small(folder, n_models=2, trials=2, n_images=24, models=None, images=None, **sections):
+    """Write a study of `small_network`, as `small_studies.write_study` does of another one."""
+    models = models or [{"reference": f"file:m*.safetensors?{ARCHITECTURE}"}]
+    images = {"input_size": [3, 2, 2]} | (images or {})
+    path = write_study(folder, n_models, trials, n_images, models=models, images=images, **sections)
+    for seed in range(n_models):
+        write_model(path.parent / f"m{seed}.safetensors", seed)
+    write_pixels(path.parent / "images.npz", n_images)
+    return path
+
+
+# what studies import
+
+
+@distance("least")
+def least(p, q):
+    """1 minus the smallest ratio of two probabilities of a class."""
+    return 1 - (torch.minimum(p, q) / torch.maximum(p, q)).amin(dim=1)
+
+
+@reset("unlucky", random=True)
+def unlucky(draw):
+    """Fails for some draws."""
+    if draw.layer.name == "3" and torch.rand((), generator=draw.generator) < 0.5:
+        raise RuntimeError("out of luck")
+    return {name: value * 2 for name, value in draw.trained.items()}
+
+
+@reset("half", random=True, donor="checkpoint")
+def half(draw):
+    """Takes about half of the values from the donor."""
+    mixed = {}
+    for name, value in draw.trained.items():
+        taken = torch.rand(value.shape, generator=draw.generator) < 0.5
+        mixed[name] = torch.where(taken, draw.donor[name], value)
+    return mixed
+
+
+@reset("break", random=False)
+def break_(draw):
+    """Layer '3' becomes infinite, layer '5' stays as it is, layer '1' is negated."""
+    factor = {"1": -1.0, "3": torch.inf, "5": 1.0}[draw.layer.name]
+    return {name: value * factor for name, value in draw.trained.items()}
+
+
+@reset("deadly", random=False)
+def deadly(draw):
+    """Ends the process."""
+    os._exit(3)
+
+
+# running
+
+
+class Killed(BaseException):
+    """The run ends here."""
+
+
+class Inline(Executor):
+    """Runs tasks in this process, one after the other; ``stop_after`` events the run is over.
+
+    Attributes:
+        tasks: names of those that were begun.
+        events: those that happened.
+    """
+
+    def __init__(self, stop_after=None, place=PLACE):
+        self.stop_after, self.place = stop_after, place
+        self.tasks, self.events = [], []
+
+    def run(self, tasks, start):
+        for event in self._run(tasks, start):
+            if self.stop_after == len(self.events):
+                raise Killed
+            self.events.append(event)
+            yield event
+
+    def _run(self, tasks, start):
+        work = start(self.place)
+        for task in tasks:
+            self.tasks.append(task.name)
+            try:
+                for content in work(task):
+                    yield Message(task, content)
+            except Exception as error:
+                yield Failed(task, f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
+            else:
+                yield Finished(task)
+
+
+class KillingWorkers(LocalProcesses):
+    """Processes of which one is killed from outside at each of some events."""
+
+    def __init__(self, places, at):
+        super().__init__(places)
+        self.at, self.killed = set(at), []
+
+    def run(self, tasks, start):
+        for number, event in enumerate(super().run(tasks, start)):
+            if number in self.at:
+                victim = next(process for process in multiprocessing.active_children() if "Spawn" in str(process))
+                victim.kill()
+                self.killed.append(victim.pid)
+            yield event
+
+
+def run(path, folder, executor=None, **settings):
+    return run_study(read_study_file(path), folder, progress=False, executor=executor or Inline(), **settings)
+
+
+def run_slowly(path, folder, seconds):
+    """Be a process that is killed: give a part after every batch, and wait a little after every event."""
+    import layercrit._worker as worker
+
+    torch.set_num_threads(1)
+    worker._SECONDS_BETWEEN_PARTS = 0
+
+    class Slow(Inline):
+        def _run(self, tasks, start):
+            for event in super()._run(tasks, start):
+                yield event
+                time.sleep(seconds)
+
+    run(path, folder, Slow())
+
+
+def run_with_workers(path, folder, n_workers):
+    """Be a process with workers, for a process that kills this one."""
+    run(path, folder, LocalProcesses([PLACE] * n_workers))
+
+
+# looking at results
+
+
+def tables(folder):
+    """Everything that a study found: its cells with their keys, its tables, the values of each image, the records."""
+    study = load_study(folder)
+    cells = study.cells.drop(columns=CHANGING)
+    with Store(folder) as store:
+        per_image = store.per_image(cells["key"].to_list())
+    records = {
+        row["model"]: {k: v for k, v in row["record"].items() if k not in ("notes", "predictions")}
+        for _, row in study.models.iterrows()
+    }
+    return cells, study.to_pandas(), study.by_model().drop(columns="reference"), per_image, records
+
+
+def assert_same_tables(found, expected, atol=0.0):
+    """Two results of `tables` are the same, within ``atol`` where they are no keys, names or counts."""
+    for one, other in zip(found[:3], expected[:3], strict=True):
+        pd.testing.assert_frame_equal(one, other, check_exact=atol == 0, rtol=0, **({"atol": atol} if atol else {}))
+    assert found[3].keys() == expected[3].keys()
+    for key, values in expected[3].items():
+        assert found[3][key].keys() == values.keys()
+        for name, per_image in values.items():
+            np.testing.assert_allclose(found[3][key][name], per_image, rtol=0, atol=atol, err_msg=name)
+    assert found[4] == expected[4]
+
+
+def check_store(folder, n_layers=len(LAYERS), n_images=24):
+    """Make sure that a store holds nothing but whole cells of whole trials; return how many."""
+    if not (Path(folder) / FILE).exists():
+        return 0
+    connection = sqlite3.connect(Path(folder) / FILE)
+    assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    connection.close()
+    with Store(folder) as store:
+        cells = store.cells()
+        assert set(cells.groupby(["model", "reset", "trial"]).size()) <= {n_layers}
+        per_image = store.per_image(cells["key"].to_list())
+        assert set(per_image) == set(cells.loc[cells["status"] == "ok", "key"])
+        assert {len(values) for found in per_image.values() for values in found.values()} <= {n_images}
+        if len(cells):
+            assert (cells["n_images"] == n_images).all()
+            assert cells.groupby(["model", "reset", "layer", "trial"]).size().eq(1).all()
+    return len(cells)
+
+
+def n_parts(folder):
+    connection = sqlite3.connect(Path(folder) / FILE)
+    (n,) = connection.execute("SELECT count(*) FROM parts").fetchone()
+    connection.close()
+    return n
+
+
+def children_of(process):
+    """Process ids of the children of a process."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended
+        if int(fields[1]) == process and fields[0] != "Z":
+            found.append(int(status.parent.name))
+    return found
+
+
+def is_running(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def replace_in(path, old, new):
+    """Replace a text in a file, where it must stand."""
+    text = Path(path).read_text()
+    assert old in text, f"{old!r} does not stand in {path}"
+    Path(path).write_text(text.replace(old, new))
+
+
+def set_in(path, section, **values):
+    """Set keys of a section in a study file; the new lines win over old ones."""
+    lines = Path(path).read_text().splitlines()
+    start = lines.index(f"[{section}]")
+    kept = [line for i, line in enumerate(lines) if i <= start or line.split(" = ")[0] not in values or _left(lines, start, i)]
+    new = [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
+    start = kept.index(f"[{section}]")
+    Path(path).write_text("\n".join([*kept[: start + 1], *new, *kept[start + 1 :]]))
+
+
+def _left(lines, start, index):
+    """Whether a line stands in a later section than the one that begins at ``start``."""
+    return any(line.startswith("[") for line in lines[start + 1 : index])
