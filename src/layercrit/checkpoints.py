@@ -23,11 +23,9 @@ import torch
 from torch import Tensor
 
 from layercrit.errors import CheckpointError, near
+from layercrit.wrappers import WRAPPER_PREFIXES
 
-__all__ = ["WRAPPER_PREFIXES", "Checkpoint", "fit_to", "foreign_globals", "hash_tensors", "read_checkpoint"]
-
-WRAPPER_PREFIXES = ("module.", "model.", "_orig_mod.", "network.", "backbone.")
-"""What wrappers put before parameter names: data parallelism, Lightning, ``torch.compile`` and common habit."""
+__all__ = ["Checkpoint", "fit_to", "foreign_globals", "hash_tensors", "read_checkpoint"]
 
 # What torch itself writes into a file of plain tensors; none of it runs code that a file's author can choose.
 _PLAIN_GLOBAL = re.compile(

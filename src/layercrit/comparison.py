@@ -12,8 +12,8 @@ import pandas as pd
 from scipy.stats import kendalltau, rankdata, spearmanr
 
 from layercrit.errors import StudyError, near
-from layercrit.layers import wrapper_of
 from layercrit.study import Study
+from layercrit.wrappers import wrapper_of
 
 __all__ = ["Comparison", "accuracy_of", "compare"]
 
@@ -409,7 +409,7 @@ def _about_missing(study: Study, cells: pd.DataFrame, reset: str, left_out: set[
     planned = study.record.get("protocol", {}).get("trials", 0) if random else 0  # one trial tells all without chance
     most = max(int(trials.max()), planned)
     if few := [f"{name} ({trials[name]})" for name in wanted if name in usable and trials[name] < most]:
-        notes.append(f"Fewer than the {most} trials of the study: {_listed(few, len(few))}.")
+        notes.append(f"Fewer than the {most} trials of the study: {_listed(few)}.")
     notes += [
         f"Failed: {failure.model}, trial {failure.trial} ({failure.error})."
         for failure in study.failures

@@ -263,7 +263,7 @@ def is_cached(kind: str, rest: str) -> bool:
         config = timm.get_pretrained_cfg(rest)
         if config is None:
             return True  # there are no weights
-        return _in_hub_cache(config.hf_hub_id, config.url)
+        return _in_hub_cache(config.hf_hub_id, config.url if isinstance(config.url, str) else None)
     if kind == "torchvision":
         name, _, weights_name = rest.partition(":")
         return weights_name == "none" or _in_hub_cache(None, _torchvision_weights(name, weights_name).url)

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layercrit._holding import holding
-from layercrit.checkpoints import WRAPPER_PREFIXES
 from layercrit.errors import LayerError, near
+from layercrit.wrappers import wrapper_of
 
 __all__ = ["GROUPS", "LAYER_TYPES", "Group", "Layer", "find_layers", "select_layers", "stages_of", "wrapper_of"]
 
@@ -194,14 +194,6 @@ def stages_of(names: Sequence[str]) -> dict[str, str]:
     bare = {name: name.removeprefix(wrapper) for name in names}
     blocks = _blocks([Layer(name, "conv", (), (), 0) for name in bare.values()])
     return {name: wrapper + _stage_of(inner, blocks) for name, inner in bare.items()}
-
-
-def wrapper_of(names: Iterable[str]) -> str:
-    """Return what wrappers have put before every one of some names, such as ``model.``; empty where they have not."""
-    found, inner = "", list(names)
-    while shared := next((w for w in WRAPPER_PREFIXES if inner and all(name.startswith(w) for name in inner)), ""):
-        found, inner = found + shared, [name.removeprefix(shared) for name in inner]
-    return found
 
 
 def _layers_of(name: str, module: nn.Module, types: Mapping[str, str]) -> list[Layer]:

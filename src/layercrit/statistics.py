@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass
 from math import exp, isinf, log, nan, sqrt
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
-from torch import Tensor
 
 from layercrit.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["ChanceLevel", "Estimate", "estimate", "estimate_mean_over_layers", "fit_temperature"]
 
@@ -202,7 +204,7 @@ def _t_quantile(level: float, df: float) -> float:
     return float(stdtrit(df, 0.5 + level / 2))
 
 
-def fit_temperature(logits: Tensor, entropy: float) -> float:
+def fit_temperature(logits: "Tensor", entropy: float) -> float:
     """Find the temperature T at which the mean entropy of softmax(logits / T) has a given value.
 
     Cosine depends on how peaked the predictions are; models trained with label smoothing, mixup or binary
@@ -253,7 +255,7 @@ def fit_temperature(logits: Tensor, entropy: float) -> float:
     return exp(brentq(lambda log_t: _mean_entropy(logits, log_t) - entropy, low, high, xtol=1e-12))
 
 
-def _mean_entropy(logits: Tensor, log_temperature: float) -> float:
+def _mean_entropy(logits: "Tensor", log_temperature: float) -> float:
     """Return the mean entropy, in nats, of softmax(logits / T) over the rows of ``(n_images, n_classes)``."""
     total = 0.0
     for start in range(0, len(logits), _ROWS_AT_ONCE):  # float64 copies of 10,000 x 21,841 logits would take gigabytes
@@ -282,7 +284,7 @@ class ChanceLevel:
         self._sum: Tensor | None = None
         self._n_images = 0
 
-    def add(self, p: Tensor) -> None:
+    def add(self, p: "Tensor") -> None:
         """Take in a batch of predictions.
 
         Args:

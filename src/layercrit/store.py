@@ -371,8 +371,10 @@ class Store:
         )
         table = pd.DataFrame(rows, columns=names)
         means = pd.DataFrame([json.loads(text) for text in table.pop("means")], index=table.index, dtype=np.float64)
-        table["raw"] = [None if text is None else json.loads(text) for text in table["raw"]]
-        table["seed"] = pd.array([None if seed is None else int(seed) for seed in table["seed"]], dtype="UInt64")
+        # from the rows: where only some are None, the table has NaN in their place
+        seeds, raws = ([row[names.index(name)] for row in rows] for name in ("seed", "raw"))
+        table["seed"] = pd.array([None if seed is None else int(seed) for seed in seeds], dtype="UInt64")
+        table["raw"] = pd.Series([None if raw is None else json.loads(raw) for raw in raws], dtype=object)
         return pd.concat([table.drop(columns="raw"), means, table[["raw"]]], axis=1)
 
     def keys_with_images(self) -> set[str]:
