@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import trained_models
-from layercrit.errors import CheckpointError, ModelError
+from layercrit import models as models_module
+from layercrit.errors import CheckpointError, LayercritError, ModelError
 from layercrit.images import Preprocessing
-from layercrit.models import MODEL_SOURCES, Model, model_source, open_model
+from layercrit.models import MODEL_SOURCES, Model, model_source, open_model, without_weights
 from photographs import photograph
 
 FRESH = "timm:test_resnet?pretrained=false"
@@ -251,7 +252,74 @@ def test_model_source__registers():
             open_model("linear:5")
     finally:
         MODEL_SOURCES.pop("linear", None)
-    assert set(MODEL_SOURCES) == known == {"timm", "hf-hub", "torchvision", "hf", "file", "py"}
+    assert set(MODEL_SOURCES) == known
+    assert known == {"timm", "hf-hub", "torchvision", "hf", "zoo", "file", "py"}
+
+
+def test_model_source__every_kind_is_in_the_modules_table():
+    table = models_module.__doc__.split("=====\n")[1]
+    assert {line[2:].partition(":")[0] for line in table.splitlines() if line.startswith("``")} == set(MODEL_SOURCES)
+
+
+# References without weights
+
+
+@pytest.mark.parametrize(
+    ("references", "expected"),
+    [
+        (
+            [
+                "timm:resnet50",
+                "timm:resnet50.a1_in1k",
+                "timm:resnet50.a2_in1k?mean=(0,0,0)&std=(1,1,1)&input_size=(3,64,64)",
+                "timm:resnet50?pretrained=false&seed=3",
+                "file:no/such.pth?arch=timm:resnet50",
+                "file:no/such.pth?key=ema&arch=timm:resnet50.a3_in1k&mean=(0,0,0)",
+                "zoo:resnet50.a1_in1k",
+                "zoo:resnet50_dino?mean=(0,0,0)",
+                "file:no/such.pth?arch=zoo:resnet50_dino",
+            ],
+            "timm:resnet50?pretrained=False",
+        ),
+        (
+            ["torchvision:resnet50", "torchvision:resnet50:IMAGENET1K_V1", "torchvision:resnet50:none"],
+            "torchvision:resnet50?pretrained=False",
+        ),
+        (
+            ["timm:resnet18?num_classes=10&in_chans=1", "file:x.pth?in_chans=1&arch=timm:resnet18&num_classes=10"],
+            "timm:resnet18?in_chans=1&num_classes=10&pretrained=False",
+        ),
+        (["py:my.nets:small?width=3"], "py:my.nets:small?pretrained=False&width=3"),
+        (["hf:microsoft/resnet-50"], "hf:microsoft/resnet-50?pretrained=False"),
+        (["hf-hub:timm/resnet50.a1_in1k"], "hf-hub:timm/resnet50.a1_in1k?pretrained=False"),
+    ],
+)
+def test_without_weights__same_for_what_differs_in_weights_only(references, expected):
+    assert [without_weights(reference) for reference in references] == [expected] * len(references)
+
+
+def test_without_weights__is_the_architecture(weights):
+    _, path = weights
+    path.with_suffix(".json").write_text(json.dumps({"arch": "timm:test_resnet.r160_in1k?num_classes=5&seed=4"}))
+    for reference in (f"file:{path}?num_classes=10", f"file:{path.parent}?num_classes=10"):
+        bare = without_weights(reference)
+        assert bare == "timm:test_resnet?num_classes=10&pretrained=False"
+        assert open_model(bare).architecture == open_model(reference).architecture
+        assert without_weights(bare) == bare
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("resnet50", "'resnet50' is no model reference"),
+        ("file:no/such.pth", "file:no/such.pth comes without its architecture"),
+        ("file:x.pth?arch=tim:resnet50", "'tim:resnet50' is no model reference.*Did you mean 'timm'"),
+        ("zoo:resnet50_dinno", "The zoo has no model 'resnet50_dinno'. Did you mean 'resnet50_dino'"),
+    ],
+)
+def test_without_weights__refuses(reference, message):
+    with pytest.raises(LayercritError, match=message):
+        without_weights(reference)
 
 
 # Weight files

@@ -665,3 +665,184 @@ def test_probe_set__labels_for_some_images_only(tmp_path: Path) -> None:
 def test_probe_set__without_labels_has_no_origin_of_labels(folder: Path) -> None:
     probe_set = ProbeSet.from_folder(folder, SMALL, use_labels=False)
     assert (probe_set.labels, probe_set.label_origin, probe_set.n_classes) == (None, None, None)
+
+
+# Saved and loaded
+
+
+def saved(tmp_path: Path, n_images: int = 6, labels: Any = None, **settings: Any) -> Path:
+    return ProbeSet.from_array(pieces(n_images), TAKEN, labels, **settings).save(tmp_path / "kept")
+
+
+@pytest.mark.parametrize("memory_limit", [0, 2**30])
+def test_load__what_was_saved(memory_limit: int, folder: Path, tmp_path: Path) -> None:
+    cut_off(folder, "d/0.jpeg")
+    cut_off(folder, "c/1.png")
+    probe_set = ProbeSet.from_folder(folder, SMALL, seed=4, max_unreadable=0.1, memory_limit=memory_limit)
+    kept = probe_set.save(tmp_path / "deep" / "kept")
+    loaded = ProbeSet.load(kept)
+    assert np.array_equal(loaded.images, probe_set.images)
+    assert np.array_equal(loaded.labels, probe_set.labels)
+    for field in inspect.signature(ProbeSet).parameters:
+        if field not in ("labels", "_pixels"):
+            assert getattr(loaded, field) == getattr(probe_set, field), field
+    assert len(loaded.skipped) == 2
+    assert loaded.to_dict() == probe_set.to_dict()
+    assert torch.equal(loaded.batch(3, 17), probe_set.batch(3, 17))
+    assert torch.equal(loaded.batch(30, 99), probe_set.batch(30, 99))
+    assert loaded.sha256 == twin_hash(loaded)
+
+
+@pytest.mark.parametrize("model", [TAKEN, Preprocessing(3, 16, 16, None), Preprocessing(3, 16, 16, (16, 16))])
+def test_load__without_labels_and_every_preprocessing(model: Preprocessing, tmp_path: Path) -> None:
+    probe_set = ProbeSet.from_array(pieces(3), model)
+    loaded = ProbeSet.load(probe_set.save(tmp_path))
+    assert (loaded.preprocessing, loaded.labels, loaded.label_origin) == (model, None, None)
+    assert ProbeSet.load(loaded.save(tmp_path / "again")).sha256 == probe_set.sha256
+
+
+def test_load__is_a_probe_set_like_any_other(tmp_path: Path) -> None:
+    loaded = ProbeSet.load(saved(tmp_path, labels=range(6)))
+    assert ProbeSet.from_source(loaded, TAKEN) is loaded
+    with pytest.raises(ProbeError, match="make a probe set with the model's preprocessing"):
+        ProbeSet.from_source(loaded, SMALL)
+    copy = pickle.loads(pickle.dumps(loaded))
+    assert torch.equal(copy.batch(0, 6), loaded.batch(0, 6))
+    assert loaded.labels is not None
+    for array in (loaded.images, loaded.labels):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+def test_load__copies_a_batch(tmp_path: Path) -> None:
+    loaded = ProbeSet.load(saved(tmp_path))
+    loaded.batch(0, 6).zero_()
+    assert ProbeSet.load(tmp_path / "kept").batch(0, 6).any()
+
+
+def test_save__images_are_an_ordinary_array(tmp_path: Path) -> None:
+    probe_set = ProbeSet.from_array(np.arange(600 * 4, dtype=np.uint8).reshape(600, 2, 2), Preprocessing(1, 2, 2, None))
+    images = np.load(probe_set.save(tmp_path) / "images.npy")
+    assert images.dtype == np.uint8
+    assert np.array_equal(images, probe_set.images), "more images than are written at once"
+    assert {path.name for path in tmp_path.iterdir()} == {"images.npy", "probe_set.json"}
+
+
+def test_save__replaces_another(tmp_path: Path) -> None:
+    saved(tmp_path, 6, labels=range(6))
+    other = ProbeSet.load(saved(tmp_path, 3))
+    assert (other.n_images, other.labels) == (3, None)
+
+
+def test_save__in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ProbeSet.from_array(pieces(3), TAKEN).save("~/kept")
+    assert ProbeSet.load("~/kept").n_images == ProbeSet.load(tmp_path / "kept").n_images == 3
+
+
+def test_save__interrupted_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path)
+    probe_set = ProbeSet.from_array(pieces(5), TAKEN)
+
+    def interrupt(start: int, stop: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(probe_set._pixels, "read", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        probe_set.save(tmp_path / "kept")
+    with pytest.raises(ProbeError, match="there is no whole probe set in"):
+        ProbeSet.load(tmp_path / "kept")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_save__disk_full(tmp_path: Path) -> None:
+    (tmp_path / "images.npy").symlink_to("/dev/full")
+    with pytest.raises(
+        ProbeError, match=rf"the images cannot be written into {tmp_path}: No space left on device; free some space"
+    ):
+        ProbeSet.from_array(pieces(6), TAKEN).save(tmp_path)
+    assert not (tmp_path / "probe_set.json").exists()
+
+
+def test_save__where_no_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ProbeError, match=r"cannot be written into .*file/x: Not a directory"):
+        ProbeSet.from_array(pieces(6), TAKEN).save(tmp_path / "file" / "x")
+
+
+def test_load__nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(ProbeError, match=rf"there is no whole probe set in {tmp_path} \(.*delete the folder, and it"):
+        ProbeSet.load(tmp_path)
+
+
+def change_record(kept: Path, **changes: Any) -> None:
+    path = kept / "probe_set.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labels": [0, 1, 2, 3, 4, 4]},
+        {"labels": None},
+        {"labels": [0, 1, 2]},
+        {"names": ["x"] * 5},
+        {"names": ["x"] * 7},
+        {"sha256": "0" * 64},
+        {"preprocessing": {}},
+        {"preprocessing": 3},
+        {"names": 3},
+        {"labels": ["x"]},
+    ],
+    ids=str,
+)
+def test_load__changed_record(changes: dict[str, Any], tmp_path: Path) -> None:
+    kept = saved(tmp_path, labels=range(6))
+    change_record(kept, **changes)
+    with pytest.raises(ProbeError, match=r"in .*kept .*delete the folder, and (it is|they are) (made|decoded) anew"):
+        ProbeSet.load(kept)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", "{}"])
+def test_load__no_record(text: str, tmp_path: Path) -> None:
+    kept = saved(tmp_path)
+    (kept / "probe_set.json").write_text(text)
+    with pytest.raises(ProbeError, match="there is no whole probe set in"):
+        ProbeSet.load(kept)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut off", "changed", "pickled", "wider", "flat"])
+def test_load__damaged_images(damage: str, tmp_path: Path) -> None:
+    kept = saved(tmp_path)
+    path = kept / "images.npy"
+    content = path.read_bytes()
+    images = np.load(path)
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut off":
+        path.write_bytes(content[:-1])
+    elif damage == "changed":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "pickled":
+        np.save(path, np.array([{"x": 1}], object), allow_pickle=True)
+    else:
+        np.save(path, images.astype(np.int16) if damage == "wider" else images.reshape(6, -1))
+    with pytest.raises(ProbeError, match=r"kept.*delete .*anew"):
+        ProbeSet.load(kept)
+
+
+def test_load__unverified(tmp_path: Path) -> None:
+    kept = saved(tmp_path)
+    change_record(kept, sha256="0" * 64)
+    assert ProbeSet.load(kept, verify=False).sha256 == "0" * 64
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of the process from /proc")
+def test_load__a_sweep_does_not_fill_memory(tmp_path: Path) -> None:
+    images = np.broadcast_to(np.arange(200 * 1024, dtype=np.uint8).reshape(200, 1024)[:, :, None], (200, 1024, 1024))
+    ProbeSet.from_array(images, Preprocessing(1, 1024, 1024, None), memory_limit=0, n_threads=1).save(tmp_path)
+    before = resident_mib()
+    loaded = ProbeSet.load(tmp_path)  # 200 MiB
+    for start in range(0, 200, 4):
+        loaded.batch(start, start + 4)
+    assert resident_mib() - before < 80

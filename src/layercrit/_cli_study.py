@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from layercrit._printing import number, plain, print_table
+from layercrit._printing import number, percent, plain, print_table
+from layercrit.errors import StudyError
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, 
     from layercrit.studyfile import read_study_file
 
     folder = _folder_of(file, out)
+    _keep_own_file(folder)
     report = run_study(read_study_file(file), folder, n_workers=workers, retry=retry)
     found = load_study(folder)
     if as_json:
@@ -97,7 +99,7 @@ def status_command(folder: Path, as_json: bool) -> None:
         click.echo(json.dumps(status, allow_nan=False))
         return
     _show_progress(found.progress())
-    left = "" if status["seconds_left"] is None else f", about {_time(status['seconds_left'])} left"
+    left = f", about {_time(status['seconds_left'])} left" if status["seconds_left"] else ""
     known = " planned so far" if status["not_opened"] else ""
     click.echo(f"{status['n_done']} of {status['n_planned']} cells{known} are done{left}")
     click.echo(f"run by {status['run_by']}" if status["run_by"] else "nobody runs it now")
@@ -130,11 +132,26 @@ def example_command(name: str) -> None:
 
 
 def _folder_of(file: Path, out: Path | None) -> Path:
+    """Return the study's folder; without one given, that of a study that was begun, or one named like the file."""
+    from layercrit.store import FILE
+
     if out is not None:
         return out
     if file.is_dir():
         return file
-    return file.absolute().parent if file.name == "study.toml" else Path(file.stem)
+    begun = file.name == "study.toml" and (file.parent / FILE).exists()
+    return file.absolute().parent if begun else Path(file.stem)
+
+
+def _keep_own_file(folder: Path) -> None:
+    """Refuse a folder in which a run would write its resolved study file over one that somebody wrote."""
+    from layercrit.store import FILE
+
+    if (folder / "study.toml").exists() and not (folder / FILE).exists():
+        raise StudyError(
+            f"No study was begun in {folder}, but there is a study.toml, which a run would replace. Give that file "
+            "itself, and another folder with --out."
+        )
 
 
 def _status(found: "Study") -> dict[str, Any]:
@@ -160,21 +177,22 @@ def _show_means(found: "Study") -> None:
 
     level = f"{100 * found.level:g}%"
     means = found.by_model()
-    table = Table(title=found.record.get("name"), title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=plain(found.record.get("name", found.folder.name)), title_justify="left", box=None, pad_edge=False
+    )
     table.add_column("model")
     table.add_column("category")
     for column in ("mean criticality", f"{level} interval", "matched", "top-1 right", "layers", "trials"):
         table.add_column(column, justify="right")
     for row in means.dropna(subset="criticality").to_dict("records"):
         interval = "-" if row["low"] != row["low"] else f"{row['low']:.3f} - {row['high']:.3f}"
-        accuracy = "-" if row["top1_accuracy"] != row["top1_accuracy"] else f"{100 * row['top1_accuracy']:.1f}%"
         table.add_row(
             plain(row["model"]),
             plain(row["category"] or "-"),
             number(row["criticality"]),
             interval,
             number(row["criticality_matched"]),
-            accuracy,
+            percent(row["top1_accuracy"]),
             str(int(row["n_layers"])),
             str(int(row["n_trials"])),
         )

@@ -40,7 +40,7 @@ class _Influence(TorchDispatchMode):  # type: ignore[no-untyped-call]
             influence |= self.bits.get(_block(tensor), 0)
         for tensor in _tensors(output):
             self.alive.append(tensor.untyped_storage())
-            self.bits[_block(tensor)] = self.bits.get(_block(tensor), 0) | influence
+            self.bits[_block(tensor)] = influence
         count = flop_registry.get(getattr(func, "overloadpacket", None))
         if count is not None:
             self.flops.append((influence, int(count(*args, **(kwargs or {}), out_val=output))))

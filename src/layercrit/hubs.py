@@ -261,8 +261,8 @@ def is_cached(kind: str, rest: str) -> bool:
         import timm
 
         config = timm.get_pretrained_cfg(rest)
-        if config is None:
-            return True  # there are no weights
+        if config is None or not config.has_weights:
+            return True
         return _in_hub_cache(config.hf_hub_id, config.url if isinstance(config.url, str) else None)
     if kind == "torchvision":
         name, _, weights_name = rest.partition(":")

@@ -14,7 +14,8 @@ from layercrit.errors import StudyError
 
 __all__ = ["hold", "holder"]
 
-_HOLDER = "running.json"  # who runs a study; the lock itself is a file beside it, released when that process ends
+_LOCK = ".lock"  # released when the process that holds it ends, however it ends
+_HOLDER = "running.json"  # who that is
 
 
 @contextlib.contextmanager
@@ -26,7 +27,7 @@ def hold(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
+        lock = FileLock(folder / _LOCK)
         lock.acquire(timeout=1)  # `holder` takes it for a moment
     except Timeout as error:
         raise StudyError(
@@ -50,7 +51,9 @@ def hold(folder: Path) -> Iterator[None]:
 
 def holder(folder: Path) -> str | None:
     """Say who runs the study in a folder; None if nobody does."""
-    lock = FileLock(folder / ".lock")
+    if not (folder / _LOCK).exists():
+        return None
+    lock = FileLock(folder / _LOCK)
     try:
         with lock.acquire(timeout=0):
             return None

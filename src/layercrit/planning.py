@@ -12,11 +12,12 @@ import torch
 
 from layercrit._allocator import large_blocks_stay
 from layercrit._machine import find_device
-from layercrit.errors import LayercritError
+from layercrit.errors import LayercritError, ModelError
 from layercrit.flops import count_flops
 from layercrit.hubs import is_cached
-from layercrit.layers import find_layers, select_layers
+from layercrit.layers import Layer, find_layers, select_layers
 from layercrit.models import Classifier, open_model, without_weights
+from layercrit.networks import first_line
 from layercrit.resets import RESETS
 from layercrit.store import FILE, Store
 from layercrit.studyfile import ModelEntry, StudyFile
@@ -128,7 +129,7 @@ def _built(study: StudyFile, reference: str) -> _Architecture:
     normalise = Classifier(network, model.mean, model.std).normalise
     black = torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8)
     layers = select_layers(
-        find_layers(network, normalise(black)),
+        _all_layers(reference, network, normalise(black)),
         types=protocol.types,
         patterns=protocol.layers,
         group=protocol.group,  # type: ignore[arg-type]
@@ -139,6 +140,19 @@ def _built(study: StudyFile, reference: str) -> _Architecture:
     device = find_device(protocol.device)
     seconds = _seconds(network.to(device), normalise(batch).to(device))
     return _Architecture(len(layers), flops, flops * sum(after.values()), n_numbers, seconds)
+
+
+def _all_layers(reference: str, network: torch.nn.Module, image: torch.Tensor) -> list[Layer]:
+    try:
+        return find_layers(network, image)
+    except LayercritError:
+        raise
+    except Exception as error:  # a network's own code raises what it likes
+        raise ModelError(
+            f"{reference!r} cannot run on an image of {' x '.join(map(str, image.shape[1:]))} (channels, height, "
+            f"width) ({first_line(error)}). All models of a study are asked about the same pixels: change input_size "
+            "under [images], or leave the model out."
+        ) from error
 
 
 def _seconds(network: torch.nn.Module, images: torch.Tensor) -> float:

@@ -157,6 +157,8 @@ class ProbeSet:
             settings = about["preprocessing"]
             resize = settings["resize"]
             labels = None if about["labels"] is None else np.array(about["labels"], np.int64)
+            if labels is not None:
+                labels.flags.writeable = False
             probe_set = cls(
                 preprocessing=Preprocessing(
                     **settings | {"resize": tuple(resize) if isinstance(resize, list) else resize}
@@ -167,6 +169,10 @@ class ProbeSet:
                 _pixels=KeptPixels(folder / _IMAGES),
                 **{name: about[name] for name in ("source", "seed", "sha256", "label_origin", "n_classes")},
             )
+            if len(probe_set._pixels) != probe_set.n_images:
+                raise ValueError(f"{probe_set.n_images} names for {len(probe_set._pixels)} images")
+        except ProbeError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ProbeError(
                 f"there is no whole probe set in {folder} ({error}); delete the folder, and it is made anew"

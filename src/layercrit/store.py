@@ -340,8 +340,8 @@ class Store:
                 (offset,) = self._connection.execute("SELECT coalesce(max(run), 0) FROM runs").fetchone()
                 self._connection.execute("INSERT INTO runs SELECT run + ?, started, record FROM other.runs", (offset,))
                 self._connection.execute(
-                    "INSERT OR IGNORE INTO cells SELECT key, status, seed, delta_norm, n_images, means, per_image, raw, "
-                    "seconds, finished, run + ? FROM other.cells",
+                    "INSERT OR IGNORE INTO cells SELECT key, status, seed, delta_norm, n_images, means, per_image, "
+                    "raw, seconds, finished, run + ? FROM other.cells",
                     (offset,),
                 )
         finally:

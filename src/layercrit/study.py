@@ -1,7 +1,7 @@
 """Many models measured under one protocol: the tables of a study's folder."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -14,7 +14,7 @@ import pandas as pd
 
 from layercrit.errors import StudyError, near
 from layercrit.statistics import Estimate, estimate
-from layercrit.store import FailureRow, Store
+from layercrit.store import FailureRow, PlanRow, Store
 
 if TYPE_CHECKING:
     from layercrit.comparison import Comparison
@@ -54,8 +54,10 @@ class Study:
 
     @property
     def resets(self) -> list[str]:
-        """The resets of the study."""
-        return list(dict.fromkeys(self.cells["reset"]))
+        """The resets of which there are cells, in the order of the study."""
+        found = list(dict.fromkeys(self.cells["reset"]))
+        asked = self.record.get("protocol", {}).get("resets", [])
+        return sorted(found, key=lambda reset: asked.index(reset) if reset in asked else len(asked))
 
     def label(self, model: str) -> str:
         """Return what figures call a model."""
@@ -116,17 +118,23 @@ class Study:
     def seconds_left(self) -> float | None:
         """Estimate the time that the cells left take, at the speed of the last run; None where it measured nothing.
 
-        Models that were not opened yet are taken to have as many cells as the others have in the mean.
+        Models that were not opened yet are taken to have as many cells as the others have in the mean. What failed is
+        not left: it is not tried again unasked. A merged or imported study has nothing left to run.
         """
-        if not self.runs:
+        if not self.runs or not self.planned or not _is_run(self.record):
             return None
         run = self.runs[-1]
         finished = self.cells.loc[self.cells["run"] == run["run"], "finished"].map(datetime.fromisoformat)
-        if finished.empty or not self.planned:
+        if finished.empty:
             return None
         took = (finished.max() - datetime.fromisoformat(run["started"])).total_seconds()
-        n_planned = sum(self.planned.values()) / len(self.planned) * len(self.models)
-        return float(max(0.0, n_planned - len(self.cells)) * took / len(finished))
+        typical = sum(self.planned.values()) / len(self.planned)
+        failed = Counter(failure.model for failure in self.failures)
+        n_trials = _n_trials(self.record, self.models["record"])
+        wanted = sum(
+            self.planned.get(model, typical) * (1 - failed[model] / n_trials) for model in self.models["model"]
+        )
+        return float(max(0.0, wanted - len(self.cells)) * took / len(finished))
 
     def compare(
         self, *, baseline: str | None = None, leave_out: list[str] | None = None, reset: str | None = None
@@ -154,7 +162,6 @@ class Study:
         of_ok = ok.groupby(by)
         table = groups[list(_ABOUT_LAYER)].first()
         table = table.join(self._estimates(ok, by, table.index))
-        table["sd_trials"] = of_ok["cosine"].std()
         means = [name for name in self.cells.columns if name not in (*_NO_MEANS, "cosine", _MATCHED)]
         table = table.join(of_ok[means].mean())
         if "top1" in table:
@@ -170,7 +177,8 @@ class Study:
         ok = self.cells["status"] == "ok"
         cells = self.cells[ok.groupby([self.cells[column] for column in (*by, "layer")]).transform("all")]
         counts = cells.groupby(by, sort=False).agg(n_layers=("layer", "nunique"), n_trials=("trial", "nunique"))
-        means = self._estimates(cells, by, counts.index).join(counts).drop(columns=["matched_low", "matched_high"])
+        means = self._estimates(cells, by, counts.index).join(counts)
+        means = means.drop(columns=["sd_trials", "matched_low", "matched_high"])
         return self.models.drop(columns="record").merge(means.reset_index(), on="model", how="left")
 
     def _estimates(self, cells: pd.DataFrame, by: list[str], groups: pd.Index) -> pd.DataFrame:
@@ -211,15 +219,38 @@ def load_study(folder: str | Path) -> Study:
     """
     folder = Path(folder).expanduser()
     with Store(folder) as store:
+        models, record = _models_table(store), store.meta("study", {})
         return Study(
             folder=folder,
-            models=_models_table(store),
+            models=models,
             cells=store.cells(),
             failures=tuple(store.failures()),
-            planned=Counter(row.model for row in store.plan()),
-            record=store.meta("study", {}),
+            planned=_planned(store.plan(), record, models["record"]),
+            record=record,
             runs=tuple(store.runs()),
         )
+
+
+def _planned(plan: Sequence[PlanRow], record: Mapping[str, Any], models: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return how many cells each model has that was opened."""
+    if not _is_run(record):
+        return Counter(row.model for row in plan)
+    # the cells of a trial are in the plan only once it was begun
+    layers = Counter(model for model, _ in {(row.model, row.layer) for row in plan})
+    n_trials = _n_trials(record, models)
+    return {model: n_layers * n_trials for model, n_layers in layers.items()}
+
+
+def _is_run(record: Mapping[str, Any]) -> bool:
+    """Return whether a study can be run; one that was imported or merged is what it is."""
+    return "measured" in record
+
+
+def _n_trials(record: Mapping[str, Any], models: Iterable[Mapping[str, Any]]) -> int:
+    """Return how many trials each model of a study has, those of all resets together."""
+    random = {reset: known for model in models for reset, known in model.get("random_trials", {}).items()}
+    trials = record["protocol"]["trials"]
+    return sum(trials if random.get(reset, True) else 1 for reset in record["protocol"]["resets"])
 
 
 def _models_table(store: Store) -> pd.DataFrame:
@@ -240,7 +271,9 @@ def _models_table(store: Store) -> pd.DataFrame:
             }
         )
     numbers = ("documented_accuracy", "top1_accuracy", "chance", "temperature")
-    return pd.DataFrame(rows).astype(dict.fromkeys(numbers, "float64"))
+    columns = ["model", "reference", "category", "label", *numbers, "architecture", "dtype", "sha256", "record"]
+    table = pd.DataFrame(rows, columns=columns, dtype=object)  # of columns of texts pandas would make None NaN
+    return table.astype(dict.fromkeys(numbers, "float64"))
 
 
 def _per_image(store: Store, cells: pd.DataFrame) -> dict[str, npt.NDArray[np.float64]]:
@@ -272,6 +305,7 @@ def _columns(critical: Estimate | None, matched: Estimate | None) -> dict[str, A
         "criticality": np.nan if critical is None else critical.mean,
         "low": np.nan if critical is None else critical.low,
         "high": np.nan if critical is None else critical.high,
+        "sd_trials": np.nan if critical is None else critical.sd_trials,
         "covers": "nothing" if critical is None else critical.covers,
         "criticality_matched": np.nan if matched is None else matched.mean,
         "matched_low": np.nan if matched is None else matched.low,
