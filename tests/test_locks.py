@@ -1,8 +1,8 @@
 import json
-import multiprocessing
 import os
 import platform
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -11,47 +11,45 @@ from layercrit.errors import StudyError
 from layercrit.locks import hold, holder
 
 
-def hold_until_told(folder, connection):
-    """Be another process that runs a study."""
-    with hold(folder):
-        connection.send("held")
-        connection.recv()
-    connection.send("left")
+HOLD = """
+import sys
+from pathlib import Path
+from layercrit.locks import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+print("left", flush=True)
+"""
 
 
 @pytest.fixture
 def other(tmp_path):
-    """Another process that holds ``tmp_path / 'study'``, and the connection to it."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=hold_until_told, args=(tmp_path / "study", there))
-    process.start()
-    assert here.poll(60), "the other process does not answer"
-    assert here.recv() == "held"
-    yield process, here
-    process.kill()
-    process.join()
+    """Another process that holds ``tmp_path / 'study'``."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "study")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
 
 
 def test_hold__one_process_at_a_time(tmp_path, other):
-    process, connection = other
     folder = tmp_path / "study"
-    who = f"process {process.pid} on {platform.node()}, since 20"
+    who = f"process {other.pid} on {platform.node()}, since 20"
     assert holder(folder).startswith(who)
     with pytest.raises(StudyError, match=f"is being run by {who}.*layercrit study status"), hold(folder):
         pass
     assert holder(folder).startswith(who), "the refused process took away what the holder wrote"
-    connection.send("leave")
-    assert connection.recv() == "left"
+    other.stdin.write("leave\n")
+    other.stdin.flush()
+    assert other.stdout.readline() == "left\n"
     assert holder(folder) is None
     with hold(folder):
         assert json.loads((folder / "running.json").read_text())["process"] == os.getpid()
 
 
 def test_hold__is_free_when_its_process_was_killed(tmp_path, other):
-    process, _ = other
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
     folder = tmp_path / "study"
     assert (folder / "running.json").exists()  # nobody was there to clear up
     assert holder(folder) is None
@@ -70,7 +68,10 @@ def test_hold__is_free_after_an_error(tmp_path):
 
 def test_hold__a_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StudyError, match=r"file cannot be used \(.*\)\. Name another with --out"), hold(tmp_path / "file"):
+    with (
+        pytest.raises(StudyError, match=r"file cannot be used \(.*\)\. Name another with --out"),
+        hold(tmp_path / "file"),
+    ):
         pass
 
 
@@ -90,7 +91,8 @@ def test_holder__leaves_no_trace(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", None])
-def test_holder__held_by_somebody_who_says_nothing(tmp_path, other, text):
-    written = tmp_path / "study" / "running.json"
-    written.unlink() if text is None else written.write_text(text)
-    assert holder(tmp_path / "study") == "another process"
+def test_holder__held_by_somebody_who_says_nothing(tmp_path, text):
+    with hold(tmp_path):
+        written = tmp_path / "running.json"
+        written.unlink() if text is None else written.write_text(text)
+        assert holder(tmp_path) == "another process"

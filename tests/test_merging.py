@@ -47,9 +47,7 @@ def halves(tmp_path_factory):
 def assert_same_tables(found, expected):
     pd.testing.assert_frame_equal(found.to_pandas(), expected.to_pandas())
     machines = ["reference"]
-    pd.testing.assert_frame_equal(
-        found.by_model().drop(columns=machines), expected.by_model().drop(columns=machines)
-    )
+    pd.testing.assert_frame_equal(found.by_model().drop(columns=machines), expected.by_model().drop(columns=machines))
     columns = [name for name in expected.cells.columns if name not in OTHERWISE]
     pd.testing.assert_frame_equal(found.cells[columns], expected.cells[columns])
     with Store(found.folder) as one, Store(expected.folder) as other:
@@ -66,11 +64,11 @@ def state(folder):
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def made(folder, models, layers=("conv1", "fc"), trials=(0, 1), cosine=0.25, **options):
+def made(folder, names, layers=("conv1", "fc"), trials=(0, 1), cosine=0.25, **options):
     """A study in a moment."""
     cells = [
         {"model": model, "layer": layer, "trial": trial, "cosine": cosine}
-        for model in models for layer in layers for trial in trials
+        for model in names for layer in layers for trial in trials
     ]  # fmt: skip
     return measured(folder, cells, **options)
 
@@ -196,9 +194,9 @@ def test_merge_studies__published_and_measured(whole, tmp_path):
 
 
 def test_merge_studies__notes_about_protocols(tmp_path):
-    settings = {"dtype": "float32", "seed": 0, "level": 0.9, "device": "cpu", "trials": 2, "group": "layer"}
+    settings = {"dtype": "float32", "seed": 0, "level": 0.9, "trials": 2, "group": "layer"}
     made(tmp_path / "a", "a", record={"protocol": settings, "notes": ["one", "both"], "baseline": "a"})
-    other = settings | {"dtype": "bfloat16", "seed": 1, "level": 0.8, "device": "cuda", "trials": 5}
+    other = settings | {"dtype": "bfloat16", "seed": 1, "level": 0.8, "trials": 5}
     record = {"protocol": other, "notes": ["both", "two"], "baseline": "b", "leave_out": ["b"]}
     made(tmp_path / "b", "b", record=record)
     merged = merge_studies([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
@@ -222,7 +220,7 @@ def rows(sha256, **more):
 def test_merge_studies__one_name_two_models(tmp_path, other):
     made(tmp_path / "a", "a", trials=[0], models=rows("1"))
     made(tmp_path / "b", "a", trials=[1], models=rows(**other))
-    with pytest.raises(StudyError, match="a and .*b both have a model 'a', with different weights, .* another name"):
+    with pytest.raises(StudyError, match=r"a and .*b both have a model 'a', with different weights, .* another name"):
         merge_studies([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -233,7 +231,9 @@ def test_merge_studies__one_trial_under_two_settings(tmp_path):
         store.put_models(rows("1"))
         store.put_plan([PlanRow("a", "fc", "rerandomize", 1, "of another seed", "linear", "fc", 1, 9, 0.5)])
         store.put_cells([CellRow("of another seed", "ok", 7, 1.5, 4, {"cosine": 0.5})])
-    with pytest.raises(StudyError, match=r"both measured trial 1 of 'a', reset 'rerandomize', under different settings"):
+    with pytest.raises(
+        StudyError, match=r"both measured trial 1 of 'a', reset 'rerandomize', under different settings"
+    ):
         merge_studies([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -243,8 +243,8 @@ def test_merge_studies__refuses(tmp_path):
     made(tmp_path / "b", "b")
     with pytest.raises(StudyError, match="two or more studies to merge, got 1"):
         merge_studies([tmp_path / "a"], tmp_path / "merged")
-    with pytest.raises(StudyError, match="b holds a study already.*--out"):
+    with pytest.raises(StudyError, match=r"b holds a study already.*--out"):
         merge_studies([tmp_path / "a", tmp_path / "b"], tmp_path / "b")
-    with pytest.raises(StudyError, match="There is no study in .*c: "):
+    with pytest.raises(StudyError, match=r"There is no study in .*c: "):
         merge_studies([tmp_path / "a", tmp_path / "c"], tmp_path / "merged")
     assert not (tmp_path / "merged" / FILE).exists()

@@ -321,7 +321,7 @@ def test_load_study__models_without_cells(tmp_path):
 
 
 def test_load_study__no_study(tmp_path):
-    with pytest.raises(StudyError, match="There is no study in .*nowhere.*layercrit study run"):
+    with pytest.raises(StudyError, match=r"There is no study in .*nowhere.*layercrit study run"):
         load_study(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 

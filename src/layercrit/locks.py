@@ -64,5 +64,5 @@ def holder(folder: Path) -> str | None:
     try:
         about = json.loads((folder / _HOLDER).read_text(encoding="utf-8"))
         return f"process {about['process']} on {about['machine']}, since {about['since']}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"

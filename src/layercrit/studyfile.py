@@ -33,7 +33,6 @@
 """
 
 import csv
-import glob
 import importlib
 import json
 import re
@@ -44,40 +43,17 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from layercrit._model_entries import ModelEntry, models_of
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.errors import LayercritError, StudyError, near
 from layercrit.images import STANDARD, Preprocessing
 from layercrit.layers import GROUPS, LAYER_TYPES
-from layercrit.models import MODEL_SOURCES
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import RESETS, get_reset
-from layercrit.zoo import find_entries
 
 __all__ = ["ModelEntry", "StudyFile", "read_study_file"]
 
 _LISTED = 20  # mistakes shown at once
-_WILD = re.compile(r"[*?\[]")
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """One model of a study file, patterns and lists expanded.
-
-    Attributes:
-        name: unique in the study.
-        reference: its model reference, paths in it absolute.
-        category: the family of its training method, or None.
-        label: how figures call it, or None.
-        accuracy: top-1 accuracy as its authors give it, a share in [0, 1], or None.
-        donor: a weight file, for resets whose values come from one.
-    """
-
-    name: str
-    reference: str
-    category: str | None = None
-    label: str | None = None
-    accuracy: float | None = None
-    donor: str | None = None
 
 
 @dataclass(frozen=True)
@@ -378,7 +354,7 @@ class _Reader:
             hint = f" Did you mean {accuracy / 100:g}?" if 1 < accuracy <= 100 else ""
             self.mistakes.append(f"{where}: accuracy must be a share in [0, 1]; got {accuracy}.{hint}")
         try:
-            found = list(self._expand(reference))
+            found = list(models_of(reference, self.path.parent))
         except LayercritError as error:
             self.mistakes.append(f"{where}: {error}")
             return
@@ -392,49 +368,6 @@ class _Reader:
             given = {key: table[key] for key in ("name", "category", "label", "accuracy") if key in table}
             donor = str(self._absolute(table["donor"])) if "donor" in table else None
             yield replace(entry, **given, donor=donor)
-
-    def _expand(self, reference: str) -> Iterator[ModelEntry]:
-        name, _, options = reference.partition("?") if not reference.startswith("file:") else _file_parts(reference)
-        kind, _, rest = name.partition(":")
-        if kind not in MODEL_SOURCES or not rest:
-            raise StudyError(f"{reference!r} is no model reference. {near(kind, MODEL_SOURCES)}")
-        tail = f"?{options}" if options else ""
-        if kind == "zoo":
-            for entry in find_entries(rest):
-                yield ModelEntry(
-                    entry.id, f"zoo:{entry.id}{tail}", entry.category, entry.label, entry.documented_accuracy
-                )
-        elif kind == "file":
-            yield from self._files(rest, tail)
-        elif kind == "timm":
-            for model in _timm_names(rest):
-                yield ModelEntry(model, f"timm:{model}{tail}")
-        elif _WILD.search(rest):
-            raise StudyError(f"{reference!r}: patterns are known for zoo:, timm: and file: only")
-        else:
-            folder = self._absolute(rest)
-            place = str(folder) if kind == "hf" and folder.is_dir() else rest
-            yield ModelEntry(rest.rpartition("/")[2] if kind in ("hf", "hf-hub") else rest, f"{kind}:{place}{tail}")
-
-    def _files(self, rest: str, tail: str) -> Iterator[ModelEntry]:
-        path = self._absolute(rest)
-        if path.exists():
-            paths = [path]
-        elif _WILD.search(rest):
-            # relative to the study's folder, whose own name may hold brackets
-            found = glob.glob(str(Path(rest).expanduser()), root_dir=self.path.parent, recursive=True)  # noqa: PTH207
-            paths = sorted(self.path.parent / name for name in found)
-        else:
-            there = near(path.name, sorted(other.name for other in path.parent.glob("*")))
-            raise StudyError(f"there is no file {path}. {there}")
-        if not paths:
-            raise StudyError(f"no file matches {path}")
-        stems = [path.name if path.is_dir() else path.stem for path in paths]
-        folders = [path.parent.name for path in paths]
-        both = [f"{folder}-{stem}" for folder, stem in zip(folders, stems, strict=True)]
-        names = next((names for names in (stems, folders, both) if len(set(names)) == len(names)), stems)
-        for name, path in zip(names, paths, strict=True):
-            yield ModelEntry(name, f"file:{path}{tail}")
 
     def _check_unique(self, models: Sequence[ModelEntry]) -> None:
         names: dict[str, str] = {}
@@ -481,30 +414,6 @@ def import_here(module: str) -> None:
     if here not in sys.path:
         sys.path.insert(0, here)
     importlib.import_module(module)
-
-
-def _file_parts(reference: str) -> tuple[str, str, str]:
-    """Split ``file:PATH?arch=...`` at its options; a question mark elsewhere in a path is a wildcard."""
-    match = re.match(r"(?s)(.*?)\?(\w+=.*)$", reference)
-    return (match[1], "?", match[2]) if match else (reference, "", "")
-
-
-def _timm_names(name: str) -> list[str]:
-    import timm
-
-    if _WILD.search(name):
-        found = timm.list_models(name, pretrained=True) or timm.list_models(name)
-        if not found:
-            raise StudyError(f"timm has no model that matches {name!r}")
-        return list(found)
-    architecture = name.partition(".")[0]
-    if not timm.is_model(architecture):
-        raise StudyError(f"timm has no model {name!r}. {near(architecture, timm.list_models())}")
-    tags = [known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", pretrained=True)]
-    tag = name.partition(".")[2]
-    if tag and tag not in tags:
-        raise StudyError(f"timm has no weights {tag!r} for {architecture}. {near(tag, tags)}")
-    return [name]
 
 
 def _section(title: str, values: Mapping[str, Any]) -> str:
