@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import permutation_test, spearmanr
 
 from layercrit.comparison import accuracy_of, compare
 from layercrit.errors import StudyError
@@ -151,6 +152,43 @@ def test_compare__correlations_agree_with_their_formulas(tmp_path):
     assert dictionary["spearman_all"]["n"] == 7
     assert dictionary["spearman_without_adversarial"] is None
     assert [row["without"] for row in dictionary["correlations"]] == [None, None, "even", "even", "odd", "odd"]
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        ([1, 2, 3], [1, 2, 3]),
+        ([1, 2, 3, 4], [2, 1, 4, 3]),
+        ([1, 1, 2, 3, 3], [5, 4, 4, 4, 1]),
+        ([0.3, 0.1, 0.1, 0.9, 0.4, 0.4], [0.7, 0.7, 0.8, 0.75, 0.6, 0.7]),
+    ],
+    ids=["three in order", "four", "ties", "more ties"],
+)
+def test_correlations__p_value_of_few_models_is_over_all_their_orders(tmp_path, x, y):
+    def size(other):
+        return abs(spearmanr(x, other).statistic)
+
+    exact = permutation_test((y,), size, permutation_type="pairings", n_resamples=np.inf, alternative="greater")
+    names = [f"m{i}" for i in range(len(x))]
+    made = [
+        {"model": name, "layer": "fc", "trial": t, "cosine": v / 10}
+        for name, v in zip(names, x, strict=True)
+        for t in (0, 1)
+    ]
+    models = [ModelRow(name, name, None, name, v / 10) for name, v in zip(names, y, strict=True)]
+    found = compare(measured(tmp_path / "study", made, models=models)).correlations.set_index("method").loc["spearman"]
+    assert abs(found["statistic"]) == pytest.approx(size(y), abs=1e-12)
+    assert found["pvalue"] == pytest.approx(exact.pvalue, abs=1e-12)
+
+
+def test_correlations__p_value_of_many_models_is_scipy_s(tmp_path):
+    generator = np.random.default_rng(6)
+    x, y = generator.random(9), generator.random(9)
+    names = [f"m{i}" for i in range(9)]
+    made = [{"model": name, "layer": "fc", "trial": 0, "cosine": v} for name, v in zip(names, x, strict=True)]
+    models = [ModelRow(name, name, None, name, v) for name, v in zip(names, y, strict=True)]
+    found = compare(measured(tmp_path / "study", made, models=models)).correlations.set_index("method").loc["spearman"]
+    assert found["pvalue"] == pytest.approx(spearmanr(np.float32(x), y).pvalue, abs=1e-6)
 
 
 def test_compare__no_correlation_of_two_models_or_of_one_accuracy(tmp_path):

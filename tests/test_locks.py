@@ -10,7 +10,6 @@ import pytest
 from layercrit.errors import StudyError
 from layercrit.locks import hold, holder
 
-
 HOLD = """
 import sys
 from pathlib import Path

@@ -386,6 +386,8 @@ def test_run_study__needs_the_source_no_more(study, folder, decoded):
 def test_run_study__takes_no_images_that_were_asked_for_in_another_way(tmp_path, folder, decoded, monkeypatch):
     """A run that ends between saving other images and saying so leaves images that nobody asked for."""
     path = write_small(tmp_path)
+    other = path.with_name("other.toml")
+    other.write_text(path.read_text().replace("[protocol]", "[protocol]\nseed = 3"))
     run(path, folder)
     expected = tables(folder)
     save = ProbeSet.save
@@ -397,9 +399,9 @@ def test_run_study__takes_no_images_that_were_asked_for_in_another_way(tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(ProbeSet, "save", killed)
         with pytest.raises(Killed):
-            run(write_small(tmp_path, protocol={"seed": 3}), folder)
+            run(other, folder)
 
-    report = run(write_small(tmp_path), folder)
+    report = run(path, folder)
 
     assert (report.n_measured, report.n_known) == (0, N_CELLS)
     assert_same_tables(tables(folder), expected)

@@ -1,6 +1,7 @@
 """Commands about whole studies: run, plan, status, merge."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, 
     if report.failures:
         _show_failures(report.failures)
         click.echo("Mend what can be mended and run the same command with --retry.", err=True)
-        raise click.exceptions.Exit(1)
+        sys.exit(1)
 
 
 @study.command("plan")
