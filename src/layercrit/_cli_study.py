@@ -1,7 +1,6 @@
 """Commands about whole studies: run, plan, status, merge."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +65,7 @@ def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, 
     if report.failures:
         _show_failures(report.failures)
         click.echo("Mend what can be mended and run the same command with --retry.", err=True)
-        sys.exit(1)
+        raise click.exceptions.Exit(1)
 
 
 @study.command("plan")

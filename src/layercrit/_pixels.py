@@ -19,18 +19,19 @@ class KeptPixels:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._images = np.load(path, mmap_mode="r", allow_pickle=False)
+            images = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise ProbeError(
                 f"{path} cannot be read as images ({error}); delete it, and they are decoded anew"
             ) from error
-        self.shape = self._images.shape
-        if self._images.dtype != np.uint8 or self._images.ndim != 4:
+        self.shape: tuple[int, ...] = images.shape
+        if images.dtype != np.uint8 or images.ndim != 4:
             raise ProbeError(
-                f"{path} holds {self._images.dtype} {self.shape}, expected uint8 (n_images, channels, height, width); "
+                f"{path} holds {images.dtype} {self.shape}, expected uint8 (n_images, channels, height, width); "
                 "delete it, and the images are decoded anew"
             )
-        self._path, self._offset = path, int(self._images.offset)
+        self._images: Pixels = images
+        self._path, self._offset = path, int(images.offset)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -337,9 +337,7 @@ def main() -> None:
     """Run the command line; every error ends in one clear message and a non-zero exit code."""
     debug = "--traceback" in sys.argv[1:]
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        sys.exit(cli(standalone_mode=False))  # None, or the code that a command or an option such as --help exits with
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
