@@ -224,3 +224,11 @@ def test_options__defaults_are_the_library_s():
     for name, value in Protocol().to_dict().items():
         assert str(options[name]) == str(value), f"--{name} has another default than the protocol"
         assert library[name].default == value, f"measure({name}=) has another default than the protocol"
+
+
+def test_layers__downloads_nothing(tmp_path):
+    result = run(
+        "layers", "timm:test_resnet.r160_in1k", "--json", cwd=tmp_path, env=os.environ | {"HF_HOME": str(tmp_path)}
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads(result.stdout)["layers"]) > 10

@@ -84,7 +84,9 @@ def test_export__published_layout_is_what_was_read(imported, tmp_path):
 
 
 def test_export__into_the_studys_folder_unless_said_otherwise(imported):
-    assert [file.parent for file in export(imported, "latex")] == [imported.folder / "export"]
+    assert [file.parent for file in export(imported, "latex")] == [imported.folder / "export" / "latex"]
+    for name in FORMATS:  # both CSV formats have a models.csv
+        export(imported, name, overwrite=name == "latex")
 
 
 # LaTeX

@@ -8,6 +8,7 @@ import timm
 import torch
 
 from layercrit import planning
+from layercrit.errors import ProbeError
 from layercrit.models import open_model
 from layercrit.planning import plan_study
 from layercrit.store import CellRow, ModelRow, PlanRow, Store
@@ -244,3 +245,11 @@ def test_to_dict__is_plain_data(tmp_path):
     totals = {name: found[name] for name in ("n_images", "n_cells", "n_done", "download")}
     assert totals == {"n_images": 24, "n_cells": 4 * N_LAYERS, "n_done": 0, "download": 0}
     assert (found["flops"], found["flops_plain"], found["seconds"]) == (plan.flops, plan.flops_plain, plan.seconds)
+
+
+def test_plan_study__counts_the_images_that_there_are(tmp_path):
+    study = read_study_file(write_study(tmp_path, n_images=24, images={"n_images": 10_000}))
+    assert plan_study(study).n_images == 24
+    (tmp_path / "images.npz").unlink()
+    with pytest.raises(ProbeError, match=r"images\.npz"):
+        plan_study(study)

@@ -216,3 +216,21 @@ def test_trial__frees_what_it_drew_when_it_is_over(network):
     gc.collect()
 
     assert not [value for value in drawn if value() is not None]
+
+
+def test_predictions__that_hardly_differ_between_images_are_noted(network):
+    assert not any("hardly differ" in note for note in open_session(mostly_sure(network)).notes)
+    with torch.no_grad():
+        network.fc.weight.zero_()
+    assert any("hardly differ from image to image" in note for note in open_session(network).notes)
+
+
+def mostly_sure(network):
+    """The network with larger logits, so that its predictions differ from image to image."""
+    pixels = normalised(photographs(N_IMAGES))
+    with torch.no_grad():
+        logits = network(pixels)
+        scale = 30 / logits.std(dim=0)
+        network.fc.weight.mul_(scale[:, None])
+        network.fc.bias.copy_((network.fc.bias - logits.mean(dim=0)) * scale)
+    return network

@@ -338,3 +338,31 @@ def test_of_reset__refuses(random, tmp_path):
 
 def test_load_study__is_what_the_package_offers():
     assert layercrit.load_study is load_study
+
+
+def test_per_image__is_what_was_kept(random):
+    found = random.per_image("b", "fc", distance="l1")
+    with Store(random.folder) as store:
+        keys = [json.dumps(["b", "fc", "rerandomize", trial]) for trial in range(3)]
+        expected = [store.per_image([key])[key]["l1"] for key in keys]
+    assert found.shape == (3, 5)
+    assert np.array_equal(found, np.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "c", "layer": "fc"}, "no model 'c' measured"),
+        ({"model": "a", "layer": "fd"}, "no layer 'fd' measured. Did you mean 'fc'"),
+        ({"model": "a", "layer": "fc", "distance": "l2"}, "No distances 'l2' were kept. Did you mean 'l1'"),
+        ({"model": "a", "layer": "fc", "reset": "zero"}, "no reset 'zero'"),
+    ],
+)
+def test_per_image__unknown_names(random, arguments, message):
+    with pytest.raises(StudyError, match=message):
+        random.per_image(**arguments)
+
+
+def test_per_image__of_imported_results_is_empty(tmp_path):
+    study = import_published(write_table(tmp_path / "t.csv", rows_of()), tmp_path / "study")
+    assert study.per_image(MODELS[0], LAYERS[0]).shape == (0, 0)

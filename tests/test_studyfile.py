@@ -13,6 +13,7 @@ from layercrit.images import STANDARD, Preprocessing
 from layercrit.networks import MODEL_SOURCES
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import RESETS
+from layercrit.store import Store
 from layercrit.studyfile import ModelEntry, StudyFile, read_study_file
 from layercrit.zoo import ZOO
 from small_studies import OPTIONS, write_study
@@ -626,3 +627,17 @@ def test_to_toml__says_everything(tmp_path):
     for name, value in DEFAULTS.to_dict().items():
         if name not in ("reset", "n_images", "trials", "dtype", "device"):
             assert f"\n{name} = {json.dumps(value)}\n" in text
+
+
+def test_read_study_file__an_architecture_that_nobody_says(tmp_path):
+    path = write_study(tmp_path, models=[{"reference": "file:m0.safetensors"}])
+    with pytest.raises(StudyError) as caught:
+        read_study_file(path)
+    assert "m0.safetensors comes without its architecture" in str(caught.value)
+    assert "baseline" not in str(caught.value), "whether 'm0' is the baseline is not known then"
+
+
+def test_read_study_file__a_folder_of_imported_results(tmp_path):
+    Store(tmp_path, create=True).close()
+    with pytest.raises(StudyError, match="was imported or merged: there is nothing in it to run"):
+        read_study_file(tmp_path)

@@ -711,7 +711,8 @@ def test_fetch_entry__another_file_than_the_first_time_is_refused(fetched, tmp_p
     other = {**state, "fc.bias": torch.zeros(1000)}
     torch.save(classic(other), tmp_path / "other.pth")
     with pytest.raises(
-        ZooError, match=r"has SHA-256 .*, expected .*It is not the file that was published, or no longer"
+        ZooError,
+        match=r"has SHA-256 .*, expected .*It is not the file that was published, or no longer.*To begin anew, delete",
     ):
         fetch_entry(ZOO[ENTRY], given=[tmp_path / "other.pth"])
     assert same(open_model(f"zoo:{ENTRY}").network.state_dict(), state)

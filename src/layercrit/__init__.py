@@ -45,6 +45,10 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     # Names are fetched when first used, so that `layercrit --help` does not wait for torch.
     if name not in _HOME:

@@ -52,15 +52,21 @@ def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, 
 
     folder = _folder_of(file, out)
     _keep_own_file(folder)
-    report = run_study(read_study_file(file), folder, n_workers=workers, retry=retry)
+    read = read_study_file(file)
+    try:
+        report = run_study(read, folder, n_workers=workers, retry=retry)
+    except KeyboardInterrupt:
+        click.echo(f"Stopped. What is measured is kept in {folder}; run the same command to go on.", err=True)
+        raise
     found = load_study(folder)
     if as_json:
         click.echo(json.dumps({**_status(found), "measured_now": report.n_measured, "seconds": report.seconds}))
     else:
         _show_means(found)
+        go_on = f"; go on with `layercrit compare {folder}`" if len(found.cells) else ""
         click.echo(
             f"{report.n_measured} cells measured, {report.n_known} were there already ({_time(report.seconds)}). "
-            f"Saved in {folder}; go on with `layercrit compare {folder}`."
+            f"Saved in {folder}{go_on}."
         )
     if report.failures:
         _show_failures(report.failures)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["compare_command", "export_command", "import_command"]
 
 
+_FEWEST = 5  # models from which a rank correlation is worth a look
+
+
 class _Format(click.Option):
     """The format of an export; its registry is read only when help or a value is asked for."""
 
@@ -103,8 +106,10 @@ def _show(comparison: "Comparison") -> None:
     if len(comparison.categories):
         print_table(_categories(comparison))
         click.echo()
-    print_table(_correlations(comparison))
-    click.echo()
+    correlations = _correlations(comparison)
+    if correlations.row_count:
+        print_table(correlations)
+        click.echo()
     against = f"differences are to {comparison.baseline}" if comparison.baseline else "no baseline"
     click.echo(
         f"{len(comparison.models)} models, {len(comparison.layers)} layers, {comparison.origin['trials']} trials, "
@@ -159,6 +164,8 @@ def _correlations(comparison: "Comparison") -> Any:
     table = _table(title, ("models",), ("n", "Spearman's rho", "p", "Kendall's tau-b", "p"))
     rows = comparison.correlations.to_dict("records")
     for spearman, kendall in zip(rows[::2], rows[1::2], strict=True):
+        if spearman["n"] < _FEWEST:
+            continue
         without = spearman["without"]
         cells = [text for row in (spearman, kendall) for text in (number(row["statistic"]), _pvalue(row["pvalue"]))]
         table.add_row(plain("all" if without is None else f"without {without}"), str(spearman["n"]), *cells)

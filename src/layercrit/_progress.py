@@ -50,7 +50,7 @@ class Bar:
     def say(self, line: str) -> None:
         """Print a line above the bar; without a terminal, on stderr as it is."""
         if self._shown:
-            self._progress.console.print(line, markup=False, highlight=False)
+            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _show(self, description: str, done: float, total: float) -> None:
         if self._progress.tasks[0].description != description:

@@ -149,9 +149,9 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
 
     from layercrit.flops import count_flops
     from layercrit.layers import Group, find_layers, select_layers
-    from layercrit.models import open_model
+    from layercrit.models import open_model, without_weights
 
-    opened = open_model(model)
+    opened = open_model(without_weights(model))  # nothing is downloaded
     size = opened.preprocessing
     black = opened.classifier.normalise(torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8))
     found = select_layers(find_layers(opened.network, black), types=types, patterns=layers, group=cast(Group, group))

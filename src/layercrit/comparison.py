@@ -206,7 +206,7 @@ def compare(
         baseline=chosen,
         left_out=tuple(name for name in study.models["model"] if name in left_out),
         caution=_CAUTION if unlike else None,
-        notes=(*notes, *about_baseline, *about_layers, *_about_bad(cells, tables["n_bad"]), *about_accuracy),
+        notes=(*about_layers, *notes, *about_baseline, *_about_bad(cells, tables["n_bad"]), *about_accuracy),
         origin=_origin(study, used),
     )
 

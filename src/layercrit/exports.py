@@ -88,7 +88,7 @@ def export(study: Study, format: str, path: str | Path | None = None, *, overwri
     if format not in FORMATS:
         raise StudyError(f"No export format is named {format!r}. {near(format, FORMATS)}")
     chosen = FORMATS[format]
-    folder = study.folder / "export" if path is None else Path(path).expanduser()
+    folder = study.folder / "export" / format if path is None else Path(path).expanduser()
     files = [folder / name for name in chosen.files]
     if (there := [file.name for file in files if file.exists()]) and not overwrite:
         raise StudyError(

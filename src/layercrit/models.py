@@ -153,6 +153,8 @@ def _parsed(reference: str) -> tuple[str, str, dict[str, Any]]:
 def without_weights(reference: str) -> str:
     """Return a reference to the same architecture, not trained; equal ones for models that differ in weights only.
 
+    Normalisation goes with the weights; the size of images stays.
+
     Raises:
         ModelError: The reference is unknown, or a file's architecture is not said.
     """
@@ -170,8 +172,8 @@ def without_weights(reference: str) -> str:
     if kind == "zoo":
         (entry,) = find_entries(rest)
         kind, _, rest = entry.architecture.partition(":")
-    weights_or_input = ("seed", "mean", "std", "input_size")
-    options = {name: value for name, value in options.items() if name not in weights_or_input}
+    of_weights = ("seed", "mean", "std")
+    options = {name: value for name, value in options.items() if name not in of_weights}
     return f"{kind}:{rest}{written({**options, 'pretrained': False})}"
 
 

@@ -12,6 +12,7 @@ import torch
 
 from layercrit._allocator import large_blocks_stay
 from layercrit._machine import find_device
+from layercrit.archives import open_source
 from layercrit.errors import LayercritError, ModelError
 from layercrit.flops import count_flops
 from layercrit.hubs import is_cached
@@ -77,7 +78,11 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
     Args:
         study: what to measure.
         folder: the study's folder, to count what is done; None for a new study.
+
+    Raises:
+        ProbeError: the source of images cannot be opened.
     """
+    n_images = min(study.n_images, len(open_source(study.source)))
     done = _done(Path(folder)) if folder is not None else Counter[str]()
     architectures: dict[str, _Architecture] = {}
     trials = {reset: study.protocol.trials if RESETS[reset].random else 1 for reset in study.resets}
@@ -88,7 +93,7 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
             here, mistake = _is_here(entry, built.mistake)
             n_cells = built.n_layers * sum(trials.values())
             n_done = min(done[entry.name], n_cells)
-            left = (n_cells - n_done) / max(1, n_cells) * study.n_images
+            left = (n_cells - n_done) / max(1, n_cells) * n_images
             # beside the resets, each trial runs the trained network, which is asked once before all trials, too
             flops = left * (sum(trials.values()) * (built.flops + built.flops_after) + built.flops)
             plain += left * built.flops * (n_cells + 1)
@@ -106,7 +111,7 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
                     "mistake": mistake,
                 }
             )
-    return StudyPlan(pd.DataFrame(rows), study.n_images, plain, replayed, seconds)
+    return StudyPlan(pd.DataFrame(rows), n_images, plain, replayed, seconds)
 
 
 def _architecture(study: StudyFile, entry: ModelEntry, known: dict[str, _Architecture]) -> tuple[str, _Architecture]:

@@ -200,7 +200,7 @@ class ProbeSet:
         raise ProbeError(
             f"labels of '{self.source}' are unlike the model's classes: {reason}. The labels are {self.label_origin}. "
             "Give the numbers of the model's classes (class folders may be named by these integers), or leave the "
-            "labels out with use_labels=False (--no-labels)"
+            "labels out: use_labels=False (--no-labels; labels = false in a study file)"
         )
 
     @classmethod

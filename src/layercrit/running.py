@@ -183,7 +183,7 @@ class _Run:
             self.store.put_failure(FailureRow(*where, event.error, event.details, _now()))
             if (job.model.name, event.error) not in self.said:
                 self.said.add((job.model.name, event.error))
-                self.bar.say(f"{name} failed: {event.error}")
+                self.bar.say(f"{name} failed: {event.error.splitlines()[0][:160]}")
             self.expected[name] = self.done[name]
         elif isinstance(event, Message) and isinstance(event.content, Planned):
             planned = event.content

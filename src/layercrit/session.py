@@ -28,6 +28,7 @@ from layercrit.statistics import ChanceLevel, fit_temperature
 __all__ = ["MATCHED_ENTROPY", "Batch", "Predictions", "Session", "Trial"]
 
 MATCHED_ENTROPY = 0.1  # of the largest possible entropy, ln(n_classes): what the matched temperature aims at
+_ALIKE = 0.99  # mean cosine between predictions for different images from which a network knows no images apart
 _TEMPERATURE_IMAGES = 512
 _CALIBRATION_LAYERS = 12
 _COLUMN_OF_SCORE = {"loss": "loss", "top1": "top1_accuracy", "top5": "top5_accuracy"}
@@ -230,6 +231,11 @@ class Session:
                 scores.setdefault(name, []).append(values.cpu().numpy())
             start += len(logits)
             self._bar.predicted(start, n_images)
+        if chance.value > _ALIKE:
+            self.notes.append(
+                f"predictions hardly differ from image to image (mean cosine {chance.value:.4f}), as those of an "
+                "untrained network: criticality then says little"
+            )
         means = {name: _finite(np.concatenate(parts).mean(dtype=np.float64)) for name, parts in scores.items()}
         n_classes = first[0].shape[1]
         entropy = MATCHED_ENTROPY * math.log(n_classes)

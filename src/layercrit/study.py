@@ -93,6 +93,29 @@ class Study:
         """
         return self._layers.copy()
 
+    def per_image(
+        self, model: str, layer: str, *, distance: str = "cosine", reset: str | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return the distances of every image in the cells of one layer that are ok.
+
+        Returns:
+            ``(n_trials, n_images)``, images in the order of the probe set; ``(0, 0)`` where only means are known.
+
+        Raises:
+            StudyError: there is no such model, layer or distance, or no reset of that name.
+        """
+        cells = self.of_reset(reset)
+        for what, name in (("model", model), ("layer", layer)):
+            known = list(cells[what].unique())
+            if name not in known:
+                raise StudyError(f"The study in {self.folder} has no {what} {name!r} measured. {near(name, known)}")
+            cells = cells[cells[what] == name]
+        with Store(self.folder) as store:
+            found = list(store.per_image(cells["key"].to_list()).values())
+        if found and distance not in found[0]:
+            raise StudyError(f"No distances {distance!r} were kept. {near(distance, found[0])}")
+        return np.stack([values[distance] for values in found]) if found else np.empty((0, 0), np.float32)
+
     def by_model(self) -> pd.DataFrame:
         """Return one row per (model, reset): its mean criticality over layers with its interval, and its accuracies.
 
@@ -113,7 +136,8 @@ class Study:
             planned, n_done = self.planned.get(model), int(done.get(model, 0))
             state = "failed" if errors else "not opened" if planned is None else "done" if n_done == planned else "left"
             rows.append((model, state, planned, n_done, len(errors), errors[0] if errors else None))
-        return pd.DataFrame(rows, columns=["model", "state", "n_planned", "n_done", "n_failed", "error"])
+        table = pd.DataFrame(rows, columns=["model", "state", "n_planned", "n_done", "n_failed", "error"])
+        return table.astype({"n_planned": "float64"})
 
     def seconds_left(self) -> float | None:
         """Estimate the time that the cells left take, at the speed of the last run; None where it measured nothing.

@@ -48,8 +48,10 @@ from layercrit.distances import DISTANCES, get_distance
 from layercrit.errors import LayercritError, StudyError, near
 from layercrit.images import STANDARD, Preprocessing
 from layercrit.layers import GROUPS, LAYER_TYPES
+from layercrit.models import without_weights
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import RESETS, get_reset
+from layercrit.store import FILE
 
 __all__ = ["ModelEntry", "StudyFile", "read_study_file"]
 
@@ -112,6 +114,8 @@ def read_study_file(path: str | Path) -> StudyFile:
     """
     path = Path(path).expanduser()
     if path.is_dir():
+        if (path / FILE).is_file() and not (path / "study.toml").is_file():
+            raise StudyError(f"The study in {path} was imported or merged: there is nothing in it to run.")
         path = path / "study.toml"
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -143,6 +147,7 @@ class _Reader:
     def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
         self.path, self.content = path, content
         self.mistakes: list[str] = []
+        self.some_unread = False  # references of models that could not be understood
         self.tables: dict[str, list[dict[str, Any]]] = {name: [] for name in _KEYS}  # None for values of a wrong type
 
     def read(self) -> StudyFile:
@@ -355,8 +360,11 @@ class _Reader:
             self.mistakes.append(f"{where}: accuracy must be a share in [0, 1]; got {accuracy}.{hint}")
         try:
             found = list(models_of(reference, self.path.parent))
+            for entry in found:
+                without_weights(entry.reference)  # says where an architecture is missing
         except LayercritError as error:
             self.mistakes.append(f"{where}: {error}")
+            self.some_unread = True
             return
         single = {"name", "label", "accuracy", "donor"} & table.keys()
         if len(found) > 1 and single:
@@ -389,6 +397,8 @@ class _Reader:
     def _check_comparison(self, models: Sequence[ModelEntry], baseline: Any, leave_out: Sequence[str]) -> None:
         names = [model.name for model in models]
         categories = [model.category for model in models if model.category]
+        if self.some_unread:
+            return  # what is not known here may be one of those
         if isinstance(baseline, str) and baseline not in names:
             self.mistakes.append(f"[study] baseline {baseline!r} is none of the models. {near(baseline, names)}")
         for name in leave_out:

@@ -202,7 +202,15 @@ def _convert(entry: ZooEntry, paths: Sequence[Path], hashes: Sequence[str | None
     sources = []
     for file, checkpoint, expected in zip(entry.files, checkpoints, hashes, strict=True):
         fetched = Fetched(checkpoint.path, checkpoint.path.stat().st_size, checkpoint.sha256)
-        check_file(fetched, file.address, None, expected)
+        try:
+            check_file(fetched, file.address, None, expected)
+        except ZooError as error:
+            if not entry.provenance_path.exists():
+                raise
+            raise ZooError(
+                f"{error} It may also be that the file used the first time was wrong: its hash stands in "
+                f"{entry.provenance_path}. To begin anew, delete that file and fetch again."
+            ) from error
         sources.append({**asdict(file), "size": fetched.size, "sha256": fetched.sha256})
     tensors = _converted(entry, checkpoints)
     partial = entry.path.with_suffix(".partial")
