@@ -88,7 +88,7 @@ def test_compare__ranks_the_models(study):
     assert "4 models, 6 layers, 3 trials, reset rerandomize; differences are to tv_resnet50" in lines
     assert "left out: frozen" in lines
     assert "Rank correlation of mean criticality with documented accuracy" in text
-    assert "without augmentation" in text
+    assert "without augmentation" not in text, "two models are too few for a correlation"
     assert any(line.startswith("note: Published results") for line in lines)
 
 
@@ -104,7 +104,7 @@ def test_compare__names_and_categories_that_look_like_markup(tmp_path):
     measured(tmp_path / "study", cells, models=[ModelRow(name, "py:m", "[link=x]c[/]", None, None, {})])
     result = run(compare_command, tmp_path / "study")
     assert name in result.stdout
-    assert result.stdout.count("[link=x]c[/]") == 3  # in all three tables
+    assert result.stdout.count("[link=x]c[/]") == 2  # in both tables; a correlation over one model is not shown
     assert "no baseline" in result.stdout
     assert result.stderr == ""
 

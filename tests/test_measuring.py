@@ -123,7 +123,7 @@ def test_measure__equals_the_slow_way_for_a_reference(architecture):
         np.testing.assert_allclose(values, expected[name][order], **tolerance, err_msg=name)
     assert found.record["predictions"]["chance"] == pytest.approx(whole["chance"], abs=1e-6)
     assert found.record["model"]["donor"] == f"timm.create_model('{architecture}', pretrained=False)"
-    assert found.summary()["notes"] == []
+    assert [note for note in found.summary()["notes"] if "hardly differ" not in note] == []
 
 
 # networks whose criticality is known
@@ -467,7 +467,10 @@ def test_measure__says_where_fresh_values_come_from():
     assert given.record["model"]["donor"] == "each module's own reset_parameters"
     model = replace(open_model(network, input_size=(3, 2, 2)), build=build_two_layers, initialiser="two_layers()")
     built = measure(model, PIXELS, trials=1, **QUIET)
-    assert (built.record["notes"], built.record["model"]["donor"]) == ([], "two_layers()")
+    assert ([n for n in built.record["notes"] if "hardly differ" not in n], built.record["model"]["donor"]) == (
+        [],
+        "two_layers()",
+    )
 
 
 def test_measure__keeps_registered_resets_and_distances(own_reset):

@@ -623,7 +623,7 @@ def test_check_labels__in_range() -> None:
 
 
 def test_check_labels__negative() -> None:
-    with pytest.raises(ProbeError, match=r"label -1 of .* is not in 0 to 9.*use_labels=False \(--no-labels\)"):
+    with pytest.raises(ProbeError, match=r"label -1 of .* is not in 0 to 9.*use_labels=False \(--no-labels;"):
         ProbeSet.from_array(pieces(2), TAKEN, [0, -1]).check_labels(10)
 
 

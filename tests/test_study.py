@@ -365,4 +365,4 @@ def test_per_image__unknown_names(random, arguments, message):
 
 def test_per_image__of_imported_results_is_empty(tmp_path):
     study = import_published(write_table(tmp_path / "t.csv", rows_of()), tmp_path / "study")
-    assert study.per_image(MODELS[0], LAYERS[0]).shape == (0, 0)
+    assert study.per_image(next(iter(MODELS)), LAYERS[0]).shape == (0, 0)

@@ -234,6 +234,8 @@ def _show_plan(found: "StudyPlan") -> None:
             f"at most about {_time(found.seconds)} here with one worker, timed on one forward pass in float32; fused "
             "and bfloat16 replays usually take a half to a third of that"
         )
+    if found.images_mistake:
+        click.echo(f"the images cannot be used: {found.images_mistake}", err=True)
     for row in found.models[found.models["mistake"] != ""].to_dict("records"):
         click.echo(f"cannot be planned: {row['model']}: {row['mistake']}", err=True)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["compare_command", "export_command", "import_command"]
 
 
-_FEWEST = 5  # models from which a rank correlation is worth a look
+_FEWEST = 3  # models from which there is a rank correlation
 
 
 class _Format(click.Option):

@@ -151,7 +151,7 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
     from layercrit.layers import Group, find_layers, select_layers
     from layercrit.models import open_model, without_weights
 
-    opened = open_model(without_weights(model))  # nothing is downloaded
+    opened = open_model(without_weights(model, keep=("mean", "std", "input_size")))  # nothing is downloaded
     size = opened.preprocessing
     black = opened.classifier.normalise(torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8))
     found = select_layers(find_layers(opened.network, black), types=types, patterns=layers, group=cast(Group, group))

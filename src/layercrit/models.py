@@ -27,7 +27,7 @@ import json
 import math
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -150,10 +150,12 @@ def _parsed(reference: str) -> tuple[str, str, dict[str, Any]]:
     return kind, rest, options
 
 
-def without_weights(reference: str) -> str:
+def without_weights(reference: str, keep: Collection[str] = ()) -> str:
     """Return a reference to the same architecture, not trained; equal ones for models that differ in weights only.
 
-    Normalisation goes with the weights; the size of images stays.
+    Args:
+        reference: A model reference.
+        keep: Which of the options that go with the weights stay: ``seed``, ``mean``, ``std``, ``input_size``.
 
     Raises:
         ModelError: The reference is unknown, or a file's architecture is not said.
@@ -172,7 +174,7 @@ def without_weights(reference: str) -> str:
     if kind == "zoo":
         (entry,) = find_entries(rest)
         kind, _, rest = entry.architecture.partition(":")
-    of_weights = ("seed", "mean", "std")
+    of_weights = {"seed", "mean", "std", "input_size"} - set(keep)
     options = {name: value for name, value in options.items() if name not in of_weights}
     return f"{kind}:{rest}{written({**options, 'pretrained': False})}"
 

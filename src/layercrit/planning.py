@@ -50,7 +50,8 @@ class StudyPlan:
         models: one row per model: ``model``, ``reference``, ``architecture``, ``n_layers``, ``n_cells``, ``n_done``
             (cells that the study's folder has), ``download`` (bytes that are not on this machine), ``mistake`` (why it
             cannot be planned, or an empty text).
-        n_images: images asked about.
+        n_images: images asked about; as many as are asked for where they cannot be counted.
+        images_mistake: why the images cannot be used, or an empty text.
         flops_plain: FLOPs of the cells left if the whole network ran for each.
         flops: FLOPs of the cells left as they will be run, everything before a reset layer once a batch.
         seconds: time for them on this machine with one worker, were each FLOP as dear as in the network's own forward
@@ -59,6 +60,7 @@ class StudyPlan:
 
     models: pd.DataFrame
     n_images: int
+    images_mistake: str
     flops_plain: float
     flops: float
     seconds: float
@@ -67,7 +69,7 @@ class StudyPlan:
         """Return the plan as plain data."""
         return {
             "models": self.models.to_dict("records"),
-            **{name: getattr(self, name) for name in ("n_images", "flops_plain", "flops", "seconds")},
+            **{name: getattr(self, name) for name in ("n_images", "images_mistake", "flops_plain", "flops", "seconds")},
             **{name: int(self.models[name].sum()) for name in ("n_cells", "n_done", "download")},
         }
 
@@ -78,11 +80,12 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
     Args:
         study: what to measure.
         folder: the study's folder, to count what is done; None for a new study.
-
-    Raises:
-        ProbeError: the source of images cannot be opened.
     """
-    n_images = min(study.n_images, len(open_source(study.source)))
+    n_images, images_mistake = study.n_images, ""
+    try:
+        n_images = min(n_images, len(open_source(study.source)))
+    except LayercritError as error:
+        images_mistake = str(error)
     done = _done(Path(folder)) if folder is not None else Counter[str]()
     architectures: dict[str, _Architecture] = {}
     trials = {reset: study.protocol.trials if RESETS[reset].random else 1 for reset in study.resets}
@@ -111,7 +114,7 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
                     "mistake": mistake,
                 }
             )
-    return StudyPlan(pd.DataFrame(rows), n_images, plain, replayed, seconds)
+    return StudyPlan(pd.DataFrame(rows), n_images, images_mistake, plain, replayed, seconds)
 
 
 def _architecture(study: StudyFile, entry: ModelEntry, known: dict[str, _Architecture]) -> tuple[str, _Architecture]:

@@ -48,7 +48,6 @@ from layercrit.distances import DISTANCES, get_distance
 from layercrit.errors import LayercritError, StudyError, near
 from layercrit.images import STANDARD, Preprocessing
 from layercrit.layers import GROUPS, LAYER_TYPES
-from layercrit.models import without_weights
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import RESETS, get_reset
 from layercrit.store import FILE
@@ -360,8 +359,6 @@ class _Reader:
             self.mistakes.append(f"{where}: accuracy must be a share in [0, 1]; got {accuracy}.{hint}")
         try:
             found = list(models_of(reference, self.path.parent))
-            for entry in found:
-                without_weights(entry.reference)  # says where an architecture is missing
         except LayercritError as error:
             self.mistakes.append(f"{where}: {error}")
             self.some_unread = True
