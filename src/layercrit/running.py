@@ -154,6 +154,7 @@ class _Run:
         tasks = self._tasks()
         self.expected = dict.fromkeys((task.name for task in tasks), 0.0)
         self.done = dict.fromkeys(self.expected, 0.0)
+        self._show()
         events = executor.run(tasks, partial(start_worker, self.study, self.folder))
         with contextlib.closing(events):  # type: ignore[type-var]
             for event in events:
