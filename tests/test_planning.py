@@ -157,6 +157,7 @@ def test_plan_study__builds_each_architecture_once(nets, monkeypatch):
 def test_plan_study__a_mistake_of_one_model_does_not_stop_the_others(nets):
     (nets / "bare.pth").parent.mkdir()
     (nets / "bare.pth").touch()
+    (nets / "bare.json").write_text('{"arch": "py:no_such_nets:x"}')
     references = [
         TWO,
         "py:my_planned_nets:broken?pretrained=false",
@@ -175,7 +176,7 @@ def test_plan_study__a_mistake_of_one_model_does_not_stop_the_others(nets):
         1: "nothing to build",
         2: "has no function or class 'Twoo'. Did you mean 'Two'?",
         3: "there is no module 'no_such_module'",
-        4: "bare.pth comes without its architecture",
+        4: "there is no module 'no_such_nets'",
         5: "torchvision has no classifier 'resnet19'",
         6: "pretrained=False' cannot run on an image of 1 x 32 x 32 (channels, height, width) (RuntimeError: Given gro",
         7: "hf:someone/not-here",

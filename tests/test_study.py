@@ -317,7 +317,6 @@ def test_load_study__models_without_cells(tmp_path):
     assert means["documented_accuracy"].fillna(-1).to_list() == [0.5, -1]
     assert means["criticality"].isna().all()
     assert study.progress()["state"].to_list() == ["not opened", "not opened"]
-    assert study.label("a") == "a"
 
 
 def test_load_study__no_study(tmp_path):

@@ -23,10 +23,11 @@ ONE = "[images]\nsource = 'x.npz'\n"
 
 
 def write(folder, text, **files):
-    """Write a study file and empty files beside it."""
+    """Write a study file, and beside it empty weight files whose architecture is recorded."""
     for name in files.get("files", ()):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
+        (folder / name).with_suffix(".json").write_text('{"arch": "timm:resnet18"}', encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "study.toml"
     path.write_text(text, encoding="utf-8")
@@ -640,3 +641,10 @@ def test_read_study_file__a_folder_of_imported_results(tmp_path):
     Store(tmp_path, create=True).close()
     with pytest.raises(StudyError, match="was imported or merged: there is nothing in it to run"):
         read_study_file(tmp_path)
+
+
+def test_mistakes__an_architecture_that_nobody_says_once_for_a_pattern(tmp_path):
+    path = write_study(tmp_path, protocol={"trials": 0}, models=[{"reference": "file:m*.safetensors"}])
+    found = mistakes(path)
+    assert len(found) == 2, "the other mistake is told as well"
+    assert "m0.safetensors comes without its architecture: add '?arch=timm:NAME'" in found[1]

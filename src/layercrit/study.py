@@ -59,10 +59,6 @@ class Study:
         asked = self.record.get("protocol", {}).get("resets", [])
         return sorted(found, key=lambda reset: asked.index(reset) if reset in asked else len(asked))
 
-    def label(self, model: str) -> str:
-        """Return what figures call a model."""
-        return str(self.models.set_index("model")["label"][model])
-
     def of_reset(self, reset: str | None = None) -> pd.DataFrame:
         """Return the cells of one reset that are ok.
 

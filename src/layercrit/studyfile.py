@@ -48,6 +48,7 @@ from layercrit.distances import DISTANCES, get_distance
 from layercrit.errors import LayercritError, StudyError, near
 from layercrit.images import STANDARD, Preprocessing
 from layercrit.layers import GROUPS, LAYER_TYPES
+from layercrit.models import without_weights
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import RESETS, get_reset
 from layercrit.store import FILE
@@ -363,6 +364,7 @@ class _Reader:
             self.mistakes.append(f"{where}: {error}")
             self.some_unread = True
             return
+        self._check_architecture(where, found)
         single = {"name", "label", "accuracy", "donor"} & table.keys()
         if len(found) > 1 and single:
             self.mistakes.append(
@@ -373,6 +375,16 @@ class _Reader:
             given = {key: table[key] for key in ("name", "category", "label", "accuracy") if key in table}
             donor = str(self._absolute(table["donor"])) if "donor" in table else None
             yield replace(entry, **given, donor=donor)
+
+    def _check_architecture(self, where: str, found: Sequence[ModelEntry]) -> None:
+        """Say, once for a pattern, where a weight file comes without its architecture."""
+        for entry in found:
+            if entry.reference.startswith("file:"):
+                try:
+                    without_weights(entry.reference)
+                except LayercritError as error:
+                    self.mistakes.append(f"{where}: {error}")
+                    return
 
     def _check_unique(self, models: Sequence[ModelEntry]) -> None:
         names: dict[str, str] = {}
