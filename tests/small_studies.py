@@ -6,20 +6,20 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import save_file
 
-from layercrit.demo import digits_network
+from layercrit.demo import small_resnet
 from layercrit.networks import drawing
 
-OPTIONS = "arch=py:layercrit.demo:digits_network&mean=(0.305,)&std=(0.376,)"
+OPTIONS = "arch=py:layercrit.demo:small_resnet&mean=(0.305,)&std=(0.376,)"
 """What a reference ``file:PATH?...`` to one of the weight files says after the question mark."""
 
-N_LAYERS = 16
+N_LAYERS = 23
 """Convolutions and linear layers of the network."""
 
 
 def write_weights(path, seed):
     """Write the weights that the demo's network has when it is built under a seed."""
     with drawing(seed):
-        network = digits_network()
+        network = small_resnet()
     save_file(network.state_dict(), path)
 
 

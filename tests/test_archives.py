@@ -377,12 +377,25 @@ def test_torchvision_source__fashion_mnist(tmp_path: Path) -> None:
 
 
 def test_torchvision_source__a_damaged_image_is_given_as_its_error(tmp_path: Path) -> None:
-    for number in range(2):
-        (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "x.jpg").write_bytes(IMAGES[number][: 500 if number else None])
-    (_, zero), (error, label) = items_of(TorchvisionSource("ImageFolder", tmp_path))
-    assert (zero, label) == (0, None)
-    assert isinstance(error, OSError)
+    root = tmp_path / "SUN397"
+    for number, name in enumerate(("abbey", "airport")):
+        (root / "a" / name).mkdir(parents=True)
+        (root / "a" / name / "sun_x.jpg").write_bytes(IMAGES[number][: 500 if number else None])
+    (root / "ClassName.txt").write_text("/a/abbey\n/a/airport\n")
+    items = items_of(TorchvisionSource("SUN397", tmp_path))
+    assert sorted((isinstance(content, OSError), label) for content, label in items) == [(False, 0), (True, None)]
+
+
+def test_torchvision_source__files_are_not_decoded(tmp_path: Path) -> None:
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jpg").write_bytes(IMAGES[number])
+        (tmp_path / name / "y.jpg").write_bytes(b"no image")
+    source = TorchvisionSource("ImageFolder", tmp_path)
+    files = [tmp_path / name / file for name in ("cat", "dog") for file in ("x.jpg", "y.jpg")]
+    assert items_of(source) == list(zip(files, [0, 0, 1, 1], strict=True))
+    assert items_of(source, use_labels=False) == [(file, None) for file in files]
+    assert [(item.index, item.content) for item in source.read([1, 2], True)] == [(1, files[1]), (2, files[2])]
 
 
 @pytest.mark.parametrize(

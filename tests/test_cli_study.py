@@ -94,7 +94,7 @@ def test_run__again_says_what_was_there_and_retry_tries_again(ran, here, tmp_pat
     assert f"{means['criticality']:.3f}" in table[2].split()
     assert f"{means['low']:.3f} - {means['high']:.3f}" in table[2]
     assert f"{100 * means['top1_accuracy']:.1f}%" in table[2].split()
-    assert table[2].split()[-2:] == ["16", "2"]
+    assert table[2].split()[-2:] == [str(N_LAYERS), "2"]
     write_weights(folder.parent / "damaged.safetensors", 3)
     assert call("run", folder).exit_code == 1  # the folder, and nothing is tried unasked
     mended = call("run", folder, "--retry", "--json")
@@ -165,7 +165,7 @@ def test_plan__says_what_it_costs(ran, tmp_path):
     n_cells = 4 * N_LAYERS
     assert f"2 models, {n_cells} cells, {n_cells} left, 8 images each" in new.stdout.splitlines()
     assert "FLOPs left" in new.stdout
-    assert "py:layercrit.demo:digits_network" in new.stdout
+    assert "py:layercrit.demo:small_resnet" in new.stdout
     assert not (tmp_path / "new").exists()
     begun = json.loads(call("plan", folder, "--json").stdout)
     assert (begun["n_cells"], begun["n_done"], begun["n_images"]) == (n_cells, len(load_study(folder).cells), 8)

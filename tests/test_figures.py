@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from layercrit.errors import ProtocolError
-from layercrit.figures import criticality_bars, save_figure
+from layercrit.figures import criticality_bars, figure_style, printable, save_figure, text_width
 
 
 def layers(n_layers: int, types: tuple[str, ...] = ("conv", "linear")) -> pd.DataFrame:
@@ -207,6 +207,22 @@ def test_criticality_bars__table_is_left_as_it_was() -> None:
     before = table.copy(deep=True)
     criticality_bars(table, title="model", mean=0.5, chance=0.1)
     pd.testing.assert_frame_equal(table, before)
+
+
+def test_printable__replaces_what_cannot_be_drawn() -> None:
+    assert printable("a\tb\nc\x00d\u2028e\x7f Cé $x$") == "a b c d e  Cé $x$"
+    assert printable(7) == "7"
+
+
+def test_text_width__is_that_of_the_drawn_text() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = Figure(dpi=1000)
+    with figure_style():
+        for text, weight in (("layer4.2.conv3", "normal"), ("$x_1$ & Cé", "bold")):
+            drawn = figure.text(0, 0, text, fontsize=9, fontweight=weight)
+            box = drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+            assert text_width(text, 9, weight) == pytest.approx(box.width / 1000, rel=0.03)
 
 
 def test_save_figure__files_open_and_have_the_stated_resolution(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from layercrit import models as models_module
 from layercrit.errors import CheckpointError, LayercritError, ModelError
 from layercrit.images import Preprocessing
 from layercrit.models import MODEL_SOURCES, Model, model_source, open_model, without_weights
+from layercrit.networks import drawing
 from photographs import photograph
+from training_runs import write_run
 
 FRESH = "timm:test_resnet?pretrained=false"
 
@@ -387,6 +389,61 @@ def test_file__without_architecture(weights, record):
         path.with_suffix(".json").write_text(record)
     with pytest.raises(ModelError, match=r"comes without its architecture: add '\?arch=timm:NAME'.*weights.json"):
         open_model(f"file:{path}")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a finished training run, and the weights of its epochs; those at its end are stored in halves."""
+    states = {}
+    for seed in (0, 5):
+        with drawing(seed):
+            states[seed] = timm.create_model("test_resnet", num_classes=10, in_chans=1).state_dict()
+    arch = "timm:test_resnet?num_classes=10&in_chans=1&mean=(0.29,)&std=(0.35,)&input_size=(1,28,28)"
+    final = {name: value.half() if value.is_floating_point() else value for name, value in states[5].items()}
+    return write_run(tmp_path / "run", states, arch, final), states
+
+
+def test_file__of_a_training_run(run):
+    folder, states = run
+    for reference, state in [
+        (f"file:{folder}@epoch=0", states[0]),
+        (f"file:{folder}@epoch=5", states[5]),
+        (f"file:{folder}/epochs/epoch-0000.safetensors", states[0]),
+    ]:
+        model = open_model(reference)
+        assert all(torch.equal(value, state[name]) for name, value in model.network.state_dict().items())
+        assert (model.reference, model.mean, model.std) == (reference, (0.29,), (0.35,))
+        assert model.preprocessing.height == 28
+        assert without_weights(reference) == without_weights(f"file:{folder}")
+    assert open_model(f"file:{folder}@epoch=0?mean=(0.5,)").mean == (0.5,)
+
+
+def test_file__float16_weights_are_opened_in_float32(run):
+    folder, states = run
+    network = open_model(f"file:{folder}").network
+    for name, value in network.state_dict().items():
+        assert value.dtype == states[5][name].dtype
+        assert torch.equal(value, states[5][name].half().to(value.dtype))
+    assert not same_state(network, open_model(f"file:{folder}@epoch=5").network)
+    model = open_model(f"file:{folder}")
+    black = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
+    assert model.classifier(black).dtype == torch.float32
+
+
+def test_file__of_a_training_run_that_has_not_finished(run):
+    folder, states = run
+    (folder / "model.json").unlink()
+    with pytest.raises(ModelError, match=r"epoch-0000.safetensors comes without .* wait until training has finished, "):
+        open_model(f"file:{folder}@epoch=0")
+    with pytest.raises(ModelError, match=r"finished, which then writes .*run/model.json"):
+        without_weights(f"file:{folder}@epoch=0")
+    options = "arch=timm:test_resnet&num_classes=10&in_chans=1&mean=(0.5,)&std=(0.5,)"
+    assert torch.equal(open_model(f"file:{folder}@epoch=0?{options}").network.fc.weight, states[0]["fc.weight"])
+    (folder / "model.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"put a model.json with an entry \"arch\" into .*run \(KeyError"):
+        open_model(f"file:{folder}@epoch=0")
+    with pytest.raises(CheckpointError, match=r"has not kept the weights of epoch '7'\. Epochs that it has: 0, 5\."):
+        open_model(f"file:{folder}@epoch=7")
 
 
 def test_file__of_a_file_of_a_file(weights):

@@ -20,6 +20,7 @@ from layercrit.resets import (
     reset,
     seed_of,
 )
+from training_runs import write_run
 
 
 def network():
@@ -296,6 +297,20 @@ def test_given_donor__reads_a_file(tmp_path, as_path):
     assert donor.origin == f"given: the file {path}, SHA-256 {sha256}"
 
 
+def test_given_donor__reads_an_epoch_of_a_training_run(tmp_path):
+    net = network()
+    states = {epoch: {key: value + epoch for key, value in net.state_dict().items()} for epoch in (0, 3)}
+    folder = write_run(tmp_path / "run", states, final=net.state_dict())
+    model, layers = open_model(net), layers_of(net).values()
+    for epoch in (0, 3):
+        donor = given_donor(f"{folder}@epoch={epoch}", get_reset("rewind"), model, layers)
+        assert torch.equal(donor.values["0.weight"], net[0].weight + epoch)
+        assert donor.origin.startswith(f"given: the file {folder}@epoch={epoch}, SHA-256 ")
+    assert torch.equal(given_donor(folder, get_reset("rewind"), model, layers).values["0.weight"], net[0].weight)
+    with pytest.raises(CheckpointError, match=r"not kept the weights of epoch '1'\. Epochs that it has: 0, 3\."):
+        given_donor(f"{folder}@epoch=1", get_reset("rewind"), model, layers)
+
+
 def test_given_donor__takes_a_network():
     net, other = network(), network()
     donor = given_donor(other, get_reset("rerandomize"), open_model(net), layers_of(net).values())
@@ -312,7 +327,8 @@ def test_given_donor__none_is_fine_for_resets_that_need_none():
 @pytest.mark.parametrize(
     ("how", "donor", "error", "text"),
     [
-        ("rewind", None, ProtocolError, r"'rewind' needs the checkpoint .* give a weight file with --from"),
+        ("rewind", None, ProtocolError,
+         r"'rewind' needs the checkpoint .* give a weight file, or DIR@epoch=0 .* with --from"),
         ("zero", nn.Linear(2, 2), ProtocolError, r"'zero' takes no values .* choose one of rerandomize, rewind"),
         ("rewind", nn.Sequential(nn.Linear(2, 2)), ModelError,
          r"expected a parameter '0.bias' of shape \(4,\), the donor has it in the shape \(2,\); 6 parameters differ"),

@@ -5,6 +5,7 @@ import sys
 from dataclasses import fields, replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from layercrit.studyfile import ModelEntry, StudyFile, read_study_file
 from layercrit.zoo import ZOO
 from small_studies import OPTIONS, write_study
 from small_subjects import registered
+from training_runs import write_run
 
 ONE = "[images]\nsource = 'x.npz'\n"
 
@@ -231,6 +233,32 @@ def test_models__files(tmp_path):
 def test_models__names_of_files(tmp_path, pattern, files, names):
     models = models_of(tmp_path, f"reference = 'file:{pattern}'", files=files)
     assert [model.name for model in models] == names
+
+
+def test_models__epochs_of_training_runs(tmp_path):
+    for name, epochs in (("a", [0, 5]), ("b-0.5", [0, 5]), ("c", [0])):
+        write_run(tmp_path / "runs" / name, {epoch: {"w": torch.zeros(1)} for epoch in epochs}, "timm:resnet18")
+    (model,) = models_of(tmp_path, "reference = 'file:runs/b-0.5@epoch=5'\ndonor = 'runs/b-0.5@epoch=0'")
+    assert (model.name, model.reference) == ("b-0.5@epoch=5", f"file:{tmp_path}/runs/b-0.5@epoch=5")
+    assert model.donor == f"{tmp_path}/runs/b-0.5@epoch=0"
+    models = models_of(tmp_path, "reference = 'file:runs/*@epoch=0?mean=(0,0,0)'")
+    assert [model.name for model in models] == ["a@epoch=0", "b-0.5@epoch=0", "c@epoch=0"]
+    assert models[0].reference == f"file:{tmp_path}/runs/a@epoch=0?mean=(0,0,0)"
+    assert again(read_study_file(tmp_path), tmp_path).models == models
+    (tmp_path / "runs" / "x@epoch=0").mkdir()
+    models = models_of(tmp_path, "reference = 'file:runs/*@epoch=0?arch=timm:resnet18'")
+    assert [model.name for model in models] == ["x@epoch=0"], "folders that are really named so go first"
+    text = (
+        f"{ONE}[[models]]\nreference = 'file:runs/c@epoch=5'\n[[models]]\nreference = 'file:runs/*@epoch=5'\n"
+        "[[models]]\nreference = 'zoo:resnet50_dino'\ndonor = 'runs/c@epoch=7'"
+    )
+    (tmp_path / "runs" / "x@epoch=0").rmdir()
+    no_epoch = f"{tmp_path}/runs/c has not kept the weights of epoch '5'. Epochs that it has: 0."
+    assert mistakes(write(tmp_path, text)) == [
+        f"[[models]] no. 1: {no_epoch}",
+        f"[[models]] no. 2: {no_epoch}",
+        f"the donor of model 'resnet50_dino': {no_epoch.replace('5', '7')}",
+    ]
 
 
 def test_models__in_a_folder_whose_name_is_a_pattern(tmp_path):
@@ -463,8 +491,8 @@ def test_mistakes__many(tmp_path):
     ("tables", "expected"),
     [
         ([], "there are no models: add [[models]] tables with a reference each"),
-        (["name = 'x'"], "[[models]] no. 1: expected either reference or list"),
-        (["reference = 'zoo:*'\nlist = 'x'"], "[[models]] no. 1: expected either reference or list"),
+        (["name = 'x'"], "[[models]] no. 1: expected one of reference, list and method"),
+        (["reference = 'zoo:*'\nlist = 'x'"], "[[models]] no. 1: expected one of reference, list and method"),
         (["reference = 'zo:x'"], "[[models]] no. 1: 'zo:x' is no model reference. Did you mean 'zoo'?"),
         (["reference = 'resnet50'"], "[[models]] no. 1: 'resnet50' is no model reference."),
         (["reference = 'zoo:'"], "[[models]] no. 1: 'zoo:' is no model reference."),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from layercrit._printing import number, percent, plain, print_table
+from layercrit._printing import duration, number, percent, plain, print_table
 from layercrit.errors import StudyError
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
@@ -65,7 +65,7 @@ def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, 
         _show_means(found)
         go_on = f"; go on with `layercrit compare {folder}`" if len(found.cells) else ""
         click.echo(
-            f"{report.n_measured} cells measured, {report.n_known} were there already ({_time(report.seconds)}). "
+            f"{report.n_measured} cells measured, {report.n_known} were there already ({duration(report.seconds)}). "
             f"Saved in {folder}{go_on}."
         )
     if report.failures:
@@ -105,7 +105,7 @@ def status_command(folder: Path, as_json: bool) -> None:
         click.echo(json.dumps(status, allow_nan=False))
         return
     _show_progress(found.progress())
-    left = f", about {_time(status['seconds_left'])} left" if status["seconds_left"] else ""
+    left = f", about {duration(status['seconds_left'])} left" if status["seconds_left"] else ""
     known = " planned so far" if status["not_opened"] else ""
     click.echo(f"{status['n_done']} of {status['n_planned']} cells{known} are done{left}")
     click.echo(f"run by {status['run_by']}" if status["run_by"] else "nobody runs it now")
@@ -129,7 +129,7 @@ def merge_command(folders: tuple[Path, ...], out: Path) -> None:
 
 
 @study.command("example")
-@click.argument("name", type=click.Choice(["paper", "digits"]))
+@click.argument("name", type=click.Choice(["paper", "fashion"]))
 def example_command(name: str) -> None:
     """Print a commented study file to start from: the paper's study, or that of the demo's networks."""
     from layercrit.demo import example_study
@@ -231,8 +231,8 @@ def _show_plan(found: "StudyPlan") -> None:
         ratio = found.flops_plain / found.flops
         click.echo(f"{found.flops:.3g} FLOPs left; without reuse {found.flops_plain:.3g}, {ratio:.1f} times as many")
         click.echo(
-            f"at most about {_time(found.seconds)} here with one worker, timed on one forward pass in float32; fused "
-            "and bfloat16 replays usually take a half to a third of that"
+            f"at most about {duration(found.seconds)} here with one worker, timed on one forward pass in float32; "
+            "fused and bfloat16 replays usually take a half to a third of that"
         )
     if found.images_mistake:
         click.echo(f"the images cannot be used: {found.images_mistake}", err=True)
@@ -265,13 +265,6 @@ def _show_failures(failures: "list[FailureRow] | tuple[FailureRow, ...]") -> Non
     for (model, reset, error), numbers in trials.items():
         which = f"trial{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
         click.echo(f"  {model}, {reset}, {which}: {error}", err=True)
-
-
-def _time(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _size(n_bytes: int) -> str:

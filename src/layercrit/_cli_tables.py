@@ -12,7 +12,7 @@ from layercrit._printing import number, percent, plain, print_table
 if TYPE_CHECKING:
     from layercrit.comparison import Comparison
 
-__all__ = ["compare_command", "export_command", "import_command"]
+__all__ = ["compare_command", "export_command", "import_command", "show_comparison"]
 
 
 _FEWEST = 3  # models from which there is a rank correlation
@@ -97,10 +97,11 @@ def compare_command(
     if as_json:
         click.echo(json.dumps(comparison.to_dict(), allow_nan=False))
         return
-    _show(comparison)
+    show_comparison(comparison)
 
 
-def _show(comparison: "Comparison") -> None:
+def show_comparison(comparison: "Comparison") -> None:
+    """Print the models, most critical first, categories, and correlations."""
     print_table(_ranking(comparison))
     click.echo()
     if len(comparison.categories):

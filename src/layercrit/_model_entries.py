@@ -1,11 +1,15 @@
-"""The models of a study file: what one is, and which ones a pattern names."""
+"""The models of a study file: what one is, and which ones a list and a pattern name."""
 
+import csv
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from layercrit.checkpoints import weight_file
 from layercrit.errors import StudyError, near
 from layercrit.models import MODEL_SOURCES
 from layercrit.zoo import find_entries
@@ -32,6 +36,59 @@ class ModelEntry:
     label: str | None = None
     accuracy: float | None = None
     donor: str | None = None
+
+
+def rows_of_list(
+    where: str, path: Path, given: Mapping[str, Any], columns: Collection[str], mistakes: list[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row) of a list file, which has columns or one reference a line.
+
+    Args:
+        where: the place in the study file that names the list.
+        path: of the list.
+        given: values by column that hold where a row leaves it empty.
+        columns: names of the columns it may have.
+        mistakes: what is wrong is added here.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets write a mark before the text
+    except (OSError, UnicodeDecodeError) as error:
+        mistakes.append(f"{where}: the list {path} cannot be read ({error})")
+        return
+    if lines and "reference" in next(csv.reader(lines[:1])):
+        rows = list(_rows_of_table(path.name, lines, columns, mistakes))
+    else:
+        named = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+        rows = [(n, {"reference": line}) for n, line in named if line and not line.startswith("#")]
+    if not rows:
+        mistakes.append(f"{where}: the list {path} names no models")
+    for number, row in rows:
+        yield f"{path.name} line {number}", {**given, **row}
+
+
+def _rows_of_table(
+    name: str, lines: Sequence[str], columns: Collection[str], mistakes: list[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, values that are not empty) of a list with columns."""
+    reader = csv.DictReader(lines)
+    for column in sorted({*(reader.fieldnames or ())} - {*columns}):
+        mistakes.append(f"{name}: unknown column {column!r}. {near(column, sorted(columns))}")
+    for row in reader:
+        place = f"{name} line {reader.line_num}"
+        values: dict[str, Any] = {key: text for key, text in row.items() if key in columns and text}
+        if None in row:
+            mistakes.append(
+                f"{place}: more values than columns. Put quotation marks around a reference that has commas"
+            )
+            continue
+        if "reference" not in values:
+            mistakes.append(f"{place}: there is no reference")
+        if "accuracy" in values:
+            try:
+                values["accuracy"] = float(values["accuracy"])
+            except ValueError:
+                mistakes.append(f"{place}: accuracy must be a number; got {values.pop('accuracy')!r}")
+        yield reader.line_num, values
 
 
 def models_of(reference: str, folder: Path) -> Iterator[ModelEntry]:
@@ -70,20 +127,32 @@ def _files(rest: str, tail: str, study_folder: Path) -> Iterator[ModelEntry]:
     if path.exists():
         paths = [path]
     elif _WILD.search(rest):
-        # relative to the study's folder, whose own name may hold brackets
-        found = glob.glob(str(Path(rest).expanduser()), root_dir=study_folder, recursive=True)  # noqa: PTH207
-        paths = sorted(study_folder / name for name in found)
+        paths = _matching(rest, study_folder)
     else:
-        there = near(path.name, sorted(other.name for other in path.parent.glob("*")))
-        raise StudyError(f"there is no file {path}. {there}")
+        if weight_file(path) == path:  # no epoch of a training run either
+            there = near(path.name, sorted(other.name for other in path.parent.glob("*")))
+            raise StudyError(f"there is no file {path}. {there}")
+        paths = [path]
     if not paths:
         raise StudyError(f"no file matches {path}")
-    stems = [path.name if path.is_dir() else path.stem for path in paths]
+    stems = [path.stem if path.is_file() else path.name for path in paths]
     parents = [path.parent.name for path in paths]
     both = [f"{parent}-{stem}" for parent, stem in zip(parents, stems, strict=True)]
     names = next((names for names in (stems, parents, both) if len(set(names)) == len(names)), stems)
     for name, path in zip(names, paths, strict=True):
         yield ModelEntry(name, f"file:{path}{tail}")
+
+
+def _matching(pattern: str, study_folder: Path) -> list[Path]:
+    """Return the sorted files and folders that match a pattern, or, if it ends so, those with ``@epoch=N`` behind."""
+    # relative to the study's folder, whose own name may hold brackets
+    find = partial(glob.glob, root_dir=study_folder, recursive=True)
+    pattern = str(Path(pattern).expanduser())
+    found = find(pattern)
+    folders, of_epoch, number = pattern.rpartition("@epoch=")
+    if not found and of_epoch:
+        found = [f"{name}{of_epoch}{number}" for name in find(folders) if (study_folder / name).is_dir()]
+    return sorted(study_folder / name for name in found)
 
 
 def _file_parts(reference: str) -> tuple[str, str, str]:

@@ -2,7 +2,15 @@
 
 from typing import Any
 
-__all__ = ["number", "percent", "plain", "print_table"]
+__all__ = ["duration", "number", "percent", "plain", "print_table"]
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the largest unit of which it has two."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def number(value: float) -> str:

@@ -1,7 +1,12 @@
 """The progress bar of long work."""
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from layercrit.training.phases import TrainingProgress
 
 
 class Bar:
@@ -15,8 +20,8 @@ class Bar:
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=console,
             disable=not (shown and console.is_terminal),
             transient=True,
@@ -46,6 +51,12 @@ class Bar:
         """Show how many bytes of a file have come, in a bar without length where its size is not known."""
         amount = f"{done / 1e6:.0f}" if total is None else f"{done / 1e6:.0f} of {total / 1e6:.0f}"
         self._progress.update(self._task, description=f"{name} {amount} MB", completed=done, total=total)
+
+    def trained(self, name: str, done: "TrainingProgress") -> None:
+        """Show how many steps of a training run are done, with the loss and the latest accuracy."""
+        accuracy = "" if done.accuracy is None else f" accuracy {done.accuracy:.1%}"
+        text = f"{name} {done.phase} epoch {done.epoch}/{done.epochs} loss {done.loss:.3f}{accuracy}".lstrip()
+        self._progress.update(self._task, description=text, completed=done.step, total=done.steps)
 
     def say(self, line: str) -> None:
         """Print a line above the bar; without a terminal, on stderr as it is."""

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from layercrit.errors import ProbeError, near
+from layercrit.idx import IdxSource
 from layercrit.images import SUFFIXES
 from layercrit.sources import (
     ACCEPTED,
@@ -58,6 +59,8 @@ def open_source(source: str | Path | npt.NDArray[Any] | torch.Tensor) -> ImageSo
     if suffix == ".tar":
         return TarSource(source)
     check_exists(path)
+    if IdxSource.is_images(path):
+        return IdxSource(source)
     if suffix in (".npy", ".npz"):
         return ArraySource(path)
     hint = " For a single image, give its folder." if suffix in SUFFIXES else ""
@@ -77,7 +80,9 @@ def _open_folder(path: Path) -> ImageSource:
         raise ProbeError(f"'{path}' holds both .parquet and .tar files; say which, such as '{path / '*.tar'}'")
     if ".parquet" in suffixes:
         return ParquetSource(path)
-    return TarSource(path) if ".tar" in suffixes else FolderSource(path)
+    if ".tar" in suffixes:
+        return TarSource(path)
+    return IdxSource(path) if any(map(IdxSource.is_images, entries)) else FolderSource(path)
 
 
 class ParquetSource(ImageSource):
@@ -388,7 +393,14 @@ class TorchvisionSource(ImageSource):
         return f"{self._prefix}[{index}]"
 
     def read(self, indices: Sequence[int], use_labels: bool) -> Iterator[Item]:
-        """Yield images that torchvision decoded."""
+        """Yield images that torchvision decoded; of a class that only lists files, their paths."""
+        from torchvision.datasets import DatasetFolder
+
+        if isinstance(self._dataset, DatasetFolder):
+            for index in indices:
+                path, label = self._dataset.samples[index]
+                yield Item(index, Path(path), label if use_labels else None)
+            return
         for index in indices:
             try:
                 sample = self._dataset[index]

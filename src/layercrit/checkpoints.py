@@ -25,7 +25,7 @@ from torch import Tensor
 from layercrit.errors import CheckpointError, near
 from layercrit.wrappers import WRAPPER_PREFIXES
 
-__all__ = ["Checkpoint", "fit_to", "foreign_globals", "hash_tensors", "read_checkpoint"]
+__all__ = ["Checkpoint", "fit_to", "foreign_globals", "hash_tensors", "read_checkpoint", "record_file", "weight_file"]
 
 # What torch itself writes into a file of plain tensors; none of it runs code that a file's author can choose.
 _PLAIN_GLOBAL = re.compile(
@@ -52,6 +52,7 @@ _INERT_GLOBALS = (
 
 _LEGACY_PICKLES = 5  # a legacy file holds: magic number, version, system, the object, storage keys; raw bytes follow
 _LISTED = 8  # names shown of each kind of difference
+_EPOCH = re.compile(r"epoch-(\d+)\.safetensors")  # weights that a training run kept on its way
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,63 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
                 "Save the weights of the dense float model."
             )
     return Checkpoint(path, {name: tensor.detach() for name, tensor in tensors.items()}, _sha256(data))
+
+
+def weight_file(path: str | Path) -> Path:
+    """Return the file that is meant where a weight file may be named.
+
+    What lies there under the very name goes first: a file is itself, and a folder means the one ``.safetensors`` file
+    in it, such as the final weights of a training run. ``FOLDER@epoch=5`` means the weights that the training run in
+    that folder had after 5 epochs, and ``@epoch=0`` those that it began with: ``FOLDER/epochs/epoch-0005.safetensors``.
+
+    Args:
+        path: A file, a folder, or ``FOLDER@epoch=N``; a leading ``~`` is the home directory.
+
+    Returns:
+        The file. Whether there is one is for `read_checkpoint` to find out, unless it is one of an epoch.
+
+    Raises:
+        CheckpointError: The training run has kept no such epoch, or has no final weights yet.
+    """
+    path = Path(path).expanduser()
+    try:
+        exists, is_folder = path.exists(), path.is_dir()
+    except OSError:
+        return path
+    if is_folder:
+        inside = sorted(path.glob("*.safetensors"))
+        if not inside and (kept := _epochs_of(path)):
+            raise CheckpointError(
+                f"{path} holds no final weights: training has not finished. Train on, or name one of the epochs that "
+                f"it has kept, such as {path}@epoch={max(kept)}."
+            )
+        return inside[0] if len(inside) == 1 else path
+    folder, of_epoch, number = str(path).rpartition("@epoch=")
+    if exists or not of_epoch:
+        return path
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"There is no folder {folder} of a training run. {_beside(Path(folder))}")
+    kept = _epochs_of(Path(folder))
+    if re.fullmatch(r"[0-9]{1,9}", number) and int(number) in kept:
+        return kept[int(number)]
+    listed = ", ".join(map(str, sorted(kept))) or "none: it is no folder of a training run"
+    raise CheckpointError(f"{folder} has not kept the weights of epoch {number!r}. Epochs that it has: {listed}.")
+
+
+def _epochs_of(folder: Path) -> dict[int, Path]:
+    """Return the files of the epochs that a training run has kept, by their number."""
+    found = ((_EPOCH.fullmatch(path.name), path) for path in (folder / "epochs").glob("*.safetensors"))
+    return {int(match[1]): path for match, path in found if match}
+
+
+def record_file(weights: Path) -> Path:
+    """Return the JSON file that tells where weights come from, in ``"arch"`` their architecture; it may be missing.
+
+    It has the name of the weight file and lies beside it; that of a training run's epochs is the run's ``model.json``.
+    """
+    beside = weights.with_suffix(".json")
+    of_run = _EPOCH.fullmatch(weights.name) and weights.parent.name == "epochs" and not beside.exists()
+    return weights.parent.parent / "model.json" if of_run else beside
 
 
 def foreign_globals(path: str | Path) -> list[str]:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from layercrit._cli_study import study
-from layercrit._cli_tables import compare_command, export_command, import_command
+from layercrit._cli_tables import compare_command, export_command, import_command, show_comparison
+from layercrit._cli_train import methods_command, train_command
 from layercrit._cli_zoo import zoo
 from layercrit._printing import number, percent, plain, print_table
 from layercrit.errors import LayercritError
@@ -84,8 +85,8 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
     "--images",
     required=True,
     metavar="SOURCE",
-    help="A folder, .npz/.npy, .parquet, webdataset .tar, Hugging Face data set on disk, or "
-    "'torchvision:NAME?root=DIR&split=test'.",
+    help="A folder, .npz/.npy, .parquet, webdataset .tar, Hugging Face data set on disk, MNIST's format (a folder: its "
+    "t10k part), or 'torchvision:NAME?root=DIR&split=test'.",
 )
 @click.option("--trials", default=DEFAULTS.trials, show_default=True, help="Random draws per layer.")
 @click.option("--n-images", default=DEFAULTS.n_images, show_default=True, help="Images drawn from SOURCE.")
@@ -98,7 +99,12 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
     metavar="NAME",
     help="What replaces a layer's parameters.",
 )
-@click.option("--from", "donor", metavar="FILE", help="A weight file to take the new values from (needed by rewind).")
+@click.option(
+    "--from",
+    "donor",
+    metavar="FILE",
+    help="A weight file to take the new values from (needed by rewind); DIR@epoch=0: what a training run began with.",
+)
 @click.option("--seed", default=DEFAULTS.seed, show_default=True, help="Of the draws and of the choice of images.")
 @click.option("--batch-size", default=str(DEFAULTS.batch_size), show_default=True, callback=_number_or_auto)
 @click.option(
@@ -120,7 +126,7 @@ def measure_command(
     """Measure the criticality of every layer of MODEL on images.
 
     MODEL is a reference: timm:NAME, torchvision:NAME[:WEIGHTS], hf:REPO, hf-hub:REPO,
-    'file:PATH?arch=timm:resnet50', or py:package.module:factory.
+    'file:PATH?arch=timm:resnet50', file:DIR or file:DIR@epoch=5 of a training run, or py:package.module:factory.
     """
     from layercrit.measuring import measure
 
@@ -193,17 +199,27 @@ def show_command(folder: Path, as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 def demo_command(out: Path, as_json: bool) -> None:
-    """Train small networks on handwritten digits, then measure one. Takes seconds and needs no network."""
+    """Measure 15 small networks, trained on Fashion-MNIST by methods of all families. Needs a minute, no network."""
     from layercrit.demo import run_demo
 
-    measurement, again = run_demo(out, say=lambda line: click.echo(line, err=True))
-    _show(measurement, as_json, out)
-    _Saver(out).save(measurement)
-    click.echo("The same by hand, and a study of three networks trained in three ways:", err=True)
-    for command in again:
+    result = run_demo(out, say=lambda line: click.echo(line, err=True))
+    if as_json:
+        click.echo(json.dumps({**result.comparison.to_dict(), "findings": result.findings}, allow_nan=False))
+    else:
+        show_comparison(result.comparison)
+        click.echo(f"\n{result.findings}\n")
+    files = ", ".join(sorted(path.name for path in out.iterdir() if path.is_file()))
+    click.echo(f"Saved in {out}: {files}. Look at heat_map.png first. By hand:", err=True)
+    for command in (
+        f"layercrit study run {out / 'fashion.toml'} --out {out / 'study'}",
+        f"layercrit compare {out / 'study'}",
+        f"layercrit measure file:{out / 'models' / 'baseline'} --images {out / 'fashion-mnist-test.npz'} --trials 5",
+    ):
         click.echo(f"  {command}", err=True)
 
 
+cli.add_command(train_command)
+cli.add_command(methods_command)
 cli.add_command(study)
 cli.add_command(compare_command)
 cli.add_command(import_command)

@@ -11,6 +11,7 @@ __all__ = [
     "ProbeError",
     "ProtocolError",
     "StudyError",
+    "TrainingError",
     "ZooError",
     "near",
 ]
@@ -42,6 +43,10 @@ class ProtocolError(LayercritError, ValueError):
 
 class StudyError(LayercritError, ValueError):
     """A study cannot be read, planned or run."""
+
+
+class TrainingError(LayercritError, ValueError):
+    """A model cannot be trained as asked."""
 
 
 class ZooError(LayercritError, ValueError):

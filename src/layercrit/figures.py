@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["criticality_bars", "save_figure"]
+__all__ = ["criticality_bars", "figure_style", "printable", "save_figure", "text_width"]
 
 # Colours of Okabe & Ito 2008 (jfly.uni-koeln.de/color), told apart with any common colour blindness.
 _TYPE_COLORS = {
@@ -75,22 +75,22 @@ def criticality_bars(
     _check_table(table)
     from matplotlib.figure import Figure
 
-    names = [_printable(name) for name in table["layer"]]
+    names = [printable(name) for name in table["layer"]]
     doubtful = ((table["status"] != "ok") | table["criticality"].isna()).to_numpy()
     colors = _colors([str(kind) for kind in table["type"]])
     legend = _legend(colors, bool(doubtful.any()))
     levels = _levels(mean, chance)
-    with _style():
+    with figure_style():
         slot = min(max(_USUAL_AXES / len(table), _SLOT_RANGE[0]), _SLOT_RANGE[1])
         name_size = min(0.78 * 72 * slot, _LARGEST_NAME_SIZE)  # points: the height of a rotated name fits its slot
         axes_width = max(
             slot * len(table),
             _NARROWEST_AXES,
-            _text_width(_printable(title), _TITLE_SIZE, "bold"),
-            sum(_text_width(label, _NOTE_SIZE) + _LEGEND_PATCH for label in legend),
+            text_width(printable(title), _TITLE_SIZE, "bold"),
+            sum(text_width(label, _NOTE_SIZE) + _LEGEND_PATCH for label in legend),
         )
-        right = max((_text_width(label, _NOTE_SIZE) + 0.06 for _, label, _ in levels), default=0) + _MARGIN
-        below = max(_text_width(name, name_size) for name in names) + 0.06 + _MARGIN
+        right = max((text_width(label, _NOTE_SIZE) + 0.06 for _, label, _ in levels), default=0) + _MARGIN
+        below = max(text_width(name, name_size) for name in names) + 0.06 + _MARGIN
         above = _LEGEND_HEIGHT * bool(legend) + _TITLE_HEIGHT
         width, height = _LEFT + axes_width + right, below + _AXES_HEIGHT + above
         figure = Figure(figsize=(width, height), dpi=100)
@@ -102,7 +102,7 @@ def criticality_bars(
         axes.text(
             0,
             1 + (above - _TITLE_HEIGHT + 0.1) / _AXES_HEIGHT,
-            _printable(title),
+            printable(title),
             transform=axes.transAxes,
             fontsize=_TITLE_SIZE,
             fontweight="bold",
@@ -128,21 +128,30 @@ def _check_table(table: "pd.DataFrame") -> None:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
-    """Set matplotlib's defaults and our own style, and put back what was set before."""
+def figure_style() -> Iterator[None]:
+    """Set matplotlib's defaults and our own style for a while, and put back what was set before.
+
+    Every figure is built and saved in it, so that a user's own style changes none.
+    """
     import matplotlib.style
 
     with matplotlib.style.context(["default", _STYLE]):
         yield
 
 
-def _printable(text: object) -> str:
+def printable(text: object) -> str:
     """Replace what no font has and XML forbids, such as control characters; a line break would spoil the layout."""
     return "".join(character if character.isprintable() else " " for character in str(text))
 
 
-def _text_width(text: str, size: float, weight: str = "normal") -> float:
-    """Return the width of a text in inches."""
+def text_width(text: str, size: float, weight: str = "normal") -> float:
+    """Return the width of one line of text in inches.
+
+    Args:
+        text: As it is shown, without formulas.
+        size: Of the font, in points.
+        weight: ``normal`` or ``bold``.
+    """
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
@@ -160,7 +169,7 @@ def _colors(types: Sequence[str]) -> dict[str, str]:
 
 def _legend(colors: dict[str, str], any_doubtful: bool) -> dict[str, dict[str, Any]]:
     """Return label -> look of the patch. One type needs no legend."""
-    types = {_printable(kind): {"facecolor": color} for kind, color in colors.items()} if len(colors) > 1 else {}
+    types = {printable(kind): {"facecolor": color} for kind, color in colors.items()} if len(colors) > 1 else {}
     return types | ({_DOUBTFUL_LABEL: _DOUBTFUL} if any_doubtful else {})
 
 
@@ -273,7 +282,7 @@ def save_figure(
     paths = []
     for one in formats:
         path = base.with_name(f"{base.name}.{one}")
-        with _style():
+        with figure_style():
             figure.savefig(path, format=one, dpi=200, metadata=_FORMATS[one])
         paths.append(path)
     return paths

@@ -19,8 +19,8 @@ _HOLDER = "running.json"  # who that is
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Hold a study's folder, so that one process at a time writes it.
+def hold(folder: Path, what: str = "study") -> Iterator[None]:
+    """Hold the folder of a study or training run, so that one process at a time writes it.
 
     Raises:
         StudyError: another process holds it, or the folder cannot be made.
@@ -31,8 +31,7 @@ def hold(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=1)  # `holder` takes it for a moment
     except Timeout as error:
         raise StudyError(
-            f"The study in {folder} is being run by {holder(folder) or 'another process'}. "
-            "Wait for it, stop it, or look at it with `layercrit study status`."
+            f"The {what} in {folder} is being run by {holder(folder) or 'another process'}. Wait for it, or stop it."
         ) from error
     except OSError as error:
         raise StudyError(f"The folder {folder} cannot be used ({error.strerror}). Name another with --out.") from error

@@ -10,6 +10,7 @@ A model reference is ``kind:name``, with options after a question mark: ``kind:n
 ``zoo:ID``                             published weights of the zoo, fetched before (`layercrit.zoo`)
 ``file:PATH?arch=REFERENCE``           a weight file for the architecture of another reference; ``key=`` chooses among
                                        several sets of weights; ``arch`` may instead stand in a JSON file beside it
+``file:FOLDER``, ``...@epoch=N``       what a training run in a folder ended with, or had after N epochs
 ``py:PACKAGE.MODULE:FACTORY``          what a function of yours returns; the current directory can be imported from
 =====================================  ===============================================================================
 
@@ -37,7 +38,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layercrit.checkpoints import fit_to, read_checkpoint
+from layercrit.checkpoints import fit_to, read_checkpoint, record_file, weight_file
 from layercrit.errors import ModelError, near
 from layercrit.hubs import timm_input
 from layercrit.images import Preprocessing
@@ -163,9 +164,7 @@ def without_weights(reference: str, keep: Collection[str] = ()) -> str:
     kind, rest, options = _parsed(reference)
     if kind == "file":
         options.pop("key", None)
-        path = Path(rest).expanduser()
-        inside = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-        architecture = str(options.pop("arch", None) or _recorded_architecture(inside[0] if len(inside) == 1 else path))
+        architecture = str(options.pop("arch", None) or _recorded_architecture(weight_file(rest)))
         kind, rest, own = _parsed(architecture)
         options = own | options
     if kind in ("timm", "torchvision"):
@@ -262,9 +261,7 @@ def _described(
 
 @model_source("file")
 def _open_file(rest: str, options: dict[str, Any]) -> Model:
-    path = Path(rest).expanduser()
-    if path.is_dir() and len(inside := sorted(path.glob("*.safetensors"))) == 1:
-        path = inside[0]
+    path = weight_file(rest)
     key = options.pop("key", None)
     checkpoint = read_checkpoint(path, None if key is None else str(key))
     architecture = str(options.pop("arch", None) or _recorded_architecture(path))
@@ -277,14 +274,20 @@ def _open_file(rest: str, options: dict[str, Any]) -> Model:
 
 
 def _recorded_architecture(path: Path) -> object:
-    """The entry ``"arch"`` of the JSON file of the same name beside a weight file."""
-    record = path.with_suffix(".json")
+    """The entry ``"arch"`` of the JSON file that goes with a weight file."""
+    record = record_file(path)
     try:
         return json.loads(record.read_text(encoding="utf-8"))["arch"]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        of_epoch = record.parent != path.parent
+        instead = (
+            f"wait until training has finished, which then writes {record}"
+            if of_epoch and not record.exists()
+            else f'put a {record.name} with an entry "arch" {f"into {record.parent}" if of_epoch else "beside it"}'
+        )
         raise ModelError(
-            f"file:{path} comes without its architecture: add '?arch=timm:NAME' (or another reference), or put a "
-            f'{record.name} with an entry "arch" beside it ({first_line(error)}).'
+            f"file:{path} comes without its architecture: add '?arch=timm:NAME' (or another reference), or {instead} "
+            f"({first_line(error)})."
         ) from error
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "first_line",
     "logits_of",
     "model_source",
+    "seed_generators",
     "structure",
     "written",
 ]
@@ -178,11 +179,16 @@ def drawing(seed: object) -> Iterator[None]:
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ModelError(f"seed is {seed!r}, expected a whole number from 0 to 2**64 - 1.")
     with rng_untouched():
-        # torch.manual_seed would seed the accelerators as well; fresh weights are drawn on the CPU.
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
+        seed_generators(seed)
         yield
+
+
+def seed_generators(seed: int) -> None:
+    """Seed PyTorch's generator of the CPU, NumPy's and Python's, which nobody puts back."""
+    # torch.manual_seed would seed the accelerators as well; fresh weights and views are drawn on the CPU.
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
 @contextmanager

@@ -80,7 +80,11 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
     Args:
         study: what to measure.
         folder: the study's folder, to count what is done; None for a new study.
+
+    Raises:
+        StudyError: models are not trained yet.
     """
+    study.check_trained()
     n_images, images_mistake = study.n_images, ""
     try:
         n_images = min(n_images, len(open_source(study.source)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from layercrit.checkpoints import fit_to, hash_tensors, read_checkpoint
+from layercrit.checkpoints import fit_to, hash_tensors, read_checkpoint, weight_file
 from layercrit.errors import ModelError, ProtocolError, near
 from layercrit.layers import Layer
 from layercrit.models import Model
@@ -226,7 +226,7 @@ def given_donor(
     """Return the donor that the user gave, checked against the model; None where none was given and none is needed.
 
     Args:
-        donor: a network of the model's architecture, a weight file, or None.
+        donor: a network of the model's architecture, a weight file or what `weight_file` takes for one, or None.
         how: the reset.
         model: the trained model.
         layers: what will be reset; a network need not hold more than their parameters.
@@ -240,7 +240,7 @@ def given_donor(
         if how.donor == "checkpoint":
             raise ProtocolError(
                 f"The reset {how.name!r} needs the checkpoint that its values come from: "
-                "give a weight file with --from (donor=...)."
+                "give a weight file, or DIR@epoch=0 of a training run, with --from (donor=...)."
             )
         return None
     if how.donor is None:
@@ -249,7 +249,7 @@ def given_donor(
             f"or choose one of {', '.join(name for name, other in RESETS.items() if other.donor)}."
         )
     if not isinstance(donor, nn.Module):
-        checkpoint = read_checkpoint(donor)
+        checkpoint = read_checkpoint(weight_file(donor))
         values = fit_to(checkpoint.tensors, model.network.state_dict(), f"{donor} for {model.reference}")
         return Donor(values, f"given: the file {donor}, SHA-256 {checkpoint.sha256}", hash_tensors(values))
     values = _parameters(donor)

@@ -73,9 +73,10 @@ def run_study(
         executor: runs the tasks in place of local processes.
 
     Raises:
-        StudyError: another process runs this study, or the folder cannot be used.
+        StudyError: models are not trained yet, another process runs this study, or the folder cannot be used.
         ProbeError: the images cannot be read.
     """
+    study.check_trained()
     started = time.monotonic()
     folder = Path(folder).expanduser().absolute()
     executor = executor or LocalProcesses(local_places(n_workers, study.protocol.device, torch.cuda.device_count()))

@@ -33,7 +33,8 @@ __all__ = [
 ACCEPTED = (
     "a folder of images, with or without one folder per class; a .npy or .npz file; .parquet or .tar shards, as a "
     "file, a folder or a pattern such as 'shard-{000..009}.tar' or 'data/*.parquet'; a folder written by the datasets "
-    "library's save_to_disk; or 'torchvision:NAME?root=PATH&split=test'"
+    "library's save_to_disk; MNIST's format, as a folder or a file such as t10k-images-idx3-ubyte.gz; "
+    "or 'torchvision:NAME?root=PATH&split=test'"
 )
 IMAGE_KEYS = ("images", "x", "arr_0")
 LABEL_KEYS = ("labels", "y")

@@ -26,13 +26,36 @@
     category = "baseline"
     label = "Plain"
     accuracy = 0.7615
-    donor = "runs/epoch0.safetensors"    # a weight file, for the reset rewind
+    donor = "runs/epoch0.safetensors"    # a weight file, for the reset rewind; "runs/a@epoch=0" of a training run
 
     [[models]]
     list = "models.csv"            # columns reference, name, category, label, accuracy, donor; or one reference a line
+
+A study can train models itself, by ``layercrit train --study FILE``, each in a folder of its own:
+
+.. code-block:: toml
+
+    [training]
+    arch = "timm:resnet18"         # a model reference without weights
+    data = "fashion-mnist"         # source of the training images; relative to this file
+    folder = "models"              # where the trained models lie; relative to this file
+    epochs = 10                    # default: as many as each method says
+    seed = 0
+    precision = "no"               # float32; or "bf16" or "fp16"
+    weights_dtype = "float32"      # or "float16": how the final weights are stored
+    settings = { batch_size = 128 }      # of every method
+
+    [[models]]
+    method = "robust_l2"           # instead of reference or list
+    name = "pgd"                   # the folder's too, so it must be given; the model is file:models/pgd
+    settings = { eps = 1.0 }       # these three are optional and win over those of [training]
+    epochs = 12
+    seed = 1
+    category = "adversarial_training"    # default: the method's; label, accuracy and donor as for all models
+
+The donor of such a model, for rewind, is the weights that it began with unless another one is given.
 """
 
-import csv
 import importlib
 import json
 import re
@@ -43,7 +66,17 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from layercrit._model_entries import ModelEntry, models_of
+from layercrit._model_entries import ModelEntry, models_of, rows_of_list
+from layercrit._training_entries import (
+    METHOD_KEYS,
+    TRAINING_KEYS,
+    Training,
+    TrainingRun,
+    model_mistakes,
+    run_of,
+    training_mistakes,
+)
+from layercrit.checkpoints import weight_file
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.errors import LayercritError, StudyError, near
 from layercrit.images import STANDARD, Preprocessing
@@ -53,7 +86,7 @@ from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import RESETS, get_reset
 from layercrit.store import FILE
 
-__all__ = ["ModelEntry", "StudyFile", "read_study_file"]
+__all__ = ["ModelEntry", "StudyFile", "Training", "TrainingRun", "read_study_file"]
 
 _LISTED = 20  # mistakes shown at once
 
@@ -75,6 +108,7 @@ class StudyFile:
         baseline: name of the model that others are compared with, or None.
         leave_out: names of models or categories that comparisons leave out.
         imports: modules to import first.
+        training: the models that the study trains itself, or None without a table ``[training]``.
     """
 
     name: str
@@ -89,9 +123,23 @@ class StudyFile:
     baseline: str | None
     leave_out: tuple[str, ...]
     imports: tuple[str, ...]
+    training: Training | None = None
+
+    def untrained(self) -> list[str]:
+        """Return the names of the models whose training has not finished."""
+        return self.training.untrained() if self.training else []
+
+    def check_trained(self) -> None:
+        """Make sure that all models are trained.
+
+        Raises:
+            StudyError: some are not.
+        """
+        if self.training:
+            self.training.check_finished()
 
     def to_toml(self) -> str:
-        """Return the study file with every default, pattern and path resolved."""
+        """Return the study file with every default, pattern and path resolved; trained models are files like others."""
         size = self.preprocessing
         protocol = {name: value for name, value in self.protocol.to_dict().items() if name not in ("reset", "n_images")}
         sections: list[tuple[str, Mapping[str, Any]]] = [
@@ -135,10 +183,12 @@ _KEYS: dict[str, dict[str, tuple[type, ...]]] = {
            for f in fields(Protocol) if f.name not in ("reset", "n_images")},
         "resets": (list,), "distances": (list,),
     },
+    "training": TRAINING_KEYS,
     "models": {"reference": (str,), "list": (str,), "name": (str,), "category": (str,), "label": (str,),
-               "accuracy": (int, float), "donor": (str,)},
+               "accuracy": (int, float), "donor": (str,), **METHOD_KEYS},
 }  # fmt: skip
-_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
+_COLUMNS = _KEYS["models"].keys() - {"list", *METHOD_KEYS}  # of a list of models
+_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a table"}
 
 
 class _Reader:
@@ -147,7 +197,8 @@ class _Reader:
     def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
         self.path, self.content = path, content
         self.mistakes: list[str] = []
-        self.some_unread = False  # references of models that could not be understood
+        self.some_unread = False  # models that could not be understood
+        self.runs: list[TrainingRun] = []
         self.tables: dict[str, list[dict[str, Any]]] = {name: [] for name in _KEYS}  # None for values of a wrong type
 
     def read(self) -> StudyFile:
@@ -162,7 +213,9 @@ class _Reader:
         single = {name: value for name, value in protocol.items() if name not in ("resets", "distances")}
         settings = self._protocol({**single, "reset": resets[0]})
         preprocessing = self._preprocessing(images)
-        models = self._models()
+        if self.tables["training"]:
+            self.mistakes.extend(training_mistakes(self.tables["training"][0], self.path.parent))
+        models = self._models(resets)
         self._check_donors(models, resets)
         leave_out = self._texts("study", "leave_out")
         baseline = study.get("baseline")
@@ -192,6 +245,7 @@ class _Reader:
             baseline=baseline,
             leave_out=tuple(leave_out),
             imports=tuple(imports),
+            training=Training(tuple(self.runs), self.path) if "training" in self.content else None,
         )
 
     # --- sections ---------------------------------------------------------------------------------------------------
@@ -289,64 +343,58 @@ class _Reader:
 
     # --- models -----------------------------------------------------------------------------------------------------
 
-    def _models(self) -> list[ModelEntry]:
+    def _models(self, resets: Sequence[str]) -> list[ModelEntry]:
         if not self.content.get("models"):
             self.mistakes.append("there are no models: add [[models]] tables with a reference each")
+        rewinds = any(name in RESETS and RESETS[name].donor == "checkpoint" for name in resets)
         models: list[ModelEntry] = []
         for number, table in enumerate(self.tables["models"], 1):
             where = f"[[models]] no. {number}"
-            if ("reference" in table) == ("list" in table):
-                self.mistakes.append(f"{where}: expected either reference or list")
-                continue
-            rows = [(where, table)] if "reference" in table else self._listed(where, table)
-            for place, row in rows:
-                models.extend(self._entries(place, row))
+            if len({"reference", "list", "method"} & table.keys()) != 1:
+                self.mistakes.append(f"{where}: expected one of reference, list and method")
+                self.some_unread = True
+            elif "method" in table:
+                models.extend(self._trained(where, table, rewinds))
+            elif wrong := sorted(METHOD_KEYS.keys() & table.keys()):
+                self.mistakes.append(f"{where}: {', '.join(wrong)} can be of models with a method only")
+            elif "reference" in table:
+                models.extend(self._entries(where, table))
+            elif table["list"] is not None:  # else said already
+                given = {key: value for key, value in table.items() if key != "list"}
+                path = self._absolute(table["list"])
+                for place, row in rows_of_list(where, path, given, _COLUMNS, self.mistakes):
+                    models.extend(self._entries(place, row))
         self._check_unique(models)
         return models
 
-    def _listed(self, where: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield (place, row) of a list file; what stands beside ``list`` holds where a row leaves it empty."""
-        if table["list"] is None:
-            return  # said already
-        path = self._absolute(table["list"])
-        given = {key: value for key, value in table.items() if key != "list"}
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets write a mark before the text
-        except (OSError, UnicodeDecodeError) as error:
-            self.mistakes.append(f"{where}: the list {path} cannot be read ({error})")
+    def _trained(self, where: str, table: Mapping[str, Any], rewinds: bool) -> Iterator[ModelEntry]:
+        """Yield the model of a table with a method, and keep how it is trained."""
+        table = {key: value for key, value in table.items() if value is not None}
+        training = self._table("training") if "training" in self.content else None
+        n_before = len(self.mistakes)
+        self.mistakes.extend(model_mistakes(where, table, training))
+        self._check_accuracy(where, table)
+        if len(self.mistakes) > n_before or training is None or "method" not in table:
+            self.some_unread = True
             return
-        if lines and "reference" in next(csv.reader(lines[:1])):
-            rows = list(self._csv_rows(path.name, lines))
-        else:
-            named = [(number, line.strip()) for number, line in enumerate(lines, 1)]
-            rows = [(n, {"reference": line}) for n, line in named if line and not line.startswith("#")]
-        if not rows:
-            self.mistakes.append(f"{where}: the list {path} names no models")
-        for number, row in rows:
-            yield f"{path.name} line {number}", {**given, **row}
+        run = run_of(table, training, self.path, self._absolute_source(training.get("data", "")))
+        self.runs.append(run)
+        entry = run.entry()
+        if run.is_finished():
+            self._check_architecture(where, [entry])
+        beginning = {"donor": f"{run.folder}@epoch=0"} if rewinds else {}
+        yield self._with_own_words(entry, beginning | table)
 
-    def _csv_rows(self, name: str, lines: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield (line number, values that are not empty) of a list with columns."""
-        known = _KEYS["models"].keys() - {"list"}
-        reader = csv.DictReader(lines)
-        for column in sorted({*(reader.fieldnames or ())} - known):
-            self.mistakes.append(f"{name}: unknown column {column!r}. {near(column, sorted(known))}")
-        for row in reader:
-            place = f"{name} line {reader.line_num}"
-            values: dict[str, Any] = {key: text for key, text in row.items() if key in known and text}
-            if None in row:
-                self.mistakes.append(
-                    f"{place}: more values than columns. Put quotation marks around a reference that has commas"
-                )
-                continue
-            if "reference" not in values:
-                self.mistakes.append(f"{place}: there is no reference")
-            if "accuracy" in values:
-                try:
-                    values["accuracy"] = float(values["accuracy"])
-                except ValueError:
-                    self.mistakes.append(f"{place}: accuracy must be a number; got {values.pop('accuracy')!r}")
-            yield reader.line_num, values
+    def _with_own_words(self, entry: ModelEntry, table: Mapping[str, Any]) -> ModelEntry:
+        given = {key: table[key] for key in ("name", "category", "label", "accuracy") if key in table}
+        donor = str(self._absolute(table["donor"])) if "donor" in table else None
+        return replace(entry, **given, donor=donor)
+
+    def _check_accuracy(self, where: str, table: Mapping[str, Any]) -> None:
+        accuracy = table.get("accuracy")
+        if accuracy is not None and not 0 <= accuracy <= 1:
+            hint = f" Did you mean {accuracy / 100:g}?" if 1 < accuracy <= 100 else ""
+            self.mistakes.append(f"{where}: accuracy must be a share in [0, 1]; got {accuracy}.{hint}")
 
     def _entries(self, where: str, table: Mapping[str, Any]) -> Iterator[ModelEntry]:
         """Yield the models of one row, more than one where its reference is a pattern."""
@@ -354,10 +402,7 @@ class _Reader:
         reference = table.get("reference")
         if reference is None:
             return  # said already
-        accuracy = table.get("accuracy")
-        if accuracy is not None and not 0 <= accuracy <= 1:
-            hint = f" Did you mean {accuracy / 100:g}?" if 1 < accuracy <= 100 else ""
-            self.mistakes.append(f"{where}: accuracy must be a share in [0, 1]; got {accuracy}.{hint}")
+        self._check_accuracy(where, table)
         try:
             found = list(models_of(reference, self.path.parent))
         except LayercritError as error:
@@ -372,9 +417,7 @@ class _Reader:
             )
             return
         for entry in found:
-            given = {key: table[key] for key in ("name", "category", "label", "accuracy") if key in table}
-            donor = str(self._absolute(table["donor"])) if "donor" in table else None
-            yield replace(entry, **given, donor=donor)
+            yield self._with_own_words(entry, table)
 
     def _check_architecture(self, where: str, found: Sequence[ModelEntry]) -> None:
         """Say, once for a pattern, where a weight file comes without its architecture."""
@@ -400,8 +443,18 @@ class _Reader:
         for model in models:
             if needing and model.donor is None:
                 self.mistakes.append(f"model {model.name!r} has no donor, which the reset {needing[0]!r} needs")
-            if model.donor is not None and not Path(model.donor).is_file():
-                self.mistakes.append(f"the donor of model {model.name!r} is no file: {model.donor}")
+            if model.donor is not None:
+                self._check_donor(model.name, model.donor)
+
+    def _check_donor(self, model: str, donor: str) -> None:
+        folder = Path(donor.rpartition("@epoch=")[0] or donor)
+        if any(run.folder == folder and not run.is_finished() for run in self.runs):
+            return  # it will be there
+        try:
+            if not weight_file(donor).is_file():
+                self.mistakes.append(f"the donor of model {model!r} is no file: {donor}")
+        except LayercritError as error:
+            self.mistakes.append(f"the donor of model {model!r}: {error}")
 
     def _check_comparison(self, models: Sequence[ModelEntry], baseline: Any, leave_out: Sequence[str]) -> None:
         names = [model.name for model in models]

@@ -1,0 +1,5 @@
+"""``python -m layercrit``, for launchers that start modules."""
+
+from layercrit.cli import main
+
+main()

@@ -1,0 +1,25 @@
+"""How models are made: one file per family of methods, and the loop that trains by any of them."""
+
+from layercrit.training import adversarial, augmentation, baseline, contrastive, freezing, recipes
+from layercrit.training.data import TrainingData, open_training_data
+from layercrit.training.loop import Options, TrainedModel, train
+from layercrit.training.methods import METHODS, Method, get_method, method, setting
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "Options",
+    "TrainedModel",
+    "TrainingData",
+    "adversarial",
+    "augmentation",
+    "baseline",
+    "contrastive",
+    "freezing",
+    "get_method",
+    "method",
+    "open_training_data",
+    "recipes",
+    "setting",
+    "train",
+]

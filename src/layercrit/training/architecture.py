@@ -1,0 +1,60 @@
+"""The network that a run begins with: an architecture made to fit the data, with weights of a seed."""
+
+import torch
+from torch import nn
+
+from layercrit.errors import ModelError
+from layercrit.models import open_model
+from layercrit.networks import first_line, logits_of
+from layercrit.resets import seed_of
+from layercrit.training.methods import Inputs
+
+__all__ = ["fitted_architecture", "initial_network"]
+
+
+def fitted_architecture(architecture: str, inputs: Inputs) -> str:
+    """Return the architecture's reference with everything that the data decide: classes, channels, size, normalisation.
+
+    Args:
+        architecture: a model reference; what it says of classes and channels itself stays.
+        inputs: what networks are given.
+    """
+    name, _, query = architecture.partition("?")
+    options = dict(part.partition("=")[::2] for part in query.split("&") if part)
+    if name.partition(":")[0] == "timm":
+        options.setdefault("num_classes", str(inputs.n_classes))
+        options.setdefault("in_chans", str(inputs.channels))
+    if name.partition(":")[0] == "torchvision":
+        options.setdefault("num_classes", str(inputs.n_classes))
+    for weights in ("pretrained", "seed"):
+        options.pop(weights, None)
+    size = (inputs.channels, inputs.height, inputs.width)
+    options |= {"mean": inputs.mean, "std": inputs.std, "input_size": size}  # type: ignore[dict-item]
+    return f"{name}?" + "&".join(f"{key}={value}".replace(" ", "") for key, value in options.items())
+
+
+def initial_network(architecture: str, seed: int, inputs: Inputs) -> nn.Module:
+    """Return the architecture with the weights of a seed, after it answered about images of the right size.
+
+    Raises:
+        ModelError: it cannot be opened, cannot take such images, or has another number of classes.
+    """
+    if architecture.startswith(("file:", "zoo:")):
+        raise ModelError(f"{architecture!r} names weights; expected an architecture, such as timm:resnet18.")
+    fresh = seed_of("training", seed, "initial weights")
+    network = open_model(f"{architecture}&pretrained=false&seed={fresh}").network
+    image = torch.zeros(2, inputs.channels, inputs.height, inputs.width)
+    try:
+        with torch.no_grad():
+            logits = logits_of(network(image))
+    except (RuntimeError, AssertionError, ValueError) as error:  # what networks raise at sizes they do not know
+        raise ModelError(
+            f"{architecture} cannot take images of {tuple(image.shape[1:])} (channels, height, width): "
+            f"{first_line(error)}. Give another --input-size, such as 3 224 224."
+        ) from error
+    if logits.shape[1] != inputs.n_classes:
+        raise ModelError(
+            f"{architecture} has {logits.shape[1]} classes, but the data have {inputs.n_classes}. "
+            f"Build it with {inputs.n_classes}, for instance by an option of its reference."
+        )
+    return network

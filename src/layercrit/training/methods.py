@@ -1,0 +1,335 @@
+"""What a training method is: settings, how an image becomes views, how a batch becomes a loss; and their registry."""
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layercrit.errors import TrainingError, near
+from layercrit.networks import logits_of
+
+__all__ = [
+    "CATEGORIES",
+    "METHODS",
+    "Inputs",
+    "Learner",
+    "Method",
+    "Optimisation",
+    "Phase",
+    "Supervised",
+    "Views",
+    "get_method",
+    "method",
+    "setting",
+]
+
+CATEGORIES = ("baseline", "training_recipes", "augmentation", "adversarial_training", "contrastive", "freezing")
+"""The paper's families of training methods."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a network is trained on.
+
+    Attributes:
+        channels: 1 or 3.
+        height: of what the network is given, in pixels.
+        width: likewise.
+        n_classes: how many classes there are.
+        mean: of the training images, a value for each channel, in units of pixels in [0, 1].
+        std: their standard deviation.
+        same_size: whether every image has the network's size already.
+    """
+
+    channels: int
+    height: int
+    width: int
+    n_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    same_size: bool
+
+
+Views = Callable[[Image.Image], Sequence[Tensor]]
+"""Turns an image into one or several views of it, uint8 ``(channels, height, width)``, by torch's global generator."""
+
+
+class Learner(nn.Module):
+    """A network, and how a batch of views becomes a loss.
+
+    Attributes:
+        network: the classifier that is trained; what else a method needs (a teacher, a projection head) is beside it.
+    """
+
+    def __init__(self, network: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(inputs.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(inputs.std).view(-1, 1, 1), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Return what the network is given for ``images (n_images, channels, height, width)`` in [0, 1]."""
+        return (images - self.mean) / self.std  # type: ignore[operator]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return the network's logits ``(n_images, n_classes)`` for images in [0, 1]."""
+        return logits_of(self.network(self.normalise(images)))
+
+    def forward(self, views: Sequence[Tensor], labels: Tensor, progress: float) -> Tensor:
+        """Return the loss of a batch, a scalar.
+
+        Args:
+            views: for each view of the images ``(n_images, channels, height, width)``, float32 in [0, 1].
+            labels: classes ``(n_images,)``; self-supervised methods do not look at them.
+            progress: share of the phase that is done, in [0, 1).
+        """
+        raise NotImplementedError
+
+    def after_step(self, progress: float) -> None:
+        """Do what follows a step of the optimiser, such as moving a teacher."""
+
+
+class Supervised(Learner):
+    """Learning from labels, from one view of each image."""
+
+    def __init__(
+        self, network: nn.Module, inputs: Inputs, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    ) -> None:
+        super().__init__(network, inputs)
+        self.loss = loss
+
+    def forward(self, views: Sequence[Tensor], labels: Tensor, progress: float) -> Tensor:
+        """Return the loss of the first view's logits."""
+        return self.loss(self.logits(views[0]), labels)
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How parameters follow gradients.
+
+    Attributes:
+        optimizer: a name that timm knows (`timm.optim.list_optimizers`).
+        lr: highest learning rate, at the batch size in use.
+        momentum: of the optimizers that have one.
+        weight_decay: not applied to biases and normalisation.
+        schedule: ``cosine`` (to 0) or ``step`` (a tenth after each third of the epochs).
+        warmup_epochs: over which the learning rate rises linearly from 0.
+        clip_norm: largest norm of all gradients together; 0: no limit.
+    """
+
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.0
+    clip_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a training run with views, loss and schedule of its own.
+
+    Attributes:
+        name: such as ``training``, or ``pretraining`` and ``linear head``.
+        epochs: passes over the training images.
+        views: makes `Views` for the given inputs.
+        learner: makes the learner around the network, which is changed in place.
+        optimisation: how parameters follow gradients.
+        labelled: whether the classifier learns in this phase, so that its accuracy means something.
+    """
+
+    name: str
+    epochs: int
+    views: Callable[[Inputs], Views]
+    learner: Callable[[nn.Module, Inputs], Learner]
+    optimisation: Optimisation
+    labelled: bool = True
+
+
+def setting(
+    default: Any, text: str, *, low: float | None = None, high: float | None = None, choices: Sequence[str] = ()
+) -> Any:
+    """Declare a setting of a method: a dataclass field with a meaning and a range.
+
+    Args:
+        default: its value where nothing is said; its type is that of the annotation.
+        text: what it means, with its unit.
+        low: smallest value allowed.
+        high: largest value allowed.
+        choices: the only values allowed.
+    """
+    return field(default=default, metadata={"text": text, "low": low, "high": high, "choices": tuple(choices)})
+
+
+@dataclass(frozen=True)
+class Method:
+    """A training method; every one is a subclass that changes what its paper changes.
+
+    The fields are its settings. Registered by `method`, which adds the class variables.
+
+    Attributes:
+        name: how it is called everywhere.
+        category: one of `CATEGORIES`.
+        changes: what it does unlike the baseline, in a few words.
+        paper: where it comes from.
+    """
+
+    name: ClassVar[str]
+    category: ClassVar[str]
+    changes: ClassVar[str]
+    paper: ClassVar[str]
+
+    epochs: int = setting(90, "passes over the training images", low=1)
+    batch_size: int = setting(256, "images a step, over all processes", low=1)
+    optimizer: str = setting("sgd", "name of an optimizer of timm")
+    lr: float = setting(0.1, "highest learning rate, at this batch size", low=0)
+    momentum: float = setting(0.9, "of the optimizers that have one", low=0, high=1)
+    weight_decay: float = setting(1e-4, "not on biases and normalisation", low=0)
+    schedule: str = setting("cosine", "of the learning rate", choices=("cosine", "step"))
+    warmup_epochs: float = setting(0.0, "over which the learning rate rises from 0", low=0)
+    clip_norm: float = setting(0.0, "largest norm of all gradients together; 0: no limit", low=0)
+    ema_decay: float = setting(0.0, "of the moving average of weights that is kept instead; 0: none", low=0, high=1)
+    repeats: int = setting(1, "views of each image in a batch, in place of other images", low=1)
+    crop: str = setting(
+        "auto",
+        "shift: pad by an eighth and cut; resized: a part of random size and shape; auto: shift for images up to 64 "
+        "pixels that all have the network's size",
+        choices=("auto", "shift", "resized"),
+    )
+    min_scale: float = setting(0.08, "smallest share of the area that a resized crop shows", low=0, high=1)
+    flip: float = setting(0.5, "share of images that are mirrored", low=0, high=1)
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Return the parts of a run, in order; one for methods that learn from labels throughout."""
+        return (Phase("training", self.epochs, self.views, self.learner, self.optimisation()),)
+
+    def optimisation(self) -> Optimisation:
+        """Return the settings that concern the optimiser."""
+        return Optimisation(**{one.name: getattr(self, one.name) for one in dataclasses.fields(Optimisation)})
+
+    def views(self, inputs: Inputs) -> Views:
+        """Return what makes views of an image: one, cropped, mirrored, augmented, as uint8."""
+        from torchvision import transforms
+
+        whole = transforms.Compose([*self.crops(inputs), *self.augmentations(inputs), transforms.PILToTensor()])
+        return lambda image: (whole(image),)
+
+    def crops(self, inputs: Inputs) -> list[Any]:
+        """Return the transforms that cut out a part of the network's size and mirror it."""
+        from torchvision import transforms
+
+        size = (inputs.height, inputs.width)
+        shift = self.crop == "shift" or (self.crop == "auto" and inputs.same_size and max(size) <= 64)
+        if shift:
+            cut: Any = transforms.RandomCrop(size, padding=max(size) // 8)
+        else:
+            cut = transforms.RandomResizedCrop(size, scale=(self.min_scale, 1.0))
+        return [cut, transforms.RandomHorizontalFlip(self.flip)] if self.flip else [cut]
+
+    def augmentations(self, inputs: Inputs) -> list[Any]:
+        """Return the transforms of the cropped image that a method adds; none here."""
+        return []
+
+    def learner(self, network: nn.Module, inputs: Inputs) -> Learner:
+        """Return the learner around a network."""
+        return Supervised(network, inputs)
+
+    def changed(self) -> dict[str, Any]:
+        """Return all settings as plain values, in order of their declaration."""
+        return dataclasses.asdict(self)
+
+
+METHODS: dict[str, type[Method]] = {}
+"""All training methods by name, filled by `method`."""
+
+
+def method(name: str, *, category: str, changes: str, paper: str) -> Callable[[type[Method]], type[Method]]:
+    """Register a training method.
+
+    Args:
+        name: how it is called, such as ``augmix``.
+        category: one of `CATEGORIES`.
+        changes: what it does unlike the baseline, in a few words.
+        paper: authors, year and identifier of its source.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @method("baseline_long", category="training_recipes", changes="300 epochs", paper="none")
+        ... @dataclass(frozen=True)
+        ... class Long(Method):
+        ...     epochs: int = setting(300, "passes over the training images", low=1)
+        >>> METHODS.pop("baseline_long").category
+        'training_recipes'
+    """
+
+    def register(cls: type[Method]) -> type[Method]:
+        cls.name, cls.category, cls.changes, cls.paper = name, category, changes, paper
+        METHODS[name] = cls
+        return cls
+
+    return register
+
+
+def get_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
+    """Return a method with some of its settings changed.
+
+    Args:
+        name: of a registered method.
+        settings: values by name; texts, as a command line gives them, are read as the type of the setting.
+
+    Raises:
+        TrainingError: the method or a setting is unknown, or a value is of another type or out of range.
+    """
+    if name not in METHODS:
+        raise TrainingError(f"There is no training method {name!r}. {near(name, METHODS)}")
+    cls = METHODS[name]
+    types = typing.get_type_hints(cls)
+    declared = {one.name: one for one in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for key, given in (settings or {}).items():
+        if key not in declared:
+            raise TrainingError(f"The method {name} has no setting {key!r}. {near(key, declared)}")
+        values[key] = _checked(f"{name}: {key}", given, types[key], declared[key].metadata)
+    return cls(**values)
+
+
+def _checked(where: str, given: Any, kind: type, limits: Mapping[str, Any]) -> Any:
+    """Return a setting's value as its type, within its range."""
+    value = _as_type(given, kind)
+    low, high, choices = limits["low"], limits["high"], limits["choices"]
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    if low is not None or high is not None:
+        words += f" from {low}" * (low is not None) + f" to {high}" * (high is not None)
+    if choices:
+        words = f"one of {', '.join(choices)}"
+    wrong = value is None or (choices and value not in choices)
+    if not wrong and kind in (int, float):
+        wrong = not ((low is None or value >= low) and (high is None or value <= high) and abs(value) < float("inf"))
+    if wrong:
+        hint = f" {near(value, choices)}" if choices and isinstance(value, str) else ""
+        raise TrainingError(f"{where} must be {words}; got {given!r}.{hint}")
+    return value
+
+
+def _as_type(given: Any, kind: type) -> Any:
+    """Return the value as ``kind``, or None where it is of another one."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(str(given).lower())
+    if kind is str:
+        return given if isinstance(given, str) else None
+    if isinstance(given, bool) or not isinstance(given, int | float | str):
+        return None
+    try:
+        number = float(given)
+    except (ValueError, OverflowError):
+        return None
+    if kind is float:
+        return number
+    return int(number) if number.is_integer() else None
