@@ -1,21 +1,30 @@
-"""The study files that come with layercrit."""
+"""The study files that come with layercrit, and the family that one of them describes."""
+
+import json
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from layercrit._cli_study import study as group
-from layercrit.comparison import compare
-from layercrit.demo import example_study, run_demo
+from layercrit.demo import copy_family, example_study, run_demo, small_resnet
+from layercrit.models import open_model
 from layercrit.planning import plan_study
-from layercrit.running import run_study
+from layercrit.resets import seed_of
 from layercrit.study import load_study
 from layercrit.studyfile import read_study_file
+from layercrit.training import get_method
+from layercrit.training.methods import CATEGORIES
 from layercrit.zoo import ZOO
-from running_jobs import Inline
-from small_studies import N_LAYERS, write_images, write_weights
+from small_studies import N_LAYERS
 
-NAMES = ("paper", "digits")
-NETWORKS = ("digits", "digits-smoothing", "digits-frozen")
+NAMES = ("paper", "fashion")
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    return copy_family(tmp_path_factory.mktemp("family"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,33 +49,80 @@ def test_example_study__the_paper_s(tmp_path):
     assert plan.to_dict()["n_cells"] == 51 * 54 * 3
 
 
-def test_example_study__the_demo_s(tmp_path):
-    (tmp_path / "digits.toml").write_text(example_study("digits"), encoding="utf-8")
-    for seed, name in enumerate(NETWORKS):
-        write_weights(tmp_path / f"{name}.safetensors", seed)
-    write_images(tmp_path / "digits.npz", 20)
-    study = read_study_file(tmp_path / "digits.toml")
-    assert [entry.name for entry in study.models] == ["plain", "smoothing", "frozen"]
+def test_example_study__the_family_s(family):
+    study = read_study_file(family)
+    assert study.untrained() == []
     plan = plan_study(study)
     assert set(plan.models["mistake"]) == {""}
-    assert plan.to_dict()["n_cells"] == 3 * N_LAYERS * 5
+    assert plan.to_dict()["n_cells"] == len(study.models) * N_LAYERS * 5
+
+
+def test_family__is_of_all_categories_and_small(family):
+    study = read_study_file(family)
+    methods = {run.method for run in study.training.runs}
+    assert len(methods) >= 10
+    assert {get_method(name).category for name in methods} == set(CATEGORIES)
+    assert sorted(run.seed for run in study.training.runs if run.method == "baseline") == [0, 1]
+    files = [path for path in family.parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") < 6e6
+    assert 100_000 <= sum(p.numel() for p in small_resnet().parameters()) <= 300_000
+
+
+def test_family__records_are_those_of_the_study_file(family):
+    study = read_study_file(family)
+    hashes, data = set(), set()
+    for run in study.training.runs:
+        record = json.loads((run.folder / "model.json").read_text(encoding="utf-8"))
+        method = get_method(run.method, {**run.settings, "epochs": run.epochs})
+        assert (record["method"], record["settings"]) == (run.method, vars(method)), run.name
+        assert (record["seed"], record["precision"], record["weights_dtype"]) == (run.seed, "bf16", "float16")
+        assert record["category"] == method.category
+        data.add(record["data"]["sha256"])
+        hashes.add((record["seed"], record["initial_sha256"]))
+    assert len(data) == 1, "the models were trained on unlike data"
+    assert len(hashes) == 2, "models of one seed began with unlike weights"
+
+
+def test_family__frozen_filters_are_the_initial_ones(family):
+    frozen = load_file(family.parent / "models" / "frozen" / "model.safetensors")
+    seed = seed_of("training", 0, "initial weights")
+    initial = open_model(f"py:layercrit.demo:small_resnet?pretrained=false&seed={seed}").network.state_dict()
+    kept = [name for name in initial if initial[name].dim() == 4 and initial[name].shape[2] == 3]
+    assert len(kept) == 7
+    assert all(torch.equal(frozen[name], initial[name].half()) for name in kept)
+    assert not torch.equal(frozen["layer1.0.conv1.weight"], initial["layer1.0.conv1.weight"].half())
+
+
+def test_copy_family__keeps_what_is_there(family):
+    weights = family.parent / "models" / "baseline" / "model.safetensors"
+    before = weights.read_bytes()
+    try:
+        weights.write_bytes(b"trained anew")
+        copy_family(family.parent)
+        assert weights.read_bytes() == b"trained anew"
+    finally:
+        weights.write_bytes(before)
 
 
 @pytest.mark.slow
-def test_run_demo__its_study_runs(tmp_path):
+def test_run_demo__leaves_study_figures_tables_and_findings(tmp_path, monkeypatch):
+    small = example_study("fashion").replace("trials = 5", "trials = 2").replace("n_images = 500", "n_images = 40")
+    monkeypatch.setattr("layercrit.demo.example_study", lambda name: small)
     said = []
-    measurement, commands = run_demo(tmp_path / "demo", said.append)
-    assert commands[1] == f"layercrit study run {tmp_path / 'demo' / 'digits.toml'} --out {tmp_path / 'demo' / 'study'}"
-    text = (tmp_path / "demo" / "digits.toml").read_text(encoding="utf-8")
-    assert text == example_study("digits")
-    small = text.replace("trials = 5", "trials = 2").replace("[images]", "[images]\nn_images = 40")
-    (tmp_path / "demo" / "small.toml").write_text(small, encoding="utf-8")
-    study = read_study_file(tmp_path / "demo" / "small.toml")
-    report = run_study(study, tmp_path / "study", executor=Inline(), progress=False)
-    assert (report.n_measured, report.failures) == (3 * N_LAYERS * 2, [])
-    comparison = compare(load_study(tmp_path / "study"))
-    assert comparison.baseline == "plain"
-    assert comparison.models["n_layers"].to_list() == [N_LAYERS] * 3
-    assert (comparison.models["accuracy"] > 0.8).all()  # all three learned to read
-    plain = comparison.models.loc["plain", "criticality"]
-    assert plain == pytest.approx(measurement.summary()["criticality"]["mean"], abs=0.15)
+    result = run_demo(tmp_path / "demo", said.append)
+    study = load_study(tmp_path / "demo" / "study")
+    n_models = len(study.models)
+    assert len(study.cells) == n_models * N_LAYERS * 2
+    assert set(study.cells["status"]) == {"ok"}
+    assert result.comparison.baseline == "baseline"
+    assert (result.comparison.models["accuracy"] > 0.6).all()
+    assert f"{n_models} models of one architecture, {N_LAYERS} layers." in result.findings
+    for claim in ("Improved recipes", "Self-supervised", "Adversarial training (l2)", "Adversarial training (linf)"):
+        assert claim in result.findings
+    assert (tmp_path / "demo" / "findings.txt").read_text(encoding="utf-8") == result.findings + "\n"
+    for name in ("heat_map", "ranking", "accuracy"):
+        assert (tmp_path / "demo" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert "<svg" in (tmp_path / "demo" / f"{name}.svg").read_text(encoding="utf-8")
+    again = run_demo(tmp_path / "demo", said.append)
+    assert again.study.cells["run"].nunique() == 1, "the second run measured cells again"
+    assert again.comparison.models.equals(result.comparison.models)

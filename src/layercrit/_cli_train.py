@@ -47,7 +47,7 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images. [default: the method's]")
 @click.option(
     "--seed",
-    type=click.IntRange(0),
+    type=click.IntRange(0, 2**64 - 1),
     default=0,
     show_default=True,
     help="Of initial weights, order and views: equal for every method.",

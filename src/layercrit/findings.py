@@ -20,8 +20,7 @@ class Trend:
     Attributes:
         claim: what the published study finds, in words.
         sign: -1 where it finds less than the baseline has, 1 for more.
-        differences: to the baseline, of each model concerned, by its label; for each norm the last number is that of
-            its largest budget where ``rising``.
+        differences: to the baseline, or from one budget to the next, of each model concerned, by its label.
         yardstick: how far apart baselines of unlike training seeds lie; smaller differences say nothing.
     """
 
@@ -141,9 +140,9 @@ def describe_family(comparison: Comparison, budgets: Mapping[str, tuple[str, flo
         *(f"- {trend.sentence()}" for trend in trends),
         f"- Accuracy and mean criticality: Spearman's rho {all_models['statistic']:+.2f} "
         f"(p = {all_models['pvalue']:.2g}, {int(all_models['n'])} models).",
-        "What this does not show: the networks are small, trained for a few epochs on one data set of 28 x 28 grey "
-        "images, and each method but the baseline has one training seed, so a difference can owe to the seed as well "
-        "as to the method. Where the trends of ResNet-50 on ImageNet are not seen here, that does not refute them; "
-        "where they are, it does not confirm them for large networks.",
+        "What this does not show: the networks are small, trained for a few epochs (recipes are made for hundreds) on "
+        "one data set of 28 x 28 grey images, and each method but the baseline has one training seed, so a difference "
+        "can owe to the seed as well as to the method. Where the trends of ResNet-50 on ImageNet are not seen here, "
+        "that does not refute them; where they are, it does not confirm them for large networks.",
     ]
     return "\n".join(lines)

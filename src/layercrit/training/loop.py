@@ -163,6 +163,11 @@ class Run:
                 f"batch_size {self.batch_size} cannot be shared by {accelerator.num_processes} processes evenly."
             )
         self.epochs = sum(phase.epochs for phase in self.phases)
+        if max(options.keep_epochs, default=0) > self.epochs:
+            raise TrainingError(
+                f"keep_epochs are {', '.join(map(str, options.keep_epochs))}, but the run ends after epoch "
+                f"{self.epochs}. Leave out what comes after it."
+            )
         self.steps = self.epochs * (len(data.train) // self.batch_size)
         self.history: list[dict[str, Any]] = []
         self.saved_at = time.monotonic()
@@ -229,7 +234,7 @@ class Run:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         if self.accelerator.is_main_process:
-            self.folder.save_final(tensors, record)
+            record = self.folder.save_final(tensors, record)
         self.accelerator.wait_for_everyone()
         return record
 

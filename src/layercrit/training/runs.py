@@ -65,13 +65,17 @@ class RunFolder:
         writer.writerows(history)
         _write(self.path / "log.csv", text.getvalue().encode())
 
-    def save_final(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Write the final weights and their record, and remove what only an interrupted run needs."""
+    def save_final(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the final weights and their record, remove what only an interrupted run needs; return the record.
+
+        The record is completed by the weight file's hash, ``sha256``.
+        """
         data = _safetensors(tensors)
         _write(self.weights, data)
         whole = {**record, "sha256": hashlib.sha256(data).hexdigest()}
         _write(self.record, (json.dumps(whole, indent=2) + "\n").encode())
         shutil.rmtree(self._states, ignore_errors=True)
+        return whole
 
     # --- states -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,58 @@
+"""Write docs/family.md from what `layercrit demo` left: how each model was trained, and how critical its layers are.
+
+layercrit demo --out DIR && python benchmarks/family.py DIR
+"""
+
+import json
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+import pandas as pd
+
+DOCS = Path(__file__).parents[1] / "docs"
+HEAD = """# The bundled family: one network, fifteen ways to train it
+
+<!-- Written by benchmarks/family.py from the files of `layercrit demo`; do not edit. -->
+
+A small residual network with bottleneck blocks and BatchNorm ({n_parameters:,} parameters, {n_layers} convolutions and
+linear layers), trained on Fashion-MNIST from the same initial weights on the same order of images; only the method
+differs. `src/layercrit/studies/fashion.toml` is the study file, `layercrit train --study fashion.toml` trains it
+anew. Accuracy is on the 10,000 test images; time is that of training on one core of the machine that did it;
+criticality is the mean over layers, {n_trials} draws of each on {n_images} test images, with its 95% interval.
+
+![Criticality of each layer of each model](family.png)
+
+| model | method | epochs | accuracy | time | criticality | 95% interval | at matched temperature |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def main(folder: Path) -> None:
+    table = pd.read_csv(folder / "models.csv").set_index("model")
+    lines = []
+    records = {path.parent.name: json.loads(path.read_text()) for path in (folder / "models").glob("*/model.json")}
+    for name, row in table.iterrows():
+        record = records[str(name)]
+        lines.append(
+            f"| {name} | `{record['method']}` | {record['epochs']} | {record['top1_accuracy']:.1%} "
+            f"| {record['seconds'] / 60:.1f} min | {row['criticality']:.3f} | {row['low']:.3f} to {row['high']:.3f} "
+            f"| {row['criticality_matched']:.3f} |"
+        )
+    layers = pd.read_csv(folder / "layers.csv")
+    study = tomllib.loads((folder / "fashion.toml").read_text(encoding="utf-8"))
+    head = HEAD.format(
+        n_parameters=next(iter(records.values()))["n_parameters"],
+        n_layers=layers["layer"].nunique(),
+        n_trials=int(table["n_trials"].iloc[0]),
+        n_images=study["images"]["n_images"],
+    )
+    findings = (folder / "findings.txt").read_text(encoding="utf-8")
+    text = head + "\n".join(lines) + "\n\n## What it shows, and what it does not\n\n" + findings
+    (DOCS / "family.md").write_text(text, encoding="utf-8")
+    shutil.copyfile(folder / "heat_map.png", DOCS / "family.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
