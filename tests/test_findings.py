@@ -73,10 +73,11 @@ def test_trends_of__budgets_are_steps_from_the_baseline_on(tmp_path):
         "pgd4": ("linf", 16.0),
         "gone": ("l2", 9),
     }
-    l2, linf = trends_of(comparison, budgets)
+    l2, matched, linf, _ = trends_of(comparison, budgets)
     share = 5 / 6
     assert l2.differences == pytest.approx({"to eps 0.5": 0.1 * share, "to eps 1": 0.1 * share})
     assert linf.differences == pytest.approx({"to eps 8": 0.3 * share, "to eps 16": -0.1 * share})
+    assert matched.differences == pytest.approx({"to eps 0.5": 0, "to eps 1": 0}, abs=1e-7)
     assert (l2.verdict, linf.verdict) == ("agrees", "agrees in part")
 
 

@@ -90,19 +90,24 @@ def trends_of(comparison: Comparison, budgets: Mapping[str, tuple[str, float]]) 
         by_budget = sorted(
             (eps, name) for name, (kind, eps) in budgets.items() if kind == norm and name in models.index
         )
-        if by_budget:
-            found.append(_rising(norm, by_budget, models["criticality"], baselines))
+        found += [
+            _rising(f"Adversarial training ({norm}) raises {what} with eps", by_budget, values, baselines)
+            for what, values in (
+                ("the mean criticality", models["criticality"]),
+                ("it at matched temperature, too,", models["criticality_matched"]),
+            )
+            if by_budget and values.notna().all()
+        ]
     return found
 
 
-def _rising(norm: str, by_budget: list[tuple[float, str]], values: pd.Series, baselines: pd.Series) -> Trend:
+def _rising(claim: str, by_budget: list[tuple[float, str]], values: pd.Series, baselines: pd.Series) -> Trend:
     """Return whether criticality rises from each budget to the next, from the baseline's on."""
     reference = values[baselines]
     steps, before = {}, float(reference.mean())
     for eps, name in by_budget:
         value = float(values[name])
         steps[f"to eps {eps:g}"], before = value - before, value
-    claim = f"Adversarial training ({norm}) raises the mean criticality with eps"
     return Trend(claim, 1, steps, float(reference.max() - reference.min()))
 
 
