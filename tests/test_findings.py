@@ -42,7 +42,11 @@ def test_trends_of__differences_are_to_the_mean_of_the_baselines(tmp_path):
     assert deep.differences == pytest.approx({"recipe0": -0.125, "recipe1": -0.015})
     assert "layer2" in deep.claim
     assert matched.differences == pytest.approx({"recipe0": 0, "recipe1": 0}, abs=1e-7)
-    assert [trend.verdict for trend in (first, matched, deep)] == ["agrees in part", "disagrees", "agrees in part"]
+    assert [trend.verdict for trend in (first, matched, deep)] == [
+        "agrees in part",
+        "does not decide",
+        "agrees in part",
+    ]
     assert first.counts == (1, 0, 1)
 
 
@@ -52,7 +56,8 @@ def test_trends_of__differences_are_to_the_mean_of_the_baselines(tmp_path):
         ({"a": -0.2, "b": -0.11}, "agrees", (2, 0, 0)),
         ({"a": -0.2, "b": -0.05}, "agrees in part", (1, 0, 1)),
         ({"a": -0.2, "b": 0.3}, "agrees in part", (1, 1, 0)),
-        ({"a": 0.05, "b": -0.05}, "disagrees", (0, 0, 2)),
+        ({"a": 0.05, "b": -0.05}, "does not decide", (0, 0, 2)),
+        ({"a": 0.05, "b": 0.2}, "disagrees", (0, 1, 1)),
         ({"a": 0.2}, "disagrees", (0, 1, 0)),
     ],
 )
@@ -112,4 +117,4 @@ def test_trends_of__the_published_study_shows_its_own_trends(tmp_path):
     assert contrastive.verdict == "agrees in part"  # all but SimCLRv2
     assert [label for label, value in contrastive.differences.items() if value > 0] == ["SimCLRv2"]
     assert trends["Adversarial training (linf) raises the mean criticality with eps"].verdict == "agrees"
-    assert trends["Improved recipes lower that of the deepest stage (model.layer4)"].verdict == "agrees"
+    assert trends["Improved recipes lower the mean of the deepest stage (model.layer4)"].verdict == "agrees"

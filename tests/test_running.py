@@ -43,7 +43,7 @@ from running_jobs import (
     write_pixels,
     write_small,
 )
-from small_studies import write_study
+from small_studies import N_LAYERS, write_study
 
 N_CELLS = 2 * 2 * len(LAYERS)  # of `write_small`
 
@@ -113,7 +113,7 @@ def test_run_study__finds_what_measure_finds(tmp_path, folder, dtype, batch_size
 def test_run_study__finds_what_measure_finds_in_a_residual_network(tmp_path, folder):
     path = write_study(tmp_path, n_models=1, trials=2, images={"n_images": 15}, protocol={"seed": 1, "batch_size": 8})
 
-    assert run(path, folder).n_measured == 32
+    assert run(path, folder).n_measured == 2 * N_LAYERS
 
     _assert_equal_to_measure(path, folder, seed=1, trials=2, n_images=15, batch_size=8, dtype="float32")
 

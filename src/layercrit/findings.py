@@ -39,9 +39,14 @@ class Trend:
 
     @property
     def verdict(self) -> str:
-        """``agrees`` where all models do, ``disagrees`` where none does, else ``agrees in part``."""
-        with_it, *others = self.counts
-        return "agrees" if not any(others) else "agrees in part" if with_it else "disagrees"
+        """``agrees`` where all models do, ``agrees in part`` where some do, ``disagrees`` where some do the other way.
+
+        ``does not decide`` where all differences are smaller than the yardstick.
+        """
+        with_it, against, undecided = self.counts
+        if with_it:
+            return "agrees in part" if against or undecided else "agrees"
+        return "disagrees" if against else "does not decide"
 
     def sentence(self) -> str:
         """Return the trend, the verdict, and the numbers that it rests on."""
@@ -81,8 +86,8 @@ def trends_of(comparison: Comparison, budgets: Mapping[str, tuple[str, float]]) 
             Trend(f"{family} lower {what}", -1, *differences(values, chosen))
             for what, values in (
                 ("the mean criticality", models["criticality"]),
-                ("it at matched temperature, too", models["criticality_matched"]),
-                (f"that of the deepest stage ({deep_stage})", comparison.stages[deep_stage]),
+                ("the temperature-matched mean", models["criticality_matched"]),
+                (f"the mean of the deepest stage ({deep_stage})", comparison.stages[deep_stage]),
             )
             if chosen.any() and values[chosen].notna().all()
         ]
@@ -94,7 +99,7 @@ def trends_of(comparison: Comparison, budgets: Mapping[str, tuple[str, float]]) 
             _rising(f"Adversarial training ({norm}) raises {what} with eps", by_budget, values, baselines)
             for what, values in (
                 ("the mean criticality", models["criticality"]),
-                ("it at matched temperature, too,", models["criticality_matched"]),
+                ("the temperature-matched mean", models["criticality_matched"]),
             )
             if by_budget and values.notna().all()
         ]
@@ -142,9 +147,11 @@ def describe_family(comparison: Comparison, budgets: Mapping[str, tuple[str, flo
     )
     lines = [
         f"{len(models)} models of one architecture, {len(comparison.layers)} layers. {yardstick}",
+        "",
         *(f"- {trend.sentence()}" for trend in trends),
         f"- Accuracy and mean criticality: Spearman's rho {all_models['statistic']:+.2f} "
         f"(p = {all_models['pvalue']:.2g}, {int(all_models['n'])} models).",
+        "",
         "What this does not show: the networks are small, trained for a few epochs (recipes are made for hundreds) on "
         "one data set of 28 x 28 grey images, and each method but the baseline has one training seed, so a difference "
         "can owe to the seed as well as to the method. Where the trends of ResNet-50 on ImageNet are not seen here, "

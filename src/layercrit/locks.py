@@ -32,6 +32,7 @@ def hold(folder: Path, what: str = "study") -> Iterator[None]:
     except Timeout as error:
         raise StudyError(
             f"The {what} in {folder} is being run by {holder(folder) or 'another process'}. Wait for it, or stop it."
+            + " Look at it with `layercrit study status`." * (what == "study")
         ) from error
     except OSError as error:
         raise StudyError(f"The folder {folder} cannot be used ({error.strerror}). Name another with --out.") from error
