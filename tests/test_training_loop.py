@@ -168,7 +168,7 @@ def test_train__is_sgd_by_formula(data, tmp_path):
     initial, final = load_file(tmp_path / "run" / "epochs" / "epoch-0000.safetensors"), weights(tmp_path / "run")
     for name, p in network.named_parameters():
         error, way = (final[name] - p.detach()).norm(), (final[name] - initial[name]).norm()
-        assert error < 2e-3 * way, f"{name} is off by {error / way:.1e} of the way it went"
+        assert error < 1e-2 * way, f"{name} is off by {error / way:.1e} of the way it went"
 
 
 # --- interruption ---------------------------------------------------------------------------------------------------
