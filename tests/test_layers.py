@@ -2,12 +2,13 @@ from collections import Counter
 from functools import cache, partial
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layercrit.errors import LayerError
-from layercrit.layers import GROUPS, LAYER_TYPES, Layer, find_layers, select_layers, stages_of, wrapper_of
+from layercrit.layers import GROUPS, LAYER_TYPES, Layer, find_layers, layer_labels, select_layers, stages_of, wrapper_of
 from tiny_networks import (
     ARCHITECTURES,
     BY_HAND_IMAGES,
@@ -574,3 +575,43 @@ def test_stages_of__agrees_with_groups_of_the_network(name):
 )
 def test_wrapper_of(names, wrapper):
     assert wrapper_of(names) == wrapper
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "label"),
+    [
+        ("conv1", "64x3x7x7", "conv1:7x7"),
+        ("layer1.0.conv2", "64x64x3x3", "[1.0] conv2:3x3"),
+        ("layer4.2.downsample.0", "256x64x1x1", "[4.2] downsample.0:1x1"),
+        ("stages.2.blocks.10.mlp.fc1", "8x4", "[2.10] mlp.fc1"),
+        ("encoder.layer.3.attention.self.query", "8x8", "[3] attention.self.query"),
+        ("blocks.3.conv3d", "8x4x3x1x1", "[3] conv3d:3x1x1"),
+        ("pos_embed", "1x5x8", "pos_embed"),
+        ("fc", None, "fc"),
+        ("12", None, "12"),
+    ],
+)
+def test_layer_labels(name, shape, label):
+    assert layer_labels({name: shape, "other": None}) == {name: label, "other": "other"}
+
+
+def test_layer_labels__without_the_wrapper():
+    shapes = {"model.conv1": "8x3x3x3", "model.layer1.0.conv1": "8x8x3x3"}
+    assert list(layer_labels(shapes).values()) == ["conv1:3x3", "[1.0] conv1:3x3"]
+
+
+def test_layer_labels__names_where_labels_would_be_equal():
+    names = {"a.0.conv": None, "b.0.conv": None, "fc": None}
+    assert layer_labels(names) == {name: name for name in names}
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vit_tiny_patch16_224", "densenet121", "swin_tiny_patch4_window7_224"])
+def test_layer_labels__of_published_architectures_are_short_and_unique(name):
+    with torch.device("meta"):
+        layers = find_layers(timm.create_model(name), torch.zeros(1, 3, 224, 224))
+    labels = layer_labels({layer.name: "x".join(map(str, layer.shape)) for layer in layers})
+    assert len(set(labels.values())) == len(layers)
+    assert sum(map(len, labels.values())) <= sum(len(layer.name) + 4 for layer in layers)

@@ -65,8 +65,11 @@ def test_import_published__what_a_table_does_not_say_is_not_made_up(tmp_path, ta
     cells = import_published(table, tmp_path / "study", models).cells
     assert set(cells["reset"]) == {"rerandomize"}
     assert set(cells["status"]) == {"ok"}
-    for column in ("type", "seed", "delta_norm", "n_images", "n_parameters", "flops_after", "seconds", "finished"):
+    for column in ("seed", "delta_norm", "n_images", "flops_after", "seconds", "finished"):
         assert cells[column].isna().all(), column
+    unknown = cells[~cells["model"].isin(ZOO)]
+    assert unknown["model"].nunique() == len(MODELS) - 1
+    assert unknown[["type", "shape", "n_parameters"]].isna().all(axis=None)
     assert cells["key"].is_unique
 
 
@@ -105,10 +108,25 @@ def test_import_published__models_from_the_zoo(tmp_path):
     assert rows.loc["resnet50_dino", "category"] == ZOO["resnet50_dino"].category == "contrastive"
     assert rows.loc["resnet50_dino", "documented_accuracy"] == pytest.approx(0.7528)
     assert pd.isna(rows.loc["my_own", "category"])
+    layers = study.to_pandas().set_index(["model", "layer"])
+    assert list(layers.loc[("resnet50_dino", "model.layer1.0.conv2"), ["type", "shape", "n_parameters"]]) == [
+        "conv", "64x64x3x3", 36864,
+    ]  # fmt: skip
+    assert layers.loc["my_own", "shape"].isna().all()
     assert rows.loc["my_own", "label"] == "my_own"
     assert "No category is known of my_own." in study.record["notes"]
     assert "baseline" not in study.record
     assert "leave_out" not in study.record
+
+
+def test_import_published__budgets_from_the_zoo(tmp_path, models):
+    names = ["robust_resnet50_linf_eps4.0", "robust_resnet50_l2_eps0", "tv_resnet50"]
+    table = write_table(tmp_path / "t.csv", rows_of(names))
+    for study in (import_published(table, tmp_path / "a"), import_published(table, tmp_path / "b", models)):
+        rows = study.models.set_index("model")
+        assert list(rows.loc[names[0], ["attack_norm", "eps"]]) == ["linf", 4.0]
+        assert list(rows.loc[names[1], ["attack_norm", "eps"]]) == ["l2", 0.0]
+        assert rows.loc["tv_resnet50", ["attack_norm", "eps"]].isna().all()
 
 
 def test_import_published__columns_in_any_order_behind_a_byte_order_mark(tmp_path, table, models):

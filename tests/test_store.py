@@ -61,7 +61,7 @@ def pragma(path, name):
 
 def test_store__is_marked_as_a_studys(store):
     assert pragma(store.path, "application_id") == int.from_bytes(b"lcrt")
-    assert pragma(store.path, "user_version") == SCHEMA == 1
+    assert pragma(store.path, "user_version") == SCHEMA == 2
     assert pragma(store.path, "journal_mode") == "wal"
 
 
@@ -114,8 +114,29 @@ def test_store__newer_file(tmp_path):
     Store(tmp_path, create=True).close()
     with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as connection:
         connection.execute(f"PRAGMA user_version = {SCHEMA + 1}")
-    with pytest.raises(StudyError, match=r"has schema 2, this version of layercrit knows 1\. Install the newer"):
+    with pytest.raises(StudyError, match=r"has schema 3, this version of layercrit knows 2\. Install the newer"):
         Store(tmp_path)
+
+
+def test_store__file_of_the_first_schema(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_MIGRATIONS", store_module._MIGRATIONS[:1])
+        patch.setattr(store_module, "SCHEMA", 1)
+        Store(tmp_path, create=True).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as connection:
+        connection.execute("INSERT INTO models VALUES ('a', 0, 'file:a', 'mine', 'A', 0.5, '{}')")
+        connection.execute("INSERT INTO plan VALUES ('a', 'fc', 'zero', 0, 'k', 'linear', 'fc', 0, 7, 0.5)")
+        connection.commit()
+    with Store(tmp_path) as store:
+        assert store.models() == [ModelRow("a", "file:a", "mine", "A", 0.5, {})]
+        assert store.plan() == [PlanRow("a", "fc", "zero", 0, "k", "linear", "fc", 0, 7, 0.5)]
+
+
+def test_put_plan__shape(store):
+    row = PlanRow("a", "fc", "zero", 0, "k", "linear", "fc", 0, 7, 0.5, "10x64")
+    with store.transaction():
+        store.put_plan([row])
+    assert store.plan() == [row]
 
 
 def test_store__older_file_is_migrated(tmp_path, monkeypatch):
@@ -302,7 +323,7 @@ def test_runs__in_order(store):
 def test_put_models__round_trip_in_order(store):
     models = [
         ModelRow("z", "zoo:z", "adversarial_training", "Z é", 0.7615, {"sha256": "0" * 64, "notes": ["x"]}),
-        ModelRow("a", "file:/a?arch=py:m:f"),
+        ModelRow("a", "file:/a?arch=py:m:f", attack_norm="l2", eps=0.5),
     ]
     with store.transaction():
         store.put_models(models)
@@ -375,13 +396,14 @@ def test_cells__joins_plan_models_and_measurements(store):
     found = list(zip(cells["model"], cells["layer"], cells["trial"], strict=True))
     assert found == [(m, la, t) for m in "za" for la in "yx" for t in (0, 1) if (m, la, t) != ("a", "x", 0)]
     assert list(cells.columns) == [
-        "model", "layer", "type", "stage", "depth", "n_parameters", "flops_after", "reset", "trial", "seed",
-        "status", "delta_norm", "n_images", "key", "seconds", "finished", "run", "cosine", "l1", "raw",
+        "model", "layer", "type", "stage", "depth", "n_parameters", "shape", "flops_after", "reset", "trial",
+        "seed", "status", "delta_norm", "n_images", "key", "seconds", "finished", "run", "cosine", "l1", "raw",
     ]  # fmt: skip
     first = cells.iloc[0].to_dict()
     assert first == {
         "model": "z", "layer": "y", "type": "conv", "stage": "stem", "depth": 0, "n_parameters": 144,
-        "flops_after": 0.5, "reset": "rerandomize", "trial": 0, "seed": 7, "status": "ok", "delta_norm": 1.5,
+        "shape": None, "flops_after": 0.5, "reset": "rerandomize", "trial": 0, "seed": 7, "status": "ok",
+        "delta_norm": 1.5,
         "n_images": 3, "key": "z/y/rerandomize/0", "seconds": 0.125, "finished": "2025-01-02T03:04:05+00:00",
         "run": run, "cosine": 0.25, "l1": 0.5, "raw": None,
     }  # fmt: skip

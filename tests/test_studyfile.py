@@ -511,6 +511,7 @@ def test_mistakes__many(tmp_path):
         (["reference = 'file:m0.pth'"] * 2, "two models are named 'm0': file:HERE/m0.pth and file:HERE/m0.pth; give"),
         (["reference = 'file:m0.pth'\naccuracy = -0.1"], "accuracy must be a share in [0, 1]; got -0.1."),
         (["reference = 'file:m0.pth'\naccuracy = nan"], "accuracy must be a share in [0, 1]; got nan."),
+        (["reference = 'file:m0.pth'\neps = -1"], "eps must be 0 or more; got -1"),
         (["reference = 'file:m0.pth'\naccuracy = 101"], "accuracy must be a share in [0, 1]; got 101."),
         (["reference = 'file:m0.pth'\ndonor = 'no'"], "the donor of model 'm0' is no file: HERE/no"),
         (["list = 'no.csv'"], "[[models]] no. 1: the list HERE/no.csv cannot be read ("),

@@ -67,7 +67,7 @@ def test_training__every_key(tmp_path):
     )  # fmt: skip
     assert study.models[:2] == (
         ModelEntry("plain", f"file:{tmp_path}/runs/a/plain", "baseline"),
-        ModelEntry("pgd", f"file:{tmp_path}/runs/a/pgd", "mine", "PGD", 0.5, f"{tmp_path}/w.pth"),
+        ModelEntry("pgd", f"file:{tmp_path}/runs/a/pgd", "mine", "PGD", 0.5, f"{tmp_path}/w.pth", "l2", 1.0),
     )
     assert study.models[2].name == "resnet50_dino"
 
@@ -78,7 +78,7 @@ def test_training__defaults(tmp_path):
     folder = tmp_path / "models" / "pgd 2.0"
     expected = TrainingRun("pgd 2.0", "robust_l2", {}, ARCH, f"{tmp_path}/digits", folder, None, 0, "no", "float32")
     assert run == expected
-    assert study.models == (ModelEntry("pgd 2.0", f"file:{folder}", "adversarial_training"),)
+    assert study.models == (ModelEntry("pgd 2.0", f"file:{folder}", "adversarial_training", attack_norm="l2", eps=0.5),)
 
 
 def test_training__a_study_without_methods(tmp_path):

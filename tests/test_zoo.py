@@ -154,6 +154,8 @@ def test_read_zoo__families_and_defaults():
         ("[families.f]", "[family.f]", "cannot be read: 'families'"),
         ('family = "f"', 'family = "g"', "'m' is declared wrongly: KeyError: 'g'"),
         ('label = "M"', "", "'m' is declared wrongly.*label"),
+        ('label = "M"', 'label = "M"\neps = 1.0', "'m' is declared wrongly.*attack_norm None and eps 1.0"),
+        ('label = "M"', 'label = "M"\neps = 1.0\nattack_norm = "L2"', "'m' is declared wrongly.*attack_norm 'L2'"),
         ('label = "M"', 'label = "M"\nlable = 1', "'m' is declared wrongly.*lable"),
         ('"freezing"', '"frozen"', "category 'frozen' is none of baseline, training_recipes"),
         ("[models.m]", '[models."../m"]', "identifier cannot name a file"),

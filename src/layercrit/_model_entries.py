@@ -28,6 +28,8 @@ class ModelEntry:
         label: how figures call it, or None.
         accuracy: top-1 accuracy as its authors give it, a share in [0, 1], or None.
         donor: a weight file, for resets whose values come from one.
+        attack_norm: norm of the perturbations that it was trained to withstand, such as ``l2`` or ``linf``, or None.
+        eps: the largest of them, in the units in which its authors give it, or None.
     """
 
     name: str
@@ -36,6 +38,8 @@ class ModelEntry:
     label: str | None = None
     accuracy: float | None = None
     donor: str | None = None
+    attack_norm: str | None = None
+    eps: float | None = None
 
 
 def rows_of_list(
@@ -83,11 +87,11 @@ def _rows_of_table(
             continue
         if "reference" not in values:
             mistakes.append(f"{place}: there is no reference")
-        if "accuracy" in values:
+        for column in {"accuracy", "eps"} & values.keys():
             try:
-                values["accuracy"] = float(values["accuracy"])
+                values[column] = float(values[column])
             except ValueError:
-                mistakes.append(f"{place}: accuracy must be a number; got {values.pop('accuracy')!r}")
+                mistakes.append(f"{place}: {column} must be a number; got {values.pop(column)!r}")
         yield reader.line_num, values
 
 
@@ -108,7 +112,8 @@ def models_of(reference: str, folder: Path) -> Iterator[ModelEntry]:
     tail = f"?{options}" if options else ""
     if kind == "zoo":
         for entry in find_entries(rest):
-            yield ModelEntry(entry.id, f"zoo:{entry.id}{tail}", entry.category, entry.label, entry.documented_accuracy)
+            about = entry.category, entry.label, entry.documented_accuracy
+            yield ModelEntry(entry.id, f"zoo:{entry.id}{tail}", *about, attack_norm=entry.attack_norm, eps=entry.eps)
     elif kind == "file":
         yield from _files(rest, tail, folder)
     elif kind == "timm":

@@ -4,7 +4,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,12 @@ class TrainingRun:
 
     def entry(self) -> ModelEntry:
         """Return the model that the run makes, in the category of its method."""
+        from layercrit.training.adversarial import Adversarial
         from layercrit.training.methods import get_method
 
-        return ModelEntry(self.name, f"file:{self.folder}", get_method(self.method, self.settings).category)
+        method = get_method(self.method, self.settings)
+        entry = ModelEntry(self.name, f"file:{self.folder}", method.category)
+        return replace(entry, attack_norm=method.norm, eps=method.eps) if isinstance(method, Adversarial) else entry
 
 
 @dataclass(frozen=True)

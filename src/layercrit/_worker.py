@@ -183,6 +183,7 @@ class _Opened:
                 depth=layer.depth,
                 n_parameters=layer.n_parameters,
                 flops_after=self._flops_after[layer.name],
+                shape="x".join(map(str, layer.shape)),
             )
             for layer in layers
         ]

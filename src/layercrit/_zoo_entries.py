@@ -122,6 +122,8 @@ class ZooEntry:
         files: One, or the backbone's and the head's.
         licence: What the publisher states, or "not stated".
         citation: Who trained it, and how.
+        attack_norm: Of adversarial training: norm of the perturbations, ``l2`` or ``linf``; None of the others.
+        eps: The largest of them: of L2 in units of pixels in [0, 1], of Linf in 1/255 of that, as its authors give it.
     """
 
     id: str
@@ -135,6 +137,8 @@ class ZooEntry:
     files: tuple[ZooFile, ...]
     licence: str
     citation: Citation
+    attack_norm: str | None = None
+    eps: float | None = None
 
     @property
     def path(self) -> Path:
@@ -195,6 +199,8 @@ def _entry(name: str, table: dict[str, Any]) -> ZooEntry:
     )
     if entry.category not in CATEGORIES:
         raise ValueError(f"category {entry.category!r} is none of {', '.join(CATEGORIES)}")
+    if (entry.attack_norm is None) != (entry.eps is None) or entry.attack_norm not in (None, "l2", "linf"):
+        raise ValueError(f"attack_norm {entry.attack_norm!r} and eps {entry.eps!r}: expected l2 or linf and a number")
     if len(entry.mean) != 3 or len(entry.std) != 3 or not all(value > 0 for value in entry.std):
         raise ValueError(f"mean {entry.mean} and std {entry.std} are not three numbers each, std above 0")
     return entry

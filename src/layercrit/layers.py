@@ -18,7 +18,17 @@ from layercrit._holding import holding
 from layercrit.errors import LayerError, near
 from layercrit.wrappers import wrapper_of
 
-__all__ = ["GROUPS", "LAYER_TYPES", "Group", "Layer", "find_layers", "select_layers", "stages_of", "wrapper_of"]
+__all__ = [
+    "GROUPS",
+    "LAYER_TYPES",
+    "Group",
+    "Layer",
+    "find_layers",
+    "layer_labels",
+    "select_layers",
+    "stages_of",
+    "wrapper_of",
+]
 
 LAYER_TYPES = {
     "conv": "convolutions",
@@ -194,6 +204,34 @@ def stages_of(names: Sequence[str]) -> dict[str, str]:
     bare = {name: name.removeprefix(wrapper) for name in names}
     blocks = _blocks([Layer(name, "conv", (), (), 0) for name in bare.values()])
     return {name: wrapper + _stage_of(inner, blocks) for name, inner in bare.items()}
+
+
+def layer_labels(shapes: Mapping[str, str | None]) -> dict[str, str]:
+    """Return layer name -> a short label for figures: numbers of stage and block, the rest of the name, kernel size.
+
+    What holds numbered parts of a network, such as ``layer1.0`` or ``stages.2.blocks.1``, becomes its numbers in
+    brackets. Where two labels would be equal, all names stay as they are.
+
+    Args:
+        shapes: layer name -> shape of its weight, such as ``64x3x7x7``, or None; the kernel of a convolution
+            is what follows the second number.
+
+    Example:
+        >>> layer_labels({"conv1": "64x3x7x7", "layer1.0.conv2": "64x64x3x3", "fc": "10x64"})
+        {'conv1': 'conv1:7x7', 'layer1.0.conv2': '[1.0] conv2:3x3', 'fc': 'fc'}
+    """
+    wrapper = wrapper_of(shapes)
+    labels = {name: _label(name.removeprefix(wrapper), shape or "") for name, shape in shapes.items()}
+    return labels if len(set(labels.values())) == len(labels) else {name: name for name in shapes}
+
+
+def _label(name: str, shape: str) -> str:
+    sizes = shape.split("x")
+    kernel = "x".join(sizes[2:]) if len(sizes) > 3 else ""
+    numbered = re.match(r"(.+\.\d+)\.(.+)", name)
+    holder, rest = (numbered[1], numbered[2]) if numbered else ("", name)
+    numbers = re.findall(r"(\d+)(?:\.|$)", holder)
+    return (f"[{'.'.join(numbers)}] " if numbers else "") + rest + (f":{kernel}" if kernel else "")
 
 
 def _layers_of(name: str, module: nn.Module, types: Mapping[str, str]) -> list[Layer]:

@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from layercrit.errors import StudyError, near
-from layercrit.layers import stages_of
+from layercrit.layers import Layer, find_layers, stages_of
+from layercrit.models import open_model, without_weights
 from layercrit.store import FILE, CellRow, ModelRow, PlanRow, Store
 from layercrit.study import Study, load_study
+from layercrit.zoo import ZOO
 
 __all__ = ["COLUMNS", "MODEL_COLUMNS", "import_published", "write_models", "write_published"]
 
@@ -39,6 +42,7 @@ _RELEASE_SOURCE = "paulgavrikov/layer_criticality at commit c123a9f, raw-results
 _RELEASE_NAME = "How Do Training Methods Influence the Utilization of Vision Models?"
 _RELEASE_IMAGES = 10_000
 _BASELINE = "tv_resnet50"
+_ANY_SIZE = (64, 64)  # of images; no shape of a layer depends on it
 _LEFT_OUT = "freezing"  # the category that the paper's figures leave out
 
 # The largest value of each column of means; the smallest is 0.
@@ -59,7 +63,8 @@ def import_published(results: str | Path, folder: str | Path, models: str | Path
 
     Each row becomes a cell of the reset ``rerandomize``; the row as it stood is kept, so that `write_published` gives
     the file back. A row without a number under ``pred_cos_sim`` gives a cell with the status ``not_finite``. Names of
-    layers stay as they are; their depth is the order in which the model's rows first name them.
+    layers stay as they are; their depth is the order in which the model's rows first name them. Of models that the zoo
+    knows, types and shapes of layers are those of its architecture, and budgets of adversarial training its own.
 
     Args:
         results: a CSV file with the columns `COLUMNS`, in any order.
@@ -80,12 +85,14 @@ def import_published(results: str | Path, folder: str | Path, models: str | Path
     _check_trials(results, numbers)
     about = _from_zoo() if models is None else _from_table(Path(models).expanduser())
     record = {"origin": "published", "random_trials": {_RESET: True}}
-    rows = [
-        replace(about.get(name, ModelRow(name, name)), record=record) for name in dict.fromkeys(numbers["model_id"])
-    ]
+    rows = []
+    for name in dict.fromkeys(numbers["model_id"]):
+        entry = ZOO.get(name)
+        budget: dict[str, Any] = {} if entry is None else {"attack_norm": entry.attack_norm, "eps": entry.eps}
+        rows.append(replace(about.get(name, ModelRow(name, name)), record=record, **budget))
     with Store(folder, create=True) as store, store.transaction():
         store.put_models(rows)
-        plan = _plan(numbers, sha256)
+        plan = _plan(numbers, sha256, _layers_of_zoo(dict.fromkeys(numbers["model_id"])))
         store.put_plan(plan)
         store.put_cells(_cells(texts, numbers, [row.key for row in plan], _images(sha256)))
         store.put_meta("study", _record(results, sha256, numbers, rows))
@@ -258,8 +265,6 @@ def _from_table(path: Path) -> dict[str, ModelRow]:
 
 
 def _from_zoo() -> dict[str, ModelRow]:
-    from layercrit.zoo import ZOO
-
     return {
         name: ModelRow(name, name, entry.category, entry.label, entry.documented_accuracy)
         for name, entry in ZOO.items()
@@ -269,18 +274,40 @@ def _from_zoo() -> dict[str, ModelRow]:
 # --- the study --------------------------------------------------------------------------------------------------------
 
 
-def _plan(numbers: pd.DataFrame, sha256: str) -> list[PlanRow]:
-    """Return the planned cells, in the order of the rows."""
+def _layers_of_zoo(models: Iterable[str]) -> dict[str, dict[str, Layer]]:
+    """Return model -> published name of a layer -> the layer, of those models that the zoo knows."""
+    of_architecture: dict[str, dict[str, Layer]] = {}
+    for entry in (ZOO[name] for name in models if name in ZOO):
+        if entry.architecture not in of_architecture:
+            with torch.device("meta"):  # shapes are wanted, and no numbers
+                network = open_model(without_weights(entry.architecture)).network
+                found = find_layers(network, torch.zeros(1, len(entry.mean), *_ANY_SIZE))
+            of_architecture[entry.architecture] = {_MODULE_PREFIX + layer.name: layer for layer in found}
+    return {name: of_architecture[ZOO[name].architecture] for name in models if name in ZOO}
+
+
+def _plan(numbers: pd.DataFrame, sha256: str, layers: Mapping[str, Mapping[str, Layer]]) -> list[PlanRow]:
+    """Return the planned cells, in the order of the rows.
+
+    Args:
+        numbers: the table.
+        sha256: of the file.
+        layers: model -> name -> layer, where they are known.
+    """
     first = numbers.drop_duplicates(["model_id", "layer"])
     about = {}
-    for model, layers in first.groupby("model_id", sort=False)["layer"]:
-        stages = stages_of(layers.to_list())
-        about.update({(model, layer): (stages[layer], depth) for depth, layer in enumerate(layers)})
+    for model, names in first.groupby("model_id", sort=False)["layer"]:
+        stages = stages_of(names.to_list())
+        about.update({(model, layer): (stages[layer], depth) for depth, layer in enumerate(names)})
     plan = []
     for model, layer, trial in numbers[["model_id", "layer", "trial"]].itertuples(index=False, name=None):
         key = hashlib.sha256(json.dumps(["published", sha256, model, layer, trial]).encode()).hexdigest()
         stage, depth = about[model, layer]
-        plan.append(PlanRow(model, layer, _RESET, trial, key, None, stage, depth, None, None))
+        known = layers.get(model, {}).get(layer)
+        kind, n_parameters, shape = (
+            (None, None, None) if known is None else (known.type, known.n_parameters, "x".join(map(str, known.shape)))
+        )
+        plan.append(PlanRow(model, layer, _RESET, trial, key, kind, stage, depth, n_parameters, None, shape))
     return plan
 
 

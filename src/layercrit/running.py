@@ -251,7 +251,15 @@ def _about(study: StudyFile, probe_set: ProbeSet) -> dict[str, Any]:
 
 
 def _model_row(entry: ModelEntry) -> ModelRow:
-    return ModelRow(entry.name, entry.reference, entry.category, entry.label, entry.accuracy)
+    return ModelRow(
+        entry.name,
+        entry.reference,
+        entry.category,
+        entry.label,
+        entry.accuracy,
+        attack_norm=entry.attack_norm,
+        eps=entry.eps,
+    )
 
 
 def _state_of(source: str) -> str | None:

@@ -60,6 +60,11 @@ _MIGRATIONS = (
         at TEXT NOT NULL, PRIMARY KEY (model, reset, trial)
     );
     """,
+    """
+    ALTER TABLE plan ADD COLUMN shape TEXT;
+    ALTER TABLE models ADD COLUMN attack_norm TEXT;
+    ALTER TABLE models ADD COLUMN eps REAL;
+    """,
 )
 SCHEMA = len(_MIGRATIONS)
 
@@ -75,6 +80,8 @@ class ModelRow:
         label: how figures call it, or None: its name.
         documented_accuracy: top-1 accuracy as its authors give it, a share in [0, 1], or None.
         record: what is known since it was opened (hash, architecture, number format, predictions, notes), or None.
+        attack_norm: norm of the perturbations that it was trained to withstand, such as ``l2`` or ``linf``, or None.
+        eps: the largest of them, in the units in which its authors give it, or None.
     """
 
     model: str
@@ -83,11 +90,16 @@ class ModelRow:
     label: str | None = None
     documented_accuracy: float | None = None
     record: Mapping[str, Any] | None = None
+    attack_norm: str | None = None
+    eps: float | None = None
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One cell that a study is about; columns as in `layercrit.measurement.CELL_COLUMNS`, and its stage and key."""
+    """One cell that a study is about; columns as in `layercrit.measurement.CELL_COLUMNS`, and its stage and key.
+
+    ``shape`` is that of the layer's largest parameter, such as ``64x3x7x7``.
+    """
 
     model: str
     layer: str
@@ -99,6 +111,7 @@ class PlanRow:
     depth: int
     n_parameters: int | None
     flops_after: float | None
+    shape: str | None = None
 
 
 @dataclass(frozen=True)
@@ -264,9 +277,20 @@ class Store:
             self._connection.execute("DELETE FROM failures WHERE model = ?", (name,))
         self._connection.execute("DELETE FROM models")
         self._connection.executemany(
-            "INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO models (model, position, reference, category, label, documented_accuracy, attack_norm, eps, "
+            "record) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
-                (row.model, position, row.reference, row.category, row.label, row.documented_accuracy, _json(record))
+                (
+                    row.model,
+                    position,
+                    row.reference,
+                    row.category,
+                    row.label,
+                    row.documented_accuracy,
+                    row.attack_norm,
+                    row.eps,
+                    _json(record),
+                )
                 for position, row in enumerate(models)
                 for record in [row.record or known.get((row.model, row.reference))]
             ],
@@ -278,19 +302,18 @@ class Store:
 
     def models(self) -> list[ModelRow]:
         """Return the models in the order of the study."""
-        rows = self._rows(
-            "SELECT model, reference, category, label, documented_accuracy, record FROM models ORDER BY position"
-        )
+        names = [name for name in ModelRow.__dataclass_fields__ if name != "record"]
+        rows = self._rows(f"SELECT record, {', '.join(names)} FROM models ORDER BY position")  # noqa: S608
         return [
-            ModelRow(model, reference, category, label, accuracy, None if record is None else json.loads(record))
-            for model, reference, category, label, accuracy, record in rows
+            ModelRow(**dict(zip(names, values, strict=True)), record=None if record is None else json.loads(record))
+            for record, *values in rows
         ]
 
     def put_plan(self, rows: Iterable[PlanRow]) -> None:
         """Add cells to the plan; one that is planned already gets the new key."""
         self._connection.executemany(
             "INSERT OR REPLACE INTO plan (model, layer, reset, trial, key, type, stage, depth, n_parameters, "
-            "flops_after) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "flops_after, shape) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [tuple(vars(row).values()) for row in rows],
         )
 
@@ -362,11 +385,12 @@ class Store:
 
         Columns are those of `PlanRow`, of `CellRow` without ``per_image``, and one for each mean.
         """
-        names = ["model", "layer", "type", "stage", "depth", "n_parameters", "flops_after", "reset", "trial", "seed",
-                 "status", "delta_norm", "n_images", "key", "seconds", "finished", "run", "raw", "means"]  # fmt: skip
+        names = ["model", "layer", "type", "stage", "depth", "n_parameters", "shape", "flops_after", "reset", "trial",
+                 "seed", "status", "delta_norm", "n_images", "key", "seconds", "finished", "run", "raw",
+                 "means"]  # fmt: skip
         rows = self._rows(
-            "SELECT plan.model, layer, type, stage, depth, n_parameters, flops_after, reset, trial, seed, status, "
-            "delta_norm, n_images, plan.key, seconds, finished, run, raw, means "
+            "SELECT plan.model, layer, type, stage, depth, n_parameters, shape, flops_after, reset, trial, seed, "
+            "status, delta_norm, n_images, plan.key, seconds, finished, run, raw, means "
             "FROM plan JOIN models USING (model) JOIN cells USING (key) ORDER BY position, reset, depth, trial"
         )
         table = pd.DataFrame(rows, columns=names)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Study", "load_study"]
 
 _MATCHED = "cosine_matched"
-_ABOUT_LAYER = ("type", "stage", "depth", "n_parameters", "flops_after")
+_ABOUT_LAYER = ("type", "stage", "depth", "n_parameters", "shape", "flops_after")
 _NO_MEANS = {*_ABOUT_LAYER, "model", "layer", "reset", "trial", "seed", "status", "delta_norm", "n_images", "key",
              "seconds", "finished", "run", "raw"}  # fmt: skip
 
@@ -34,10 +34,12 @@ class Study:
     Attributes:
         folder: where it lies.
         models: one row per model in the order of the study: ``model`` (its name), ``reference``, ``category``,
-            ``label``, ``documented_accuracy`` (top-1 as its authors give it, a share in [0, 1]), and, where it was
-            opened, ``top1_accuracy`` (top-1 on the probe set), ``chance``, ``temperature``, ``dtype`` and ``sha256``.
+            ``label``, ``documented_accuracy`` (top-1 as its authors give it, a share in [0, 1]), ``attack_norm`` and
+            ``eps`` (which perturbations it was trained to withstand, if any), and, where it was opened,
+            ``top1_accuracy`` (top-1 on the probe set), ``chance``, ``temperature``, ``dtype`` and ``sha256``.
         cells: one row per measured cell, in the order of models, resets, depth and trials; the columns are those of
-            `layercrit.measurement.CELL_COLUMNS` with the model's name under ``model``, and ``stage``.
+            `layercrit.measurement.CELL_COLUMNS` with the model's name under ``model``, ``stage``, and ``shape`` (of
+            the layer's largest parameter, such as ``64x3x7x7``).
         failures: what could not be measured, and why.
         planned: model -> how many cells it has; models that were not opened yet are missing.
         record: everything else worth keeping, as plain data: name, protocol, probe set, baseline, origin.
@@ -285,13 +287,16 @@ def _models_table(store: Store) -> pd.DataFrame:
                 "category": row.category,
                 "label": row.label or row.model,
                 "documented_accuracy": row.documented_accuracy,
+                "attack_norm": row.attack_norm,
+                "eps": row.eps,
                 **{name: predictions.get(name) for name in ("top1_accuracy", "chance", "temperature")},
                 **{name: record.get(name) for name in ("architecture", "dtype", "sha256")},
                 "record": record,
             }
         )
-    numbers = ("documented_accuracy", "top1_accuracy", "chance", "temperature")
-    columns = ["model", "reference", "category", "label", *numbers, "architecture", "dtype", "sha256", "record"]
+    numbers = ("documented_accuracy", "eps", "top1_accuracy", "chance", "temperature")
+    about = ("model", "reference", "category", "label", "attack_norm")
+    columns = [*about, *numbers, "architecture", "dtype", "sha256", "record"]
     table = pd.DataFrame(rows, columns=columns, dtype=object)  # of columns of texts pandas would make None NaN
     return table.astype(dict.fromkeys(numbers, "float64"))
 

@@ -22,14 +22,16 @@
 
     [[models]]
     reference = "zoo:*"            # one model, or a pattern, as are timm:resnet50.*, file:runs/*/final.safetensors
-    name = "plain"                 # these five are optional, and for single models but for the category
+    name = "plain"                 # these are optional, and for single models but for the category
     category = "baseline"
     label = "Plain"
     accuracy = 0.7615
     donor = "runs/epoch0.safetensors"    # a weight file, for the reset rewind; "runs/a@epoch=0" of a training run
+    attack_norm = "l2"             # of adversarial training, with the largest eps; known of the zoo's models and of
+    eps = 0.5                      # those that layercrit trains
 
     [[models]]
-    list = "models.csv"            # columns reference, name, category, label, accuracy, donor; or one reference a line
+    list = "models.csv"            # a column `reference` and any of the keys above; or one reference a line
 
 A study can train models itself, by ``layercrit train --study FILE``, each in a folder of its own:
 
@@ -185,7 +187,7 @@ _KEYS: dict[str, dict[str, tuple[type, ...]]] = {
     },
     "training": TRAINING_KEYS,
     "models": {"reference": (str,), "list": (str,), "name": (str,), "category": (str,), "label": (str,),
-               "accuracy": (int, float), "donor": (str,), **METHOD_KEYS},
+               "accuracy": (int, float), "donor": (str,), "attack_norm": (str,), "eps": (int, float), **METHOD_KEYS},
 }  # fmt: skip
 _COLUMNS = _KEYS["models"].keys() - {"list", *METHOD_KEYS}  # of a list of models
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a table"}
@@ -373,7 +375,7 @@ class _Reader:
         training = self._table("training") if "training" in self.content else None
         n_before = len(self.mistakes)
         self.mistakes.extend(model_mistakes(where, table, training))
-        self._check_accuracy(where, table)
+        self._check_numbers(where, table)
         if len(self.mistakes) > n_before or training is None or "method" not in table:
             self.some_unread = True
             return
@@ -386,15 +388,18 @@ class _Reader:
         yield self._with_own_words(entry, beginning | table)
 
     def _with_own_words(self, entry: ModelEntry, table: Mapping[str, Any]) -> ModelEntry:
-        given = {key: table[key] for key in ("name", "category", "label", "accuracy") if key in table}
+        words = ("name", "category", "label", "accuracy", "attack_norm", "eps")
+        given = {key: table[key] for key in words if key in table}
         donor = str(self._absolute(table["donor"])) if "donor" in table else None
         return replace(entry, **given, donor=donor)
 
-    def _check_accuracy(self, where: str, table: Mapping[str, Any]) -> None:
+    def _check_numbers(self, where: str, table: Mapping[str, Any]) -> None:
         accuracy = table.get("accuracy")
         if accuracy is not None and not 0 <= accuracy <= 1:
             hint = f" Did you mean {accuracy / 100:g}?" if 1 < accuracy <= 100 else ""
             self.mistakes.append(f"{where}: accuracy must be a share in [0, 1]; got {accuracy}.{hint}")
+        if (eps := table.get("eps")) is not None and not eps >= 0:
+            self.mistakes.append(f"{where}: eps must be 0 or more; got {eps}")
 
     def _entries(self, where: str, table: Mapping[str, Any]) -> Iterator[ModelEntry]:
         """Yield the models of one row, more than one where its reference is a pattern."""
@@ -402,7 +407,7 @@ class _Reader:
         reference = table.get("reference")
         if reference is None:
             return  # said already
-        self._check_accuracy(where, table)
+        self._check_numbers(where, table)
         try:
             found = list(models_of(reference, self.path.parent))
         except LayercritError as error:
@@ -410,7 +415,7 @@ class _Reader:
             self.some_unread = True
             return
         self._check_architecture(where, found)
-        single = {"name", "label", "accuracy", "donor"} & table.keys()
+        single = {"name", "label", "accuracy", "donor", "eps"} & table.keys()
         if len(found) > 1 and single:
             self.mistakes.append(
                 f"{where}: {reference!r} names {len(found)} models, but {', '.join(sorted(single))} can be of one only"
