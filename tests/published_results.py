@@ -63,14 +63,16 @@ def write_models(path: Path, models=MODELS) -> Path:
     return write_table(path, rows, columns)
 
 
-def measured(folder: Path, cells, *, models=None, failures=(), record=None, n_images=4, random_trials=True):
+def measured(folder: Path, cells, *, models=None, failures=(), record=None, n_images=4, random_trials=True, noise=0.0):
     """A study as if it were measured.
 
     Args:
         cells: rows of model, layer, trial and means; optionally reset, status, stage, depth.
         models: rows for `ModelRow`; without them each model is in a category of its own name.
         failures: rows of model, trial, error.
+        noise: how far the distances of single images lie around the cell's mean.
     """
+    generator = np.random.default_rng(0)
     names = list(dict.fromkeys(cell["model"] for cell in cells))
     known = {"random_trials": {"rerandomize": random_trials}}
     models = models or [ModelRow(name, f"py:{name}", f"like_{name}", name, 0.5, known) for name in names]
@@ -84,7 +86,9 @@ def measured(folder: Path, cells, *, models=None, failures=(), record=None, n_im
             of_model = depths.setdefault(place[0], {})
             depth = of_model.setdefault(place[1], len(of_model))
             key, status, stage = json.dumps(place), cell.pop("status"), cell.pop("stage")
-            per_image = {name: np.full(n_images, mean, np.float32) for name, mean in cell.items()}
+            around = generator.uniform(-noise, noise, n_images)
+            around -= around.mean()
+            per_image = {name: (mean + around).astype(np.float32) for name, mean in cell.items()}
             store.put_plan([PlanRow(*place, key, "conv", stage, depth, 9, 0.5)])
             store.put_cells([CellRow(key, status, 2**63 + place[3], 1.5, n_images, cell, per_image)])
         for model, trial, error in failures:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from layercrit.measuring import measure
     from layercrit.models import Model, open_model
     from layercrit.probes import ProbeSet
+    from layercrit.reporting import report
     from layercrit.resets import reset
     from layercrit.study import Study, load_study
 
@@ -25,6 +26,7 @@ __all__ = [
     "load_study",
     "measure",
     "open_model",
+    "report",
     "reset",
 ]
 
@@ -41,6 +43,7 @@ _HOME = {
     "load_study": "study",
     "measure": "measuring",
     "open_model": "models",
+    "report": "reporting",
     "reset": "resets",
 }
 

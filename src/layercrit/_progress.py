@@ -52,6 +52,10 @@ class Bar:
         amount = f"{done / 1e6:.0f}" if total is None else f"{done / 1e6:.0f} of {total / 1e6:.0f}"
         self._progress.update(self._task, description=f"{name} {amount} MB", completed=done, total=total)
 
+    def drawn(self, name: str, done: int, wanted: int) -> None:
+        """Show which figure is being drawn."""
+        self._progress.update(self._task, description=f"drawing {name}", completed=done, total=wanted)
+
     def trained(self, name: str, done: "TrainingProgress") -> None:
         """Show how many steps of a training run are done, with the loss and the latest accuracy."""
         accuracy = "" if done.accuracy is None else f" accuracy {done.accuracy:.1%}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from layercrit._cli_report import report_command
 from layercrit._cli_study import study
 from layercrit._cli_tables import compare_command, export_command, import_command, show_comparison
 from layercrit._cli_train import methods_command, train_command
@@ -222,6 +223,7 @@ cli.add_command(train_command)
 cli.add_command(methods_command)
 cli.add_command(study)
 cli.add_command(compare_command)
+cli.add_command(report_command)
 cli.add_command(import_command)
 cli.add_command(export_command)
 cli.add_command(zoo)

@@ -15,7 +15,7 @@ from layercrit.errors import StudyError, near
 from layercrit.study import Study
 from layercrit.wrappers import wrapper_of
 
-__all__ = ["Comparison", "accuracy_of", "compare"]
+__all__ = ["Comparison", "about_models", "accuracy_of", "cells_of", "compare", "estimates_of"]
 
 _ADVERSARIAL = "adversarial_training"
 _MATCHED = "cosine_matched"
@@ -350,6 +350,62 @@ def accuracy_of(models: pd.DataFrame) -> tuple[str, pd.Series]:
     choices = {"documented": models["documented_accuracy"], "measured": models["top1_accuracy"]}
     kind = max(choices, key=lambda name: int(choices[name].notna().sum()))
     return kind, choices[kind].astype("float64")
+
+
+def about_models(study: Study, comparison: Comparison) -> pd.DataFrame:
+    """Return one row per compared model, for figures and tables, with all that is known of it.
+
+    Columns are those of `Comparison.models`, ``model`` (its name), ``low`` and ``high`` (limits of its mean; NaN where
+    not all of its layers are compared), ``chance``, ``attack_norm`` and ``eps``. The order is that of the study, but
+    for adversarially trained models, which stand by norm and eps among themselves.
+
+    Args:
+        study: the one that was compared.
+        comparison: of its models.
+    """
+    means = study.by_model()
+    means = means[means["reset"] == comparison.reset].set_index("model").reindex(comparison.models.index)
+    whole = means["n_layers"] == comparison.models["n_layers"]
+    table = comparison.models.assign(
+        low=means["low"].where(whole),
+        high=means["high"].where(whole),
+        **{column: means[column] for column in ("chance", "attack_norm", "eps")},
+    ).reset_index(names="model")
+    trained = table["attack_norm"].notna() & table["eps"].notna()
+    order = table.index.to_numpy().copy()
+    order[trained] = table[trained].sort_values(["attack_norm", "eps"], kind="stable").index
+    return table.loc[order].reset_index(drop=True)
+
+
+def estimates_of(study: Study, comparison: Comparison) -> pd.DataFrame:
+    """Return those rows of `Study.to_pandas` that a comparison compares, under its names of layers.
+
+    Args:
+        study: the one that was compared.
+        comparison: of its models.
+    """
+    return _compared(study.to_pandas(), comparison)
+
+
+def cells_of(study: Study, comparison: Comparison) -> pd.DataFrame:
+    """Return those cells of a study that a comparison compares, under its names of layers, whatever their status.
+
+    Args:
+        study: the one that was compared.
+        comparison: of its models.
+    """
+    return _compared(study.cells, comparison)
+
+
+def _compared(rows: pd.DataFrame, comparison: Comparison) -> pd.DataFrame:
+    rows = rows[(rows["reset"] == comparison.reset) & rows["model"].isin(comparison.criticality.index)]
+    layers = set(comparison.criticality.columns)
+    names = {}
+    for model, own in rows.groupby("model", sort=False)["layer"].unique().items():
+        wrapper = "" if layers <= set(own) else wrapper_of(own)
+        names.update({(model, name): name.removeprefix(wrapper) for name in own})
+    rows = rows.assign(layer=[names[pair] for pair in zip(rows["model"], rows["layer"], strict=True)])
+    return rows[rows["layer"].isin(layers)].reset_index(drop=True)
 
 
 def _correlations(models: pd.DataFrame) -> pd.DataFrame:

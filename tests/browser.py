@@ -1,0 +1,50 @@
+"""A real browser for the tests of pages: Debian's Chromium, without any network."""
+
+import shutil
+from contextlib import contextmanager
+from importlib import resources
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is here (Debian package chromium)")
+_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+              "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+
+@contextmanager
+def opened_browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=_ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened_page(browser, path, width=1280, height=900, color_scheme="light"):
+    """Open a file, wait until all is drawn, and make sure that no network was asked and nothing complained of."""
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=color_scheme)
+    page = context.new_page()
+    requests, messages = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.complaints = messages
+    page.goto(path.as_uri())
+    page.wait_for_selector("body[data-ready=yes]", timeout=30_000)
+    yield page
+    context.close()
+    assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
+    assert messages == []
+
+
+def violations(page: Page):
+    """Return what axe finds serious or critical: rule, and the elements concerned."""
+    script = (resources.files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
+    found = page.evaluate("async (script) => { eval(script); return await axe.run(); }", script)
+    return [
+        (one["id"], [node["target"] for node in one["nodes"]])
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+    ]
