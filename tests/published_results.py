@@ -67,7 +67,7 @@ def measured(folder: Path, cells, *, models=None, failures=(), record=None, n_im
     """A study as if it were measured.
 
     Args:
-        cells: rows of model, layer, trial and means; optionally reset, status, stage, depth.
+        cells: rows of model, layer, trial and means; optionally reset, status, stage, seed.
         models: rows for `ModelRow`; without them each model is in a category of its own name.
         failures: rows of model, trial, error.
         noise: how far the distances of single images lie around the cell's mean.
@@ -86,11 +86,12 @@ def measured(folder: Path, cells, *, models=None, failures=(), record=None, n_im
             of_model = depths.setdefault(place[0], {})
             depth = of_model.setdefault(place[1], len(of_model))
             key, status, stage = json.dumps(place), cell.pop("status"), cell.pop("stage")
+            seed = cell.pop("seed", 2**63 + place[3])
             around = generator.uniform(-noise, noise, n_images)
             around -= around.mean()
             per_image = {name: (mean + around).astype(np.float32) for name, mean in cell.items()}
             store.put_plan([PlanRow(*place, key, "conv", stage, depth, 9, 0.5)])
-            store.put_cells([CellRow(key, status, 2**63 + place[3], 1.5, n_images, cell, per_image)])
+            store.put_cells([CellRow(key, status, seed, 1.5, n_images, cell, per_image)])
         for model, trial, error in failures:
             store.put_failure(FailureRow(model, "rerandomize", trial, error, "Traceback ...", "2026-01-01"))
         store.put_meta("study", {"name": "made up", "protocol": {"trials": 2, "level": 0.95}, **(record or {})})

@@ -1,0 +1,419 @@
+"""What the documentation shows is what happens, and what it lists is what there is.
+
+Three comments in the pages steer these tests, each on a line of its own:
+
+- ``<!-- table: NAME -->`` to ``<!-- end of table -->``: what `TABLES` makes of the registries; ``python
+  tests/test_docs.py`` writes all of them anew.
+- ``<!-- file: NAME -->`` before a block: the block is a file that later blocks of the page import or read. Blocks of
+  Python without it are run in order, and a block of text right behind one is what it prints.
+- ``<!-- not run: why -->`` before a block of Python: it is only compiled.
+"""
+
+import ast
+import contextlib
+import importlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+
+import layercrit
+from layercrit import errors
+from layercrit.cli import cli
+from layercrit.demo import copy_family, example_study
+from layercrit.distances import DISTANCES
+from layercrit.models import MODEL_SOURCES
+from layercrit.resets import RESETS
+from layercrit.running import run_study
+from layercrit.studyfile import read_study_file
+from layercrit.training.methods import CATEGORIES, METHODS
+from layercrit.zoo import ZOO
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PACKAGE = ROOT / "src" / "layercrit"
+PAGES = sorted(path for path in DOCS.glob("*.md") if path.name != "family.md")  # that one a program writes
+ARXIV = re.compile(r"\b\d{4}\.\d{5}\b|(?<=arXiv )\d{4}\.\d{4,5}\b")
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def markdown(text: str) -> str:
+    """A docstring's line as a cell of a table."""
+    return " ".join(text.replace("``", "`").split()).replace("|", r"\|")
+
+
+def table(*columns: str, rows) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
+
+
+def resets() -> str:
+    donors = {"initialiser": "a fresh network", "checkpoint": "a checkpoint", None: "-"}
+    rows = [
+        (f"`{one.name}`", markdown(one.summary), "yes" if one.random else "no", donors[one.donor])
+        for one in RESETS.values()
+    ]
+    return table("name", "new values of the layer", "trials differ", "donor", rows=rows)
+
+
+def distances() -> str:
+    rows = [(f"`{one.name}`", markdown(one.summary), f"{one.upper:.4g}") for one in DISTANCES.values()]
+    return table("name", "what it is", "largest", rows=rows)
+
+
+def model_sources() -> str:
+    """The table of the docstring of `layercrit.models`, whose last column may go on in the next line."""
+    lines = (importlib.import_module("layercrit.models").__doc__ or "").splitlines()
+    first, last = (place for place, line in enumerate(lines) if line.startswith("====="))
+    width = lines[first].index(" ")
+    rows: list[list[str]] = []
+    for line in lines[first + 1 : last]:
+        if line[:width].strip():
+            rows.append([line[:width].strip(), ""])
+        rows[-1][1] += " " + line[width:].strip()
+    return table("reference", "model", rows=[[markdown(cell) for cell in row] for row in rows])
+
+
+def methods() -> str:
+    members = [one for category in CATEGORIES for one in METHODS.values() if one.category == category]
+    rows = [(one.category, f"`{one.name}`", markdown(one.changes), markdown(one.paper)) for one in members]
+    return table("category", "method", "what it changes", "source", rows=rows)
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.glob("*.py")) + sorted((PACKAGE / "training").glob("*.py"))
+
+
+def tree() -> str:
+    """One line per module, the first one of its docstring; private ones last."""
+    lines = []
+    for folder, indent in ((PACKAGE, ""), (PACKAGE / "training", "    ")):
+        lines.append(f"{indent}- `{folder.relative_to(PACKAGE.parent)}/`")
+        here = [path for path in modules() if path.parent == folder]
+        for path in sorted(here, key=lambda path: (path.name.startswith("_") and path.name != "__init__.py", path.name)):
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            lines.append(f"{indent}    - `{path.name}`: {markdown(text.splitlines()[0])}")
+    return "\n".join(lines)
+
+
+def papers_of_methods() -> str:
+    named: dict[str, list[str]] = {}
+    for one in METHODS.values():
+        for paper in one.paper.split("; models of "):
+            identified = re.match(r".*?arXiv \d+\.\d+", paper)
+            named.setdefault(identified[0] if identified else paper, []).append(f"`{one.name}`")
+    return table("paper", "methods", rows=[(markdown(paper), " ".join(names)) for paper, names in named.items()])
+
+
+def papers_of_zoo() -> str:
+    counts: dict[tuple[str, str, str, str], int] = {}
+    for entry in ZOO.values():
+        cited = entry.citation
+        key = cited.authors.replace(" and ", ", "), cited.title, str(cited.year), cited.arxiv or "-"
+        counts[key] = counts.get(key, 0) + 1
+    rows = [[*map(markdown, key), str(n)] for key, n in sorted(counts.items(), key=lambda one: one[0][0].split(",")[0])]
+    return table("authors", "title", "first version", "arXiv", "checkpoints", rows=rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "resets": resets,
+    "distances": distances,
+    "model sources": model_sources,
+    "methods": methods,
+    "modules": tree,
+    "papers of methods": papers_of_methods,
+    "papers of the zoo": papers_of_zoo,
+}
+_MARKED = re.compile(r"<!-- table: ([\w ]+) -->\n.*?<!-- end of table -->", re.DOTALL)
+
+
+def with_tables(text: str) -> str:
+    """A page's text with its tables written anew."""
+    return _MARKED.sub(
+        lambda found: f"<!-- table: {found[1]} -->\n\n{TABLES[found[1]]()}\n\n<!-- end of table -->", text
+    )
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_page__tables_are_those_of_the_registries(path):
+    text = path.read_text(encoding="utf-8")
+    assert text == with_tables(text), f"{path.name} is out of date: run `python tests/test_docs.py`"
+
+
+def test_pages__hold_every_table_once():
+    named = [name for path in PAGES for name in _MARKED.findall(path.read_text(encoding="utf-8"))]
+    assert sorted(named) == sorted(TABLES)
+
+
+def test_model_sources__table_has_every_kind():
+    kinds = re.findall(r"^\| `([\w-]+):", model_sources(), re.MULTILINE)
+    assert set(kinds) == set(MODEL_SOURCES)
+
+
+def test_architecture__lists_every_module():
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^ +- `(\w+\.py)`: \S", text, re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in modules())
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    code: str
+    file: str | None
+    run: bool
+    shown: str | None
+
+
+_FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(path: Path, *languages: str) -> Iterator[Block]:
+    text = path.read_text(encoding="utf-8")
+    for found in _FENCE.finditer(text):
+        if found[2] not in languages:
+            continue
+        above = text[: found.start()].rstrip().rpartition("\n")[2]
+        behind = _FENCE.match(text, found.end() + len(re.match(r"\s*", text[found.end() :])[0]))
+        named = re.fullmatch(r"<!-- file: (\S+) -->", above.strip())
+        yield Block(
+            page=path,
+            line=text.count("\n", 0, found.start()) + 2,
+            language=found[2],
+            code=textwrap.dedent(found[3]),
+            file=named[1] if named else None,
+            run=not above.strip().startswith("<!-- not run: "),
+            shown=behind[3] if behind and behind[2] == "text" else None,
+        )
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A folder in which the family of the demo lies, with a small study of some of its models."""
+    folder = tmp_path_factory.mktemp("docs")
+    copy_family(folder / "layercrit-demo")
+    head, *models = example_study("fashion").replace("trials = 5", "trials = 3").split("[[models]]")
+    wanted = ("baseline", "baseline-seed1", "l2-eps1.5", "pixmix")
+    kept = [text for text in models if re.search(r'name = "([^"]+)"', text)[1] in wanted]
+    file = folder / "layercrit-demo" / "few.toml"
+    file.write_text("[[models]]".join([head.replace("n_images = 500", "n_images = 40"), *kept]), encoding="utf-8")
+    run_study(read_study_file(file), folder / "layercrit-demo" / "study", n_workers=1)
+    return folder
+
+
+@pytest.fixture
+def as_a_reader(demo, monkeypatch):
+    """In the demo's folder, as a program there; what the pages register or import is forgotten afterwards."""
+    registries = (RESETS, DISTANCES, MODEL_SOURCES, METHODS)
+    before, known = [dict(registry) for registry in registries], set(sys.modules)
+    monkeypatch.chdir(demo)
+    monkeypatch.setattr(sys, "path", [str(demo), *sys.path])
+    importlib.invalidate_caches()
+    yield demo
+    for registry, kept in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(kept)
+    for name in set(sys.modules) - known:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(demo)):
+            del sys.modules[name]
+
+
+NUMBER = re.compile(r"\d+\.\d+")
+
+
+def assert_prints(printed: str, shown: str, where: str) -> None:
+    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", shown).split(), f"{where} prints\n{printed}"
+    for mine, theirs in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
+        assert float(mine) == pytest.approx(float(theirs), abs=0.02), f"{where} prints\n{printed}"
+
+
+WITH_CODE = [path for path in PAGES if any(blocks(path, "python", "toml"))]
+
+
+@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: path.stem)
+def test_page__code_does_what_is_shown(path, as_a_reader):
+    namespace = {"__name__": "__main__"}
+    for block in blocks(path, "python", "toml"):
+        where = f"{path.name}, line {block.line},"
+        if block.language == "toml":
+            tomllib.loads(block.code)
+        if block.file:
+            (as_a_reader / block.file).write_text(block.code, encoding="utf-8")
+            importlib.invalidate_caches()
+            if block.language == "toml":
+                read_study_file(as_a_reader / block.file)
+        elif block.language == "python":
+            program = compile(block.code, where, "exec")
+            if not block.run:
+                continue
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(program, namespace)
+            if block.shown is not None:
+                assert_prints(printed.getvalue(), block.shown, where)
+
+
+def command_lines(path: Path) -> Iterator[str]:
+    """Lines of shell blocks that call layercrit, those that end in a backslash joined with the next."""
+    for block in blocks(path, "sh"):
+        for line in block.code.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|\||;", line.partition("#")[0]):
+                words = shlex.split(part)
+                if "layercrit" in words[:1] or ("uvx" in words[:1] and "layercrit" in words):
+                    yield shlex.join(words[words.index("layercrit") + 1 :])
+
+
+def find_command(words: list[str]) -> tuple[click.Command, str, list[str]]:
+    """The command that words name, how it is called, and what follows its name."""
+    command: click.Command = cli
+    name, rest = "layercrit", list(words)
+    while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
+        found = command.get_command(click.Context(command), rest[0])
+        assert found is not None, f"there is no command {name} {rest[0]}"
+        command, name, rest = found, f"{name} {rest[0]}", rest[1:]
+    return command, name, rest
+
+
+COMMANDS = sorted({(path.stem, line) for path in PAGES for line in command_lines(path)})
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_page__commands_can_be_given(page, line):
+    command, name, rest = find_command(shlex.split(line))
+    assert not isinstance(command, click.Group), f"{page}: {name} is a group of commands"
+    command.make_context(name, rest)  # raises where an argument is wrong or missing
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_page__commands_in_sentences_exist(path):
+    prose = _FENCE.sub("", path.read_text(encoding="utf-8"))
+    for line in re.findall(r"`layercrit( [^`]+)`", prose):
+        command, name, rest = find_command(shlex.split(line))
+        known = {flag for one in command.params for flag in one.opts}
+        for word in rest:
+            assert not word.startswith("--") or word.partition("=")[0] in known, f"{path.name}: {name} has no {word}"
+
+
+def test_commands__are_all_somewhere_in_the_pages():
+    text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
+    for name, command in cli.commands.items():
+        members = getattr(command, "commands", {"": None})
+        for member in members:
+            assert f"layercrit {name} {member}".rstrip() in text, f"no page shows layercrit {name} {member}"
+
+
+# --- lists ------------------------------------------------------------------------------------------------------------
+
+
+def test_errors__every_class_has_a_section():
+    sections = re.findall(r"^## `(\w+)`$", (DOCS / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
+    classes = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, Exception)]
+    assert sorted(sections) == sorted(one.__name__ for one in classes)
+
+
+def literal(node: ast.expr) -> str:
+    """The text of an expression, with a mark where a value is put in."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(literal(part) for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "\0"
+
+
+def test_errors__messages_are_those_of_the_code():
+    texts = [
+        literal(node)
+        for path in modules()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant | ast.JoinedStr)
+    ]
+    headings = re.findall(r"^### (.+)$", (DOCS / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(headings) > 15
+    for heading in headings:
+        parts = [re.escape(part.strip()) for part in heading.replace("`", "").split("...")]
+        pattern = re.compile(".*".join(parts), re.DOTALL)
+        assert any(pattern.search(text) for text in texts), f"no message reads {heading}"
+
+
+def test_glossary__has_the_words_of_the_readme():
+    words = re.findall(r"^\| \*\*([\w ]+)\*\*", (DOCS / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("One word per idea")[2]
+    assert {word for word in re.findall(r"\*([\w ]+)\*", readme)} <= set(words)
+
+
+def sources_of_papers() -> Iterator[str]:
+    for path in [*modules(), *PACKAGE.glob("*.toml"), *(PACKAGE / "studies").glob("*.toml"), ROOT / "CITATION.cff"]:
+        yield path.read_text(encoding="utf-8").replace("arXiv:", "arXiv ")
+
+
+def test_bibliography__has_the_papers_that_the_code_cites_and_no_others():
+    text = (DOCS / "bibliography.md").read_text(encoding="utf-8")
+    code = "\n".join(sources_of_papers())
+    cited = set(re.findall(r"(?:arXiv |arxiv = \")(\d{4}\.\d{4,5})", code))
+    assert set(re.findall(r"\b\d{4}\.\d{4,5}\b", text)) == cited
+    people = re.findall(r"\b([A-Z][\w-]+)(?:, [A-Z]\w+)*(?: et al\.| & [A-Z]\w+)? ((?:19|20)\d\d)\b", code)
+    for name, year in set(people):
+        if name not in ("Xiv", "v"):
+            assert re.search(rf"^.*\b{name}\b.*\b{year}\b", text, re.MULTILINE), f"{name} {year} is missing"
+
+
+# --- the site ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    started = time.monotonic()
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "CI": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - started < 30
+    return folder
+
+
+def test_site__is_built_without_warnings_and_has_every_page(site):
+    for path in DOCS.rglob("*.md"):
+        assert (site / path.relative_to(DOCS)).with_suffix(".html").is_file(), path
+    assert (site / "search" / "search_index.json").is_file()
+    assert (site / "notebooks" / "published_findings.ipynb").is_file()
+
+
+def test_site__asks_nothing_of_any_network(site):
+    outside = re.compile(r"(?:https?:)?//", re.IGNORECASE)
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|img|iframe|source|video|audio|embed)\b[^>]*\bsrc=[\"']?([^\"' >]+)", text)
+        loaded += re.findall(r"<link\b[^>]*\brel=[\"']?(?:stylesheet|preconnect|preload|icon)\b[^>]*", text)
+        assert loaded, f"{path.name} loads nothing: the patterns of this test are out of date"
+        for one in loaded:
+            assert not outside.search(one.partition("data:")[0]), f"{path.name} loads {one}"
+    for path in site.rglob("*.css"):
+        for one in re.findall(r"url\(([^)]+)\)|@import ([^;]+)", path.read_text(encoding="utf-8")):
+            address = "".join(one).strip("\"'")
+            assert address.startswith("data:") or not outside.search(address), f"{path.name} loads {address}"
+
+
+def test_package__is_the_one_that_is_described():
+    assert Path(layercrit.__file__).parent == PACKAGE
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
