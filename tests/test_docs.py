@@ -168,6 +168,27 @@ def test_architecture__lists_every_module():
     assert sorted(listed) == sorted(path.name for path in modules())
 
 
+def test_architecture__imports_go_downwards():
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    lines = re.search(r"```text\n(cli\n.*?)```", text, re.DOTALL)[1].splitlines()
+    floors = {name.strip(): floor for floor, line in enumerate(lines) for name in line.split(",")}
+    public = {room_of(path) for path in modules() if not path.name.startswith("_")}
+    assert sorted(floors) == sorted(public)
+    for path in modules():
+        room = room_of(path)
+        if room not in floors:
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # imports within functions are not among these
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("layercrit."):
+                other = node.module.split(".")[1]
+                other = "training/" if other == "training" else other
+                assert floors.get(other, len(lines)) >= floors[room], f"{path.name} imports {node.module}"
+
+
+def room_of(path: Path) -> str:
+    return "training/" if path.parent.name == "training" else path.stem
+
+
 # --- blocks -----------------------------------------------------------------------------------------------------------
 
 

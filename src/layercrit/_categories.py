@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from layercrit.errors import ProtocolError
 from layercrit.figures import printable
 
@@ -17,6 +19,7 @@ __all__ = [
     "Category",
     "categories_of",
     "check_models",
+    "check_values",
     "labels_of",
     "shown",
 ]
@@ -57,7 +60,6 @@ class Category:
 
 def check_models(models: "pd.DataFrame", required: Sequence[str]) -> None:
     """Raise ProtocolError for a table that lacks a column, has no rows, or holds a model twice."""
-    """Raise ProtocolError for a table that lacks a column, has no rows, or holds a model twice."""
     for column in required:
         if column not in models.columns:
             raise ProtocolError(
@@ -69,6 +71,38 @@ def check_models(models: "pd.DataFrame", required: Sequence[str]) -> None:
     twice = models["model"][models["model"].duplicated()]
     if len(twice):
         raise ProtocolError(f"The table of models holds {twice.iloc[0]!r} more than once: expected one row per model.")
+
+
+def check_values(values: "pd.DataFrame", models: "pd.DataFrame", kind: str = "shares", low: float = 0) -> None:
+    """Raise ProtocolError for values, models x layers, that do not fit the table of models or are out of range.
+
+    Args:
+        values: between ``low`` and 1, or NaN.
+        models: the table, already checked.
+        kind: what the values are.
+        low: the least they may be.
+    """
+    for what, index in (("layer", values.columns), ("model", values.index)):
+        if len(index) == 0:
+            raise ProtocolError(f"The values have no {what}: expected a row per model and a column per layer.")
+        if index.has_duplicates:
+            name = index[index.duplicated()][0]
+            raise ProtocolError(f"The values hold the {what} {name!r} more than once: expected it once.")
+    sides = ("values", list(values.index)), ("table of models", list(models["model"]))
+    for (here, names), (there, others) in (sides, sides[::-1]):
+        if lacking := [str(name) for name in names if name not in set(others)]:
+            more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+            raise ProtocolError(
+                f"Models in the {here} but not in the {there}: {', '.join(lacking[:5])}{more}. Expected the same "
+                "models in both."
+            )
+    outside = ((values < low) | (values > 1)).to_numpy()
+    if outside.any():
+        row, column = np.argwhere(outside)[0].tolist()
+        raise ProtocolError(
+            f"The value of {values.index[row]!r} at {values.columns[column]!r} is {values.to_numpy()[row, column]:g}: "
+            f"expected {kind} in [{low:g}, 1], NaN where not measured. Divide percentages by 100."
+        )
 
 
 def categories_of(models: "pd.DataFrame") -> list[Category]:

@@ -1,15 +1,14 @@
-"""The heat map of a study: a cell per model and layer."""
+"""Heat maps of a study: a cell per model and layer, for criticality, differences and spreads."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from layercrit._categories import NO_CATEGORY, Category, categories_of, check_models, labels_of, shown
-from layercrit.errors import ProtocolError
+from layercrit._categories import NO_CATEGORY, Category, categories_of, check_models, check_values, labels_of, shown
 from layercrit.figures import figure_style, text_width
 
 if TYPE_CHECKING:
@@ -17,25 +16,85 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["heat_map"]
+__all__ = ["difference_map", "heat_map", "spread_map"]
 
 Array = npt.NDArray[np.float64]
 
 _LAYER_MEANS = "mean ± SD over models"
-_COLOR_MAP = "viridis"  # even steps to the eye, also without colours
 _NOT_MEASURED: dict[str, Any] = {"facecolor": "#E3E3E3", "edgecolor": "#A8A8A8", "hatch": "/////"}
+_POINTS = "percentage points"
+_STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)  # where a scale may end, times a power of ten
 
 # Inches.
+_WIDTH, _WIDEST = 10.0, 13.0  # of the figure: where that is enough, and where numbers need more
 _MARGIN, _GAP, _GROUP_GAP = 0.1, 0.07, 0.035
-_GRID_WIDTH, _CELL_WIDTHS = 9.5, (0.08, 0.3)
+_CELL_WIDTHS = (0.08, 0.3)
 _GRID_HEIGHT, _CELL_HEIGHTS = 7.0, (0.125, 0.21)
-_STRIP_WIDTH, _LAYER_MEANS_HEIGHT = 0.07, 0.27
+_STRIP_WIDTH, _LAYER_MEANS_HEIGHT = 0.07, 0.25
 _BAND_HEIGHT, _HEADER_HEIGHT = 0.36, 0.3  # title and colour bar; heads of columns
 _BAR_WIDTH, _BAR_HEIGHT, _PATCH_WIDTH = 1.6, 0.09, 0.2
 
 # Points.
 _TITLE_SIZE, _NAME_SIZE, _NOTE_SIZE = 9.5, 7.5, 7.0
-_NUMBER_SIZES = (4.0, 6.5)  # smaller numbers than that are left out
+_NUMBER_SIZES = (3.8, 6.5)  # smaller numbers than that are left out
+_FILLED = 0.9  # of a cell's width, by its widest number
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """How values become colours and numbers.
+
+    Attributes:
+        color_map: name of it in matplotlib.
+        low: the value of its first colour.
+        high: the value of its last colour.
+        ticks: at how many values the colour bar has a number.
+        decimals: of numbers, in percent.
+        signed: whether positive numbers have a sign, too.
+        unit: of numbers.
+    """
+
+    color_map: str
+    low: float
+    high: float
+    ticks: int
+    decimals: int = 0
+    signed: bool = False
+    unit: str = "%"
+
+    def colors(self, values: Array) -> Array:
+        """Return red, green, blue and alpha in [0, 1], ``(n_values, 4)``."""
+        from matplotlib import colormaps
+
+        return np.asarray(colormaps[self.color_map]((values - self.low) / (self.high - self.low)))
+
+    def number(self, value: float) -> str:
+        """Return what is written for a value."""
+        return _signed(f"{100 * value:+.{self.decimals}f}", self.signed)
+
+    def tick(self, value: float) -> str:
+        """Return what is written for a value at the colour bar, with all its digits."""
+        return _signed(f"{100 * value:+g}", self.signed)
+
+
+def _signed(number: str, positive: bool) -> str:
+    """Write a number with a minus sign, or with a plus sign where that is wanted; zero has none."""
+    if not float(number):
+        return number[1:]
+    return number.replace("-", "−") if number[0] == "-" or positive else number[1:]  # noqa: RUF001 (a minus sign)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Values with what is written in their cells, ``(n_cells,)`` both."""
+
+    values: Array
+    written: Sequence[str]
+
+    def widest(self, size: float) -> float:
+        """Return the width in inches of the widest line that is written in letters of so many points."""
+        lines = {line for text in self.written for line in text.split("\n")}
+        return max(text_width(line, 10) for line in lines) * size / 10  # widths are in proportion, but for hinting
 
 
 @dataclass(frozen=True)
@@ -61,14 +120,20 @@ class _Grid:
 
 
 def heat_map(
-    values: "pd.DataFrame", models: "pd.DataFrame", *, title: str | None = None, quantity: str = "criticality"
+    values: "pd.DataFrame",
+    models: "pd.DataFrame",
+    *,
+    title: str | None = None,
+    quantity: str = "criticality",
+    layer_labels: Mapping[str, str] | None = None,
+    stages: Mapping[str, str] | None = None,
 ) -> "Figure":
     """Draw a cell per model and layer, coloured by criticality.
 
     Models are grouped by category, the baseline first; within a category the order is that of ``models``. Numbers are
     in percent and are left out where cells are smaller than they. At the right stand mean and standard deviation
     (ddof 1) of a model over its layers, below those of a layer over the models. Cells without a value are grey and
-    hatched, and in no mean. Save the figure with `layercrit.figures.save_figure`.
+    hatched, and in no mean. The figure is about 10 inches wide. Save it with `layercrit.figures.save_figure`.
 
     Args:
         values: Models x layers, in [0, 1]; NaN: not measured. The index holds names of models, the columns those of
@@ -77,39 +142,154 @@ def heat_map(
             None) and ``accuracy``, a share in [0, 1] (NaN: not known).
         title: Stands above.
         quantity: What ``values`` are, for the colour bar.
+        layer_labels: Layer name -> what stands below its column; missing: its name.
+        stages: Layer name -> its stage; a thin gap parts neighbours of unlike stages. None: no gaps.
 
     Raises:
         ProtocolError: A table is empty, lacks a column or holds a name twice, the two differ in their models, or a
             value is outside of [0, 1].
     """
+    _check(values, models, "shares", 0)
+    scale = _Scale("viridis", 0, 1, ticks=5)  # even steps to the eye, also without colours
+    return _drawn(values, models, scale, title, quantity, layer_labels, stages)
+
+
+def difference_map(
+    values: "pd.DataFrame",
+    models: "pd.DataFrame",
+    *,
+    title: str | None = None,
+    quantity: str = "difference to the baseline",
+    layer_labels: Mapping[str, str] | None = None,
+    stages: Mapping[str, str] | None = None,
+) -> "Figure":
+    """Draw a cell per model and layer, coloured by the difference of its criticality to that of the baseline.
+
+    Purple: more critical than in the baseline, orange: less. The scale ends at the largest difference, rounded up, on
+    both sides. All else is as in `heat_map`.
+
+    Args:
+        values: Models x layers, criticality minus that of the baseline, in [-1, 1]; NaN: not measured.
+        models: As in `heat_map`.
+        title: Stands above.
+        quantity: What ``values`` are, for the colour bar.
+        layer_labels: As in `heat_map`.
+        stages: As in `heat_map`.
+
+    Raises:
+        ProtocolError: As in `heat_map`, but differences may be negative.
+    """
+    _check(values, models, "differences", -1)
+    largest, decimals = _end(values)
+    # Colours of Cynthia Brewer's PuOr (colorbrewer2.org), told apart with any common colour blindness.
+    scale = _Scale("PuOr", -largest, largest, ticks=5, decimals=decimals, signed=True, unit=_POINTS)
+    return _drawn(values, models, scale, title, quantity, layer_labels, stages)
+
+
+def spread_map(
+    values: "pd.DataFrame",
+    models: "pd.DataFrame",
+    *,
+    title: str | None = None,
+    quantity: str = "SD over trials",
+    layer_labels: Mapping[str, str] | None = None,
+    stages: Mapping[str, str] | None = None,
+) -> "Figure":
+    """Draw a cell per model and layer, coloured by how uncertain its criticality is.
+
+    The scale goes from 0, white, to the largest value, rounded up. All else is as in `heat_map`.
+
+    Args:
+        values: Models x layers, in [0, 1]: standard deviations over trials, or half-widths of intervals; NaN: not
+            known.
+        models: As in `heat_map`.
+        title: Stands above.
+        quantity: What ``values`` are, for the colour bar.
+        layer_labels: As in `heat_map`.
+        stages: As in `heat_map`.
+
+    Raises:
+        ProtocolError: As in `heat_map`.
+    """
+    _check(values, models, "spreads", 0)
+    largest, decimals = _end(values)
+    scale = _Scale("BuPu", 0, largest, ticks=3, decimals=decimals, unit=_POINTS)
+    return _drawn(values, models, scale, title, quantity, layer_labels, stages)
+
+
+def _check(values: "pd.DataFrame", models: "pd.DataFrame", kind: str, low: float) -> None:
     check_models(models, ("model", "label", "category", "accuracy"))
-    _check_values(values, models)
+    check_values(values, models, kind, low)
+
+
+def _end(values: "pd.DataFrame") -> tuple[float, int]:
+    """Return where a scale ends that has room for all values, and how many decimals its numbers have, in percent."""
+    largest = 100 * float(np.abs(np.nan_to_num(values.to_numpy("float64"))).max()) or 1.0
+    power = 10.0 ** math.floor(math.log10(largest))
+    # Not a hair above a step that is meant, such as 30.000000000000004.
+    end = next(step * power for step in _STEPS if largest <= step * power * (1 + 1e-9))
+    return end / 100, 1 if largest < 9.95 else 0
+
+
+def _drawn(
+    values: "pd.DataFrame",
+    models: "pd.DataFrame",
+    scale: _Scale,
+    title: str | None,
+    quantity: str,
+    layer_labels: Mapping[str, str] | None,
+    stages: Mapping[str, str] | None,
+) -> "Figure":
     from matplotlib.figure import Figure
 
     categories = categories_of(models)
     ordered = models.iloc[[row for category in categories for row in category.rows]]
     values = values.loc[ordered["model"].to_list()].astype("float64")
     missing = bool(values.isna().to_numpy().any())
-    layers = [shown(name) for name in values.columns]
+    layers = [shown((layer_labels or {}).get(name, name)) for name in values.columns]
+    of_layer = [(stages or {}).get(name) for name in values.columns]
+    cells = _cells(values, scale)
+    quantity = f"{shown(quantity)} ({scale.unit})"
     with figure_style():
         top = _band_width(title, quantity, missing)
-        grid = _grid(categories, ordered, layers, top)
+        grid = _grid(categories, ordered, layers, of_layer, cells, top)
         figure = Figure(figsize=grid.size, dpi=100)
         axes = figure.add_axes((0, 0, 1, 1), label="cells")
         axes.set_xlim(0, grid.size[0])
         axes.set_ylim(0, grid.size[1])
         axes.set_axis_off()
-        _draw_values(axes, grid, values)
+        _draw_values(axes, grid, cells, scale)
         _draw_about_models(axes, grid, categories, ordered)
         _draw_layers(axes, grid, layers)
-        _draw_band(figure, axes, title, quantity, missing)
+        _draw_band(figure, axes, scale, title, quantity, missing)
     return figure
 
 
-def _grid(categories: Sequence[Category], ordered: "pd.DataFrame", layers: Sequence[str], top: float) -> _Grid:
+def _cells(values: "pd.DataFrame", scale: _Scale) -> tuple[_Cells, _Cells, _Cells]:
+    """Return the values, row by row, the models' means, and the layers' means."""
+    flat = values.to_numpy().ravel()
+    found = [_Cells(flat, [scale.number(value) if math.isfinite(value) else "" for value in flat])]
+    for axis, between in ((1, " ± "), (0, "\n±")):
+        means, deviations = values.mean(axis=axis).to_numpy(), values.std(axis=axis).to_numpy()
+        written = [
+            (scale.number(mean) if math.isfinite(mean) else "")
+            + (f"{between}{100 * sd:.{scale.decimals}f}" if math.isfinite(sd) else "")
+            for mean, sd in zip(means, deviations, strict=True)
+        ]
+        found.append(_Cells(means, written))
+    return found[0], found[1], found[2]
+
+
+def _grid(
+    categories: Sequence[Category],
+    ordered: "pd.DataFrame",
+    layers: Sequence[str],
+    stages: Sequence[str | None],
+    cells: tuple[_Cells, _Cells, _Cells],
+    top: float,
+) -> _Grid:
     """Lay out the heat map; ``top`` is the width that title and colour bar need."""
     n_models, n_layers = len(ordered), len(layers)
-    width = min(max(_GRID_WIDTH / n_layers, _CELL_WIDTHS[0]), _CELL_WIDTHS[1])
     height = min(max(_GRID_HEIGHT / n_models, _CELL_HEIGHTS[0]), _CELL_HEIGHTS[1])
     name_size = _name_size(height)
     blocks = _category_labels(categories)
@@ -123,24 +303,36 @@ def _grid(categories: Sequence[Category], ordered: "pd.DataFrame", layers: Seque
     accuracies = names_end + (0.14 + text_width("accuracy", _NOTE_SIZE)) * bool(ordered["accuracy"].notna().any())
     accuracies = max(accuracies, _MARGIN + text_width(_LAYER_MEANS, _NOTE_SIZE))
     left = accuracies + _GAP
-    means = left + n_layers * width + _GAP
-    means_width = text_width("100 ± 50", _number_size("100", 9, height)) + 0.08
+    means_width = cells[1].widest(_number_size(0, 1, height)) + 0.08
+    apart = [before != after for before, after in zip(stages, stages[1:], strict=False)]
+    gaps = np.cumsum([0, *apart]) * _GROUP_GAP  # before each layer
+    width = _cell_width(left + gaps[-1] + _GAP + means_width + _MARGIN, n_layers, cells[0])
+    means = left + n_layers * width + gaps[-1] + _GAP
     layer_names = max(text_width(name, _layer_size(width)) for name in layers) + 0.05
-    gaps = np.repeat(np.arange(len(categories)), [len(category.rows) for category in categories]) * _GROUP_GAP
     base = _MARGIN + layer_names + _LAYER_MEANS_HEIGHT + _GAP
-    rows = np.arange(1, n_models + 1) * height + gaps  # down from the top of the grid to the lower edge of a row
+    between = np.repeat(np.arange(len(categories)), [len(category.rows) for category in categories]) * _GROUP_GAP
+    rows = np.arange(1, n_models + 1) * height + between  # down from the top of the grid to the lower edge of a row
     size = (
         max(means + means_width, _MARGIN + top) + _MARGIN,
         base + rows[-1] + _HEADER_HEIGHT + _BAND_HEIGHT + _MARGIN,
     )
     return _Grid(
-        lefts=left + width * np.arange(n_layers, dtype=np.float64),
+        lefts=left + width * np.arange(n_layers, dtype=np.float64) + gaps,
         bottoms=base + rows[-1] - rows,
         cell=(width, height),
         columns=(categories_end, strips, names, accuracies, means),
         means_width=means_width,
         size=size,
     )
+
+
+def _cell_width(rest: float, n_layers: int, cells: _Cells) -> float:
+    """Return the width of a cell: that of the figure without the ``rest``, or more where numbers need it."""
+    needed = cells.widest(_NUMBER_SIZES[0]) / _FILLED
+    width = (_WIDTH - rest) / n_layers
+    if rest + n_layers * needed <= _WIDEST:
+        width = max(width, needed)
+    return min(max(width, _CELL_WIDTHS[0]), _CELL_WIDTHS[1])
 
 
 def _name_size(height: float) -> float:
@@ -151,10 +343,16 @@ def _layer_size(width: float) -> float:
     return min(0.78 * 72 * width, _NAME_SIZE)
 
 
-def _number_size(widest: str, width: float, height: float) -> float:
-    """Return the size of numbers in a cell of so many inches, 0 where they have no room."""
-    size = min(0.86 * width / text_width(widest, 1), 0.66 * 72 * height, _NUMBER_SIZES[1])
-    return size if size >= _NUMBER_SIZES[0] else 0.0
+def _number_size(widest: float, width: float, height: float) -> float:
+    """Return the size of numbers in a cell of so many inches, 0 where they have no room.
+
+    Args:
+        widest: width of the widest number in inches, in letters of one point.
+        width: of the cell.
+        height: of the cell, or of one line in it.
+    """
+    size = min(_FILLED * width / widest if widest else math.inf, 0.66 * 72 * height, _NUMBER_SIZES[1])
+    return size if size >= _NUMBER_SIZES[0] * (1 - 1e-9) else 0.0
 
 
 def _category_labels(categories: Sequence[Category]) -> list[str]:
@@ -171,53 +369,40 @@ def _category_labels(categories: Sequence[Category]) -> list[str]:
     ]
 
 
-def _draw_values(axes: "Axes", grid: _Grid, values: "pd.DataFrame") -> None:
+def _draw_values(axes: "Axes", grid: _Grid, cells: tuple[_Cells, _Cells, _Cells], scale: _Scale) -> None:
     """Draw the cells, and the means of models and of layers."""
-    (width, height), (n_models, n_layers) = grid.cell, values.shape
+    width, height = grid.cell
     x, y = np.meshgrid(grid.lefts, grid.bottoms)
-    cells = values.to_numpy().ravel()
-    written = [f"{100 * value:.0f}" for value in cells]
-    _draw_cells(axes, (x.ravel(), y.ravel()), grid.cell, cells, written, _number_size("100", width, height), "values")
-
-    means, spreads = values.mean(axis=1).to_numpy(), values.std(axis=1).to_numpy()
-    written = [_mean_and_spread(mean, " ± ", sd) for mean, sd in zip(means, spreads, strict=True)]
-    place = np.full(n_models, grid.columns[4]), grid.bottoms
-    size = _number_size("100 ± 50", grid.means_width, height)
-    _draw_cells(axes, place, (grid.means_width, height), means, written, size, "model means")
-
-    means, spreads = values.mean(axis=0).to_numpy(), values.std(axis=0).to_numpy()
-    written = [_mean_and_spread(mean, "\n±", sd) for mean, sd in zip(means, spreads, strict=True)]
-    place = grid.lefts, np.full(n_layers, grid.bottoms[-1] - _GAP - _LAYER_MEANS_HEIGHT)
-    size = _number_size("±50", width, _LAYER_MEANS_HEIGHT / 2)
-    _draw_cells(axes, place, (width, _LAYER_MEANS_HEIGHT), means, written, size, "layer means")
-
-
-def _mean_and_spread(mean: float, between: str, deviation: float) -> str:
-    return f"{100 * mean:.0f}" + (f"{between}{100 * deviation:.0f}" if math.isfinite(deviation) else "")
+    below = np.full(len(grid.lefts), grid.bottoms[-1] - _GAP - _LAYER_MEANS_HEIGHT)
+    places = (x.ravel(), y.ravel()), (np.full(len(grid.bottoms), grid.columns[4]), grid.bottoms), (grid.lefts, below)
+    sizes = grid.cell, (grid.means_width, height), (width, _LAYER_MEANS_HEIGHT)
+    for some, place, size, name in zip(cells, places, sizes, ("values", "model means", "layer means"), strict=True):
+        lines = 2 if name == "layer means" else 1
+        _draw_cells(axes, place, size, some, scale, _number_size(some.widest(1), size[0], size[1] / lines), name)
 
 
 def _draw_cells(
     axes: "Axes",
     place: tuple[Array, Array],
     size: tuple[float, float],
-    values: Array,
-    written: Sequence[str],
+    cells: _Cells,
+    scale: _Scale,
     number_size: float,
     gid: str,
 ) -> None:
     """Draw cells at ``place`` (their left and lower edges) with what is written in them; hatched without a value."""
-    from matplotlib import colormaps
     from matplotlib.collections import PolyCollection
 
     left, bottom = place
     corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1)]) * size
-    cells = np.stack([left, bottom], axis=1)[:, None, :] + corners  # (n_cells, 4, 2)
-    known = np.isfinite(values)
-    colors = colormaps[_COLOR_MAP](values)
+    outlines = np.stack([left, bottom], axis=1)[:, None, :] + corners  # (n_cells, 4, 2)
+    known = np.isfinite(cells.values)
+    colors = scale.colors(cells.values)
     edges: dict[str, Any] = {"edgecolors": "white", "linewidths": 0.4}
-    axes.add_collection(PolyCollection(list(cells[known]), facecolors=colors[known], gid=gid, **edges), autolim=False)
+    filled = PolyCollection(list(outlines[known]), facecolors=colors[known], gid=gid, **edges)
+    axes.add_collection(filled, autolim=False)
     if not known.all():
-        absent = PolyCollection(list(cells[~known]), gid=f"{gid}, not measured", linewidths=0.4, **_NOT_MEASURED)
+        absent = PolyCollection(list(outlines[~known]), gid=f"{gid}, not measured", linewidths=0.4, **_NOT_MEASURED)
         axes.add_collection(absent, autolim=False)
     if not number_size:
         return
@@ -225,11 +410,11 @@ def _draw_cells(
         axes.text(
             left[index] + size[0] / 2,
             bottom[index] + size[1] / 2,
-            written[index],
+            cells.written[index],
             color=_readable_on(colors[index]),
             fontsize=number_size,
             horizontalalignment="center",
-            verticalalignment="center_baseline" if "\n" not in written[index] else "center",
+            verticalalignment="center_baseline" if "\n" not in cells.written[index] else "center",
             linespacing=1.0,
             gid=gid,
         )
@@ -296,13 +481,15 @@ def _right(axes: "Axes", x: float, y: float, text: str, **style: Any) -> None:
 
 def _band_width(title: str | None, quantity: str, missing: bool) -> float:
     """Return the width of what stands above the heat map."""
-    parts = [text_width(f"{shown(quantity)} (%)", _NOTE_SIZE) + _GAP + _BAR_WIDTH + 0.1]
+    parts = [text_width(quantity, _NOTE_SIZE) + _GAP + _BAR_WIDTH + 0.1]
     if missing:
         parts.append(_PATCH_WIDTH + _GAP + text_width("not measured", _NOTE_SIZE) + 0.2)
     return sum(parts) + (text_width(shown(title), _TITLE_SIZE, "bold") + 0.3 if title else 0)
 
 
-def _draw_band(figure: "Figure", axes: "Axes", title: str | None, quantity: str, missing: bool) -> None:
+def _draw_band(
+    figure: "Figure", axes: "Axes", scale: _Scale, title: str | None, quantity: str, missing: bool
+) -> None:
     """Draw title and colour bar."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -313,42 +500,22 @@ def _draw_band(figure: "Figure", axes: "Axes", title: str | None, quantity: str,
         y = height - _MARGIN - 0.13
         axes.text(_MARGIN, y, shown(title), fontsize=_TITLE_SIZE, fontweight="bold", gid="title")
     left, low = width - _MARGIN - _BAR_WIDTH - 0.1, height - _MARGIN - 0.13
-    bar = figure.add_axes((left / width, low / height, _BAR_WIDTH / width, _BAR_HEIGHT / height), label="colours")
-    colors = ScalarMappable(Normalize(0, 1), _COLOR_MAP)
-    scale = figure.colorbar(colors, cax=bar, orientation="horizontal")
-    scale.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
-    scale.ax.tick_params(labelsize=_NOTE_SIZE, length=2, width=0.5, pad=1.5)
-    scale.outline.set_visible(False)
-    if scale.solids is not None:
-        scale.solids.set_edgecolor("face")  # without, many viewers show gaps
-    label, middle = f"{shown(quantity)} (%)", low + _BAR_HEIGHT / 2
-    _right(axes, left - _GAP, middle, label, fontsize=_NOTE_SIZE)
+    place = left / width, low / height, _BAR_WIDTH / width, _BAR_HEIGHT / height
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(scale.low, scale.high), scale.color_map),
+        cax=figure.add_axes(place, label="colours"),
+        orientation="horizontal",
+    )
+    ticks = np.linspace(scale.low, scale.high, scale.ticks)
+    bar.set_ticks(ticks.tolist(), labels=[scale.tick(tick) for tick in ticks])
+    bar.ax.tick_params(labelsize=_NOTE_SIZE, length=2, width=0.5, pad=1.5)
+    bar.outline.set_visible(False)
+    if bar.solids is not None:
+        bar.solids.set_edgecolor("face")  # without, many viewers show gaps
+    middle = low + _BAR_HEIGHT / 2
+    _right(axes, left - _GAP, middle, quantity, fontsize=_NOTE_SIZE, gid="quantity")
     if missing:
-        end = left - _GAP - text_width(label, _NOTE_SIZE) - 0.2
+        end = left - _GAP - text_width(quantity, _NOTE_SIZE) - 0.2
         _right(axes, end, middle, "not measured", fontsize=_NOTE_SIZE)
         start = end - text_width("not measured", _NOTE_SIZE) - _GAP - _PATCH_WIDTH
         axes.add_patch(Rectangle((start, low - 0.015), _PATCH_WIDTH, 0.12, linewidth=0.4, **_NOT_MEASURED))
-
-
-def _check_values(values: "pd.DataFrame", models: "pd.DataFrame") -> None:
-    for kind, index in (("layer", values.columns), ("model", values.index)):
-        if len(index) == 0:
-            raise ProtocolError(f"The values have no {kind}: expected a row per model and a column per layer.")
-        if index.has_duplicates:
-            name = index[index.duplicated()][0]
-            raise ProtocolError(f"The values hold the {kind} {name!r} more than once: expected it once.")
-    sides = ("values", list(values.index)), ("table of models", list(models["model"]))
-    for (here, names), (there, others) in (sides, sides[::-1]):
-        if lacking := [str(name) for name in names if name not in set(others)]:
-            more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
-            raise ProtocolError(
-                f"Models in the {here} but not in the {there}: {', '.join(lacking[:5])}{more}. Expected the same "
-                "models in both."
-            )
-    outside = ((values < 0) | (values > 1)).to_numpy()
-    if outside.any():
-        row, column = np.argwhere(outside)[0].tolist()
-        raise ProtocolError(
-            f"The value of {values.index[row]!r} at {values.columns[column]!r} is {values.to_numpy()[row, column]:g}: "
-            "expected shares in [0, 1], NaN where not measured. Divide percentages by 100."
-        )

@@ -65,7 +65,8 @@ def page_data(study: Study, comparison: Comparison) -> tuple[dict[str, Any], byt
     categories = categories_of(about)
     about = about.iloc[[row for category in categories for row in category.rows]].reset_index(drop=True)
     places = [place for place, category in enumerate(categories) for _ in category.rows]
-    models, names = about["model"].to_list(), [about["category"][places.index(place)] for place in range(len(categories))]
+    models = about["model"].to_list()
+    names = [about["category"][places.index(place)] for place in range(len(categories))]
     rows = estimates_of(study, comparison)
     # as everywhere else: where cells are not ok, means of the others are not shown
     rows.loc[rows["status"] != "ok", list(_VALUES)] = math.nan

@@ -139,7 +139,9 @@ def differences(
     return Differences(table, alpha, to_baseline, tuple(dict.fromkeys(notes)))
 
 
-def _pairs(study: Study, comparison: Comparison, pairs: Sequence[Pair] | Literal["all"] | None, between: str) -> list[Pair]:
+def _pairs(
+    study: Study, comparison: Comparison, pairs: Sequence[Pair] | Literal["all"] | None, between: str
+) -> list[Pair]:
     """Return the pairs of names, or say what is wrong with them."""
     known = [str(name) for name in (comparison.criticality if between == "models" else comparison.categories).index]
     if pairs is None and between == "models":

@@ -1,0 +1,96 @@
+"""The figure of criticality against the budget of adversarial training: a panel per norm."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from layercrit._categories import categories_of, check_models, shown
+from layercrit._figure_parts import (
+    BASELINE_LINE,
+    FRAME_COLOR,
+    NAME_SIZE,
+    NOTE_SIZE,
+    baseline_mean,
+    dot,
+    framed,
+    handles_of,
+    line_handle,
+    percent_axis,
+)
+from layercrit.errors import ProtocolError
+from layercrit.figures import figure_style, text_width
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["criticality_against_budget"]
+
+_REQUIRED = ("model", "label", "category", "attack_norm", "eps", "criticality", "low", "high")
+_NORMS = {"l2": "L2", "linf": "L∞"}
+_ROOM = 0.06  # above and below the points, as a share of their range
+
+# Inches.
+_LEFT, _SIZE = 0.47, (2.85, 2.0)
+_BETWEEN, _HEAD_HEIGHT, _AXIS_HEIGHT = 0.12, 0.2, 0.33  # panels; the norm above one; label and ticks below one
+_BESIDE = 0.6  # the outermost budgets of a panel, in steps from one budget to the next
+
+
+def criticality_against_budget(
+    models: "pd.DataFrame", *, baseline: str | None = None, title: str | None = None
+) -> "Figure":
+    """Draw a point per model: the budget of its adversarial training, and its mean criticality with its interval.
+
+    Each norm has its panel. Budgets stand in their order, one step apart each, so that 0, 0.01 and 8 can all be read;
+    the length of the way between two says nothing. A line per category joins the means of its budgets. Models without
+    norm, budget or criticality are left out. The figure is as wide as a column. Save it with
+    `layercrit.figures.save_figure`.
+
+    Args:
+        models: One row per model: ``model`` (its name), ``label`` (not drawn), ``category`` (or None; decides colour
+            and marker), ``attack_norm`` (``l2``, ``linf`` or any text; None: not known), ``eps`` (the budget, in
+            whatever unit), ``criticality`` (mean over layers, in [0, 1]), ``low`` and ``high`` (its confidence limits;
+            NaN: no bar).
+        baseline: Name of the model whose mean is the dashed line. None: the first of category ``baseline``, if any.
+        title: Stands above.
+
+    Raises:
+        ProtocolError: The table is empty, lacks a column or holds a model twice, no model has a budget, or the
+            baseline is unknown.
+    """
+    check_models(models, _REQUIRED)
+    line = baseline_mean(models, baseline)
+    table = models.reset_index(drop=True).astype(dict.fromkeys(("eps", "criticality", "low", "high"), "float64"))
+    table = table[table["attack_norm"].notna() & np.isfinite(table[["eps", "criticality"]]).all(axis=1)]
+    if table.empty:
+        raise ProtocolError(
+            "No model has an attack_norm, an eps and a mean criticality, so there is no budget to draw. Give norm and "
+            "eps of an adversarially trained model at least."
+        )
+    # Of all models, so that those of another figure of the same table have the same colours.
+    look = {row: category for category in categories_of(models) for row in category.rows if row in table.index}
+    norms = sorted(map(str, table["attack_norm"].unique()), key=lambda norm: (norm not in _NORMS, norm))
+    panels = [table[table["attack_norm"].astype(str) == norm] for norm in norms]
+    steps = np.array([panel["eps"].nunique() - 1 + 2 * _BESIDE for panel in panels])
+    step = (_SIZE[0] - _BETWEEN * (len(panels) - 1)) / steps.sum()
+    lefts = np.cumsum([0, *steps[:-1]]) * step + np.arange(len(panels)) * _BETWEEN
+    places = [(left, 0, width, _SIZE[1] - _HEAD_HEIGHT) for left, width in zip(lefts, steps * step, strict=True)]
+    with figure_style():
+        widest = max(text_width(_budget(eps), NOTE_SIZE) for eps in table["eps"])
+        upright = widest + 0.04 < step
+        handles = handles_of(list(dict.fromkeys(look.values()))) + ([line_handle()] if line is not None else [])
+        below = _AXIS_HEIGHT + (NOTE_SIZE / 72 if upright else widest)
+        figure, axes = framed(_SIZE, _LEFT, below, title, handles, panels=places)
+        limits = percent_axis(axes[0].yaxis, np.append(table[["criticality", "low", "high"]], line or np.nan), _ROOM)
+        axes[0].set_ylabel("mean criticality (%)")
+        for one, norm, panel, (_, _, width, _) in zip(axes, norms, panels, places, strict=True):
+            one.set_ylim(limits)
+            _draw_panel(one, panel, 0 if upright else 90)
+            one.set_title(_fitted(_NORMS.get(norm, shown(norm)), width), fontsize=NAME_SIZE, gid="norm")
+            for category in dict.fromkeys(look.values()):
+                own = panel[[look[row] is category for row in panel.index]]
+                _draw_models(one, own, sorted(set(panel["eps"])), category.color, category.marker)
+            if line is not None:
+                one.axhline(line, zorder=1.5, gid="baseline", **BASELINE_LINE)
+    return figure

@@ -1,0 +1,1 @@
+"""The figure of criticality over depth: a line with a band for each category."""
