@@ -52,7 +52,7 @@ def main(folder: Path) -> None:
     findings = (folder / "findings.txt").read_text(encoding="utf-8")
     text = head + "\n".join(lines) + "\n\n## What it shows, and what it does not\n\n" + findings
     (DOCS / "family.md").write_text(text, encoding="utf-8")
-    shutil.copyfile(folder / "heat_map.png", DOCS / "family.png")
+    shutil.copyfile(folder / "figures" / "criticality.png", DOCS / "family.png")
 
 
 if __name__ == "__main__":

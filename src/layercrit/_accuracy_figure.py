@@ -76,7 +76,7 @@ def criticality_against_accuracy(
         axes.set_ylim(percent_axis(axes.yaxis, points[known, 1], _ROOM))
         axes.set_xlabel("accuracy (%)")
         axes.set_ylabel("mean criticality (%)")
-        for one in categories:
+        for one in reversed(categories):  # the baseline on top
             x, y = points[[row for row in one.rows if known[row]]].T
             axes.plot(x, y, one.marker, color=one.color, **dot(one.marker), zorder=3, gid=one.label)
         if labelled:

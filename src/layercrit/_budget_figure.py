@@ -1,6 +1,7 @@
 """The figure of criticality against the budget of adversarial training: a panel per norm."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +30,7 @@ __all__ = ["criticality_against_budget"]
 
 _REQUIRED = ("model", "label", "category", "attack_norm", "eps", "criticality", "low", "high")
 _NORMS = {"l2": "L2", "linf": "L∞"}
+_CENTRED: dict[str, Any] = {"horizontalalignment": "center", "verticalalignment": "bottom"}
 _ROOM = 0.06  # above and below the points, as a share of their range
 
 # Inches.
@@ -62,7 +64,7 @@ def criticality_against_budget(
     check_models(models, _REQUIRED)
     line = baseline_mean(models, baseline)
     table = models.reset_index(drop=True).astype(dict.fromkeys(("eps", "criticality", "low", "high"), "float64"))
-    table = table[table["attack_norm"].notna() & np.isfinite(table[["eps", "criticality"]]).all(axis=1)]
+    table = table[table["attack_norm"].notna() & table[["eps", "criticality"]].notna().all(axis=1)]
     if table.empty:
         raise ProtocolError(
             "No model has an attack_norm, an eps and a mean criticality, so there is no budget to draw. Give norm and "
@@ -81,12 +83,18 @@ def criticality_against_budget(
         upright = widest + 0.04 < step
         handles = handles_of(list(dict.fromkeys(look.values()))) + ([line_handle()] if line is not None else [])
         below = _AXIS_HEIGHT + (NOTE_SIZE / 72 if upright else widest)
+        axis_label = -(below - 0.06) / (_SIZE[1] - _HEAD_HEIGHT)  # its lower edge, as a share of the panels' height
         figure, axes = framed(_SIZE, _LEFT, below, title, handles, panels=places)
-        limits = percent_axis(axes[0].yaxis, np.append(table[["criticality", "low", "high"]], line or np.nan), _ROOM)
+        shares = np.append(table[["criticality", "low", "high"]], np.nan if line is None else line)
+        limits = percent_axis(axes[0].yaxis, shares, _ROOM)
         axes[0].set_ylabel("mean criticality (%)")
         for one, norm, panel, (_, _, width, _) in zip(axes, norms, panels, places, strict=True):
             one.set_ylim(limits)
+            if one is not axes[0]:
+                one.set_yticks([])
+                one.spines["left"].set_visible(False)
             _draw_panel(one, panel, 0 if upright else 90)
+            one.text(0.5, axis_label, "budget ε", transform=one.transAxes, fontsize=NAME_SIZE, **_CENTRED)
             one.set_title(_fitted(_NORMS.get(norm, shown(norm)), width), fontsize=NAME_SIZE, gid="norm")
             for category in dict.fromkeys(look.values()):
                 own = panel[[look[row] is category for row in panel.index]]
@@ -94,3 +102,35 @@ def criticality_against_budget(
             if line is not None:
                 one.axhline(line, zorder=1.5, gid="baseline", **BASELINE_LINE)
     return figure
+
+
+def _budget(eps: float) -> str:
+    return f"{eps:g}"
+
+
+def _fitted(text: str, width: float) -> str:
+    """Return a norm's name without its end where it is wider than its panel, in inches."""
+    while len(text) > 1 and text_width(text, NAME_SIZE) > width:
+        text = f"{text[:-2]}…"
+    return text
+
+
+def _draw_panel(axes: "Axes", panel: "pd.DataFrame", rotation: int) -> None:
+    """Prepare the axes of one norm: its budgets in their order, one step apart each."""
+    budgets = sorted(set(panel["eps"]))
+    axes.set_xlim(-_BESIDE, len(budgets) - 1 + _BESIDE)
+    axes.set_xticks(range(len(budgets)), [_budget(eps) for eps in budgets], fontsize=NOTE_SIZE, rotation=rotation)
+    axes.tick_params(axis="x", length=2.5, width=0.6, color=FRAME_COLOR, pad=2)
+
+
+def _draw_models(axes: "Axes", own: "pd.DataFrame", budgets: Sequence[float], color: str, marker: str) -> None:
+    """Draw the models of one category and norm, and the line through the means of their budgets."""
+    if own.empty:
+        return
+    means = own.groupby("eps")["criticality"].mean()
+    axes.plot([budgets.index(eps) for eps in means.index], means, color=color, linewidth=0.9, zorder=2, gid="means")
+    places = [budgets.index(eps) for eps in own["eps"]]
+    known = own[["low", "high"]].notna().all(axis=1).to_numpy()
+    ends = np.array(places)[known], own["low"][known], own["high"][known]
+    axes.vlines(*ends, color=color, linewidth=1.3, zorder=3, gid="interval")
+    axes.plot(places, own["criticality"], marker, color=color, **dot(marker), zorder=4, gid="model")

@@ -27,6 +27,7 @@ __all__ = [
     "NAME_SIZE",
     "NOTE_SIZE",
     "baseline_mean",
+    "baseline_of",
     "dot",
     "framed",
     "handles_of",
@@ -79,7 +80,7 @@ def framed(
     notes_height = _LINE_HEIGHT * len(notes) + 0.04 * bool(notes)
     height = below + size[1] + legend + notes_height + _TITLE_HEIGHT * bool(title) + MARGIN
     figure = Figure(figsize=(width, height), dpi=100)
-    axes = []
+    axes: list[Axes] = []
     for x, y, panel_width, panel_height in panels or [(0, 0, *size)]:
         place = (left + x) / width, (below + y) / height, panel_width / width, panel_height / height
         axes.append(figure.add_axes(place, label=f"panel {len(axes)}"))
@@ -111,14 +112,18 @@ def framed(
     return figure, axes
 
 
+def baseline_of(models: "pd.DataFrame", baseline: str | None) -> str | None:
+    """Return the name of the baseline: the one asked for, the first model of category ``baseline``, or None."""
+    if baseline is None:
+        return next(iter(models.loc[(models["category"] == BASELINE).to_numpy(), "model"]), None)
+    if baseline not in set(models["model"]):
+        raise ProtocolError(f"The table has no model {baseline!r}. {near(baseline, map(str, models['model']))}")
+    return baseline
+
+
 def baseline_mean(models: "pd.DataFrame", baseline: str | None) -> float | None:
     """Return the baseline's mean criticality, None where there is none."""
-    if baseline is None:
-        rows = models["category"] == BASELINE
-    else:
-        rows = models["model"] == baseline
-        if not rows.any():
-            raise ProtocolError(f"The table has no model {baseline!r}. {near(baseline, map(str, models['model']))}")
+    rows = models["model"] == baseline_of(models, baseline)
     found = [float(value) for value in models.loc[rows.to_numpy(), "criticality"]]
     return found[0] if found and math.isfinite(found[0]) else None
 

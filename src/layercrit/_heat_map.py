@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,9 +17,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["difference_map", "heat_map", "spread_map"]
+__all__ = ["COLOR_MAPS", "difference_map", "heat_map", "spread_map"]
 
 Array = npt.NDArray[np.float64]
+
+# Even steps to the eye, also without colours; colours of Cynthia Brewer's PuOr and BuPu (colorbrewer2.org), told apart
+# with any common colour blindness: purple is more, orange less.
+COLOR_MAPS = {"criticality": "viridis", "difference": "PuOr", "spread": "BuPu"}
 
 _LAYER_MEANS = "mean ± SD over models"
 _NOT_MEASURED: dict[str, Any] = {"facecolor": "#E3E3E3", "edgecolor": "#A8A8A8", "hatch": "/////"}
@@ -150,7 +155,7 @@ def heat_map(
             value is outside of [0, 1].
     """
     _check(values, models, "shares", 0)
-    scale = _Scale("viridis", 0, 1, ticks=5)  # even steps to the eye, also without colours
+    scale = _Scale(COLOR_MAPS["criticality"], 0, 1, ticks=5)
     return _drawn(values, models, scale, title, quantity, layer_labels, stages)
 
 
@@ -181,8 +186,7 @@ def difference_map(
     """
     _check(values, models, "differences", -1)
     largest, decimals = _end(values)
-    # Colours of Cynthia Brewer's PuOr (colorbrewer2.org), told apart with any common colour blindness.
-    scale = _Scale("PuOr", -largest, largest, ticks=5, decimals=decimals, signed=True, unit=_POINTS)
+    scale = _Scale(COLOR_MAPS["difference"], -largest, largest, ticks=5, decimals=decimals, signed=True, unit=_POINTS)
     return _drawn(values, models, scale, title, quantity, layer_labels, stages)
 
 
@@ -213,7 +217,7 @@ def spread_map(
     """
     _check(values, models, "spreads", 0)
     largest, decimals = _end(values)
-    scale = _Scale("BuPu", 0, largest, ticks=3, decimals=decimals, unit=_POINTS)
+    scale = _Scale(COLOR_MAPS["spread"], 0, largest, ticks=3, decimals=decimals, unit=_POINTS)
     return _drawn(values, models, scale, title, quantity, layer_labels, stages)
 
 
@@ -269,8 +273,8 @@ def _cells(values: "pd.DataFrame", scale: _Scale) -> tuple[_Cells, _Cells, _Cell
     """Return the values, row by row, the models' means, and the layers' means."""
     flat = values.to_numpy().ravel()
     found = [_Cells(flat, [scale.number(value) if math.isfinite(value) else "" for value in flat])]
-    for axis, between in ((1, " ± "), (0, "\n±")):
-        means, deviations = values.mean(axis=axis).to_numpy(), values.std(axis=axis).to_numpy()
+    for table, between in ((values.T, " ± "), (values, "\n±")):
+        means, deviations = table.mean().to_numpy(), table.std().to_numpy()
         written = [
             (scale.number(mean) if math.isfinite(mean) else "")
             + (f"{between}{100 * sd:.{scale.decimals}f}" if math.isfinite(sd) else "")
@@ -304,9 +308,9 @@ def _grid(
     accuracies = max(accuracies, _MARGIN + text_width(_LAYER_MEANS, _NOTE_SIZE))
     left = accuracies + _GAP
     means_width = cells[1].widest(_number_size(0, 1, height)) + 0.08
-    apart = [before != after for before, after in zip(stages, stages[1:], strict=False)]
+    apart = [before != after for before, after in pairwise(stages)]
     gaps = np.cumsum([0, *apart]) * _GROUP_GAP  # before each layer
-    width = _cell_width(left + gaps[-1] + _GAP + means_width + _MARGIN, n_layers, cells[0])
+    width = _cell_width(left + gaps[-1] + _GAP + means_width + _MARGIN, n_layers, (cells[0], cells[2]))
     means = left + n_layers * width + gaps[-1] + _GAP
     layer_names = max(text_width(name, _layer_size(width)) for name in layers) + 0.05
     base = _MARGIN + layer_names + _LAYER_MEANS_HEIGHT + _GAP
@@ -326,9 +330,9 @@ def _grid(
     )
 
 
-def _cell_width(rest: float, n_layers: int, cells: _Cells) -> float:
+def _cell_width(rest: float, n_layers: int, columns: Sequence[_Cells]) -> float:
     """Return the width of a cell: that of the figure without the ``rest``, or more where numbers need it."""
-    needed = cells.widest(_NUMBER_SIZES[0]) / _FILLED
+    needed = max(cells.widest(_NUMBER_SIZES[0]) for cells in columns) / _FILLED
     width = (_WIDTH - rest) / n_layers
     if rest + n_layers * needed <= _WIDEST:
         width = max(width, needed)
@@ -487,9 +491,7 @@ def _band_width(title: str | None, quantity: str, missing: bool) -> float:
     return sum(parts) + (text_width(shown(title), _TITLE_SIZE, "bold") + 0.3 if title else 0)
 
 
-def _draw_band(
-    figure: "Figure", axes: "Axes", scale: _Scale, title: str | None, quantity: str, missing: bool
-) -> None:
+def _draw_band(figure: "Figure", axes: "Axes", scale: _Scale, title: str | None, quantity: str, missing: bool) -> None:
     """Draw title and colour bar."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from layercrit._categories import categories_of
+from layercrit._heat_map import COLOR_MAPS
 from layercrit.comparison import Comparison, about_models, estimates_of
 from layercrit.differences import differences
 from layercrit.layers import layer_labels
@@ -22,7 +23,6 @@ _SYMBOLS = {
     "*": "star", "o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down", "P": "cross",
     "X": "x", "<": "triangle-left", ">": "triangle-right", "p": "pentagon", "h": "hexagon",
 }  # fmt: skip
-_COLOR_MAPS = {"sequential": "viridis", "diverging": "PuOr_r", "spread": "cividis"}
 _MATCHED = "temperature-matched criticality"
 _VALUES = ("low", "high", "criticality_matched", "matched_low", "matched_high", "top1_agreement")
 _MOST_PAIRS = 2_000  # of models; a study with more pairs gets those with the baseline only
@@ -85,7 +85,7 @@ def page_data(study: Study, comparison: Comparison) -> tuple[dict[str, Any], byt
         "measures": _measures(comparison, tables, models),
         "trials": _numbers(tables["n_trials"], 0),
         "statuses": tables["status"].astype(object).where(tables["status"].notna(), None).to_numpy().tolist(),
-        "scales": {name: _colors(color_map) for name, color_map in _COLOR_MAPS.items()},
+        "scales": {name: _colors(color_map) for name, color_map in COLOR_MAPS.items()},
         "differences": {
             "alpha": blocks[0].alpha if blocks else None,
             "values": list(dict.fromkeys(block.quantity for block in blocks)),
@@ -129,16 +129,16 @@ def _measures(
     difference = None if comparison.difference is None else comparison.difference.loc[order]
     half_width = (tables["high"] - tables["low"]) / 2
     choices: list[tuple[str, str, str, pd.DataFrame | None]] = [
-        ("criticality", "1 minus the mean cosine similarity of softmax outputs.", "sequential",
+        ("criticality", "1 minus the mean cosine similarity of softmax outputs.", "criticality",
          comparison.criticality.loc[order]),
-        ("difference to the baseline", "Criticality minus that of the baseline.", "diverging", difference),
+        ("difference to the baseline", "Criticality minus that of the baseline.", "difference", difference),
         ("spread over trials", "Standard deviation of criticality over trials.", "spread",
          comparison.sd_trials.loc[order]),
         ("half-width of the interval", "Half of the interval of criticality.", "spread", half_width),
-        ("top-1 agreement", "Share of images whose most probable class stays the same after the reset.", "sequential",
+        ("top-1 agreement", "Share of images whose most probable class stays the same after the reset.", "criticality",
          tables["top1_agreement"]),
         (_MATCHED, "Criticality at the temperature at which each trained model's mean entropy is the same.",
-         "sequential", tables["criticality_matched"]),
+         "criticality", tables["criticality_matched"]),
     ]  # fmt: skip
     limits = {"criticality": ("low", "high"), _MATCHED: ("matched_low", "matched_high")}
     return [

@@ -210,10 +210,12 @@ def demo_command(out: Path, as_json: bool) -> None:
         show_comparison(result.comparison)
         click.echo(f"\n{result.findings}\n")
     files = ", ".join(sorted(path.name for path in out.iterdir() if path.is_file()))
-    click.echo(f"Saved in {out}: {files}. Look at heat_map.png first. By hand:", err=True)
+    click.echo(f"Saved in {out}: {files}; figures in {out / 'figures'}.", err=True)
+    click.echo(f"Open {out / 'report.html'} in a browser. By hand:", err=True)
     for command in (
         f"layercrit study run {out / 'fashion.toml'} --out {out / 'study'}",
         f"layercrit compare {out / 'study'}",
+        f"layercrit report {out / 'study'} --model pixmix",
         f"layercrit measure file:{out / 'models' / 'baseline'} --images {out / 'fashion-mnist-test.npz'} --trials 5",
     ):
         click.echo(f"  {command}", err=True)

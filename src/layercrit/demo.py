@@ -1,6 +1,5 @@
 """The embedded default: a family of small networks, trained on Fashion-MNIST by many methods, and a study of all."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,11 +13,10 @@ from torch.nn import functional as F
 
 from layercrit.comparison import Comparison, compare
 from layercrit.errors import StudyError
-from layercrit.figures import save_figure
 from layercrit.findings import describe_family
+from layercrit.reporting import report
 from layercrit.running import run_study
 from layercrit.study import Study, load_study
-from layercrit.study_figures import criticality_against_accuracy, heat_map, ranking
 from layercrit.studyfile import read_study_file
 
 __all__ = ["DemoResult", "copy_family", "example_study", "run_demo", "small_resnet"]
@@ -120,11 +118,11 @@ class DemoResult:
 
 
 def run_demo(folder: Path, say: Callable[[str], Any] = print) -> DemoResult:
-    """Measure the family that comes with layercrit, and leave models, images, the study, tables and figures.
+    """Measure the family that comes with layercrit, and leave models, images, the study, tables, figures and the page.
 
     Args:
         folder: gets ``models/``, ``fashion-mnist-test.npz``, ``fashion.toml``, the study in ``study/``, ``models.csv``,
-            ``layers.csv``, ``findings.txt``, and the figures ``heat_map``, ``ranking`` and ``accuracy``.
+            ``layers.csv``, ``findings.txt``, ``report.html`` and ``figures/``.
         say: is told what goes on.
 
     Raises:
@@ -136,40 +134,25 @@ def run_demo(folder: Path, say: Callable[[str], Any] = print) -> DemoResult:
         f"Resetting each layer of {n_models} small networks in turn, {trials} draws each, and asking about "
         f"{study_file.n_images} images ..."
     )
-    report = run_study(study_file, folder / "study", n_workers=min(2, os.cpu_count() or 1))
-    if report.failures:
-        failure = report.failures[0]
+    ran = run_study(study_file, folder / "study", n_workers=min(2, os.cpu_count() or 1))
+    if ran.failures:
+        failure = ran.failures[0]
         raise StudyError(f"The demo could not measure {failure.model}: {failure.error}")
     study = load_study(folder / "study")
     comparison = compare(study)
-    findings = describe_family(comparison, _budgets(folder / "models"))
+    findings = describe_family(comparison, _budgets(study))
     (folder / "findings.txt").write_text(findings + "\n", encoding="utf-8")
     study.by_model().to_csv(folder / "models.csv", index=False)
     study.to_pandas().to_csv(folder / "layers.csv", index=False)
-    _draw(study, comparison, folder)
+    say("Drawing the figures and the page ...")
+    report(study, folder)
     return DemoResult(study, comparison, findings, folder)
 
 
-def _budgets(models: Path) -> dict[str, tuple[str, float]]:
-    """Return norm and eps of the adversarially trained models, by name, from their records."""
-    found = {}
-    for path in sorted(models.glob("*/model.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["category"] == "adversarial_training":
-            found[path.parent.name] = (str(record["method"]).removeprefix("robust_"), float(record["settings"]["eps"]))
-    return found
-
-
-def _draw(study: Study, comparison: Comparison, folder: Path) -> None:
-    """Draw the heat map, the ranking, and criticality against accuracy."""
-    models = comparison.models.reset_index(names="model")
-    means = study.by_model()[["model", "low", "high"]]
-    rho = comparison.correlations
-    (spearman,) = rho[rho["without"].isna() & (rho["method"] == "spearman")].to_dict("records")
-    figures = {
-        "heat_map": heat_map(comparison.criticality, models, title="Criticality of each layer, Fashion-MNIST"),
-        "ranking": ranking(models.merge(means, on="model"), title="Mean criticality, with 95% intervals"),
-        "accuracy": criticality_against_accuracy(models, rho=spearman["statistic"], p_value=spearman["pvalue"]),
+def _budgets(study: Study) -> dict[str, tuple[str, float]]:
+    """Return norm and eps of the adversarially trained models, by name."""
+    trained = study.models.dropna(subset=["attack_norm", "eps"])
+    return {
+        str(model): (str(norm), float(eps))
+        for model, norm, eps in zip(trained["model"], trained["attack_norm"], trained["eps"], strict=True)
     }
-    for name, figure in figures.items():
-        save_figure(figure, folder / name)

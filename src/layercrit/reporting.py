@@ -20,8 +20,10 @@ from layercrit.study_figures import (
     criticality_over_depth,
     difference_map,
     heat_map,
+    ranking,
     spread_map,
 )
+from layercrit.wrappers import wrapper_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,11 +71,12 @@ class _Tables:
     @property
     def stages(self) -> dict[str, str]:
         """Name of a layer -> its stage."""
-        return {str(layer): str(stage) for layer, stage in self.comparison.layers["stage"].items()}
+        stages = self.comparison.layers["stage"]
+        return {str(layer): str(stage).removeprefix(wrapper_of(stages)) for layer, stage in stages.items()}
 
     def grid(self, values: "pd.Series[float]") -> pd.DataFrame:
         """Return values, one per row of ``rows``, as models x layers."""
-        table = self.rows[["model", "layer"]].assign(value=values).pivot_table(index="model", columns="layer")["value"]
+        table = values.set_axis(pd.MultiIndex.from_frame(self.rows[["model", "layer"]])).unstack("layer")  # noqa: PD010
         return table.reindex(index=self.comparison.criticality.index, columns=self.comparison.criticality.columns)
 
 
@@ -230,7 +233,11 @@ def _budget(tables: _Tables) -> _Drawn:
 def _depth(tables: _Tables) -> _Drawn:
     """Criticality over depth, a line for each category."""
     values = tables.comparison.criticality
-    yield "depth", criticality_over_depth(values, tables.models, stages=tables.stages, layer_labels=tables.labels)
+    labels, baseline = tables.labels, tables.comparison.baseline
+    yield (
+        "depth",
+        criticality_over_depth(values, tables.models, stages=tables.stages, layer_labels=labels, baseline=baseline),
+    )
 
 
 @_figure("profile")
@@ -240,6 +247,12 @@ def _profile(tables: _Tables) -> _Drawn:
     for model in tables.profiles:
         rows = tables.rows[tables.rows["model"] == model].sort_values("depth")
         rows = rows.assign(label=rows["layer"].map(tables.labels))
-        mean, chance = about.loc[model, "criticality"], about.loc[model, "chance"]
+        mean, chance = about.loc[[model], ["criticality", "chance"]].to_numpy(dtype="float64")[0]
         named = "".join(letter if letter.isalnum() or letter in "-_.=+" else "-" for letter in model)
-        yield f"profile-{named}", criticality_bars(rows, title=about.loc[model, "label"], mean=mean, chance=chance)
+        yield f"profile-{named}", criticality_bars(rows, title=str(about["label"][model]), mean=mean, chance=chance)
+
+
+@_figure("ranking")
+def _ranking(tables: _Tables) -> _Drawn:
+    """Models by their mean criticality, with intervals."""
+    yield "ranking", ranking(tables.models, baseline=tables.comparison.baseline)

@@ -152,9 +152,9 @@ function drawMap() {
   const measure = D.measures[state.measure], rows = visible();
   const values = rows.map((row) => measure.values[row]);
   const largest = Math.max(0.01, ...measure.values.flat().filter(known).map(Math.abs));
-  const [low, high] = { sequential: [0, 1], diverging: [-largest, largest], spread: [0, largest] }[measure.scale];
+  const [low, high] = { criticality: [0, 1], difference: [-largest, largest], spread: [0, largest] }[measure.scale];
   const colors = { zmin: low, zmax: high, colorscale: D.scales[measure.scale] };
-  const written = (value) => (known(value) ? (measure.scale === "diverging" ? signed(100 * value, 0) : (100 * value).toFixed(0)) : "");
+  const written = (value) => (known(value) ? (measure.scale === "difference" ? signed(100 * value, 0) : (100 * value).toFixed(0)) : "");
   const modelMeans = values.map(mean), layerMeans = D.layers.map((_, i) => mean(values.map((row) => row[i])));
   const height = 17 * (rows.length + 2) + 184, bottom = 150;
   const share1 = 17 / (height - bottom - 34);
