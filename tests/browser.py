@@ -36,7 +36,7 @@ def opened_page(browser, path, width=1280, height=900, color_scheme="light"):
     yield page
     context.close()
     assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
-    assert messages == []
+    assert not messages, messages
 
 
 def violations(page: Page):

@@ -20,7 +20,7 @@ class _Figures(click.Option):
         if record is None:
             return None
         listed = "; ".join(f"{name}: {(draw.__doc__ or '').partition('.')[0]}" for name, draw in FIGURES.items())
-        return record[0], f"{record[1]} {listed}."
+        return record[0], f"{record[1]} {listed}. [default: {self.default}]"
 
 
 def _names(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
@@ -33,7 +33,6 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
 @click.option(
     "--figures",
     default="all",
-    show_default=True,
     cls=_Figures,
     callback=_names,
     metavar="NAME,...",

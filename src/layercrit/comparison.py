@@ -170,7 +170,8 @@ def compare(
     used = str(ok["reset"].iloc[0])
     cells = study.cells[study.cells["reset"] == used]
     left_out = _left_out(study, study.record.get("leave_out", []) if leave_out is None else leave_out)
-    compared = [name for name in study.models["model"] if name not in left_out and name in set(ok["model"])]
+    usable = set(ok["model"])
+    compared = [name for name in study.models["model"] if name not in left_out and name in usable]
     if not compared:
         raise StudyError(f"No model of the study in {study.folder} is left to compare. Leave out fewer.")
     notes = [*study.record.get("notes", []), *_about_missing(study, cells, used, left_out)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any, Literal
 
 import numpy as np
@@ -124,10 +124,8 @@ def differences(
     found: list[dict[str, Any]] = []
     notes = [_NEW if unit == "models" else _THESE]
     with Store(study.folder) as store:
-        of_layers = dict(list(cells[cells["status"] == "ok"].groupby("layer", sort=False)))
-        for layer in comparison.criticality.columns:
+        for layer, samples in _samples(study, comparison, cells[cells["status"] == "ok"], quantity).items():
             usable = comparison.criticality[layer].notna().to_numpy()
-            samples = _samples(study, comparison, of_layers.get(layer, cells[:0]), quantity)
             if unit == "models":
                 found.append(_over_models(sides, samples, usable, study.level))
             else:
@@ -182,19 +180,21 @@ class _Sample:
     draws: tuple[Any, ...] | None
 
 
-def _samples(study: Study, comparison: Comparison, cells: pd.DataFrame, quantity: str) -> list[_Sample]:
-    """Return the samples of one layer, those of models without a cell that is ok empty."""
+def _samples(study: Study, comparison: Comparison, cells: pd.DataFrame, quantity: str) -> dict[str, list[_Sample]]:
+    """Return layer -> the samples of its models; that of a model without a cell is empty."""
     records = dict(zip(study.models["model"], study.models["record"], strict=True))
-    of_models = dict(list(cells.groupby("model", sort=False)))
-    found = []
-    for model in comparison.criticality.index:
-        rows = of_models.get(model, cells[:0])
-        seeds = tuple(rows["seed"])
+    places = cells.groupby(["layer", "model"], sort=False).indices
+    means = cells[quantity].to_numpy(np.float64)
+    seeds, trials, keys = (cells[name].to_numpy() for name in ("seed", "trial", "key"))
+    n_images = cells["n_images"].fillna(0).to_numpy(np.int64)
+    found: dict[str, list[_Sample]] = {}
+    for layer, model in product(comparison.criticality.columns, comparison.criticality.index):
+        rows = places.get((layer, model), [])
         record: Mapping[str, Any] = records[model]
         random = record.get("random_trials", {}).get(comparison.reset, True)
-        images = rows["n_images"].max(), record.get("probe_set")
-        draws = None if any(map(pd.isna, seeds)) else (tuple(rows["trial"]), seeds, images, random)
-        found.append(_Sample(rows[quantity].to_numpy(np.float64), tuple(rows["key"]), draws))
+        images = n_images[rows].max(initial=0), record.get("probe_set")
+        draws = None if pd.isna(seeds[rows]).any() else (tuple(trials[rows]), tuple(seeds[rows]), images, random)
+        found.setdefault(layer, []).append(_Sample(means[rows], tuple(keys[rows]), draws))
     return found
 
 

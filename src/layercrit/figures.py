@@ -38,6 +38,7 @@ _STYLE: dict[str, Any] = {
     "text.parse_math": False,
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 8.0,
+    "text.hinting": "no_hinting",  # so that a text is as wide as `text_width` measures it, at any resolution
     "axes.linewidth": 0.6,
     "hatch.linewidth": 0.5,
     "svg.fonttype": "path",

@@ -1,12 +1,15 @@
 """The report of a study: figures for papers, and a page to explore, drawn from the same tables."""
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from layercrit._categories import labels_of, shown
 from layercrit._progress import Bar
 from layercrit.comparison import Comparison, about_models, compare, estimates_of
 from layercrit.errors import StudyError, near
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["FIGURES", "Report", "report"]
 
 _ADVERSARIAL = "adversarial_training"
+_UNFINISHED = ".writing-"  # before the name of a file that is being written
+_LONGEST = 100  # bytes of a model's name in that of a file; some file systems take no more than 143 in all
 
 
 @dataclass(frozen=True)
@@ -59,20 +64,21 @@ class _Tables:
         models: one row per model, as `about_models` returns it.
         rows: one row per model and layer, as `estimates_of` returns it.
         labels: name of a layer -> what stands in figures.
-        profiles: the models that have a figure of their own.
+        profiles: the models that have a figure of their own -> what stands for them in the names of its files.
     """
 
     comparison: Comparison
     models: pd.DataFrame
     rows: pd.DataFrame
     labels: dict[str, str]
-    profiles: tuple[str, ...]
+    profiles: dict[str, str]
 
     @property
     def stages(self) -> dict[str, str]:
-        """Name of a layer -> its stage."""
-        stages = self.comparison.layers["stage"]
-        return {str(layer): str(stage).removeprefix(wrapper_of(stages)) for layer, stage in stages.items()}
+        """Name of a layer -> its stage, where that is known."""
+        stages = self.comparison.layers["stage"].dropna()
+        wrapper = wrapper_of(stages)
+        return {str(layer): str(stage).removeprefix(wrapper) for layer, stage in stages.items()}
 
     def grid(self, values: "pd.Series[float]") -> pd.DataFrame:
         """Return values, one per row of ``rows``, as models x layers."""
@@ -143,7 +149,7 @@ def report(
         for done, name in enumerate(asked):
             bar.drawn(name, done, len(asked) + 1)
             try:
-                drawn = list(FIGURES[name](tables))
+                drawn = _drawn(name, tables)
             except StudyError as error:
                 if figures is not None:
                     raise
@@ -164,12 +170,38 @@ def _tables(study: Study, comparison: Comparison, profiles: Sequence[str] | None
     rows = estimates_of(study, comparison)
     shapes = rows.drop_duplicates("layer").set_index("layer")["shape"].reindex(comparison.layers.index)
     labels = layer_labels({str(layer): shape if isinstance(shape, str) else None for layer, shape in shapes.items()})
-    return _Tables(comparison, models, rows, labels, tuple(profiles or [comparison.baseline or known[0]]))
+    chosen = [comparison.baseline or known[0]] if profiles is None else profiles
+    files = _file_names(study.models["model"])  # of all, so that a model's does not depend on who is left out
+    return _Tables(comparison, models, rows, labels, {name: files[name] for name in chosen})
 
 
-def _saved(drawn: Sequence[tuple[str, "Figure"]], folder: Path, formats: Sequence[str]) -> list[Path]:
+def _file_names(models: Iterable[str]) -> dict[str, str]:
+    """Return model -> what stands for it in names of files, no two alike even where capitals count as small letters."""
+    plain = {name: re.sub(r"[^\w.=+-]", "-", name).encode()[:_LONGEST].decode(errors="ignore") for name in models}
+    found: dict[str, str] = {}
+    taken = set[str]()
+    for name in sorted(plain, key=lambda name: plain[name] != name):  # a name that can stay does
+        numbered = (f"{plain[name]}-{n}" for n in itertools.count(2))
+        found[name] = next(one for one in itertools.chain([plain[name]], numbered) if one.casefold() not in taken)
+        taken.add(found[name].casefold())
+    return found
+
+
+def _drawn(name: str, tables: _Tables) -> list[tuple[str, "Figure"]]:
+    if not tables.comparison.criticality.notna().any(axis=None):
+        raise StudyError("No layer of any model has all its cells ok, so no criticality is known.")
+    return list(FIGURES[name](tables))
+
+
+def _saved(drawn: Iterable[tuple[str, "Figure"]], folder: Path, formats: Iterable[str]) -> list[Path]:
+    """Save figures, each file under its name only once it is complete."""
+    distinct = list(dict.fromkeys(formats))
     try:
-        return [path for name, figure in drawn for path in save_figure(figure, folder / name, formats)]
+        return [
+            path.replace(folder / path.name.removeprefix(_UNFINISHED))
+            for name, figure in drawn
+            for path in save_figure(figure, folder / f"{_UNFINISHED}{name}", distinct)
+        ]
     except OSError as error:
         raise StudyError(f"{folder} cannot be written to ({error.strerror}). Name another place with --out.") from error
 
@@ -190,13 +222,17 @@ def _difference(tables: _Tables) -> _Drawn:
     values = tables.comparison.difference
     if values is None:
         raise StudyError("There is no baseline that differences could be to. Name one with --baseline.")
+    if not values.notna().any(axis=None):
+        raise StudyError(
+            f"No layer of the baseline {tables.comparison.baseline} has all its cells ok. Name another one."
+        )
     yield "difference", difference_map(values, tables.models, layer_labels=tables.labels, stages=tables.stages)
 
 
 @_figure("spread")
 def _spread(tables: _Tables) -> _Drawn:
     """Standard deviation over trials, and half-width of the interval."""
-    half = tables.grid((tables.rows["high"] - tables.rows["low"]) / 2)
+    half = tables.grid(((tables.rows["high"] - tables.rows["low"]) / 2).where(tables.rows["status"] == "ok"))
     wanted = {
         "spread": (tables.comparison.sd_trials, "SD over trials"),
         "half_width": (half, "half-width of the interval"),
@@ -243,13 +279,12 @@ def _depth(tables: _Tables) -> _Drawn:
 @_figure("profile")
 def _profile(tables: _Tables) -> _Drawn:
     """Bars of one model's layers with intervals."""
-    about = tables.models.set_index("model")
-    for model in tables.profiles:
+    about = tables.models.assign(title=labels_of(tables.models)).set_index("model")
+    for model, file in tables.profiles.items():
         rows = tables.rows[tables.rows["model"] == model].sort_values("depth")
-        rows = rows.assign(label=rows["layer"].map(tables.labels))
+        rows = rows.assign(label=[shown(tables.labels[layer]) for layer in rows["layer"]])
         mean, chance = about.loc[[model], ["criticality", "chance"]].to_numpy(dtype="float64")[0]
-        named = "".join(letter if letter.isalnum() or letter in "-_.=+" else "-" for letter in model)
-        yield f"profile-{named}", criticality_bars(rows, title=str(about["label"][model]), mean=mean, chance=chance)
+        yield f"profile-{file}", criticality_bars(rows, title=about["title"][model], mean=mean, chance=chance)
 
 
 @_figure("ranking")

@@ -212,6 +212,8 @@ class Study:
             groups: the groups wanted; one without cells gives NaN.
         """
         places = cells.groupby(by, sort=False).indices
+        keys, trials = cells["key"].to_numpy(), cells["trial"].to_numpy()
+        means = {name: cells[name].to_numpy(dtype=np.float64) for name in ("cosine", _MATCHED) if name in cells}
         random = dict(
             zip(self.models["model"], (r.get("random_trials", {}) for r in self.models["record"]), strict=True)
         )
@@ -219,11 +221,11 @@ class Study:
         with Store(self.folder) as store:
             with_images = store.keys_with_images()
             for group in groups:
-                of_group = cells.iloc[places.get(group, [])]
-                if with_images.issuperset(of_group["key"]):
-                    values = _per_image(store, of_group)
+                own = places.get(group, [])
+                if with_images.issuperset(keys[own]):
+                    values = _per_image(store, keys[own], trials[own])
                 else:
-                    values = _means_of_trials(of_group)
+                    values = _means_of_trials({name: column[own] for name, column in means.items()}, trials[own])
                 how = {"level": self.level, "random_trials": random[group[0]].get(group[1], True)}
                 found = {
                     name: estimate(distances, **how) if np.isfinite(distances).all() else None
@@ -301,12 +303,15 @@ def _models_table(store: Store) -> pd.DataFrame:
     return table.astype(dict.fromkeys(numbers, "float64"))
 
 
-def _per_image(store: Store, cells: pd.DataFrame) -> dict[str, npt.NDArray[np.float64]]:
-    """Return name -> ``(n_trials, n_images)`` of some cells, the mean over those of a trial."""
+def _per_image(
+    store: Store, keys: npt.NDArray[np.object_], trials: npt.NDArray[np.int64]
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Return name -> ``(n_trials, n_images)`` of some cells, given by key and trial, the mean over those of a trial."""
     found: dict[str, list[npt.NDArray[np.float64]]] = {}
-    for _, of_trial in cells.groupby("trial"):
+    for trial in np.unique(trials):
+        of_trial = keys[trials == trial]
         sums: dict[str, npt.NDArray[np.float64]] = {}
-        for key in of_trial["key"]:
+        for key in of_trial:
             for name, values in store.per_image([key])[key].items():
                 if name in ("cosine", _MATCHED):
                     sums[name] = sums.get(name, 0.0) + values.astype(np.float64)
@@ -315,13 +320,13 @@ def _per_image(store: Store, cells: pd.DataFrame) -> dict[str, npt.NDArray[np.fl
     return {name: np.stack(trials) for name, trials in found.items()}
 
 
-def _means_of_trials(cells: pd.DataFrame) -> dict[str, npt.NDArray[np.float64]]:
-    """Return name -> ``(n_trials, 1)`` of some cells of which only means are known."""
-    trials = cells["trial"].to_numpy()
-    columns = {name: cells[name].to_numpy(dtype=np.float64) for name in ("cosine", _MATCHED) if name in cells}
+def _means_of_trials(
+    means: Mapping[str, npt.NDArray[np.float64]], trials: npt.NDArray[np.int64]
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Return name -> ``(n_trials, 1)`` of some cells of which only means are known, ``(n_cells,)`` each."""
     return {
         name: np.array([[values[trials == trial].mean()] for trial in np.unique(trials)])
-        for name, values in columns.items()
+        for name, values in means.items()
     }
 
 

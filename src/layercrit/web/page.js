@@ -11,13 +11,16 @@ let pairs = null; // what is known of differences, by kind, once it is read
 
 // --- texts and numbers ----------------------------------------------------------------------------------------------
 
-// Plotly reads some tags in texts; names from outside are shown as they are.
-const escaped = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+// Plotly reads some tags and formulas in texts; names from outside are shown as they are.
+const escaped = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/\$/g, "&#36;");
 const short = (text, length = 40) => (text.length > length ? `${text.slice(0, length / 2 + 1)}\u2026${text.slice(3 - length / 2)}` : text);
 const known = (value) => value !== null && value !== undefined && !Number.isNaN(value);
-const signed = (value, digits) => (value < 0 ? MINUS : "+") + Math.abs(value).toFixed(digits);
+const signed = (value, digits) => {
+  const text = Math.abs(value).toFixed(digits);
+  return (Number(text) === 0 ? "" : value < 0 ? MINUS : "+") + text;
+};
 const share = (value, digits = 3) => (known(value) ? value.toFixed(digits).replace("-", MINUS) : "\u2013");
-const percent = (value) => (known(value) ? (100 * value).toFixed(1) : "\u2013");
+const percent = (value) => (known(value) ? (Math.round(1e6 * value) / 1e4).toFixed(1) : "\u2013"); // 100 * 0.7615 is not 76.15
 const interval = (low, high) => (known(low) && known(high) ? `${share(low)} to ${share(high)}` : "none");
 const pValue = (value) => (!known(value) ? "\u2013" : value < 0.0001 ? "< 0.0001" : value.toPrecision(2));
 const mean = (values) => {
@@ -55,14 +58,16 @@ function prepareControls() {
     const label = document.createElement("label");
     const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: true, value: i });
     const swatch = Object.assign(document.createElement("span"), { className: "swatch" });
-    swatch.style.background = category.color;
+    swatch.style.background = category.color === "#000000" ? "var(--text)" : category.color;
     label.append(box, swatch, category.label);
     $("categories").append(label);
     box.onchange = () => { state.hidden[box.checked ? "delete" : "add"](i); drawMap(); drawLayer(); drawAccuracy(); };
   });
   state.model = D.models.findIndex((_, i) => i !== D.baseline);
   if (state.model < 0) state.model = 0;
+  state.layer = mostUnlike();
   $("model").value = state.model;
+  $("layer").value = state.layer;
   $("first").value = `models ${state.model}`;
   $("second").value = `models ${D.baseline ?? Math.min(1, D.models.length - 1)}`;
   $("measure").onchange = (event) => { state.measure = Number(event.target.value); drawMap(); };
@@ -85,8 +90,19 @@ function choose({ layer = state.layer, model = state.model }) {
   if (newLayer && state.sort === "layer") drawMap();
   if (newLayer) drawLayer();
   if (newModel) drawModel();
-  $("map-said").textContent = `Chosen: ${D.models[model].label}, ${D.layers[layer].label}, ` +
-    `criticality ${share(D.measures[0].values[model][layer])} (interval ${interval(D.measures[0].low[model][layer], D.measures[0].high[model][layer])}).`;
+  const { values, low, high } = D.measures[0];
+  const link = (section, text) => Object.assign(document.createElement("a"), { href: `#${section}`, textContent: text });
+  $("map-said").replaceChildren(`Chosen: ${D.models[model].label}, ${D.layers[layer].label}, criticality ${share(values[model][layer])} ` +
+    `(interval ${interval(low[model][layer], high[model][layer])}). See `, link("one-model", "this model"), ", ", link("one-layer", "this layer"), ".");
+}
+
+// The layer on which criticality varies most over the models.
+function mostUnlike() {
+  const spread = D.layers.map((_, i) => {
+    const some = D.measures[0].values.map((row) => row[i]).filter(known), middle = mean(some);
+    return some.reduce((sum, value) => sum + (value - middle) ** 2, 0);
+  });
+  return spread.indexOf(Math.max(...spread));
 }
 
 function setTheme(theme) {
@@ -265,7 +281,7 @@ function drawAccuracy() {
       marker: { color: colorOf(category), size: 10, symbol: category.symbol, line: { color: style("--card"), width: 0.5 } },
     };
   }), {
-    height: 420, showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, margin: { l: 10, r: 10, t: 40, b: 40 },
+    height: Math.min(700, Math.max(420, $("layer-plot").clientHeight - 60)), showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, margin: { l: 10, r: 10, t: 40, b: 40 },
     xaxis: { title: { text: `${D.accuracy} accuracy (%)` }, zeroline: false }, yaxis: { title: { text: "mean criticality (%)" }, zeroline: false },
   }, (point) => choose({ model: point.customdata }));
   shownRows.accuracy = [["model", "category", "accuracy", "criticality", "low", "high"],
