@@ -34,6 +34,7 @@ from layercrit.cli import cli
 from layercrit.demo import copy_family, example_study
 from layercrit.distances import DISTANCES
 from layercrit.models import MODEL_SOURCES
+from layercrit.reporting import FIGURES
 from layercrit.resets import RESETS
 from layercrit.running import run_study
 from layercrit.studyfile import read_study_file
@@ -96,13 +97,17 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.glob("*.py")) + sorted((PACKAGE / "training").glob("*.py"))
 
 
+def is_private(path: Path) -> bool:
+    return path.name.startswith("_") and not path.name.startswith("__")
+
+
 def tree() -> str:
     """One line per module, the first one of its docstring; private ones last."""
     lines = []
     for folder, indent in ((PACKAGE, ""), (PACKAGE / "training", "    ")):
         lines.append(f"{indent}- `{folder.relative_to(PACKAGE.parent)}/`")
         here = [path for path in modules() if path.parent == folder]
-        for path in sorted(here, key=lambda path: (path.name.startswith("_") and path.name != "__init__.py", path.name)):
+        for path in sorted(here, key=lambda path: (is_private(path), path.name)):
             text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             lines.append(f"{indent}    - `{path.name}`: {markdown(text.splitlines()[0])}")
     return "\n".join(lines)
@@ -127,7 +132,13 @@ def papers_of_zoo() -> str:
     return table("authors", "title", "first version", "arXiv", "checkpoints", rows=rows)
 
 
+def figures() -> str:
+    rows = [(f"`{name}`", markdown(draw.__doc__.splitlines()[0])) for name, draw in FIGURES.items()]
+    return table("figure", "what it shows", rows=rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "figures": figures,
     "resets": resets,
     "distances": distances,
     "model sources": model_sources,
@@ -376,7 +387,7 @@ def test_errors__messages_are_those_of_the_code():
 def test_glossary__has_the_words_of_the_readme():
     words = re.findall(r"^\| \*\*([\w ]+)\*\*", (DOCS / "glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
     readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("One word per idea")[2]
-    assert {word for word in re.findall(r"\*([\w ]+)\*", readme)} <= set(words)
+    assert set(re.findall(r"\*([\w ]+)\*", readme)) <= set(words)
 
 
 def sources_of_papers() -> Iterator[str]:

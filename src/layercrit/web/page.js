@@ -458,6 +458,7 @@ async function start() {
   performance.mark("first picture");
   await readDifferences();
   drawAll();
+  performance.mark("ready");
   document.body.dataset.ready = "yes";
 }
 
