@@ -125,9 +125,9 @@ def contrasts_of_samples(
 
 def _quadratic(effects: Array, weights: Array) -> Array:
     """Return the squared length of each weighted sum of rows, 0 where it is nothing but rounding."""
-    products = effects @ effects.T
-    found = np.einsum("cm,mn,cn->c", weights, products, weights, optimize=True)
-    largest = np.einsum("cm,mn,cn->c", np.abs(weights), np.abs(products), np.abs(weights), optimize=True)
+    products = effects @ effects.T  # (n_models, n_models)
+    found = ((weights @ products) * weights).sum(axis=1)
+    largest = ((np.abs(weights) @ np.abs(products)) * np.abs(weights)).sum(axis=1)
     return np.where(found > _ROUNDING * largest, found, 0.0)
 
 
