@@ -8,8 +8,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 
 from browser import needs_browser, opened_browser, opened_page, violations
+from layercrit._heat_map import COLOR_MAPS
 from layercrit.comparison import compare
 from layercrit.differences import differences
 from layercrit.errors import StudyError
@@ -195,6 +198,8 @@ def test_page__a_click_on_a_cell_chooses_its_layer_and_its_model(page, study):
     assert page.locator("#layer option:checked").inner_text() == "[1.0] conv2"
     assert page.locator("#model option:checked").inner_text() == "Jigsaw"
     assert "Jigsaw, [1.0] conv2, criticality" in page.inner_text("#map-said")
+    links = page.locator("#map-said a").evaluate_all("links => links.map((link) => link.getAttribute('href'))")
+    assert links == ["#one-model", "#one-layer"]
     profile = shown(page, "model", 1)
     np.testing.assert_allclose(profile["y"], compare(study).criticality.loc["jigsaw"], atol=1e-6)
     beside = shown(page, "model", 0)
@@ -206,6 +211,42 @@ def test_page__a_click_on_a_cell_chooses_its_layer_and_its_model(page, study):
     of_layer = compare(study).criticality["layer1.0.conv2"].sort_values()
     assert [row[1] for row in layer] == list(of_layer.index)
     np.testing.assert_allclose([row[3] for row in layer], of_layer, atol=1e-6)
+
+
+def test_page__starts_with_the_layer_on_which_models_differ_most(browser, tmp_path):
+    spread = {"conv1": 0.1, "layer1.0.conv1": 0.3, "fc": 0.2}
+    cells = [
+        {"model": model, "layer": layer, "trial": 0, "cosine": 0.5 + sign * by}
+        for model, sign in (("a", -1), ("b", 1)) for layer, by in spread.items()
+    ]  # fmt: skip
+    study = measured(tmp_path, cells)
+    with opened_page(browser, write_page(study, compare(study), tmp_path / "r.html")) as page:
+        assert page.locator("#layer option:checked").inner_text() == "[1.0] conv1"
+        assert [row[:2] for row in page.evaluate("() => shownRows.layer.slice(1)")] == [
+            ["layer1.0.conv1", "a"], ["layer1.0.conv1", "b"],
+        ]  # fmt: skip
+
+
+def test_page__colours_are_those_of_the_figures(page):
+    for kind, label in (("criticality", "criticality"), ("difference", "difference to the baseline"),
+                        ("spread", "spread over trials")):  # fmt: skip
+        page.select_option("#measure", label=label)
+        (_, first), *_, (_, last) = shown(page)["colorscale"]
+        assert (first, last) == tuple(to_hex(colormaps[COLOR_MAPS[kind]](end)) for end in (0.0, 1.0)), label
+
+
+def test_page__writes_numbers(page):
+    for call, text in {
+        "percent(0.7615)": "76.2",  # as Python writes 76.15; 100 * 0.7615 is less than that
+        "percent(null)": "–",  # noqa: RUF001 (a dash)
+        "signed(-0.0004, 3)": "0.000",
+        "signed(-0.25, 2)": "−0.25",  # noqa: RUF001 (a minus sign)
+        "signed(0.25, 2)": "+0.25",
+        "pValue(0.00001)": "< 0.0001",
+        "pValue(0.0123)": "0.012",
+        "interval(0.1, null)": "none",
+    }.items():
+        assert page.evaluate(f"() => {call}") == text, call
 
 
 def test_page__a_click_on_a_name_chooses_it(page):
