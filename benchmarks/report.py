@@ -20,6 +20,7 @@ from layercrit.figures import save_figure
 from layercrit.page import write_page
 from layercrit.published import import_published
 from layercrit.reporting import FIGURES, _tables
+from layercrit.store import ModelRow
 from layercrit.study import Study, load_study
 from published_results import RELEASED, measured, rows_of, write_table
 
@@ -65,7 +66,14 @@ def with_images(scratch: Path, n_images: int) -> Path:
          "cosine": 0.1 + 0.8 * ((7 * model + 5 * layer + 3 * trial) % 100) / 100}
         for model in range(N_MODELS) for layer in range(N_LAYERS) for trial in range(N_TRIALS)
     ]  # fmt: skip
-    return measured(scratch / "images", cells, n_images=n_images, noise=0.09, record={"baseline": "model-0"}).folder
+    about = {"random_trials": {"rerandomize": True}, "probe_set": "the same of all"}
+    models = [
+        ModelRow(f"model-{model}", f"py:{model}", f"kind {model % 5}", None, 0.5, about) for model in range(N_MODELS)
+    ]
+    study = measured(
+        scratch / "images", cells, models=models, n_images=n_images, noise=0.09, record={"baseline": "model-0"}
+    )
+    return study.folder
 
 
 def opened(folder: Path) -> tuple[Study, str]:

@@ -1,8 +1,10 @@
 """Contrasts against the formulas written plainly, against SciPy, and by simulation."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import integrate, optimize, stats
 
 from layercrit.contrasts import benjamini_hochberg, contrasts_of_samples, crossed_contrasts, holm
 from layercrit.errors import ProtocolError
@@ -21,7 +23,7 @@ WEIGHTS = np.array([[1, -1, 0], [0, -1, 1], [0.5, 0.5, -1], [-1, 1, 0]])
 
 
 def plainly(d, level):
-    """Mean, limits and p-value of weighted distances ``(n_trials, n_images)``, by the analysis of variance."""
+    """Mean, limits and p-value of weighted distances ``(n_trials, n_images)``: mean squares, and an integral over U."""
     n_trials, n_images = d.shape
     mean = d.mean()
     ss_trials = n_images * sum((d[r].mean() - mean) ** 2 for r in range(n_trials))
@@ -29,14 +31,19 @@ def plainly(d, level):
     ss_rest = sum(
         (d[r, x] - d[r].mean() - d[:, x].mean() + mean) ** 2 for r in range(n_trials) for x in range(n_images)
     )
-    df = [n_trials - 1, n_images - 1, (n_trials - 1) * (n_images - 1)]
-    rest = ss_rest / df[2]
-    trials, images = max(ss_trials / df[0], rest), max(ss_images / df[1], rest)
-    total = trials + images - rest
-    error = np.sqrt(total / (n_trials * n_images))
-    freedom = total**2 / (trials**2 / df[0] + images**2 / df[1] + rest**2 / df[2])
-    half = stats.t.ppf(0.5 + level / 2, freedom) * error
-    return mean, mean - half, mean + half, 2 * stats.t.sf(abs(mean / error), freedom)
+    images, rest = ss_images / (n_images - 1), ss_rest / (n_trials - 1) / (n_images - 1)
+
+    def p_value(distance):
+        def given(share):
+            u = stats.chi2.ppf(share, n_trials - 1)
+            variance = (max(ss_trials / u - rest, 0) + max(images, rest)) / (n_trials * n_images)
+            return 2 * stats.t.sf(distance / np.sqrt(variance), n_images - 1)
+
+        ends = [0, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 0.9, 0.99, 1]
+        return sum(integrate.quad(given, *pair, limit=100)[0] for pair in pairwise(ends))
+
+    half = optimize.brentq(lambda x: p_value(x) - (1 - level), 1e-9, 1e6 * np.ptp(d), xtol=1e-12)
+    return mean, mean - half, mean + half, p_value(abs(mean))
 
 
 @pytest.mark.parametrize("level", [0.9, 0.95])
@@ -47,16 +54,37 @@ def test_crossed_contrasts__is_the_analysis_of_the_weighted_distances(level, sd_
     for row, weights in enumerate(WEIGHTS):
         expected = plainly(np.einsum("m,mrx->rx", weights, distances), level)
         actual = found.mean[row], found.low[row], found.high[row], found.p_value[row]
-        np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-13)
+        np.testing.assert_allclose(actual, expected, rtol=5e-4)
     assert found.covers == "trials and images"
 
 
-def test_crossed_contrasts__has_the_width_that_estimate_gives():
-    d = drawn(2, seed=3)
+@pytest.mark.parametrize(
+    ("n_trials", "n_images", "sd_trials"), [(2, 40, 0.05), (3, 40, 0.0), (3, 40, 0.2), (10, 8, 0.05)]
+)
+def test_crossed_contrasts__the_interval_holds_what_the_test_does_not_reject(n_trials, n_images, sd_trials):
+    d = drawn(1, n_trials, n_images, seed=8, sd_trials=sd_trials)
+    found = crossed_contrasts(np.concatenate([d, 0 * d]), np.array([[1, -1]]), upper=99)
+    for limit in (found.low[0], found.high[0]):
+        shifted = crossed_contrasts(np.concatenate([d - limit, 0 * d]), np.array([[1, -1]]), upper=99)
+        np.testing.assert_allclose(shifted.p_value[0], 0.05, rtol=1e-6)
+
+
+def test_crossed_contrasts__where_trials_or_images_are_all_that_varies():
+    generator = np.random.default_rng(9)
+    trials = np.repeat(generator.normal(0.02, 0.05, (3, 1)), 2000, axis=1)
+    images = np.repeat(generator.normal(0.02, 0.05, (1, 30)), 3, axis=0)
+    weights = np.array([[1, -1]])
+    for d, values, tolerance in ((trials, trials[:, 0], 2e-3), (images, images[0], 1e-6)):
+        found = crossed_contrasts(np.stack([d, 0 * d]), weights)
+        np.testing.assert_allclose(found.p_value[0], stats.ttest_1samp(values, 0).pvalue, rtol=tolerance)
+
+
+def test_crossed_contrasts__is_about_as_wide_as_estimate_where_there_are_many_trials():
+    d = drawn(2, n_trials=60, n_images=80, seed=3)
     shifted = np.stack([np.full_like(d[0], 0.25), (d[0] - d[1]) / 4 + 0.25])
     found = crossed_contrasts(shifted, np.array([[-1.0, 1.0]]))
     same = estimate(shifted[1])
-    np.testing.assert_allclose(found.high[0] - found.low[0], same.high - same.low, rtol=1e-9)
+    np.testing.assert_allclose(found.high[0] - found.low[0], same.high - same.low, rtol=0.02)
     np.testing.assert_allclose(found.mean[0], same.mean - 0.25, rtol=1e-9)
 
 
@@ -66,7 +94,7 @@ def test_crossed_contrasts__what_all_models_share_cancels():
     distances = np.stack([common, common + 0.01 + 1e-4 * generator.normal(size=common.shape)]).clip(0, 1)
     found = crossed_contrasts(distances, np.array([[-1, 1]]))
     np.testing.assert_allclose(
-        (found.mean[0], found.low[0], found.high[0]), plainly(distances[1] - distances[0], 0.95)[:3], rtol=1e-7
+        (found.mean[0], found.low[0], found.high[0]), plainly(distances[1] - distances[0], 0.95)[:3], rtol=1e-4
     )
     assert found.p_value[0] < 1e-4
     apart = contrasts_of_samples(list(distances.mean(axis=2)), np.array([[-1, 1]]))
@@ -169,14 +197,14 @@ def test_contrasts_of_samples__one_value_has_no_spread():
 
 
 def test_contrasts_of_samples__no_spread_is_no_proof():
-    found = contrasts_of_samples([np.full(3, 0.5), np.full(3, 0.25)], np.array([[1, -1]]))
-    assert (found.mean, found.low, found.high) == (0.25, 0.25, 0.25)
+    found = contrasts_of_samples([np.full(3, 0.9), np.full(3, 0.2)], np.array([[1, -1]]))  # neither is exact in binary
+    np.testing.assert_allclose((found.mean[0], found.low[0], found.high[0]), 0.7)
     assert np.isnan(found.p_value)
 
 
-@pytest.mark.parametrize(("n_trials", "most"), [(3, 0.095), (10, 0.065)])
-def test_crossed_contrasts__error_rate_without_a_difference(n_trials, most):
-    """Two models that do not differ in the mean are found to differ in about 8 % (3 trials) or 5 % (10) of studies."""
+@pytest.mark.parametrize("n_trials", [2, 3, 10])
+def test_crossed_contrasts__error_rate_without_a_difference(n_trials):
+    """Two models that do not differ in the mean are found to differ in at most about 5 % of studies."""
     generator = np.random.default_rng(0)
 
     def effects(sd, *shape):
@@ -186,7 +214,19 @@ def test_crossed_contrasts__error_rate_without_a_difference(n_trials, most):
     for _ in range(2000):
         d = effects(0.05, 2, n_trials, 1) + effects(0.08, 2, 1, 50) + effects(0.04, 2, n_trials, 50)
         rejected.append(crossed_contrasts(0.5 + d, np.array([[1, -1]])).p_value[0] < 0.05)
-    assert 0.03 < np.mean(rejected) < most
+    assert 0.02 < np.mean(rejected) < 0.055
+
+
+@pytest.mark.parametrize("n_trials", [2, 3, 5])
+def test_holm__controls_the_chance_of_any_error_where_trials_are_few(n_trials):
+    """Of 54 layers without any difference, some is declared in at most about 5 % of studies, also of few trials."""
+    generator = np.random.default_rng(n_trials)
+    wrong = []
+    for _ in range(300):
+        d = 0.05 * generator.normal(size=(54, n_trials, 1)) + 0.08 * generator.normal(size=(54, 1, 50))
+        d = d + 0.04 * generator.normal(size=(54, n_trials, 50))
+        wrong.append((holm(crossed_contrasts(d, np.eye(54), upper=9).p_value) <= 0.05).any())
+    assert np.mean(wrong) < 0.075
 
 
 def test_holm__controls_the_chance_of_any_error():

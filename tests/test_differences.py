@@ -154,8 +154,7 @@ def test_differences__of_means_is_welchs_test_over_trials(means):
         assert row["p_value"] == pytest.approx(expected.pvalue)
         np.testing.assert_allclose((row["low"], row["high"]), np.clip(limits, -1, 1))
         assert row["covers"] == "trials"
-    assert any("same images" in note for note in found.notes)
-    assert any("independent draws" in note for note in found.notes)
+    assert any("taken for independent draws" in note for note in found.notes)
 
 
 def test_differences__other_seeds_are_not_paired(small, tmp_path):
@@ -175,8 +174,7 @@ def test_differences__cells_that_are_not_ok_are_left_out(tmp_path):
     cells = [{"model": m, "layer": la, "trial": t, "cosine": generator.uniform(0.2, 0.8)}
              for m in "abc" for la in ("x", "y") for t in range(3)]  # fmt: skip
     cells[0] |= {"status": "not_finite", "cosine": float("nan")}
-    models = [ModelRow(name, name, category) for name, category in zip("abc", ("k", "k", "l"), strict=True)]
-    study = measured(tmp_path, cells, models=models, noise=0.05)
+    study = measured(tmp_path, cells, models=model_rows("abc", ("k", "k", "l")), noise=0.05)
     pair = differences(study, pairs=[("a", "b")]).table.set_index("layer")
     assert pair.loc["x", ["difference", "low", "p_value", "p_holm"]].isna().all()
     assert pair.loc["x", "covers"] == "nothing"
@@ -184,6 +182,9 @@ def test_differences__cells_that_are_not_ok_are_left_out(tmp_path):
     assert pair.loc["y", "p_holm"] == pair.loc["y", "p_value"], "one test alone"
     categories = differences(study, between="categories", pairs=[("k", "l")]).table.set_index("layer")
     check(categories.loc[["x"]].reset_index(), lambda layer: crossed(study, {"b": 1, "c": -1}, layer))
+    (note,) = (note for note in differences(study, between="categories").notes if "fewer of its models" in note)
+    assert note.startswith("On 1 of 2 layers")
+    assert note.endswith(": x.")
 
 
 def test_differences__one_trial_has_no_interval(tmp_path):

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from figure_checks import check_layout
 from layercrit.errors import ProtocolError
 from layercrit.figures import criticality_bars, figure_style, printable, save_figure, text_width
 
@@ -67,26 +68,29 @@ def test_criticality_bars__nothing_is_cut_off_or_overlaps(n_layers: int, name: s
     table.loc[0, "status"] = "unchanged 1/3"
     title = "hf:some-organisation/some-rather-long-name-patch16-224-in21k-finetuned"
     figure = criticality_bars(table, title=title, mean=0.97, chance=0.02)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.draw(renderer)
-    width, height = figure.bbox.size
+    check_layout(figure)
     slot = figure.axes[0].get_window_extent().width / n_layers / figure.dpi * 72  # points
     assert all(1.16 * label.get_fontsize() <= slot for label in figure.axes[0].get_xticklabels())  # a line's height
-    shown = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
-    boxes = [text.get_window_extent(renderer) for text in shown]
-    for text, box in zip(shown, boxes, strict=True):
-        assert box.x0 >= 0, text.get_text()
-        assert box.y0 >= 0, text.get_text()
-        assert box.x1 <= width, text.get_text()
-        assert box.y1 <= height, text.get_text()
-    for index, box in enumerate(boxes):
-        for other, text in zip(boxes[index + 1 :], shown[index + 1 :], strict=True):
-            assert not (box.width and other.width and box.overlaps(other)), (
-                shown[index].get_text(),
-                text.get_text(),
-            )
+
+
+def test_criticality_bars__labels_stand_instead_of_names() -> None:
+    table = layers(4).assign(label=["[0.0] conv", "[0.0] conv", None, "$x$\t"])  # layers have names of their own
+    names = [[label.get_text() for label in criticality_bars(some, title="model").axes[0].get_xticklabels()]
+             for some in (table, table.iloc[::-1])]  # fmt: skip
+    assert names[0] == ["[0.0] conv", "[0.0] conv", "layer0.2.conv", "$x$ "]
+    assert names[1] == names[0][::-1]
+    (axes,) = criticality_bars(table.assign(label=np.nan), title="model").axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == table["layer"].tolist()
+    with pytest.raises(ProtocolError, match="no column 'layer'"):
+        criticality_bars(table.drop(columns="layer"), title="model")
+
+
+def test_criticality_bars__longer_labels_have_room() -> None:
+    long = criticality_bars(layers(4).assign(label="a label that is longer than any name of a layer"), title="model")
+    check_layout(long)
+    assert long.get_figheight() > criticality_bars(layers(4), title="model").get_figheight() + 1
+    short = criticality_bars(layers(4).assign(layer=list("abcd")).assign(label=layers(4)["layer"]), title="model")
+    assert short.get_figheight() == criticality_bars(layers(4), title="model").get_figheight()
 
 
 def test_criticality_bars__types_have_colours_and_a_legend() -> None:
@@ -214,15 +218,16 @@ def test_printable__replaces_what_cannot_be_drawn() -> None:
     assert printable(7) == "7"
 
 
-def test_text_width__is_that_of_the_drawn_text() -> None:
+@pytest.mark.parametrize("dpi", [72, 100, 200, 1000])
+def test_text_width__is_that_of_the_drawn_text(dpi: int) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    figure = Figure(dpi=1000)
+    figure = Figure(dpi=dpi)
     with figure_style():
-        for text, weight in (("layer4.2.conv3", "normal"), ("$x_1$ & Cé", "bold")):
-            drawn = figure.text(0, 0, text, fontsize=9, fontweight=weight)
+        for text, size, weight in (("layer4.2.conv3", 9, "normal"), ("$x_1$ & Cé", 9, "bold"), ("x" * 60, 4, "normal")):
+            drawn = figure.text(0, 0, text, fontsize=size, fontweight=weight)
             box = drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer())
-            assert text_width(text, 9, weight) == pytest.approx(box.width / 1000, rel=0.03)
+            assert text_width(text, size, weight) == pytest.approx(box.width / dpi, rel=0.01, abs=2 / dpi)
 
 
 def test_save_figure__files_open_and_have_the_stated_resolution(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The figure of criticality against the budget of adversarial training: a panel per norm."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,7 +30,6 @@ __all__ = ["criticality_against_budget"]
 
 _REQUIRED = ("model", "label", "category", "attack_norm", "eps", "criticality", "low", "high")
 _NORMS = {"l2": "L2", "linf": "L∞"}
-_CENTRED: dict[str, Any] = {"horizontalalignment": "center", "verticalalignment": "bottom"}
 _ROOM = 0.06  # above and below the points, as a share of their range
 
 # Inches.
@@ -75,26 +74,28 @@ def criticality_against_budget(
     norms = sorted(map(str, table["attack_norm"].unique()), key=lambda norm: (norm not in _NORMS, norm))
     panels = [table[table["attack_norm"].astype(str) == norm] for norm in norms]
     steps = np.array([panel["eps"].nunique() - 1 + 2 * _BESIDE for panel in panels])
-    step = (_SIZE[0] - _BETWEEN * (len(panels) - 1)) / steps.sum()
-    lefts = np.cumsum([0, *steps[:-1]]) * step + np.arange(len(panels)) * _BETWEEN
+    between = min(_BETWEEN, _SIZE[0] / (3 * len(panels)))
+    step = (_SIZE[0] - between * (len(panels) - 1)) / steps.sum()
+    lefts = np.cumsum([0, *steps[:-1]]) * step + np.arange(len(panels)) * between
     places = [(left, 0, width, _SIZE[1] - _HEAD_HEIGHT) for left, width in zip(lefts, steps * step, strict=True)]
     with figure_style():
         widest = max(text_width(_budget(eps), NOTE_SIZE) for eps in table["eps"])
         upright = widest + 0.04 < step
+        size = NOTE_SIZE if upright else min(0.85 * 72 * step, NOTE_SIZE)
         handles = handles_of(list(dict.fromkeys(look.values()))) + ([line_handle()] if line is not None else [])
         below = _AXIS_HEIGHT + (NOTE_SIZE / 72 if upright else widest)
-        axis_label = -(below - 0.06) / (_SIZE[1] - _HEAD_HEIGHT)  # its lower edge, as a share of the panels' height
         figure, axes = framed(_SIZE, _LEFT, below, title, handles, panels=places)
         shares = np.append(table[["criticality", "low", "high"]], np.nan if line is None else line)
         limits = percent_axis(axes[0].yaxis, shares, _ROOM)
         axes[0].set_ylabel("mean criticality (%)")
+        middle = (_LEFT + _SIZE[0] / 2) / figure.get_figwidth(), 0.06 / figure.get_figheight()
+        figure.text(*middle, "budget ε", fontsize=NAME_SIZE, horizontalalignment="center", verticalalignment="bottom")
         for one, norm, panel, (_, _, width, _) in zip(axes, norms, panels, places, strict=True):
             one.set_ylim(limits)
             if one is not axes[0]:
                 one.set_yticks([])
                 one.spines["left"].set_visible(False)
-            _draw_panel(one, panel, 0 if upright else 90)
-            one.text(0.5, axis_label, "budget ε", transform=one.transAxes, fontsize=NAME_SIZE, **_CENTRED)
+            _draw_panel(one, panel, size, 0 if upright else 90)
             one.set_title(_fitted(_NORMS.get(norm, shown(norm)), width), fontsize=NAME_SIZE, gid="norm")
             for category in dict.fromkeys(look.values()):
                 own = panel[[look[row] is category for row in panel.index]]
@@ -115,11 +116,11 @@ def _fitted(text: str, width: float) -> str:
     return text
 
 
-def _draw_panel(axes: "Axes", panel: "pd.DataFrame", rotation: int) -> None:
+def _draw_panel(axes: "Axes", panel: "pd.DataFrame", size: float, rotation: int) -> None:
     """Prepare the axes of one norm: its budgets in their order, one step apart each."""
     budgets = sorted(set(panel["eps"]))
     axes.set_xlim(-_BESIDE, len(budgets) - 1 + _BESIDE)
-    axes.set_xticks(range(len(budgets)), [_budget(eps) for eps in budgets], fontsize=NOTE_SIZE, rotation=rotation)
+    axes.set_xticks(range(len(budgets)), [_budget(eps) for eps in budgets], fontsize=size, rotation=rotation)
     axes.tick_params(axis="x", length=2.5, width=0.6, color=FRAME_COLOR, pad=2)
 
 

@@ -36,7 +36,7 @@ _SMALLEST = 4.5  # points: smaller names of layers are left out
 # Inches.
 _LEFT, _WIDTH = 0.47, 2.85
 _PANEL_HEIGHT, _BETWEEN = 0.62, 0.2  # between panels stands the name of the lower one
-_STAGE_HEIGHT = 0.22
+_STAGE_HEIGHT = 0.28
 
 
 def criticality_over_depth(
@@ -87,12 +87,14 @@ def criticality_over_depth(
     with figure_style():
         name_size = min(0.9 * 72 * _WIDTH / (len(names) - 1 + 2 * _ROOM), NOTE_SIZE)
         name_size = name_size if name_size >= _SMALLEST else 0
-        below = _STAGE_HEIGHT * bool(stages) + 0.06
         names_height = max(text_width(name, name_size) for name in names) + 0.08 if name_size else 0.0
-        figure, axes = framed(size, _LEFT, below + names_height, title, _handles(dashed is not None), panels=places)
-        for one, category in zip(axes, categories, strict=True):
+        below = names_height + (_STAGE_HEIGHT if stages else MARGIN)
+        heads = [_head(category) for category in categories]
+        widest = max(text_width(head, NAME_SIZE, "bold") for head in heads)
+        figure, axes = framed(size, _LEFT, below, title, _handles(dashed is not None), panels=places, widest=widest)
+        for one, head, category in zip(axes, heads, categories, strict=True):
             own = table[list(category.rows)]
-            _prepare_panel(one, category, len(names), [(stages or {}).get(name) for name in values.columns])
+            _prepare_panel(one, head, len(names), [(stages or {}).get(name) for name in values.columns])
             if dashed is not None and not (len(own) == 1 and np.array_equal(own[0], dashed, equal_nan=True)):
                 one.plot(range(len(names)), dashed, zorder=2, gid="baseline", **BASELINE_LINE)
             _draw_category(one, own, category)
@@ -103,7 +105,9 @@ def criticality_over_depth(
             "verticalalignment": "center",
             "fontsize": NAME_SIZE,
         }
-        figure.text(0.5 * MARGIN / figure.get_figwidth(), middle, "mean criticality over models (%)", **style)
+        label = "mean criticality over models (%)"
+        label = label if text_width(label, NAME_SIZE) < size[1] else "criticality (%)"
+        figure.text(0.5 * MARGIN / figure.get_figwidth(), middle, label, **style)
         _draw_stages(axes[-1], [(stages or {}).get(name) for name in values.columns], names_height)
         if name_size:
             axes[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=name_size)
@@ -120,15 +124,18 @@ def _handles(dashed: bool) -> list["Line2D"]:
     return handles + ([Line2D([], [], label="baseline", **BASELINE_LINE)] if dashed else [])
 
 
-def _prepare_panel(axes: "Axes", category: Category, n_layers: int, stages: Sequence[str | None]) -> None:
+def _head(category: Category) -> str:
     n_models = len(category.rows)
+    return f"{category.label} ({n_models} model{'s' * (n_models > 1)})"
+
+
+def _prepare_panel(axes: "Axes", head: str, n_layers: int, stages: Sequence[str | None]) -> None:
     axes.set_xlim(-_ROOM, n_layers - 1 + _ROOM)
     axes.set_ylim(0, 1)
     axes.set_yticks([0, 0.5, 1], ["0", "50", "100"], fontsize=NOTE_SIZE)
     axes.set_xticks([])
     axes.tick_params(axis="both", length=2.5, width=0.6, color=FRAME_COLOR, pad=2)
-    name = f"{category.label} ({n_models} model{'s' * (n_models > 1)})"
-    axes.set_title(name, loc="left", fontsize=NAME_SIZE, fontweight="bold", pad=3, gid="category")
+    axes.set_title(head, loc="left", fontsize=NAME_SIZE, fontweight="bold", pad=3, gid="category")
     axes.axhline(0.5, color=GUIDE_COLOR, linewidth=0.5, zorder=0)
     for place in _ends(stages):
         axes.axvline(place, color=FRAME_COLOR, linewidth=0.5, linestyle=":", zorder=1, gid="stage")
@@ -169,6 +176,6 @@ def _draw_stages(axes: "Axes", stages: Sequence[str | None], names_height: float
         if any(middle - half < end and start < middle + half for start, end in taken):
             continue
         taken.append((middle - half, middle + half))
-        y = -(names_height + 0.05) / _PANEL_HEIGHT
+        y = -(names_height + 0.07) / _PANEL_HEIGHT
         style: dict[str, Any] = {"horizontalalignment": "center", "verticalalignment": "top", "fontsize": NOTE_SIZE}
         axes.text((low + high) / 2, y, name, transform=axes.get_xaxis_transform(), gid="stage", **style)

@@ -56,6 +56,7 @@ def framed(
     handles: Sequence["Line2D"],
     notes: Sequence[str] = (),
     panels: Sequence[tuple[float, float, float, float]] = (),
+    widest: float = 0,
 ) -> tuple["Figure", list["Axes"]]:
     """Return a figure with axes, and title, notes and legend above each other on top of them.
 
@@ -67,16 +68,17 @@ def framed(
         handles: entries of the legend.
         notes: lines of text.
         panels: left and lower edge, width and height of each panel within the area. None: one fills it.
+        widest: width of what else stands above panels, from their left edge.
     """
     from matplotlib.figure import Figure
 
     labels = [str(handle.get_label()) for handle in handles]
-    widest = max((text_width(label, NOTE_SIZE) for label in labels), default=0) + _LEGEND_MARKER
+    entry = max((text_width(label, NOTE_SIZE) for label in labels), default=0) + _LEGEND_MARKER
     title = shown(title) if title else ""
-    columns = max(1, int((left + size[0] - MARGIN) // widest))
+    columns = max(1, int((left + size[0] - MARGIN) // entry))
     legend = math.ceil(len(labels) / columns) * _LINE_HEIGHT + 0.06 * bool(labels)
-    texts = [widest, text_width(title, _TITLE_SIZE, "bold"), *(text_width(note, NOTE_SIZE) for note in notes)]
-    width = max(left + size[0], MARGIN + max(texts)) + MARGIN
+    texts = [entry, text_width(title, _TITLE_SIZE, "bold"), *(text_width(note, NOTE_SIZE) for note in notes)]
+    width = max(left + max(size[0], widest), MARGIN + max(texts)) + MARGIN
     notes_height = _LINE_HEIGHT * len(notes) + 0.04 * bool(notes)
     height = below + size[1] + legend + notes_height + _TITLE_HEIGHT * bool(title) + MARGIN
     figure = Figure(figsize=(width, height), dpi=100)

@@ -12,7 +12,7 @@ import pandas as pd
 from layercrit._categories import categories_of
 from layercrit._heat_map import COLOR_MAPS
 from layercrit.comparison import Comparison, about_models, estimates_of
-from layercrit.differences import differences
+from layercrit.differences import compared_differences
 from layercrit.layers import layer_labels
 from layercrit.study import Study
 
@@ -26,6 +26,7 @@ _SYMBOLS = {
 _MATCHED = "temperature-matched criticality"
 _VALUES = ("low", "high", "criticality_matched", "matched_low", "matched_high", "top1_agreement")
 _MOST_PAIRS = 2_000  # of models; a study with more pairs gets those with the baseline only
+_COVERS = ["nothing", "trials", "images", "trials and images", "models"]  # what intervals hold for
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class _Block:
         pairs: of names.
         table: a row per pair and layer, in this order; layers in the order of the comparison.
         alpha: level of the tests.
+        notes: what a reader has to know.
     """
 
     between: Literal["models", "categories"]
@@ -47,6 +49,7 @@ class _Block:
     pairs: list[tuple[str, str]]
     table: pd.DataFrame
     alpha: float
+    notes: tuple[str, ...]
 
     @property
     def quantity(self) -> str:
@@ -59,7 +62,8 @@ def page_data(study: Study, comparison: Comparison) -> tuple[dict[str, Any], byt
     Returns:
         Plain data for JSON, and the differences: of each of its ``blocks`` in turn ``difference``, ``low``, ``high``
         (int16, units of 1e-4, -32768: none), ``p_value``, ``p_holm`` and ``p_bh`` (uint16, -1000 lg p, 65535: none),
-        all little-endian, ``(n_pairs, n_layers)`` each.
+        all little-endian, and a byte of ``covers`` (its place in the list of that name), 8 if it stands, and 16 if it
+        does by Benjamini and Hochberg; ``(n_pairs, n_layers)`` each, bytes filled up to an even number.
     """
     about = about_models(study, comparison)
     categories = categories_of(about)
@@ -88,10 +92,12 @@ def page_data(study: Study, comparison: Comparison) -> tuple[dict[str, Any], byt
         "scales": {name: _colors(color_map) for name, color_map in COLOR_MAPS.items()},
         "differences": {
             "alpha": blocks[0].alpha if blocks else None,
+            "covers": _COVERS,
             "values": list(dict.fromkeys(block.quantity for block in blocks)),
             "blocks": [
                 {
                     "key": f"{block.between} {block.unit} {block.quantity}",
+                    "notes": block.notes,
                     "pairs": [[(models if block.between == "models" else names).index(name) for name in pair]
                               for pair in block.pairs],
                 }
@@ -106,7 +112,7 @@ def _layers(comparison: Comparison, rows: pd.DataFrame) -> list[dict[str, str]]:
     shapes = rows.drop_duplicates("layer").set_index("layer")["shape"].reindex(comparison.layers.index)
     labels = layer_labels({str(name): shape if isinstance(shape, str) else None for name, shape in shapes.items()})
     return [
-        {"name": str(name), "label": labels[str(name)], "stage": str(stage)}
+        {"name": str(name), "label": labels[str(name)], "stage": stage if isinstance(stage, str) else ""}
         for name, stage in comparison.layers["stage"].items()
     ]
 
@@ -181,10 +187,13 @@ def _models(
 
 
 def _standing(comparison: Comparison, blocks: Sequence[_Block]) -> dict[str, int]:
-    """Return model -> on how many layers its difference to the baseline stands, each model's layers as one family."""
+    """Return model -> on how many layers its difference to the baseline stands, each model's layers as one family.
+
+    A model of which no difference could be tested is missing.
+    """
     if not blocks:
         return {}
-    table, baseline = blocks[0].table, comparison.baseline
+    baseline, table = comparison.baseline, blocks[0].table.dropna(subset="p_value")
     counts = table.groupby(["first", "second"], sort=False)["stands"].sum()
     found = zip(counts.index.to_flat_index(), counts, strict=True)
     return {
@@ -197,8 +206,8 @@ def _standing(comparison: Comparison, blocks: Sequence[_Block]) -> dict[str, int
 def _blocks(study: Study, comparison: Comparison, models: Sequence[str], categories: Sequence[str]) -> list[_Block]:
     """Return the differences of all pairs, those of models at first, under every way to look at them."""
     of_models = list(combinations(models, 2))
-    if len(of_models) > _MOST_PAIRS and comparison.baseline is not None:
-        of_models = [(name, comparison.baseline) for name in models if name != comparison.baseline]
+    if len(of_models) > _MOST_PAIRS:
+        of_models = [(name, comparison.baseline) for name in models if comparison.baseline not in (None, name)]
     matched = [False, *([True] if comparison.models["criticality_matched"].notna().all() else [])]
     ways: list[tuple[Literal["models", "categories"], Literal["trials", "models"], list[tuple[str, str]]]] = [
         ("models", "trials", of_models),
@@ -208,17 +217,10 @@ def _blocks(study: Study, comparison: Comparison, models: Sequence[str], categor
     blocks = []
     for between, unit, pairs in ways:
         for at_temperature in matched if pairs else ():
-            found = differences(
-                study,
-                pairs=pairs,
-                between=between,
-                unit=unit,
-                family="pair",
-                leave_out=list(comparison.left_out),
-                reset=comparison.reset,
-                matched=at_temperature,
+            found = compared_differences(
+                study, comparison, pairs=pairs, between=between, unit=unit, family="pair", matched=at_temperature
             )
-            blocks.append(_Block(between, unit, at_temperature, pairs, found.table, found.alpha))
+            blocks.append(_Block(between, unit, at_temperature, pairs, found.table, found.alpha, found.notes))
     return blocks
 
 
@@ -227,6 +229,7 @@ def _packed(table: pd.DataFrame) -> bytes:
         [
             *(_small(table[column]) for column in ("difference", "low", "high")),
             *(_chance(table[column]) for column in ("p_value", "p_holm", "p_bh")),
+            _flags(table),
         ]
     )
 
@@ -241,6 +244,13 @@ def _chance(values: pd.Series) -> bytes:
     with np.errstate(divide="ignore"):
         logarithms = -1000 * np.log10(values.fillna(1).to_numpy())
     return np.where(values.isna(), 65535, np.clip(np.round(logarithms), 0, 65534)).astype("<u2").tobytes()
+
+
+def _flags(table: pd.DataFrame) -> bytes:
+    """Return what intervals hold for, and whether differences stand, which rounded p-values cannot say."""
+    covers = table["covers"].map(_COVERS.index).to_numpy(np.uint8)
+    flags = covers + 8 * table["stands"].to_numpy(np.uint8) + 16 * table["stands_bh"].to_numpy(np.uint8)
+    return bytes(flags.astype(np.uint8).tobytes()) + bytes(len(flags) % 2)
 
 
 def _numbers(table: pd.DataFrame, digits: int = 6) -> list[list[float | None]]:

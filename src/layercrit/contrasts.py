@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtr, stdtrit
+from scipy.special import gammaincinv, gammaln, stdtr, stdtrit
 from scipy.stats import false_discovery_control
 
 from layercrit.errors import ProtocolError
@@ -16,6 +17,10 @@ __all__ = ["Contrasts", "benjamini_hochberg", "contrasts_of_samples", "crossed_c
 Array = npt.NDArray[np.float64]
 
 _ROUNDING = 1e-13  # a sum of squares below this share of its parts is rounding
+# Of the generalised p-value: logarithms of shares between which nodes are laid, of which both ends of (0, 1) have some.
+_PANELS = (-52.0, -26.0, -12.0, -5.0, -2.0, float(np.log(0.5)))
+_NODES_A_PANEL = 7
+_MOST_STEPS, _PRECISION = 60, 1e-9
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def crossed_contrasts(
 
     What counts is the weighted sum d[r, x] of the models' distances in each trial and image: what a draw or an image
     does to all models alike cancels. It is analysed as one model's distances are in `layercrit.statistics.estimate`,
-    as two crossed random effects, with the same rules and the same standard error; Student's t tests it against 0.
+    as two crossed random effects. One of the two was drawn once only: Student's t of the other.
 
     Args:
         distances: ``(n_models, n_trials, n_images)``; trial r is the same draw and image x the same image in all. One
@@ -64,8 +69,20 @@ def crossed_contrasts(
 
     Notes:
         Every mean square of d is a quadratic form in the weights, so all pairs of many models cost three products of
-        matrices, not a pass over the images each. Where nothing differs (normal effects, 50 or 500 images), tests at
-        the level 0.05 are wrong in 7.8 % of simulated studies of three trials, 5.5 % of five and 4.9 % of ten.
+        matrices, not a pass over the images each.
+
+        With R trials and N images the variance of the mean is (MS_trials - MS_rest + MS_images) / (R N). Many tests
+        at once need the far tail of its distribution, where Satterthwaite's degrees of freedom, which the interval of
+        a single model uses, are no guide: three trials that happen to agree make them large. The p-value is therefore
+        a generalised one (Weerahandi 1989, *Journal of the American Statistical Association* 84, 880-886): the mean,
+        over the values that U, chi-squared with R - 1 degrees of freedom, can have, of Student's p-value under the
+        variance (max((R - 1) MS_trials / U - MS_rest, 0) + max(MS_images, MS_rest)) / (R N). Where trials are all that
+        varies it is close to Student's with R - 1 degrees of freedom, where images are, with N - 1. The interval is the
+        set of values that this test would not reject.
+
+        Where nothing differs (normal effects of trials, images and rest of 0.05, 0.08 and 0.04, 50 images), one or
+        more of 54 layers stand by Holm at 0.05 in 3 % of 400 simulated studies, of 2, 3, 5 or 10 trials alike;
+        intervals at 95 % cover the true mean in 96 %.
     """
     values, weights = np.asarray(distances, np.float64), np.asarray(weights, np.float64)
     if values.ndim != 3 or values.size == 0 or weights.ndim != 2 or weights.shape[1] != len(values):
@@ -78,23 +95,108 @@ def crossed_contrasts(
     if not random_trials:
         values = values.mean(axis=1, keepdims=True)
     n_models, n_trials, n_images = values.shape
+    n_values = n_trials * n_images
     mean = weights @ values.mean(axis=(1, 2))
     values = values - values.mean(axis=(1, 2), keepdims=True)
     trials, images = values.mean(axis=2), values.mean(axis=1)  # (n_models, n_trials), (n_models, n_images)
-    squares = [n_images * _quadratic(trials, weights), n_trials * _quadratic(images, weights)]
-    df = np.array([n_trials - 1, n_images - 1, (n_trials - 1) * (n_images - 1)], np.float64)
     if n_trials > 1 and n_images > 1:
         rest = values - trials[:, :, None] - images[:, None, :]
-        rest_square = _quadratic(rest.reshape(n_models, -1), weights) / df[2]
-        squares = [np.maximum(square / one, rest_square) for square, one in zip(squares, df, strict=False)]
-        parts = np.stack([*squares, rest_square]) / (n_trials * n_images)
-        return _tested(mean, parts[0] + parts[1] - parts[2], parts, df, level, upper, "trials and images")
-    for square, one, covers in zip(squares, df[:2], ("trials", "images"), strict=True):
-        if one and (covers == "trials") == random_trials:
-            part = square / one / (n_trials * n_images)
-            return _tested(mean, part, part[None], df[df == one][:1], level, upper, covers)  # type: ignore[arg-type]
+        squares = _Squares(
+            trials=n_images * _quadratic(trials, weights) / (n_trials - 1) / n_values,
+            images=n_trials * _quadratic(images, weights) / (n_images - 1) / n_values,
+            rest=_quadratic(rest.reshape(n_models, -1), weights) / ((n_trials - 1) * (n_images - 1)) / n_values,
+            df=(n_trials - 1, n_images - 1),
+        )
+        return _limited(mean, squares.half_width(level), squares.p_value(mean), upper, "trials and images")
+    if n_trials > 1:
+        variance = _quadratic(trials, weights) / (n_trials - 1) / n_trials
+        return _students(mean, variance, np.float64(n_trials - 1), level, upper, "trials")
+    if n_images > 1 and not random_trials:
+        variance = _quadratic(images, weights) / (n_images - 1) / n_images
+        return _students(mean, variance, np.float64(n_images - 1), level, upper, "images")
     nothing = np.full(len(weights), np.nan)
     return Contrasts(mean, nothing, nothing, nothing, "nothing")
+
+
+@dataclass(frozen=True)
+class _Squares:
+    """Mean squares of two crossed effects, each divided by the number of values, ``(n_contrasts,)``.
+
+    Attributes:
+        trials: of the effects of trials.
+        images: of the effects of images.
+        rest: of what is left.
+        df: degrees of freedom of trials and of images.
+    """
+
+    trials: Array
+    images: Array
+    rest: Array
+    df: tuple[int, int]
+
+    def _errors(self, rows: npt.NDArray[np.bool_]) -> tuple[Array, Array]:
+        """Return the standard errors that the mean can have, ``(n_nodes, n_contrasts)``, and the weight of each."""
+        shares, weights = _nodes()
+        u = 2 * gammaincinv(self.df[0] / 2, shares)  # quantiles of chi-squared
+        of_trials = np.maximum(self.df[0] * self.trials[rows] / u[:, None] - self.rest[rows], 0)
+        return np.asarray(np.sqrt(of_trials + np.maximum(self.images, self.rest)[rows])), weights
+
+    @property
+    def varies(self) -> npt.NDArray[np.bool_]:
+        """Whether anything does, ``(n_contrasts,)``."""
+        return np.asarray((self.trials > 0) | (self.images > 0) | (self.rest > 0))
+
+    def p_value(self, mean: Array) -> Array:
+        """Return the generalised p-value of the test that a mean is 0; NaN where nothing varies."""
+        found = np.full(len(mean), np.nan)
+        errors, weights = self._errors(self.varies)
+        found[self.varies] = weights @ _outside(np.abs(mean[self.varies]), errors, self.df[1])
+        return np.asarray(np.minimum(found, 1.0))
+
+    def half_width(self, level: float) -> Array:
+        """Return how far from its mean the interval goes to each side; 0 where nothing varies."""
+        found = np.zeros(len(self.trials))
+        left = self.varies.nonzero()[0]
+        errors, weights = self._errors(self.varies)
+        x = stdtrit(self.df[1], 0.5 + level / 2) * errors.min(axis=0)
+        # The share outside of -x to x falls with x and bends upwards: Newton's steps from below never go too far.
+        for _ in range(_MOST_STEPS):
+            excess = weights @ _outside(x, errors, self.df[1]) - (1 - level)
+            step = excess / (weights @ (2 * _density(x / errors, self.df[1]) / errors))
+            x = x + np.maximum(step, 0)
+            found[left] = x
+            going = step > _PRECISION * x
+            if not going.any():
+                break
+            x, errors, left = x[going], errors[:, going], left[going]
+        return found
+
+
+def _nodes() -> tuple[Array, Array]:
+    """Return places in (0, 1) and their weights, such that the weighted sum of a smooth function is its mean.
+
+    They lie close to 0, and to 1, where a function of quantiles may change most: Gauss and Legendre's in the logarithm.
+    """
+    places, weights = np.polynomial.legendre.leggauss(_NODES_A_PANEL)
+    found, shares = [], []
+    for low, high in pairwise(_PANELS):
+        logarithms = (low + high) / 2 + (high - low) / 2 * places
+        found.append(np.exp(logarithms))
+        shares.append(np.exp(logarithms) * weights * (high - low) / 2)
+    below, share = np.concatenate(found), np.concatenate(shares)
+    above = np.minimum(1 - below[::-1], 1 - 2.0**-53)  # less than 1, which no finite quantile has
+    return np.concatenate([below, above]), np.concatenate([share, share[::-1]])
+
+
+def _outside(x: Array, errors: Array, df: int) -> Array:
+    """Return the probability that Student's t with such a standard error is farther from 0 than x."""
+    return np.asarray(2 * stdtr(df, -x / errors))
+
+
+def _density(x: Array, df: int) -> Array:
+    """Return the density of Student's t."""
+    scale = np.exp(gammaln((df + 1) / 2) - gammaln(df / 2)) / np.sqrt(df * np.pi)
+    return np.asarray(scale * (1 + x**2 / df) ** (-(df + 1) / 2))
 
 
 def contrasts_of_samples(
@@ -114,13 +216,19 @@ def contrasts_of_samples(
         upper: the largest possible mean; limits are clipped to it on both sides of 0.
     """
     weights = np.asarray(weights, np.float64)
+    samples = [np.asarray(sample, np.float64) for sample in samples]
     means = np.array([np.mean(sample) if len(sample) else np.nan for sample in samples])
-    variances = np.array([np.var(sample, ddof=1) / len(sample) if len(sample) > 1 else np.nan for sample in samples])
+    # differences from one of the values, so that equal ones have no spread by rounding
+    around = [sample - sample[:1] for sample in samples]
+    variances = np.array([np.var(one, ddof=1) / len(one) if len(one) > 1 else np.nan for one in around])
     used = weights != 0
-    parts = np.where(used, weights**2 * variances, 0.0).T  # (n_samples, n_contrasts)
+    parts = np.where(used, weights**2 * variances, 0.0)  # (n_contrasts, n_samples)
+    mean, variance = np.where(used, weights * means, 0.0).sum(axis=1), parts.sum(axis=1)
     df = np.array([max(len(sample) - 1, 1) for sample in samples], np.float64)
-    mean = np.where(used, weights * means, 0.0).sum(axis=1)
-    return _tested(mean, parts.sum(axis=0), parts, df, level, upper, "trials")
+    # shares, so that squares of tiny variances cannot underflow
+    shares = parts / np.where(variance > 0, variance, 1.0)[:, None]
+    freedom = 1 / np.where(variance > 0, (shares**2 / df).sum(axis=1), 1.0)
+    return _students(mean, variance, freedom, level, upper, "trials")
 
 
 def _quadratic(effects: Array, weights: Array) -> Array:
@@ -131,39 +239,30 @@ def _quadratic(effects: Array, weights: Array) -> Array:
     return np.where(found > _ROUNDING * largest, found, 0.0)
 
 
-def _tested(
+def _students(
+    mean: Array, variance: Array, df: Any, level: float, upper: float, covers: Literal["images", "trials"]
+) -> Contrasts:
+    """Return Student's interval and test of means, given the variance of each and its degrees of freedom."""
+    varies = variance > 0
+    error = np.sqrt(np.where(varies, variance, 0.0))
+    half_width = np.where(np.isnan(variance), np.nan, stdtrit(df, 0.5 + level / 2) * error)
+    p_value = np.where(varies, 2 * stdtr(df, -np.abs(mean) / np.where(varies, error, 1.0)), np.nan)
+    return _limited(mean, half_width, p_value, upper, covers)
+
+
+def _limited(
     mean: Array,
-    variance: Array,
-    parts: Array,
-    df: Array,
-    level: float,
+    half_width: Array,
+    p_value: Array,
     upper: float,
     covers: Literal["trials and images", "images", "trials"],
 ) -> Contrasts:
-    """Return interval and test of means, given the variance of each.
-
-    Args:
-        mean: ``(n_contrasts,)``.
-        variance: of the mean, ``(n_contrasts,)``.
-        parts: the mean squares that it is made of, each divided as it is there, ``(n_parts, n_contrasts)``.
-        df: their degrees of freedom, ``(n_parts,)``.
-        level: as in `crossed_contrasts`.
-        upper: as in `crossed_contrasts`.
-        covers: as in `Contrasts`.
-    """
-    varies = variance > 0
-    scale = np.where(varies, variance, 1.0)
-    # shares, so that squares of tiny variances cannot underflow
-    of_all = 1 / np.where(varies, ((parts / scale) ** 2 / df[:, None]).sum(axis=0), 1.0)
-    error = np.sqrt(np.where(varies, variance, 0.0))
-    half_width = np.where(np.isnan(variance), np.nan, stdtrit(of_all, 0.5 + level / 2) * error)
-    p_value = np.where(varies, 2 * stdtr(of_all, -np.abs(mean) / np.sqrt(scale)), np.nan)
     low, high = np.maximum(mean - half_width, -upper), np.minimum(mean + half_width, upper)
     return Contrasts(mean, low, high, p_value, covers)
 
 
 def holm(p_values: npt.NDArray[Any]) -> Array:
-    """Adjust p-values so that with probability 1 - alpha no true null has an adjusted value of alpha or less.
+    """Adjust p-values so that with probability 1 - alpha at least no true null has one of alpha or less.
 
     Holm 1979, *Scandinavian Journal of Statistics* 6, 65-70. It holds whatever the tests have in common.
 
@@ -187,7 +286,7 @@ def benjamini_hochberg(p_values: npt.NDArray[Any]) -> Array:
     """Adjust p-values so that of those of alpha or less a share of at most alpha are false in the mean.
 
     Benjamini & Hochberg 1995, *Journal of the Royal Statistical Society B* 57, 289-300. It holds for independent tests
-    and for those that depend on each other positively.
+    and for those that depend on each other positively; for differences to one baseline, in approximation.
 
     Args:
         p_values: ``(n_tests,)``; NaN is no test, stays NaN and does not count.

@@ -22,11 +22,20 @@ Pair = tuple[str, str]
 
 _MATCHED = "cosine_matched"
 _SAME_IMAGES = (
-    "Only means over images are known of some models: their intervals hold for new trials on the same images."
+    "Of some models only means over images are known: intervals and tests with them hold for new trials on the same "
+    "images."
 )
-_INDEPENDENT = "Trials of these models are taken for independent draws, since their seeds are not known to be equal."
+_INDEPENDENT = (
+    "Of some models it is not known that they share draws and images: the two sides' trials are taken for independent "
+    "draws, and intervals hold for new trials on the images that were asked. Where they do share draws, these tests "
+    "find less than they could."
+)
+_COMMON = "Some models have more trials than others: their differences are over the trials that both sides have."
 _THESE = "Intervals and tests hold for these models; another training seed may move a model by more than they say."
-_NEW = "Intervals and tests take the models of a category for a sample of it, and hold for new models of its kind."
+_NEW = (
+    "Intervals and tests take the models of a category for a sample of it: they hold for new models of its kind, under "
+    "these draws and on these images."
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,12 +49,14 @@ class Differences:
             the family), ``covers`` (what may be drawn anew), ``stands`` (``p_holm`` of at most alpha) and
             ``stands_bh``.
         alpha: level of the tests.
+        family: which p-values were adjusted together: ``all``, or those of each ``pair``.
         baseline: the model that all differences are to, or None.
         notes: what a reader has to know.
     """
 
     table: pd.DataFrame
     alpha: float
+    family: Literal["all", "pair"]
     baseline: str | None
     notes: tuple[str, ...]
 
@@ -62,10 +73,11 @@ class Differences:
     def sentence(self) -> str:
         """Return in words how many differences stand."""
         to = f" to {self.baseline}" if self.baseline else ""
+        of = "" if self.family == "all" else " of each pair by itself"
         return (
             f"{self.table['stands'].sum():,} of {self.table['p_value'].count():,} differences{to} stand at the "
-            f"family-wise error rate {self.alpha:g} (Holm), {self.table['stands_bh'].sum():,} at the false discovery "
-            f"rate {self.alpha:g} (Benjamini-Hochberg)."
+            f"family-wise error rate {self.alpha:g}{of} (Holm), {self.table['stands_bh'].sum():,} at the false "
+            f"discovery rate {self.alpha:g}{of} (Benjamini-Hochberg)."
         )
 
     def __repr__(self) -> str:
@@ -87,9 +99,11 @@ def differences(
 ) -> Differences:
     """Set models, or categories of models, against each other layer by layer.
 
-    Two models that were measured under the same draws on the same images are paired in both: the interval holds for
-    new trials and new images. Where only means over images are known, or draws or images differ, trials are taken for
-    independent samples, and the interval holds for new trials (Welch's).
+    Models that were measured under the same draws on the same images are paired in both: the interval holds for new
+    trials and new images. Where one has more trials, those that all have count. Where only means over images are known,
+    the interval holds for new trials on the same images. Where draws or images are not known to be the same, the two
+    sides' trials are taken for independent samples (Welch's test); cells of one side that share a draw, or may share
+    it (trials of one number), are averaged first.
 
     Args:
         study: finished or not.
@@ -112,9 +126,26 @@ def differences(
         >>> study = layercrit.load_study("layercrit-demo/study")  # doctest: +SKIP
         >>> differences(study, pairs=[("pixmix", "baseline")]).table  # doctest: +SKIP
     """
+    comparison = compare(study, baseline=baseline, leave_out=leave_out, reset=reset)
+    return compared_differences(
+        study, comparison, pairs=pairs, between=between, unit=unit, family=family, matched=matched, alpha=alpha
+    )
+
+
+def compared_differences(
+    study: Study,
+    comparison: Comparison,
+    *,
+    pairs: Sequence[Pair] | Literal["all"] | None = None,
+    between: Literal["models", "categories"] = "models",
+    unit: Literal["trials", "models"] = "trials",
+    family: Literal["all", "pair"] = "all",
+    matched: bool = False,
+    alpha: float = 0.05,
+) -> Differences:
+    """Return what `differences` does, of the models, layers and baseline of a comparison of the study."""
     if unit == "models" and between == "models":
         raise StudyError("The unit 'models' is for categories: of two single models only trials can be drawn anew.")
-    comparison = compare(study, baseline=baseline, leave_out=leave_out, reset=reset)
     cells = cells_of(study, comparison)
     quantity = _MATCHED if matched else "cosine"
     if quantity not in cells or cells[quantity].isna().all():
@@ -122,9 +153,9 @@ def differences(
     chosen = _pairs(study, comparison, pairs, between)
     sides = [_members(comparison, [pair[side] for pair in chosen], between) for side in (0, 1)]
     found: list[dict[str, Any]] = []
-    notes = [_NEW if unit == "models" else _THESE]
+    notes = [_NEW if unit == "models" else _THESE, *_about_fewer_models(comparison, between)]
     with Store(study.folder) as store:
-        for layer, samples in _samples(study, comparison, cells[cells["status"] == "ok"], quantity).items():
+        for layer, samples in _samples(store, study, comparison, cells[cells["status"] == "ok"], quantity).items():
             usable = comparison.criticality[layer].notna().to_numpy()
             if unit == "models":
                 found.append(_over_models(sides, samples, usable, study.level))
@@ -134,7 +165,7 @@ def differences(
                 notes += remarks
     to_baseline = comparison.baseline if pairs is None and between == "models" else None
     table = _table(comparison, chosen, found, family, alpha)
-    return Differences(table, alpha, to_baseline, tuple(dict.fromkeys(notes)))
+    return Differences(table, alpha, family, to_baseline, tuple(dict.fromkeys(notes)))
 
 
 def _pairs(
@@ -164,6 +195,20 @@ def _members(comparison: Comparison, names: Sequence[str], between: str) -> Arra
     return np.array([of_model == name for name in names], np.float64).reshape(len(names), len(of_model))
 
 
+def _about_fewer_models(comparison: Comparison, between: str) -> list[str]:
+    """Say on which layers a category's mean is over fewer of its models."""
+    missing = comparison.criticality.isna()
+    of_category = missing.groupby(comparison.models["category"])
+    partly = of_category.any() & ~of_category.all()
+    layers = list(partly.columns[partly.any()])
+    if between == "models" or not layers:
+        return []
+    return [
+        f"On {len(layers)} of {missing.shape[1]} layers some category's mean is over fewer of its models, since cells "
+        f"of the others are not ok: {', '.join(layers[:5])}{' and more' if len(layers) > 5 else ''}."
+    ]
+
+
 @dataclass(frozen=True)
 class _Sample:
     """What is known of one model on one layer.
@@ -171,30 +216,46 @@ class _Sample:
     Attributes:
         means: of each trial, ``(n_trials,)``.
         keys: of its cells.
-        draws: what another model must have in common to be paired: trials and seeds, number and hash of the images,
-            whether the reset is random; None where seeds are not known.
+        trials: their numbers.
+        seeds: what they were drawn under; None where that is not known.
+        images: number and hash of the images; None where the hash is not known.
+        random: whether the reset is.
+        every_image: whether the distances of single images are known.
     """
 
     means: Array
     keys: tuple[str, ...]
-    draws: tuple[Any, ...] | None
+    trials: tuple[int, ...]
+    seeds: tuple[int, ...] | None
+    images: tuple[int, str] | None
+    random: bool
+    every_image: bool
 
 
-def _samples(study: Study, comparison: Comparison, cells: pd.DataFrame, quantity: str) -> dict[str, list[_Sample]]:
+def _samples(
+    store: Store, study: Study, comparison: Comparison, cells: pd.DataFrame, quantity: str
+) -> dict[str, list[_Sample]]:
     """Return layer -> the samples of its models; that of a model without a cell is empty."""
     records = dict(zip(study.models["model"], study.models["record"], strict=True))
     places = cells.groupby(["layer", "model"], sort=False).indices
     means = cells[quantity].to_numpy(np.float64)
     seeds, trials, keys = (cells[name].to_numpy() for name in ("seed", "trial", "key"))
     n_images = cells["n_images"].fillna(0).to_numpy(np.int64)
+    with_images = store.keys_with_images()
     found: dict[str, list[_Sample]] = {}
     for layer, model in product(comparison.criticality.columns, comparison.criticality.index):
         rows = places.get((layer, model), [])
         record: Mapping[str, Any] = records[model]
-        random = record.get("random_trials", {}).get(comparison.reset, True)
-        images = n_images[rows].max(initial=0), record.get("probe_set")
-        draws = None if pd.isna(seeds[rows]).any() else (tuple(trials[rows]), tuple(seeds[rows]), images, random)
-        found.setdefault(layer, []).append(_Sample(means[rows], tuple(keys[rows]), draws))
+        sample = _Sample(
+            means=means[rows],
+            keys=tuple(keys[rows]),
+            trials=tuple(trials[rows]),
+            seeds=None if pd.isna(seeds[rows]).any() else tuple(seeds[rows]),
+            images=(n_images[rows].max(initial=0), record["probe_set"]) if record.get("probe_set") else None,
+            random=record.get("random_trials", {}).get(comparison.reset, True),
+            every_image=with_images.issuperset(keys[rows]),
+        )
+        found.setdefault(layer, []).append(sample)
     return found
 
 
@@ -216,38 +277,109 @@ def _over_trials(
     """Return the differences of one layer for new trials, and what a reader has to know of them."""
     usable = usable & np.array([len(sample.means) > 0 and bool(np.isfinite(sample.means).all()) for sample in samples])
     weights = _weights(sides, usable)
-    left = np.isfinite(weights).all(axis=1)
     values, notes = _nothing(len(weights)), []
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for place, sample in enumerate(samples):
-        if usable[place] and sample.draws is not None:
-            groups.setdefault(sample.draws, []).append(place)
-    for draws, group in groups.items():
-        rows = left & (weights[:, ~np.isin(np.arange(len(samples)), group)] == 0).all(axis=1)
-        if rows.any():
-            distances = _distances(store, [samples[place] for place in group], quantity)
-            _put(
-                values,
-                rows,
-                crossed_contrasts(distances, weights[rows][:, group], level=level, random_trials=draws[-1]),
-            )
-            left &= ~rows
-            notes += [_SAME_IMAGES] if distances.shape[2] == 1 else []
-    if left.any():
-        _put(values, left, contrasts_of_samples([sample.means for sample in samples], weights[left], level=level))
-        notes += [_SAME_IMAGES, _INDEPENDENT]
+    for paired, rows in _by_pairing(samples, weights).items():
+        of_rows = weights[rows]
+        if paired is None:
+            _put(values, rows, _independent(samples, of_rows, level))
+            notes.append(_INDEPENDENT)
+            continue
+        involved = (of_rows != 0).any(axis=0).nonzero()[0]
+        distances = _distances(store, [samples[place] for place in involved], paired, quantity)
+        contrasts = crossed_contrasts(distances, of_rows[:, involved], level=level, random_trials=paired.random)
+        _put(values, rows, contrasts)
+        notes += [_SAME_IMAGES] if not paired.every_image else []
+        notes += [_COMMON] if any(len(samples[place].means) > len(paired.seeds or ()) > 0 for place in involved) else []
     return values, notes
 
 
-def _distances(store: Store, samples: Sequence[_Sample], quantity: str) -> Array:
-    """Return the distances of models under the same draws, ``(n_models, n_trials, n_images)``; means if need be."""
-    found = [store.per_image(sample.keys) for sample in samples]
-    if all(quantity in of_model.get(key, {}) for of_model, one in zip(found, samples, strict=True) for key in one.keys):
-        return np.array(
-            [[of_model[key][quantity] for key in one.keys] for of_model, one in zip(found, samples, strict=True)],
-            np.float64,
-        )
-    return np.array([sample.means for sample in samples])[:, :, None]
+@dataclass(frozen=True)
+class _Pairing:
+    """What the models of a contrast have in common.
+
+    Attributes:
+        seeds: of the trials that all of them have; empty where the reset is not random, so that all trials are alike.
+        images: number and hash.
+        random: whether the reset is.
+        every_image: whether the distances of single images are known of all.
+    """
+
+    seeds: tuple[int, ...]
+    images: tuple[int, str]
+    random: bool
+    every_image: bool
+
+
+def _by_pairing(samples: Sequence[_Sample], weights: Array) -> dict[_Pairing | None, list[int]]:
+    """Return how the models of each contrast are paired (None: not at all) -> the contrasts, those of known models."""
+    kinds = [(sample.seeds, sample.images, sample.random, sample.every_image) for sample in samples]
+    of_kind = dict(zip(kinds, samples, strict=True))
+    found: dict[_Pairing | None, list[int]] = {}
+    known: dict[frozenset[Any], _Pairing | None] = {}
+    for row in np.flatnonzero(np.isfinite(weights).all(axis=1)).tolist():
+        involved = frozenset(kinds[place] for place in weights[row].nonzero()[0])
+        if involved not in known:
+            known[involved] = _pairing([of_kind[kind] for kind in involved])
+        found.setdefault(known[involved], []).append(row)
+    return found
+
+
+def _pairing(samples: Sequence[_Sample]) -> _Pairing | None:
+    """Return what some models have in common, None where that is not enough to pair them."""
+    images, random = {sample.images for sample in samples}, {sample.random for sample in samples}
+    every_image = all(sample.every_image for sample in samples)
+    if len(images) > 1 or len(random) > 1 or None in images:
+        return None
+    ((asked,), (chance,)) = images, random
+    if asked is None:
+        return None
+    if not chance:
+        return _Pairing((), asked, chance, every_image)
+    of_samples = [sample.seeds for sample in samples]
+    common = [seed for seed in of_samples[0] or () if all(seed in (seeds or ()) for seeds in of_samples)]
+    alike = all(seeds is not None and len(seeds) == len(common) for seeds in of_samples)
+    return _Pairing(tuple(common), asked, chance, every_image) if len(common) > 1 or (alike and common) else None
+
+
+def _distances(store: Store, samples: Sequence[_Sample], paired: _Pairing, quantity: str) -> Array:
+    """Return the distances of paired models, ``(n_models, n_trials, n_images)``; means if images are not known."""
+    found = []
+    for sample in samples:
+        wanted = [sample.seeds.index(seed) for seed in paired.seeds] if sample.seeds else range(len(sample.keys))
+        wanted = wanted if paired.random else range(len(sample.keys))
+        if paired.every_image:
+            of_cells = store.per_image([sample.keys[place] for place in wanted])
+            trials = np.array([of_cells[sample.keys[place]][quantity] for place in wanted], np.float64)
+        else:
+            trials = sample.means[list(wanted), None]
+        found.append(trials if paired.random else trials.mean(axis=0, keepdims=True))
+    return np.array(found)
+
+
+def _independent(samples: Sequence[_Sample], weights: Array, level: float) -> Contrasts:
+    """Return contrasts of means over images, of models that are not paired.
+
+    Models that share their draws make one sample, of their weighted sums; so do those of one side whose draws are not
+    known, trial by trial, since draws of one number may be the same.
+    """
+    lone: list[tuple[int, list[list[int]]]] = []  # contrasts whose groups hold one model each
+    grouped: list[tuple[int, list[list[int]]]] = []
+    for row, of_models in enumerate(weights):
+        groups: dict[Any, list[int]] = {}
+        for place in of_models.nonzero()[0].tolist():
+            sample = samples[place]
+            key = (of_models[place] > 0, sample.trials) if sample.seeds is None else sample.seeds
+            groups.setdefault(key, []).append(place)
+        (lone if all(len(group) == 1 for group in groups.values()) else grouped).append((row, list(groups.values())))
+    means = [sample.means for sample in samples]
+    values = _nothing(len(weights))
+    if lone:
+        rows = [row for row, _ in lone]
+        _put(values, rows, contrasts_of_samples(means, weights[rows], level=level))
+    for row, groups_of_row in grouped:
+        sums = [np.sum([weights[row, place] * means[place] for place in group], axis=0) for group in groups_of_row]
+        _put(values, [row], contrasts_of_samples(sums, np.ones((1, len(sums))), level=level))
+    return Contrasts(values["difference"], values["low"], values["high"], values["p_value"], "trials")
 
 
 def _over_models(

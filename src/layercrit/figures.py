@@ -65,7 +65,7 @@ def criticality_bars(
     Args:
         table: One row per layer, in depth order, with the columns ``layer`` (name), ``type`` (decides the colour),
             ``criticality`` in [0, 1], ``low`` and ``high`` (its confidence limits; NaN: no error bar) and ``status``;
-            where there is a column ``label``, it stands below the bars instead of the name.
+            where there is a column ``label``, it stands below the bars instead of the name (None: the name).
         title: Stands above the bars, such as the model's name.
         mean: Mean criticality of the model: a dashed line. None or NaN: none.
         chance: Chance level, the mean cosine between predictions for different images: a dotted line at 1 - chance,
@@ -77,7 +77,8 @@ def criticality_bars(
     _check_table(table)
     from matplotlib.figure import Figure
 
-    names = [printable(name) for name in table["label" if "label" in table else "layer"]]
+    labels = zip(table["label" if "label" in table else "layer"], table["layer"], strict=True)
+    names = [printable(label if isinstance(label, str) else name) for label, name in labels]
     doubtful = ((table["status"] != "ok") | table["criticality"].isna()).to_numpy()
     colors = _colors([str(kind) for kind in table["type"]])
     legend = _legend(colors, bool(doubtful.any()))

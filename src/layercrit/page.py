@@ -6,7 +6,9 @@ import hashlib
 import html
 import json
 import math
+import re
 from collections.abc import Iterable
+from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 from string import Template
@@ -14,7 +16,7 @@ from typing import Any
 
 from layercrit._page_data import page_data
 from layercrit.comparison import Comparison
-from layercrit.differences import differences
+from layercrit.differences import compared_differences
 from layercrit.errors import StudyError
 from layercrit.study import Study
 
@@ -32,6 +34,8 @@ _CAUTIONS = (
         "It gives 1 minus the mean cosine between predictions for different images, which each model's profile shows.",
     ),
 )  # fmt: skip
+# Where something lies on this machine is nobody's business: of absolute paths only the last name is shown.
+_FOLDERS = re.compile(r"""(?<![\w/.])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'"<>|:;,()]+[\\/])+(?=[^\\/\s])""")
 _NO_MATCHED = (
     "This study has no temperature-matched values and no chance level: its results were published as means over "
     "images, so the two cautions above cannot be looked into here."
@@ -74,14 +78,12 @@ def write_page(study: Study, comparison: Comparison, path: str | Path) -> Path:
 
 def _filled(study: Study, comparison: Comparison) -> str:
     """Return the page's text."""
-    from plotly.offline import get_plotlyjs
-
     data, packed = page_data(study, comparison)
     web = resources.files("layercrit") / "web"
-    script, plotly = (web / "page.js").read_text(encoding="utf-8"), get_plotlyjs()
+    script, (hash_of_plotly, plotly) = (web / "page.js").read_text(encoding="utf-8"), _plotly()
     policy = (
         "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
-        f"script-src {_hash_of(script)} {_hash_of(plotly)}; base-uri 'none'; form-action 'none'"
+        f"script-src {_hash_of(script)} {hash_of_plotly}; base-uri 'none'; form-action 'none'"
     )
     return Template((web / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(str(study.record.get("name", study.folder.name))),
@@ -96,9 +98,18 @@ def _filled(study: Study, comparison: Comparison) -> str:
         # in a script element only "<" could end it
         data=json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
         differences=_zipped(packed),
-        plotly=_zipped(plotly.encode()),
+        plotly=plotly,
         script=script,
     )
+
+
+@cache
+def _plotly() -> tuple[str, str]:
+    """Return the hash of Plotly's script, and the script compressed."""
+    from plotly.offline import get_plotlyjs
+
+    script = get_plotlyjs()
+    return _hash_of(script), _zipped(script.encode())
 
 
 def _hash_of(script: str) -> str:
@@ -130,13 +141,10 @@ def _cautions(comparison: Comparison) -> str:
 
 
 def _about_differences(study: Study, comparison: Comparison) -> str:
-    """Say what the differences rest on, and how many to the baseline stand among all of the study."""
+    """Say how many differences to the baseline stand among all of the study."""
     if comparison.baseline is None or len(comparison.models) < 2:
         return "Choose two models or two categories."
-    found = differences(
-        study, baseline=comparison.baseline, leave_out=list(comparison.left_out), reset=comparison.reset
-    )
-    return " ".join([found.sentence(), *found.notes])
+    return compared_differences(study, comparison).sentence()
 
 
 def _correlations(comparison: Comparison) -> str:
@@ -171,7 +179,7 @@ def _methods(study: Study, comparison: Comparison) -> str:
     about = [
         ("intervals", f"{level}, for new {coverage}; Student's t, of crossed random effects where images are kept"),
         *((str(name).replace("_", " "), _plain(value)) for name, value in protocol.items()),
-        *((f"images: {name}", _plain(value)) for name, value in _about_images(images)),
+        *((f"images: {name}", _plain(value)) for name, value in images.items()),
         *((f"versions, run {run['run']}", _plain(run.get("versions", {}))) for run in runs.values()),
         *((f"results: {name}", _plain(value)) for name, value in record.get("origin", {}).items()),
         ("left out", ", ".join(comparison.left_out) or "nothing"),
@@ -188,13 +196,7 @@ def _methods(study: Study, comparison: Comparison) -> str:
 
 
 def _notes(comparison: Comparison) -> Iterable[str]:
-    return [*comparison.notes, *([comparison.caution] if comparison.caution else [])]
-
-
-def _about_images(images: dict[str, Any]) -> Iterable[tuple[str, Any]]:
-    for name, value in images.items():
-        # where the images lie on this machine is nobody's business
-        yield name, Path(str(value)).name if name == "source" else value
+    return map(_plain, [*comparison.notes, *([comparison.caution] if comparison.caution else [])])
 
 
 def _hashes(study: Study, comparison: Comparison) -> str:
@@ -203,7 +205,7 @@ def _hashes(study: Study, comparison: Comparison) -> str:
         "<tr>"
         + "".join(
             f'<td class="left">{html.escape(text)}</td>'
-            for text in (row["model"], _reference(row["reference"]), row["dtype"] or "-", (row["sha256"] or "-")[:16])
+            for text in (row["model"], _plain(row["reference"]), row["dtype"] or "-", (row["sha256"] or "-")[:16])
         )
         + "</tr>"
         for row in models.to_dict("records")
@@ -216,16 +218,10 @@ def _hashes(study: Study, comparison: Comparison) -> str:
     )
 
 
-def _reference(reference: str) -> str:
-    """Return a model reference without folders of this machine."""
-    kind, colon, rest = reference.partition(":")
-    return f"{kind}{colon}{Path(rest.partition('?')[0]).name}" if kind == "file" else reference
-
-
 def _plain(value: Any) -> str:
     """Return plain data as a reader wants it."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
     if isinstance(value, list):
         return ", ".join(map(_plain, value)) or "none"
-    return str(value)
+    return _FOLDERS.sub("", str(value))

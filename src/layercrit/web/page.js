@@ -50,7 +50,7 @@ function prepareControls() {
   fill($("model"), D.models.map((model, i) => [i, model.label]));
   for (const id of ["first", "second"]) {
     const models = D.models.map((model, i) => [`models ${i}`, model.label, "Models"]);
-    const categories = D.categories.map((category, i) => [`categories ${i}`, category.label, "Categories"]);
+    const categories = D.categories.map((category, i) => [`categories ${i}`, category.label, "Categories"]).filter((_, i) => D.categories[i].name);
     fill($(id), [...models, ...categories], {});
   }
   fill($("values"), D.differences.values.map((name) => [name, name === "matched" ? "temperature-matched" : name]));
@@ -293,12 +293,13 @@ function drawAccuracy() {
 const bytes = (id) => Uint8Array.from(atob($(id).textContent), (character) => character.charCodeAt(0));
 const unzipped = (data) => new Response(new Blob([data]).stream().pipeThrough(new DecompressionStream("gzip")));
 
-// Numbers are kept in 16 bits: differences in units of 1e-4, p-values as -1000 lg p; the last value stands for none.
+// Numbers are kept in 16 bits: differences in units of 1e-4, p-values as -1000 lg p; the last value stands for none. A byte
+// says what the interval holds for, and whether the difference stands.
 async function readDifferences() {
   pairs = {};
   const buffer = await unzipped(bytes("differences")).arrayBuffer();
   let offset = 0;
-  for (const { key, pairs: listed } of D.differences.blocks) {
+  for (const { key, notes, pairs: listed } of D.differences.blocks) {
     const length = listed.length * N_LAYERS;
     const column = (type, decode, none) => {
       const raw = new type(buffer, offset, length);
@@ -308,7 +309,9 @@ async function readDifferences() {
     const small = () => column(Int16Array, (value) => value / 1e4, -32768);
     const chance = () => column(Uint16Array, (value) => 10 ** (-value / 1000), 65535);
     const block = { difference: small(), low: small(), high: small(), p: chance(), holm: chance(), bh: chance() };
-    pairs[key] = { ...block, places: new Map(listed.map(([first, second], k) => [`${first} ${second}`, k])) };
+    const flags = new Uint8Array(buffer, offset, length);
+    offset += length + (length % 2);
+    pairs[key] = { ...block, flags, notes, places: new Map(listed.map(([first, second], k) => [`${first} ${second}`, k])) };
   }
 }
 
@@ -322,7 +325,8 @@ function differences(kind, first, second, unit, values) {
     const at = place * N_LAYERS + i;
     const limits = [turned(block.low(at)), turned(block.high(at))];
     const [low, high] = sign > 0 ? limits : limits.reverse();
-    return { layer, difference: turned(block.difference(at)), low, high, p: block.p(at), holm: block.holm(at), bh: block.bh(at) };
+    return { layer, difference: turned(block.difference(at)), low, high, p: block.p(at), holm: block.holm(at), bh: block.bh(at),
+      covers: D.differences.covers[block.flags[at] & 7], stands: { holm: Boolean(block.flags[at] & 8), bh: Boolean(block.flags[at] & 16) } };
   });
 }
 
@@ -337,14 +341,18 @@ function drawCompare() {
   const rows = problem ? null : differences(kind, first, second, unit, $("values").value);
   if (!rows) {
     $("compare-said").textContent = problem || "This pair is not in the page; `layercrit.differences` computes it.";
-    $("compare-plot").hidden = $("compare-details").hidden = true;
+    $("compare-plot").hidden = $("compare-details").hidden = $("compare-notes").hidden = true;
     return;
   }
-  $("compare-plot").hidden = $("compare-details").hidden = false;
-  const { control } = state, stands = rows.map((row) => known(row[control]) && row[control] <= D.differences.alpha);
+  $("compare-plot").hidden = $("compare-details").hidden = $("compare-notes").hidden = false;
+  const { control } = state, stands = rows.map((row) => row.stands[control]);
   const tested = rows.filter((row) => known(row.p)).length, label = { holm: "Holm", bh: "Benjamini-Hochberg" }[control];
-  $("compare-said").textContent = `${names[first].label} minus ${names[second].label}: ${stands.filter(Boolean).length} of ${tested} tested layers differ ` +
-    `(${label}, level ${D.differences.alpha}, over the layers of this pair). Mean difference ${signed(mean(rows.map((row) => row.difference)) ?? 0, 3)}.`;
+  const middle = mean(rows.map((row) => row.difference));
+  $("compare-said").textContent = `${names[first].label} minus ${names[second].label}: of ${tested} tested layers ${stands.filter(Boolean).length} are found to differ ` +
+    `(${label}, level ${D.differences.alpha}, over the layers of this pair). Mean difference ${known(middle) ? signed(middle, 3) : "not known"}.`;
+  const unadjusted = `The intervals drawn are at ${100 * D.level}% for each layer by itself: one may leave out 0 and its difference not stand.`;
+  $("compare-notes").replaceChildren(...[unadjusted, ...pairs[`${kind} ${unit} ${$("values").value}`].notes].map((text) =>
+    Object.assign(document.createElement("li"), { textContent: text })));
   const y = rows.map((row) => row.difference), soft = style("--soft"), strong = style("--link");
   $("compare-plot").style.width = `max(100%, ${14 * N_LAYERS + 80}px)`;
   draw("compare-plot", [true, false].map((stand) => {
@@ -354,17 +362,18 @@ function drawCompare() {
       error_y: { ...bars(at.map((i) => y[i]), at.map((i) => rows[i].low), at.map((i) => rows[i].high)), color },
       marker: { color, size: 8, symbol: stand ? "circle" : "circle-open" }, hoverinfo: "text",
       text: at.map((i) => `<b>${escaped(rows[i].layer.name)}</b><br>difference ${share(y[i])}<br>${100 * D.level}% interval: ${interval(rows[i].low, rows[i].high)}` +
-        `<br>p ${pValue(rows[i].p)}; Holm ${pValue(rows[i].holm)}; Benjamini-Hochberg ${pValue(rows[i].bh)}`),
+        `, for new ${rows[i].covers}<br>p ${pValue(rows[i].p)}; Holm ${pValue(rows[i].holm)}; Benjamini-Hochberg ${pValue(rows[i].bh)}`),
     };
   }), {
     height: 460, showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, margin: { l: 10, r: 10, t: 40, b: 10 },
     xaxis: layerAxis(), yaxis: { title: { text: "difference of criticality" }, zeroline: true }, shapes: stageLines(),
   }, (point) => choose({ layer: point.x }));
-  const head = ["layer", "difference", "low", "high", "p", "p (Holm)", "p (Benjamini-Hochberg)", "stands"];
-  const cells = rows.map((row, i) => [row.layer.label, row.difference, row.low, row.high, row.p, row.holm, row.bh, stands[i] ? "yes" : "no"]);
+  const head = ["layer", "difference", "low", "high", "p", "p (Holm)", "p (Benjamini-Hochberg)", "stands", "holds for new"];
+  const cells = rows.map((row, i) =>
+    [row.layer.label, row.difference, row.low, row.high, row.p, row.holm, row.bh, stands[i] ? "yes" : "no", row.covers]);
   table($("compare-table"), `${names[first].label} minus ${names[second].label}`, head, cells, (value, column) => (column > 3 ? pValue(value) : share(value)));
-  shownRows.compare = [["first", "second", "layer", "difference", "low", "high", "p_value", "p_holm", "p_bh", "stands"],
-    ...rows.map((row, i) => [names[first].name, names[second].name, row.layer.name, row.difference, row.low, row.high, row.p, row.holm, row.bh, stands[i]])];
+  shownRows.compare = [["first", "second", "layer", "difference", "low", "high", "p_value", "p_holm", "p_bh", "stands", "covers"],
+    ...rows.map((row, i) => [names[first].name, names[second].name, row.layer.name, row.difference, row.low, row.high, row.p, row.holm, row.bh, stands[i], row.covers])];
 }
 
 // --- tables and files -----------------------------------------------------------------------------------------------
@@ -408,7 +417,7 @@ function table(element, caption, head, rows, written, sorted = null) {
 
 function drawModels() {
   const head = ["model", "category", `${D.accuracy} accuracy (%)`, "mean criticality", "low", "high", "temperature-matched", "difference to the baseline",
-    "layers that differ from it (Holm)", "top-1 agreement (%)", "centre of mass"];
+    "layers found to differ from it (Holm, each model by itself)", "top-1 agreement (%)", "centre of mass"];
   const rows = D.models.map((model) => [model.label, categoryOf(model).label, model.accuracy, model.mean, model.low, model.high, model.matched,
     model.difference, model.stand, model.agreement, model.centre]);
   const written = (value, i) => ([2, 9].includes(i) ? percent(value) : i === 8 ? (known(value) ? String(value) : "\u2013") : i === 7 && known(value) ? signed(value, 3) : share(value));
@@ -462,4 +471,7 @@ async function start() {
   document.body.dataset.ready = "yes";
 }
 
-start();
+start().catch((error) => {
+  $("map-about").textContent = `The pictures cannot be drawn in this browser (${error.message}). The tables below remain.`;
+  throw error;
+});
