@@ -1,5 +1,8 @@
 """Differences between models and categories, against plain loops over the study's own numbers."""
 
+import sqlite3
+from contextlib import closing
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +15,7 @@ from layercrit.errors import StudyError
 from layercrit.merging import merge_studies
 from layercrit.published import import_published
 from layercrit.store import ModelRow
+from layercrit.study import load_study
 from published_results import LAYERS, MODELS, RELEASED, measured, released, rows_of, write_models, write_table
 
 CATEGORIES = ("baseline", "augmentation", "augmentation", "contrastive")
@@ -169,6 +173,108 @@ def test_differences__other_seeds_are_not_paired(small, tmp_path):
     assert set(found.table.loc[found.table["first"] == "m1", "covers"]) == {"trials and images"}
 
 
+def drawn_models(folder, trials_of, *, seeds=lambda model, trial: 2**63 + trial, probe_sets=None, **more):
+    """A study of models on two layers: model -> number of its trials; seeds and probe sets as given."""
+    generator = np.random.default_rng(3)
+    cells = [
+        {"model": model, "layer": layer, "trial": trial, "seed": seeds(model, trial),
+         "cosine": generator.uniform(0.3, 0.7)}
+        for model, n_trials in trials_of.items() for layer in ("x", "y") for trial in range(n_trials)
+    ]  # fmt: skip
+    about = {"random_trials": {"rerandomize": more.get("random_trials", True)}}
+    probe_sets = dict.fromkeys(trials_of, "p") | (probe_sets or {})
+    rows = [
+        ModelRow(model, model, model[0], None, 0.5, about | {"probe_set": probe_sets[model]}) for model in trials_of
+    ]
+    return measured(folder, cells, models=rows, noise=0.2, n_images=12, **more)
+
+
+def means_of(study):
+    """Return (model, layer) -> mean of each trial."""
+    return study.cells.groupby(["model", "layer"])["cosine"].apply(np.array)
+
+
+def test_differences__of_models_with_more_trials_those_in_common_count(tmp_path):
+    study = drawn_models(tmp_path, {"a": 5, "b": 3})
+    found = differences(study, pairs=[("a", "b")])
+    common = {model: {la: study.per_image(model, la)[:3] for la in ("x", "y")} for model in "ab"}
+    check(
+        found.table,
+        lambda layer: crossed_contrasts(np.stack([common["a"][layer], common["b"][layer]]), np.array([[1, -1]])),
+    )
+    assert set(found.table["covers"]) == {"trials and images"}
+    assert any("over the trials that both sides have" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("other", ["q", None])
+def test_differences__of_other_images_trials_are_paired_alone(tmp_path, other):
+    study = drawn_models(tmp_path, {"a": 4, "b": 4}, probe_sets={"b": other})
+    found = differences(study, pairs=[("a", "b")])
+    for row in found.table.to_dict("records"):
+        expected = stats.ttest_rel(*(means_of(study)[model, row["layer"]] for model in "ab"))
+        assert row["p_value"] == pytest.approx(expected.pvalue, rel=1e-6)
+        assert row["covers"] == "trials"
+    assert any("on the images that were asked" in note for note in found.notes)
+
+
+def test_differences__a_reset_without_chance_needs_no_seeds(tmp_path):
+    study = drawn_models(tmp_path, {"a": 1, "b": 1}, seeds=lambda model, trial: ord(model), random_trials=False)
+    found = differences(study, pairs=[("a", "b")])
+    for row in found.table.to_dict("records"):
+        one, other = (study.per_image(model, row["layer"])[0].astype(float) for model in "ab")
+        assert row["p_value"] == pytest.approx(stats.ttest_rel(one, other).pvalue, rel=1e-5)
+        assert row["covers"] == "images"
+
+
+def test_differences__models_that_share_draws_are_one_sample_beside_others(tmp_path):
+    seeds = {"b1": 500}
+    study = drawn_models(
+        tmp_path, {"a1": 4, "a2": 4, "b1": 4, "b2": 4}, seeds=lambda model, trial: 1000 + seeds.get(model, 0) + trial
+    )
+    row, *_ = differences(study, between="categories", pairs=[("a", "b")]).table.to_dict("records")
+    means = means_of(study)
+    together = (means["a1", "x"] + means["a2", "x"]) / 2 - means["b2", "x"] / 2  # trial by trial
+    expected = contrasts_of_samples([together, -means["b1", "x"] / 2], np.array([[1, 1]]))
+    assert row["difference"] == pytest.approx(expected.mean[0])
+    assert row["p_value"] == pytest.approx(expected.p_value[0])
+
+
+def test_differences__draws_of_one_number_may_be_the_same_within_a_category(means):
+    found = differences(means, between="categories", pairs=[("augmentation", "contrastive")]).table
+    cells = means.cells.set_index(["model", "layer"])["cosine"].sort_index()
+    for row in found.to_dict("records"):
+        augmentation = np.mean([cells[name, row["layer"]] for name in ("model_a", "model_b")], axis=0)
+        expected = stats.ttest_ind(augmentation, cells["model_c", row["layer"]], equal_var=False)
+        assert row["p_value"] == pytest.approx(expected.pvalue)
+
+
+def test_differences__error_rate_of_categories_whose_models_share_draws(tmp_path):
+    """A draw that moves all models of a category alike is not taken for as many draws as there are models."""
+    generator = np.random.default_rng(4)
+    layers = [f"l{i}" for i in range(300)]
+    names = [f"a{i}" for i in range(8)] + ["b"]
+    common = generator.normal(0, 0.05, (300, 4))
+    cells = [
+        {"model": name, "layer": layer, "trial": t, "seed": (7000 if name == "b" else 0) + t,
+         "cosine": 0.5 + (common[i, t] if name != "b" else generator.normal(0, 0.05))}
+        for name in names for i, layer in enumerate(layers) for t in range(4)
+    ]  # fmt: skip
+    study = measured(tmp_path, cells, models=model_rows(names, [name[0] for name in names]), noise=0.01)
+    table = differences(study, between="categories", pairs=[("a", "b")]).table
+    assert (table["p_value"] < 0.05).mean() < 0.09
+    assert ((table["low"] < 0) & (table["high"] > 0)).mean() > 0.9
+
+
+def test_differences__one_model_without_images_costs_no_other_its(tmp_path):
+    study = drawn_models(tmp_path, {"a": 3, "b": 3, "c": 3})
+    keys = tuple(study.cells.loc[study.cells["model"] == "c", "key"])
+    with closing(sqlite3.connect(tmp_path / "cells.sqlite")) as file:
+        file.execute(f"UPDATE cells SET per_image = NULL WHERE key IN ({','.join('?' * len(keys))})", keys)
+        file.commit()
+    table = differences(load_study(tmp_path), pairs=[("a", "b"), ("a", "c")]).table
+    assert dict(table.groupby("second")["covers"].first()) == {"b": "trials and images", "c": "trials"}
+
+
 def test_differences__cells_that_are_not_ok_are_left_out(tmp_path):
     generator = np.random.default_rng(0)
     cells = [{"model": m, "layer": la, "trial": t, "cosine": generator.uniform(0.2, 0.8)}
@@ -215,6 +321,8 @@ def test_differences__alpha_and_words(small):
         f"{(table['p_holm'] <= 0.5).sum()} of {len(table)} differences to m0 stand at the family-wise error rate 0.5 "
         f"(Holm), {(table['p_bh'] <= 0.5).sum()} at the false discovery rate 0.5 (Benjamini-Hochberg)."
     )
+    each = differences(small, alpha=0.5, family="pair")
+    assert "at the family-wise error rate 0.5 of each pair by itself (Holm)" in each.sentence()
     assert list(found.summary().columns) == ["first", "second", "difference", "n_tested", "n_stand", "n_stand_bh"]
     assert found.summary()["n_stand"].sum() == table["stands"].sum()
 
