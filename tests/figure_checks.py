@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.collections import LineCollection, PathCollection, PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -49,8 +49,19 @@ def correlations(*rows: tuple[str | float | None, str, float, float]) -> pd.Data
     return table.assign(without=pd.Series([row[0] for row in rows], dtype=object), n=9)  # keeps None
 
 
+def numbers(figure: Figure | Axes, gid: str) -> list[tuple[str, tuple[float, float], str]]:
+    """Return the numbers in cells, row by row from the top: what is written, where its middle is, and its colour."""
+    found = [
+        (one.get_label(), tuple(middle), to_hex(color))
+        for one in figure.findobj(PathCollection) if one.get_gid() == gid
+        for middle, color in zip(one.get_offsets().tolist(), one.get_facecolors(), strict=True)
+    ]  # fmt: skip
+    return sorted(found, key=lambda one: (-round(one[1][1], 6), one[1][0]))
+
+
 def written(figure: Figure | Axes, gid: str) -> list[str]:
-    return [text.get_text() for text in figure.findobj(Text) if text.get_gid() == gid and text.get_text()]
+    found = [text.get_text() for text in figure.findobj(Text) if text.get_gid() == gid and text.get_text()]
+    return found or [text for text, _, _ in numbers(figure, gid)]
 
 
 def all_texts(figure: Figure) -> list[str]:

@@ -2,12 +2,13 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from figure_checks import CATEGORIES, NASTY, SHOWN, all_texts, boxes_of, cells, check_layout, tables, written
+from figure_checks import CATEGORIES, NASTY, SHOWN, all_texts, cells, check_layout, numbers, tables, written
 from layercrit.errors import ProtocolError
 from layercrit.study_figures import CATEGORY_COLORS, difference_map, heat_map, spread_map
 
@@ -122,14 +123,35 @@ def test_heat_map__numbers_are_readable_on_their_cells(value: float) -> None:
     """Contrast of at least 4.5 to 1, as WCAG 2.2 wants it of small text (success criterion 1.4.3)."""
     _, models = tables(1)
     figure = heat_map(pd.DataFrame({"a": [value]}, index=["model_0"]), models)
-    (number,) = (text for text in figure.findobj(Text) if text.get_gid() == "values")
+    ((_, _, color),) = numbers(figure, "values")
 
     def luminance(color: object) -> float:
         parts = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in mpl.colors.to_rgb(color)]
         return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
-    dark, light = sorted([luminance(number.get_color()), luminance(cells(figure, "values").get_facecolor()[0])])
+    dark, light = sorted([luminance(color), luminance(cells(figure, "values").get_facecolor()[0])])
     assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+def check_numbers(figure: Figure) -> None:
+    """Check that every number is in the middle of its cell, and within it."""
+    for gid in ("values", "model means", "layer means"):
+        boxes = [path.get_extents() for path in cells(figure, gid).get_paths()]
+        assert len(boxes) == len(numbers(figure, gid))
+        for (_, middle, _), box in zip(numbers(figure, gid), boxes, strict=True):
+            np.testing.assert_allclose(middle, ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2), atol=1e-6)
+        for one in figure.findobj(PathCollection):
+            if one.get_gid() == gid:
+                outline = one.get_paths()[0].get_extents()  # points around the middle
+                assert max(-outline.x0, outline.x1) < 36 * boxes[0].width, one.get_label()
+                assert max(-outline.y0, outline.y1) < 36 * boxes[0].height, one.get_label()
+                assert outline.y0 + outline.y1 == pytest.approx(0, abs=0.5), one.get_label()
+
+
+def test_heat_map__numbers_lie_within_their_cells() -> None:
+    values, models = tables(20, 40)
+    values.iloc[0] = 1.0  # the widest
+    check_numbers(heat_map(values, models))
 
 
 def test_heat_map__numbers_are_left_out_where_they_have_no_room() -> None:
@@ -286,11 +308,7 @@ def test_difference_map__numbers_fit_into_their_cells() -> None:
     models["label"] = "a long name, which leaves cells less room than their numbers need"
     figure = difference_map(values - values.iloc[::-1].to_numpy(), models, stages={"layer3.conv": "a"})
     check_layout(figure)
-    width = np.ptp(corners(figure)[0, :, 0]) * figure.dpi
-    for gid in ("values", "layer means"):
-        boxes = [box for text, box in boxes_of(figure) if text.get_gid() == gid]
-        assert len(boxes) == len(cells(figure, gid).get_paths())
-        assert max(right - left for left, _, right, _ in boxes) < width
+    check_numbers(figure)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (14, 23)])

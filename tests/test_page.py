@@ -1,8 +1,10 @@
 """The page of a study, in a real browser."""
 
 import csv
+import html
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -12,6 +14,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from browser import needs_browser, opened_browser, opened_page, violations
+from layercrit import differences as differences_module
 from layercrit._heat_map import COLOR_MAPS
 from layercrit.comparison import compare
 from layercrit.differences import differences
@@ -49,7 +52,8 @@ def made_up(folder, noise=0.05, trials=3, matched=True, models=CATEGORIES, layer
                     {"model": model, "layer": layer, "trial": trial, "cosine": value, "top1": value / 2}
                     | ({"cosine_matched": value * 0.9} if matched else {})
                 )
-    known = {"random_trials": {"rerandomize": True}, "predictions": {"chance": 0.2, "top1_accuracy": None}}
+    known = {"random_trials": {"rerandomize": True}, "predictions": {"chance": 0.2, "top1_accuracy": None},
+             "probe_set": "p"}  # fmt: skip
     rows = [ModelRow(name, f"file:/home/me/{name}", category, name.title(), 0.5 + 0.05 * i, known)
             for i, (name, category) in enumerate(models.items())]  # fmt: skip
     arguments = {"models": rows, "record": {"baseline": next(iter(models))}} | more
@@ -284,6 +288,7 @@ def check_differences(rows, table):
     for column in ("p_value", "p_holm", "p_bh"):
         np.testing.assert_allclose(rows[column].astype(float), table[column], rtol=2e-3)
     assert list(rows["stands"]) == list(table["stands"])
+    assert list(rows["covers"]) == list(table["covers"])
 
 
 def test_page__differences_of_models(page, study):
@@ -295,7 +300,8 @@ def test_page__differences_of_models(page, study):
             table = differences(study, pairs=[(first, second)], family="pair", matched=values == "matched").table
             check_differences(compared(page), table)
             assert 0 < sum(table["stands"]) < len(table), "some stand and some do not"
-            assert f"{table['stands'].sum()} of 5 tested layers differ" in page.inner_text("#compare-said")
+            said = page.inner_text("#compare-said")
+            assert f"of 5 tested layers {table['stands'].sum()} are found to differ" in said
     page.select_option("#control", "bh")
     assert list(compared(page)["stands"]) == list(table["stands_bh"])
 
@@ -311,6 +317,59 @@ def test_page__differences_of_categories(page, study):
         check_differences(
             compared(page), differences(study, pairs=pair, between="categories", unit=unit, family="pair").table
         )
+
+
+def test_page__differences_stand_as_their_exact_p_values_say(browser, tmp_path, monkeypatch):
+    """0.04998 and 0.05002 are the same number in 16 bits."""
+    study = made_up(tmp_path)
+    exact = differences_module.compared_differences
+
+    def close_to_alpha(*arguments, **options):
+        found = exact(*arguments, **options)
+        p_values = np.resize([0.04998, 0.05002], len(found.table))
+        table = found.table.assign(p_holm=p_values, p_bh=p_values, stands=p_values <= 0.05, stands_bh=p_values <= 0.05)
+        return replace(found, table=table)
+
+    monkeypatch.setattr("layercrit._page_data.compared_differences", close_to_alpha)
+    with opened_page(browser, write_page(study, compare(study), tmp_path / "r.html")) as page:
+        assert list(compared(page)["stands"]) == [True, False, True, False, True]
+
+
+def test_page__differences_are_of_the_layers_that_they_stand_at(browser, tmp_path):
+    """Models whose layers differ in their order, and another baseline than the study's own, whose order then counts."""
+    generator = np.random.default_rng(2)
+    cells = [
+        {"model": model, "layer": layer, "trial": trial, "cosine": generator.uniform(0.2, 0.8)}
+        for model, layers in (("a", "xyz"), ("b", "zyx"), ("c", "zyx")) for layer in layers for trial in range(3)
+    ]  # fmt: skip
+    study = measured(tmp_path, cells, record={"baseline": "a"}, noise=0.1)
+    comparison = compare(study, baseline="b")
+    expected = comparison.criticality.loc["c"] - comparison.criticality.loc["b"]
+    with opened_page(browser, write_page(study, comparison, tmp_path / "r.html")) as page:
+        page.select_option("#first", label="c")
+        page.select_option("#second", label="b")
+        rows = compared(page)
+        assert list(rows["layer"]) == list("zyx")
+        np.testing.assert_allclose(rows["difference"].astype(float), expected[list("zyx")], atol=6e-5)
+
+
+def test_page__says_what_differences_rest_on(page, study):
+    listed = page.inner_text("#compare-notes")
+    assert "for each layer by itself: one may leave out 0 and its difference not stand" in listed
+    assert "another training seed may move a model by more than they say" in listed
+    page.select_option("#first", label="augmentation")
+    page.select_option("#second", label="baseline")
+    page.select_option("#unit", "models")
+    assert "under these draws and on these images" in page.inner_text("#compare-notes")
+    page.select_option("#second", label="augmentation")
+    assert page.locator("#compare-notes").is_hidden()
+
+
+def test_page__what_was_not_tested_is_not_called_equal(browser, tmp_path):
+    study = made_up(tmp_path, trials=1)
+    with opened_page(browser, write_page(study, compare(study), tmp_path / "r.html")) as page:
+        assert page.evaluate("() => D.models.every((model) => model.stand === null)")
+        assert "of 0 tested layers 0 are found" in page.inner_text("#compare-said")
 
 
 def test_page__a_model_against_itself(page):
@@ -423,6 +482,23 @@ def test_page__texts_from_outside_run_nothing_and_are_shown_as_they_are(browser,
         assert "<script>" in page.locator("#map-plot g.ytick").first.text_content()
         assert HOSTILE in download(page, "csv", "models").replace('""', '"')
         assert "<script" not in download(page, "svg", "map")
+
+
+def test_page__tells_nothing_of_where_files_lie(tmp_path):
+    home = "/home/somebody/secret"
+    models = [ModelRow("a", f"file:{home}/a.pth?arch=timm:resnet50", "k", "A"),
+              ModelRow("b", f"hf:{home}/b", "k", "B", 0.5, {"dtype": "C:\\Users\\somebody\\secret\\x"})]  # fmt: skip
+    cells = [{"model": m, "layer": "x", "trial": t, "cosine": 0.5} for m in "ab" for t in (0, 1)]
+    record = {"notes": [f"Images are those of {home}/images/val and org/name; see https://example.org/a/b."],
+              "probe_set": {"source": f"{home}/images", "skipped": [f"{home}/broken.png"]},
+              "protocol": {"trials": 2, "donor": f"{home}/donor.pt"}}  # fmt: skip
+    study = measured(tmp_path / "s", cells, models=models, record=record,
+                     failures=[("b", 2, f"There is no file {home}/weights/b.pth.")])  # fmt: skip
+    text = html.unescape(write_page(study, compare(study), tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "somebody" not in text
+    for kept in ("file:a.pth?arch=timm:resnet50", "hf:b", "no file b.pth", "broken.png", "org/name",
+                 "https://example.org/a/b", "donor.pt"):  # fmt: skip
+        assert kept in text
 
 
 def test_page__its_policy_lets_no_other_script_run(page):

@@ -43,6 +43,7 @@ _BAR_WIDTH, _BAR_HEIGHT, _PATCH_WIDTH = 1.6, 0.09, 0.2
 _TITLE_SIZE, _NAME_SIZE, _NOTE_SIZE = 9.5, 7.5, 7.0
 _NUMBER_SIZES = (3.8, 6.5)  # smaller numbers than that are left out
 _FILLED = 0.9  # of a cell's width, by its widest number
+_LEADING = 1.1  # from one line of a number to the next, in sizes of its font
 
 
 @dataclass(frozen=True)
@@ -410,18 +411,44 @@ def _draw_cells(
         axes.add_collection(absent, autolim=False)
     if not number_size:
         return
+    middles = np.stack([left + size[0] / 2, bottom + size[1] / 2], axis=1)  # (n_cells, 2)
+    places: dict[str, list[int]] = {}
     for index in known.nonzero()[0].tolist():
-        axes.text(
-            left[index] + size[0] / 2,
-            bottom[index] + size[1] / 2,
-            cells.written[index],
-            color=_readable_on(colors[index]),
-            fontsize=number_size,
-            horizontalalignment="center",
-            verticalalignment="center_baseline" if "\n" not in cells.written[index] else "center",
-            linespacing=1.0,
-            gid=gid,
-        )
+        places.setdefault(cells.written[index], []).append(index)
+    for number, indices in places.items():
+        _draw_number(axes, number, middles[indices], [_readable_on(colors[i]) for i in indices], number_size, gid)
+
+
+def _draw_number(axes: "Axes", number: str, middles: Array, colors: Sequence[str], size: float, gid: str) -> None:
+    """Write one number in the middle of cells, ``(n_cells, 2)``, in the colour of each.
+
+    Its outlines are drawn, not a text for each cell: a map has thousands of cells and a hundred numbers.
+    """
+    from matplotlib.collections import PathCollection
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.path import Path
+    from matplotlib.textpath import TextPath
+    from matplotlib.transforms import Affine2D
+
+    font = FontProperties(size=size)
+    height = TextPath((0, 0), "0", prop=font).get_extents().height  # points
+    lines = number.split("\n")
+    lowest = -height / 2 - (len(lines) - 1) * _LEADING * size / 2
+    outlines = [
+        TextPath((-36 * text_width(line, size), lowest + (len(lines) - 1 - i) * _LEADING * size), line, prop=font)
+        for i, line in enumerate(lines)
+    ]
+    numbers = PathCollection(
+        [Path.make_compound_path(*outlines)],
+        offsets=middles,
+        offset_transform=axes.transData,
+        facecolors=colors,
+        linewidths=0,
+        gid=gid,
+        label=number,
+    )
+    numbers.set_transform(Affine2D().scale(1 / 72) + axes.figure.dpi_scale_trans)
+    axes.add_collection(numbers, autolim=False)
 
 
 def _readable_on(color: Array) -> str:

@@ -204,8 +204,8 @@ def _hashes(study: Study, comparison: Comparison) -> str:
     rows = "".join(
         "<tr>"
         + "".join(
-            f'<td class="left">{html.escape(text)}</td>'
-            for text in (row["model"], _plain(row["reference"]), row["dtype"] or "-", (row["sha256"] or "-")[:16])
+            f'<td class="left">{html.escape(_plain(text))}</td>'
+            for text in (row["model"], row["reference"], row["dtype"] or "-", (row["sha256"] or "-")[:16])
         )
         + "</tr>"
         for row in models.to_dict("records")

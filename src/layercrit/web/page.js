@@ -129,6 +129,13 @@ function draw(id, traces, layout, onClick = null) {
   return drawn;
 }
 
+// The widest of some texts, in pixels. Plotly's own margins would draw a picture several times.
+function widest(texts, size) {
+  const context = document.createElement("canvas").getContext("2d");
+  context.font = `${size}px system-ui, sans-serif`;
+  return Math.max(0, ...texts.map((text) => context.measureText(text).width));
+}
+
 const ticks = (labels) => ({ tickmode: "array", tickvals: labels.map((_, i) => i), ticktext: labels });
 const bars = (values, low, high) => ({ // Plotly leaves out bars of length null
   type: "data", symmetric: false, thickness: 1, width: 0,
@@ -172,14 +179,11 @@ function drawMap() {
   const colors = { zmin: low, zmax: high, colorscale: D.scales[measure.scale] };
   const written = (value) => (known(value) ? (measure.scale === "difference" ? signed(100 * value, 0) : (100 * value).toFixed(0)) : "");
   const modelMeans = values.map(mean), layerMeans = D.layers.map((_, i) => mean(values.map((row) => row[i])));
-  const height = 17 * (rows.length + 2) + 184, bottom = 150;
-  const share1 = 17 / (height - bottom - 34);
-  const narrow = innerWidth < 600;
-  const names = rows.map((row) => {
-    const model = D.models[row];
-    const square = `<span style="color:${colorOf(categoryOf(model))}">\u25a0</span>`;
-    return `${square} ${escaped(short(model.label, narrow ? 16 : 40))}${narrow ? "" : `  ${percent(model.accuracy)}`}`;
-  });
+  const narrow = innerWidth < 600, below = "mean over models";
+  const texts = rows.map((row) => `${short(D.models[row].label, narrow ? 16 : 40)}${narrow ? "" : `  ${percent(D.models[row].accuracy)}`}`);
+  const names = rows.map((row, i) => `<span style="color:${colorOf(categoryOf(D.models[row]))}">\u25a0</span> ${escaped(texts[i])}`);
+  const bottom = 20 + widest(D.layers.map((layer) => short(layer.label)), 10), left = 24 + widest([...texts, below], 11);
+  const inner = 17 * (rows.length + 2), height = inner + bottom + 34, share1 = 17 / inner;
   const gap = { xgap: 0.5, ygap: 0.5, hoverongaps: true };
   const one = { ...colors, ...gap, type: "heatmap", showscale: false, hoverinfo: "text" };
   $("map-plot").style.width = `max(100%, ${14 * N_LAYERS + 300}px)`;
@@ -194,11 +198,12 @@ function drawMap() {
     { ...one, z: [layerMeans], x: D.layers.map((_, i) => i), y: [0], yaxis: "y2",
       text: [D.layers.map((layer, i) => `<b>${escaped(layer.name)}</b><br>mean over the models shown: ${share(layerMeans[i])}`)] },
   ], {
-    height, margin: { l: 10, r: 10, t: 34, b: bottom },
-    xaxis: { ...layerAxis(), domain: [0, 0.955], range: [-0.5, N_LAYERS - 0.5], anchor: "y2" },
-    xaxis2: { ...ticks(["mean"]), domain: [0.962, 1], tickangle: -90, anchor: "y2" },
-    yaxis: { ...ticks(names), domain: [2 * share1, 1], range: [rows.length - 0.5, -0.5], showgrid: false, zeroline: false, tickfont: { size: 11 } },
-    yaxis2: { ...ticks(["mean over models"]), domain: [0, share1], tickfont: { size: 11 } },
+    height, margin: { l: left, r: 10, t: 34, b: bottom },
+    xaxis: { ...layerAxis(), domain: [0, 0.955], range: [-0.5, N_LAYERS - 0.5], anchor: "y2", automargin: false },
+    xaxis2: { ...ticks(["mean"]), domain: [0.962, 1], tickangle: -90, anchor: "y2", automargin: false },
+    yaxis: { ...ticks(names), domain: [2 * share1, 1], range: [rows.length - 0.5, -0.5], showgrid: false, zeroline: false, tickfont: { size: 11 },
+      automargin: false },
+    yaxis2: { ...ticks([below]), domain: [0, share1], tickfont: { size: 11 }, automargin: false },
     shapes: stageLines(),
   }, (point) => choose({
     layer: point.data.xaxis === "x2" ? state.layer : point.x,
@@ -290,7 +295,11 @@ function drawAccuracy() {
 
 // --- differences ----------------------------------------------------------------------------------------------------
 
-const bytes = (id) => Uint8Array.from(atob($(id).textContent), (character) => character.charCodeAt(0));
+function bytes(id) {
+  const text = atob($(id).textContent), found = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i += 1) found[i] = text.charCodeAt(i); // Uint8Array.from takes ten times as long
+  return found;
+}
 const unzipped = (data) => new Response(new Blob([data]).stream().pipeThrough(new DecompressionStream("gzip")));
 
 // Numbers are kept in 16 bits: differences in units of 1e-4, p-values as -1000 lg p; the last value stands for none. A byte
