@@ -194,10 +194,13 @@ def means_of(study):
     return study.cells.groupby(["model", "layer"])["cosine"].apply(np.array)
 
 
-def test_differences__of_models_with_more_trials_those_in_common_count(tmp_path):
-    study = drawn_models(tmp_path, {"a": 5, "b": 3})
+@pytest.mark.parametrize("first", [0, 2])
+def test_differences__of_models_with_more_trials_those_in_common_count(tmp_path, first):
+    """Draws are known by their seeds: those of b are the first or the last three of a."""
+    study = drawn_models(tmp_path, {"a": 5, "b": 3}, seeds=lambda model, trial: 100 + trial + first * (model == "b"))
     found = differences(study, pairs=[("a", "b")])
-    common = {model: {la: study.per_image(model, la)[:3] for la in ("x", "y")} for model in "ab"}
+    places = {"a": slice(first, first + 3), "b": slice(3)}
+    common = {model: {la: study.per_image(model, la)[rows] for la in ("x", "y")} for model, rows in places.items()}
     check(
         found.table,
         lambda layer: crossed_contrasts(np.stack([common["a"][layer], common["b"][layer]]), np.array([[1, -1]])),
