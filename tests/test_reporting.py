@@ -7,6 +7,8 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from layercrit.comparison import Comparison, compare
@@ -49,6 +51,18 @@ def whole(folder, **more):
 def texts(path):
     """Return the texts of an SVG file, in the order in which they were drawn."""
     return re.findall("<!-- (.*?) -->", path.read_text(encoding="utf-8"))
+
+
+def filled(path):
+    """Return the colours of the cells of a heat map in an SVG file, row by row."""
+    group = re.search('<g id="values">(.*?)</g>', path.read_text(encoding="utf-8"), re.DOTALL)[1]
+    return re.findall("fill: (#[0-9a-f]{6}); stroke: #ffffff", group)
+
+
+def colours(values, name="viridis", end=1.0):
+    """Return the colours of values in [0, end], or of differences in [-end, end]."""
+    shares = np.ravel(values) / end
+    return [to_hex(colour) for colour in colormaps[name]((shares + 1) / 2 if name == "PuOr" else shares)]
 
 
 def names_in(path, wanted):
@@ -311,10 +325,10 @@ def test_report__baseline_in_figures_and_page(study, written):
     result = report(study, baseline="mix", figures=["difference", "profile", *lined], formats=["svg"])
     assert result.comparison.baseline == "mix"
     assert [path.name for path in result.figures["profile"]] == ["profile-mix.svg"]
-    values = texts(result.figures["difference"][0])
-    expected = compare(study, baseline="mix").difference.loc["base"]
-    shown = values[:4]  # the baseline's category stands first
-    assert shown == [f"{100 * value:+.0f}".replace("-", "−") for value in expected]  # noqa: RUF001 (a minus sign)
+    expected = compare(study, baseline="mix").difference
+    assert 0.4 < expected.abs().max(axis=None) <= 0.5, "so that the scale ends at 0.5"
+    # the baseline's category stands first
+    assert filled(result.figures["difference"][0])[:4] == colours(expected.loc["base"], "PuOr", end=0.5)
     assert "differences are to mix" in facts(result.page)
     for path in (result.figures[name][0] for name in lined):
         of_base = written.page.parent / "figures" / path.name
@@ -348,7 +362,7 @@ def test_report__reset_in_figures_and_page(tmp_path):
     assert (first.comparison.reset, zero.comparison.reset) == ("rerandomize", "zero")
     for result in (first, zero):
         expected = compare(study, reset=result.comparison.reset).criticality
-        assert texts(result.figures["criticality"][0])[:8] == [f"{100 * x:.0f}" for x in expected.to_numpy().ravel()]
+        assert filled(result.figures["criticality"][0]) == colours(expected)
         assert f"of the reset {result.comparison.reset}" in facts(result.page)
     assert data(first.page) != data(zero.page)
 
@@ -356,15 +370,14 @@ def test_report__reset_in_figures_and_page(tmp_path):
 def test_report__figures_and_page_show_the_same_numbers(written):
     values = written.comparison.criticality
     np.testing.assert_allclose(data(written.page)["measures"][0]["values"], values, atol=1e-6)
-    shown = texts(written.page.parent / "figures" / "criticality.svg")[: values.size]
-    assert shown == [f"{100 * value:.0f}" for value in values.to_numpy().ravel()]
+    assert filled(written.page.parent / "figures" / "criticality.svg") == colours(values)
 
 
 def test_report__half_widths_are_those_of_the_studys_table(written):
     table = load_study(written.page.parent).to_pandas()
-    half = 100 * (table["high"] - table["low"]) / 2
-    shown = texts(written.page.parent / "figures" / "half_width.svg")[: len(half)]
-    assert shown == [f"{value:.0f}" for value in half]
+    half = (table["high"] - table["low"]) / 2
+    assert 0.4 < half.max() <= 0.5, "so that the scale ends at 0.5"
+    assert filled(written.page.parent / "figures" / "half_width.svg") == colours(half, "BuPu", end=0.5)
 
 
 def test_report__accuracy_has_the_correlations_of_all_and_without_adversarial_training(tmp_path):
