@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 
 from browser import needs_browser, opened_browser, opened_page, violations
 from layercrit import differences as differences_module
-from layercrit._heat_map import COLOR_MAPS
+from layercrit._cells import COLOR_MAPS
 from layercrit.comparison import compare
 from layercrit.differences import differences
 from layercrit.errors import StudyError

@@ -701,21 +701,21 @@ def _killed(forks, path, folder, seconds):
 
 @pytest.mark.slow
 def test_run_study__workers_vanish_with_a_killed_run(tmp_path):
-    path = write_small(tmp_path, n_models=2, trials=6, n_images=600, protocol={"batch_size": 2})
+    path = write_small(tmp_path, n_models=2, trials=5, n_images=300, protocol={"batch_size": 2})
     folder, generator = tmp_path / "out", np.random.default_rng(0)
     found = 0
     for _ in range(2):
         code = f"from running_jobs import run_with_workers; run_with_workers({str(path)!r}, {str(folder)!r}, 2)"
         process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, env=_environment())
         deadline = time.monotonic() + 60
-        while check_store(folder, n_images=600) == found and process.poll() is None:
+        while check_store(folder, n_images=300) == found and process.poll() is None:
             assert time.monotonic() < deadline, "nothing is measured"
             time.sleep(0.05)
         time.sleep(generator.uniform(0, 0.5))
         workers = children_of(process.pid)
         process.kill()
         process.wait()
-        found = check_store(folder, n_images=600)
+        found = check_store(folder, n_images=300)
         deadline = time.monotonic() + 10
         while any(map(is_running, workers)):
             assert time.monotonic() < deadline, "workers outlive their run"

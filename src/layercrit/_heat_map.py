@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from layercrit._categories import NO_CATEGORY, Category, categories_of, check_models, check_values, labels_of, shown
+from layercrit._cells import COLOR_MAPS, FILLED, NOT_MEASURED, NUMBER_SIZES, Cells, Scale, draw_cells, number_size
 from layercrit.figures import figure_style, text_width
 
 if TYPE_CHECKING:
@@ -17,16 +18,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOR_MAPS", "difference_map", "heat_map", "spread_map"]
+__all__ = ["difference_map", "heat_map", "spread_map"]
 
 Array = npt.NDArray[np.float64]
 
-# Even steps to the eye, also without colours; colours of Cynthia Brewer's PuOr and BuPu (colorbrewer2.org), told apart
-# with any common colour blindness: purple is more, orange less.
-COLOR_MAPS = {"criticality": "viridis", "difference": "PuOr", "spread": "BuPu"}
-
 _LAYER_MEANS = "mean ± SD over models"
-_NOT_MEASURED: dict[str, Any] = {"facecolor": "#E3E3E3", "edgecolor": "#A8A8A8", "hatch": "/////"}
 _POINTS = "percentage points"
 _STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)  # where a scale may end, times a power of ten
 
@@ -41,66 +37,6 @@ _BAR_WIDTH, _BAR_HEIGHT, _PATCH_WIDTH = 1.6, 0.09, 0.2
 
 # Points.
 _TITLE_SIZE, _NAME_SIZE, _NOTE_SIZE = 9.5, 7.5, 7.0
-_NUMBER_SIZES = (3.8, 6.5)  # smaller numbers than that are left out
-_FILLED = 0.9  # of a cell's width, by its widest number
-_LEADING = 1.1  # from one line of a number to the next, in sizes of its font
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """How values become colours and numbers.
-
-    Attributes:
-        color_map: name of it in matplotlib.
-        low: the value of its first colour.
-        high: the value of its last colour.
-        ticks: at how many values the colour bar has a number.
-        decimals: of numbers, in percent.
-        signed: whether positive numbers have a sign, too.
-        unit: of numbers.
-    """
-
-    color_map: str
-    low: float
-    high: float
-    ticks: int
-    decimals: int = 0
-    signed: bool = False
-    unit: str = "%"
-
-    def colors(self, values: Array) -> Array:
-        """Return red, green, blue and alpha in [0, 1], ``(n_values, 4)``."""
-        from matplotlib import colormaps
-
-        return np.asarray(colormaps[self.color_map]((values - self.low) / (self.high - self.low)))
-
-    def number(self, value: float) -> str:
-        """Return what is written for a value."""
-        return _signed(f"{100 * value:+.{self.decimals}f}", self.signed)
-
-    def tick(self, value: float) -> str:
-        """Return what is written for a value at the colour bar, with all its digits."""
-        return _signed(f"{100 * value:+g}", self.signed)
-
-
-def _signed(number: str, positive: bool) -> str:
-    """Write a number with a minus sign, or with a plus sign where that is wanted; zero has none."""
-    if not float(number):
-        return number[1:]
-    return number.replace("-", "−") if number[0] == "-" or positive else number[1:]  # noqa: RUF001 (a minus sign)
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """Values with what is written in their cells, ``(n_cells,)`` both."""
-
-    values: Array
-    written: Sequence[str]
-
-    def widest(self, size: float) -> float:
-        """Return the width in inches of the widest line that is written in letters of so many points."""
-        lines = {line for text in self.written for line in text.split("\n")}
-        return max(text_width(line, 10) for line in lines) * size / 10  # widths are in proportion, but for hinting
 
 
 @dataclass(frozen=True)
@@ -156,7 +92,7 @@ def heat_map(
             value is outside of [0, 1].
     """
     _check(values, models, "shares", 0)
-    scale = _Scale(COLOR_MAPS["criticality"], 0, 1, ticks=5)
+    scale = Scale(COLOR_MAPS["criticality"], 0, 1, ticks=5)
     return _drawn(values, models, scale, title, quantity, layer_labels, stages)
 
 
@@ -187,7 +123,7 @@ def difference_map(
     """
     _check(values, models, "differences", -1)
     largest, decimals = _end(values)
-    scale = _Scale(COLOR_MAPS["difference"], -largest, largest, ticks=5, decimals=decimals, signed=True, unit=_POINTS)
+    scale = Scale(COLOR_MAPS["difference"], -largest, largest, ticks=5, decimals=decimals, signed=True, unit=_POINTS)
     return _drawn(values, models, scale, title, quantity, layer_labels, stages)
 
 
@@ -218,7 +154,7 @@ def spread_map(
     """
     _check(values, models, "spreads", 0)
     largest, decimals = _end(values)
-    scale = _Scale(COLOR_MAPS["spread"], 0, largest, ticks=3, decimals=decimals, unit=_POINTS)
+    scale = Scale(COLOR_MAPS["spread"], 0, largest, ticks=3, decimals=decimals, unit=_POINTS)
     return _drawn(values, models, scale, title, quantity, layer_labels, stages)
 
 
@@ -239,7 +175,7 @@ def _end(values: "pd.DataFrame") -> tuple[float, int]:
 def _drawn(
     values: "pd.DataFrame",
     models: "pd.DataFrame",
-    scale: _Scale,
+    scale: Scale,
     title: str | None,
     quantity: str,
     layer_labels: Mapping[str, str] | None,
@@ -270,10 +206,10 @@ def _drawn(
     return figure
 
 
-def _cells(values: "pd.DataFrame", scale: _Scale) -> tuple[_Cells, _Cells, _Cells]:
+def _cells(values: "pd.DataFrame", scale: Scale) -> tuple[Cells, Cells, Cells]:
     """Return the values, row by row, the models' means, and the layers' means."""
     flat = values.to_numpy().ravel()
-    found = [_Cells(flat, [scale.number(value) if math.isfinite(value) else "" for value in flat])]
+    found = [Cells(flat, [scale.number(value) if math.isfinite(value) else "" for value in flat])]
     for table, between in ((values.T, " ± "), (values, "\n±")):
         means, deviations = table.mean().to_numpy(), table.std().to_numpy()
         written = [
@@ -281,7 +217,7 @@ def _cells(values: "pd.DataFrame", scale: _Scale) -> tuple[_Cells, _Cells, _Cell
             + (f"{between}{100 * sd:.{scale.decimals}f}" if math.isfinite(sd) else "")
             for mean, sd in zip(means, deviations, strict=True)
         ]
-        found.append(_Cells(means, written))
+        found.append(Cells(means, written))
     return found[0], found[1], found[2]
 
 
@@ -290,7 +226,7 @@ def _grid(
     ordered: "pd.DataFrame",
     layers: Sequence[str],
     stages: Sequence[str | None],
-    cells: tuple[_Cells, _Cells, _Cells],
+    cells: tuple[Cells, Cells, Cells],
     top: float,
 ) -> _Grid:
     """Lay out the heat map; ``top`` is the width that title and colour bar need."""
@@ -308,7 +244,7 @@ def _grid(
     accuracies = names_end + (0.14 + text_width("accuracy", _NOTE_SIZE)) * bool(ordered["accuracy"].notna().any())
     accuracies = max(accuracies, _MARGIN + text_width(_LAYER_MEANS, _NOTE_SIZE))
     left = accuracies + _GAP
-    means_width = cells[1].widest(_number_size(0, 1, height)) + 0.08
+    means_width = cells[1].widest(number_size(0, 1, height)) + 0.08
     apart = [before != after for before, after in pairwise(stages)]
     gaps = np.cumsum([0, *apart]) * _GROUP_GAP  # before each layer
     width = _cell_width(left + gaps[-1] + _GAP + means_width + _MARGIN, n_layers, (cells[0], cells[2]))
@@ -331,9 +267,9 @@ def _grid(
     )
 
 
-def _cell_width(rest: float, n_layers: int, columns: Sequence[_Cells]) -> float:
+def _cell_width(rest: float, n_layers: int, columns: Sequence[Cells]) -> float:
     """Return the width of a cell: that of the figure without the ``rest``, or more where numbers need it."""
-    needed = max(cells.widest(_NUMBER_SIZES[0]) for cells in columns) / _FILLED
+    needed = max(cells.widest(NUMBER_SIZES[0]) for cells in columns) / FILLED
     width = (_WIDTH - rest) / n_layers
     if rest + n_layers * needed <= _WIDEST:
         width = max(width, needed)
@@ -346,18 +282,6 @@ def _name_size(height: float) -> float:
 
 def _layer_size(width: float) -> float:
     return min(0.78 * 72 * width, _NAME_SIZE)
-
-
-def _number_size(widest: float, width: float, height: float) -> float:
-    """Return the size of numbers in a cell of so many inches, 0 where they have no room.
-
-    Args:
-        widest: width of the widest number in inches, in letters of one point.
-        width: of the cell.
-        height: of the cell, or of one line in it.
-    """
-    size = min(_FILLED * width / widest if widest else math.inf, 0.66 * 72 * height, _NUMBER_SIZES[1])
-    return size if size >= _NUMBER_SIZES[0] * (1 - 1e-9) else 0.0
 
 
 def _category_labels(categories: Sequence[Category]) -> list[str]:
@@ -374,7 +298,7 @@ def _category_labels(categories: Sequence[Category]) -> list[str]:
     ]
 
 
-def _draw_values(axes: "Axes", grid: _Grid, cells: tuple[_Cells, _Cells, _Cells], scale: _Scale) -> None:
+def _draw_values(axes: "Axes", grid: _Grid, cells: tuple[Cells, Cells, Cells], scale: Scale) -> None:
     """Draw the cells, and the means of models and of layers."""
     width, height = grid.cell
     x, y = np.meshgrid(grid.lefts, grid.bottoms)
@@ -383,80 +307,7 @@ def _draw_values(axes: "Axes", grid: _Grid, cells: tuple[_Cells, _Cells, _Cells]
     sizes = grid.cell, (grid.means_width, height), (width, _LAYER_MEANS_HEIGHT)
     for some, place, size, name in zip(cells, places, sizes, ("values", "model means", "layer means"), strict=True):
         lines = 2 if name == "layer means" else 1
-        _draw_cells(axes, place, size, some, scale, _number_size(some.widest(1), size[0], size[1] / lines), name)
-
-
-def _draw_cells(
-    axes: "Axes",
-    place: tuple[Array, Array],
-    size: tuple[float, float],
-    cells: _Cells,
-    scale: _Scale,
-    number_size: float,
-    gid: str,
-) -> None:
-    """Draw cells at ``place`` (their left and lower edges) with what is written in them; hatched without a value."""
-    from matplotlib.collections import PolyCollection
-
-    left, bottom = place
-    corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1)]) * size
-    outlines = np.stack([left, bottom], axis=1)[:, None, :] + corners  # (n_cells, 4, 2)
-    known = np.isfinite(cells.values)
-    colors = scale.colors(cells.values)
-    edges: dict[str, Any] = {"edgecolors": "white", "linewidths": 0.4}
-    filled = PolyCollection(list(outlines[known]), facecolors=colors[known], gid=gid, **edges)
-    axes.add_collection(filled, autolim=False)
-    if not known.all():
-        absent = PolyCollection(list(outlines[~known]), gid=f"{gid}, not measured", linewidths=0.4, **_NOT_MEASURED)
-        axes.add_collection(absent, autolim=False)
-    if not number_size:
-        return
-    middles = np.stack([left + size[0] / 2, bottom + size[1] / 2], axis=1)  # (n_cells, 2)
-    places: dict[str, list[int]] = {}
-    for index in known.nonzero()[0].tolist():
-        places.setdefault(cells.written[index], []).append(index)
-    for number, indices in places.items():
-        _draw_number(axes, number, middles[indices], [_readable_on(colors[i]) for i in indices], number_size, gid)
-
-
-def _draw_number(axes: "Axes", number: str, middles: Array, colors: Sequence[str], size: float, gid: str) -> None:
-    """Write one number in the middle of cells, ``(n_cells, 2)``, in the colour of each.
-
-    Its outlines are drawn, not a text for each cell: a map has thousands of cells and a hundred numbers.
-    """
-    from matplotlib.collections import PathCollection
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.path import Path
-    from matplotlib.textpath import TextPath
-    from matplotlib.transforms import Affine2D
-
-    font = FontProperties(size=size)
-    height = TextPath((0, 0), "0", prop=font).get_extents().height  # points
-    lines = number.split("\n")
-    lowest = -height / 2 - (len(lines) - 1) * _LEADING * size / 2
-    outlines = [
-        TextPath((-36 * text_width(line, size), lowest + (len(lines) - 1 - i) * _LEADING * size), line, prop=font)
-        for i, line in enumerate(lines)
-    ]
-    numbers = PathCollection(
-        [Path.make_compound_path(*outlines)],
-        offsets=middles,
-        offset_transform=axes.transData,
-        facecolors=colors,
-        linewidths=0,
-        gid=gid,
-        label=number,
-    )
-    numbers.set_transform(Affine2D().scale(1 / 72) + axes.figure.dpi_scale_trans)
-    axes.add_collection(numbers, autolim=False)
-
-
-def _readable_on(color: Array) -> str:
-    """Return black or white, whichever has more contrast by the relative luminance of WCAG 2.2."""
-    parts = color[:3]
-    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-    luminance = float(linear @ (0.2126, 0.7152, 0.0722))
-    return "black" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "white"
+        draw_cells(axes, place, size, some, scale, number_size(some.widest(1), size[0], size[1] / lines), name)
 
 
 def _draw_about_models(axes: "Axes", grid: _Grid, categories: Sequence[Category], ordered: "pd.DataFrame") -> None:
@@ -518,7 +369,7 @@ def _band_width(title: str | None, quantity: str, missing: bool) -> float:
     return sum(parts) + (text_width(shown(title), _TITLE_SIZE, "bold") + 0.3 if title else 0)
 
 
-def _draw_band(figure: "Figure", axes: "Axes", scale: _Scale, title: str | None, quantity: str, missing: bool) -> None:
+def _draw_band(figure: "Figure", axes: "Axes", scale: Scale, title: str | None, quantity: str, missing: bool) -> None:
     """Draw title and colour bar."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -547,4 +398,4 @@ def _draw_band(figure: "Figure", axes: "Axes", scale: _Scale, title: str | None,
         end = left - _GAP - text_width(quantity, _NOTE_SIZE) - 0.2
         _right(axes, end, middle, "not measured", fontsize=_NOTE_SIZE)
         start = end - text_width("not measured", _NOTE_SIZE) - _GAP - _PATCH_WIDTH
-        axes.add_patch(Rectangle((start, low - 0.015), _PATCH_WIDTH, 0.12, linewidth=0.4, **_NOT_MEASURED))
+        axes.add_patch(Rectangle((start, low - 0.015), _PATCH_WIDTH, 0.12, linewidth=0.4, **NOT_MEASURED))

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from layercrit._categories import categories_of
-from layercrit._heat_map import COLOR_MAPS
+from layercrit._cells import COLOR_MAPS
 from layercrit.comparison import Comparison, about_models, estimates_of
 from layercrit.differences import compared_differences
 from layercrit.layers import layer_labels
