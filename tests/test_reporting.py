@@ -201,6 +201,8 @@ def test_report__unknown_figure(study):
 def test_report__unknown_format_leaves_nothing_behind(study, tmp_path):
     with pytest.raises(ProtocolError, match=r"cannot be saved as 'pgn'\. Did you mean 'png'"):
         report(study, tmp_path / "out", formats=["svg", "pgn"])
+    with pytest.raises(ProtocolError, match="cannot be saved as 'jpg'"):
+        report(study, tmp_path / "out", figures=[], formats=["jpg"])
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["criticality_bars", "figure_style", "printable", "save_figure", "text_width"]
+__all__ = ["check_formats", "criticality_bars", "figure_style", "printable", "save_figure", "text_width"]
 
 # Colours of Okabe & Ito 2008 (jfly.uni-koeln.de/color), told apart with any common colour blindness.
 _TYPE_COLORS = {
@@ -260,6 +260,13 @@ def _draw_legend(axes: "Axes", entries: dict[str, dict[str, Any]]) -> None:
     )
 
 
+def check_formats(formats: Sequence[str]) -> None:
+    """Raise ProtocolError for a format in which figures cannot be saved."""
+    for one in formats:
+        if one not in _FORMATS:
+            raise ProtocolError(f"Figures cannot be saved as {one!r}. {near(one, _FORMATS)}")
+
+
 def save_figure(
     figure: "Figure", path_without_suffix: str | Path, formats: Sequence[str] = ("png", "svg")
 ) -> list[Path]:
@@ -277,9 +284,7 @@ def save_figure(
     Raises:
         ProtocolError: A format is unknown; nothing is written then.
     """
-    for one in formats:
-        if one not in _FORMATS:
-            raise ProtocolError(f"Figures cannot be saved as {one!r}. {near(one, _FORMATS)}")
+    check_formats(formats)
     base = Path(path_without_suffix)
     base.parent.mkdir(parents=True, exist_ok=True)
     paths = []

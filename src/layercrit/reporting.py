@@ -13,7 +13,7 @@ from layercrit._categories import labels_of, shown
 from layercrit._progress import Bar
 from layercrit.comparison import Comparison, about_models, compare, estimates_of
 from layercrit.errors import StudyError, near
-from layercrit.figures import criticality_bars, save_figure
+from layercrit.figures import check_formats, criticality_bars, save_figure
 from layercrit.layers import layer_labels
 from layercrit.page import write_page
 from layercrit.study import Study
@@ -138,6 +138,7 @@ def report(
     for name in asked:
         if name not in FIGURES:
             raise StudyError(f"There is no figure {name!r}. {near(name, FIGURES)}")
+    check_formats(formats)
     folder = study.folder if out is None else Path(out).expanduser()
     comparison = compare(
         study, baseline=baseline, leave_out=None if leave_out is None else list(leave_out), reset=reset
