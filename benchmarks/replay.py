@@ -145,7 +145,7 @@ def plain(arch: str, folder: str, n_images: int, batch_size: int) -> dict:
     from torch.utils.data import DataLoader, Dataset
 
     from layercrit.layers import find_layers, select_layers
-    from layercrit.resets import seed_of
+    from layercrit.seeds import seed_of
 
     weights = torch.load(Path(folder) / f"{arch}.pth", weights_only=True)
     model = timm.create_model(arch).eval()
@@ -204,10 +204,10 @@ def write_network(arch: str, folder: str) -> dict:
     import timm
     import torch
 
+    from layercrit.engine.replay import open_replay
     from layercrit.layers import find_layers, select_layers
-    from layercrit.models import open_model
-    from layercrit.probes import ProbeSet
-    from layercrit.replay import open_replay
+    from layercrit.models.references import open_model
+    from layercrit.probes.probe_set import ProbeSet
 
     model = open_model(f"timm:{arch}?pretrained=false")
     images = ProbeSet.from_folder(f"{folder}/images", model.preprocessing, n_images=16).batch(0, 16)

@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from browser import CHROMIUM, opened_browser, opened_page
 from layercrit.comparison import compare
-from layercrit.figures import save_figure
-from layercrit.page import write_page
-from layercrit.published import import_published
-from layercrit.reporting import FIGURES, _tables
-from layercrit.store import ModelRow
-from layercrit.study import Study, load_study
+from layercrit.figures.style import save_figure
+from layercrit.reporting.page import write_page
+from layercrit.reporting.reports import FIGURES, _tables
+from layercrit.study.published import import_published
+from layercrit.study.store import ModelRow
+from layercrit.study.tables import Study, load_study
 from published_results import RELEASED, measured, rows_of, write_table
 
 N_MODELS, N_LAYERS, N_TRIALS = 50, 54, 3

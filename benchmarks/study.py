@@ -21,15 +21,24 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from layercrit._worker import Measured, Planned, Progressed
-from layercrit.executors import Event, Executor, Finished, LocalProcesses, Message, Place, Start, Task
-from layercrit.planning import plan_study
-from layercrit.published import import_published
-from layercrit.running import run_study
-from layercrit.store import Store
-from layercrit.study import load_study
-from layercrit.studyfile import StudyFile, read_study_file
-from layercrit.zoo import ZOO
+from layercrit.models.zoo.fetching import ZOO
+from layercrit.study.executors import (
+    Event,
+    Executor,
+    Finished,
+    LocalProcesses,
+    Message,
+    Place,
+    Start,
+    Task,
+)
+from layercrit.study.file import StudyFile, read_study_file
+from layercrit.study.planning import plan_study
+from layercrit.study.published import import_published
+from layercrit.study.running import run_study
+from layercrit.study.store import Store
+from layercrit.study.tables import load_study
+from layercrit.study.worker import Measured, Planned, Progressed
 
 N_LAYERS, N_TRIALS = 54, 3  # of the published study
 
@@ -81,7 +90,7 @@ def store(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
 
 def put_parts(folder: Path, n_images: int) -> float:
     """Return the median time of keeping a part of a trial of a ResNet-50."""
-    from layercrit.store import PartRow
+    from layercrit.study.store import PartRow
 
     generator = np.random.default_rng(0)
     names = ("cosine", "l1", "l2", "js", "top1", "cosine_matched")

@@ -8,7 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from layercrit.executors import LocalProcesses, Message, Place, Task
+from layercrit.study.executors import LocalProcesses, Message, Place, Task
 
 
 def task(name, function, *arguments, affinity="model"):

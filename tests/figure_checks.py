@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from layercrit.figures import figure_style
+from layercrit.figures.style import figure_style
 
 CATEGORIES = ["contrastive", "augmentation", None, "own_idea", "baseline", "augmentation", "training_recipes"]
 NASTY = ["$x_1$", "a$b$c", r"\frac{", "_hidden", "cost$", "tab\tbell\x07", "line\nbreak", "<&>\"'", "Cé±", "x" * 500]

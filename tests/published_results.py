@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from layercrit.store import CellRow, FailureRow, ModelRow, PlanRow, Store
-from layercrit.study import load_study
+from layercrit.study.store import CellRow, FailureRow, ModelRow, PlanRow, Store
+from layercrit.study.tables import load_study
 
 RELEASED = Path(__file__).resolve().parents[2] / "shared" / "published"
 released = pytest.mark.skipif(

@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from layercrit.distances import DISTANCES
-from layercrit.executors import Executor, Failed, Finished, LocalProcesses, Message, Place
-from layercrit.networks import drawing
 from layercrit.resets import RESETS
-from layercrit.running import run_study
-from layercrit.store import FILE, Store
-from layercrit.study import load_study
-from layercrit.studyfile import read_study_file
+from layercrit.seeds import drawing
+from layercrit.study.executors import Executor, Failed, Finished, LocalProcesses, Message, Place
+from layercrit.study.file import read_study_file
+from layercrit.study.running import run_study
+from layercrit.study.store import FILE, Store
+from layercrit.study.tables import load_study
 from small_studies import write_study
 
 ARCHITECTURE = "arch=py:running_jobs:small_network"
@@ -141,7 +141,7 @@ def run(path, folder, executor=None, **settings):
 
 def run_slowly(path, folder, seconds):
     """Be a process that is killed: give a part after every batch, and wait a little after every event."""
-    import layercrit._worker as worker
+    import layercrit.study.worker as worker
 
     torch.set_num_threads(1)
     worker._SECONDS_BETWEEN_PARTS = 0

@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.torch import save_file
 
 from layercrit.demo import small_resnet
-from layercrit.networks import drawing
+from layercrit.seeds import drawing
 
 OPTIONS = "arch=py:layercrit.demo:small_resnet&mean=(0.305,)&std=(0.376,)"
 """What a reference ``file:PATH?...`` to one of the weight files says after the question mark."""

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layercrit.models import open_model
-from layercrit.probes import Preprocessing, ProbeSet
+from layercrit.models.references import open_model
+from layercrit.probes.images import Preprocessing
+from layercrit.probes.probe_set import ProbeSet
 from photographs import pieces
 
 SIZE = 12

@@ -10,9 +10,9 @@ from scipy.stats import permutation_test, spearmanr
 
 from layercrit.comparison import accuracy_of, compare
 from layercrit.errors import StudyError
-from layercrit.published import import_published
-from layercrit.store import ModelRow
-from layercrit.study import load_study
+from layercrit.study.published import import_published
+from layercrit.study.store import ModelRow
+from layercrit.study.tables import load_study
 from published_results import LAYERS, MODELS, RELEASED, measured, released, rows_of, write_models, write_table
 
 

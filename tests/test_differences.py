@@ -12,10 +12,10 @@ from layercrit.comparison import compare
 from layercrit.contrasts import benjamini_hochberg, contrasts_of_samples, crossed_contrasts, holm
 from layercrit.differences import differences
 from layercrit.errors import StudyError
-from layercrit.merging import merge_studies
-from layercrit.published import import_published
-from layercrit.store import ModelRow
-from layercrit.study import load_study
+from layercrit.study.merging import merge_studies
+from layercrit.study.published import import_published
+from layercrit.study.store import ModelRow
+from layercrit.study.tables import load_study
 from published_results import LAYERS, MODELS, RELEASED, measured, released, rows_of, write_models, write_table
 
 CATEGORIES = ("baseline", "augmentation", "augmentation", "contrastive")

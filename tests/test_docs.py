@@ -30,16 +30,16 @@ import pytest
 
 import layercrit
 from layercrit import errors
-from layercrit.cli import cli
+from layercrit.cli.root import cli
 from layercrit.demo import copy_family, example_study
 from layercrit.distances import DISTANCES
-from layercrit.models import MODEL_SOURCES
-from layercrit.reporting import FIGURES
+from layercrit.models.sources import MODEL_SOURCES
+from layercrit.models.zoo.fetching import ZOO
+from layercrit.reporting.reports import FIGURES
 from layercrit.resets import RESETS
-from layercrit.running import run_study
-from layercrit.studyfile import read_study_file
+from layercrit.study.file import read_study_file
+from layercrit.study.running import run_study
 from layercrit.training.methods import CATEGORIES, METHODS
-from layercrit.zoo import ZOO
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -75,8 +75,8 @@ def distances() -> str:
 
 
 def model_sources() -> str:
-    """The table of the docstring of `layercrit.models`, whose last column may go on in the next line."""
-    lines = (importlib.import_module("layercrit.models").__doc__ or "").splitlines()
+    """The table of the docstring of `layercrit.models.references`, whose last column may go on in the next line."""
+    lines = (importlib.import_module("layercrit.models.references").__doc__ or "").splitlines()
     first, last = (place for place, line in enumerate(lines) if line.startswith("====="))
     width = lines[first].index(" ")
     rows: list[list[str]] = []

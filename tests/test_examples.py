@@ -8,16 +8,16 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from layercrit._cli_study import study as group
+from layercrit.cli.study import study as group
 from layercrit.demo import copy_family, example_study, run_demo, small_resnet
-from layercrit.models import open_model
-from layercrit.planning import plan_study
-from layercrit.resets import seed_of
-from layercrit.study import load_study
-from layercrit.studyfile import read_study_file
+from layercrit.models.references import open_model
+from layercrit.models.zoo.fetching import ZOO
+from layercrit.seeds import seed_of
+from layercrit.study.file import read_study_file
+from layercrit.study.planning import plan_study
+from layercrit.study.tables import load_study
 from layercrit.training import get_method
 from layercrit.training.methods import CATEGORIES
-from layercrit.zoo import ZOO
 from small_studies import N_LAYERS
 
 NAMES = ("paper", "fashion")

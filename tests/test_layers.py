@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layercrit.errors import LayerError
-from layercrit.layers import GROUPS, LAYER_TYPES, Layer, find_layers, layer_labels, select_layers, stages_of, wrapper_of
+from layercrit.layers import (
+    GROUPS,
+    LAYER_TYPES,
+    Layer,
+    find_layers,
+    layer_labels,
+    select_layers,
+    stages_of,
+)
+from layercrit.wrappers import wrapper_of
 from tiny_networks import (
     ARCHITECTURES,
     BY_HAND_IMAGES,

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from layercrit import _calibration
-from layercrit import session as session_module
-from layercrit._machine import choose_batch_size, find_device, is_out_of_memory
-from layercrit._progress import Bar
+from layercrit.engine import calibration as _calibration
+from layercrit.engine import session as session_module
+from layercrit.engine.replay import GraphReplay
 from layercrit.errors import LayercritError
+from layercrit.machine import choose_batch_size, find_device, is_out_of_memory
 from layercrit.measuring import measure
-from layercrit.probes import Preprocessing
-from layercrit.replay import GraphReplay
+from layercrit.probes.images import Preprocessing
+from layercrit.progress import Bar
 from small_subjects import (
     PIXELS,
     QUIET,

@@ -13,9 +13,11 @@ from torch import nn
 
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError
-from layercrit.measurement import CELL_COLUMNS, MATCHED, PER_IMAGE, Measurement
+from layercrit.measurement import CELL_COLUMNS, PER_IMAGE, Measurement
 from layercrit.measuring import measure
-from layercrit.probes import Preprocessing, ProbeSet
+from layercrit.probes.images import Preprocessing
+from layercrit.probes.probe_set import ProbeSet
+from layercrit.protocol import MATCHED
 from layercrit.statistics import estimate, estimate_mean_over_layers
 
 FILES = ["cells.parquet", "criticality.png", "criticality.svg", "layers.csv", "measurement.json"]

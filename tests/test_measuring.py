@@ -12,13 +12,21 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from layercrit import session as session_module
 from layercrit.distances import DISTANCES, distance
-from layercrit.errors import CheckpointError, LayercritError, LayerError, ModelError, ProbeError, ProtocolError
+from layercrit.engine import session as session_module
+from layercrit.errors import (
+    CheckpointError,
+    LayercritError,
+    LayerError,
+    ModelError,
+    ProbeError,
+    ProtocolError,
+)
 from layercrit.measuring import measure
-from layercrit.models import open_model
-from layercrit.networks import structure
-from layercrit.probes import Preprocessing, ProbeSet
+from layercrit.models.model import structure
+from layercrit.models.references import open_model
+from layercrit.probes.images import Preprocessing
+from layercrit.probes.probe_set import ProbeSet
 from layercrit.resets import RESETS, reset
 from photographs import pieces
 from slow_measurement import hashed, slow_measurement

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from layercrit.engine.replay import MODES
 from layercrit.errors import ProtocolError
 from layercrit.measuring import measure
 from layercrit.protocol import DEFAULTS, DTYPES, Protocol
-from layercrit.replay import MODES
 
 
 def test_defaults__are_those_of_measure():

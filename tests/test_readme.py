@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from layercrit.demo import copy_family
-from layercrit.studyfile import read_study_file
+from layercrit.study.file import read_study_file
 from layercrit.training.methods import CATEGORIES, METHODS
 
 ROOT = Path(__file__).parents[1]

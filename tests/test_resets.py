@@ -10,16 +10,9 @@ from torch import nn
 
 from layercrit.errors import CheckpointError, ModelError, ProtocolError
 from layercrit.layers import find_layers
-from layercrit.models import open_model
-from layercrit.resets import (
-    RESETS,
-    donor_values,
-    draw_values,
-    get_reset,
-    given_donor,
-    reset,
-    seed_of,
-)
+from layercrit.models.references import open_model
+from layercrit.resets import RESETS, donor_values, draw_values, get_reset, given_donor, reset
+from layercrit.seeds import seed_of
 from training_runs import write_run
 
 

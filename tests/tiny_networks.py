@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layercrit.layers import Layer, find_layers
-from layercrit.networks import logits_of
+from layercrit.models.model import logits_of
 
 N_CLASSES = 10
 

@@ -7,8 +7,9 @@ import timm
 import torch
 from torch import Tensor
 
-from layercrit.checkpoints import fit_to, read_checkpoint
-from layercrit.models import Model, open_model
+from layercrit.models.checkpoints import fit_to, read_checkpoint
+from layercrit.models.model import Model
+from layercrit.models.references import open_model
 
 
 def efficientnet_lite0_state_dict() -> dict[str, Tensor]:

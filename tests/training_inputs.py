@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from layercrit.networks import drawing
+from layercrit.seeds import drawing
 from layercrit.training.methods import Inputs, Views
 
 GREY = Inputs(1, 28, 28, 10, (0.29,), (0.35,), same_size=True)

@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from layercrit.errors import LayercritError
     from layercrit.measurement import Measurement
     from layercrit.measuring import measure
-    from layercrit.models import Model, open_model
-    from layercrit.probes import ProbeSet
-    from layercrit.reporting import report
+    from layercrit.models.model import Model
+    from layercrit.models.references import open_model
+    from layercrit.probes.probe_set import ProbeSet
+    from layercrit.reporting.reports import report
     from layercrit.resets import reset
-    from layercrit.study import Study, load_study
+    from layercrit.study.tables import Study, load_study
 
 __all__ = [
     "LayercritError",

@@ -1,5 +1,5 @@
 """``python -m layercrit``, for launchers that start modules."""
 
-from layercrit.cli import main
+from layercrit.cli.root import main
 
 main()

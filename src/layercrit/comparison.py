@@ -12,13 +12,13 @@ import pandas as pd
 from scipy.stats import kendalltau, rankdata, spearmanr
 
 from layercrit.errors import StudyError, near
-from layercrit.study import Study
+from layercrit.protocol import MATCHED
+from layercrit.study.tables import Study
 from layercrit.wrappers import wrapper_of
 
 __all__ = ["Comparison", "about_models", "accuracy_of", "cells_of", "compare", "estimates_of"]
 
 _ADVERSARIAL = "adversarial_training"
-_MATCHED = "cosine_matched"
 _EXACT = 8  # models up to which the p-value of Spearman's rho is taken over all their orders
 _LISTED = 5  # names shown in a note
 _CAUTION = (
@@ -182,12 +182,12 @@ def compare(
     layers = _layers(cells, first)
     tables = {
         name: grid[name].unstack("layer").reindex(index=compared, columns=layers).rename_axis("model")  # noqa: PD010
-        for name in ("cosine", _MATCHED, "sd", "depth", "n_bad")
+        for name in ("cosine", MATCHED, "sd", "depth", "n_bad")
     }
     criticality = tables["cosine"]
     difference = None if chosen is None else criticality - criticality.loc[chosen]
     depth = tables["depth"].rank(axis=1, method="first").astype(int) - 1
-    models, kind, about_accuracy = _models(study, criticality, tables[_MATCHED], difference, depth)
+    models, kind, about_accuracy = _models(study, criticality, tables[MATCHED], difference, depth)
     stages = grid["stage"].xs(first, level="model").reindex(layers)
     unlike = len(set(models["category"])) > 1 and models["criticality_matched"].isna().any()
     return Comparison(
@@ -292,7 +292,7 @@ def _layers(cells: pd.DataFrame, model: str) -> list[str]:
 
 def _grid(cells: pd.DataFrame) -> pd.DataFrame:
     """Return one row per (model, layer): means and spread over trials, NaN where a cell is not ok."""
-    table = cells.assign(**{_MATCHED: cells.get(_MATCHED, math.nan), "bad": cells["status"] != "ok"})
+    table = cells.assign(**{MATCHED: cells.get(MATCHED, math.nan), "bad": cells["status"] != "ok"})
     groups = table.groupby(["model", "layer"], sort=False)
     grid = groups.agg(
         cosine=("cosine", "mean"),
@@ -300,9 +300,9 @@ def _grid(cells: pd.DataFrame) -> pd.DataFrame:
         depth=("depth", "first"),
         stage=("stage", "first"),
         n_bad=("bad", "sum"),
-        **{_MATCHED: (_MATCHED, "mean")},
+        **{MATCHED: (MATCHED, "mean")},
     )
-    grid.loc[grid["n_bad"] > 0, ["cosine", "sd", _MATCHED]] = math.nan
+    grid.loc[grid["n_bad"] > 0, ["cosine", "sd", MATCHED]] = math.nan
     return grid
 
 
@@ -346,7 +346,7 @@ def accuracy_of(models: pd.DataFrame) -> tuple[str, pd.Series]:
     It is ``documented`` (as the authors give it) or ``measured`` (top-1 on the probe set), the former where both are.
 
     Args:
-        models: rows of `layercrit.study.Study.models`.
+        models: rows of `layercrit.study.tables.Study.models`.
     """
     choices = {"documented": models["documented_accuracy"], "measured": models["top1_accuracy"]}
     kind = max(choices, key=lambda name: int(choices[name].notna().sum()))

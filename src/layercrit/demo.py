@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from layercrit.comparison import Comparison, compare
 from layercrit.errors import StudyError
-from layercrit.findings import describe_family
-from layercrit.reporting import report
-from layercrit.running import run_study
-from layercrit.study import Study, load_study
-from layercrit.studyfile import read_study_file
+from layercrit.reporting.findings import describe_family
+from layercrit.reporting.reports import report
+from layercrit.study.file import read_study_file
+from layercrit.study.running import run_study
+from layercrit.study.tables import Study, load_study
 
 __all__ = ["DemoResult", "copy_family", "example_study", "run_demo", "small_resnet"]
 
@@ -80,7 +80,7 @@ def small_resnet(num_classes: int = 10) -> nn.Module:
 
 def example_study(name: str) -> str:
     """Return a study file that comes with layercrit: ``paper`` or ``fashion``."""
-    return resources.files("layercrit").joinpath(f"studies/{name}.toml").read_text(encoding="utf-8")
+    return resources.files("layercrit").joinpath(f"study/examples/{name}.toml").read_text(encoding="utf-8")
 
 
 def copy_family(folder: Path) -> Path:

@@ -10,17 +10,23 @@ import numpy.typing as npt
 import pandas as pd
 
 from layercrit.comparison import Comparison, cells_of, compare
-from layercrit.contrasts import Contrasts, benjamini_hochberg, contrasts_of_samples, crossed_contrasts, holm
+from layercrit.contrasts import (
+    Contrasts,
+    benjamini_hochberg,
+    contrasts_of_samples,
+    crossed_contrasts,
+    holm,
+)
 from layercrit.errors import StudyError, near
-from layercrit.store import Store
-from layercrit.study import Study
+from layercrit.protocol import MATCHED
+from layercrit.study.store import Store
+from layercrit.study.tables import Study
 
 __all__ = ["Differences", "differences"]
 
 Array = npt.NDArray[np.float64]
 Pair = tuple[str, str]
 
-_MATCHED = "cosine_matched"
 _SAME_IMAGES = (
     "Of some models only means over images are known: intervals and tests with them hold for new trials on the same "
     "images."
@@ -147,7 +153,7 @@ def compared_differences(
     if unit == "models" and between == "models":
         raise StudyError("The unit 'models' is for categories: of two single models only trials can be drawn anew.")
     cells = cells_of(study, comparison)
-    quantity = _MATCHED if matched else "cosine"
+    quantity = MATCHED if matched else "cosine"
     if quantity not in cells or cells[quantity].isna().all():
         raise StudyError("The study has no temperature-matched values: they need the predictions for single images.")
     chosen = _pairs(study, comparison, pairs, between)

@@ -62,3 +62,9 @@ def near(name: str, known: Iterable[str], limit: int = 5) -> str:
     shown = ", ".join(repr(known_name) for known_name in names[:limit])
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"Known: {shown}{more}." if names else "None is known."
+
+
+def first_line(error: Exception) -> str:
+    """The type of an error and the first line of its text, short enough to quote."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layercrit._holding import holding
 from layercrit.errors import LayerError, near
+from layercrit.restoring import holding
 from layercrit.wrappers import wrapper_of
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "layer_labels",
     "select_layers",
     "stages_of",
-    "wrapper_of",
 ]
 
 LAYER_TYPES = {

@@ -13,16 +13,15 @@ import numpy.typing as npt
 import pandas as pd
 
 from layercrit.distances import DISTANCES
-from layercrit.errors import LayercritError
-from layercrit.networks import first_line
+from layercrit.errors import LayercritError, first_line
+from layercrit.protocol import MATCHED
 from layercrit.statistics import Estimate, estimate, estimate_mean_over_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CELL_COLUMNS", "MATCHED", "PER_IMAGE", "Measurement"]
+__all__ = ["CELL_COLUMNS", "PER_IMAGE", "Measurement"]
 
-MATCHED = "cosine_matched"  # the cosine distance of temperature-matched predictions
 PER_IMAGE = "_per_image"  # ends the columns of cells.parquet that hold a list of one distance per image
 
 CELL_COLUMNS = {
@@ -137,7 +136,7 @@ class Measurement:
 
     def plot(self) -> "Figure":
         """Return the bar picture of criticality in depth order."""
-        from layercrit.figures import criticality_bars
+        from layercrit.figures.bars import criticality_bars
 
         summary = self.summary()
         return criticality_bars(
@@ -155,7 +154,7 @@ class Measurement:
         Raises:
             LayercritError: the folder cannot be written, for instance because the disk is full.
         """
-        from layercrit.figures import save_figure
+        from layercrit.figures.style import save_figure
 
         folder = Path(folder).expanduser()
         cells = self.cells.copy()

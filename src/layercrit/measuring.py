@@ -14,19 +14,21 @@ import pandas as pd
 import torch
 from torch import nn
 
-from layercrit._allocator import large_blocks_stay
-from layercrit._machine import versions
-from layercrit._progress import Bar
-from layercrit._subject import Subject
-from layercrit._untouched import rng_untouched, untouched
 from layercrit.distances import DISTANCES, get_distance
+from layercrit.engine.allocator import large_blocks_stay
+from layercrit.engine.session import Session, Trial
+from layercrit.engine.subject import Subject
 from layercrit.errors import ProtocolError
-from layercrit.measurement import CELL_COLUMNS, MATCHED, PER_IMAGE, Measurement
-from layercrit.models import Model, open_model
-from layercrit.probes import ProbeSet
-from layercrit.protocol import DEFAULTS, Protocol
-from layercrit.resets import get_reset, seed_of
-from layercrit.session import Session, Trial
+from layercrit.machine import versions
+from layercrit.measurement import CELL_COLUMNS, PER_IMAGE, Measurement
+from layercrit.models.model import Model
+from layercrit.models.references import open_model
+from layercrit.probes.probe_set import ProbeSet
+from layercrit.progress import Bar
+from layercrit.protocol import DEFAULTS, MATCHED, Protocol
+from layercrit.resets import get_reset
+from layercrit.restoring import rng_untouched, untouched
+from layercrit.seeds import seed_of
 
 __all__ = ["Measurement", "measure"]
 

@@ -7,7 +7,10 @@ from typing import Any
 
 from layercrit.errors import ProtocolError, near
 
-__all__ = ["DEFAULTS", "DTYPES", "Protocol"]
+__all__ = ["DEFAULTS", "DTYPES", "MATCHED", "Protocol"]
+
+MATCHED = "cosine_matched"
+"""Column and key of the cosine distance between predictions at the model's matched temperature."""
 
 DTYPES = ("auto", "reference", "float32", "bfloat16")
 

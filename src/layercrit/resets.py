@@ -1,9 +1,7 @@
-"""What a reset does to a layer's parameters, where fresh values come from, and the seeds they are drawn under."""
+"""What a reset does to a layer's parameters, and where fresh values come from."""
 
 import copy
-import hashlib
 import inspect
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from layercrit.checkpoints import fit_to, hash_tensors, read_checkpoint, weight_file
 from layercrit.errors import ModelError, ProtocolError, near
 from layercrit.layers import Layer
-from layercrit.models import Model
-from layercrit.networks import drawing
+from layercrit.models.checkpoints import fit_to, hash_tensors, read_checkpoint, weight_file
+from layercrit.models.model import Model
+from layercrit.seeds import drawing, seed_of
 
 __all__ = [
     "RESETS",
@@ -27,7 +25,6 @@ __all__ = [
     "get_reset",
     "given_donor",
     "reset",
-    "seed_of",
 ]
 
 
@@ -172,15 +169,6 @@ def draw_values(
                 f"expected a tensor of shape {tuple(value.shape)}. Return a value for every name in draw.trained."
             )
     return {name: values[name].detach().to(trained[name].dtype) for name in trained}
-
-
-def seed_of(*words: str | int) -> int:
-    """Return the first 8 bytes of the SHA-256 of some words, as a number in [0, 2^64).
-
-    Hashing keeps seeds apart where sums of integers collide: trial 1 of study 2 is not trial 2 of study 1.
-    """
-    text = json.dumps(words, ensure_ascii=True, separators=(",", ":"))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def donor_values(model: Model, layers: Iterable[Layer], seed: int) -> dict[str, Tensor]:

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from layercrit.errors import ModelError
-from layercrit.models import open_model
-from layercrit.networks import first_line, logits_of
-from layercrit.resets import seed_of
+from layercrit.errors import ModelError, first_line
+from layercrit.models.model import logits_of
+from layercrit.models.references import open_model
+from layercrit.seeds import seed_of
 from layercrit.training.methods import Inputs
 
 __all__ = ["fitted_architecture", "initial_network"]

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from layercrit._untouched import rng_untouched
 from layercrit.errors import TrainingError
-from layercrit.images import Preprocessing
-from layercrit.networks import seed_generators
-from layercrit.resets import seed_of
+from layercrit.probes.images import Preprocessing
+from layercrit.restoring import rng_untouched
+from layercrit.seeds import seed_generators, seed_of
 from layercrit.training.data import Split
 from layercrit.training.methods import Inputs, Views
 

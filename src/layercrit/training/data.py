@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from layercrit.archives import open_source
 from layercrit.errors import ProbeError, TrainingError
-from layercrit.idx import IdxSource
-from layercrit.images import FORMATS, Preprocessing, open_image
-from layercrit.resets import seed_of
-from layercrit.sources import ArraySource, ImageSource
+from layercrit.probes.idx import IdxSource
+from layercrit.probes.images import FORMATS, Preprocessing, open_image
+from layercrit.probes.opening import open_source
+from layercrit.probes.sources import ArraySource, ImageSource
+from layercrit.seeds import seed_of
 from layercrit.training.methods import Inputs
 
 __all__ = ["Split", "TrainingData", "open_training_data"]

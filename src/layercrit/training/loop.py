@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from layercrit._machine import versions
-from layercrit._untouched import rng_untouched
-from layercrit.checkpoints import hash_tensors
 from layercrit.errors import TrainingError
 from layercrit.locks import hold
-from layercrit.networks import logits_of
+from layercrit.machine import versions
+from layercrit.models.checkpoints import hash_tensors
+from layercrit.models.model import logits_of
+from layercrit.restoring import rng_untouched
 from layercrit.training.architecture import fitted_architecture, initial_network
 from layercrit.training.batches import held_out_batches, to_device
 from layercrit.training.data import TrainingData

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layercrit.errors import TrainingError, near
-from layercrit.networks import logits_of
+from layercrit.models.model import logits_of
 
 __all__ = [
     "CATEGORIES",

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from layercrit._machine import find_device
 from layercrit.errors import TrainingError, near
+from layercrit.machine import find_device
 from layercrit.training.methods import Optimisation
 
 __all__ = ["make_accelerator", "make_optimizer", "make_schedule", "moving_average"]

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from layercrit.errors import TrainingError
-from layercrit.networks import drawing, seed_generators
-from layercrit.resets import seed_of
+from layercrit.seeds import drawing, seed_generators, seed_of
 from layercrit.training.batches import Batches, to_device
 from layercrit.training.methods import Phase
 from layercrit.training.optimisation import make_optimizer, make_schedule, moving_average

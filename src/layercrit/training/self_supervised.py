@@ -9,9 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from layercrit.errors import TrainingError
-from layercrit.networks import first_line
-from layercrit.training.methods import Inputs, Learner, Method, Optimisation, Phase, Supervised, Views, setting
+from layercrit.errors import TrainingError, first_line
+from layercrit.training.methods import (
+    Inputs,
+    Learner,
+    Method,
+    Optimisation,
+    Phase,
+    Supervised,
+    Views,
+    setting,
+)
 
 __all__ = [
     "LinearHead",

@@ -1,0 +1,37 @@
+"""The command that measures the bundled family of networks."""
+
+import json
+from pathlib import Path
+
+import click
+
+from layercrit.cli.tables import show_comparison
+
+__all__ = ["demo_command"]
+
+
+@click.command("demo")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("layercrit-demo"), show_default=True, metavar="DIR"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+def demo_command(out: Path, as_json: bool) -> None:
+    """Measure 15 small networks, trained on Fashion-MNIST by methods of all families. Needs a minute, no network."""
+    from layercrit.demo import run_demo
+
+    result = run_demo(out, say=lambda line: click.echo(line, err=True))
+    if as_json:
+        click.echo(json.dumps({**result.comparison.to_dict(), "findings": result.findings}, allow_nan=False))
+    else:
+        show_comparison(result.comparison)
+        click.echo(f"\n{result.findings}\n")
+    files = ", ".join(sorted(path.name for path in out.iterdir() if path.is_file()))
+    click.echo(f"Saved in {out}: {files}; figures in {out / 'figures'}.", err=True)
+    click.echo(f"Open {out / 'report.html'} in a browser. By hand:", err=True)
+    for command in (
+        f"layercrit study run {out / 'fashion.toml'} --out {out / 'study'}",
+        f"layercrit compare {out / 'study'}",
+        f"layercrit report {out / 'study'} --model pixmix",
+        f"layercrit measure file:{out / 'models' / 'baseline'} --images {out / 'fashion-mnist-test.npz'} --trials 5",
+    ):
+        click.echo(f"  {command}", err=True)

@@ -1,0 +1,298 @@
+"""The commands about one model: measure it, list its layers, show a measurement again."""
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from layercrit.cli.printing import number, percent, plain, print_table
+from layercrit.errors import LayercritError
+from layercrit.protocol import DEFAULTS, DTYPES
+
+# Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from layercrit.measurement import Measurement
+
+__all__ = ["layers_command", "measure_command", "show_command"]
+
+_SECONDS_BETWEEN_SAVES = 60.0
+
+
+class _Registered(click.Option):
+    """An option whose values are the names in a registry; it is read only when help or a value is asked for."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from layercrit.resets import RESETS
+
+        record = super().get_help_record(ctx)
+        if record is None:
+            return None
+        listed = "; ".join(f"{name}: {reset.summary.rstrip('.')}" for name, reset in RESETS.items())
+        return record[0], f"{record[1]} {listed}."
+
+
+def _selection(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that choose layers."""
+    for option in reversed(
+        [
+            click.option("--layers", default=DEFAULTS.layers, show_default=True, metavar="GLOB,...",
+                         help="Patterns on layer names, such as 'layer1.*,fc'."),
+            click.option("--types", default=DEFAULTS.types, show_default=True, metavar="TYPE,...",
+                         help="Types of layers: conv, linear, norm, embedding, other, or all."),
+            click.option("--group", default=DEFAULTS.group, show_default=True,
+                         type=click.Choice(["layer", "block", "stage"]), help="Reset layers alone or together."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _number_or_auto(context: click.Context, parameter: click.Parameter, value: str) -> int | str:
+    if value == "auto":
+        return value
+    if not value.isdecimal():
+        raise click.BadParameter(f"expected 'auto' or a whole number, got {value!r}.")
+    return int(value)
+
+
+@click.command("measure")
+@click.argument("model")
+@click.option(
+    "--images",
+    required=True,
+    metavar="SOURCE",
+    help="A folder, .npz/.npy, .parquet, webdataset .tar, Hugging Face data set on disk, MNIST's format (a folder: its "
+    "t10k part), or 'torchvision:NAME?root=DIR&split=test'.",
+)
+@click.option("--trials", default=DEFAULTS.trials, show_default=True, help="Random draws per layer.")
+@click.option("--n-images", default=DEFAULTS.n_images, show_default=True, help="Images drawn from SOURCE.")
+@_selection
+@click.option(
+    "--reset",
+    default=DEFAULTS.reset,
+    show_default=True,
+    cls=_Registered,
+    metavar="NAME",
+    help="What replaces a layer's parameters.",
+)
+@click.option(
+    "--from",
+    "donor",
+    metavar="FILE",
+    help="A weight file to take the new values from (needed by rewind); DIR@epoch=0: what a training run began with.",
+)
+@click.option("--seed", default=DEFAULTS.seed, show_default=True, help="Of the draws and of the choice of images.")
+@click.option("--batch-size", default=str(DEFAULTS.batch_size), show_default=True, callback=_number_or_auto)
+@click.option(
+    "--dtype",
+    default=DEFAULTS.dtype,
+    show_default=True,
+    type=click.Choice(DTYPES),
+    help="auto: bfloat16 where it is fast and exact enough, else float32; the choice is reported.",
+)
+@click.option("--device", default=DEFAULTS.device, show_default=True)
+@click.option("--level", default=DEFAULTS.level, show_default=True, help="Confidence level of the intervals.")
+@click.option("--no-labels", is_flag=True, help="Ignore labels that the images come with.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to save. [default: layercrit-MODEL]")
+@click.option("--overwrite", is_flag=True, help="Replace a measurement that DIR holds already.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+def measure_command(
+    model: str, images: str, out: Path | None, overwrite: bool, as_json: bool, no_labels: bool, **settings: Any
+) -> None:
+    """Measure the criticality of every layer of MODEL on images.
+
+    MODEL is a reference: timm:NAME, torchvision:NAME[:WEIGHTS], hf:REPO, hf-hub:REPO,
+    'file:PATH?arch=timm:resnet50', file:DIR or file:DIR@epoch=5 of a training run, or py:package.module:factory.
+    """
+    from layercrit.measuring import measure
+
+    folder = _folder_for(model, out, overwrite)
+    saver = _Saver(folder)
+    try:
+        measurement = measure(model, images, use_labels=not no_labels, on_trial=saver.keep, **settings)
+    except BaseException:
+        saver.save_what_is_finished()
+        raise
+    _show(measurement, as_json, folder)
+    saver.save(measurement)
+
+
+@click.command("layers")
+@click.argument("model")
+@_selection
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+def layers_command(model: str, layers: str, types: str, group: str, as_json: bool) -> None:
+    """List what would be reset in MODEL, in depth order, without measuring.
+
+    "after" is the share of the forward pass's FLOPs that run anew when the layer is reset.
+    """
+    import torch
+    from rich.table import Table
+
+    from layercrit.engine.flops import count_flops
+    from layercrit.layers import Group, find_layers, select_layers
+    from layercrit.models.references import open_model, without_weights
+
+    opened = open_model(without_weights(model, keep=("mean", "std", "input_size")))  # nothing is downloaded
+    size = opened.preprocessing
+    black = opened.classifier.normalise(torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8))
+    found = select_layers(find_layers(opened.network, black), types=types, patterns=layers, group=cast(Group, group))
+    _, after = count_flops(opened.network, found, black)
+    if as_json:
+        rows = [{**vars(layer), "flops_after": after[layer.name]} for layer in found]
+        click.echo(json.dumps({"model": model, "layers": rows}, allow_nan=False))
+        return
+    table = Table(title=model, title_justify="left", box=None, pad_edge=False)
+    for column in ("depth", "layer", "type", "shape", "parameters", "after"):
+        table.add_column(column, justify="left" if column in ("layer", "type", "shape") else "right")
+    for layer in found:
+        shape = " x ".join(str(n) for n in layer.shape)
+        share = f"{100 * after[layer.name]:.1f}%"
+        table.add_row(str(layer.depth), plain(layer.name), layer.type, shape, f"{layer.n_parameters:,}", share)
+    print_table(table)
+    total = sum(layer.n_parameters for layer in found)
+    passes = f"one trial of all costs {sum(after.values()):.1f} forward passes"
+    click.echo(f"{len(found)} layers, {total:,} parameters; {passes}")
+
+
+@click.command("show")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+def show_command(folder: Path, as_json: bool) -> None:
+    """Show the table of a finished measurement again, and draw its picture anew."""
+    from layercrit.figures.style import save_figure
+    from layercrit.measurement import Measurement
+
+    measurement = Measurement.load(folder)
+    _show(measurement, as_json, folder)
+    for path in save_figure(measurement.plot(), folder / "criticality"):
+        click.echo(str(path), err=True)
+
+
+class _Saver:
+    """Keeps what is finished on disk while a long measurement goes on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.unsaved: Measurement | None = None
+        self.last = time.monotonic()
+
+    def keep(self, measurement: "Measurement") -> None:
+        """Remember the measurement so far; write it down now and then."""
+        self.unsaved = measurement
+        if time.monotonic() - self.last > _SECONDS_BETWEEN_SAVES:
+            self.save(measurement, quietly=True)
+
+    def save(self, measurement: "Measurement", quietly: bool = False) -> None:
+        """Write a measurement, if need be to another place than asked."""
+        self.unsaved, self.last = None, time.monotonic()
+        try:
+            measurement.save(self.folder)
+        except LayercritError as error:
+            elsewhere = Path(tempfile.mkdtemp(prefix="layercrit-"))
+            measurement.save(elsewhere)
+            raise LayercritError(f"{error}\nIt is saved in {elsewhere} instead.") from error
+        if not quietly:
+            files = ", ".join(sorted(path.name for path in self.folder.iterdir() if path.is_file()))
+            click.echo(f"Saved in {self.folder}: {files}", err=True)
+
+    def save_what_is_finished(self) -> None:
+        """Save the trials that were finished before an interruption."""
+        if self.unsaved is not None:
+            trials = self.unsaved.cells["trial"].nunique()
+            self.save(self.unsaved, quietly=True)
+            click.echo(f"Stopped; {trials} finished trial(s) are saved in {self.folder}.", err=True)
+
+
+def _folder_for(model: str, out: Path | None, overwrite: bool) -> Path:
+    folder = out or Path("layercrit-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
+    if (folder / "measurement.json").exists() and not overwrite:
+        raise LayercritError(
+            f"{folder} holds a measurement already. Look at it with `layercrit show {folder}`, "
+            "name another folder with --out, or replace it with --overwrite."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LayercritError(
+            f"The folder {folder} cannot be made: {error.strerror}. Name another with --out."
+        ) from error
+    return folder
+
+
+def _show(measurement: "Measurement", as_json: bool, folder: Path) -> None:
+    summary, table = measurement.summary(), measurement.to_pandas()
+    if as_json:
+        rows = json.loads(table.to_json(orient="records", double_precision=15))
+        click.echo(json.dumps({**summary, "layers": rows, "folder": str(folder)}, allow_nan=False))
+        return
+    print_table(_layer_table(table, summary))
+    for line in _summary_lines(summary):
+        click.echo(line)
+
+
+def _layer_table(table: "pd.DataFrame", summary: dict[str, Any]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    level = f"{100 * summary['level']:g}%"
+    shown = Table(title=summary["model"], title_justify="left", box=None, pad_edge=False)
+    shown.add_column("layer", no_wrap=True)
+    shown.add_column("type")
+    shown.add_column("criticality", justify="right")
+    shown.add_column(f"{level} interval", justify="right", no_wrap=True)
+    shown.add_column("", no_wrap=True)
+    for column in ("matched", "top-1 agrees", *(["top-1 right"] if "top1_accuracy" in table else []), "status"):
+        shown.add_column(column, justify="left" if column == "status" else "right")
+    for row in table.to_dict("records"):
+        interval = "-" if row["low"] != row["low"] else f"{row['low']:.3f} - {row['high']:.3f}"
+        cells = [Text(row["layer"]), row["type"], number(row["criticality"]), interval, _bar(row["criticality"])]
+        cells += [number(row["criticality_matched"]), percent(row.get("top1_agreement"))]
+        if "top1_accuracy" in table:
+            cells.append(percent(row["top1_accuracy"]))
+        shown.add_row(*cells, Text(row["status"], style="" if row["status"] == "ok" else "yellow"))
+    return shown
+
+
+def _summary_lines(summary: dict[str, Any]) -> list[str]:
+    mean, matched = summary["criticality"], summary["criticality_matched"]
+    lines = [""]
+    if mean is not None:
+        interval = "no interval: it takes two trials or more"
+        if mean["low"] is not None:
+            limits = f"{mean['low']:.3f} - {mean['high']:.3f}"
+            interval = f"{100 * summary['level']:g}% interval {limits} for new {summary['covers']}"
+        lines.append(f"mean criticality {mean['mean']:.3f} ({interval})")
+        if matched is not None and summary["temperature"] is not None:
+            lines.append(
+                f"temperature-matched {matched['mean']:.3f} (temperature {summary['temperature']:.3g}); "
+                "compare models by this where their training makes them more or less sure of themselves"
+            )
+    if summary["chance"] is not None:
+        lines.append(f"an unrelated prediction would give {1 - summary['chance']:.3f}, not 1")
+    if summary["top1_accuracy"] is not None:
+        lines.append(f"top-1 accuracy before any reset {100 * summary['top1_accuracy']:.1f}%")
+    bad = {status: n for status, n in summary["cells"].items() if status != "ok"}
+    if bad:
+        counts = ", ".join(f"{n} {status}" for status, n in bad.items())
+        left = summary["n_layers"] - summary["n_layers_in_mean"]
+        lines.append(f"left out: {counts} of {sum(summary['cells'].values())} cells; {left} layers are not in the mean")
+    lines.append(
+        f"{summary['n_layers']} layers, {summary['n_trials']} trials, {summary['n_images']} images; "
+        f"{summary['dtype']}, {summary['road']} road"
+    )
+    return [*lines, *(f"note: {note}" for note in summary["notes"])]
+
+
+def _bar(value: float, width: int = 20) -> str:
+    if value != value:
+        return ""
+    eighths = round(8 * width * min(1.0, max(0.0, value)))
+    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]

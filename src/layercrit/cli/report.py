@@ -1,0 +1,102 @@
+"""The command that draws the figures and the page of a study."""
+
+import json
+from pathlib import Path
+
+import click
+
+# Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
+
+__all__ = ["report_command"]
+
+
+class _Figures(click.Option):
+    """Names of figures; their registry is read only when help is asked for."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from layercrit.reporting.reports import FIGURES
+
+        record = super().get_help_record(ctx)
+        if record is None:
+            return None
+        listed = "; ".join(f"{name}: {(draw.__doc__ or '').partition('.')[0]}" for name, draw in FIGURES.items())
+        return record[0], f"{record[1]} {listed}. [default: {self.default}]"
+
+
+def _names(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    return [name.strip() for name in value.split(",") if name.strip()]
+
+
+@click.command("report")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="STUDY")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write. [default: STUDY itself]")
+@click.option(
+    "--figures",
+    default="all",
+    cls=_Figures,
+    callback=_names,
+    metavar="NAME,...",
+    help="Which figures.",
+)
+@click.option(
+    "--format",
+    "formats",
+    default="pdf,png,svg",
+    show_default=True,
+    callback=_names,
+    metavar="NAME,...",
+    help="Of the figures.",
+)
+@click.option("--baseline", metavar="MODEL", help="What differences are to. [default: the study's own]")
+@click.option(
+    "--leave-out",
+    multiple=True,
+    metavar="NAME",
+    help="A model or category; may be given several times, '' for none. [default: the study's own]",
+)
+@click.option("--reset", metavar="NAME", help="One of the study's resets. [default: its first]")
+@click.option(
+    "--model",
+    "profiles",
+    multiple=True,
+    metavar="MODEL",
+    help="A model that gets a profile figure; may be given several times. [default: the baseline]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+def report_command(
+    folder: Path,
+    out: Path | None,
+    figures: list[str],
+    formats: list[str],
+    baseline: str | None,
+    leave_out: tuple[str, ...],
+    reset: str | None,
+    profiles: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Draw the figures of a study, and write report.html: one page to explore it, which needs no network."""
+    from layercrit.reporting.reports import report
+    from layercrit.study.tables import load_study
+
+    written = report(
+        load_study(folder),
+        out,
+        figures=None if figures == ["all"] else figures,
+        formats=formats,
+        baseline=baseline,
+        leave_out=[name for name in leave_out if name] if leave_out else None,
+        reset=reset,
+        profiles=profiles or None,
+        progress=True,
+    )
+    if as_json:
+        listed = {name: [str(path) for path in paths] for name, paths in written.figures.items()}
+        click.echo(json.dumps({"page": str(written.page), "figures": listed, "left_out": written.left_out}))
+        return
+    for name, reason in written.left_out.items():
+        click.echo(f"note: no figure {name}: {reason}", err=True)
+    for paths in written.figures.values():
+        for path in paths:
+            click.echo(str(path))
+    click.echo(str(written.page))
+    click.echo(f"Open {written.page} in a browser.", err=True)

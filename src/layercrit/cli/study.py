@@ -1,0 +1,271 @@
+"""Commands about whole studies: run, plan, status, merge."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from layercrit.cli.printing import duration, number, percent, plain, print_table
+from layercrit.errors import StudyError
+
+# Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from layercrit.study.planning import StudyPlan
+    from layercrit.study.store import FailureRow
+    from layercrit.study.tables import Study
+
+__all__ = ["study"]
+
+_FILE = click.argument("file", type=click.Path(path_type=Path), metavar="STUDY.toml")
+_OUT = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The study's folder. [default: named like the file, without .toml, in the current directory]",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+_LISTED = 15  # models shown of those that are alike
+
+
+@click.group()
+def study() -> None:
+    """Measure many models under one protocol."""
+
+
+@study.command("run")
+@_FILE
+@_OUT
+@click.option("--workers", type=int, metavar="N", help="Local processes. [default: one for each GPU, else one]")
+@click.option("--retry", is_flag=True, help="Try again what failed before.")
+@_JSON
+def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, as_json: bool) -> None:
+    """Measure what is missing of a study. Run it again to go on after any interruption.
+
+    STUDY.toml may also be the folder of a study that was begun.
+    """
+    from layercrit.study.file import read_study_file
+    from layercrit.study.running import run_study
+    from layercrit.study.tables import load_study
+
+    folder = _folder_of(file, out)
+    _keep_own_file(folder)
+    read = read_study_file(file)
+    try:
+        report = run_study(read, folder, n_workers=workers, retry=retry)
+    except KeyboardInterrupt:
+        click.echo(f"Stopped. What is measured is kept in {folder}; run the same command to go on.", err=True)
+        raise
+    found = load_study(folder)
+    if as_json:
+        click.echo(json.dumps({**_status(found), "measured_now": report.n_measured, "seconds": report.seconds}))
+    else:
+        _show_means(found)
+        go_on = f"; go on with `layercrit compare {folder}`" if len(found.cells) else ""
+        click.echo(
+            f"{report.n_measured} cells measured, {report.n_known} were there already ({duration(report.seconds)}). "
+            f"Saved in {folder}{go_on}."
+        )
+    if report.failures:
+        _show_failures(report.failures)
+        click.echo("Mend what can be mended and run the same command with --retry.", err=True)
+        raise click.exceptions.Exit(1)
+
+
+@study.command("plan")
+@_FILE
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Where the study lies, to count what is done."
+)
+@_JSON
+def plan_command(file: Path, out: Path | None, as_json: bool) -> None:
+    """Say what a study would cost: cells, FLOPs, downloads and time here. Measures nothing."""
+    from layercrit.study.file import read_study_file
+    from layercrit.study.planning import plan_study
+
+    found = plan_study(read_study_file(file), _folder_of(file, out))
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), allow_nan=False))
+        return
+    _show_plan(found)
+
+
+@study.command("status")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@_JSON
+def status_command(folder: Path, as_json: bool) -> None:
+    """Say what of a study is done, left and failed, and how long the rest will take."""
+    from layercrit.study.tables import load_study
+
+    found = load_study(folder)
+    status = _status(found)
+    if as_json:
+        click.echo(json.dumps(status, allow_nan=False))
+        return
+    _show_progress(found.progress())
+    left = f", about {duration(status['seconds_left'])} left" if status["seconds_left"] else ""
+    known = " planned so far" if status["not_opened"] else ""
+    click.echo(f"{status['n_done']} of {status['n_planned']} cells{known} are done{left}")
+    click.echo(f"run by {status['run_by']}" if status["run_by"] else "nobody runs it now")
+    if found.failures:
+        _show_failures(found.failures)
+
+
+@study.command("merge")
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIR DIR...")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Where the new study is to lie."
+)
+def merge_command(folders: tuple[Path, ...], out: Path) -> None:
+    """Put studies together: parts from several machines, or one's own models among published ones."""
+    from layercrit.study.merging import merge_studies
+
+    merged = merge_studies(folders, out)
+    for note in merged.record["notes"]:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"{len(merged.models)} models, {len(merged.cells)} cells. Saved in {out}.")
+
+
+@study.command("example")
+@click.argument("name", type=click.Choice(["paper", "fashion"]))
+def example_command(name: str) -> None:
+    """Print a commented study file to start from: the paper's study, or that of the demo's networks."""
+    from layercrit.demo import example_study
+
+    click.echo(example_study(name), nl=False)
+
+
+def _folder_of(file: Path, out: Path | None) -> Path:
+    """Return the study's folder; without one given, that of a study that was begun, or one named like the file."""
+    from layercrit.study.store import FILE
+
+    if out is not None:
+        return out
+    if file.is_dir():
+        return file
+    begun = file.name == "study.toml" and (file.parent / FILE).exists()
+    return file.absolute().parent if begun else Path(file.stem)
+
+
+def _keep_own_file(folder: Path) -> None:
+    """Refuse a folder in which a run would write its resolved study file over one that somebody wrote."""
+    from layercrit.study.store import FILE
+
+    if (folder / "study.toml").exists() and not (folder / FILE).exists():
+        raise StudyError(
+            f"No study was begun in {folder}, but there is a study.toml, which a run would replace. Give that file "
+            "itself, and another folder with --out."
+        )
+
+
+def _status(found: "Study") -> dict[str, Any]:
+    """Return how far a study is, as plain data."""
+    from layercrit.locks import holder
+
+    progress = found.progress()
+    return {
+        "name": found.record.get("name"),
+        "folder": str(found.folder),
+        "models": json.loads(progress.to_json(orient="records")),
+        "n_planned": int(progress["n_planned"].sum()),
+        "n_done": int(progress["n_done"].sum()),
+        "not_opened": int((progress["state"] == "not opened").sum()),
+        "failures": [vars(failure) for failure in found.failures],
+        "seconds_left": found.seconds_left(),
+        "run_by": holder(found.folder),
+    }
+
+
+def _show_means(found: "Study") -> None:
+    from rich.table import Table
+
+    level = f"{100 * found.level:g}%"
+    means = found.by_model()
+    table = Table(
+        title=plain(found.record.get("name", found.folder.name)), title_justify="left", box=None, pad_edge=False
+    )
+    table.add_column("model")
+    table.add_column("category")
+    for column in ("mean criticality", f"{level} interval", "matched", "top-1 right", "layers", "trials"):
+        table.add_column(column, justify="right")
+    for row in means.dropna(subset="criticality").to_dict("records"):
+        interval = "-" if row["low"] != row["low"] else f"{row['low']:.3f} - {row['high']:.3f}"
+        table.add_row(
+            plain(row["model"]),
+            plain(row["category"] or "-"),
+            number(row["criticality"]),
+            interval,
+            number(row["criticality_matched"]),
+            percent(row["top1_accuracy"]),
+            str(int(row["n_layers"])),
+            str(int(row["n_trials"])),
+        )
+    if table.row_count:
+        print_table(table)
+
+
+def _show_plan(found: "StudyPlan") -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("architecture")
+    for column in ("models", "layers", "cells", "done", "to download"):
+        table.add_column(column, justify="right")
+    good = found.models[found.models["mistake"] == ""]
+    for name, models in good.groupby("architecture", sort=False):
+        table.add_row(
+            plain(str(name)),
+            str(len(models)),
+            str(models["n_layers"].iloc[0]),
+            f"{models['n_cells'].sum():,}",
+            f"{models['n_done'].sum():,}",
+            _size(int(models["download"].sum())),
+        )
+    if table.row_count:
+        print_table(table)
+    total, done = int(found.models["n_cells"].sum()), int(found.models["n_done"].sum())
+    click.echo(f"{len(found.models)} models, {total:,} cells, {total - done:,} left, {found.n_images:,} images each")
+    if found.flops:
+        ratio = found.flops_plain / found.flops
+        click.echo(f"{found.flops:.3g} FLOPs left; without reuse {found.flops_plain:.3g}, {ratio:.1f} times as many")
+        click.echo(
+            f"at most about {duration(found.seconds)} here with one worker, timed on one forward pass in float32; "
+            "fused and bfloat16 replays usually take a half to a third of that"
+        )
+    if found.images_mistake:
+        click.echo(f"the images cannot be used: {found.images_mistake}", err=True)
+    for row in found.models[found.models["mistake"] != ""].to_dict("records"):
+        click.echo(f"cannot be planned: {row['model']}: {row['mistake']}", err=True)
+
+
+def _show_progress(progress: "pd.DataFrame") -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model")
+    table.add_column("state")
+    table.add_column("cells", justify="right")
+    for state, models in progress.groupby("state", sort=False):
+        for row in models.head(_LISTED).to_dict("records"):
+            planned = "?" if row["n_planned"] != row["n_planned"] else f"{row['n_planned']:.0f}"
+            table.add_row(plain(row["model"]), str(state), f"{row['n_done']} of {planned}")
+        if len(models) > _LISTED:
+            table.add_row(f"and {len(models) - _LISTED} more", str(state), "")
+    print_table(table)
+
+
+def _show_failures(failures: "list[FailureRow] | tuple[FailureRow, ...]") -> None:
+    """List failures on stderr, those of one model for one reason once."""
+    trials: dict[tuple[str, str, str], list[int]] = {}
+    for failure in failures:
+        trials.setdefault((failure.model, failure.reset, failure.error), []).append(failure.trial)
+    click.echo(f"{len(failures)} trial(s) failed:", err=True)
+    for (model, reset, error), numbers in trials.items():
+        which = f"trial{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+        click.echo(f"  {model}, {reset}, {which}: {error}", err=True)
+
+
+def _size(n_bytes: int) -> str:
+    return "-" if n_bytes == 0 else f"{n_bytes / 1e6:,.0f} MB"

@@ -1,0 +1,177 @@
+"""Commands about the tables of a study: import published ones, compare models, export."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from layercrit.cli.printing import number, percent, plain, print_table
+
+# Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
+if TYPE_CHECKING:
+    from layercrit.comparison import Comparison
+
+__all__ = ["compare_command", "export_command", "import_command", "show_comparison"]
+
+
+_FEWEST = 3  # models from which there is a rank correlation
+
+
+class _Format(click.Option):
+    """The format of an export; its registry is read only when help or a value is asked for."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        from layercrit.reporting.exports import FORMATS
+
+        record = super().get_help_record(ctx)
+        if record is None:
+            return None
+        return record[0], "; ".join(f"{name}: {known.summary.rstrip('.')}" for name, known in FORMATS.items()) + "."
+
+
+@click.command("import")
+@click.argument("results", type=click.Path(path_type=Path), metavar="RESULTS.csv")
+@click.option("--as", "layout", required=True, type=click.Choice(["published"]), help="The layout of the file.")
+@click.option(
+    "--models",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A CSV file with the columns model_id, category, label and imagenet_top1_percent. [default: those of the zoo]",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Where the study is to lie.")
+def import_command(results: Path, layout: str, models: Path | None, out: Path) -> None:
+    """Read published results into a study, to compare, draw and export them like measured ones.
+
+    The layout `published` is that of the raw results of Gavrikov et al. 2024: one row per model, layer and trial.
+    """
+    from layercrit.study.published import import_published
+
+    study = import_published(results, out, models)
+    click.echo(f"{len(study.models)} models, {len(study.cells)} cells from {study.record['origin']['source']}")
+    for note in study.record["notes"]:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"Saved in {out}. Go on with `layercrit compare {out}`.", err=True)
+
+
+@click.command("export")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--format", "name", required=True, cls=_Format, metavar="NAME", help="The format.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write. [default: DIR/export]")
+@click.option("--overwrite", is_flag=True, help="Replace files that are there.")
+def export_command(folder: Path, name: str, out: Path | None, overwrite: bool) -> None:
+    """Write the tables of the study in DIR as files for other programs."""
+    from layercrit.reporting.exports import export
+    from layercrit.study.tables import load_study
+
+    for path in export(load_study(folder), name, out, overwrite=overwrite):
+        click.echo(str(path))
+
+
+@click.command("compare")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="STUDY")
+@click.option("--baseline", metavar="MODEL", help="What differences are to. [default: the study's own]")
+@click.option(
+    "--leave-out",
+    multiple=True,
+    metavar="NAME",
+    help="A model or category; may be given several times, '' for none. [default: the study's own]",
+)
+@click.option("--reset", metavar="NAME", help="One of the study's resets. [default: its first]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+def compare_command(
+    folder: Path, baseline: str | None, leave_out: tuple[str, ...], reset: str | None, as_json: bool
+) -> None:
+    """Set the models of a study beside each other, most critical first.
+
+    Differences are to a baseline. The centre of mass says where in the depth criticality sits: 0 the first layer, 1 the
+    last.
+    """
+    from layercrit.comparison import compare
+    from layercrit.study.tables import load_study
+
+    names = [name for name in leave_out if name] if leave_out else None
+    comparison = compare(load_study(folder), baseline=baseline, leave_out=names, reset=reset)
+    if comparison.caution:
+        click.echo(f"note: {comparison.caution}", err=True)
+    if as_json:
+        click.echo(json.dumps(comparison.to_dict(), allow_nan=False))
+        return
+    show_comparison(comparison)
+
+
+def show_comparison(comparison: "Comparison") -> None:
+    """Print the models, most critical first, categories, and correlations."""
+    print_table(_ranking(comparison))
+    click.echo()
+    if len(comparison.categories):
+        print_table(_categories(comparison))
+        click.echo()
+    correlations = _correlations(comparison)
+    if correlations.row_count:
+        print_table(correlations)
+        click.echo()
+    against = f"differences are to {comparison.baseline}" if comparison.baseline else "no baseline"
+    click.echo(
+        f"{len(comparison.models)} models, {len(comparison.layers)} layers, {comparison.origin['trials']} trials, "
+        f"reset {comparison.reset}; {against}"
+    )
+    if comparison.left_out:
+        click.echo(f"left out: {', '.join(comparison.left_out)}")
+    for note in comparison.notes:
+        click.echo(f"note: {note}")
+
+
+def _table(title: str, names: tuple[str, ...], numbers: tuple[str, ...]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in names:
+        table.add_column(column)
+    for column in numbers:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _ranking(comparison: "Comparison") -> Any:
+    models = comparison.models.sort_values("criticality", ascending=False)
+    optional = {"matched": "criticality_matched", "difference": "difference"}
+    shown = {title: column for title, column in optional.items() if models[column].notna().any()}
+    columns = (f"{comparison.accuracy} accuracy", "criticality", *shown, "centre of mass")
+    table = _table("Models by mean criticality", ("model", "category"), columns)
+    for name, row in models.iterrows():
+        signed = {column: f"{row[column]:+.3f}" if column == "difference" else number(row[column])
+                  for column in shown.values()}  # fmt: skip
+        table.add_row(
+            plain(str(name)),
+            plain(row["category"] or "-"),
+            percent(row["accuracy"]),
+            number(row["criticality"]),
+            *signed.values(),
+            number(row["centre_of_mass"]),
+        )
+    return table
+
+
+def _categories(comparison: "Comparison") -> Any:
+    table = _table("Categories", ("category",), ("models", "criticality"))
+    for name, row in comparison.categories.sort_values("criticality", ascending=False).iterrows():
+        table.add_row(plain(str(name)), str(int(row["n_models"])), number(row["criticality"]))
+    return table
+
+
+def _correlations(comparison: "Comparison") -> Any:
+    title = f"Rank correlation of mean criticality with {comparison.accuracy} accuracy"
+    table = _table(title, ("models",), ("n", "Spearman's rho", "p", "Kendall's tau-b", "p"))
+    rows = comparison.correlations.to_dict("records")
+    for spearman, kendall in zip(rows[::2], rows[1::2], strict=True):
+        if spearman["n"] < _FEWEST:
+            continue
+        without = spearman["without"]
+        cells = [text for row in (spearman, kendall) for text in (number(row["statistic"]), _pvalue(row["pvalue"]))]
+        table.add_row(plain("all" if without is None else f"without {without}"), str(spearman["n"]), *cells)
+    return table
+
+
+def _pvalue(value: float) -> str:
+    return "-" if value != value else f"{value:.2g}"

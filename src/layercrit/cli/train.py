@@ -1,0 +1,247 @@
+"""The commands that train: one model by one method, or those of a study file; and the list of methods."""
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from layercrit.cli.printing import duration, percent, plain, print_table
+
+__all__ = ["methods_command", "train_command"]
+
+
+def _epochs(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f"expected numbers of epochs such as '1,5,10', got {value!r}.")
+    return tuple(int(part) for part in parts)
+
+
+def _settings(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for value in values:
+        key, equals, text = value.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"expected key=value, got {value!r}.")
+        found[key.strip()] = text.strip()
+    return found
+
+
+@click.command("train")
+@click.argument("models", nargs=-1)
+@click.option("--study", metavar="FILE", help="Train the models of a study file (all, or the MODELS named).")
+@click.option("--method", metavar="METHOD", help="How to train; `layercrit methods` lists them.")
+@click.option("--arch", metavar="MODEL", help="The architecture, such as timm:resnet18; its weights are drawn anew.")
+@click.option(
+    "--data",
+    metavar="SOURCE",
+    help="Labelled images: a folder with train/ and val/, a folder of MNIST's "
+    "files, .npz, 'torchvision:CIFAR10?root=DIR', ...; a tenth is held out where there is no test part.",
+)
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the images. [default: the method's]")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    default=0,
+    show_default=True,
+    help="Of initial weights, order and views: equal for every method.",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    callback=_settings,
+    metavar="KEY=VALUE",
+    help="A setting of the method; `layercrit methods METHOD` lists them.",
+)
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where the run is kept.")
+@click.option(
+    "--keep-epochs",
+    default="",
+    callback=_epochs,
+    metavar="N,...",
+    help="After which epochs to keep weights, besides the initial and the final ones.",
+)
+@click.option(
+    "--input-size",
+    type=int,
+    nargs=3,
+    metavar="C H W",
+    help="What the network is given. [default: the images' own size where all have one, else 3 224 224]",
+)
+@click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
+@click.option(
+    "--weights-dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="How the final weights are stored.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that make views.")
+@click.option(
+    "--log",
+    "trackers",
+    multiple=True,
+    type=click.Choice(["tensorboard", "wandb"]),
+    help="Log there, too; log.csv is always written.",
+)
+@click.option("--download", is_flag=True, help="Let torchvision fetch the data set; otherwise nothing is fetched.")
+@click.pass_context
+def train_command(
+    context: click.Context, /, models: tuple[str, ...], study: str | None, download: bool, keep_epochs: tuple[int, ...],
+    device: str, workers: int, trackers: tuple[str, ...], **single: Any,
+) -> None:  # fmt: skip
+    """Train a model by a method, or the models of a study file.
+
+    An interrupted run goes on where it was when the same command is given again. Models trained under one seed differ
+    in nothing but the method: initial weights and order of images are the same. The folder is a model reference,
+    file:DIR, and file:DIR@epoch=0 are its initial weights. Several GPUs or machines:
+    accelerate launch -m layercrit train ...
+    """
+    given = [name for name in single if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    missing = [f"--{name}" for name in ("method", "arch", "data", "out") if single[name] is None]
+    if study is not None and given:
+        option = {"settings": "--set"}.get(given[0], f"--{given[0].replace('_', '-')}")
+        raise click.UsageError(f"{option} does not go with --study: the file says how its models are trained.")
+    if study is None and missing:
+        raise click.UsageError(f"Missing {', '.join(missing)} (or give --study FILE).")
+    if study is None and models:
+        raise click.UsageError(f"Unexpected {models[0]!r}: names go with --study.")
+
+    from layercrit.progress import Bar
+    from layercrit.training import Options
+
+    options = Options(keep_epochs=keep_epochs, device=device, n_workers=workers, trackers=trackers)
+    leads = os.environ.get("RANK", "0") == "0"  # of several processes that train together, the one that talks
+    try:
+        with Bar(shown=leads) as bar:
+            report = (
+                _train_one(**single, download=download, options=options, bar=bar)
+                if study is None
+                else _train_family(study, models, download, options, bar)
+            )
+    except KeyboardInterrupt:
+        if leads:
+            click.echo("Give the same command again to go on; no more than the last minute is lost.", err=True)
+        raise
+    if leads:
+        report()
+
+
+def _train_one(
+    method: str, arch: str, data: str, out: Path, epochs: int | None, settings: dict[str, str],
+    input_size: tuple[int, int, int] | None, download: bool, bar: Any, **how: Any,
+) -> Callable[[], None]:  # fmt: skip
+    """Train one model, and return what tells about it."""
+    from layercrit.training import get_method, open_training_data, train
+
+    chosen = get_method(method, {**settings, **({} if epochs is None else {"epochs": epochs})})
+    images = open_training_data(data, input_size=input_size, download=download)
+    was_there = (out / "model.json").is_file()
+    trained = train(chosen, arch, images, out, progress=lambda done: bar.trained("", done), say=bar.say, **how)
+    record = trained.record
+
+    def report() -> None:
+        if was_there:
+            click.echo(f"{out} holds this run already; nothing was trained.")
+        right = f"{percent(trained.top1_accuracy)} of the {record['data']['n_test']} held-out images right"
+        epochs = f"{record['epochs']} epoch{'s' * (record['epochs'] != 1)}"
+        click.echo(f"{record['method']}: {right} after {epochs} ({duration(record['seconds'])}).")
+        click.echo(f"Saved in {out}: model.safetensors, model.json, log.csv, epochs.", err=True)
+        reference = shlex.quote(trained.reference)
+        click.echo(f"Next: layercrit measure {reference} --images SOURCE", err=True)
+
+    return report
+
+
+def _train_family(study: str, names: tuple[str, ...], download: bool, options: Any, bar: Any) -> Callable[[], None]:
+    """Train the models of a study file, and return what tells about them."""
+    from layercrit.study.training import train_family
+
+    family = train_family(study, names, options=options, download=download, progress=bar.trained, say=bar.say)
+
+    def report() -> None:
+        rows = [
+            [name, str(model.record["method"]), percent(model.top1_accuracy), duration(model.record["seconds"])]
+            for name, model in family.trained.items()
+        ]
+        if rows:
+            print_table(_table(["model", "method", "accuracy", "time"], rows, right=("accuracy", "time")))
+        if family.failures:
+            click.echo(f"{len(family.failures)} could not be trained: {', '.join(family.failures)}", err=True)
+            sys.exit(1)
+        click.echo(f"Next: layercrit study run {shlex.quote(study)}", err=True)
+
+    return report
+
+
+@click.command("methods")
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def methods_command(name: str | None, as_json: bool) -> None:
+    """List the training methods, or the settings of the one named NAME."""
+    import dataclasses
+    import json
+
+    from layercrit.training import METHODS, get_method
+    from layercrit.training.methods import CATEGORIES
+
+    if name is not None:
+        method = get_method(name)
+        fields = dataclasses.fields(method)
+        settings = {one.name: {"default": one.default, **_plain(one.metadata)} for one in fields}
+        if as_json:
+            click.echo(json.dumps({**_about(method), "settings": settings}, indent=2))
+            return
+        click.echo(f"{method.name} ({method.category}): {method.changes}\n{method.paper}\n")
+        rows = [[key, str(value["default"]), _meaning(value)] for key, value in settings.items()]
+        print_table(_table(["setting", "default", "meaning"], rows))
+    elif as_json:
+        click.echo(json.dumps([_about(cls) for cls in METHODS.values()], indent=2))
+    else:
+        rows = []
+        for category in CATEGORIES:
+            members = [cls for cls in METHODS.values() if cls.category == category]
+            rows += [[category, "", ""], *([f"  {cls.name}", cls.changes, _authors(cls.paper)] for cls in members)]
+        print_table(_table(["method", "what it changes", "paper"], rows))
+        click.echo("\nSettings and source of one: layercrit methods NAME", err=True)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left")
+    for row in rows:
+        table.add_row(*(plain(cell) for cell in row))
+    return table
+
+
+def _authors(paper: str) -> str:
+    """Return authors and year of a paper alone."""
+    found = re.match(r".*?\d{4}\b", paper)
+    return found[0] if found else paper
+
+
+def _about(method: Any) -> dict[str, str]:
+    return {key: getattr(method, key) for key in ("name", "category", "changes", "paper")}
+
+
+def _plain(metadata: Any) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in metadata.items()}
+
+
+def _meaning(setting: dict[str, Any]) -> str:
+    limits = [f"from {setting['low']}"] * (setting["low"] is not None) + [f"to {setting['high']}"] * (
+        setting["high"] is not None
+    )
+    choices = f"one of {', '.join(setting['choices'])}" if setting["choices"] else " ".join(limits)
+    return f"{setting['text']} ({choices})" if choices else str(setting["text"])

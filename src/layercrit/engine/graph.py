@@ -1,0 +1,478 @@
+"""A network as a graph whose weights are inputs, and the rewriting that makes it fast.
+
+A node that depends on the image is *dynamic*. A node that depends on weights alone is *static*: it is computed once for
+the trained weights and, below a reset layer, once for the drawn ones. Everything a fast mode does to weights (casts,
+memory layout, folding of normalisation into convolutions, packing) is therefore written as static nodes of the graph,
+and is right for drawn weights without a special case.
+"""
+
+import contextlib
+import io
+import logging
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate, map_arg
+from torch.utils.flop_counter import FlopCounterMode
+
+from layercrit.models.model import logits_of
+
+__all__ = ["WeightGraph", "export_graph", "speed_up"]
+
+aten = torch.ops.aten
+mkldnn = torch.ops.mkldnn
+
+_BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+# `padding` is the variant whose padding is a word: "same" or "valid"
+_CONVOLUTIONS = {
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+}
+
+
+@dataclass
+class WeightGraph:
+    """A network exported by ``torch.export`` in evaluation mode.
+
+    Attributes:
+        graph: functional nodes in topological order. ``node.meta["val"]`` has the shape and dtype that a node has in
+            the exported network, ``node.meta["flops"]`` its floating-point operations for the whole batch.
+        images: the placeholder of the network's input, ``(n_images, channels, height, width)``.
+        logits: the node of the network's output, ``(n_images, n_classes)``.
+        names: placeholder -> every name of the parameter, buffer or constant it stands for; tied ones have several.
+        values: placeholder -> its trained value.
+    """
+
+    graph: fx.Graph
+    images: fx.Node
+    logits: fx.Node
+    names: dict[fx.Node, tuple[str, ...]]
+    values: dict[fx.Node, Tensor]
+
+    def dynamic_nodes(self) -> set[fx.Node]:
+        """Return the nodes whose value depends on the image."""
+        dynamic = {self.images}
+        for node in self.graph.nodes:
+            if any(argument in dynamic for argument in node.all_input_nodes):
+                dynamic.add(node)
+        return dynamic
+
+    def copy(self) -> "WeightGraph":
+        """Return a graph with nodes of its own; the values are shared."""
+        graph, twin = fx.Graph(), dict[fx.Node, fx.Node]()
+        graph.output(graph.graph_copy(self.graph, twin))
+        return WeightGraph(
+            graph,
+            twin[self.images],
+            twin[self.logits],
+            {twin[node]: names for node, names in self.names.items()},
+            {twin[node]: value for node, value in self.values.items()},
+        )
+
+
+class _Logits(nn.Module):
+    """The network with its output reduced to the logits, which is what the graph is to compute."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.network(images))
+
+
+def export_graph(network: nn.Module, images: Tensor) -> WeightGraph:
+    """Export a network for a fixed batch shape.
+
+    Args:
+        network: the network in evaluation mode; its output is anything that `logits_of` understands.
+        images: example input, normalised, ``(n_images, channels, height, width)``.
+
+    Raises:
+        Exception: whatever ``torch.export`` raises for a network it cannot follow, for instance one whose control flow
+            depends on the image. The caller takes a slower road.
+    """
+    with torch.no_grad(), _quiet(), _attributes_kept(network):
+        program = torch.export.export(_Logits(network), (images,)).run_decompositions({})
+    signature = program.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        raise RuntimeError("the network writes to its own buffers or to its input")
+    graph = program.graph
+    if any(node.op == "get_attr" for node in graph.nodes):
+        raise RuntimeError("the exported network has graphs inside its graph")
+    inputs: dict[str, str] = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    tensors: dict[str, Tensor] = {
+        **dict(network.named_parameters(remove_duplicate=False)),
+        **dict(network.named_buffers(remove_duplicate=False)),
+    }
+    names_of: dict[int, tuple[str, ...]] = {}
+    for name, tensor in tensors.items():
+        names_of[id(tensor)] = (*names_of.get(id(tensor), ()), name)
+    names, values = {}, {}
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.name in inputs:
+            name = inputs[node.name].removeprefix("network.")
+            values[node] = tensors[name] if name in tensors else program.constants[inputs[node.name]]
+            names[node] = names_of.get(id(values[node]), (name,))
+    (images_node,) = (node for node in graph.nodes if node.op == "placeholder" and node not in values)
+    (logits_node,) = graph.output_node().args[0]
+    for node in list(graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)  # true of the float32 network; a fast mode changes types and layouts on purpose
+        elif node.op == "call_function":
+            node.meta["flops"] = count_flops(node)
+    return WeightGraph(graph, images_node, logits_node, names, values)
+
+
+def speed_up(weight_graph: WeightGraph, dtype: torch.dtype, device: torch.device) -> WeightGraph:
+    """Return a graph rewritten for speed: same function, other rounding.
+
+    Batch normalisation is folded into the convolution before it (scale ``gamma / sqrt(var + eps)``), values that depend
+    on the image are held in ``dtype`` and channels-last order, and on a CPU a convolution, the residual sum and the
+    activation after it become one oneDNN call with packed weights. What depends on weights alone is computed in
+    float32 and cast last. Logits stay float32.
+    """
+    fast = weight_graph.copy()
+    _hold_dtype(fast, dtype)
+    _fold_batch_norms(fast)
+    _cast_inputs(fast, dtype)
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _fused_convolution_works(dtype):
+        _fuse_convolutions(fast)
+    _cast_logits(fast)
+    for node in reversed(list(fast.graph.nodes)):
+        if node.op == "call_function" and not node.users:
+            fast.graph.erase_node(node)
+    return fast
+
+
+# --- what a node can call -------------------------------------------------------------------------------------------
+
+
+def in_layout(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast; four-dimensional values are also laid out channels-last."""
+    if tensor.ndim == 4:
+        return tensor.to(dtype, memory_format=torch.channels_last)
+    return tensor.to(dtype)
+
+
+def norm_scale(gamma: Tensor | None, variance: Tensor, eps: float) -> Tensor:
+    """Return what batch normalisation multiplies each channel by."""
+    scale = (variance + eps).rsqrt()
+    return scale if gamma is None else scale * gamma
+
+
+def folded_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """Return the weight of a convolution with the normalisation after it folded in."""
+    return weight * scale.view(-1, *[1] * (weight.ndim - 1))
+
+
+def folded_bias(bias: Tensor | None, mean: Tensor, beta: Tensor | None, scale: Tensor) -> Tensor:
+    """Return the bias of a convolution with the normalisation after it folded in."""
+    shifted = -mean * scale if bias is None else (bias - mean) * scale
+    return shifted if beta is None else shifted + beta
+
+
+def packed_weight(
+    weight: Tensor, padding: list[int], stride: list[int], dilation: list[int], groups: int, shape: list[int]
+) -> Tensor:
+    """Return a convolution weight in the blocked order that oneDNN wants for inputs of this shape."""
+    packed: Tensor = mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, shape)
+    return packed
+
+
+def fused_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str,
+    limits: list[float | None],
+) -> Tensor:
+    """Convolve and apply the activation in one call."""
+    y: Tensor = mkldnn._convolution_pointwise(
+        x, weight, bias, padding, stride, dilation, groups, activation, limits, ""
+    )
+    return y
+
+
+def fused_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    shortcut: Tensor,
+    activation: str | None,
+) -> Tensor:
+    """Convolve, add the shortcut and apply the activation in one call."""
+    y: Tensor = mkldnn._convolution_pointwise.binary(
+        x, shortcut, weight, bias, padding, stride, dilation, groups, "add", 1.0, activation, [], None
+    )
+    return y
+
+
+def fused_residual_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    shortcut: Tensor,
+    activation: str | None,
+) -> Tensor:
+    """Do as `fused_residual`, writing over the shortcut."""
+    y: Tensor = mkldnn._convolution_pointwise_.binary(
+        shortcut, x, weight, bias, padding, stride, dilation, groups, "add", 1.0, activation, [], None
+    )
+    return y
+
+
+# --- rewriting ------------------------------------------------------------------------------------------------------
+
+
+def _hold_dtype(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
+    """Let every dynamic value that the network holds in float32 be held in ``dtype``, and drop layout promises."""
+    for node in weight_graph.dynamic_nodes():
+        node.args = map_aggregate(node.args, lambda a: dtype if a is torch.float32 else a)
+        node.kwargs = map_aggregate(node.kwargs, lambda a: dtype if a is torch.float32 else a)
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default  # a channels-last value has no view in the other order
+        if node.target is aten.clone.default:
+            node.kwargs = {}
+
+
+def _fold_batch_norms(weight_graph: WeightGraph) -> None:
+    graph, dynamic = weight_graph.graph, weight_graph.dynamic_nodes()
+    for norm in [node for node in graph.nodes if node.target is _BATCH_NORM]:
+        x, gamma, beta, mean, variance, _, eps = norm.args
+        outputs = list(norm.users)  # (normalised, saved mean, saved variance)
+        if any(user.target is not operator.getitem or user.args[1] != 0 for user in outputs):
+            continue
+        if x.target not in _CONVOLUTIONS or len(x.users) != 1:
+            continue
+        image, weight, bias, *where = [*x.args, None] if len(x.args) == 2 else x.args
+        if any(value in dynamic for value in (weight, bias, gamma, beta, mean, variance)):
+            continue
+        # computed where the normalisation stood, so that its parameters are there by then
+        with graph.inserting_before(norm):
+            scale = graph.call_function(norm_scale, (gamma, variance, eps))
+            new_weight = graph.call_function(folded_weight, (weight, scale))
+            new_bias = graph.call_function(folded_bias, (bias, mean, beta, scale))
+            conv = graph.call_function(x.target, (image, new_weight, new_bias, *where))
+        new_weight.meta, new_bias.meta, conv.meta = {"val": _value(weight)}, {"val": _value(mean)}, dict(x.meta)
+        for user in outputs:
+            user.replace_all_uses_with(conv)
+        for node in (*outputs, norm, x):
+            graph.erase_node(node)
+
+
+def _cast_inputs(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
+    """Cast the images, and every static value where a dynamic node reads it."""
+    graph, dynamic = weight_graph.graph, weight_graph.dynamic_nodes()
+    for node in list(graph.nodes):
+        readers = [user for user in node.users if user in dynamic]
+        if (node in dynamic and node is not weight_graph.images) or not readers:
+            continue
+        if not isinstance(node.meta.get("val"), Tensor) or node.meta["val"].dtype is not torch.float32:
+            continue
+        with graph.inserting_after(node):
+            cast = graph.call_function(in_layout, (node, dtype))
+        cast.meta = {"val": _value(node)}
+        for reader in readers:
+            reader.replace_input_with(node, cast)
+
+
+def _cast_logits(weight_graph: WeightGraph) -> None:
+    graph = weight_graph.graph
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        logits = graph.call_function(aten._to_copy.default, (weight_graph.logits,), {"dtype": torch.float32})
+    logits.meta = {"val": _value(weight_graph.logits)}
+    output.args = ((logits,),)
+    weight_graph.logits = logits
+
+
+_ACTIVATIONS = {
+    aten.relu.default: "relu",
+    aten.hardtanh.default: "hardtanh",
+    aten.hardswish.default: "hardswish",
+    aten.silu.default: "swish",
+    aten.sigmoid.default: "sigmoid",
+}
+
+
+def _fuse_convolutions(weight_graph: WeightGraph) -> None:
+    graph, dynamic = weight_graph.graph, weight_graph.dynamic_nodes()
+    for conv in [node for node in graph.nodes if node.target is aten.conv2d.default]:
+        if conv.args[1] in dynamic or _value(conv).dtype is not torch.float32:
+            continue  # the weight is made from the image, or the network itself computes in another format
+        chain, shortcut, activation, limits = _epilogue(conv)
+        x, weight, bias, stride, padding, dilation, groups = _conv_arguments(conv)
+        # computed where the last node of the chain stood, so that the shortcut is there by then
+        with graph.inserting_before(chain[-1]):
+            shape = list(_value(x).shape)
+            packed = graph.call_function(packed_weight, (weight, padding, stride, dilation, groups, shape))
+            arguments = (x, packed, bias, stride, padding, dilation, groups)
+            if shortcut is None:
+                fused = graph.call_function(fused_convolution, (*arguments, activation or "none", limits))
+            else:
+                fused = graph.call_function(fused_residual, (*arguments, shortcut, activation))
+        fused.meta = dict(conv.meta)
+        chain[-1].replace_all_uses_with(fused)
+        for node in reversed(chain):
+            graph.erase_node(node)
+
+
+def _epilogue(conv: fx.Node) -> tuple[list[fx.Node], fx.Node | None, str | None, list[float]]:
+    """Return what one call can do: the nodes (convolution, residual sum, activation), the shortcut, the activation."""
+    chain, shortcut = [conv], None
+    follower = _only_user(conv)
+    grouped = (
+        conv.args[6] != 1 if len(conv.args) > 6 else False
+    )  # oneDNN then computes the sum apart, and not in bfloat16
+    if follower is not None and follower.target is aten.add.Tensor and not follower.kwargs and not grouped:
+        other = follower.args[1] if follower.args[0] is conv else follower.args[0]
+        if isinstance(other, fx.Node) and other is not conv and alike(other, conv):
+            shortcut = other
+            chain.append(follower)
+            follower = _only_user(follower)
+    activation = None if follower is None else _ACTIVATIONS.get(follower.target)  # type: ignore[call-overload]
+    if follower is None or activation is None or (shortcut is not None and activation != "relu"):
+        return chain, shortcut, None, []
+    limits = [float(limit) for limit in follower.args[1:]] if activation == "hardtanh" else []  # type: ignore[arg-type]
+    return [*chain, follower], shortcut, activation, limits
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _conv_arguments(conv: fx.Node) -> tuple[Any, ...]:
+    defaults: list[Any] = [None, [1, 1], [0, 0], [1, 1], 1]
+    arguments = [*conv.args, *defaults[len(conv.args) - 2 :]]
+    for index in (3, 4, 5):
+        if len(arguments[index]) == 1:
+            arguments[index] = [*arguments[index]] * 2
+    return tuple(arguments)
+
+
+@cache
+def _fused_convolution_works(dtype: torch.dtype) -> bool:
+    """Try the private oneDNN operators once; where they are missing or wrong, the public ones are used."""
+    generator = torch.Generator().manual_seed(0)
+    x, shortcut = (
+        torch.randn(2, 4, 5, 5, generator=generator).to(dtype, memory_format=torch.channels_last) for _ in range(2)
+    )
+    weight = torch.randn(4, 4, 3, 3, generator=generator).to(dtype, memory_format=torch.channels_last)
+    where = ([1, 1], [1, 1], [1, 1], 1)
+    expected = nn.functional.conv2d(x.float(), weight.float(), None, 1, 1)
+    try:
+        with torch.inference_mode():
+            packed = packed_weight(weight, [1, 1], [1, 1], [1, 1], 1, [2, 4, 5, 5])
+            plain = fused_convolution(x, packed, None, *where, "relu", [])
+            added = fused_residual(x, packed, None, *where, shortcut, "relu")
+            written = fused_residual_(x, packed, None, *where, shortcut.clone(), "relu")
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    summed = (expected + shortcut.float()).relu()
+    return all(
+        torch.allclose(got.float(), wanted, atol=tolerance, rtol=tolerance)
+        for got, wanted in ((plain, expected.relu()), (added, summed), (written, summed))
+    )
+
+
+@contextlib.contextmanager
+def _attributes_kept(network: nn.Module) -> Iterator[None]:
+    """Undo what tracing leaves in a network whose forward assigns to its attributes: tensors without values."""
+    before = [(module, dict(module.__dict__)) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep all that the exporter says from the user: a failed export is answered by a slower road, said once."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+# Target -> the variant that writes over one of its inputs, and that input's position.
+IN_PLACE: dict[Any, tuple[Callable[..., Any], int]] = {
+    fused_residual: (fused_residual_, 7),
+    aten.add.Tensor: (aten.add_.Tensor, 0),
+    aten.relu.default: (aten.relu_.default, 0),
+    aten.hardtanh.default: (aten.hardtanh_.default, 0),
+    aten.silu.default: (aten.silu_.default, 0),
+    aten.hardswish.default: (aten.hardswish_.default, 0),
+}
+# Targets whose output never shares memory with an input.
+KEEPS_INPUT = {
+    *IN_PLACE,
+    *_CONVOLUTIONS,
+    fused_convolution,
+    aten.linear.default,
+    aten.max_pool2d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.mean.dim,
+    aten.mul.Tensor,
+    aten.cat.default,
+    aten.layer_norm.default,
+    aten.gelu.default,
+}
+
+
+def alike(node: fx.Node, other: fx.Node) -> bool:
+    """Return whether two nodes have the same shape and dtype in the exported network."""
+    a, b = _value(node), _value(other)
+    return a.shape == b.shape and a.dtype == b.dtype
+
+
+def count_flops(node: fx.Node) -> int:
+    """Return the floating-point operations of one node of an exported graph, two per multiply-add.
+
+    Convolutions, matrix products and attention are counted; what is linear in the size of its input is not, as is the
+    custom of the field.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        node.target(*map_arg(node.args, _value), **map_arg(node.kwargs, _value))  # type: ignore[operator]
+    total: int = counter.get_total_flops()
+    return total
+
+
+def _value(node: fx.Node) -> Tensor:
+    """Return what stands for a node's value in the exported network: a tensor without memory."""
+    value: Tensor = node.meta["val"]
+    return value

@@ -1,0 +1,134 @@
+"""The network under measurement: where it runs, which of its layers are reset, and to what."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from layercrit.errors import LayercritError, ModelError, first_line
+from layercrit.layers import Group, Layer, find_layers, select_layers
+from layercrit.machine import find_device
+from layercrit.models.model import Classifier, Model
+from layercrit.protocol import Protocol
+from layercrit.resets import donor_values, draw_values, get_reset, given_donor
+from layercrit.seeds import seed_of
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one reset of one layer changes.
+
+    Attributes:
+        layer: the layer.
+        values: parameter name -> new value, on the device of the network.
+        delta_norm: Euclidean norm of new minus trained values; 0 where the reset changes nothing.
+    """
+
+    layer: Layer
+    values: dict[str, Tensor]
+    delta_norm: float
+
+
+class Subject:
+    """The network under measurement.
+
+    Attributes:
+        model: as opened.
+        device: where the network runs.
+        network: in evaluation mode on that device; a copy where it was on another.
+        layers: what is reset, in depth order.
+        random_trials: whether two trials differ.
+        n_trials: as many as were asked for, or one where all would be the same.
+    """
+
+    def __init__(self, protocol: Protocol, model: Model, donor: nn.Module | str | Path | None) -> None:
+        self.model = model
+        self.device = find_device(protocol.device)
+        self.network = model.network.eval()
+        if any(t.device != self.device for t in chain(self.network.parameters(), self.network.buffers())):
+            self.network = copy.deepcopy(self.network).to(self.device)
+        self._classifier = Classifier(self.network, model.mean, model.std)
+        self.layers = select_layers(
+            self._all_layers(), types=protocol.types, patterns=protocol.layers, group=cast(Group, protocol.group)
+        )
+        self._reset = get_reset(protocol.reset)
+        self._protocol = protocol
+        self._given_donor = given_donor(donor, self._reset, model, self.layers)
+        # A reset that draws its chance from the initialiser has none left once the donor is given.
+        fixed = self._given_donor is not None and self._reset.donor == "initialiser"
+        self.random_trials = self._reset.random and not fixed
+        self.n_trials = protocol.trials if self.random_trials else 1
+
+    @property
+    def donor_in_words(self) -> str | None:
+        """Where new values come from; None where the reset makes them from the trained ones."""
+        if self._given_donor is not None:
+            return self._given_donor.origin
+        if self._reset.donor is None:
+            return None
+        return "each module's own reset_parameters" if self.model.build is None else self.model.initialiser
+
+    @property
+    def donor_identity(self) -> str | None:
+        """What tells the donor's values, given the trial's seed: hash or initialiser; None where there is no donor."""
+        return self.donor_in_words if self._given_donor is None else self._given_donor.sha256
+
+    def notes(self) -> list[str]:
+        """Say what differs from what may be expected."""
+        notes = []
+        if self.n_trials < self._protocol.trials:
+            which = "with one given donor" if self._reset.random else f"of the reset {self._reset.name!r}"
+            notes.append(f"one trial instead of {self._protocol.trials}: all trials {which} are the same")
+        if self._reset.donor == "initialiser" and self._given_donor is None and self.model.build is None:
+            notes.append(
+                "fresh values come from each module's own reset_parameters; if the architecture has another "
+                "initialiser, open the model by reference or give a donor"
+            )
+        return notes
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Return what the network is given for uint8 images ``(n_images, channels, height, width)`` on any device."""
+        return self._classifier.normalise(pixels.to(self.device))
+
+    def seed(self, trial: int) -> int:
+        """Return the seed of a trial, in [0, 2^64)."""
+        return seed_of(self._protocol.seed, self.model.architecture, self._reset.name, trial)
+
+    def changes(self, trial: int, layers: Sequence[Layer] | None = None) -> Iterator[Change]:
+        """Yield what a trial does to each layer; all share the trial's donor, and no draw depends on the others."""
+        seed = self.seed(trial)
+        if self._given_donor is not None:
+            donor = self._given_donor.values
+        else:
+            donor = donor_values(self.model, self.layers, seed) if self._reset.donor is not None else {}
+        for layer in self.layers if layers is None else layers:
+            values = draw_values(self._reset, layer, self.model.network, donor, seed)
+            squares = [
+                (value.double() - self.model.network.get_parameter(name).detach().cpu().double()).square().sum()
+                for name, value in values.items()
+            ]
+            yield Change(
+                layer,
+                {name: value.to(self.device) for name, value in values.items()},
+                float(torch.stack(squares).sum().sqrt()),
+            )
+
+    def _all_layers(self) -> list[Layer]:
+        """Find the layers on a black image, so that a wrong setting shows before any image is decoded."""
+        size = self.model.preprocessing
+        black = torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8)
+        try:
+            return find_layers(self.network, self.normalise(black))
+        except LayercritError:
+            raise
+        except Exception as error:  # a network's own code raises what it likes
+            raise ModelError(
+                f"{self.model.reference!r} cannot run on one image of {size.channels} channels, {size.height} x "
+                f"{size.width} pixels ({first_line(error)}). Give images of the size that the network takes, or name "
+                "that size: open_model(..., input_size=(channels, height, width)), or '?input_size=' in a reference."
+            ) from error

@@ -1,0 +1,418 @@
+"""Heat maps of a study: a cell per model and layer, for criticality, differences and spreads."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from layercrit.figures.categories import (
+    NO_CATEGORY,
+    Category,
+    categories_of,
+    check_models,
+    check_values,
+    labels_of,
+    shown,
+)
+from layercrit.figures.squares import (
+    COLOR_MAPS,
+    FILLED,
+    NOT_MEASURED,
+    NUMBER_SIZES,
+    Cells,
+    Scale,
+    draw_cells,
+    number_size,
+)
+from layercrit.figures.style import figure_style, text_width
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["difference_map", "heat_map", "spread_map"]
+
+Array = npt.NDArray[np.float64]
+
+_LAYER_MEANS = "mean ± SD over models"
+_POINTS = "percentage points"
+_STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)  # where a scale may end, times a power of ten
+
+# Inches.
+_WIDTH, _WIDEST = 10.0, 13.0  # of the figure: where that is enough, and where numbers need more
+_MARGIN, _GAP, _GROUP_GAP = 0.1, 0.07, 0.035
+_CELL_WIDTHS = (0.08, 0.3)
+_GRID_HEIGHT, _CELL_HEIGHTS = 7.0, (0.125, 0.21)
+_STRIP_WIDTH, _LAYER_MEANS_HEIGHT = 0.07, 0.25
+_BAND_HEIGHT, _HEADER_HEIGHT = 0.36, 0.3  # title and colour bar; heads of columns
+_BAR_WIDTH, _BAR_HEIGHT, _PATCH_WIDTH = 1.6, 0.09, 0.2
+
+# Points.
+_TITLE_SIZE, _NAME_SIZE, _NOTE_SIZE = 9.5, 7.5, 7.0
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Where the cells of a heat map lie, in inches from the lower left corner of the figure.
+
+    Attributes:
+        lefts: left edges of the columns, ``(n_layers,)``.
+        bottoms: lower edges of the rows, ``(n_models,)``, the first on top.
+        cell: width and height of a cell.
+        columns: right edge of the category names, left edges of strips and names, right edge of accuracies, left edge
+            of the models' means.
+        means_width: of the models' means.
+        size: width and height of the figure.
+    """
+
+    lefts: Array
+    bottoms: Array
+    cell: tuple[float, float]
+    columns: tuple[float, float, float, float, float]
+    means_width: float
+    size: tuple[float, float]
+
+
+def heat_map(
+    values: "pd.DataFrame",
+    models: "pd.DataFrame",
+    *,
+    title: str | None = None,
+    quantity: str = "criticality",
+    layer_labels: Mapping[str, str] | None = None,
+    stages: Mapping[str, str] | None = None,
+) -> "Figure":
+    """Draw a cell per model and layer, coloured by criticality.
+
+    Models are grouped by category, the baseline first; within a category the order is that of ``models``. Numbers are
+    in percent and are left out where cells are smaller than they. At the right stand mean and standard deviation
+    (ddof 1) of a model over its layers, below those of a layer over the models. Cells without a value are grey and
+    hatched, and in no mean. The figure is about 10 inches wide. Save it with `layercrit.figures.style.save_figure`.
+
+    Args:
+        values: Models x layers, in [0, 1]; NaN: not measured. The index holds names of models, the columns those of
+            layers in depth order.
+        models: One row per model of ``values``: ``model`` (its name), ``label`` (None: its name), ``category`` (or
+            None) and ``accuracy``, a share in [0, 1] (NaN: not known).
+        title: Stands above.
+        quantity: What ``values`` are, for the colour bar.
+        layer_labels: Layer name -> what stands below its column; missing: its name.
+        stages: Layer name -> its stage; a thin gap parts neighbours of unlike stages. None: no gaps.
+
+    Raises:
+        ProtocolError: A table is empty, lacks a column or holds a name twice, the two differ in their models, or a
+            value is outside of [0, 1].
+    """
+    _check(values, models, "shares", 0)
+    scale = Scale(COLOR_MAPS["criticality"], 0, 1, ticks=5)
+    return _drawn(values, models, scale, title, quantity, layer_labels, stages)
+
+
+def difference_map(
+    values: "pd.DataFrame",
+    models: "pd.DataFrame",
+    *,
+    title: str | None = None,
+    quantity: str = "difference to the baseline",
+    layer_labels: Mapping[str, str] | None = None,
+    stages: Mapping[str, str] | None = None,
+) -> "Figure":
+    """Draw a cell per model and layer, coloured by the difference of its criticality to that of the baseline.
+
+    Purple: more critical than in the baseline, orange: less. The scale ends at the largest difference, rounded up, on
+    both sides. All else is as in `heat_map`.
+
+    Args:
+        values: Models x layers, criticality minus that of the baseline, in [-1, 1]; NaN: not measured.
+        models: As in `heat_map`.
+        title: Stands above.
+        quantity: What ``values`` are, for the colour bar.
+        layer_labels: As in `heat_map`.
+        stages: As in `heat_map`.
+
+    Raises:
+        ProtocolError: As in `heat_map`, but differences may be negative.
+    """
+    _check(values, models, "differences", -1)
+    largest, decimals = _end(values)
+    scale = Scale(COLOR_MAPS["difference"], -largest, largest, ticks=5, decimals=decimals, signed=True, unit=_POINTS)
+    return _drawn(values, models, scale, title, quantity, layer_labels, stages)
+
+
+def spread_map(
+    values: "pd.DataFrame",
+    models: "pd.DataFrame",
+    *,
+    title: str | None = None,
+    quantity: str = "SD over trials",
+    layer_labels: Mapping[str, str] | None = None,
+    stages: Mapping[str, str] | None = None,
+) -> "Figure":
+    """Draw a cell per model and layer, coloured by how uncertain its criticality is.
+
+    The scale goes from 0, white, to the largest value, rounded up. All else is as in `heat_map`.
+
+    Args:
+        values: Models x layers, in [0, 1]: standard deviations over trials, or half-widths of intervals; NaN: not
+            known.
+        models: As in `heat_map`.
+        title: Stands above.
+        quantity: What ``values`` are, for the colour bar.
+        layer_labels: As in `heat_map`.
+        stages: As in `heat_map`.
+
+    Raises:
+        ProtocolError: As in `heat_map`.
+    """
+    _check(values, models, "spreads", 0)
+    largest, decimals = _end(values)
+    scale = Scale(COLOR_MAPS["spread"], 0, largest, ticks=3, decimals=decimals, unit=_POINTS)
+    return _drawn(values, models, scale, title, quantity, layer_labels, stages)
+
+
+def _check(values: "pd.DataFrame", models: "pd.DataFrame", kind: str, low: float) -> None:
+    check_models(models, ("model", "label", "category", "accuracy"))
+    check_values(values, models, kind, low)
+
+
+def _end(values: "pd.DataFrame") -> tuple[float, int]:
+    """Return where a scale ends that has room for all values, and how many decimals its numbers have, in percent."""
+    largest = 100 * float(np.abs(np.nan_to_num(values.to_numpy("float64"))).max()) or 1.0
+    power = 10.0 ** math.floor(math.log10(largest))
+    # Not a hair above a step that is meant, such as 30.000000000000004.
+    end = next(step * power for step in _STEPS if largest <= step * power * (1 + 1e-9))
+    return end / 100, 1 if largest < 9.95 else 0
+
+
+def _drawn(
+    values: "pd.DataFrame",
+    models: "pd.DataFrame",
+    scale: Scale,
+    title: str | None,
+    quantity: str,
+    layer_labels: Mapping[str, str] | None,
+    stages: Mapping[str, str] | None,
+) -> "Figure":
+    from matplotlib.figure import Figure
+
+    categories = categories_of(models)
+    ordered = models.iloc[[row for category in categories for row in category.rows]]
+    values = values.loc[ordered["model"].to_list()].astype("float64")
+    missing = bool(values.isna().to_numpy().any())
+    layers = [shown((layer_labels or {}).get(name, name)) for name in values.columns]
+    of_layer = [(stages or {}).get(name) for name in values.columns]
+    cells = _cells(values, scale)
+    quantity = f"{shown(quantity)} ({scale.unit})"
+    with figure_style():
+        top = _band_width(title, quantity, missing)
+        grid = _grid(categories, ordered, layers, of_layer, cells, top)
+        figure = Figure(figsize=grid.size, dpi=100)
+        axes = figure.add_axes((0, 0, 1, 1), label="cells")
+        axes.set_xlim(0, grid.size[0])
+        axes.set_ylim(0, grid.size[1])
+        axes.set_axis_off()
+        _draw_values(axes, grid, cells, scale)
+        _draw_about_models(axes, grid, categories, ordered)
+        _draw_layers(axes, grid, layers)
+        _draw_band(figure, axes, scale, title, quantity, missing)
+    return figure
+
+
+def _cells(values: "pd.DataFrame", scale: Scale) -> tuple[Cells, Cells, Cells]:
+    """Return the values, row by row, the models' means, and the layers' means."""
+    flat = values.to_numpy().ravel()
+    found = [Cells(flat, [scale.number(value) if math.isfinite(value) else "" for value in flat])]
+    for table, between in ((values.T, " ± "), (values, "\n±")):
+        means, deviations = table.mean().to_numpy(), table.std().to_numpy()
+        written = [
+            (scale.number(mean) if math.isfinite(mean) else "")
+            + (f"{between}{100 * sd:.{scale.decimals}f}" if math.isfinite(sd) else "")
+            for mean, sd in zip(means, deviations, strict=True)
+        ]
+        found.append(Cells(means, written))
+    return found[0], found[1], found[2]
+
+
+def _grid(
+    categories: Sequence[Category],
+    ordered: "pd.DataFrame",
+    layers: Sequence[str],
+    stages: Sequence[str | None],
+    cells: tuple[Cells, Cells, Cells],
+    top: float,
+) -> _Grid:
+    """Lay out the heat map; ``top`` is the width that title and colour bar need."""
+    n_models, n_layers = len(ordered), len(layers)
+    height = min(max(_GRID_HEIGHT / n_models, _CELL_HEIGHTS[0]), _CELL_HEIGHTS[1])
+    name_size = _name_size(height)
+    blocks = _category_labels(categories)
+    category_width = max(
+        (text_width(line, name_size, "bold") for block in blocks for line in block.split("\n")), default=0
+    )
+    categories_end = _MARGIN + category_width
+    strips = categories_end + 0.05 * bool(blocks)
+    names = strips + (_STRIP_WIDTH + 0.06) * bool(blocks)
+    names_end = names + max(text_width(name, name_size) for name in labels_of(ordered))
+    accuracies = names_end + (0.14 + text_width("accuracy", _NOTE_SIZE)) * bool(ordered["accuracy"].notna().any())
+    accuracies = max(accuracies, _MARGIN + text_width(_LAYER_MEANS, _NOTE_SIZE))
+    left = accuracies + _GAP
+    means_width = cells[1].widest(number_size(0, 1, height)) + 0.08
+    apart = [before != after for before, after in pairwise(stages)]
+    gaps = np.cumsum([0, *apart]) * _GROUP_GAP  # before each layer
+    width = _cell_width(left + gaps[-1] + _GAP + means_width + _MARGIN, n_layers, (cells[0], cells[2]))
+    means = left + n_layers * width + gaps[-1] + _GAP
+    layer_names = max(text_width(name, _layer_size(width)) for name in layers) + 0.05
+    base = _MARGIN + layer_names + _LAYER_MEANS_HEIGHT + _GAP
+    between = np.repeat(np.arange(len(categories)), [len(category.rows) for category in categories]) * _GROUP_GAP
+    rows = np.arange(1, n_models + 1) * height + between  # down from the top of the grid to the lower edge of a row
+    size = (
+        max(means + means_width, _MARGIN + top) + _MARGIN,
+        base + rows[-1] + _HEADER_HEIGHT + _BAND_HEIGHT + _MARGIN,
+    )
+    return _Grid(
+        lefts=left + width * np.arange(n_layers, dtype=np.float64) + gaps,
+        bottoms=base + rows[-1] - rows,
+        cell=(width, height),
+        columns=(categories_end, strips, names, accuracies, means),
+        means_width=means_width,
+        size=size,
+    )
+
+
+def _cell_width(rest: float, n_layers: int, columns: Sequence[Cells]) -> float:
+    """Return the width of a cell: that of the figure without the ``rest``, or more where numbers need it."""
+    needed = max(cells.widest(NUMBER_SIZES[0]) for cells in columns) / FILLED
+    width = (_WIDTH - rest) / n_layers
+    if rest + n_layers * needed <= _WIDEST:
+        width = max(width, needed)
+    return min(max(width, _CELL_WIDTHS[0]), _CELL_WIDTHS[1])
+
+
+def _name_size(height: float) -> float:
+    return min(0.72 * 72 * height, _NAME_SIZE)
+
+
+def _layer_size(width: float) -> float:
+    return min(0.78 * 72 * width, _NAME_SIZE)
+
+
+def _category_labels(categories: Sequence[Category]) -> list[str]:
+    """Return what stands beside each strip, on several lines where there are rows enough.
+
+    Without any category there are no strips.
+    """
+    if [category.label for category in categories] == [NO_CATEGORY]:
+        return []
+    words = [category.label.split() for category in categories]
+    return [
+        ("\n" if len(several) <= len(category.rows) else " ").join(several)
+        for several, category in zip(words, categories, strict=True)
+    ]
+
+
+def _draw_values(axes: "Axes", grid: _Grid, cells: tuple[Cells, Cells, Cells], scale: Scale) -> None:
+    """Draw the cells, and the means of models and of layers."""
+    width, height = grid.cell
+    x, y = np.meshgrid(grid.lefts, grid.bottoms)
+    below = np.full(len(grid.lefts), grid.bottoms[-1] - _GAP - _LAYER_MEANS_HEIGHT)
+    places = (x.ravel(), y.ravel()), (np.full(len(grid.bottoms), grid.columns[4]), grid.bottoms), (grid.lefts, below)
+    sizes = grid.cell, (grid.means_width, height), (width, _LAYER_MEANS_HEIGHT)
+    for some, place, size, name in zip(cells, places, sizes, ("values", "model means", "layer means"), strict=True):
+        lines = 2 if name == "layer means" else 1
+        draw_cells(axes, place, size, some, scale, number_size(some.widest(1), size[0], size[1] / lines), name)
+
+
+def _draw_about_models(axes: "Axes", grid: _Grid, categories: Sequence[Category], ordered: "pd.DataFrame") -> None:
+    """Draw names, accuracies and categories at the left, and the heads of the columns."""
+    from matplotlib.patches import Rectangle
+
+    categories_end, strips, names, accuracies, means = grid.columns
+    height, size = grid.cell[1], _name_size(grid.cell[1])
+    middles = grid.bottoms + height / 2
+    known = ordered["accuracy"].notna()
+    for label, share, y in zip(labels_of(ordered), ordered["accuracy"], middles, strict=True):
+        axes.text(names, y, label, fontsize=size, verticalalignment="center_baseline", gid="model")
+        if known.any():
+            number = f"{100 * share:.1f}" if math.isfinite(share) else "–"  # noqa: RUF001 (a dash)
+            _right(axes, accuracies, y, number, fontsize=size, gid="accuracy")
+    first = 0
+    for category, label in zip(categories, _category_labels(categories), strict=False):
+        last = first + len(category.rows) - 1
+        low, high = grid.bottoms[last], grid.bottoms[first] + height
+        strip = Rectangle((strips, low), _STRIP_WIDTH, high - low, facecolor=category.color, gid=category.label)
+        axes.add_patch(strip)
+        style = {"fontsize": size, "fontweight": "bold", "linespacing": 1.05}
+        place = "center" if "\n" in label else "center_baseline"
+        _right(axes, categories_end, (low + high) / 2, label, verticalalignment=place, gid="category", **style)
+        first = last + 1
+    head = grid.bottoms[0] + height + 0.05
+    if known.any():
+        _right(axes, accuracies, head, "accuracy\n(%)", verticalalignment="bottom", fontsize=_NOTE_SIZE)
+    middle = means + grid.means_width / 2
+    axes.text(middle, head, "mean\n± SD", fontsize=_NOTE_SIZE, horizontalalignment="center", verticalalignment="bottom")
+
+
+def _draw_layers(axes: "Axes", grid: _Grid, layers: Sequence[str]) -> None:
+    """Draw the names of the layers, below their means."""
+    means = grid.bottoms[-1] - _GAP - _LAYER_MEANS_HEIGHT
+    _right(axes, grid.lefts[0] - _GAP, means + _LAYER_MEANS_HEIGHT / 2, _LAYER_MEANS, fontsize=_NOTE_SIZE)
+    for name, left in zip(layers, grid.lefts, strict=True):
+        axes.text(
+            left + grid.cell[0] / 2,
+            means - 0.05,
+            name,
+            fontsize=_layer_size(grid.cell[0]),
+            rotation=90,
+            horizontalalignment="center",
+            verticalalignment="top",
+            gid="layer",
+        )
+
+
+def _right(axes: "Axes", x: float, y: float, text: str, **style: Any) -> None:
+    axes.text(x, y, text, **{"horizontalalignment": "right", "verticalalignment": "center_baseline", **style})
+
+
+def _band_width(title: str | None, quantity: str, missing: bool) -> float:
+    """Return the width of what stands above the heat map."""
+    parts = [text_width(quantity, _NOTE_SIZE) + _GAP + _BAR_WIDTH + 0.1]
+    if missing:
+        parts.append(_PATCH_WIDTH + _GAP + text_width("not measured", _NOTE_SIZE) + 0.2)
+    return sum(parts) + (text_width(shown(title), _TITLE_SIZE, "bold") + 0.3 if title else 0)
+
+
+def _draw_band(figure: "Figure", axes: "Axes", scale: Scale, title: str | None, quantity: str, missing: bool) -> None:
+    """Draw title and colour bar."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
+    width, height = figure.get_size_inches()
+    if title:
+        y = height - _MARGIN - 0.13
+        axes.text(_MARGIN, y, shown(title), fontsize=_TITLE_SIZE, fontweight="bold", gid="title")
+    left, low = width - _MARGIN - _BAR_WIDTH - 0.1, height - _MARGIN - 0.13
+    place = left / width, low / height, _BAR_WIDTH / width, _BAR_HEIGHT / height
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(scale.low, scale.high), scale.color_map),
+        cax=figure.add_axes(place, label="colours"),
+        orientation="horizontal",
+    )
+    ticks = np.linspace(scale.low, scale.high, scale.ticks)
+    bar.set_ticks(ticks.tolist(), labels=[scale.tick(tick) for tick in ticks])
+    bar.ax.tick_params(labelsize=_NOTE_SIZE, length=2, width=0.5, pad=1.5)
+    bar.outline.set_visible(False)
+    if bar.solids is not None:
+        bar.solids.set_edgecolor("face")  # without, many viewers show gaps
+    middle = low + _BAR_HEIGHT / 2
+    _right(axes, left - _GAP, middle, quantity, fontsize=_NOTE_SIZE, gid="quantity")
+    if missing:
+        end = left - _GAP - text_width(quantity, _NOTE_SIZE) - 0.2
+        _right(axes, end, middle, "not measured", fontsize=_NOTE_SIZE)
+        start = end - text_width("not measured", _NOTE_SIZE) - _GAP - _PATCH_WIDTH
+        axes.add_patch(Rectangle((start, low - 0.015), _PATCH_WIDTH, 0.12, linewidth=0.4, **NOT_MEASURED))

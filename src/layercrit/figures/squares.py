@@ -1,0 +1,169 @@
+"""Cells of a heat map: coloured by a scale, with numbers in them, hatched where nothing was measured."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from layercrit.figures.style import text_width
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["COLOR_MAPS", "FILLED", "NOT_MEASURED", "NUMBER_SIZES", "Cells", "Scale", "draw_cells", "number_size"]
+
+Array = npt.NDArray[np.float64]
+
+# Even steps to the eye, also without colours; colours of Cynthia Brewer's PuOr and BuPu (colorbrewer2.org), told apart
+# with any common colour blindness: purple is more, orange less.
+COLOR_MAPS = {"criticality": "viridis", "difference": "PuOr", "spread": "BuPu"}
+
+NOT_MEASURED: dict[str, Any] = {"facecolor": "#E3E3E3", "edgecolor": "#A8A8A8", "hatch": "/////"}
+NUMBER_SIZES = (3.8, 6.5)  # smaller numbers than that are left out
+FILLED = 0.9  # of a cell's width, by its widest number
+_LEADING = 1.1  # from one line of a number to the next, in sizes of its font
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How values become colours and numbers.
+
+    Attributes:
+        color_map: name of it in matplotlib.
+        low: the value of its first colour.
+        high: the value of its last colour.
+        ticks: at how many values the colour bar has a number.
+        decimals: of numbers, in percent.
+        signed: whether positive numbers have a sign, too.
+        unit: of numbers.
+    """
+
+    color_map: str
+    low: float
+    high: float
+    ticks: int
+    decimals: int = 0
+    signed: bool = False
+    unit: str = "%"
+
+    def colors(self, values: Array) -> Array:
+        """Return red, green, blue and alpha in [0, 1], ``(n_values, 4)``."""
+        from matplotlib import colormaps
+
+        return np.asarray(colormaps[self.color_map]((values - self.low) / (self.high - self.low)))
+
+    def number(self, value: float) -> str:
+        """Return what is written for a value."""
+        return _signed(f"{100 * value:+.{self.decimals}f}", self.signed)
+
+    def tick(self, value: float) -> str:
+        """Return what is written for a value at the colour bar, with all its digits."""
+        return _signed(f"{100 * value:+g}", self.signed)
+
+
+def _signed(number: str, positive: bool) -> str:
+    """Write a number with a minus sign, or with a plus sign where that is wanted; zero has none."""
+    if not float(number):
+        return number[1:]
+    return number.replace("-", "−") if number[0] == "-" or positive else number[1:]  # noqa: RUF001 (a minus sign)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Values with what is written in their cells, ``(n_cells,)`` both."""
+
+    values: Array
+    written: Sequence[str]
+
+    def widest(self, size: float) -> float:
+        """Return the width in inches of the widest line that is written in letters of so many points."""
+        lines = {line for text in self.written for line in text.split("\n")}
+        return max(text_width(line, 10) for line in lines) * size / 10  # widths are in proportion, but for hinting
+
+
+def number_size(widest: float, width: float, height: float) -> float:
+    """Return the size of numbers in a cell of so many inches, 0 where they have no room.
+
+    Args:
+        widest: width of the widest number in inches, in letters of one point.
+        width: of the cell.
+        height: of the cell, or of one line in it.
+    """
+    size = min(FILLED * width / widest if widest else math.inf, 0.66 * 72 * height, NUMBER_SIZES[1])
+    return size if size >= NUMBER_SIZES[0] * (1 - 1e-9) else 0.0
+
+
+def draw_cells(
+    axes: "Axes",
+    place: tuple[Array, Array],
+    size: tuple[float, float],
+    cells: Cells,
+    scale: Scale,
+    number_size: float,
+    gid: str,
+) -> None:
+    """Draw cells at ``place`` (their left and lower edges) with what is written in them; hatched without a value."""
+    from matplotlib.collections import PolyCollection
+
+    left, bottom = place
+    corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1)]) * size
+    outlines = np.stack([left, bottom], axis=1)[:, None, :] + corners  # (n_cells, 4, 2)
+    known = np.isfinite(cells.values)
+    colors = scale.colors(cells.values)
+    edges: dict[str, Any] = {"edgecolors": "white", "linewidths": 0.4}
+    filled = PolyCollection(list(outlines[known]), facecolors=colors[known], gid=gid, **edges)
+    axes.add_collection(filled, autolim=False)
+    if not known.all():
+        absent = PolyCollection(list(outlines[~known]), gid=f"{gid}, not measured", linewidths=0.4, **NOT_MEASURED)
+        axes.add_collection(absent, autolim=False)
+    if not number_size:
+        return
+    middles = np.stack([left + size[0] / 2, bottom + size[1] / 2], axis=1)  # (n_cells, 2)
+    places: dict[str, list[int]] = {}
+    for index in known.nonzero()[0].tolist():
+        places.setdefault(cells.written[index], []).append(index)
+    for number, indices in places.items():
+        _draw_number(axes, number, middles[indices], [_readable_on(colors[i]) for i in indices], number_size, gid)
+
+
+def _draw_number(axes: "Axes", number: str, middles: Array, colors: Sequence[str], size: float, gid: str) -> None:
+    """Write one number in the middle of cells, ``(n_cells, 2)``, in the colour of each.
+
+    Its outlines are drawn, not a text for each cell: a map has thousands of cells and a hundred numbers.
+    """
+    from matplotlib.collections import PathCollection
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.path import Path
+    from matplotlib.textpath import TextPath
+    from matplotlib.transforms import Affine2D
+
+    font = FontProperties(size=size)
+    height = TextPath((0, 0), "0", prop=font).get_extents().height  # points
+    lines = number.split("\n")
+    lowest = -height / 2 - (len(lines) - 1) * _LEADING * size / 2
+    outlines = [
+        TextPath((-36 * text_width(line, size), lowest + (len(lines) - 1 - i) * _LEADING * size), line, prop=font)
+        for i, line in enumerate(lines)
+    ]
+    numbers = PathCollection(
+        [Path.make_compound_path(*outlines)],
+        offsets=middles,
+        offset_transform=axes.transData,
+        facecolors=colors,
+        linewidths=0,
+        gid=gid,
+        label=number,
+    )
+    numbers.set_transform(Affine2D().scale(1 / 72) + axes.figure.dpi_scale_trans)
+    axes.add_collection(numbers, autolim=False)
+
+
+def _readable_on(color: Array) -> str:
+    """Return black or white, whichever has more contrast by the relative luminance of WCAG 2.2."""
+    parts = color[:3]
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    luminance = float(linear @ (0.2126, 0.7152, 0.0722))
+    return "black" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "white"

@@ -1,0 +1,98 @@
+"""The style that all figures share, how wide text is in it, and how figures are saved."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layercrit.errors import ProtocolError, near
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["check_formats", "figure_style", "printable", "save_figure", "text_width"]
+
+# Each format with the metadata that would hold the date.
+_FORMATS: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+
+
+# On top of matplotlib's defaults, so that a user's own style neither changes nor breaks a figure. Text from outside is
+# never read as a formula.
+_STYLE: dict[str, Any] = {
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 8.0,
+    "text.hinting": "no_hinting",  # so that a text is as wide as `text_width` measures it, at any resolution
+    "axes.linewidth": 0.6,
+    "hatch.linewidth": 0.5,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "layercrit",
+}
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """Set matplotlib's defaults and our own style for a while, and put back what was set before.
+
+    Every figure is built and saved in it, so that a user's own style changes none.
+    """
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", _STYLE]):
+        yield
+
+
+def printable(text: object) -> str:
+    """Replace what no font has and XML forbids, such as control characters; a line break would spoil the layout."""
+    return "".join(character if character.isprintable() else " " for character in str(text))
+
+
+def text_width(text: str, size: float, weight: str = "normal") -> float:
+    """Return the width of one line of text in inches.
+
+    Args:
+        text: As it is shown, without formulas.
+        size: Of the font, in points.
+        weight: ``normal`` or ``bold``.
+    """
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    width, _, _ = text_to_path.get_text_width_height_descent(text, FontProperties(size=size, weight=weight), False)
+    return float(width) / 72
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Raise ProtocolError for a format in which figures cannot be saved."""
+    for one in formats:
+        if one not in _FORMATS:
+            raise ProtocolError(f"Figures cannot be saved as {one!r}. {near(one, _FORMATS)}")
+
+
+def save_figure(
+    figure: "Figure", path_without_suffix: str | Path, formats: Sequence[str] = ("png", "svg")
+) -> list[Path]:
+    """Save a figure once per format; the same figure gives the same bytes.
+
+    Args:
+        figure: As `criticality_bars` returns it.
+        path_without_suffix: The format is appended after a point, also where the name holds points of its own. Missing
+            folders are made.
+        formats: Of ``png`` (200 dots per inch), ``svg`` and ``pdf``.
+
+    Returns:
+        The files written, in the order of ``formats``.
+
+    Raises:
+        ProtocolError: A format is unknown; nothing is written then.
+    """
+    check_formats(formats)
+    base = Path(path_without_suffix)
+    base.parent.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for one in formats:
+        path = base.with_name(f"{base.name}.{one}")
+        with figure_style():
+            figure.savefig(path, format=one, dpi=200, metadata=_FORMATS[one])
+        paths.append(path)
+    return paths

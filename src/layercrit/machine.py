@@ -1,0 +1,70 @@
+"""What this machine offers: devices, memory, number formats, versions."""
+
+import contextlib
+import math
+import platform
+import re
+from importlib import metadata
+
+import torch
+
+from layercrit.errors import ProtocolError
+from layercrit.probes.probe_set import ProbeSet
+
+# What allocators of the CPU and of GPUs say, and oneDNN, whose other errors name a primitive descriptor.
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
+    r"|could not create a (memory object|primitive(?! descriptor))"
+)
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name, with its number; ``auto`` is a GPU if there is one.
+
+    Raises:
+        ProtocolError: it cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        probe = torch.zeros(1, device=name)
+        probe.item()  # which 'meta' cannot
+    except (RuntimeError, AssertionError, TypeError) as error:
+        usable = "'auto', 'cpu' and 'cuda'" if torch.cuda.is_available() else "'auto' and 'cpu'"
+        reason = f"{error}".splitlines()[0]
+        raise ProtocolError(f"The device {name!r} cannot be used: {reason}. Here {usable} can.") from error
+    return probe.device
+
+
+def choose_batch_size(asked: int | str, probe_set: ProbeSet, device: torch.device) -> int:
+    """Return how many images to run at once; ``auto`` divides the images into batches of nearly the same size."""
+    n_images = probe_set.n_images
+    if isinstance(asked, int):
+        return min(asked, n_images)
+    height, width = probe_set.preprocessing.height, probe_set.preprocessing.width
+    at_224 = 16 if device.type == "cpu" else 256  # of 224 x 224 pixels: activations of 16 stay in a CPU's cache
+    largest = min(max(1, at_224 * 224 * 224 // (height * width)), 512)
+    return math.ceil(n_images / math.ceil(n_images / largest))
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether the device has instructions for bfloat16 products, rather than emulating them."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out; torch has no class of its own for this on the CPU."""
+    said = isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    return said or isinstance(error, MemoryError)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result depends on."""
+    packages = ("layercrit", "torch", "torchvision", "timm", "transformers", "numpy", "pillow")
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return {"python": platform.python_version(), **found}

@@ -1,0 +1,16 @@
+"""Trained networks: references, where they come from, and how their weights are read safely."""
+
+from layercrit.models.model import Classifier, Model, logits_of
+from layercrit.models.references import open_model, without_weights
+from layercrit.models.sources import MODEL_SOURCES, ModelSource, model_source
+
+__all__ = [
+    "MODEL_SOURCES",
+    "Classifier",
+    "Model",
+    "ModelSource",
+    "logits_of",
+    "model_source",
+    "open_model",
+    "without_weights",
+]

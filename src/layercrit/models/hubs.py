@@ -1,0 +1,285 @@
+"""Model sources that are libraries: timm, torchvision and transformers, with the image geometry each declares."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from layercrit.errors import ModelError, near
+from layercrit.models.model import Model, structure
+from layercrit.models.sources import explained, model_source, written
+from layercrit.probes.images import Interpolation, Preprocessing
+from layercrit.seeds import drawing
+
+__all__ = ["ImageInput", "is_cached", "timm_input", "torchvision_input"]
+
+ImageInput = tuple[tuple[float, ...], tuple[float, ...], Preprocessing]
+"""Mean and standard deviation of each channel, in units of pixels in [0, 1], and the geometry of images."""
+
+
+@model_source("timm")
+def _open_timm(name: str, options: dict[str, Any]) -> Model:
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise ModelError(f"timm has no model {architecture!r}. {near(architecture, timm.list_models())}")
+    published = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in published:
+        raise ModelError(f"timm has no weights {name!r}. {near(name, published)}")
+    if options.get("pretrained", True) and not published:
+        raise ModelError(f"timm publishes no weights of {name!r}: add '?pretrained=false' for an untrained network.")
+    return _timm_model(f"timm:{name}", name, None, options)
+
+
+@model_source("hf-hub")
+def _open_timm_hub(repository: str, options: dict[str, Any]) -> Model:
+    from timm.models import load_model_config_from_hf
+
+    with explained(f"hf-hub:{repository}", options):
+        config, name, arguments = load_model_config_from_hf(repository)
+    return _timm_model(f"hf-hub:{repository}", name, config, {**arguments, **options})
+
+
+def _timm_model(reference: str, name: str, config: dict[str, Any] | None, options: dict[str, Any]) -> Model:
+    """A model built by timm; ``config`` describes weights that timm does not list."""
+    import timm
+
+    if elsewhere := options.keys() & {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}:
+        raise ModelError(
+            f"{reference}: option {min(elsewhere)!r} would load other weights; use 'file:PATH?arch={reference}'."
+        )
+    pretrained = options.pop("pretrained", True)
+    architecture = name.partition(".")[0]
+    usual = ("pretrained", "seed", "num_classes", "in_chans", "img_size", "patch_size", "global_pool")
+    with explained(reference, options, usual), drawing(options.pop("seed", 0)):
+        network: Any = timm.create_model(name, pretrained=pretrained, pretrained_cfg=config, **options)
+    n_published = network.pretrained_cfg["num_classes"]
+    if pretrained and options.get("num_classes", n_published) != n_published:
+        raise ModelError(
+            f"{reference} was trained on {n_published} classes; with num_classes={options['num_classes']} its last "
+            "layer would be random. Leave num_classes out, or add pretrained=false."
+        )
+    mean, std, shape = timm_input(network, options)
+    build = partial(timm.create_model, architecture, pretrained=False, pretrained_cfg=config, **options)
+    initialiser = f"timm.create_model({architecture!r}, pretrained=False)"
+    return Model(
+        reference, f"timm:{architecture}{written(options)}", network.eval(), mean, std, shape, build, initialiser
+    )
+
+
+def timm_input(network: nn.Module, options: Mapping[str, Any]) -> ImageInput:
+    """Mean, standard deviation and geometry of timm's own evaluation transform.
+
+    That is ``create_transform(**resolve_model_data_config(network), is_training=False)``, as timm's model cards have
+    it: at the size of training, not at the larger test size that some weights also name.
+    """
+    from timm.data import config as timm_config
+
+    resolve: Any = timm_config.resolve_model_data_config
+    config = resolve(network)
+    channels, height, width = config["input_size"]
+    size = options.get("img_size", (height, width))
+    height, width = (size, size) if isinstance(size, int) else size
+    scaled = (math.floor(height / config["crop_pct"]), math.floor(width / config["crop_pct"]))
+    if config["crop_mode"] == "border" or (config["crop_mode"] == "center" and height != width):
+        raise ModelError(
+            f"timm prepares images for this network with crop mode {config['crop_mode']!r} at {height} x {width}, "
+            "which layercrit does not have. Build the network yourself and call open_model(network, mean=..., std=..., "
+            "input_size=...)."
+        )
+    shape = Preprocessing(
+        channels=options.get("in_chans", channels),
+        height=height,
+        width=width,
+        resize=scaled if config["crop_mode"] == "squash" else scaled[0],
+        interpolation=config["interpolation"],
+    )
+    return tuple(config["mean"]), tuple(config["std"]), shape
+
+
+@model_source("torchvision")
+def _open_torchvision(rest: str, options: dict[str, Any]) -> Model:
+    from torchvision import models
+
+    name, _, weights_name = rest.partition(":")
+    known = models.list_models(module=models)
+    if name not in known:
+        raise ModelError(f"torchvision has no classifier {name!r}. {near(name, known)}")
+    pretrained = options.pop("pretrained", True) and weights_name != "none"
+    weights = _torchvision_weights(name, weights_name)
+    seed = options.pop("seed", 0)
+    with explained(f"torchvision:{rest}", options, ("pretrained", "seed", "num_classes")), drawing(seed):
+        build = partial(models.get_model, name, weights=None, **options)
+        if pretrained:
+            # torchvision itself unpickles without restriction. Reading the file once with it refuses code; then the
+            # library's own function may load the same file, which knows what each architecture needs beside it.
+            weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        network = models.get_model(name, weights=weights, progress=False, **options) if pretrained else build()
+    mean, std, shape = torchvision_input(weights)
+    architecture = f"torchvision:{name}{written(options)}"
+    initialiser = f"torchvision.models.get_model({name!r}, weights=None)"
+    return Model(f"torchvision:{rest}", architecture, network.eval(), mean, std, shape, build, initialiser)
+
+
+def _torchvision_weights(name: str, weights_name: str) -> Any:
+    """The weights of a classifier by their name in a reference; the default ones where there is none."""
+    from torchvision import models
+
+    published = models.get_model_weights(name).__members__
+    if weights_name not in ("", "none", *published):
+        hint = near(weights_name, [*published, "none"])
+        raise ModelError(f"torchvision:{name} has no weights {weights_name!r}. {hint}")
+    return published[weights_name if weights_name not in ("", "none") else "DEFAULT"]
+
+
+def torchvision_input(weights: Any) -> ImageInput:
+    """Mean, standard deviation and geometry of the transform that torchvision's weights were evaluated with."""
+    transform = weights.transforms()
+    shape = Preprocessing(
+        height=transform.crop_size[0],
+        width=transform.crop_size[0],
+        resize=transform.resize_size[0],
+        interpolation=transform.interpolation.value,
+    )
+    return tuple(transform.mean), tuple(transform.std), shape
+
+
+@model_source("hf")
+def _open_hf(rest: str, options: dict[str, Any]) -> Model:
+    try:
+        from transformers import AutoConfig, AutoModelForImageClassification
+    except ImportError as error:
+        raise ModelError(f"hf:{rest} needs transformers: pip install 'layercrit[hf]'.") from error
+    folder = Path(rest).expanduser()
+    where = str(folder) if folder.is_dir() else rest
+    pretrained, seed = options.pop("pretrained", True), options.pop("seed", 0)
+    with explained(f"hf:{rest}", options), drawing(seed):
+        config, unknown = AutoConfig.from_pretrained(
+            where, trust_remote_code=False, return_unused_kwargs=True, **options
+        )
+        if unknown:
+            known = [*config.to_dict(), "num_labels"]
+            raise ModelError(f"hf:{rest} has no option {min(unknown)!r}. {near(min(unknown), known)}")
+        build = partial(AutoModelForImageClassification.from_config, config, dtype=torch.float32)
+        if pretrained:
+            network, report = AutoModelForImageClassification.from_pretrained(
+                where,
+                config=config,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+            if report["missing_keys"]:
+                raise ModelError(
+                    f"hf:{rest} has no trained values of {sorted(report['missing_keys'])}; they would be random. Take "
+                    "a repository with an image classifier, or add '?pretrained=false'."
+                )
+        else:
+            network = build()
+        mean, std, shape = _hf_input(where, config)
+    name = type(network).__name__
+    initialiser = f"transformers.AutoModelForImageClassification.from_config ({name})"
+    return Model(f"hf:{rest}", f"hf:{name}-{structure(network)}", network.eval(), mean, std, shape, build, initialiser)
+
+
+def _hf_input(where: str, config: Any) -> ImageInput:
+    """Mean, standard deviation and geometry of a transformers image processor, checked against what it really does.
+
+    A local folder without a processor: the configuration's image size, and pixels in [0, 1] without normalisation.
+    """
+    import transformers
+
+    folder = Path(where)
+    if folder.is_dir() and not any((folder / f"{name}_config.json").exists() for name in ("preprocessor", "processor")):
+        channels, side = getattr(config, "num_channels", 3), getattr(config, "image_size", 224)
+        height, width = (side, side) if isinstance(side, int) else side
+        shape = Preprocessing(channels=channels, height=height, width=width, resize=max(height, width))
+        return (0.0,) * channels, (1.0,) * channels, shape
+    auto: Any = transformers.AutoImageProcessor
+    processor = auto.from_pretrained(where, trust_remote_code=False)
+    settings = processor.to_dict()
+    channels = getattr(config, "num_channels", 3)
+    shape = replace(_hf_geometry(settings), channels=channels)
+    # transformers scales 0..255 by a factor that may differ from 1 / 255; ours is fixed, so mean and std take it on.
+    unit = 1 / (255 * settings["rescale_factor"]) if settings.get("do_rescale", True) else 1 / 255
+    normalised = settings.get("do_normalize", True)
+    mean = tuple(m * unit for m in (settings["image_mean"] if normalised else (0.0,) * channels))
+    std = tuple(s * unit for s in (settings["image_std"] if normalised else (1.0,) * channels))
+    _check_hf_input(processor, mean, std, shape)
+    return mean, std, shape
+
+
+def _hf_geometry(settings: Mapping[str, Any]) -> Preprocessing:
+    size, crop_share = settings["size"], settings.get("crop_pct")
+    edge = size.get("shortest_edge")
+    resize: int | tuple[int, int]
+    if edge is None:
+        height, width = size["height"], size["width"]
+        resize = (height, width)
+    else:
+        height = width = edge
+        # ConvNeXt's processor, which alone of the common ones has crop_pct, squashes from 384 pixels on.
+        resize = edge if crop_share is None else int(edge / crop_share) if edge < 384 else (edge, edge)
+    if settings.get("do_center_crop"):
+        height, width = settings["crop_size"]["height"], settings["crop_size"]["width"]
+    filters: tuple[Interpolation, ...] = ("nearest", "lanczos", "bilinear", "bicubic")  # by Pillow's number
+    return Preprocessing(height=height, width=width, resize=resize, interpolation=filters[settings["resample"]])
+
+
+def _check_hf_input(processor: Any, mean: tuple[float, ...], std: tuple[float, ...], shape: Preprocessing) -> None:
+    """Compare with the processor on ramps, where a shift by one pixel changes 0.9 of 255 grey levels on average."""
+    rows, columns = np.mgrid[0:600, 0:800]
+    ramps = np.stack([rows * 255 / 600, columns * 255 / 800, (rows + columns) * 255 / 1400], axis=2)
+    image = Image.fromarray(ramps.astype(np.uint8))
+    theirs = np.asarray(processor(images=image, return_tensors="np")["pixel_values"])[0]  # (channels, height, width)
+    ours = (shape(image) / 255 - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1))
+    # The two resample with different code, and agree to 0.003 grey levels where they mean the same.
+    if theirs.shape != ours.shape or np.abs((theirs - ours) * np.reshape(std, (-1, 1, 1))).mean() > 0.1 / 255:
+        raise ModelError(
+            f"{type(processor).__name__} prepares images in a way that layercrit does not have. Load the network "
+            "yourself and call open_model(network, mean=..., std=..., input_size=...)."
+        )
+
+
+def is_cached(kind: str, rest: str) -> bool:
+    """Whether the trained weights of a reference ``kind:rest`` lie on this machine, or never come from a network.
+
+    Where they come from is known for timm's, torchvision's and Hugging Face's; what is asked is whether their caches
+    hold a file of that name, not whether it is whole.
+
+    Raises:
+        ModelError: torchvision has no such weights of the classifier.
+    """
+    if kind == "timm":
+        import timm
+
+        config = timm.get_pretrained_cfg(rest)
+        if config is None or not config.has_weights:
+            return True
+        return _in_hub_cache(config.hf_hub_id, config.url if isinstance(config.url, str) else None)
+    if kind == "torchvision":
+        name, _, weights_name = rest.partition(":")
+        return weights_name == "none" or _in_hub_cache(None, _torchvision_weights(name, weights_name).url)
+    return kind not in ("hf", "hf-hub") or Path(rest).expanduser().is_dir() or _in_hub_cache(rest, None)
+
+
+def _in_hub_cache(repository: str | None, address: str | None) -> bool:
+    """Whether the weights of a Hugging Face repository, or those at an address, are in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if repository:
+        files = ("model.safetensors", "pytorch_model.bin")
+        if any(isinstance(try_to_load_from_cache(repository, name), str) for name in files):
+            return True
+    if not address:
+        return False
+    return (Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]).is_file()

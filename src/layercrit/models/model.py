@@ -1,0 +1,136 @@
+"""A trained network with what is needed to ask it about images."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from layercrit.errors import ModelError
+from layercrit.models.checkpoints import hash_tensors
+from layercrit.probes.images import Preprocessing
+
+__all__ = ["Classifier", "Model", "logits_of", "structure"]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One trained network and what is needed to ask it about images and to draw its weights anew.
+
+    Attributes:
+        reference: The model reference as given, such as ``"timm:resnet50.a1_in1k"``.
+        architecture: The architecture without weights, such as ``"timm:resnet50"``.
+        network: The trained network in evaluation mode.
+        mean: Mean subtracted from each channel, in units of pixels in [0, 1].
+        std: Divisor of each channel after that, in the same units.
+        preprocessing: How an image becomes the pixels the network expects.
+        build: Makes the network with its own initialiser's values, drawn from PyTorch's global generator; None when
+            only a finished network was given.
+        initialiser: Words for what ``build`` does.
+    """
+
+    reference: str
+    architecture: str
+    network: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    preprocessing: Preprocessing
+    build: Callable[[], nn.Module] | None
+    initialiser: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the network's parameters and buffers as they stand when this is first asked for."""
+        return hash_tensors(self.network.state_dict())
+
+    @cached_property
+    def classifier(self) -> "Classifier":
+        """The network from uint8 images to logits; it shares the parameters of ``network``."""
+        return Classifier(self.network, self.mean, self.std).eval()
+
+    @cached_property
+    def n_classes(self) -> int:
+        """Number of classes, found by asking about one black image.
+
+        Raises:
+            ModelError: The network's output holds no logits.
+        """
+        size = self.preprocessing
+        with torch.inference_mode():
+            black = torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8)
+            return int(self.classifier(black.to(self.classifier.mean.device)).shape[1])
+
+
+class Classifier(nn.Module):
+    """A network from images to logits, normalisation included.
+
+    Its parameters are the network's, named ``network.<name>``; mean and standard deviation are not saved.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.network = network
+        device = next((t.device for t in chain(network.parameters(), network.buffers())), torch.device("cpu"))
+        for name, values in (("mean", mean), ("std", std)):
+            shaped = torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)  # (1, channels, 1, 1)
+            self.register_buffer(name, shaped, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits ``(n_images, n_classes)`` of uint8 images ``(n_images, channels, height, width)``."""
+        return logits_of(self.network(self.normalise(images)))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Return what the network is given for uint8 images ``(n_images, channels, height, width)``, float32.
+
+        The normalised pixels are bit for bit those of torchvision's ``ToTensor`` followed by ``Normalize``.
+        """
+        pixels = images.to(torch.float32).div(255)
+        return pixels.sub(self.mean).div(self.std)
+
+
+def logits_of(output: object) -> Tensor:
+    """Find the logits ``(n_images, n_classes)`` in what a network returned.
+
+    Args:
+        output: A tensor; an object with ``.logits``; a mapping, of which ``"logits"`` or else the first
+            two-dimensional tensor is taken; a tuple or list, of which the first two-dimensional tensor is taken.
+
+    Raises:
+        ModelError: It is none of these, or holds fewer than two classes.
+    """
+    candidates: Iterable[object]
+    if isinstance(output, Tensor):
+        candidates = [output]
+    elif hasattr(output, "logits"):
+        candidates = [output.logits]
+    elif isinstance(output, Mapping):
+        candidates = [output["logits"]] if "logits" in output else output.values()
+    elif isinstance(output, tuple | list):
+        candidates = output
+    else:
+        raise ModelError(
+            f"The network returned {type(output).__name__}, expected logits (n_images, n_classes) as a tensor, in a "
+            "tuple, list or mapping, or as .logits. Wrap it in a module that returns its logits."
+        )
+    for candidate in candidates:
+        if isinstance(candidate, Tensor) and candidate.dim() == 2:
+            if candidate.shape[1] < 2:
+                raise ModelError("The network returned one number an image, expected logits of at least 2 classes.")
+            return candidate
+    shapes = [tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__ for c in candidates]
+    raise ModelError(
+        f"The network returned {type(output).__name__} with {shapes}, expected logits of shape (n_images, n_classes). "
+        "Wrap it in a module that returns its logits."
+    )
+
+
+def structure(network: nn.Module) -> str:
+    """Eight hexadecimal digits that tell architectures apart: a hash of all names and shapes."""
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in sorted(network.state_dict().items())]
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]

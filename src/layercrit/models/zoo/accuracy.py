@@ -1,0 +1,89 @@
+"""Whether the weights of a zoo entry reach the accuracy that is documented for them."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layercrit.errors import ZooError
+from layercrit.machine import choose_batch_size, find_device
+from layercrit.models.zoo.entries import ZooEntry
+from layercrit.models.zoo.fetching import open_zoo
+from layercrit.probes.probe_set import ProbeSet
+
+__all__ = ["AccuracyCheck", "check_accuracy"]
+
+_Z = 1.959963984540054  # normal quantile of two-sided 95 %
+
+
+@dataclass(frozen=True)
+class AccuracyCheck:
+    """The accuracy of an entry on labelled images beside the documented one.
+
+    Attributes:
+        id: Of the entry.
+        n_images: How many images were asked about.
+        top1_accuracy: Share in [0, 1] of images whose label has the largest logit.
+        low: Lower end of the 95 % Wilson interval of ``top1_accuracy``.
+        high: Upper end.
+        documented_accuracy: See `ZooEntry`.
+        verdict: "agrees" if the documented accuracy lies in the interval, else "differs"; "undocumented" without one.
+    """
+
+    id: str
+    n_images: int
+    top1_accuracy: float
+    low: float
+    high: float
+    documented_accuracy: float | None
+    verdict: str
+
+
+def check_accuracy(
+    entry: ZooEntry, images: Any, *, n_images: int | None = 10_000, batch_size: int | str = "auto", device: str = "auto"
+) -> AccuracyCheck:
+    """Compare the top-1 accuracy of an entry's weights on labelled images with the documented one.
+
+    The interval is Wilson's score interval (1927), which holds near 0 and 1 too.
+
+    Args:
+        entry: What to check; its weights must have been fetched.
+        images: Anything that `ProbeSet.from_source` takes, with labels.
+        n_images: How many to draw; None for all.
+        batch_size: How many to ask about at once.
+        device: Where the network runs.
+
+    Raises:
+        LayercritError: The weights or the images cannot be used.
+    """
+    model = open_zoo(entry.id, {})
+    probe_set = ProbeSet.from_source(images, model.preprocessing, n_images=n_images)
+    if probe_set.labels is None:
+        raise ZooError(
+            f"{probe_set.source} has no labels, so no accuracy can be computed. Give a folder with one folder for each "
+            "class, named by WordNet id or number, or another source with labels."
+        )
+    probe_set.check_labels(model.n_classes)
+    where = find_device(device)
+    classifier = model.classifier.to(where)
+    step = choose_batch_size(batch_size, probe_set, where)
+    labels = torch.tensor(probe_set.labels)
+    n_right = 0
+    with torch.inference_mode():
+        for start in range(0, probe_set.n_images, step):
+            found = classifier(probe_set.batch(start, start + step).to(where)).argmax(dim=1).cpu()  # (n_images,)
+            n_right += int((found == labels[start : start + step]).sum())
+    low, high = _wilson(n_right, probe_set.n_images)
+    documented = entry.documented_accuracy
+    verdict = "undocumented" if documented is None else "agrees" if low <= documented <= high else "differs"
+    share = n_right / probe_set.n_images
+    return AccuracyCheck(entry.id, probe_set.n_images, share, low, high, documented, verdict)
+
+
+def _wilson(n_right: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share."""
+    share, z2 = n_right / n, _Z**2 / n
+    centre = (share + z2 / 2) / (1 + z2)
+    half = _Z / (1 + z2) * math.sqrt(share * (1 - share) / n + z2 / (4 * n))
+    return max(0.0, centre - half), min(1.0, centre + half)

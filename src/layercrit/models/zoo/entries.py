@@ -1,0 +1,218 @@
+"""What the zoo declares about a published checkpoint, and how the declarations are read and checked."""
+
+import fnmatch
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from layercrit.errors import CheckpointError, ZooError
+from layercrit.models.zoo.downloads import address_of, cache_folder
+from layercrit.probes.images import Preprocessing
+
+__all__ = ["CATEGORIES", "Citation", "ZooEntry", "ZooFile", "read_zoo"]
+
+CATEGORIES = ("baseline", "training_recipes", "augmentation", "adversarial_training", "contrastive", "freezing")
+"""How models of the study are trained: the families that it compares."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # names files in the cache as well
+
+
+@dataclass(frozen=True)
+class Citation:
+    """The paper or page that describes how a model was trained.
+
+    Attributes:
+        authors: Names, joined by "and".
+        title: Of the paper.
+        year: Of its first version.
+        arxiv: Its number there, or None.
+    """
+
+    authors: str
+    title: str
+    year: int
+    arxiv: str | None = None
+
+    def bibtex(self, key: str) -> str:
+        """Return an entry for BibTeX under ``key``."""
+        lines = [f"author = {{{self.authors}}}", f"title = {{{self.title}}}", f"year = {{{self.year}}}"]
+        if self.arxiv is not None:
+            lines += [f"eprint = {{{self.arxiv}}}", "archivePrefix = {arXiv}"]
+        return f"@misc{{{key},\n" + "".join(f"  {line},\n" for line in lines) + "}"
+
+
+@dataclass(frozen=True)
+class ZooFile:
+    """One published file, and how the names in it become those of the architecture; rules apply in this order.
+
+    Attributes:
+        address: Where it is, as `layercrit.models.zoo.downloads` describes.
+        sha256: The first digits of its SHA-256, where the publisher states them.
+        key: Which mapping holds the weights; None: the one that `read_checkpoint` finds.
+        keep: Only names that begin with one of these stay; empty: all.
+        drop: Shell patterns; names that match one go.
+        strip: Prefixes, each cut off once where a name begins with it.
+        rename: Pairs of regular expression and replacement.
+    """
+
+    address: str
+    sha256: str | None = None
+    key: str | None = None
+    keep: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    strip: tuple[str, ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
+
+    def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Apply the rules to the tensors of the file.
+
+        Raises:
+            CheckpointError: Two tensors get the same name.
+        """
+        result: dict[str, Tensor] = {}
+        origin: dict[str, str] = {}
+        for name, tensor in tensors.items():
+            if self.keep and not name.startswith(self.keep):
+                continue
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.drop):
+                continue
+            new = self._new_name(name)
+            if new in result:
+                raise CheckpointError(
+                    f"{self.address}: {origin[new]!r} and {name!r} would both be named {new!r}. "
+                    "The file is not laid out as it was when the zoo's rules were written."
+                )
+            result[new], origin[new] = tensor, name
+        return result
+
+    def rules(self) -> list[str]:
+        """Return the rules in words, one sentence each; empty where the names stay as they are."""
+        told = [f"take the mapping {self.key!r}"] if self.key is not None else []
+        told += [f"keep only names that begin with {' or '.join(map(repr, self.keep))}"] if self.keep else []
+        told += [f"drop names like {pattern!r}" for pattern in self.drop]
+        told += [f"cut {prefix!r} off the beginning" for prefix in self.strip]
+        return told + [f"replace '{old}' by '{new}'" for old, new in self.rename]
+
+    def _new_name(self, name: str) -> str:
+        for prefix in self.strip:
+            name = name.removeprefix(prefix)
+        for pattern, replacement in self.rename:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """One published checkpoint.
+
+    Attributes:
+        id: Its identifier in the study's results.
+        label: Its name in the study's figures.
+        category: One of `CATEGORIES`.
+        documented_accuracy: ImageNet-1k top-1 accuracy in [0, 1] as the study gives it; None where it gives none.
+        architecture: A model reference of the architecture.
+        mean: Mean of each channel, in units of pixels in [0, 1].
+        std: Standard deviation of each channel, in the same units.
+        preprocessing: How the study prepares images.
+        files: One, or the backbone's and the head's.
+        licence: What the publisher states, or "not stated".
+        citation: Who trained it, and how.
+        attack_norm: Of adversarial training: norm of the perturbations, ``l2`` or ``linf``; None of the others.
+        eps: The largest of them: of L2 in units of pixels in [0, 1], of Linf in 1/255 of that, as its authors give it.
+    """
+
+    id: str
+    label: str
+    category: str
+    documented_accuracy: float | None
+    architecture: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    preprocessing: Preprocessing
+    files: tuple[ZooFile, ...]
+    licence: str
+    citation: Citation
+    attack_norm: str | None = None
+    eps: float | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where the converted weights are kept, whether they are there or not."""
+        return cache_folder() / "zoo" / f"{self.id}.safetensors"
+
+    @property
+    def provenance_path(self) -> Path:
+        """Where it is written down what the converted weights were made from."""
+        return cache_folder() / "zoo" / f"{self.id}.json"
+
+
+def read_zoo(text: str) -> dict[str, ZooEntry]:
+    """Read and check declarations in the form of ``zoo.toml``, which explains it.
+
+    Raises:
+        ZooError: They are not TOML, or something in them is unknown, missing, or of the wrong kind.
+    """
+    try:
+        declared = tomllib.loads(text)
+        tables = {name: declared[name] for name in ("defaults", "families", "models")}
+    except (tomllib.TOMLDecodeError, KeyError) as error:
+        raise ZooError(
+            f"The zoo cannot be read: {error}. It needs the tables defaults, families and models."
+        ) from error
+    entries = {}
+    for name, table in tables["models"].items():
+        try:
+            family = tables["families"][table["family"]] if "family" in table else {}
+            merged = {**tables["defaults"], **family, **table}
+            merged.pop("family", None)
+            entries[name] = _entry(name, merged)
+        except (KeyError, TypeError, ValueError, re.error) as error:
+            raise ZooError(f"The zoo's model {name!r} is declared wrongly: {type(error).__name__}: {error}.") from error
+    return entries
+
+
+def _entry(name: str, table: dict[str, Any]) -> ZooEntry:
+    """Make an entry of a table that families and defaults have completed; what does not fit raises."""
+    if not _NAME.fullmatch(name):
+        raise ValueError("its identifier cannot name a file")
+    addresses, rules = table.pop("addresses"), table.pop("files")
+    hashes = table.pop("sha256", [None] * len(addresses))
+    percent, citation = table.pop("top1_percent", None), Citation(**table.pop("citation"))
+    if not len(addresses) == len(rules) == len(hashes):
+        raise ValueError(f"{len(addresses)} addresses, {len(rules)} files and {len(hashes)} hashes")
+    if percent is not None and not 0 < percent <= 100:
+        raise ValueError(f"top1_percent {percent} is no percentage")
+    entry = ZooEntry(
+        id=name,
+        documented_accuracy=None if percent is None else round(percent / 100, 6),
+        mean=tuple(table.pop("mean")),
+        std=tuple(table.pop("std")),
+        preprocessing=Preprocessing(),
+        files=tuple(map(_file, addresses, hashes, rules)),
+        citation=citation,
+        **table,
+    )
+    if entry.category not in CATEGORIES:
+        raise ValueError(f"category {entry.category!r} is none of {', '.join(CATEGORIES)}")
+    if (entry.attack_norm is None) != (entry.eps is None) or entry.attack_norm not in (None, "l2", "linf"):
+        raise ValueError(f"attack_norm {entry.attack_norm!r} and eps {entry.eps!r}: expected l2 or linf and a number")
+    if len(entry.mean) != 3 or len(entry.std) != 3 or not all(value > 0 for value in entry.std):
+        raise ValueError(f"mean {entry.mean} and std {entry.std} are not three numbers each, std above 0")
+    return entry
+
+
+def _file(address: str, sha256: str | None, rules: dict[str, Any]) -> ZooFile:
+    address_of(address)
+    if unknown := rules.keys() - {field.name for field in fields(ZooFile)}:
+        raise ValueError(f"unknown rules {sorted(unknown)}")
+    lists = {name: tuple(rules.get(name, ())) for name in ("keep", "drop", "strip")}
+    if wrong := [item for items in lists.values() for item in items if not isinstance(item, str) or not item]:
+        raise ValueError(f"{wrong} among the rules are no texts")
+    for pattern, replacement in (pairs := tuple((old, new) for old, new in rules.get("rename", ()))):
+        re.sub(pattern, replacement, "")
+    return ZooFile(address, sha256, rules.get("key"), rename=pairs, **lists)

@@ -1,0 +1,273 @@
+"""The zoo: published checkpoints under one identifier each, read safely and kept in one format.
+
+What is known about a checkpoint is declared in ``zoo.toml``: where its files are, how their names become those of the
+architecture, how its images are normalised, its category, documented accuracy, licence and citation. `fetch_entry`
+brings the files, reads them without running any code (`layercrit.models.checkpoints`), and keeps the weights as
+``ID.safetensors`` with their provenance in ``ID.json``; ``zoo:ID`` opens these and nothing else, and never downloads.
+"""
+
+import fnmatch
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from filelock import FileLock
+from torch import Tensor
+
+import layercrit.models.hubs  # noqa: F401 - it registers the kinds of references that name the architectures
+from layercrit.errors import CheckpointError, ModelError, ZooError, near
+from layercrit.machine import versions
+from layercrit.models.checkpoints import Checkpoint, fit_to, read_checkpoint
+from layercrit.models.model import Model
+from layercrit.models.sources import MODEL_SOURCES, model_source
+from layercrit.models.zoo.downloads import Fetched, check_file, fetch
+from layercrit.models.zoo.entries import ZooEntry, read_zoo
+
+__all__ = ["ZOO", "fetch_entry", "find_entries", "is_fetched", "open_zoo", "open_zoo_file"]
+
+Progress = Callable[[str, int, int | None], object]
+"""Called with words for a file, the number of its bytes that have come, and of all where the server says so."""
+
+
+class _Zoo(Mapping[str, ZooEntry]):
+    """All entries by identifier, read when first asked for."""
+
+    @cached_property
+    def _entries(self) -> dict[str, ZooEntry]:
+        return read_zoo(resources.files(__package__).joinpath("zoo.toml").read_text(encoding="utf-8"))
+
+    def __getitem__(self, name: str) -> ZooEntry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+ZOO: Mapping[str, ZooEntry] = _Zoo()
+"""The published checkpoints by identifier, in the order of ``zoo.toml``."""
+
+
+def find_entries(pattern: str) -> list[ZooEntry]:
+    """Return the entries whose identifier matches a shell pattern such as ``robust_*``, in the zoo's order.
+
+    Raises:
+        ZooError: None does.
+    """
+    found = [entry for name, entry in ZOO.items() if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        raise ZooError(f"The zoo has no model {pattern!r}. {near(pattern, ZOO)} `layercrit zoo list` shows all.")
+    return found
+
+
+def open_zoo_file(entry: ZooEntry, paths: Sequence[str | Path]) -> dict[str, Tensor]:
+    """Read the published files of an entry, without running any code, as weights of its architecture.
+
+    Args:
+        entry: What the files are.
+        paths: The files in the order of ``entry.files``.
+
+    Returns:
+        Tensors by the architecture's names, in its order, ready for ``load_state_dict(strict=True)``.
+
+    Raises:
+        CheckpointError: A file is unreadable or unsafe, the names or shapes do not match exactly after the rules, two
+            tensors have one name, or there are values that are not finite.
+    """
+    return _converted(entry, _read(entry, paths))
+
+
+def _read(entry: ZooEntry, paths: Sequence[str | Path]) -> list[Checkpoint]:
+    if len(paths) != len(entry.files):
+        wanted = "\n".join(f"  {file.address}" for file in entry.files)
+        raise CheckpointError(
+            f"zoo:{entry.id} is made of {len(entry.files)} file(s), but {len(paths)} are given. Give, in this order, "
+            f"what is at\n{wanted}"
+        )
+    return [read_checkpoint(path, file.key) for path, file in zip(paths, entry.files, strict=True)]
+
+
+def _converted(entry: ZooEntry, checkpoints: Sequence[Checkpoint]) -> dict[str, Tensor]:
+    """Join the files by the entry's rules and match them with the architecture; `open_zoo_file` says what raises."""
+    joined: dict[str, Tensor] = {}
+    for file, checkpoint in zip(entry.files, checkpoints, strict=True):
+        tensors = file.renamed(checkpoint.tensors)
+        if twice := sorted(joined.keys() & tensors.keys()):
+            raise CheckpointError(
+                f"zoo:{entry.id}: {len(twice)} names are in more than one of its files, such as {twice[0]!r}; which "
+                "values are meant cannot be known. Check the order of the files."
+            )
+        joined |= tensors
+    source = f"zoo:{entry.id} from {', '.join(str(checkpoint.path) for checkpoint in checkpoints)}"
+    fitted = fit_to(joined, _untrained(entry, {}).network.state_dict(), f"{source} for {entry.architecture}")
+    broken = [name for name, tensor in fitted.items() if not tensor.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"{source}: {len(broken)} tensors hold NaN or infinite values, such as {broken[0]!r}.")
+    return fitted
+
+
+def _untrained(entry: ZooEntry, options: Mapping[str, Any]) -> Model:
+    """The entry's architecture with fresh weights, asked about images as the entry says."""
+    kind, _, rest = entry.architecture.partition(":")
+    model = MODEL_SOURCES[kind](rest, {**options, "pretrained": False})
+    return replace(
+        model, reference=f"zoo:{entry.id}", mean=entry.mean, std=entry.std, preprocessing=entry.preprocessing
+    )
+
+
+def is_fetched(entry: ZooEntry) -> bool:
+    """Whether the weights of an entry and their provenance are in the cache; their hash is checked when opened."""
+    return entry.path.is_file() and entry.provenance_path.is_file()
+
+
+def fetch_entry(
+    entry: ZooEntry, *, given: Sequence[str | Path] | None = None, progress: Progress | None = None
+) -> Path:
+    """Bring an entry's weights into the cache, unless they are there already, whole.
+
+    The SHA-256 of each published file is written down the first time, and enforced from then on. Files that were
+    downloaded are removed once they are converted or refused; what has come of a broken download stays.
+
+    Args:
+        entry: What to fetch.
+        given: Files that were downloaded by other means, in the order of ``entry.files``; the net is not used, and
+            weights in the cache are replaced.
+        progress: Called while bytes come.
+
+    Returns:
+        The converted file.
+
+    Raises:
+        ZooError: A file cannot be fetched, or is not the one it was the first time.
+        CheckpointError: See `open_zoo_file`.
+    """
+    raw = entry.path.parent / "raw" / entry.id
+    try:
+        entry.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(entry.path.with_suffix(".lock")):
+            if given is None and is_fetched(entry) and _damage(entry) is None:
+                return entry.path
+            hashes = _expected_hashes(entry)
+            paths = [Path(path) for path in given] if given is not None else _fetched(entry, raw, hashes, progress)
+            try:
+                _convert(entry, paths, hashes)
+            finally:
+                shutil.rmtree(raw, ignore_errors=True)
+    except OSError as error:
+        raise ZooError(
+            f"{entry.path.parent} cannot be written ({error.strerror or error}). Make room, or choose another place "
+            "with LAYERCRIT_CACHE."
+        ) from error
+    return entry.path
+
+
+def _fetched(entry: ZooEntry, folder: Path, hashes: Sequence[str | None], progress: Progress | None) -> list[Path]:
+    paths = []
+    for number, (file, sha256) in enumerate(zip(entry.files, hashes, strict=True)):
+        words = entry.id if len(entry.files) == 1 else f"{entry.id} ({number + 1} of {len(entry.files)})"
+        report = None if progress is None else lambda done, total, words=words: progress(words, done, total)
+        paths.append(fetch(file.address, folder / str(number), sha256=sha256, progress=report).path)
+    return paths
+
+
+def _convert(entry: ZooEntry, paths: Sequence[Path], hashes: Sequence[str | None]) -> None:
+    """Read the published files and keep what they hold; each file appears at once and whole, the provenance last."""
+    checkpoints = _read(entry, paths)
+    sources = []
+    for file, checkpoint, expected in zip(entry.files, checkpoints, hashes, strict=True):
+        fetched = Fetched(checkpoint.path, checkpoint.path.stat().st_size, checkpoint.sha256)
+        try:
+            check_file(fetched, file.address, None, expected)
+        except ZooError as error:
+            if not entry.provenance_path.exists():
+                raise
+            raise ZooError(
+                f"{error} It may also be that the file used the first time was wrong: its hash stands in "
+                f"{entry.provenance_path}. To begin anew, delete that file and fetch again."
+            ) from error
+        sources.append({**asdict(file), "size": fetched.size, "sha256": fetched.sha256})
+    tensors = _converted(entry, checkpoints)
+    partial = entry.path.with_suffix(".partial")
+    try:
+        safetensors.torch.save_file(tensors, partial, metadata={"format": "pt"})
+        provenance = {
+            "id": entry.id,
+            "arch": entry.architecture,
+            "sha256": read_checkpoint(partial).sha256,
+            "files": sources,
+            "licence": entry.licence,
+            "citation": asdict(entry.citation),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+        }
+        partial.replace(entry.path)
+        partial.write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+        partial.replace(entry.provenance_path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _provenance(entry: ZooEntry) -> dict[str, Any] | None:
+    """What was written down when the entry was fetched; None where nothing was, or where it is unreadable."""
+    try:
+        provenance = json.loads(entry.provenance_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return provenance if isinstance(provenance, dict) else None
+
+
+def _expected_hashes(entry: ZooEntry) -> list[str | None]:
+    """The hash of each published file: as it was the first time, else as its publisher states it."""
+    first = (_provenance(entry) or {}).get("files", [])
+    known = {file.get("address"): file.get("sha256") for file in first if isinstance(file, dict)}
+    return [known.get(file.address, file.sha256) for file in entry.files]
+
+
+def _damage(entry: ZooEntry) -> str | None:
+    """Say what is wrong with the converted weights in the cache; None if nothing is."""
+    try:
+        _stored(entry)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _stored(entry: ZooEntry) -> dict[str, Tensor]:
+    """The converted weights in the cache, checked against the hash that was written down beside them."""
+    checkpoint = read_checkpoint(entry.path)
+    expected = (_provenance(entry) or {}).get("sha256")
+    if checkpoint.sha256 != expected:
+        raise CheckpointError(
+            f"{entry.path} is not what was written there: its SHA-256 is {checkpoint.sha256}, "
+            f"{entry.provenance_path.name} says {expected}. Fetch it again with `layercrit zoo fetch {entry.id}`."
+        )
+    return checkpoint.tensors
+
+
+@model_source("zoo")
+def open_zoo(name: str, options: dict[str, Any]) -> Model:
+    """Open a fetched entry by its identifier; see `layercrit.models.sources.model_source`."""
+    if name not in ZOO:
+        raise ModelError(f"The zoo has no model {name!r}. {near(name, ZOO)} `layercrit zoo list` shows all.")
+    entry = ZOO[name]
+    pretrained = options.pop("pretrained", True)
+    if pretrained and not is_fetched(entry):
+        raise ModelError(
+            f"The weights of zoo:{name} are not on this machine ({entry.path}). Fetch them with "
+            f"`layercrit zoo fetch {name}`, or add '?pretrained=false' for an untrained network."
+        )
+    model = _untrained(entry, options)
+    if not pretrained:
+        return model
+    tensors = fit_to(_stored(entry), model.network.state_dict(), f"{entry.path} for {model.architecture}")
+    model.network.load_state_dict(tensors)
+    return model

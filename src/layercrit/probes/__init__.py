@@ -1,0 +1,6 @@
+"""Images a model is asked about: sources, how an image becomes pixels, and the probe set drawn from them."""
+
+from layercrit.probes.images import Preprocessing
+from layercrit.probes.probe_set import MEMORY_LIMIT, ProbeOptions, ProbeSet, Progress
+
+__all__ = ["MEMORY_LIMIT", "Preprocessing", "ProbeOptions", "ProbeSet", "Progress"]

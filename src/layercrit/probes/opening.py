@@ -1,0 +1,63 @@
+"""Find out what a source of images is, and open it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from layercrit.errors import ProbeError
+from layercrit.probes.archives import HuggingFaceSource, ParquetSource, TarSource, TorchvisionSource
+from layercrit.probes.idx import IdxSource
+from layercrit.probes.images import SUFFIXES
+from layercrit.probes.sources import ACCEPTED, ArraySource, FolderSource, ImageSource, check_exists
+
+__all__ = ["open_source"]
+
+
+def open_source(source: str | Path | npt.NDArray[Any] | torch.Tensor) -> ImageSource:
+    """Find out what ``source`` is, from its type, its suffix and what a folder holds.
+
+    Raises:
+        ProbeError: Nothing lies there, nothing in it is an image, or it is of none of the kinds known here.
+    """
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return ArraySource(source)
+    if str(source).startswith("torchvision:"):
+        return TorchvisionSource.from_text(str(source))
+    if not isinstance(source, str | Path):
+        raise ProbeError(f"cannot read images from an object of type {type(source).__name__}. Accepted: {ACCEPTED}")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _open_folder(path)
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return ParquetSource(source)
+    if suffix == ".tar":
+        return TarSource(source)
+    check_exists(path)
+    if IdxSource.is_images(path):
+        return IdxSource(source)
+    if suffix in (".npy", ".npz"):
+        return ArraySource(path)
+    hint = " For a single image, give its folder." if suffix in SUFFIXES else ""
+    if suffix == ".tgz" or ".tar" in path.suffixes:
+        hint = " A compressed tar file cannot be read by offset: decompress it first."
+    raise ProbeError(f"cannot read images from '{path}': unknown type of file. Accepted: {ACCEPTED}.{hint}")
+
+
+def _open_folder(path: Path) -> ImageSource:
+    if HuggingFaceSource.is_saved(path) or (path / "dataset_dict.json").is_file():
+        return HuggingFaceSource(path)
+    entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    suffixes = {entry.suffix.lower() for entry in entries}
+    if any(entry.is_dir() for entry in entries) or suffixes & set(SUFFIXES):
+        return FolderSource(path)
+    if {".parquet", ".tar"} <= suffixes:
+        raise ProbeError(f"'{path}' holds both .parquet and .tar files; say which, such as '{path / '*.tar'}'")
+    if ".parquet" in suffixes:
+        return ParquetSource(path)
+    if ".tar" in suffixes:
+        return TarSource(path)
+    return IdxSource(path) if any(map(IdxSource.is_images, entries)) else FolderSource(path)

@@ -1,0 +1,467 @@
+"""Image sources -> probe set: the images a model is asked about, drawn by seed, decoded once, identified by a hash."""
+
+import hashlib
+import json
+import math
+import operator
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from layercrit.errors import ProbeError
+from layercrit.probes.archives import (
+    HuggingFaceSource,
+    ParquetSource,
+    TarSource,
+    TorchvisionSource,
+)
+from layercrit.probes.images import STANDARD, Pixels, Preprocessing, open_image
+from layercrit.probes.opening import open_source
+from layercrit.probes.pixels import KeptPixels, PixelStore
+from layercrit.probes.sources import ArraySource, FolderSource, ImageSource, Item
+
+__all__ = ["MEMORY_LIMIT", "ProbeOptions", "ProbeSet", "Progress"]
+
+MEMORY_LIMIT = 2**30  # bytes
+_IMAGES, _ABOUT = "images.npy", "probe_set.json"
+_IMAGES_AT_ONCE = 256
+Progress = Callable[[int, int], None]  # called with the number of images decoded so far, and of those wanted
+
+
+class ProbeOptions(TypedDict, total=False):
+    """What every way to a probe set can be told; meanings and defaults are those of ``ProbeSet.from_source``."""
+
+    n_images: int | None
+    seed: int
+    use_labels: bool
+    max_unreadable: float
+    memory_limit: int
+    n_threads: int | None
+    progress: Progress | None
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeSet:
+    """Images as a model is asked about them, in the order of their draw.
+
+    Attributes:
+        preprocessing: How images became pixels.
+        source: Where the images come from, as the user named it.
+        seed: Of the draw.
+        sha256: Identity, over shape, pixels and labels; 64 hexadecimal digits.
+        labels: ``(n_images,)`` int64, or None without labels.
+        label_origin: What the labels are, in words, or None without labels.
+        n_classes: How many classes the source counts, or None where it does not say or numbers them absolutely.
+        names: Where each image was found.
+        skipped: Name and reason of each image left out because it could not be read.
+    """
+
+    preprocessing: Preprocessing
+    source: str
+    seed: int
+    sha256: str
+    labels: npt.NDArray[np.int64] | None = field(repr=False)
+    label_origin: str | None
+    n_classes: int | None
+    names: tuple[str, ...] = field(repr=False)
+    skipped: tuple[str, ...] = field(repr=False)
+    _pixels: PixelStore | KeptPixels = field(repr=False)
+
+    @property
+    def n_images(self) -> int:
+        """How many images there are."""
+        return len(self.names)
+
+    @property
+    def images(self) -> Pixels:
+        """All images, ``(n_images, channels, height, width)``, read-only; memory-mapped if they lie in a file.
+
+        Pages of a memory map that were touched count as memory of the process while the array lives: to go through all
+        images, use ``batch``.
+        """
+        return self._pixels.first(self.n_images)
+
+    def batch(self, start: int, stop: int) -> torch.Tensor:
+        """Return a copy of images ``start`` to ``stop`` (cut at the end), ``(n, channels, height, width)`` uint8.
+
+        Raises:
+            ProbeError: The range is empty or begins outside the probe set.
+        """
+        if not 0 <= start < min(stop, self.n_images):
+            raise ProbeError(f"images {start} to {stop} asked of a probe set of {self.n_images} images")
+        return torch.from_numpy(self._pixels.read(start, min(stop, self.n_images)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what identifies the probe set and how it was made, as plain data."""
+        return {
+            "source": str(self.source),
+            "sha256": self.sha256,
+            "seed": self.seed,
+            "n_images": self.n_images,
+            "skipped": list(self.skipped),
+            "labels": self.labels is not None,
+            "preprocessing": {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in vars(self.preprocessing).items()
+            },
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``images.npy``, ``(n_images, channels, height, width)`` uint8, and ``probe_set.json`` into a folder.
+
+        Raises:
+            ProbeError: The folder cannot be written, for instance because the disk is full.
+        """
+        folder = Path(folder).expanduser()
+        about = {
+            **self.to_dict(),
+            "labels": None if self.labels is None else self.labels.tolist(),
+            "label_origin": self.label_origin,
+            "n_classes": self.n_classes,
+            "names": list(self.names),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / _ABOUT).unlink(missing_ok=True)  # without it, half-written images are none
+            shape = (self.n_images, *self._pixels.shape[1:])
+            with (folder / _IMAGES).open("wb") as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for start in range(0, self.n_images, _IMAGES_AT_ONCE):
+                    file.write(self._pixels.read(start, min(start + _IMAGES_AT_ONCE, self.n_images)).data)
+            (folder / _ABOUT).write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ProbeError(
+                f"the images cannot be written into {folder}: {error.strerror or error}; free some space, "
+                "or name another folder"
+            ) from error
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, *, verify: bool = True) -> "ProbeSet":
+        """Read what `save` wrote, without decoding anything.
+
+        Args:
+            folder: Where.
+            verify: Whether to make sure that pixels and labels still have their hash.
+
+        Raises:
+            ProbeError: There is no probe set in the folder, or it is damaged.
+        """
+        folder = Path(folder).expanduser()
+        try:
+            about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+            settings = about["preprocessing"]
+            resize = settings["resize"]
+            labels = None if about["labels"] is None else np.array(about["labels"], np.int64)
+            if labels is not None:
+                labels.flags.writeable = False
+            probe_set = cls(
+                preprocessing=Preprocessing(
+                    **settings | {"resize": tuple(resize) if isinstance(resize, list) else resize}
+                ),
+                labels=labels,
+                names=tuple(about["names"]),
+                skipped=tuple(about["skipped"]),
+                _pixels=KeptPixels(folder / _IMAGES),
+                **{name: about[name] for name in ("source", "seed", "sha256", "label_origin", "n_classes")},
+            )
+            if len(probe_set._pixels) != probe_set.n_images:
+                raise ValueError(f"{probe_set.n_images} names for {len(probe_set._pixels)} images")
+        except ProbeError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ProbeError(
+                f"there is no whole probe set in {folder} ({error}); delete the folder, and it is made anew"
+            ) from error
+        if verify and _digest(probe_set._pixels, probe_set.n_images, labels) != probe_set.sha256:
+            raise ProbeError(f"the images in {folder} were changed; delete the folder, and they are decoded anew")
+        return probe_set
+
+    def check_labels(self, n_classes: int) -> None:
+        """Make sure that the labels can be those of a model with ``n_classes`` outputs; no labels are fine.
+
+        Raises:
+            ProbeError: A label is out of range, or the source counts another number of classes.
+        """
+        if self.labels is None:
+            return
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= n_classes))
+        if len(wrong):
+            first = wrong[0]
+            reason = f"label {self.labels[first]} of '{self.names[first]}' is not in 0 to {n_classes - 1}"
+        elif self.n_classes not in (None, n_classes):
+            reason = f"the source counts {self.n_classes} classes, the model {n_classes}"
+        else:
+            return
+        raise ProbeError(
+            f"labels of '{self.source}' are unlike the model's classes: {reason}. The labels are {self.label_origin}. "
+            "Give the numbers of the model's classes (class folders may be named by these integers), or leave the "
+            "labels out: use_labels=False (--no-labels; labels = false in a study file)"
+        )
+
+    @classmethod
+    def from_source(
+        cls,
+        source: "str | Path | npt.NDArray[Any] | torch.Tensor | ImageSource | ProbeSet",
+        preprocessing: Preprocessing = STANDARD,
+        *,
+        n_images: int | None = 10_000,
+        seed: int = 0,
+        use_labels: bool = True,
+        max_unreadable: float = 0.05,
+        memory_limit: int = MEMORY_LIMIT,
+        n_threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> "ProbeSet":
+        """Draw images from anything that holds some, and decode them.
+
+        The images of a source are put into an order that depends on their number and ``seed`` alone, and the first
+        ``n_images`` readable ones are taken: a smaller probe set is the beginning of a larger one. Pixels in an array
+        that have the model's size already are taken as they are; all else goes through ``preprocessing``.
+
+        Args:
+            source: What ``open_source`` takes, or an opened source. A probe set is returned as it is, whatever the
+                other settings, provided its images have the size that ``preprocessing`` asks for.
+            preprocessing: How an image becomes pixels.
+            n_images: How many images to draw; None, or more than there are, takes all.
+            seed: Of the draw.
+            use_labels: Whether to read labels where the source has some.
+            max_unreadable: Largest share, of the images tried, that may be left out as damaged; in [0, 1].
+            memory_limit: Bytes above which the images lie in a temporary file instead of in memory.
+            n_threads: That decode; None: one per processor, 8 at most. The result does not depend on it.
+            progress: Called in this thread with the number of images decoded, and of those wanted.
+
+        Raises:
+            ProbeError: A setting is out of range; there are no images; too many are unreadable; labels are wrong or
+                given for some images only; or the disk is too small.
+        """
+        if isinstance(source, ProbeSet):
+            return source._fitting(preprocessing)
+        _check_settings(n_images, max_unreadable, n_threads)
+        opened = source if isinstance(source, ImageSource) else open_source(source)
+        n_wanted = len(opened) if n_images is None else min(n_images, len(opened))
+        shape = (n_wanted, preprocessing.channels, preprocessing.height, preprocessing.width)
+        store = PixelStore(shape, memory_limit)
+        threads = n_threads or min(8, os.cpu_count() or 1)
+        draw = _Draw(opened, preprocessing, use_labels, max_unreadable, threads, progress)
+        draw.fill(store, _order(len(opened), seed))
+        labels = _labels(draw.kept, opened)
+        return cls(
+            preprocessing=preprocessing,
+            source=opened.description,
+            seed=seed,
+            sha256=_digest(store, len(draw.kept), labels),
+            labels=labels,
+            label_origin=None if labels is None else opened.label_origin,
+            n_classes=None if labels is None else opened.n_classes,
+            names=tuple(opened.name(index) for index, _ in draw.kept),
+            skipped=tuple(draw.skipped),
+            _pixels=store,
+        )
+
+    @classmethod
+    def from_folder(
+        cls, path: str | Path, preprocessing: Preprocessing = STANDARD, **options: Unpack[ProbeOptions]
+    ) -> "ProbeSet":
+        """Draw from the image files below a folder; ``FolderSource`` says which labels they get."""
+        return cls.from_source(FolderSource(path), preprocessing, **options)
+
+    @classmethod
+    def from_array(
+        cls,
+        images: npt.NDArray[Any] | torch.Tensor | str | Path,
+        preprocessing: Preprocessing = STANDARD,
+        labels: npt.ArrayLike | torch.Tensor | None = None,
+        **options: Unpack[ProbeOptions],
+    ) -> "ProbeSet":
+        """Draw from an array, a tensor, or a ``.npy`` or ``.npz`` file; ``ArraySource`` says of which shapes."""
+        return cls.from_source(ArraySource(images, labels), preprocessing, **options)
+
+    @classmethod
+    def from_parquet(
+        cls, path: str | Path, preprocessing: Preprocessing = STANDARD, **options: Unpack[ProbeOptions]
+    ) -> "ProbeSet":
+        """Draw from Parquet shards; ``ParquetSource`` says of which columns."""
+        return cls.from_source(ParquetSource(path), preprocessing, **options)
+
+    @classmethod
+    def from_tar(
+        cls, path: str | Path, preprocessing: Preprocessing = STANDARD, **options: Unpack[ProbeOptions]
+    ) -> "ProbeSet":
+        """Draw from tar shards; ``TarSource`` says in which layout."""
+        return cls.from_source(TarSource(path), preprocessing, **options)
+
+    @classmethod
+    def from_huggingface(
+        cls, path: str | Path, preprocessing: Preprocessing = STANDARD, **options: Unpack[ProbeOptions]
+    ) -> "ProbeSet":
+        """Draw from a data set saved by the datasets library; ``HuggingFaceSource`` says from which columns."""
+        return cls.from_source(HuggingFaceSource(path), preprocessing, **options)
+
+    @classmethod
+    def from_torchvision(
+        cls,
+        name: str,
+        root: str | Path,
+        preprocessing: Preprocessing = STANDARD,
+        split: str | None = None,
+        **options: Unpack[ProbeOptions],
+    ) -> "ProbeSet":
+        """Draw from a data set of torchvision on disk; ``TorchvisionSource`` says what the arguments mean."""
+        return cls.from_source(TorchvisionSource(name, root, split), preprocessing, **options)
+
+    def _fitting(self, preprocessing: Preprocessing) -> "ProbeSet":
+        size, wanted = self._pixels.shape[1:], (preprocessing.channels, preprocessing.height, preprocessing.width)
+        if size != wanted:
+            raise ProbeError(
+                f"the probe set of '{self.source}' has images {size} (channels, height, width), but {wanted} is asked "
+                "for; make a probe set with the model's preprocessing"
+            )
+        return self
+
+
+def _check_settings(n_images: int | None, max_unreadable: float, n_threads: int | None) -> None:
+    if n_images is not None and n_images < 1:
+        raise ProbeError(f"n_images is {n_images}, expected a positive number, or None for all images")
+    if not 0 <= max_unreadable <= 1:
+        raise ProbeError(f"max_unreadable is {max_unreadable}, expected a share in [0, 1]")
+    if n_threads is not None and n_threads < 1:
+        raise ProbeError(f"n_threads is {n_threads}, expected a positive number, or None")
+
+
+def _order(n_items: int, seed: int) -> list[int]:
+    """Return the numbers below ``n_items`` in the order of ``seed``.
+
+    Sorted by the raw words of the bit generator, which NumPy promises never to change, unlike its permutations.
+    """
+    word = hashlib.sha256(json.dumps(["probe set", operator.index(seed)]).encode()).digest()[:8]
+    words = np.random.PCG64(int.from_bytes(word)).random_raw(n_items)
+    return [int(index) for index in np.argsort(words, kind="stable")]
+
+
+@dataclass
+class _Draw:
+    """The draw under way: decodes images in order, and counts those that cannot be read.
+
+    Attributes:
+        kept: Index in the source, and label, of each image in the store.
+        skipped: Name and reason of each unreadable image, in the order of the draw.
+    """
+
+    source: ImageSource
+    preprocessing: Preprocessing
+    use_labels: bool
+    max_unreadable: float
+    n_threads: int
+    progress: Progress | None
+    kept: list[tuple[int, int | None]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def fill(self, store: PixelStore, order: Sequence[int]) -> None:
+        """Put the first readable images of ``order`` into ``store``, as many as it holds or as there are."""
+        tried = 0
+        while len(self.kept) < len(store) and tried < len(order):
+            candidates = order[tried : tried + len(store) - len(self.kept)]
+            tried += len(candidates)
+            self._try(store, candidates)
+            self._check_share(len(store), len(order))
+        if not self.kept:
+            raise ProbeError(f"no images in '{self.source.description}' can be read: {self._examples()}")
+
+    def _try(self, store: PixelStore, candidates: Sequence[int]) -> None:
+        """Decode ``candidates`` behind the images in ``store``, and close the gaps that unreadable ones leave."""
+        first = len(self.kept)
+        slots = {index: first + position for position, index in enumerate(candidates)}
+        labels: dict[int, int | None] = {}
+        reasons: dict[int, str] = {}
+        # Sorted, so that shards are read from front to back whatever the order of the draw.
+        for item, pixels in self._decoded(sorted(candidates)):
+            if isinstance(pixels, str):
+                reasons[item.index] = pixels
+                continue
+            store.write(slots[item.index], pixels)
+            labels[item.index] = item.label
+            if self.progress is not None:
+                self.progress(first + len(labels), len(store))
+        for index in candidates:
+            if index in reasons:
+                self.skipped.append(f"{self.source.name(index)}: {reasons[index]}")
+                continue
+            if slots[index] != len(self.kept):
+                store.move(slots[index], len(self.kept))
+            self.kept.append((index, labels[index]))
+
+    def _decoded(self, indices: Sequence[int]) -> Iterator[tuple[Item, Pixels | str]]:
+        """Yield images in order with their pixels, or with the reason why there are none."""
+        waiting: deque[tuple[Item, Future[Pixels | str]]] = deque()
+        with ThreadPoolExecutor(self.n_threads, thread_name_prefix="layercrit-decode") as pool:
+            for item in self.source.read(indices, self.use_labels):
+                waiting.append((item, pool.submit(_pixels_or_reason, item.content, self.preprocessing)))
+                if len(waiting) > 4 * self.n_threads:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            for done, future in waiting:
+                yield done, future.result()
+
+    def _check_share(self, n_wanted: int, n_items: int) -> None:
+        n_tried = min(n_wanted + len(self.skipped), n_items)  # when each failure so far will have been replaced
+        if len(self.skipped) / n_tried > self.max_unreadable:
+            raise ProbeError(
+                f"{len(self.skipped)} of {n_tried} images of '{self.source.description}' are unreadable, more than "
+                f"max_unreadable={self.max_unreadable:g} allows: {self._examples()}. Repair or remove them, or allow "
+                "more"
+            )
+
+    def _examples(self) -> str:
+        more = f" and {len(self.skipped) - 3} more" if len(self.skipped) > 3 else ""
+        return "; ".join(self.skipped[:3]) + more
+
+
+def _pixels_or_reason(content: Path | bytes | Image.Image | Pixels | Exception, model: Preprocessing) -> Pixels | str:
+    """Return the pixels ``(channels, height, width)`` of one image, or why it has none."""
+    if isinstance(content, Exception):
+        return f"{content}"
+    try:
+        if isinstance(content, np.ndarray):
+            image = Image.fromarray(content)
+            return model.at_size(image) if content.shape[:2] == (model.height, model.width) else model(image)
+        return model(content if isinstance(content, Image.Image) else open_image(content))
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders answer damaged files with errors of almost any type
+        return f"{error}" or type(error).__name__
+
+
+def _labels(kept: Sequence[tuple[int, int | None]], source: ImageSource) -> npt.NDArray[np.int64] | None:
+    missing = [index for index, label in kept if label is None]
+    if len(missing) == len(kept):
+        return None
+    if missing:
+        raise ProbeError(
+            f"{len(missing)} of {len(kept)} images of '{source.description}' have no label, such as "
+            f"'{source.name(missing[0])}'; label all, or leave the labels out with use_labels=False (--no-labels)"
+        )
+    labels = np.array([label for _, label in kept], np.int64)
+    labels.flags.writeable = False
+    return labels
+
+
+def _digest(store: PixelStore | KeptPixels, n_images: int, labels: npt.NDArray[np.int64] | None) -> str:
+    shape = (n_images, *store.shape[1:])
+    digest = hashlib.sha256(json.dumps({"shape": shape, "labels": labels is not None}).encode())
+    step = max(1, 2**24 // math.prod(store.shape[1:]))
+    for start in range(0, n_images, step):
+        digest.update(store.read(start, min(start + step, n_images)).data)
+    if labels is not None:
+        digest.update(labels.astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,226 @@
+"""The tables of a study as files for other programs."""
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from layercrit.comparison import accuracy_of
+from layercrit.errors import StudyError, near
+from layercrit.study.published import write_models, write_published
+from layercrit.study.tables import Study
+
+__all__ = ["FORMATS", "Format", "cells_table", "export", "export_format"]
+
+FormatFunction = Callable[[Study, Path], None]
+
+# Columns that are whole numbers, or numbers, also where every value is missing.
+_WHOLE = ("depth", "n_parameters", "trial", "n_images", "run", "n_layers", "n_trials")
+_NUMBERS = ("flops_after", "delta_norm", "seconds")
+
+_ESCAPES = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        '"': r"\textquotedbl{}",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A registered format.
+
+    Attributes:
+        name: what it is called on the command line.
+        files: names of the files that it consists of.
+        function: writes them into a folder.
+        summary: one line for tables.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    function: FormatFunction
+    summary: str
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def export_format(name: str, files: Sequence[str]) -> Callable[[FormatFunction], FormatFunction]:
+    """Register a function that writes the named files of a study into a folder; its docstring is the summary."""
+
+    def register(function: FormatFunction) -> FormatFunction:
+        first_line = (function.__doc__ or "").strip().partition("\n")[0]
+        FORMATS[name] = Format(name, tuple(files), function, first_line)
+        return function
+
+    return register
+
+
+def export(study: Study, format: str, path: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:  # noqa: A002
+    """Write the tables of a study as files.
+
+    All files are written beside their places and then moved there, so that a reader never meets half a file.
+
+    Args:
+        study: finished or not.
+        format: one of `FORMATS`.
+        path: the folder to write into; None for the folder ``export`` in that of the study.
+        overwrite: whether to replace files that are there.
+
+    Returns:
+        The files.
+
+    Raises:
+        StudyError: the format is unknown or cannot hold the study, a file is there already, or the folder cannot be
+            written.
+    """
+    if format not in FORMATS:
+        raise StudyError(f"No export format is named {format!r}. {near(format, FORMATS)}")
+    chosen = FORMATS[format]
+    folder = study.folder / "export" / format if path is None else Path(path).expanduser()
+    files = [folder / name for name in chosen.files]
+    if (there := [file.name for file in files if file.exists()]) and not overwrite:
+        raise StudyError(
+            f"{folder} holds {', '.join(there)} already. Name another folder (--out), or replace it with --overwrite "
+            "(overwrite=True)."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+            chosen.function(study, Path(scratch))
+            for file in files:
+                (Path(scratch) / file.name).replace(file)
+    except OSError as error:
+        raise StudyError(
+            f"The study cannot be exported into {folder}: {error.strerror or error}. "
+            "Free some space or name another folder (--out)."
+        ) from error
+    return files
+
+
+def cells_table(study: Study) -> pd.DataFrame:
+    """Return the cells of a study, and a row with the status ``failed`` for each trial that failed.
+
+    ``error`` says why it failed. Such a row is of all layers of a model, so ``layer`` is missing in it.
+    """
+    failed = [
+        {"model": row.model, "reset": row.reset, "trial": row.trial, "status": "failed", "error": row.error}
+        for row in study.failures
+    ]
+    cells = _typed(study.cells.drop(columns="raw").assign(error=None))
+    return pd.concat([cells, _typed(pd.DataFrame(failed))], ignore_index=True) if failed else cells
+
+
+def _typed(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table whose columns have a type also where they hold no value."""
+    types: dict[str, Any] = {}
+    for column in table.columns:
+        if column in _WHOLE:
+            types[column] = "Int64"
+        elif column in _NUMBERS:
+            types[column] = "float64"
+        elif table[column].dtype == object:
+            types[column] = "string"
+    return table.astype(types)
+
+
+def _tables(study: Study) -> dict[str, pd.DataFrame]:
+    return {
+        "cells": cells_table(study),
+        "layers": _typed(study.to_pandas()),
+        "models": _typed(study.by_model()),
+    }
+
+
+@export_format("parquet", ["cells.parquet", "layers.parquet", "models.parquet"])
+def _parquet(study: Study, folder: Path) -> None:
+    """Tables of cells, layers and models as Parquet, with the types of all columns."""
+    for name, table in _tables(study).items():
+        table.to_parquet(folder / f"{name}.parquet", index=False, compression="zstd")
+
+
+@export_format("csv", ["cells.csv", "layers.csv", "models.csv"])
+def _csv(study: Study, folder: Path) -> None:
+    """Tables of cells, layers and models as CSV."""
+    for name, table in _tables(study).items():
+        table.to_csv(folder / f"{name}.csv", index=False)
+
+
+@export_format("published-csv", ["results.csv", "models.csv"])
+def _published_csv(study: Study, folder: Path) -> None:
+    """The layout of the published results (percent; cells of the reset rerandomize only), and a table of models."""
+    write_published(study, folder / "results.csv")
+    write_models(study, folder / "models.csv")
+
+
+@export_format("latex", ["models.tex"])
+def _latex(study: Study, folder: Path) -> None:
+    """A table for papers (package booktabs): category, accuracy and mean criticality of each model."""
+    source = study.record.get("origin", {}).get("source")
+    head = ["% written by layercrit; needs \\usepackage{booktabs}"]
+    head += [f"% source: {_one_line(source)}"] if source else []
+    tables = [_latex_table(study, reset) for reset in study.resets]
+    (folder / "models.tex").write_text("\n".join([*head, *tables]) + "\n", encoding="utf-8")
+
+
+def _latex_table(study: Study, reset: str) -> str:
+    """Return the table of one reset, grouped by category, that of the baseline first."""
+    level = 100 * study.record.get("protocol", {}).get("level", 0.95)
+    models = study.by_model()
+    models = models[models["reset"] == reset]
+    kind, accuracy = accuracy_of(models)
+    baseline = study.record.get("baseline")
+    of_baseline = set(models.loc[models["model"] == baseline, "category"])
+    models = models.assign(
+        accuracy=accuracy,
+        category=models["category"].fillna(""),
+        other_group=~models["category"].isin(of_baseline),
+        unknown=models["category"].isna(),
+        other_model=models["model"] != baseline,
+    ).sort_values(["other_group", "unknown", "category", "other_model", "label"])
+    lines = [
+        r"\begin{table}",
+        rf"\caption{{Mean criticality over layers (reset: {_escaped(reset)}) with {level:g}\,\% intervals, "
+        rf"and {kind} top-1 accuracy.}}",
+        r"\begin{tabular}{llrl}",
+        r"\toprule",
+        r"Model & Category & Accuracy (\%) & Criticality \\",
+    ]
+    before = None
+    for row in models.to_dict("records"):
+        lines += [] if row["category"] == before else [r"\midrule"]
+        before = row["category"]
+        cells = (_escaped(row["label"]), _escaped(before) or "--", _percent(row["accuracy"]), _interval(row))
+        lines.append(" & ".join(cells) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
+
+
+def _percent(share: float) -> str:
+    return "--" if math.isnan(share) else f"{100 * share:.1f}"
+
+
+def _interval(row: Any) -> str:
+    if math.isnan(row["criticality"]):
+        return "--"
+    limits = "" if math.isnan(row["low"]) else f" $[{row['low']:.3f}, {row['high']:.3f}]$"
+    return f"${row['criticality']:.3f}${limits}"
+
+
+def _escaped(text: str) -> str:
+    """Return text as LaTeX prints it."""
+    return _one_line(text).translate(_ESCAPES)
+
+
+def _one_line(text: str) -> str:
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())

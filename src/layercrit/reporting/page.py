@@ -1,0 +1,227 @@
+"""One self-contained HTML page of a study: pictures to explore, tables, and how it was measured."""
+
+import base64
+import gzip
+import hashlib
+import html
+import json
+import math
+import re
+from collections.abc import Iterable
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from layercrit.comparison import Comparison
+from layercrit.differences import compared_differences
+from layercrit.errors import StudyError
+from layercrit.reporting.page_data import page_data
+from layercrit.study.tables import Study
+
+__all__ = ["write_page"]
+
+_CAUTIONS = (
+    (
+        "The cosine depends on how peaked the softmax is.",
+        "Models trained with label smoothing, mixup or a sigmoid loss are not directly comparable with plain ones. "
+        "Look at the temperature-matched values and at top-1 agreement before you read a difference as reliance on "
+        "layers.",
+    ),
+    (
+        "An unrelated prediction does not give 1.",
+        "It gives 1 minus the mean cosine between predictions for different images, which each model's profile shows.",
+    ),
+)  # fmt: skip
+# Where something lies on this machine is nobody's business: of absolute paths only the last name is shown.
+_FOLDERS = re.compile(r"""(?<![\w/.])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'"<>|:;,()]+[\\/])+(?=[^\\/\s])""")
+_NO_MATCHED = (
+    "This study has no temperature-matched values and no chance level: its results were published as means over "
+    "images, so the two cautions above cannot be looked into here."
+)
+_DEFINITION = (
+    "Each layer's parameters were replaced by fresh draws from the architecture's own initialiser, or by what the "
+    "reset says, one layer at a time; everything else, statistics of normalisation included, stayed as trained. "
+    "Criticality of a layer is 1 minus the mean over trials and images of the cosine between the softmax outputs "
+    "before and after the reset, in [0, 1]; of a model, the mean over its layers. It is the cosine of softmax outputs, "
+    "not of hidden states, and a fresh draw, not the layer's own values before training. The method is that of "
+    "Gavrikov et al. 2024 (arXiv 2410.14470)."
+)
+
+
+def write_page(study: Study, comparison: Comparison, path: str | Path) -> Path:
+    """Write the page of a study: one HTML file that needs no other and asks nothing of any network.
+
+    Plotly draws; it is in the page, compressed. All texts from outside are escaped, and the page's own security policy
+    lets no script run but its own.
+
+    Args:
+        study: finished or not.
+        comparison: of its models, under one reset.
+        path: of the file; its folder is made.
+
+    Raises:
+        StudyError: the file cannot be written.
+    """
+    path = Path(path).expanduser()
+    text = _filled(study, comparison)
+    beside = path.with_name(f".writing-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise StudyError(f"{path} cannot be written ({error.strerror}). Name another place with --out.") from error
+    return path
+
+
+def _filled(study: Study, comparison: Comparison) -> str:
+    """Return the page's text."""
+    data, packed = page_data(study, comparison)
+    web = resources.files(__package__) / "web"
+    script, (hash_of_plotly, plotly) = (web / "page.js").read_text(encoding="utf-8"), _plotly()
+    policy = (
+        "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
+        f"script-src {_hash_of(script)} {hash_of_plotly}; base-uri 'none'; form-action 'none'"
+    )
+    return Template((web / "page.html").read_text(encoding="utf-8")).substitute(
+        title=html.escape(str(study.record.get("name", study.folder.name))),
+        version=metadata.version("layercrit"),
+        policy=html.escape(policy, quote=True).replace("&#x27;", "'"),
+        style=(web / "page.css").read_text(encoding="utf-8"),
+        facts=html.escape(_facts(study, comparison)),
+        cautions=_cautions(comparison),
+        about_differences=html.escape(_about_differences(study, comparison)),
+        correlations=_correlations(comparison),
+        methods=_methods(study, comparison),
+        # in a script element only "<" could end it
+        data=json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
+        differences=_zipped(packed),
+        plotly=plotly,
+        script=script,
+    )
+
+
+@cache
+def _plotly() -> tuple[str, str]:
+    """Return the hash of Plotly's script, and the script compressed."""
+    from plotly.offline import get_plotlyjs
+
+    script = get_plotlyjs()
+    return _hash_of(script), _zipped(script.encode())
+
+
+def _hash_of(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _zipped(data: bytes) -> str:
+    return base64.b64encode(gzip.compress(data, compresslevel=9, mtime=0)).decode()
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def _facts(study: Study, comparison: Comparison) -> str:
+    n_images = study.of_reset(comparison.reset)["n_images"].max()
+    images = "" if math.isnan(n_images) else f" on {int(n_images):,} images"
+    against = f"; differences are to {comparison.baseline}" if comparison.baseline else ""
+    return (
+        f"{len(comparison.models)} models, {len(comparison.layers)} layers, {comparison.origin['trials']} trials of "
+        f"the reset {comparison.reset}{images}{against}"
+    )
+
+
+def _cautions(comparison: Comparison) -> str:
+    parts = [f"<p><strong>{html.escape(claim)}</strong> {html.escape(text)}</p>" for claim, text in _CAUTIONS]
+    if comparison.models["criticality_matched"].isna().all():
+        parts.append(f"<p>{html.escape(_NO_MATCHED)}</p>")
+    return f'<aside aria-label="Cautions">{"".join(parts)}</aside>'
+
+
+def _about_differences(study: Study, comparison: Comparison) -> str:
+    """Say how many differences to the baseline stand among all of the study."""
+    if comparison.baseline is None or len(comparison.models) < 2:
+        return "Choose two models or two categories."
+    return compared_differences(study, comparison).sentence()
+
+
+def _correlations(comparison: Comparison) -> str:
+    """Return the rank correlations in words, all but those over all models folded away."""
+    lines = []
+    rows = comparison.correlations.to_dict("records")
+    for spearman, kendall in zip(rows[::2], rows[1::2], strict=True):
+        if math.isnan(spearman["statistic"]):
+            continue
+        without = spearman["without"]
+        which = "All models" if without is None else f"Without {str(without).replace('_', ' ')}"
+        lines.append(
+            f"{which} ({spearman['n']}): Spearman's rho {spearman['statistic']:.2f} (p = {spearman['pvalue']:.2g}), "
+            f"Kendall's tau {kendall['statistic']:.2f} (p = {kendall['pvalue']:.2g})."
+        )
+    if not lines:
+        return "<p>There are too few models with a known accuracy for a rank correlation.</p>"
+    first, *others = (html.escape(line.replace(" -", " \N{MINUS SIGN}")) for line in lines)
+    listed = "".join(f"<li>{line}</li>" for line in others)
+    folded = f"<details><summary>Without one category</summary><ul>{listed}</ul></details>" if others else ""
+    return f"<p>{first}</p>{folded}"
+
+
+def _methods(study: Study, comparison: Comparison) -> str:
+    """Return what was done, the resolved protocol, notes, versions, and hashes."""
+    record = study.record
+    protocol = {**record.get("protocol", {}), "resets": comparison.reset}
+    images = record.get("probe_set", {})
+    runs = {json.dumps(run.get("versions", {}), sort_keys=True): run for run in study.runs}
+    level = f"{100 * study.level:g}%"
+    coverage = ", ".join(sorted(set(study.to_pandas()["covers"]) - {"nothing"})) or "nothing, since there is one trial"
+    about = [
+        ("intervals", f"{level}, for new {coverage}; Student's t, of crossed random effects where images are kept"),
+        *((str(name).replace("_", " "), _plain(value)) for name, value in protocol.items()),
+        *((f"images: {name}", _plain(value)) for name, value in images.items()),
+        *((f"versions, run {run['run']}", _plain(run.get("versions", {}))) for run in runs.values()),
+        *((f"results: {name}", _plain(value)) for name, value in record.get("origin", {}).items()),
+        ("left out", ", ".join(comparison.left_out) or "nothing"),
+        ("layercrit", metadata.version("layercrit")),
+    ]
+    listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in about)
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(_notes(comparison)))
+    return (
+        f"<p>{html.escape(_DEFINITION)}</p>"
+        + (f"<ul>{notes}</ul>" if notes else "")
+        + f"<dl>{listed}</dl>"
+        + _hashes(study, comparison)
+    )
+
+
+def _notes(comparison: Comparison) -> Iterable[str]:
+    return map(_plain, [*comparison.notes, *([comparison.caution] if comparison.caution else [])])
+
+
+def _hashes(study: Study, comparison: Comparison) -> str:
+    models = study.models[study.models["model"].isin(comparison.models.index)]
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f'<td class="left">{html.escape(_plain(text))}</td>'
+            for text in (row["model"], row["reference"], row["dtype"] or "-", (row["sha256"] or "-")[:16])
+        )
+        + "</tr>"
+        for row in models.to_dict("records")
+    )
+    head = "".join(f'<th scope="col" class="left">{name}</th>' for name in ("model", "reference", "numbers", "SHA-256"))
+    return (
+        '<details><summary>Models, number formats and hashes of weights</summary><div class="scroll tall" tabindex="0" '
+        f'role="region" aria-label="Models and hashes"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>'
+        "</table></div></details>"
+    )
+
+
+def _plain(value: Any) -> str:
+    """Return plain data as a reader wants it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value)) or "none"
+    return _FOLDERS.sub("", str(value))

@@ -1,0 +1,291 @@
+"""The report of a study: figures for papers, and a page to explore, drawn from the same tables."""
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from layercrit.comparison import Comparison, about_models, compare, estimates_of
+from layercrit.errors import StudyError, near
+from layercrit.figures.accuracy import criticality_against_accuracy
+from layercrit.figures.bars import criticality_bars
+from layercrit.figures.budget import criticality_against_budget
+from layercrit.figures.categories import labels_of, shown
+from layercrit.figures.depth import criticality_over_depth
+from layercrit.figures.heat_maps import difference_map, heat_map, spread_map
+from layercrit.figures.rankings import ranking
+from layercrit.figures.style import check_formats, save_figure
+from layercrit.layers import layer_labels
+from layercrit.progress import Bar
+from layercrit.reporting.page import write_page
+from layercrit.study.tables import Study
+from layercrit.wrappers import wrapper_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["FIGURES", "Report", "report"]
+
+_ADVERSARIAL = "adversarial_training"
+_UNFINISHED = ".writing-"  # before the name of a file that is being written
+_LONGEST = 100  # bytes of a model's name in that of a file; some file systems take no more than 143 in all
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written.
+
+    Attributes:
+        page: the HTML file.
+        figures: name of a figure -> its files, one a format.
+        left_out: name of a figure -> why it could not be drawn.
+        comparison: what the figures and the page show.
+    """
+
+    page: Path
+    figures: dict[str, list[Path]]
+    left_out: dict[str, str]
+    comparison: Comparison
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What figures are drawn from.
+
+    Attributes:
+        comparison: of the models.
+        models: one row per model, as `about_models` returns it.
+        rows: one row per model and layer, as `estimates_of` returns it.
+        labels: name of a layer -> what stands in figures.
+        profiles: the models that have a figure of their own -> what stands for them in the names of its files.
+    """
+
+    comparison: Comparison
+    models: pd.DataFrame
+    rows: pd.DataFrame
+    labels: dict[str, str]
+    profiles: dict[str, str]
+
+    @property
+    def stages(self) -> dict[str, str]:
+        """Name of a layer -> its stage, where that is known."""
+        stages = self.comparison.layers["stage"].dropna()
+        wrapper = wrapper_of(stages)
+        return {str(layer): str(stage).removeprefix(wrapper) for layer, stage in stages.items()}
+
+    def grid(self, values: "pd.Series[float]") -> pd.DataFrame:
+        """Return values, one per row of ``rows``, as models x layers."""
+        table = values.set_axis(pd.MultiIndex.from_frame(self.rows[["model", "layer"]])).unstack("layer")  # noqa: PD010
+        return table.reindex(index=self.comparison.criticality.index, columns=self.comparison.criticality.columns)
+
+
+# A figure's files have its name, with the model's behind it where there is one for each of several models.
+_Drawn = Iterator[tuple[str, "Figure"]]
+FIGURES: dict[str, Callable[[_Tables], _Drawn]] = {}
+"""Name of a figure -> what draws it; the first line of its docstring says what it shows."""
+
+
+def _figure(name: str) -> Callable[[Callable[[_Tables], _Drawn]], Callable[[_Tables], _Drawn]]:
+    def register(function: Callable[[_Tables], _Drawn]) -> Callable[[_Tables], _Drawn]:
+        FIGURES[name] = function
+        return function
+
+    return register
+
+
+def report(
+    study: Study,
+    out: str | Path | None = None,
+    *,
+    figures: Sequence[str] | None = None,
+    formats: Sequence[str] = ("pdf", "png", "svg"),
+    baseline: str | None = None,
+    leave_out: Sequence[str] | None = None,
+    reset: str | None = None,
+    profiles: Sequence[str] | None = None,
+    progress: bool = False,
+) -> Report:
+    """Write ``report.html``, one self-contained page, and ``figures/`` in every format.
+
+    Args:
+        study: finished or not.
+        out: the folder to write to; files of an earlier report are replaced. None: the study's own folder.
+        figures: names of those to draw, of `FIGURES`; None: all that can be drawn.
+        formats: of ``pdf``, ``png`` and ``svg``.
+        baseline: the model that differences are to; None: the study's own, if it names one.
+        leave_out: as in `layercrit.compare`.
+        reset: as in `layercrit.compare`.
+        profiles: models that get a figure of their own; None: the baseline, or the first model without one.
+        progress: whether a progress bar is shown on a terminal.
+
+    Raises:
+        StudyError: a name is unknown, a figure that was asked for cannot be drawn, or a file cannot be written.
+        ProtocolError: a format is unknown.
+
+    Example:
+        >>> import layercrit
+        >>> layercrit.report(layercrit.load_study("layercrit-demo/study")).page  # doctest: +SKIP
+        PosixPath('layercrit-demo/study/report.html')
+    """
+    asked = list(FIGURES) if figures is None else list(dict.fromkeys(figures))
+    for name in asked:
+        if name not in FIGURES:
+            raise StudyError(f"There is no figure {name!r}. {near(name, FIGURES)}")
+    check_formats(formats)
+    folder = study.folder if out is None else Path(out).expanduser()
+    comparison = compare(
+        study, baseline=baseline, leave_out=None if leave_out is None else list(leave_out), reset=reset
+    )
+    tables = _tables(study, comparison, profiles)
+    written: dict[str, list[Path]] = {}
+    left_out: dict[str, str] = {}
+    with Bar(progress) as bar:
+        for done, name in enumerate(asked):
+            bar.drawn(name, done, len(asked) + 1)
+            try:
+                drawn = _drawn(name, tables)
+            except StudyError as error:
+                if figures is not None:
+                    raise
+                left_out[name] = str(error)
+                continue
+            written[name] = _saved(drawn, folder / "figures", formats)
+        bar.drawn("report.html", len(asked), len(asked) + 1)
+        page = write_page(study, comparison, folder / "report.html")
+    return Report(page, written, left_out, comparison)
+
+
+def _tables(study: Study, comparison: Comparison, profiles: Sequence[str] | None) -> _Tables:
+    models = about_models(study, comparison)
+    known = models["model"].to_list()
+    for name in profiles or ():
+        if name not in known:
+            raise StudyError(f"No model {name!r} is compared, so it has no profile. {near(name, known)}")
+    rows = estimates_of(study, comparison)
+    shapes = rows.drop_duplicates("layer").set_index("layer")["shape"].reindex(comparison.layers.index)
+    labels = layer_labels({str(layer): shape if isinstance(shape, str) else None for layer, shape in shapes.items()})
+    chosen = [comparison.baseline or known[0]] if profiles is None else profiles
+    files = _file_names(study.models["model"])  # of all, so that a model's does not depend on who is left out
+    return _Tables(comparison, models, rows, labels, {name: files[name] for name in chosen})
+
+
+def _file_names(models: Iterable[str]) -> dict[str, str]:
+    """Return model -> what stands for it in names of files, no two alike even where capitals count as small letters."""
+    plain = {name: re.sub(r"[^\w.=+-]", "-", name).encode()[:_LONGEST].decode(errors="ignore") for name in models}
+    found: dict[str, str] = {}
+    taken = set[str]()
+    for name in sorted(plain, key=lambda name: plain[name] != name):  # a name that can stay does
+        numbered = (f"{plain[name]}-{n}" for n in itertools.count(2))
+        found[name] = next(one for one in itertools.chain([plain[name]], numbered) if one.casefold() not in taken)
+        taken.add(found[name].casefold())
+    return found
+
+
+def _drawn(name: str, tables: _Tables) -> list[tuple[str, "Figure"]]:
+    if not tables.comparison.criticality.notna().any(axis=None):
+        raise StudyError("No layer of any model has all its cells ok, so no criticality is known.")
+    return list(FIGURES[name](tables))
+
+
+def _saved(drawn: Iterable[tuple[str, "Figure"]], folder: Path, formats: Iterable[str]) -> list[Path]:
+    """Save figures, each file under its name only once it is complete."""
+    distinct = list(dict.fromkeys(formats))
+    try:
+        return [
+            path.replace(folder / path.name.removeprefix(_UNFINISHED))
+            for name, figure in drawn
+            for path in save_figure(figure, folder / f"{_UNFINISHED}{name}", distinct)
+        ]
+    except OSError as error:
+        raise StudyError(f"{folder} cannot be written to ({error.strerror}). Name another place with --out.") from error
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+@_figure("criticality")
+def _criticality(tables: _Tables) -> _Drawn:
+    """Heat map of models and layers."""
+    values = tables.comparison.criticality
+    yield "criticality", heat_map(values, tables.models, layer_labels=tables.labels, stages=tables.stages)
+
+
+@_figure("difference")
+def _difference(tables: _Tables) -> _Drawn:
+    """The same as difference to the baseline."""
+    values = tables.comparison.difference
+    if values is None:
+        raise StudyError("There is no baseline that differences could be to. Name one with --baseline.")
+    if not values.notna().any(axis=None):
+        raise StudyError(
+            f"No layer of the baseline {tables.comparison.baseline} has all its cells ok. Name another one."
+        )
+    yield "difference", difference_map(values, tables.models, layer_labels=tables.labels, stages=tables.stages)
+
+
+@_figure("spread")
+def _spread(tables: _Tables) -> _Drawn:
+    """Standard deviation over trials, and half-width of the interval."""
+    half = tables.grid(((tables.rows["high"] - tables.rows["low"]) / 2).where(tables.rows["status"] == "ok"))
+    wanted = {
+        "spread": (tables.comparison.sd_trials, "SD over trials"),
+        "half_width": (half, "half-width of the interval"),
+    }
+    known = {name: one for name, one in wanted.items() if one[0].notna().any(axis=None)}
+    if not known:
+        raise StudyError("There is one trial only, so neither a spread over trials nor an interval is known.")
+    for name, (values, quantity) in known.items():
+        yield (
+            name,
+            spread_map(values, tables.models, quantity=quantity, layer_labels=tables.labels, stages=tables.stages),
+        )
+
+
+@_figure("accuracy")
+def _accuracy(tables: _Tables) -> _Drawn:
+    """Mean criticality against accuracy, with rank correlations."""
+    if not tables.models[["accuracy", "criticality"]].notna().all(axis=1).any():
+        raise StudyError("No accuracy is known. Give it in the study file, or labels with the images.")
+    rows = tables.comparison.correlations
+    wanted = rows["without"].isna() | (rows["without"] == _ADVERSARIAL)
+    yield "accuracy", criticality_against_accuracy(tables.models, correlations=rows[wanted])
+
+
+@_figure("budget")
+def _budget(tables: _Tables) -> _Drawn:
+    """Mean criticality against the budget of adversarial training, by norm."""
+    if not tables.models[["attack_norm", "eps", "criticality"]].notna().all(axis=1).any():
+        raise StudyError("No model has a budget of adversarial training. Give attack_norm and eps in the study file.")
+    yield "budget", criticality_against_budget(tables.models, baseline=tables.comparison.baseline)
+
+
+@_figure("depth")
+def _depth(tables: _Tables) -> _Drawn:
+    """Criticality over depth, a line for each category."""
+    values = tables.comparison.criticality
+    labels, baseline = tables.labels, tables.comparison.baseline
+    yield (
+        "depth",
+        criticality_over_depth(values, tables.models, stages=tables.stages, layer_labels=labels, baseline=baseline),
+    )
+
+
+@_figure("profile")
+def _profile(tables: _Tables) -> _Drawn:
+    """Bars of one model's layers with intervals."""
+    about = tables.models.assign(title=labels_of(tables.models)).set_index("model")
+    for model, file in tables.profiles.items():
+        rows = tables.rows[tables.rows["model"] == model].sort_values("depth")
+        rows = rows.assign(label=[shown(tables.labels[layer]) for layer in rows["layer"]])
+        mean, chance = about.loc[[model], ["criticality", "chance"]].to_numpy(dtype="float64")[0]
+        yield f"profile-{file}", criticality_bars(rows, title=about["title"][model], mean=mean, chance=chance)
+
+
+@_figure("ranking")
+def _ranking(tables: _Tables) -> _Drawn:
+    """Models by their mean criticality, with intervals."""
+    yield "ranking", ranking(tables.models, baseline=tables.comparison.baseline)

@@ -1,0 +1,86 @@
+"""Leave a model and the random state of the process as they were found."""
+
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def untouched(network: nn.Module) -> Iterator[None]:
+    """Restore training flags, parameters, buffers, and what replays put in place, whatever happens inside.
+
+    Values are restored as well, for a network's own forward may write to them: some count calls, some clamp weights.
+    """
+    modules = [
+        (m, m.training, m.__dict__.get("forward"), dict(m._parameters), dict(m._buffers)) for m in network.modules()
+    ]
+    flags = [(p, p.requires_grad) for p in network.parameters()]
+    values = [(t, t.detach().clone()) for t in chain(network.parameters(), network.buffers())]
+    try:
+        yield
+    finally:
+        for module, training, forward, parameters, buffers in modules:
+            module.training = training
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+        with torch.no_grad():
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def rng_untouched() -> Iterator[None]:
+    """Restore the global random states of torch (CPU and GPUs), numpy and Python afterwards."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+
+
+@contextlib.contextmanager
+def holding(network: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Load values into parameters, and put back afterwards, bit for bit, these and what a forward does to buffers.
+
+    Values are written in place: whoever refers to a parameter (a tied weight, a module registered under two names,
+    ``nn.LSTM``) sees them, which is not so when ``torch.func.functional_call`` exchanges the tensors by their names.
+
+    Args:
+        network: the network. A forward pass inside may write to its buffers or exchange them.
+        values: parameter name -> value. Of parameters that are tied to each other, the first name given counts.
+    """
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    drawn = {id(parameters[name]): (parameters[name], value) for name, value in reversed(list(values.items()))}
+    modules = [module for module in network.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    registered = [(module, dict(module._buffers)) for module in modules]
+    with torch.inference_mode():  # writes to tensors that were made in inference mode, too
+        before = [(tensor, tensor.clone()) for tensor in (*network.buffers(), *(p for p, _ in drawn.values()))]
+    try:
+        with torch.inference_mode():
+            for parameter, value in drawn.values():
+                parameter.copy_(value)
+        yield
+    finally:
+        for module, buffers in registered:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.inference_mode():
+            for tensor, value in before:
+                tensor.copy_(value)

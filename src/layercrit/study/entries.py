@@ -1,0 +1,184 @@
+"""The models of a study file: what one is, and which ones a list and a pattern name."""
+
+import csv
+import glob
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from layercrit.errors import StudyError, near
+from layercrit.models.checkpoints import weight_file
+from layercrit.models.sources import MODEL_SOURCES
+from layercrit.models.zoo.fetching import find_entries
+
+_WILD = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model of a study file, patterns and lists expanded.
+
+    Attributes:
+        name: unique in the study.
+        reference: its model reference, paths in it absolute.
+        category: the family of its training method, or None.
+        label: how figures call it, or None.
+        accuracy: top-1 accuracy as its authors give it, a share in [0, 1], or None.
+        donor: a weight file, for resets whose values come from one.
+        attack_norm: norm of the perturbations that it was trained to withstand, such as ``l2`` or ``linf``, or None.
+        eps: the largest of them, in the units in which its authors give it, or None.
+    """
+
+    name: str
+    reference: str
+    category: str | None = None
+    label: str | None = None
+    accuracy: float | None = None
+    donor: str | None = None
+    attack_norm: str | None = None
+    eps: float | None = None
+
+
+def rows_of_list(
+    where: str, path: Path, given: Mapping[str, Any], columns: Collection[str], mistakes: list[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row) of a list file, which has columns or one reference a line.
+
+    Args:
+        where: the place in the study file that names the list.
+        path: of the list.
+        given: values by column that hold where a row leaves it empty.
+        columns: names of the columns it may have.
+        mistakes: what is wrong is added here.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets write a mark before the text
+    except (OSError, UnicodeDecodeError) as error:
+        mistakes.append(f"{where}: the list {path} cannot be read ({error})")
+        return
+    if lines and "reference" in next(csv.reader(lines[:1])):
+        rows = list(_rows_of_table(path.name, lines, columns, mistakes))
+    else:
+        named = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+        rows = [(n, {"reference": line}) for n, line in named if line and not line.startswith("#")]
+    if not rows:
+        mistakes.append(f"{where}: the list {path} names no models")
+    for number, row in rows:
+        yield f"{path.name} line {number}", {**given, **row}
+
+
+def _rows_of_table(
+    name: str, lines: Sequence[str], columns: Collection[str], mistakes: list[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, values that are not empty) of a list with columns."""
+    reader = csv.DictReader(lines)
+    for column in sorted({*(reader.fieldnames or ())} - {*columns}):
+        mistakes.append(f"{name}: unknown column {column!r}. {near(column, sorted(columns))}")
+    for row in reader:
+        place = f"{name} line {reader.line_num}"
+        values: dict[str, Any] = {key: text for key, text in row.items() if key in columns and text}
+        if None in row:
+            mistakes.append(
+                f"{place}: more values than columns. Put quotation marks around a reference that has commas"
+            )
+            continue
+        if "reference" not in values:
+            mistakes.append(f"{place}: there is no reference")
+        for column in {"accuracy", "eps"} & values.keys():
+            try:
+                values[column] = float(values[column])
+            except ValueError:
+                mistakes.append(f"{place}: {column} must be a number; got {values.pop(column)!r}")
+        yield reader.line_num, values
+
+
+def models_of(reference: str, folder: Path) -> Iterator[ModelEntry]:
+    """Yield the models that a reference or pattern of a study file names.
+
+    Args:
+        reference: such as ``timm:resnet50.tv_in1k``, ``zoo:robust_*``, ``file:runs/*/final.safetensors?arch=...``.
+        folder: what paths are relative to.
+
+    Raises:
+        StudyError: it names none, or is no reference; the text offers near names.
+    """
+    name, _, options = reference.partition("?") if not reference.startswith("file:") else _file_parts(reference)
+    kind, _, rest = name.partition(":")
+    if kind not in MODEL_SOURCES or not rest:
+        raise StudyError(f"{reference!r} is no model reference. {near(kind, MODEL_SOURCES)}")
+    tail = f"?{options}" if options else ""
+    if kind == "zoo":
+        for entry in find_entries(rest):
+            about = entry.category, entry.label, entry.documented_accuracy
+            yield ModelEntry(entry.id, f"zoo:{entry.id}{tail}", *about, attack_norm=entry.attack_norm, eps=entry.eps)
+    elif kind == "file":
+        yield from _files(rest, tail, folder)
+    elif kind == "timm":
+        for model in _timm_names(rest):
+            yield ModelEntry(model, f"timm:{model}{tail}")
+    elif _WILD.search(rest):
+        raise StudyError(f"{reference!r}: patterns are known for zoo:, timm: and file: only")
+    else:
+        local = folder / Path(rest).expanduser()
+        place = str(local) if kind == "hf" and local.is_dir() else rest
+        yield ModelEntry(rest.rpartition("/")[2] if kind in ("hf", "hf-hub") else rest, f"{kind}:{place}{tail}")
+
+
+def _files(rest: str, tail: str, study_folder: Path) -> Iterator[ModelEntry]:
+    path = study_folder / Path(rest).expanduser()
+    if path.exists():
+        paths = [path]
+    elif _WILD.search(rest):
+        paths = _matching(rest, study_folder)
+    else:
+        if weight_file(path) == path:  # no epoch of a training run either
+            there = near(path.name, sorted(other.name for other in path.parent.glob("*")))
+            raise StudyError(f"there is no file {path}. {there}")
+        paths = [path]
+    if not paths:
+        raise StudyError(f"no file matches {path}")
+    stems = [path.stem if path.is_file() else path.name for path in paths]
+    parents = [path.parent.name for path in paths]
+    both = [f"{parent}-{stem}" for parent, stem in zip(parents, stems, strict=True)]
+    names = next((names for names in (stems, parents, both) if len(set(names)) == len(names)), stems)
+    for name, path in zip(names, paths, strict=True):
+        yield ModelEntry(name, f"file:{path}{tail}")
+
+
+def _matching(pattern: str, study_folder: Path) -> list[Path]:
+    """Return the sorted files and folders that match a pattern, or, if it ends so, those with ``@epoch=N`` behind."""
+    # relative to the study's folder, whose own name may hold brackets
+    find = partial(glob.glob, root_dir=study_folder, recursive=True)
+    pattern = str(Path(pattern).expanduser())
+    found = find(pattern)
+    folders, of_epoch, number = pattern.rpartition("@epoch=")
+    if not found and of_epoch:
+        found = [f"{name}{of_epoch}{number}" for name in find(folders) if (study_folder / name).is_dir()]
+    return sorted(study_folder / name for name in found)
+
+
+def _file_parts(reference: str) -> tuple[str, str, str]:
+    """Split ``file:PATH?arch=...`` at its options; a question mark elsewhere in a path is a wildcard."""
+    match = re.match(r"(?s)(.*?)\?(\w+=.*)$", reference)
+    return (match[1], "?", match[2]) if match else (reference, "", "")
+
+
+def _timm_names(name: str) -> list[str]:
+    import timm
+
+    if _WILD.search(name):
+        found = timm.list_models(name, pretrained=True) or timm.list_models(name)
+        if not found:
+            raise StudyError(f"timm has no model that matches {name!r}")
+        return list(found)
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise StudyError(f"timm has no model {name!r}. {near(architecture, timm.list_models())}")
+    tags = [known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", pretrained=True)]
+    tag = name.partition(".")[2]
+    if tag and tag not in tags:
+        raise StudyError(f"timm has no weights {tag!r} for {architecture}. {near(tag, tags)}")
+    return [name]

@@ -1,0 +1,154 @@
+"""Put studies together: parts of one study from several machines, or one's own models among published ones."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from layercrit.errors import StudyError
+from layercrit.study.store import FILE, ModelRow, PlanRow, Store
+from layercrit.study.tables import Study, load_study
+
+__all__ = ["merge_studies"]
+
+_NO_DIFFERENCE = ("batch_size", "device", "level", "resets", "trials")  # settings that decide no number of a cell
+
+
+def merge_studies(folders: Sequence[str | Path], out: str | Path) -> Study:
+    """Put the models and cells of several studies into a new one; the studies themselves are left as they are.
+
+    Cells of the same content are taken once. Models may have been measured under different protocols or on different
+    images: they are then put together all the same, and the new study's notes say so.
+
+    Args:
+        folders: of the studies, two or more.
+        out: where the new study is to lie.
+
+    Raises:
+        StudyError: a folder holds no study, the new one holds one already, two different models have one name, or one
+            trial of a model was measured under different settings.
+    """
+    paths = [Path(folder).expanduser() for folder in folders]
+    out = Path(out).expanduser()
+    if len(paths) < 2:
+        raise StudyError(f"Expected two or more studies to merge, got {len(paths)}.")
+    if (out / FILE).exists():
+        raise StudyError(f"{out} holds a study already. Name another folder with --out.")
+    studies = [load_study(path) for path in paths]
+    models, plan, measured = _models(studies), *_plan(paths)
+    with Store(out, create=True) as merged:
+        for path in paths:
+            with Store(path) as store:
+                merged.copy_cells(store)
+        with merged.transaction():
+            merged.put_models(models)
+            merged.put_plan(plan)
+            for study in studies:
+                for failure in study.failures:
+                    if (failure.model, failure.reset, failure.trial) not in measured:
+                        merged.put_failure(failure)
+            merged.put_meta("study", _record(studies, out.name))
+    return load_study(out)
+
+
+def _models(studies: Sequence[Study]) -> list[ModelRow]:
+    """Return the models of all studies, in their order, those of the same name and weights once."""
+    found: dict[str, tuple[ModelRow, Study]] = {}
+    for study in studies:
+        with Store(study.folder) as store:
+            rows = store.models()
+        for row in rows:
+            if row.model not in found:
+                found[row.model] = (row, study)
+                continue
+            other, first = found[row.model]
+            if _identity(row) != _identity(other) and row.record and other.record:
+                raise StudyError(
+                    f"{first.folder} and {study.folder} both have a model {row.model!r}, with different weights, "
+                    "images or number formats. Give one of them another name in its study file and run it again: what "
+                    "is measured stays."
+                )
+            found[row.model] = (replace(other, record=_joined(other.record or {}, row.record or {}) or None), first)
+    return [row for row, _ in found.values()]
+
+
+def _joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two studies know of one model, of which they may have measured different resets."""
+    joined = {**other, **one}
+    for of_resets in ("content", "donor", "random_trials"):
+        if of_resets in joined:
+            joined[of_resets] = {**other.get(of_resets, {}), **one.get(of_resets, {})}
+    if "notes" in joined:
+        joined["notes"] = list(dict.fromkeys([*one.get("notes", []), *other.get("notes", [])]))
+    return joined
+
+
+def _plan(paths: Sequence[Path]) -> tuple[list[PlanRow], set[tuple[str, str, int]]]:
+    """Return the cells of all studies, and of which model, reset and trial some are measured."""
+    planned: dict[tuple[str, str, int, str], PlanRow] = {}
+    measured: dict[tuple[str, str, int, str], Path] = {}
+    for path in paths:
+        with Store(path) as store:
+            rows = store.plan()
+            known = store.known(row.key for row in rows)
+        for row in rows:
+            place = (row.model, row.reset, row.trial, row.layer)
+            if place in measured and row.key in known and row.key != planned[place].key:
+                raise StudyError(
+                    f"{measured[place]} and {path} have both measured trial {row.trial} of {row.model!r}, reset "
+                    f"{row.reset!r}, under different settings (such as the seed or the distances). Give the model "
+                    "another name in one of the study files and run it again: what is measured stays."
+                )
+            if place not in measured:
+                planned[place] = row
+            if row.key in known:
+                measured.setdefault(place, path)
+    return list(planned.values()), {place[:3] for place in measured}
+
+
+def _identity(row: ModelRow) -> tuple[Any, ...]:
+    record = row.record or {}
+    return tuple(record.get(name) for name in ("sha256", "probe_set", "dtype", "origin"))
+
+
+def _record(studies: Sequence[Study], name: str) -> dict[str, Any]:
+    """Return the facts about the new study, with notes where the studies differ."""
+    records = [study.record for study in studies]
+    protocols = [record.get("protocol", {}) for record in records]
+    notes = [note for record in records for note in record.get("notes", [])]
+    differing = sorted(key for key in {*chain(*protocols)} - {*_NO_DIFFERENCE} if _differ(protocols, key))
+    if differing:
+        notes.append(f"The merged studies differ in their protocol ({', '.join(differing)}).")
+    images = {str(study.folder): _images(record) for study, record in zip(studies, records, strict=True)}
+    if len(set(images.values())) > 1:
+        told = "; ".join(f"{folder}: {text}" for folder, text in images.items())
+        notes.append(f"The merged studies asked about different images ({told}): differences between their models may "
+                     "come from that.")  # fmt: skip
+    shared: dict[str, Any] = {key: value for key, value in protocols[0].items() if key not in differing}
+    shared["trials"] = max(int(protocol.get("trials", 0)) for protocol in protocols)
+    shared["resets"] = list(dict.fromkeys(chain(*(protocol.get("resets", []) for protocol in protocols))))
+    merged = {
+        "name": name,
+        "baseline": next((record["baseline"] for record in records if record.get("baseline")), None),
+        "leave_out": list(dict.fromkeys(left for record in records for left in record.get("leave_out", []))),
+        "protocol": shared,
+        "notes": list(dict.fromkeys(notes)),
+        "merged": [str(study.folder) for study in studies],
+    }
+    if len(set(images.values())) == 1 and "probe_set" in records[0]:
+        merged["probe_set"] = records[0]["probe_set"]
+    return merged
+
+
+def _differ(protocols: Sequence[Mapping[str, Any]], key: str) -> bool:
+    """Return whether a setting differs; published studies do not tell all of theirs."""
+    values = [protocol[key] for protocol in protocols if key in protocol]
+    return any(value != values[0] for value in values)
+
+
+def _images(record: Mapping[str, Any]) -> str:
+    probe_set = record.get("probe_set")
+    if probe_set is None:
+        return "not known"
+    return f"{probe_set['n_images']} of {Path(probe_set['source']).name}, SHA-256 {probe_set['sha256'][:12]}"

@@ -1,0 +1,202 @@
+"""What a study will cost, before anything is measured: cells, FLOPs, bytes to download, time on this machine."""
+
+import contextlib
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from layercrit.engine.allocator import large_blocks_stay
+from layercrit.engine.flops import count_flops
+from layercrit.errors import LayercritError, ModelError, first_line
+from layercrit.layers import Layer, find_layers, select_layers
+from layercrit.machine import find_device
+from layercrit.models.hubs import is_cached
+from layercrit.models.model import Classifier
+from layercrit.models.references import open_model, without_weights
+from layercrit.models.zoo.fetching import ZOO, is_fetched
+from layercrit.probes.opening import open_source
+from layercrit.resets import RESETS
+from layercrit.study.entries import ModelEntry
+from layercrit.study.file import StudyFile
+from layercrit.study.store import FILE, Store
+
+__all__ = ["StudyPlan", "plan_study"]
+
+_TIMED_PIXELS = 4 * 224 * 224  # of the batch whose forward pass is timed
+_BYTES = 4  # of a float32 number
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """What models without weights tell of their cost; FLOPs are of one image."""
+
+    n_layers: int
+    flops: float
+    flops_after: float  # sum over layers of the FLOPs that run anew
+    n_numbers: int  # parameters and buffers
+    seconds: float  # a forward pass of one image here
+    mistake: str = ""
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """What a study will cost.
+
+    Attributes:
+        models: one row per model: ``model``, ``reference``, ``architecture``, ``n_layers``, ``n_cells``, ``n_done``
+            (cells that the study's folder has), ``download`` (bytes that are not on this machine), ``mistake`` (why it
+            cannot be planned, or an empty text).
+        n_images: images asked about; as many as are asked for where they cannot be counted.
+        images_mistake: why the images cannot be used, or an empty text.
+        flops_plain: FLOPs of the cells left if the whole network ran for each.
+        flops: FLOPs of the cells left as they will be run, everything before a reset layer once a batch.
+        seconds: time for them on this machine with one worker, were each FLOP as dear as in the network's own forward
+            pass in float32: an upper bound, which the fused and the bfloat16 replay undercut.
+    """
+
+    models: pd.DataFrame
+    n_images: int
+    images_mistake: str
+    flops_plain: float
+    flops: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data."""
+        return {
+            "models": self.models.to_dict("records"),
+            **{name: getattr(self, name) for name in ("n_images", "images_mistake", "flops_plain", "flops", "seconds")},
+            **{name: int(self.models[name].sum()) for name in ("n_cells", "n_done", "download")},
+        }
+
+
+def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
+    """Work out what a study will cost. Each architecture is built and run once on a black image; nothing is measured.
+
+    Args:
+        study: what to measure.
+        folder: the study's folder, to count what is done; None for a new study.
+
+    Raises:
+        StudyError: models are not trained yet.
+    """
+    study.check_trained()
+    n_images, images_mistake = study.n_images, ""
+    try:
+        n_images = min(n_images, len(open_source(study.source)))
+    except LayercritError as error:
+        images_mistake = str(error)
+    done = _done(Path(folder)) if folder is not None else Counter[str]()
+    architectures: dict[str, _Architecture] = {}
+    trials = {reset: study.protocol.trials if RESETS[reset].random else 1 for reset in study.resets}
+    rows, plain, replayed, seconds = [], 0.0, 0.0, 0.0
+    with large_blocks_stay():
+        for entry in study.models:
+            name, built = _architecture(study, entry, architectures)
+            here, mistake = _is_here(entry, built.mistake)
+            n_cells = built.n_layers * sum(trials.values())
+            n_done = min(done[entry.name], n_cells)
+            left = (n_cells - n_done) / max(1, n_cells) * n_images
+            # beside the resets, each trial runs the trained network, which is asked once before all trials, too
+            flops = left * (sum(trials.values()) * (built.flops + built.flops_after) + built.flops)
+            plain += left * built.flops * (n_cells + 1)
+            replayed += flops
+            seconds += flops / built.flops * built.seconds if built.flops else 0.0
+            rows.append(
+                {
+                    "model": entry.name,
+                    "reference": entry.reference,
+                    "architecture": name,
+                    "n_layers": built.n_layers,
+                    "n_cells": n_cells,
+                    "n_done": n_done,
+                    "download": 0 if here else _BYTES * built.n_numbers,
+                    "mistake": mistake,
+                }
+            )
+    return StudyPlan(pd.DataFrame(rows), n_images, images_mistake, plain, replayed, seconds)
+
+
+def _architecture(study: StudyFile, entry: ModelEntry, known: dict[str, _Architecture]) -> tuple[str, _Architecture]:
+    """Return a model's architecture, built once however many models share it."""
+    name = ""
+    try:
+        name = without_weights(entry.reference)
+        if name not in known:
+            known[name] = _built(study, name)
+    except LayercritError as error:
+        known[name or entry.reference] = _Architecture(0, 0.0, 0.0, 0, 0.0, str(error))
+    return name, known[name or entry.reference]
+
+
+def _built(study: StudyFile, reference: str) -> _Architecture:
+    size, protocol = study.preprocessing, study.protocol
+    still = {"mean": (0.0,) * size.channels, "std": (1.0,) * size.channels}  # what a model's own are costs nothing
+    model = open_model(reference, **still, input_size=(size.channels, size.height, size.width))
+    network = model.network
+    normalise = Classifier(network, model.mean, model.std).normalise
+    black = torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8)
+    layers = select_layers(
+        _all_layers(reference, network, normalise(black)),
+        types=protocol.types,
+        patterns=protocol.layers,
+        group=protocol.group,  # type: ignore[arg-type]
+    )
+    flops, after = count_flops(network, layers, normalise(black))
+    n_numbers = sum(tensor.numel() for tensor in network.state_dict().values())
+    batch = black.expand(max(1, _TIMED_PIXELS // (size.height * size.width)), -1, -1, -1)
+    device = find_device(protocol.device)
+    seconds = _seconds(network.to(device), normalise(batch).to(device))
+    return _Architecture(len(layers), flops, flops * sum(after.values()), n_numbers, seconds)
+
+
+def _all_layers(reference: str, network: torch.nn.Module, image: torch.Tensor) -> list[Layer]:
+    try:
+        return find_layers(network, image)
+    except LayercritError:
+        raise
+    except Exception as error:  # a network's own code raises what it likes
+        raise ModelError(
+            f"{reference!r} cannot run on an image of {' x '.join(map(str, image.shape[1:]))} (channels, height, "
+            f"width) ({first_line(error)}). All models of a study are asked about the same pixels: change input_size "
+            "under [images], or leave the model out."
+        ) from error
+
+
+def _seconds(network: torch.nn.Module, images: torch.Tensor) -> float:
+    """Return the time that the network's forward pass takes for one image of a batch."""
+    with torch.inference_mode():
+        network(images[:1])  # what is done only once
+        times = []
+        for _ in range(3):  # of which the shortest had least to wait for other programs
+            started = time.perf_counter()
+            network(images)
+            if images.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+    return min(times) / len(images)
+
+
+def _is_here(entry: ModelEntry, mistake: str) -> tuple[bool, str]:
+    """Return whether opening a model downloads nothing, and the mistake known of it or found in its weights' name."""
+    name, _, options = entry.reference.partition("?")
+    kind, _, rest = name.partition(":")
+    if mistake or "pretrained=false" in options.lower().split("&"):
+        return True, mistake
+    try:
+        return (is_fetched(ZOO[rest]) if kind == "zoo" else is_cached(kind, rest)), ""
+    except LayercritError as error:
+        return True, str(error)
+
+
+def _done(folder: Path) -> Counter[str]:
+    """Count the measured cells of each model."""
+    if not (folder / FILE).is_file():
+        return Counter()
+    with contextlib.closing(Store(folder)) as store:
+        return Counter(store.cells()["model"])

@@ -1,0 +1,294 @@
+"""Run a study: every cell once, nothing lost, the rest goes on where one model fails."""
+
+import contextlib
+import hashlib
+import platform
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layercrit.errors import LayercritError, ProbeError
+from layercrit.locks import hold
+from layercrit.machine import versions
+from layercrit.models.zoo.fetching import ZOO, fetch_entry, is_fetched
+from layercrit.probes.probe_set import ProbeSet
+from layercrit.progress import Bar
+from layercrit.resets import RESETS
+from layercrit.seeds import seed_of
+from layercrit.study.entries import ModelEntry
+from layercrit.study.executors import (
+    Event,
+    Executor,
+    Failed,
+    LocalProcesses,
+    Message,
+    Task,
+    local_places,
+)
+from layercrit.study.file import StudyFile
+from layercrit.study.store import FailureRow, ModelRow, Store
+from layercrit.study.worker import Job, Measured, Planned, Progressed, start_worker
+
+__all__ = ["RunReport", "run_study"]
+
+_PROBE_SET = "probe_set"
+
+
+@dataclass
+class RunReport:
+    """What a run did.
+
+    Attributes:
+        folder: the study's.
+        n_measured: cells measured now.
+        n_known: cells that were there already.
+        n_retryable: failures of earlier runs that were not tried again.
+        failures: everything that is not measured, and why.
+        seconds: how long the run took.
+    """
+
+    folder: Path
+    n_measured: int = 0
+    n_known: int = 0
+    n_retryable: int = 0
+    failures: list[FailureRow] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def run_study(
+    study: StudyFile,
+    folder: str | Path,
+    *,
+    n_workers: int | None = None,
+    retry: bool = False,
+    progress: bool = True,
+    executor: Executor | None = None,
+) -> RunReport:
+    """Measure what is missing of a study; run again to go on after an interruption.
+
+    Every finished cell is committed to the folder's store under a name of its content (weights, layer, reset, seed,
+    images, settings), so that no cell is measured twice and none of another model, image or setting is mixed in.
+
+    Args:
+        study: what to measure, from `layercrit.study.file.read_study_file`.
+        folder: where the results go; made if need be.
+        n_workers: local processes; None: one for each GPU, else one.
+        retry: whether to try again what failed in an earlier run.
+        progress: whether to show a progress bar on a terminal.
+        executor: runs the tasks in place of local processes.
+
+    Raises:
+        StudyError: models are not trained yet, another process runs this study, or the folder cannot be used.
+        ProbeError: the images cannot be read.
+    """
+    study.check_trained()
+    started = time.monotonic()
+    folder = Path(folder).expanduser().absolute()
+    executor = executor or LocalProcesses(local_places(n_workers, study.protocol.device, torch.cuda.device_count()))
+    with hold(folder), Store(folder, create=True) as store, Bar(progress) as bar:
+        run = _Run(study, folder, store, bar)
+        run.begin(retry)
+        run.fetch()
+        run.work(executor)
+        run.report.seconds = time.monotonic() - started
+        return run.report
+
+
+class _Run:
+    """One run of a study under way."""
+
+    def __init__(self, study: StudyFile, folder: Path, store: Store, bar: Bar) -> None:
+        self.study, self.folder, self.store, self.bar = study, folder, store, bar
+        self.report = RunReport(folder)
+        self.number = 0
+        self.expected: dict[str, float] = {}  # task name -> cells, as far as its model was opened
+        self.opened: set[str] = set()  # tasks whose model was opened
+        self.said: set[tuple[str, str]] = set()  # failures that were printed, once for each model
+        self.done: dict[str, float] = {}  # task name -> cells, parts of them while under way
+
+    def begin(self, retry: bool) -> None:
+        """Write down what the study is about, and make sure of its images."""
+        probe_set = self._probe_set()
+        about = _about(self.study, probe_set)
+        with self.store.transaction():
+            changed = self.store.meta("study", {}).get("measured") != about["measured"]
+            if changed:
+                self.store.clear_plan()
+            self.store.put_models([_model_row(entry) for entry in self.study.models])
+            if changed or retry:  # what failed was asked for in another way, or may work now
+                for entry in self.study.models:
+                    self.store.drop_failures(entry.name)
+            self.store.put_meta("study", about)
+            self.number = self.store.put_run(_now(), {"versions": versions(), "machine": platform.node()})
+        _write(self.folder / "study.toml", self.study.to_toml())
+
+    def _probe_set(self) -> ProbeSet:
+        """Return the images as an earlier run decoded them, or decode them now."""
+        asked = {"source": self.study.source, "n_images": self.study.n_images, "labels": self.study.labels,
+                 "seed": self.study.protocol.seed, "preprocessing": str(self.study.preprocessing)}  # fmt: skip
+        kept = self.folder / _PROBE_SET
+        files = _state_of(self.study.source)
+        known = self.store.meta("images", {})
+        if known.get("asked") == asked and files in (None, known["files"]):
+            with contextlib.suppress(ProbeError):  # gone or damaged: decoded anew
+                probe_set = ProbeSet.load(kept)
+                if probe_set.sha256 == known["sha256"]:
+                    return probe_set
+        probe_set = ProbeSet.from_source(
+            self.study.source,
+            self.study.preprocessing,
+            n_images=self.study.n_images,
+            seed=seed_of(self.study.protocol.seed, "probe set") % 2**32,
+            use_labels=self.study.labels,
+            progress=self.bar.decoded,
+        )
+        probe_set.save(kept)
+        with self.store.transaction():
+            self.store.put_meta("images", {"asked": asked, "files": files, "sha256": probe_set.sha256})
+        return ProbeSet.load(kept, verify=False)
+
+    def fetch(self) -> None:
+        """Download what the zoo lacks; what cannot be had fails when it is opened."""
+        for entry in self.study.models:
+            kind, _, name = entry.reference.partition("?")[0].partition(":")
+            if kind == "zoo" and not is_fetched(ZOO[name]):
+                with contextlib.suppress(LayercritError):
+                    fetch_entry(ZOO[name], progress=self.bar.fetched)
+
+    def work(self, executor: Executor) -> None:
+        """Run all tasks, and keep what they give."""
+        tasks = self._tasks()
+        self.expected = dict.fromkeys((task.name for task in tasks), 0.0)
+        self.done = dict.fromkeys(self.expected, 0.0)
+        self._show()
+        events = executor.run(tasks, partial(start_worker, self.study, self.folder))
+        with contextlib.closing(events):  # type: ignore[type-var]
+            for event in events:
+                with self.store.transaction():
+                    self._keep(event)
+                self._show()
+        self.report.failures = self.store.failures()
+
+    def _tasks(self) -> list[Task]:
+        failed = {(row.model, row.reset, row.trial) for row in self.store.failures()}
+        tasks = []
+        for entry in self.study.models:
+            for reset in self.study.resets:
+                for trial in range(self.study.protocol.trials if RESETS[reset].random else 1):
+                    if (entry.name, reset, trial) in failed:
+                        self.report.n_retryable += 1
+                        continue
+                    name = f"{entry.name}, {reset}, trial {trial}"
+                    tasks.append(Task(name, f"{entry.name}, {reset}", Job(entry, reset, trial)))
+        return tasks
+
+    def _keep(self, event: Event) -> None:
+        job: Job = event.task.payload
+        name = event.task.name
+        where = (job.model.name, job.reset, job.trial)
+        if isinstance(event, Failed):
+            self.store.put_failure(FailureRow(*where, event.error, event.details, _now()))
+            if (job.model.name, event.error) not in self.said:
+                self.said.add((job.model.name, event.error))
+                self.bar.say(f"{name} failed: {event.error.splitlines()[0][:160]}")
+            self.expected[name] = self.done[name]
+        elif isinstance(event, Message) and isinstance(event.content, Planned):
+            planned = event.content
+            self._put_record(job.model.name, planned.record)
+            self.store.clear_plan(*where)
+            self.store.put_plan(planned.plan)
+            self.expected[name], self.done[name] = len(planned.plan), planned.n_known
+            if name not in self.opened:  # else its worker died, and another one begins anew
+                self.report.n_known += planned.n_known
+            self.opened.add(name)
+        elif isinstance(event, Message) and isinstance(event.content, Progressed):
+            part = event.content.part
+            self.store.put_part(event.content.task, part)
+            self.done[name] += event.content.n_layers * (part.stop - part.start) / self._n_images
+        elif isinstance(event, Message) and isinstance(event.content, Measured):
+            self._put_record(job.model.name, event.content.record)
+            self.store.put_cells(event.content.cells, self.number)
+            self.store.drop_parts(event.content.task)
+            self.store.drop_failures(*where)
+            self.report.n_measured += len(event.content.cells)
+            self.done[name] = self.expected[name]
+
+    def _put_record(self, model: str, record: dict[str, Any]) -> None:
+        """Keep what is known of a model; where its weights or other content changed, its cells are others, too."""
+        known = next(row.record for row in self.store.models() if row.model == model) or {}
+        if known.get("sha256") == record["sha256"]:
+            for reset, content in record["content"].items():
+                if known["content"].get(reset) != content:
+                    self.store.clear_plan(model, reset)
+            for of_resets in ("content", "donor", "random_trials"):
+                record = {**record, of_resets: {**known[of_resets], **record[of_resets]}}
+            if known["probe_set"] == record["probe_set"]:  # another worker may have the same model open
+                record = {**record, "notes": list(dict.fromkeys([*known["notes"], *record["notes"]]))}
+        else:
+            self.store.clear_plan(model)
+        self.store.put_record(model, record)
+
+    @property
+    def _n_images(self) -> int:
+        return int(self.store.meta("study")["probe_set"]["n_images"])
+
+    def _show(self) -> None:
+        """Show how far the study is; models that are not open yet are taken to have as many cells as the others."""
+        opened = [n for n in self.expected.values() if n]
+        typical = sum(opened) / len(opened) if opened else 1.0
+        self.bar.measured(sum(self.done.values()), sum(n or typical for n in self.expected.values()))
+
+
+def _about(study: StudyFile, probe_set: ProbeSet) -> dict[str, Any]:
+    """Return the facts about a study; those under ``measured`` decide which cells it has."""
+    protocol = {**study.protocol.to_dict(), "resets": list(study.resets), "distances": list(study.distances),
+                "n_images": study.n_images}  # fmt: skip
+    del protocol["reset"]
+    deciding = {k: v for k, v in protocol.items() if k not in ("batch_size", "device", "level")}
+    return {
+        "name": study.name,
+        "baseline": study.baseline,
+        "leave_out": list(study.leave_out),
+        "protocol": protocol,
+        "probe_set": {**probe_set.to_dict(), "labels": probe_set.labels is not None},
+        "measured": {**deciding, "probe_set": probe_set.sha256},
+    }
+
+
+def _model_row(entry: ModelEntry) -> ModelRow:
+    return ModelRow(
+        entry.name,
+        entry.reference,
+        entry.category,
+        entry.label,
+        entry.accuracy,
+        attack_norm=entry.attack_norm,
+        eps=entry.eps,
+    )
+
+
+def _state_of(source: str) -> str | None:
+    """Return what changes when the files of an image source do; None where it is no path on this machine."""
+    path = Path(source)
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in filter(Path.is_file, sorted(path.rglob("*")) if path.is_dir() else [path]):
+        about = file.stat()
+        digest.update(f"{file.relative_to(path)} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,350 @@
+"""Many models measured under one protocol: the tables of a study's folder."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from layercrit.errors import StudyError, near
+from layercrit.protocol import MATCHED
+from layercrit.statistics import Estimate, estimate
+from layercrit.study.store import FailureRow, PlanRow, Store
+
+if TYPE_CHECKING:
+    from layercrit.comparison import Comparison
+
+__all__ = ["Study", "load_study"]
+
+_ABOUT_LAYER = ("type", "stage", "depth", "n_parameters", "shape", "flops_after")
+_NO_MEANS = {*_ABOUT_LAYER, "model", "layer", "reset", "trial", "seed", "status", "delta_norm", "n_images", "key",
+             "seconds", "finished", "run", "raw"}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Study:
+    """Many models, each with the criticality of each of its layers.
+
+    Attributes:
+        folder: where it lies.
+        models: one row per model in the order of the study: ``model`` (its name), ``reference``, ``category``,
+            ``label``, ``documented_accuracy`` (top-1 as its authors give it, a share in [0, 1]), ``attack_norm`` and
+            ``eps`` (which perturbations it was trained to withstand, if any), and, where it was opened,
+            ``top1_accuracy`` (top-1 on the probe set), ``chance``, ``temperature``, ``dtype`` and ``sha256``.
+        cells: one row per measured cell, in the order of models, resets, depth and trials; the columns are those of
+            `layercrit.measurement.CELL_COLUMNS` with the model's name under ``model``, ``stage``, and ``shape`` (of
+            the layer's largest parameter, such as ``64x3x7x7``).
+        failures: what could not be measured, and why.
+        planned: model -> how many cells it has; models that were not opened yet are missing.
+        record: everything else worth keeping, as plain data: name, protocol, probe set, baseline, origin.
+        runs: when, where and with which versions cells were measured.
+    """
+
+    folder: Path
+    models: pd.DataFrame
+    cells: pd.DataFrame
+    failures: tuple[FailureRow, ...]
+    planned: Mapping[str, int]
+    record: Mapping[str, Any]
+    runs: tuple[Mapping[str, Any], ...]
+
+    @property
+    def resets(self) -> list[str]:
+        """The resets of which there are cells, in the order of the study."""
+        found = list(dict.fromkeys(self.cells["reset"]))
+        asked = self.record.get("protocol", {}).get("resets", [])
+        return sorted(found, key=lambda reset: asked.index(reset) if reset in asked else len(asked))
+
+    def of_reset(self, reset: str | None = None) -> pd.DataFrame:
+        """Return the cells of one reset that are ok.
+
+        Args:
+            reset: its name; None for the study's only or first one.
+
+        Raises:
+            StudyError: the study has no such reset, or no cell that is ok.
+        """
+        if reset is not None and reset not in self.resets:
+            raise StudyError(f"The study in {self.folder} has no reset {reset!r}. {near(reset, self.resets)}")
+        wanted = reset or next(iter(self.resets), None)
+        cells = self.cells[(self.cells["reset"] == wanted) & (self.cells["status"] == "ok")]
+        if cells.empty:
+            raise StudyError(
+                f"The study in {self.folder} holds no finished cell. Run it with `layercrit study run`, or look at "
+                "`layercrit study status`."
+            )
+        return cells
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one row per (model, reset, layer), in the order of the study and of depth.
+
+        ``criticality`` is 1 minus the mean cosine similarity of softmax outputs, in [0, 1]. ``low`` and ``high`` limit
+        its interval at the study's level, which holds for what ``covers`` says: new trials and new images where
+        per-image distances were kept, new trials on the same images where only means are known (imported results).
+        ``status`` is ``ok`` or says which share of the trials was left out and why.
+        """
+        return self._layers.copy()
+
+    def per_image(
+        self, model: str, layer: str, *, distance: str = "cosine", reset: str | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return the distances of every image in the cells of one layer that are ok.
+
+        Returns:
+            ``(n_trials, n_images)``, images in the order of the probe set; ``(0, 0)`` where only means are known.
+
+        Raises:
+            StudyError: there is no such model, layer or distance, or no reset of that name.
+        """
+        cells = self.of_reset(reset)
+        for what, name in (("model", model), ("layer", layer)):
+            known = list(cells[what].unique())
+            if name not in known:
+                raise StudyError(f"The study in {self.folder} has no {what} {name!r} measured. {near(name, known)}")
+            cells = cells[cells[what] == name]
+        with Store(self.folder) as store:
+            found = list(store.per_image(cells["key"].to_list()).values())
+        if found and distance not in found[0]:
+            raise StudyError(f"No distances {distance!r} were kept. {near(distance, found[0])}")
+        return np.stack([values[distance] for values in found]) if found else np.empty((0, 0), np.float32)
+
+    def by_model(self) -> pd.DataFrame:
+        """Return one row per (model, reset): its mean criticality over layers with its interval, and its accuracies.
+
+        The mean is over the layers all of whose cells are ok, ``n_layers`` of them.
+        """
+        return self._means.copy()
+
+    def progress(self) -> pd.DataFrame:
+        """Return one row per model: how far it is.
+
+        ``state`` is done, failed, left or not opened; ``n_planned`` cells (NaN before it is opened), ``n_done`` cells,
+        ``n_failed`` trials, and the first ``error``.
+        """
+        done = self.cells["model"].value_counts()
+        rows = []
+        for model in self.models["model"]:
+            errors = [failure.error for failure in self.failures if failure.model == model]
+            planned, n_done = self.planned.get(model), int(done.get(model, 0))
+            state = "failed" if errors else "not opened" if planned is None else "done" if n_done == planned else "left"
+            rows.append((model, state, planned, n_done, len(errors), errors[0] if errors else None))
+        table = pd.DataFrame(rows, columns=["model", "state", "n_planned", "n_done", "n_failed", "error"])
+        return table.astype({"n_planned": "float64"})
+
+    def seconds_left(self) -> float | None:
+        """Estimate the time that the cells left take, at the speed of the last run; None where it measured nothing.
+
+        Models that were not opened yet are taken to have as many cells as the others have in the mean. What failed is
+        not left: it is not tried again unasked. A merged or imported study has nothing left to run.
+        """
+        if not self.runs or not self.planned or not _is_run(self.record):
+            return None
+        run = self.runs[-1]
+        finished = self.cells.loc[self.cells["run"] == run["run"], "finished"].map(datetime.fromisoformat)
+        if finished.empty:
+            return None
+        took = (finished.max() - datetime.fromisoformat(run["started"])).total_seconds()
+        typical = sum(self.planned.values()) / len(self.planned)
+        failed = Counter(failure.model for failure in self.failures)
+        n_trials = _n_trials(self.record, self.models["record"])
+        wanted = sum(
+            self.planned.get(model, typical) * (1 - failed[model] / n_trials) for model in self.models["model"]
+        )
+        return float(max(0.0, wanted - len(self.cells)) * took / len(finished))
+
+    def compare(
+        self, *, baseline: str | None = None, leave_out: list[str] | None = None, reset: str | None = None
+    ) -> "Comparison":
+        """Set the models beside each other; see `layercrit.comparison.compare`."""
+        from layercrit.comparison import compare
+
+        return compare(self, baseline=baseline, leave_out=leave_out, reset=reset)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Study {self.record.get('name', self.folder.name)}: {len(self.models)} models, {len(self.cells)} cells>"
+        )
+
+    @property
+    def level(self) -> float:
+        """Confidence level of the intervals."""
+        return float(self.record.get("protocol", {}).get("level", 0.95))
+
+    @cached_property
+    def _layers(self) -> pd.DataFrame:
+        by = ["model", "reset", "layer"]
+        groups = self.cells.groupby(by, sort=False)
+        ok = self.cells[self.cells["status"] == "ok"]
+        of_ok = ok.groupby(by)
+        table = groups[list(_ABOUT_LAYER)].first()
+        table = table.join(self._estimates(ok, by, table.index))
+        means = [name for name in self.cells.columns if name not in (*_NO_MEANS, "cosine", MATCHED)]
+        table = table.join(of_ok[means].mean())
+        if "top1" in table:
+            table["top1_agreement"] = 1 - table.pop("top1")
+        table["n_trials"] = of_ok.size().reindex(table.index, fill_value=0)
+        table["n_images"] = groups["n_images"].max()
+        table["status"] = groups["status"].agg(_status)
+        return table.reset_index()
+
+    @cached_property
+    def _means(self) -> pd.DataFrame:
+        by = ["model", "reset"]
+        ok = self.cells["status"] == "ok"
+        cells = self.cells[ok.groupby([self.cells[column] for column in (*by, "layer")]).transform("all")]
+        counts = cells.groupby(by, sort=False).agg(n_layers=("layer", "nunique"), n_trials=("trial", "nunique"))
+        means = self._estimates(cells, by, counts.index).join(counts)
+        means = means.drop(columns=["sd_trials", "matched_low", "matched_high"])
+        return self.models.drop(columns="record").merge(means.reset_index(), on="model", how="left")
+
+    def _estimates(self, cells: pd.DataFrame, by: list[str], groups: pd.Index) -> pd.DataFrame:
+        """Return one row per group: the estimates of its mean distance and of the temperature-matched one.
+
+        Args:
+            cells: those that are ok. The cells of a group that share a trial are averaged first: they share the donor.
+            by: the columns that make groups.
+            groups: the groups wanted; one without cells gives NaN.
+        """
+        places = cells.groupby(by, sort=False).indices
+        keys, trials = cells["key"].to_numpy(), cells["trial"].to_numpy()
+        means = {name: cells[name].to_numpy(dtype=np.float64) for name in ("cosine", MATCHED) if name in cells}
+        random = dict(
+            zip(self.models["model"], (r.get("random_trials", {}) for r in self.models["record"]), strict=True)
+        )
+        rows = []
+        with Store(self.folder) as store:
+            with_images = store.keys_with_images()
+            for group in groups:
+                own = places.get(group, [])
+                if with_images.issuperset(keys[own]):
+                    values = _per_image(store, keys[own], trials[own])
+                else:
+                    values = _means_of_trials({name: column[own] for name, column in means.items()}, trials[own])
+                how = {"level": self.level, "random_trials": random[group[0]].get(group[1], True)}
+                found = {
+                    name: estimate(distances, **how) if np.isfinite(distances).all() else None
+                    for name, distances in values.items()
+                }
+                rows.append(_columns(found.get("cosine"), found.get(MATCHED)))
+        return pd.DataFrame(rows, index=groups, columns=list(_columns(None, None)))
+
+
+def load_study(folder: str | Path) -> Study:
+    """Read a study's folder, finished or not; it may be running.
+
+    Raises:
+        StudyError: the folder holds no study, or a damaged one.
+    """
+    folder = Path(folder).expanduser()
+    with Store(folder) as store:
+        models, record = _models_table(store), store.meta("study", {})
+        return Study(
+            folder=folder,
+            models=models,
+            cells=store.cells(),
+            failures=tuple(store.failures()),
+            planned=_planned(store.plan(), record, models["record"]),
+            record=record,
+            runs=tuple(store.runs()),
+        )
+
+
+def _planned(plan: Sequence[PlanRow], record: Mapping[str, Any], models: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return how many cells each model has that was opened."""
+    if not _is_run(record):
+        return Counter(row.model for row in plan)
+    # the cells of a trial are in the plan only once it was begun
+    layers = Counter(model for model, _ in {(row.model, row.layer) for row in plan})
+    n_trials = _n_trials(record, models)
+    return {model: n_layers * n_trials for model, n_layers in layers.items()}
+
+
+def _is_run(record: Mapping[str, Any]) -> bool:
+    """Return whether a study can be run; one that was imported or merged is what it is."""
+    return "measured" in record
+
+
+def _n_trials(record: Mapping[str, Any], models: Iterable[Mapping[str, Any]]) -> int:
+    """Return how many trials each model of a study has, those of all resets together."""
+    random = {reset: known for model in models for reset, known in model.get("random_trials", {}).items()}
+    trials = record["protocol"]["trials"]
+    return sum(trials if random.get(reset, True) else 1 for reset in record["protocol"]["resets"])
+
+
+def _models_table(store: Store) -> pd.DataFrame:
+    rows = []
+    for row in store.models():
+        record = row.record or {}
+        predictions = record.get("predictions", {})
+        rows.append(
+            {
+                "model": row.model,
+                "reference": row.reference,
+                "category": row.category,
+                "label": row.label or row.model,
+                "documented_accuracy": row.documented_accuracy,
+                "attack_norm": row.attack_norm,
+                "eps": row.eps,
+                **{name: predictions.get(name) for name in ("top1_accuracy", "chance", "temperature")},
+                **{name: record.get(name) for name in ("architecture", "dtype", "sha256")},
+                "record": record,
+            }
+        )
+    numbers = ("documented_accuracy", "eps", "top1_accuracy", "chance", "temperature")
+    about = ("model", "reference", "category", "label", "attack_norm")
+    columns = [*about, *numbers, "architecture", "dtype", "sha256", "record"]
+    table = pd.DataFrame(rows, columns=columns, dtype=object)  # of columns of texts pandas would make None NaN
+    return table.astype(dict.fromkeys(numbers, "float64"))
+
+
+def _per_image(
+    store: Store, keys: npt.NDArray[np.object_], trials: npt.NDArray[np.int64]
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Return name -> ``(n_trials, n_images)`` of some cells, given by key and trial, the mean over those of a trial."""
+    found: dict[str, list[npt.NDArray[np.float64]]] = {}
+    for trial in np.unique(trials):
+        of_trial = keys[trials == trial]
+        sums: dict[str, npt.NDArray[np.float64]] = {}
+        for key in of_trial:
+            for name, values in store.per_image([key])[key].items():
+                if name in ("cosine", MATCHED):
+                    sums[name] = sums.get(name, 0.0) + values.astype(np.float64)
+        for name, total in sums.items():
+            found.setdefault(name, []).append(total / len(of_trial))
+    return {name: np.stack(trials) for name, trials in found.items()}
+
+
+def _means_of_trials(
+    means: Mapping[str, npt.NDArray[np.float64]], trials: npt.NDArray[np.int64]
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Return name -> ``(n_trials, 1)`` of some cells of which only means are known, ``(n_cells,)`` each."""
+    return {
+        name: np.array([[values[trials == trial].mean()] for trial in np.unique(trials)])
+        for name, values in means.items()
+    }
+
+
+def _columns(critical: Estimate | None, matched: Estimate | None) -> dict[str, Any]:
+    return {
+        "criticality": np.nan if critical is None else critical.mean,
+        "low": np.nan if critical is None else critical.low,
+        "high": np.nan if critical is None else critical.high,
+        "sd_trials": np.nan if critical is None else critical.sd_trials,
+        "covers": "nothing" if critical is None else critical.covers,
+        "criticality_matched": np.nan if matched is None else matched.mean,
+        "matched_low": np.nan if matched is None else matched.low,
+        "matched_high": np.nan if matched is None else matched.high,
+    }
+
+
+def _status(statuses: pd.Series) -> str:
+    if (statuses == "ok").all():
+        return "ok"
+    bad = statuses[statuses != "ok"]
+    return ", ".join(f"{status} {n}/{len(statuses)}" for status, n in bad.value_counts().items())

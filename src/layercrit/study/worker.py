@@ -1,0 +1,319 @@
+"""What a worker of a study does: it measures trials of models, and tells how far it got."""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from layercrit.engine.allocator import large_blocks_stay
+from layercrit.engine.flops import count_flops
+from layercrit.engine.replay import Mode
+from layercrit.engine.session import Batch, Predictions, Session, Trial
+from layercrit.engine.subject import Subject
+from layercrit.layers import Layer, stages_of
+from layercrit.models.model import Model
+from layercrit.models.references import open_model
+from layercrit.probes.images import Preprocessing
+from layercrit.probes.probe_set import ProbeSet
+from layercrit.progress import Bar
+from layercrit.protocol import MATCHED
+from layercrit.resets import RESETS
+from layercrit.study.entries import ModelEntry
+from layercrit.study.executors import Place, Task, Work
+from layercrit.study.file import StudyFile, import_here
+from layercrit.study.store import CellRow, PartRow, PlanRow, Store
+
+_MEANING = 1  # of a cell's numbers; raised when the same cell would be measured as something else
+_SECONDS_BETWEEN_PARTS = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a task of a study is about."""
+
+    model: ModelEntry
+    reset: str
+    trial: int
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model is open: what is known of it, and which cells a trial of it has."""
+
+    record: dict[str, Any]
+    plan: list[PlanRow]
+    n_known: int
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """Some images of a trial are measured."""
+
+    task: str
+    part: PartRow
+    n_layers: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A trial is measured."""
+
+    task: str
+    cells: list[CellRow]
+    record: dict[str, Any]
+
+
+class _Opened:
+    """A model under one reset, opened for a study.
+
+    Attributes:
+        model: the model, asked about the study's pixels.
+        subject: its network, layers and draws.
+        record: what is known of it; keeps what an earlier session with the same weights, images and settings found.
+    """
+
+    def __init__(
+        self,
+        study: StudyFile,
+        entry: ModelEntry,
+        reset: str,
+        probe_set: ProbeSet,
+        device: str,
+        known: Mapping[str, Any],
+    ) -> None:
+        size = study.preprocessing
+        shape = (size.channels, size.height, size.width)
+        own = open_model(entry.reference, input_size=None if size.channels == 3 else shape)
+        model = open_model(own, input_size=shape)
+        self.model: Model = replace(model, preprocessing=size)
+        self.probe_set, self.study = probe_set, study
+        self.reset, self._donor = reset, entry.donor
+        self._protocol = replace(study.protocol, device=device, n_images=study.n_images)
+        self.subject = self._subject(reset)
+        self._session: Session | None = None
+        black = torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8)
+        flops, self._flops_after = count_flops(self.subject.network, self.subject.layers, self.subject.normalise(black))
+        about = {
+            "sha256": self.model.sha256,
+            "architecture": self.model.architecture,
+            "mean": list(self.model.mean),
+            "std": list(self.model.std),
+            "probe_set": probe_set.sha256,
+            "asked_dtype": study.protocol.dtype,
+        }
+        again = all(known.get(name) == value for name, value in about.items())
+        kept = {name: known[name] for name in ("dtype", "road", "predictions", "notes") if name in known and again}
+        notes = self.subject.notes()
+        if own.preprocessing != size:
+            notes.append(f"its own evaluation differs from the study's pixels: {_in_words(own.preprocessing)}")
+        self.record: dict[str, Any] = {
+            **kept,
+            **about,
+            "notes": list(dict.fromkeys([*kept.get("notes", []), *notes])),
+            "n_images": probe_set.n_images,
+            "flops_per_image": flops,
+            "n_parameters": sum(p.numel() for p in self.subject.network.parameters()),
+            "donor": {reset: self.subject.donor_in_words},
+            "random_trials": {reset: self.subject.random_trials},
+        }
+
+    def _subject(self, reset: str) -> Subject:
+        donor = self._donor if RESETS[reset].donor == "checkpoint" else None
+        return Subject(replace(self._protocol, reset=reset), self.model, donor)
+
+    @property
+    def session(self) -> Session:
+        """The session, opened if need be; what it finds goes into the record."""
+        if self._session is None:
+            if self._protocol.dtype == "auto" and "dtype" not in self.record:
+                self._choose_dtype()
+            self._session = self._open_session(self.subject)
+        self.record["notes"] = list(dict.fromkeys([*self.record["notes"], *self._session.notes]))
+        return self._session
+
+    def _choose_dtype(self) -> None:
+        """Let the first reset that the model can undergo choose, so that it does not matter which is opened first."""
+        for reset in self.study.resets[: self.study.resets.index(self.reset)]:
+            with contextlib.suppress(Exception):  # it fails where that reset is run
+                self._open_session(self._subject(reset))
+                return
+
+    def _open_session(self, subject: Subject) -> Session:
+        predictions = self.record.get("predictions")
+        session = Session(
+            self._protocol,
+            subject,
+            self.probe_set,
+            list(self.study.distances),
+            self.study.labels,
+            Bar(shown=False),
+            mode=cast(Mode | None, self.record.get("dtype")),
+            predictions=None if predictions is None else Predictions(**predictions),
+        )
+        self.record |= {
+            "dtype": session.replay.mode,
+            "road": session.replay.road,
+            "predictions": asdict(session.predictions),
+        }
+        return session
+
+    def plan(self, model: str, trial: int) -> list[PlanRow]:
+        """Return the cells of a trial."""
+        if "dtype" not in self.record:
+            _ = self.session  # which chooses the number format, a part of each cell's identity
+        self.record["content"] = {self.reset: _hash(self._content())}
+        layers = self.subject.layers
+        stages = stages_of([layer.name for layer in layers])
+        return [
+            PlanRow(
+                model=model,
+                layer=layer.name,
+                reset=self.reset,
+                trial=trial,
+                key=self._key(layer, trial),
+                type=layer.type,
+                stage=stages[layer.name],
+                depth=layer.depth,
+                n_parameters=layer.n_parameters,
+                flops_after=self._flops_after[layer.name],
+                shape="x".join(map(str, layer.shape)),
+            )
+            for layer in layers
+        ]
+
+    def _key(self, layer: Layer, trial: int) -> str:
+        """Name the content of a cell: equal keys mean equal numbers, up to rounding."""
+        seed = self.subject.seed(trial)
+        return _hash({**self._content(), "layer": [layer.name, *layer.parameters], "seed": seed})
+
+    def _content(self) -> dict[str, Any]:
+        """Return what all cells of this model and reset have in common."""
+        return {
+            "meaning": _MEANING,
+            "weights": self.record["sha256"],
+            "normalisation": [self.record["mean"], self.record["std"]],
+            "reset": self.reset,
+            "donor": self.subject.donor_identity,
+            "probe_set": self.record["probe_set"],
+            "labels": self.study.labels and self.probe_set.labels is not None,
+            "dtype": self.record["dtype"],
+            "distances": sorted(self.study.distances),
+        }
+
+
+class _Worker:
+    """Measures trials; keeps the model of the last one open."""
+
+    def __init__(self, study: StudyFile, folder: Path, place: Place) -> None:
+        for module in study.imports:
+            import_here(module)
+        torch.set_num_threads(place.n_threads)
+        self._study, self._folder, self._device = study, folder, place.device
+        self._probe_set = ProbeSet.load(folder / "probe_set", verify=False)
+        self._opened: tuple[tuple[ModelEntry, str], _Opened | Exception] | None = None
+
+    def __call__(self, task: Task) -> Iterator[Planned | Progressed | Measured]:
+        job: Job = task.payload
+        with large_blocks_stay():
+            opened = self._open(job)
+            plan = opened.plan(job.model.name, job.trial)
+            with Store(self._folder) as store:
+                known = store.known(row.key for row in plan)
+                missing = {row.layer: row.key for row in plan if row.key not in known}
+                task_hash = _hash(sorted(missing.values()))
+                parts = store.parts(task_hash)
+            yield Planned(opened.record, plan, len(known))
+            if missing:
+                yield from self._measure(opened, job.trial, missing, task_hash, parts)
+
+    def _open(self, job: Job) -> _Opened:
+        """Open a model; one that failed fails again at once."""
+        what = (job.model, job.reset)
+        if self._opened is None or self._opened[0] != what:
+            self._opened = None  # frees the model before
+            with Store(self._folder) as store:
+                known = next((row.record for row in store.models() if row.model == job.model.name), None)
+            try:
+                opened: _Opened | Exception = _Opened(
+                    self._study, job.model, job.reset, self._probe_set, self._device, known or {}
+                )
+            except Exception as error:  # raised below, and again for the model's other trials
+                opened = error
+            self._opened = (what, opened)
+        if isinstance(self._opened[1], Exception):
+            raise self._opened[1]
+        return self._opened[1]
+
+    def _measure(
+        self, opened: _Opened, number: int, missing: Mapping[str, str], task: str, parts: Sequence[PartRow]
+    ) -> Iterator[Progressed | Measured]:
+        trial = opened.session.trial(number, [layer for layer in opened.subject.layers if layer.name in missing])
+        done = [part for part in parts if all(len(rows) == len(missing) for rows in part.values.values())]
+        pending: list[Batch] = []
+        started = time.perf_counter()
+        for batch in trial.batches(done[-1].stop if done else 0):
+            pending.append(batch)
+            seconds = time.perf_counter() - started
+            if seconds > _SECONDS_BETWEEN_PARTS or batch.stop == opened.probe_set.n_images:
+                part = PartRow(pending[0].start, batch.stop, seconds, _joined([b.per_image for b in pending]))
+                done.append(part)
+                pending, started = [], time.perf_counter()
+                if batch.stop < opened.probe_set.n_images:
+                    yield Progressed(task, part, len(missing))
+        values = _joined([part.values for part in done])
+        cells = _cells(opened, trial, values, missing, sum(part.seconds for part in done))
+        yield Measured(task, cells, opened.record)
+
+
+def start_worker(study: StudyFile, folder: Path, place: Place) -> Work:
+    """Prepare a worker; see `layercrit.study.executors.Start`."""
+    return _Worker(study, folder, place)
+
+
+def _cells(
+    opened: _Opened,
+    trial: Trial,
+    values: Mapping[str, npt.NDArray[np.float32]],
+    keys: Mapping[str, str],
+    seconds: float,
+) -> list[CellRow]:
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    kept = [*opened.study.distances, MATCHED]
+    cells = []
+    for index, (layer, status) in enumerate(zip(trial.layers, trial.status(values["cosine"]), strict=True)):
+        means = opened.session.means(values, index, status)
+        cells.append(
+            CellRow(
+                key=keys[layer.name],
+                status=status,
+                seed=trial.seed,
+                delta_norm=trial.delta_norm[index],
+                n_images=opened.probe_set.n_images,
+                means=means,
+                per_image={name: values[name][index] for name in kept} if status == "ok" else None,
+                seconds=seconds / len(trial.layers),
+                finished=finished,
+            )
+        )
+    return cells
+
+
+def _joined(parts: Sequence[Mapping[str, npt.NDArray[np.float32]]]) -> dict[str, npt.NDArray[np.float32]]:
+    return {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _in_words(size: Preprocessing) -> str:
+    return f"{size.channels} x {size.height} x {size.width}, resize {size.resize}, {size.interpolation}"

@@ -1,0 +1,236 @@
+"""The command line through its installed entry point, on real files."""
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from layercrit.cli.root import cli, main
+from layercrit.errors import LayercritError
+from layercrit.protocol import Protocol
+
+LAYERCRIT = Path(sys.executable).parent / "layercrit"
+MODEL = "timm:test_resnet?pretrained=false&num_classes=7"
+
+
+def run(*arguments, cwd, **options):
+    return subprocess.run([LAYERCRIT, *arguments], cwd=cwd, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    generator = np.random.default_rng(0)
+    for label in range(7):
+        (folder / str(label)).mkdir()
+        for index in range(2):
+            pixels = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((200, 180)).save(folder / str(label) / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(photographs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("measured")
+    result = run("measure", MODEL, "--images", photographs, "--trials", "2", "--out", "result", "--json", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "result", result
+
+
+def test_measure__json_is_all_of_stdout_and_equals_the_files(measured):
+    folder, result = measured
+    printed = json.loads(result.stdout)
+    table = pd.read_csv(folder / "layers.csv")
+    assert [row["layer"] for row in printed["layers"]] == table["layer"].to_list()
+    assert np.allclose([row["criticality"] for row in printed["layers"]], table["criticality"], atol=1e-12)
+    assert printed["n_trials"] == 2
+    assert printed["n_images"] == 14
+    cells = pd.read_parquet(folder / "cells.parquet")
+    assert len(cells) == 2 * len(table)
+    assert printed["criticality"]["mean"] == pytest.approx(cells["cosine"].mean(), abs=1e-9)
+
+
+def test_measure__writes_every_file_that_is_promised(measured):
+    folder, _ = measured
+    names = {"cells.parquet", "layers.csv", "measurement.json", "criticality.png", "criticality.svg"}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+def test_measure__same_seed_same_table_in_another_process(measured, photographs, tmp_path):
+    folder, _ = measured
+    again = run("measure", MODEL, "--images", photographs, "--trials", "2", "--out", "again", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again" / "layers.csv").read_bytes() == (folder / "layers.csv").read_bytes()
+    assert "mean criticality" in again.stdout
+    assert "layer1.0.conv1" in again.stdout
+
+
+def test_measure__does_not_replace_a_measurement_unasked(measured, photographs):
+    folder, _ = measured
+    before = (folder / "measurement.json").read_bytes()
+    result = run("measure", MODEL, "--images", photographs, "--out", folder, cwd=folder.parent)
+    assert result.returncode == 1
+    assert "holds a measurement already" in result.stderr
+    assert "--overwrite" in result.stderr
+    assert (folder / "measurement.json").read_bytes() == before
+
+
+def test_show__prints_the_table_again(measured):
+    folder, _ = measured
+    (folder / "criticality.png").unlink()
+    result = run("show", folder, cwd=folder.parent)
+    assert result.returncode == 0, result.stderr
+    assert "mean criticality" in result.stdout
+    assert Image.open(folder / "criticality.png").width > 500
+
+
+def test_layers__lists_depth_type_shape_and_share(tmp_path):
+    result = run("layers", MODEL, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "conv1" in result.stdout
+    assert "fc" in result.stdout
+    printed = json.loads(run("layers", MODEL, "--types", "all", "--json", cwd=tmp_path).stdout)
+    shares = {row["name"]: row["flops_after"] for row in printed["layers"]}
+    assert shares["conv1.0"] == max(shares.values())
+    assert 0 < shares["fc"] < 0.1
+    assert {"conv", "linear", "norm"} <= {row["type"] for row in printed["layers"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["measure", "timm:resnet5", "--images", "."], 1, "Did you mean 'resnet50'"),
+        (["measure", "resnet50", "--images", "."], 1, "Did you mean 'timm:resnet50'"),
+        (["measure", MODEL, "--images", "nowhere"], 1, "nowhere"),
+        (
+            ["measure", MODEL, "--images", "PHOTOGRAPHS", "--layers", "layer1.0.conv9"],
+            1,
+            "Did you mean 'layer1.0.conv",
+        ),
+        (["measure", MODEL, "--images", "PHOTOGRAPHS", "--types", "convolution"], 1, "Did you mean 'conv'"),
+        (["measure", MODEL, "--images", "PHOTOGRAPHS", "--reset", "rerandomise"], 1, "Did you mean 'rerandomize'"),
+        (["measure", MODEL, "--images", "PHOTOGRAPHS", "--reset", "rewind"], 1, "--from"),
+        (["measure", MODEL, "--images", "PHOTOGRAPHS", "--n-images", "0"], 1, "n_images must be"),
+        (["measure", MODEL, "--images", "PHOTOGRAPHS", "--batch-size", "many"], 2, "a whole number"),
+        (["measure", MODEL, "--images", "PHOTOGRAPHS", "--dtype", "float23"], 2, "float32"),
+        (["measure", MODEL, "--images", "PHOTOGRAPHS", "--device", "abacus"], 1, "abacus"),
+        (["show", "."], 1, "no measurement"),
+        (["messure"], 2, "Did you mean 'measure'"),
+    ],
+    ids=lambda value: "-".join(value[:1] + value[-1:]) if isinstance(value, list) else "",
+)
+def test_errors__one_clear_message_no_traceback(arguments, code, text, photographs, tmp_path, monkeypatch, capsys):
+    arguments = [str(photographs) if argument == "PHOTOGRAPHS" else argument for argument in arguments]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["layercrit", *arguments])
+    with pytest.raises(SystemExit) as stopped:  # in this process, for each start of Python costs seconds
+        main()
+    printed = capsys.readouterr()
+    assert stopped.value.code == code
+    assert text in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+
+
+def test_errors__a_bug_is_called_one(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["layercrit", "show", "."])
+    monkeypatch.setattr("layercrit.measurement.Measurement.load", lambda folder: 1 / 0)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    assert stopped.value.code == 70
+    assert "ZeroDivisionError" in printed.err
+    assert "--traceback" in printed.err
+    assert "Traceback" not in printed.err
+
+
+def test_measure__a_full_disk_loses_nothing(photographs, tmp_path, monkeypatch, capsys):
+    from layercrit.measurement import Measurement
+
+    save, elsewhere = Measurement.save, []
+
+    def full(self, folder):
+        if Path(folder).name == "result":
+            raise LayercritError("No space left on device.")
+        elsewhere.append(Path(folder))
+        return save(self, folder)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Measurement, "save", full)
+    monkeypatch.setattr(sys, "argv", ["layercrit", "measure", MODEL, "--images", str(photographs), "--out", "result"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    assert stopped.value.code == 1
+    assert "mean criticality" in printed.out
+    assert f"saved in {elsewhere[0]} instead" in printed.err
+    assert Measurement.load(elsewhere[0]).summary()["n_images"] == 14
+
+
+def test_measure__truncated_image_is_named(photographs, tmp_path):
+    whole = (photographs / "0" / "0.png").read_bytes()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "whole.png").write_bytes(whole)
+    (tmp_path / "images" / "broken.png").write_bytes(whole[: len(whole) // 2])
+    result = run("measure", MODEL, "--images", "images", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "broken.png" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_measure__ctrl_c_keeps_finished_trials(photographs, tmp_path, monkeypatch, capsys):
+    from layercrit.cli.measure import _Saver
+    from layercrit.measurement import Measurement
+
+    keep = _Saver.keep
+
+    def keep_then_interrupt(self, measurement):
+        keep(self, measurement)
+        if measurement.cells["trial"].nunique() == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_Saver, "keep", keep_then_interrupt)
+    arguments = ["measure", MODEL, "--images", str(photographs), "--trials", "50", "--out", "result"]
+    monkeypatch.setattr(sys, "argv", ["layercrit", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    assert stopped.value.code == 130
+    assert "Traceback" not in printed.err
+    assert "finished trial(s) are saved in result" in printed.err
+    assert 2 <= Measurement.load("result").summary()["n_trials"] < 50
+
+
+def test_help__answers_without_importing_torch(tmp_path):
+    code = (
+        "import sys, layercrit.cli.root as c; c.cli(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert result.stdout.strip().endswith("False")
+
+
+def test_options__defaults_are_the_library_s():
+    from layercrit.measuring import measure
+
+    options = {option.name: option.default for option in cli.commands["measure"].params}
+    library = inspect.signature(measure).parameters
+    for name, value in Protocol().to_dict().items():
+        assert str(options[name]) == str(value), f"--{name} has another default than the protocol"
+        assert library[name].default == value, f"measure({name}=) has another default than the protocol"
+
+
+def test_layers__downloads_nothing(tmp_path):
+    result = run(
+        "layers", "timm:test_resnet.r160_in1k", "--json", cwd=tmp_path, env=os.environ | {"HF_HOME": str(tmp_path)}
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads(result.stdout)["layers"]) > 10

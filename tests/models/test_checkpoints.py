@@ -1,0 +1,694 @@
+import argparse
+import collections
+import functools
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import random
+import tarfile
+import types
+import zipfile
+from pathlib import Path
+
+import dill
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch._weights_only_unpickler import _get_allowed_globals
+
+from layercrit.errors import CheckpointError
+from layercrit.models import checkpoints
+from layercrit.models.checkpoints import (
+    fit_to,
+    foreign_globals,
+    hash_tensors,
+    read_checkpoint,
+    record_file,
+    weight_file,
+)
+from training_runs import write_run
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 5)
+
+
+class RunsCode:
+    """Unpickled without restriction, it creates the file at ``marker``."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return (open, (self.marker, "w"))
+
+
+@pytest.fixture
+def state():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return Net().state_dict()
+
+
+@pytest.fixture
+def marker(tmp_path):
+    return tmp_path / "code-was-run"
+
+
+def same(first, second):
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def saved(path, content, **options):
+    torch.save(content, path, **options)
+    return path
+
+
+# Files that can be read
+
+
+def test_read_checkpoint__safetensors(tmp_path, state):
+    path = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(state, path)
+    checkpoint = read_checkpoint(str(path))
+    assert checkpoint.path == path
+    assert checkpoint.tensors.keys() == state.keys()
+    assert all(torch.equal(checkpoint.tensors[name], state[name]) for name in state)
+    assert checkpoint.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert foreign_globals(path) == []
+
+
+def test_read_checkpoint__safetensors_under_another_name(tmp_path, state):
+    path = tmp_path / "w.bin"
+    safetensors.torch.save_file(state, path)
+    assert read_checkpoint(path).tensors.keys() == state.keys()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("module", [pickle, dill], ids=["pickle", "dill"])
+def test_read_checkpoint__torch_save(tmp_path, state, zipped, module):
+    path = saved(tmp_path / "w.pth", state, pickle_module=module, _use_new_zipfile_serialization=zipped)
+    assert zipfile.is_zipfile(path) == zipped
+    assert same(read_checkpoint(path).tensors, state)
+    assert foreign_globals(path) == []
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {
+            "epoch": 3,
+            "arch": "resnet50",
+            "model": "resnet50",
+            "state_dict": s,
+            "best_acc1": torch.tensor(7.0),
+        },
+        lambda s: {"model_state_dict": s, "loss": 0.5, "acc": None},
+        lambda s: {"resnet": s, "head": {"weight": torch.zeros(2, 2)}},
+        lambda s: {"a": {"b": {"c": s}}, "list": [s, s]},
+        lambda s: {"state_dict": s, "model": s},
+        lambda s: {"state_dict": {name: nn.Parameter(t) if t.is_floating_point() else t for name, t in s.items()}},
+        lambda s: {"state_dict": s, "names": collections.Counter("abc"), "sizes": {torch.Size([1])}},
+    ],
+    ids=["bare", "moco", "optics", "simclr", "nested", "same-twice", "parameters", "other-data"],
+)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_read_checkpoint__finds_weights_by_type(tmp_path, state, wrap, zipped):
+    path = saved(tmp_path / "w.pth.tar", wrap(state), _use_new_zipfile_serialization=zipped)
+    tensors = read_checkpoint(path).tensors
+    assert same(tensors, state)
+    assert not any(tensor.requires_grad for tensor in tensors.values())
+
+
+def test_read_checkpoint__never_takes_an_optimiser_state(tmp_path):
+    network = nn.Linear(2, 2, bias=False)
+    optimiser = torch.optim.Adam(network.parameters())
+    network(torch.ones(1, 2)).sum().backward()
+    optimiser.step()
+    state = network.state_dict()
+    assert len(optimiser.state_dict()["state"][0]) > len(state)
+    path = saved(tmp_path / "w.pth", {"optimizer": optimiser.state_dict(), "state_dict": state})
+    assert same(read_checkpoint(path).tensors, state)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_read_checkpoint__inert_stand_ins_for_data_beside_the_weights(tmp_path, state, zipped):
+    content = {
+        "args": argparse.Namespace(lr=0.1, data=Path("/data")),
+        "more": types.SimpleNamespace(a=1),
+        "acc": np.float64(76.1),
+        "curve": np.arange(5.0),
+        "optimizer": {"lr": np.float32(0.1)},
+        "state_dict": state,
+    }
+    path = saved(tmp_path / "w.pth", content, _use_new_zipfile_serialization=zipped)
+    allowed = set(torch.serialization.get_safe_globals())
+    assert same(read_checkpoint(path).tensors, state)
+    assert "argparse.Namespace" in foreign_globals(path)
+    assert set(torch.serialization.get_safe_globals()) == allowed
+
+
+def test_read_checkpoint__inert_names_are_never_imported_code():
+    """Each stand-in replaces a class of data: none of the names may be a plain torch name, which torch would build."""
+    assert not any(checkpoints._PLAIN_GLOBAL.fullmatch(name) for name in checkpoints._INERT_GLOBALS)
+
+
+def test_plain_globals__cover_all_that_torch_allows_and_no_module():
+    assert [name for name in _get_allowed_globals() if not checkpoints._PLAIN_GLOBAL.fullmatch(name)] == []
+    for name in ("torch.nn.modules.linear.Linear", "torch.load", "torch.hub.load", "builtins.eval", "os.system"):
+        assert not checkpoints._PLAIN_GLOBAL.fullmatch(name)
+
+
+# Several sets of weights
+
+
+def test_read_checkpoint__moving_average_beside_the_weights(tmp_path, state):
+    averaged = {name: tensor + 1 for name, tensor in state.items()}
+    path = saved(tmp_path / "w.pth", {"state_dict": state, "ema": {"module": averaged, "decay": 0.9}, "epoch": 1})
+    with pytest.raises(
+        CheckpointError, match=r"more than one set.*'state_dict' \(9 tensors\), 'ema.module' \(9 tensors\)"
+    ):
+        read_checkpoint(path)
+    assert same(read_checkpoint(path, key="state_dict").tensors, state)
+    assert same(read_checkpoint(path, key="ema.module").tensors, averaged)
+    with pytest.raises(CheckpointError, match=r"no weights under key 'ema.modul'.*Did you mean 'ema.module'"):
+        read_checkpoint(path, key="ema.modul")
+
+
+def test_read_checkpoint__average_of_parameters_only_is_a_rival_too(tmp_path, state):
+    averaged = {name: tensor for name, tensor in state.items() if "running" not in name and "num_" not in name}
+    path = saved(tmp_path / "w.pth", {"model": state, "model_ema": averaged})
+    with pytest.raises(CheckpointError, match="more than one set"):
+        read_checkpoint(path)
+
+
+def test_read_checkpoint__key_of_a_bare_file(tmp_path, state):
+    with pytest.raises(
+        CheckpointError, match=r"no weights under key 'state_dict'; it has: 'the whole file' \(9 tensors\)"
+    ):
+        read_checkpoint(saved(tmp_path / "w.pth", state), key="state_dict")
+
+
+# Files that would run code
+
+
+def hostile_files(folder, marker, state):
+    """Name -> file that creates ``marker`` when unpickled without restriction (or is a whole pickled module)."""
+    bomb = RunsCode(marker)
+    command = f"touch {marker}"
+    bodies = {
+        "zip": ({"state_dict": state, "x": bomb}, {}),
+        "zip-bare": (bomb, {}),
+        "legacy": ({"state_dict": state, "x": bomb}, {"_use_new_zipfile_serialization": False}),
+        "zip-in-key": ({**state, "z": [bomb]}, {}),
+        "module-zip": (Net(), {}),
+        "module-legacy": (Net(), {"_use_new_zipfile_serialization": False}),
+        "linear": (nn.Linear(2, 2), {}),
+        "function": ({"state_dict": state, "f": np.savez}, {}),
+        "partial": ({"state_dict": state, "f": functools.partial(open, str(marker), "w")}, {}),
+        "lambda-dill": ({"state_dict": state, "f": lambda x: x + 1}, {"pickle_module": dill}),
+        "protocol-4": ({"state_dict": state, "x": bomb}, {"pickle_protocol": 4}),
+        "protocol-5-legacy": (bomb, {"pickle_protocol": 5, "_use_new_zipfile_serialization": False}),
+    }
+    files = {name: saved(folder / f"{name}.pth", body, **options) for name, (body, options) in bodies.items()}
+    raw = {
+        "plain-pickle": pickle.dumps(bomb),
+        "plain-pickle-0": pickle.dumps(bomb, protocol=0),
+        "os-system": b"cos\nsystem\n(V" + command.encode() + b"\ntR.",
+        "inst": b"(V" + command.encode() + b"\nios\nsystem\n.",
+        "obj": b"(cos\nsystem\nV" + command.encode() + b"\no.",
+        "stack-global-by-memo": b"\x80\x04\x8c\x02os\x94\x8c\x06system\x9400h\x00h\x01\x93V"
+        + command.encode()
+        + b"\n\x85R.",
+        "extension": b"\x80\x02\x82\x01.",
+        "second-pickle": pickle.dumps(119547037146038801333356, 2) + pickle.dumps(1001, 2) + pickle.dumps(bomb, 2),
+    }
+    for name, content in raw.items():
+        files[name] = folder / f"{name}.pth"
+        files[name].write_bytes(content)
+    return files
+
+
+NAMED = {
+    "zip": "io.open",
+    "zip-bare": "io.open",
+    "legacy": "io.open",
+    "zip-in-key": "io.open",
+    "module-zip": "test_checkpoints.Net",
+    "module-legacy": "test_checkpoints.Net",
+    "linear": "torch.nn.modules.linear.Linear",
+    "function": "numpy.savez",
+    "partial": "functools.partial",
+    "lambda-dill": "dill._dill._create_function",
+    "protocol-4": "io.open",
+    "protocol-5-legacy": "io.open",
+    "plain-pickle": "io.open",
+    "plain-pickle-0": "io.open",
+    "os-system": "os.system",
+    "inst": "os.system",
+    "obj": "os.system",
+    "stack-global-by-memo": "os.system",
+    "extension": "copyreg.extension_1",
+    "second-pickle": "io.open",
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_read_checkpoint__code_is_refused_and_named(tmp_path, marker, state, name):
+    path = hostile_files(tmp_path, marker, state)[name]
+    with pytest.raises(CheckpointError, match=r"does not hold plain weights only.*runs no code") as caught:
+        read_checkpoint(path)
+    assert NAMED[name] in str(caught.value)
+    assert NAMED[name] in " ".join(foreign_globals(path))
+    assert not marker.exists(), "the file's code was run"
+
+
+def test_hostile_files__do_run_code_without_restriction(tmp_path, marker, state):
+    """The tests above prove something only if these files would create the marker."""
+    files = hostile_files(tmp_path, marker, state)
+    assert set(files) == set(NAMED)
+    for name in ("zip", "legacy", "protocol-4"):
+        torch.load(files[name], weights_only=False)
+        assert marker.exists()
+        marker.unlink()
+    for name in ("plain-pickle", "plain-pickle-0", "os-system", "inst", "obj", "stack-global-by-memo"):
+        pickle.loads(files[name].read_bytes())
+        assert marker.exists()
+        marker.unlink()
+
+
+def test_read_checkpoint__classes_allowed_for_torch_elsewhere_are_refused_as_well(tmp_path, marker, state):
+    path = hostile_files(tmp_path, marker, state)["zip"]
+    with torch.serialization.safe_globals([open]), pytest.raises(CheckpointError, match=r"io\.open"):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+
+def test_read_checkpoint__stand_ins_cannot_be_called_into_tensors(tmp_path, state):
+    """A stand-in that poses as a weight is no tensor, so nothing is taken for weights."""
+    path = saved(tmp_path / "w.pth", {name: argparse.Namespace(data=tensor) for name, tensor in state.items()})
+    with pytest.raises(CheckpointError, match=r"holds no weights.*'conv.weight' \(_Inert\)"):
+        read_checkpoint(path)
+
+
+# Files that are something else, or broken
+
+
+def zip_with(members, compression=zipfile.ZIP_STORED):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def torch_bytes(content, **options):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
+
+
+def old_tar(state):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        info = tarfile.TarInfo("pickle")
+        info.size = 4
+        archive.addfile(info, io.BytesIO(b"\x80\x02N."))
+    return buffer.getvalue()
+
+
+WEIGHTS = {"w": torch.arange(1000.0).reshape(10, 100), "b": torch.ones(10)}
+BROKEN = {
+    "empty": (b"", r"is empty \(0 bytes\)"),
+    "html": (b"\n <!DOCTYPE html><html>quota exceeded", r"web page.*begins with b'\\n <!DOCTYPE html>"),
+    "xml": (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "web page"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer.*git lfs pull"),
+    "gzip": (gzip.compress(torch_bytes(WEIGHTS)), "compressed archive.*Unpack it first"),
+    "cut-zip": (torch_bytes(WEIGHTS)[:-200], "damaged or cut off: it begins as a zip archive"),
+    "cut-zip-short": (torch_bytes(WEIGHTS)[:100], "damaged or cut off"),
+    "cut-legacy": (torch_bytes(WEIGHTS, _use_new_zipfile_serialization=False)[:-50], "cannot be read as weights"),
+    "cut-legacy-pickle": (
+        torch_bytes(WEIGHTS, _use_new_zipfile_serialization=False)[:150],
+        "cannot be read as weights",
+    ),
+    "json": (b'{"error": "not found"}', r"cannot be read as weights.*begins with b'\{\"error"),
+    "text": (b"config: resnet50\nlr: 0.1\n", "cannot be read as weights"),
+    "noise": (bytes(random.Random(0).randbytes(5000)), "cannot be read as weights"),
+    "other-zip": (zip_with({"readme.txt": "hello"}), "without a data.pkl.*readme.txt"),
+    "npz": (zip_with({"w.npy": "hello"}), "without a data.pkl.*w.npy"),
+    "empty-zip": (zip_with({}), "without a data.pkl.*nothing"),
+    "zip-bomb": (zip_with({"a/data.pkl": bytes(10**7)}, zipfile.ZIP_DEFLATED), "compressed zip archive"),
+    "torchscript": (zip_with({"m/data.pkl": b"\x80\x02}.", "m/constants.pkl": b"\x80\x02)."}), "TorchScript archive"),
+    "only-pickle": (zip_with({"a/data.pkl": b"\x80\x02}."}), "cannot be read as weights"),
+    "broken-pickle": (zip_with({"a/data.pkl": b"\x80\x02zzzz"}), "cannot be read as weights"),
+    "tar": (old_tar(WEIGHTS), "cannot be read as weights"),
+    "pickled-dict": (pickle.dumps({"a": 1}, protocol=2), "cannot be read as weights"),
+    "no-tensors": (
+        torch_bytes({"epoch": 3, "net": {}}),
+        r"holds no weights.*a mapping of 2: 'epoch' \(int\), 'net' \(dict",
+    ),
+    "list": (torch_bytes([torch.zeros(2)]), "holds no weights.*one list"),
+    "tensor": (torch_bytes(torch.zeros(2)), "holds no weights.*one Tensor"),
+    "mixed": (torch_bytes({"w": torch.zeros(2), "n": 1}), r"holds no weights.*'w' \(Tensor\), 'n' \(int\)"),
+    "integer-names": (torch_bytes({0: torch.zeros(2)}), "holds no weights"),
+    "sparse": (torch_bytes({"w": torch.eye(3).to_sparse()}), "'w' as a sparse, quantised or valueless tensor"),
+    "valueless": (torch_bytes({"w": torch.zeros(2, device="meta")}), "'w' as a sparse, quantised or valueless tensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize("name", BROKEN)
+def test_read_checkpoint__broken(tmp_path, name):
+    content, message = BROKEN[name]
+    path = tmp_path / "w.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b[:-1],
+        lambda b: b[:20],
+        lambda b: b[:4],
+        lambda b: (10**18).to_bytes(8, "little") + b[8:],
+        lambda b: b[:8] + b"x" + b[9:],
+        lambda b: b.replace(b"F32", b"Q99"),
+        lambda b: b.replace(b"[10]", b"[11]"),
+    ],
+    ids=["last-byte", "header", "length", "huge-header", "no-json", "unknown-type", "wrong-shape"],
+)
+def test_read_checkpoint__broken_safetensors(tmp_path, damage):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(damage(safetensors.torch.save(WEIGHTS)))
+    with pytest.raises(CheckpointError, match="damaged or cut off: it cannot be read as safetensors"):
+        read_checkpoint(path)
+
+
+def test_read_checkpoint__recursive_mapping(tmp_path, state):
+    content = {"state_dict": state}
+    content["self"] = content
+    path = saved(tmp_path / "w.pth", content)
+    assert same(read_checkpoint(path).tensors, state)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_read_checkpoint__tensor_beyond_its_storage(tmp_path, zipped):
+    """A file may claim more numbers than it holds; nothing outside may be read."""
+
+    def enlarge(pickled):
+        assert pickled.count(b"K\x07K\x03\x86") == 1
+        return pickled.replace(b"K\x07K\x03\x86", b"K\xf7K\x03\x86")  # shape (7, 3) becomes (247, 3)
+
+    whole = torch_bytes({"w": torch.zeros(7, 3)}, _use_new_zipfile_serialization=zipped)
+    if zipped:
+        archive = zipfile.ZipFile(io.BytesIO(whole))
+        members = {name: archive.read(name) for name in archive.namelist()}
+        members = {name: enlarge(data) if name.endswith("data.pkl") else data for name, data in members.items()}
+    path = tmp_path / "w.pth"
+    path.write_bytes(zip_with(members) if zipped else enlarge(whole))
+    with pytest.raises(CheckpointError, match=r"cannot be read as weights.*storage"):
+        read_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("container", ["zip", "legacy", "safetensors"])
+def test_read_checkpoint__random_damage_never_leaks_another_error(tmp_path, container):
+    generator = random.Random(container)
+    if container == "safetensors":
+        whole = safetensors.torch.save(WEIGHTS)
+    else:
+        whole = torch_bytes(WEIGHTS, _use_new_zipfile_serialization=container == "zip")
+    path = tmp_path / "w.bin"
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(generator.randint(1, 5)):
+            damaged[generator.randrange(min(len(damaged), 700))] = generator.randrange(256)
+        path.write_bytes(damaged[: generator.choice([len(damaged), generator.randrange(len(damaged))])])
+        try:
+            read_checkpoint(path)
+        except CheckpointError:
+            continue
+
+
+def test_read_checkpoint__missing(tmp_path, state):
+    saved(tmp_path / "resnet50.pth", state)
+    with pytest.raises(CheckpointError, match=r"no file .*resnet5O.pth.*Did you mean 'resnet50.pth'"):
+        read_checkpoint(tmp_path / "resnet5O.pth")
+    with pytest.raises(CheckpointError, match=r"The directory .*nowhere does not exist"):
+        read_checkpoint(tmp_path / "nowhere" / "w.pth")
+
+
+def test_read_checkpoint__directory(tmp_path, state):
+    saved(tmp_path / "a.pth", state)
+    with pytest.raises(CheckpointError, match=r"is a directory.*It holds: a.pth"):
+        read_checkpoint(tmp_path)
+
+
+def test_read_checkpoint__pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match="is a device or a pipe, which might never end"):
+            read_checkpoint(path)
+
+
+def test_read_checkpoint__impossible_path(tmp_path):
+    for name in ("a\0b", "a" * 5000):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read_checkpoint(tmp_path / name)
+
+
+def test_read_checkpoint__home(tmp_path, state, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved(tmp_path / "w.pth", state)
+    assert same(read_checkpoint("~/w.pth").tensors, state)
+    assert foreign_globals("~/w.pth") == []
+
+
+def test_foreign_globals__not_a_weight_file(tmp_path):
+    path = tmp_path / "w.pth"
+    path.write_bytes(b"<html>")
+    with pytest.raises(CheckpointError, match="web page"):
+        foreign_globals(path)
+
+
+# Matching names
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "module.", "model.", "_orig_mod.", "network.", "backbone.", "module.model.", "module._orig_mod.model."],
+)
+def test_fit_to__wrappers(state, prefix):
+    wrapped = {prefix + name: tensor for name, tensor in reversed(state.items())}
+    assert same(fit_to(wrapped, state, "w.pth"), state)
+
+
+def test_fit_to__prefix_that_only_some_names_have_stays(state):
+    names = list(state)
+    partly = {("module." if name == names[0] else "") + name: tensor for name, tensor in state.items()}
+    with pytest.raises(CheckpointError, match=r"1 missing: 'conv.weight' \(near: 'module.conv.weight'\)"):
+        fit_to(partly, state, "w.pth")
+
+
+def test_fit_to__prefix_that_belongs_to_the_architecture_stays(state):
+    expected = {f"model.{name}": tensor for name, tensor in state.items()}
+    assert same(fit_to({f"module.{name}": tensor for name, tensor in expected.items()}, expected, "w.pth"), expected)
+
+
+def test_fit_to__loads_strictly(state):
+    network = Net()
+    assert network.load_state_dict(fit_to(state, network.state_dict(), "w.pth"), strict=True)
+    assert same(network.state_dict(), state)
+
+
+def test_fit_to__returns_copies(state):
+    fitted = fit_to(state, state, "w.pth")
+    fitted["fc.bias"].add_(1)
+    assert not torch.equal(fitted["fc.bias"], state["fc.bias"])
+
+
+def test_fit_to__differences_are_listed(state):
+    other = dict(state)
+    other["head.weight"], other["extra"] = other.pop("fc.weight"), torch.zeros(1)
+    other["fc.bias"] = torch.zeros(7)
+    with pytest.raises(CheckpointError) as caught:
+        fit_to(other, state, "w.pth for timm:net")
+    assert str(caught.value) == (
+        "w.pth for timm:net: the weights do not fit. 1 missing: 'fc.weight' (near: 'head.weight'). "
+        "2 unexpected: 'head.weight', 'extra'. "
+        "1 of another shape or kind: 'fc.bias' is (7,) float32 in the file, (5,) float32 expected. "
+        "Check the architecture and its options (such as num_classes), or rename the tensors first."
+    )
+
+
+def test_fit_to__long_differences_are_counted(state):
+    many = {f"layer{i}": torch.zeros(1) for i in range(20)}
+    with pytest.raises(CheckpointError, match=r"9 missing: .*20 unexpected: 'layer0', .*'layer7' and 12 more\."):
+        fit_to(many, {**state, "x": torch.zeros(1)}, "w.pth")
+
+
+def test_fit_to__empty(state):
+    with pytest.raises(CheckpointError, match="8 missing"):
+        fit_to({}, state, "w.pth")
+
+
+def test_fit_to__old_files_without_num_batches_tracked(state):
+    old = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    assert same(fit_to(old, state, "w.pth"), state)
+
+
+def test_fit_to__precision_is_that_of_the_architecture(state):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        other = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+        fitted = fit_to(other, state, "w.pth")
+        assert [t.dtype for t in fitted.values()] == [t.dtype for t in state.values()]
+        assert torch.equal(fitted["fc.weight"], state["fc.weight"].to(dtype).to(torch.float32))
+
+
+def test_fit_to__integers_are_no_weights(state):
+    with pytest.raises(CheckpointError, match=r"'fc.bias' is \(5,\) int64 in the file, \(5,\) float32 expected"):
+        fit_to({**state, "fc.bias": torch.zeros(5, dtype=torch.int64)}, state, "w.pth")
+
+
+# Hashes
+
+
+def slow_hash(named):
+    """The documented definition, byte by byte through NumPy and Python."""
+    digest = hashlib.sha256()
+    for name in sorted(named):
+        array = named[name].numpy()
+        digest.update(f"{name!r} torch.{array.dtype} {tuple(array.shape)}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def test_hash_tensors__is_sha256_of_names_types_shapes_and_bytes(state):
+    named = {**state, "none": torch.zeros(0, 3), "bool": torch.tensor([True, False]), "strided": torch.eye(4)[:, ::2]}
+    assert hash_tensors(named) == slow_hash(named)
+
+
+def test_hash_tensors__order_of_names_does_not_matter(state):
+    assert hash_tensors(dict(reversed(state.items()))) == hash_tensors(state)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: {**s, "fc.bias": s["fc.bias"].nextafter(torch.tensor(9.0))},
+        lambda s: {**s, "fc.weight": s["fc.weight"].reshape(4, 5)},
+        lambda s: {**s, "fc.bias": s["fc.bias"].view(torch.int32)},
+        lambda s: {("fc.Bias" if name == "fc.bias" else name): tensor for name, tensor in s.items()},
+        lambda s: {name: tensor for name, tensor in s.items() if name != "fc.bias"},
+    ],
+    ids=["value", "shape", "dtype", "name", "fewer"],
+)
+def test_hash_tensors__changes_with(state, change):
+    assert hash_tensors(change(state)) != hash_tensors(state)
+
+
+def test_hash_tensors__half_precision(state):
+    assert hash_tensors({"w": torch.ones(3, dtype=torch.bfloat16)}) != hash_tensors({"w": torch.ones(3)})
+
+
+# What may stand where a weight file is named
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished training run in the folder ``tmp_path / "run"``."""
+    values = {"w": torch.zeros(2)}
+    return write_run(tmp_path / "run", {0: values, 5: values, 12345: values}, "timm:resnet18", values)
+
+
+def test_weight_file__files_are_themselves(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "w.pth"
+    for made in (False, True):
+        if made:
+            path.touch()
+        assert weight_file(path) == weight_file(str(path)) == weight_file("~/w.pth") == path
+
+
+def test_weight_file__the_one_file_of_a_folder(run, tmp_path):
+    assert weight_file(run) == weight_file(f"{run}/") == run / "model.safetensors"
+    (run / "other.safetensors").touch()
+    assert weight_file(run) == run, "which of the two is not said"
+    with pytest.raises(CheckpointError, match="is a directory, expected one weight file"):
+        read_checkpoint(weight_file(run))
+    assert weight_file(tmp_path) == tmp_path
+
+
+def test_weight_file__epochs_of_a_run(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(run)
+    for epoch, name in [("0", "0000"), ("5", "0005"), ("0005", "0005"), ("12345", "12345")]:
+        assert weight_file(f"{run}@epoch={epoch}") == run / "epochs" / f"epoch-{name}.safetensors"
+    assert weight_file("~/run@epoch=5") == weight_file(run).parent / "epochs" / "epoch-0005.safetensors"
+    assert weight_file("../run@epoch=5").resolve() == weight_file(f"{run}@epoch=5")
+
+
+def test_weight_file__what_has_that_very_name_goes_first(run):
+    file = run.with_name("run@epoch=5")
+    file.touch()
+    assert weight_file(f"{run}@epoch=5") == file
+    other = run.with_name("run@epoch=0")
+    other.mkdir()
+    (other / "w.safetensors").touch()
+    assert weight_file(f"{run}@epoch=0") == other / "w.safetensors"
+    inside = write_run(run.parent / "a@epoch=1", {3: {"w": torch.zeros(1)}})
+    assert weight_file(f"{inside}@epoch=3") == inside / "epochs" / "epoch-0003.safetensors"
+
+
+@pytest.mark.parametrize("number", ["6", "-1", "last", "", "5.0", "\u0665", "9" * 200])
+def test_weight_file__no_such_epoch(run, number):
+    with pytest.raises(CheckpointError, match=r"run has not kept the weights of epoch '.*it has: 0, 5, 12345\.$"):
+        weight_file(f"{run}@epoch={number}")
+
+
+def test_weight_file__no_training_run(run, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"no folder .*/runn of a training run\. In its dir.*Did you mean 'run'\?"
+    ):
+        weight_file(tmp_path / "runn@epoch=0")
+    with pytest.raises(
+        CheckpointError, match=r"epoch '0'\. Epochs that it has: none: it is no folder of a training run"
+    ):
+        weight_file(f"{tmp_path}@epoch=0")
+    with pytest.raises(CheckpointError, match=r"There is no folder .*model.safetensors of a training run"):
+        weight_file(run / "model.safetensors@epoch=0")
+
+
+def test_weight_file__a_run_that_has_not_finished(run):
+    (run / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"run holds no final weights: .* such as .*/run@epoch=12345\."):
+        weight_file(run)
+    assert weight_file(f"{run}@epoch=5").is_file()
+
+
+def test_weight_file__what_no_file_can_be_named(tmp_path):
+    long = tmp_path / ("x" * 5000)
+    assert weight_file(long) == long
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*File name too long"):
+        read_checkpoint(weight_file(long))
+
+
+def test_record_file(run, tmp_path):
+    assert record_file(tmp_path / "w.pth") == tmp_path / "w.json"
+    assert record_file(run / "model.safetensors") == run / "model.json"
+    epoch = run / "epochs" / "epoch-0005.safetensors"
+    assert record_file(epoch) == run / "model.json"
+    assert record_file(epoch.with_name("best.safetensors")) == epoch.with_name("best.json")
+    epoch.with_suffix(".json").touch()
+    assert record_file(epoch) == epoch.with_suffix(".json")

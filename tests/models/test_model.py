@@ -1,0 +1,233 @@
+import collections
+import contextlib
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision import transforms
+
+from layercrit.errors import CheckpointError, ModelError
+from layercrit.models.checkpoints import hash_tensors
+from layercrit.models.model import Classifier, Model, logits_of, structure
+from layercrit.models.sources import explained, written
+from layercrit.probes.images import Preprocessing
+from layercrit.seeds import drawing
+
+
+class Pooled(nn.Module):
+    """Logits are the channel means: class c of an image is what its normalised channel c is on average."""
+
+    def forward(self, images):
+        return images.mean(dim=(2, 3))
+
+
+def model_of(network, **changes):
+    values = {
+        "reference": "test:model",
+        "architecture": "test",
+        "network": network.eval(),
+        "mean": (0.0,) * 3,
+        "std": (1.0,) * 3,
+        "preprocessing": Preprocessing(height=8, width=9, resize=9),
+        "build": None,
+        "initialiser": "none",
+    }
+    return Model(**{**values, **changes})
+
+
+# Classifier and Model
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_classifier__normalises_bit_for_bit_like_torchvision(channels):
+    generator = np.random.default_rng(5)
+    pixels = generator.integers(0, 256, (13, 17, channels), dtype=np.uint8)
+    mean, std = (0.485, 0.456, 0.406)[:channels], (0.229, 0.224, 0.225)[:channels]
+    image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
+    expected = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])(image)
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, images):
+            seen.append(images)
+            return torch.zeros(len(images), 2)
+
+    Classifier(Spy(), mean, std)(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])
+    assert torch.equal(seen[0][0], expected)
+
+
+def test_classifier__hand_computed_logits():
+    """Channels of 0, 51 and 255 grey levels are 0, 0.2 and 1; minus mean 0.5 and divided by 0.5, 0.25 and 2."""
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    logits = Classifier(Pooled(), (0.5, 0.5, 0.5), (0.5, 0.25, 2.0))(images)
+    assert torch.allclose(logits, torch.tensor([[-1.0, -1.2, 0.25]]))
+
+
+def test_classifier__parameter_names_and_buffers():
+    classifier = Classifier(nn.Linear(2, 2), (0.5,), (0.5,))
+    assert list(classifier.state_dict()) == ["network.weight", "network.bias"]
+    assert {name: tuple(buffer.shape) for name, buffer in classifier.named_buffers()} == {
+        "mean": (1, 1, 1, 1),
+        "std": (1, 1, 1, 1),
+    }
+
+
+def test_classifier__exports():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    classifier = Classifier(network, (0.5,) * 3, (0.5,) * 3).eval()
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exported = torch.export.export(classifier, (images,))
+        assert torch.equal(exported.module()(images), classifier(images))
+
+
+def test_model__classifier_shares_the_network():
+    model = model_of(nn.Sequential(nn.Flatten(), nn.Linear(216, 7)))
+    assert model.classifier.network is model.network
+    assert not model.classifier.training
+    assert model.classifier is model.classifier
+
+
+def test_model__n_classes():
+    assert model_of(nn.Sequential(nn.Flatten(), nn.Linear(216, 7))).n_classes == 7
+    with pytest.raises(ModelError, match="expected logits"):
+        _ = model_of(nn.Identity()).n_classes
+
+
+def test_model__sha256_is_that_of_the_state():
+    network = nn.BatchNorm2d(3)
+    assert model_of(network).sha256 == hash_tensors(network.state_dict())
+    before = model_of(network).sha256
+    network.running_mean[0] = 1
+    assert model_of(network).sha256 != before
+
+
+# Outputs
+
+
+@dataclass
+class Output:
+    logits: object
+    hidden: object = None
+
+
+Named = collections.namedtuple("Named", "aux logits")
+LOGITS = torch.arange(6.0).reshape(2, 3)
+OTHER = torch.ones(2, 4)
+MAP = torch.ones(2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        LOGITS,
+        (LOGITS, OTHER),
+        [LOGITS],
+        (MAP, LOGITS),
+        (None, {"not": "looked into"}, LOGITS),
+        {"logits": LOGITS},
+        {"aux": OTHER, "logits": LOGITS},
+        {"out": LOGITS},
+        {"hidden": MAP, "out": LOGITS, "aux": OTHER},
+        collections.OrderedDict(logits=LOGITS),
+        Output(LOGITS),
+        Output(LOGITS, hidden=OTHER),
+        Named(OTHER, LOGITS),
+    ],
+    ids=lambda output: type(output).__name__,
+)
+def test_logits_of__accepts(output):
+    assert logits_of(output) is LOGITS
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (MAP, r"returned Tensor with \[\(2, 3, 4, 4\)\], expected logits of shape \(n_images, n_classes\)"),
+        (torch.ones(3), r"returned Tensor with \[\(3,\)\]"),
+        ((MAP, None), r"returned tuple with \[\(2, 3, 4, 4\), 'NoneType'\]"),
+        ((), r"returned tuple with \[\]"),
+        ({"features": MAP}, r"returned dict with"),
+        ({"logits": MAP, "aux": OTHER}, r"returned dict with \[\(2, 3, 4, 4\)\]"),
+        (Output(None), "returned Output with"),
+        (None, "returned NoneType, expected logits .* as a tensor, in a tuple, list or mapping, or as .logits"),
+        (3.5, "returned float"),
+        (np.ones((2, 3)), "returned ndarray"),
+        (torch.ones(2, 1), "one number an image, expected logits of at least 2 classes"),
+    ],
+    ids=["map", "vector", "tuple", "empty", "dict", "logits-map", "object", "none", "float", "numpy", "one-class"],
+)
+def test_logits_of__refuses(output, message):
+    with pytest.raises(ModelError, match=message):
+        logits_of(output)
+
+
+# Helpers of sources
+
+
+def states():
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+
+
+def assert_untouched(before):
+    torch_state, python_state, numpy_state = states()
+    assert torch.equal(torch_state, before[0])
+    assert python_state == before[1]
+    assert all(np.array_equal(now, then) for now, then in zip(numpy_state, before[2], strict=True))
+
+
+def draw():
+    return torch.rand(2).tolist(), random.random(), np.random.rand()  # noqa: NPY002
+
+
+def test_drawing__same_seed_same_numbers_and_nothing_touched():
+    before = states()
+    with drawing(4):
+        first = draw()
+    assert_untouched(before)
+    with drawing(4):
+        assert draw() == first
+    with drawing(5):
+        assert all(now != then for now, then in zip(draw(), first, strict=True))
+    with contextlib.suppress(KeyError), drawing(4):
+        draw()
+        raise KeyError
+    assert_untouched(before)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "1"])
+def test_drawing__impossible_seed(seed):
+    with pytest.raises(ModelError, match="expected a whole number from 0"), drawing(seed):
+        pass
+
+
+def test_explained__out_of_reach():
+    text = r"timm:x: its files were neither found.*ConnectionError: no route\).*HF_HOME.*pretrained=false"
+    with pytest.raises(ModelError, match=text), explained("timm:x", {}):
+        raise ConnectionError("no route\nto host")
+
+
+def test_explained__unknown_option_has_near_names():
+    text = r"timm:x could not be opened \(TypeError: unexpected\). Options given: \{'num_clases': 3\}. .*'num_classes'"
+    with pytest.raises(ModelError, match=text), explained("timm:x", {"num_clases": 3}, ("num_classes", "img_size")):
+        raise TypeError("unexpected")
+
+
+def test_explained__own_errors_pass():
+    with pytest.raises(CheckpointError, match="mine"), explained("timm:x", {}):
+        raise CheckpointError("mine")
+
+
+def test_structure__depends_on_shapes_only():
+    assert structure(nn.Linear(2, 3)) == structure(nn.Linear(2, 3))
+    assert structure(nn.Linear(2, 3)) != structure(nn.Linear(3, 2))
+    assert len(structure(nn.Linear(2, 3))) == 8
+
+
+def test_written__is_sorted():
+    assert written({}) == ""
+    assert written({"b": 1, "a": "x"}) == "?a=x&b=1"
