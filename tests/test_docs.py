@@ -266,7 +266,7 @@ def as_a_reader(demo, monkeypatch):
             del sys.modules[name]
 
 
-NUMBER = re.compile(r"\d+\.\d+%?")
+NUMBER = re.compile(r"(?<![\w.])\d+\.\d+%?")  # not those in names of layers
 BAR = re.compile(r"[█-▏]+")  # of another length where processors round otherwise
 
 
