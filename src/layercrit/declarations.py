@@ -26,6 +26,7 @@ _WORDS = {
     "bool_type": "true or false",
     "dict_type": "a table",
     "expected": "{words}",
+    "finite_number": "a finite number",
     "float_type": "a number",
     "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
@@ -83,7 +84,8 @@ def _mistake(kind: type[BaseModel], error: ErrorDetails) -> str:
     if error["type"] == "literal_error" and isinstance(given, str):
         choices = re.findall("'([^']*)'", context["expected"])
         return f"unknown {name} {given!r}. {near(given, choices)}"
-    words = _WORDS.get(error["type"], "of another form").format(**context)
+    limits = {key: f"{value:g}" if isinstance(value, float) else value for key, value in context.items()}
+    words = _WORDS.get(error["type"], "of another form").format(**limits)
     return f"{name} must be {words}; got {given!r}"
 
 

@@ -43,7 +43,7 @@ from layercrit.errors import LayercritError, StudyError, near
 from layercrit.models.checkpoints import weight_file
 from layercrit.models.references import without_weights
 from layercrit.probes.images import STANDARD, Preprocessing
-from layercrit.protocol import Protocol
+from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import RESETS, get_reset
 from layercrit.study.entries import ModelEntry, models_of, rows_of_list
 from layercrit.study.schema import (
@@ -155,7 +155,7 @@ class _Reader:
 
     def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
         self.path, self.content = path, content
-        self.mistakes = [f"unknown section [{name}]. {near(name, TABLES)}" for name in content.keys() - TABLES.keys()]
+        self.mistakes = [f"unknown section [{name}]. {near(name, TABLES)}" for name in content if name not in TABLES]
         self.some_unread = False  # models that could not be understood
         self.runs: list[TrainingRun] = []
 
@@ -166,32 +166,36 @@ class _Reader:
         tables = self._model_tables()
         for module in study.imports:
             self._import(module)
+        resets = protocol.resets or [DEFAULTS.reset]
         distances = protocol.distances or list(DISTANCES)
-        self._check_names(protocol.resets, get_reset)
+        self._check_names(resets, get_reset)
         self._check_names(distances, get_distance)
         preprocessing = self._preprocessing(images)
         if self.training:
             self.mistakes.extend(training_mistakes(self.training, self.path.parent))
-        models = self._models(tables, protocol.resets)
-        self._check_donors(models, protocol.resets)
+        models = self._models(tables, resets)
+        self._check_donors(models, resets)
         self._check_comparison(models, study.baseline, study.leave_out)
         self._raise_mistakes()
         settings = protocol.model_dump(exclude={"resets", "distances"})
         return StudyFile(
-            name=study.name or (self.path.parent.name if self.path.stem == "study" else self.path.stem),
+            name=self._default_name() if study.name is None else study.name,
             models=tuple(models),
             source=self._absolute_source(images.source),
             n_images=images.n_images,
             labels=images.labels,
             preprocessing=preprocessing,
-            protocol=Protocol(**settings, reset=protocol.resets[0]),
-            resets=tuple(dict.fromkeys(protocol.resets)),
+            protocol=Protocol(**settings, reset=resets[0]),
+            resets=tuple(dict.fromkeys(resets)),
             distances=tuple(dict.fromkeys(["cosine", *distances])),
             baseline=study.baseline,
             leave_out=tuple(study.leave_out),
             imports=tuple(study.imports),
             training=Training(tuple(self.runs), self.path) if self.training else None,
         )
+
+    def _default_name(self) -> str:
+        return self.path.parent.name if self.path.stem == "study" else self.path.stem
 
     def _raise_mistakes(self) -> None:
         if self.mistakes:

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, create_model, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, create_model, field_validator
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from layercrit.declarations import Declaration, expected
@@ -38,9 +38,9 @@ class StudyTable(Declaration):
     """the study's name; default: the file's, or that of its folder if the file is study.toml"""
     baseline: str | None = None
     """name of the model that the others are compared with"""
-    leave_out: list[str] = []
+    leave_out: list[str] = Field([])
     """names of models or categories that comparisons leave out"""
-    imports: list[str] = []
+    imports: list[str] = Field([])
     """modules to import first, for resets, distances, model sources and training methods of your own"""
 
 
@@ -48,7 +48,7 @@ class ImagesTable(Declaration):
     """The images that every model is asked about."""
 
     source: str
-    """where the images come from: anything that `layercrit measure --images` takes; relative to this file"""
+    """source of the images, anything that `layercrit measure --images` takes; relative to this file"""
     n_images: int = Field(DEFAULTS.n_images, ge=1)
     """how many to draw from the source"""
     labels: bool = True
@@ -80,15 +80,14 @@ class ImagesTable(Declaration):
         channels, height, width = self.input_size
         standard = STANDARD.resize if (height, width) == (STANDARD.height, STANDARD.width) else max(height, width)
         resize = standard if self.resize is None else self.resize
-        return Preprocessing(
-            channels, height, width, tuple(resize) if isinstance(resize, list) else resize or None, self.interpolation
-        )
+        squashed = (resize[0], resize[1]) if isinstance(resize, list) else resize or None
+        return Preprocessing(channels, height, width, squashed, self.interpolation)
 
 
 class ProtocolKeys(Declaration):
     """The settings of all measurements, as of `layercrit measure`."""
 
-    resets: list[str] = [DEFAULTS.reset]
+    resets: list[str] = Field([DEFAULTS.reset])
     """what replaces a layer's parameters: names of resets, each of which is measured"""
     distances: list[str] | None = None
     """names of distances between predictions; default: all that are known. `cosine` is always among them"""
@@ -128,9 +127,9 @@ class TrainingTable(Declaration):
     """How the models that have a `method` are trained, by `layercrit train --study FILE`; a model's own keys win."""
 
     arch: str
-    """what is trained: a model reference without weights, such as 'timm:resnet18'"""
+    """the architecture to train, a model reference without weights, such as 'timm:resnet18'"""
     data: str
-    """what it is trained on: source of the training images; relative to this file"""
+    """source of the training images; relative to this file"""
     folder: str = "models"
     """where the trained models lie, each in a folder of its own; relative to this file"""
     epochs: _Epochs | None = None
@@ -141,7 +140,7 @@ class TrainingTable(Declaration):
     """of the arithmetic; no: float32"""
     weights_dtype: Literal["float32", "float16"] = "float32"
     """how the final weights are stored"""
-    settings: _Settings = {}
+    settings: _Settings = Field({})
     """settings of every method, such as { batch_size = 128 }"""
 
 
@@ -155,12 +154,12 @@ def _share(accuracy: float) -> float:
 class ModelTable(Declaration):
     """One model, by `reference` or trained by a `method`; or several, by a pattern or a `list`."""
 
-    model_config = {
-        "json_schema_extra": {
+    model_config = ConfigDict(
+        json_schema_extra={
             "oneOf": [{"required": [key]} for key in ("reference", "list", "method")],
             "dependentRequired": {"method": ["name"], **{key: ["method"] for key in METHOD_KEYS[1:]}},
         }
-    }
+    )
 
     reference: str | None = None
     """a model reference, or a pattern such as zoo:*, timm:resnet50.* or file:runs/*/final.safetensors"""
@@ -182,10 +181,10 @@ class ModelTable(Declaration):
     """a weight file, for the reset rewind; or runs/a@epoch=0 of a training run. Of a model with a method: the weights
     that its training began with"""
     attack_norm: str | None = None
-    """norm of the perturbations of adversarial training, such as l2 or linf; known of the zoo's models and of methods"""
+    """norm of the perturbations of adversarial training, such as l2 or linf; default: as the zoo or the method says"""
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """the largest of these perturbations, in the units in which its authors give it"""
-    settings: _Settings = {}
+    settings: _Settings = Field({})
     """settings of the method, such as { eps = 1.0 }"""
     epochs: _Epochs | None = None
     """passes over the training images"""

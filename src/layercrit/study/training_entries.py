@@ -115,7 +115,8 @@ def model_mistakes(where: str, model: ModelTable, table: TrainingTable | None) -
     if model.name is None:
         yield f"{where}: a model with a method needs a name, after which its folder is called"
     elif not re.fullmatch(r"\w([\w.,+= -]*[\w+=-])?", model.name):
-        yield f"{where}: name must be fit for a folder (letters, digits and any of '.,+=- _' inside); got {model.name!r}"
+        words = "fit for a folder (letters, digits and any of '.,+=- _' inside)"
+        yield f"{where}: name must be {words}; got {model.name!r}"
     settings = {**(table.settings if table else {}), **model.settings}
     if "epochs" in settings:
         yield f"{where}: epochs must stand beside settings, not in them"
