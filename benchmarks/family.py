@@ -18,7 +18,7 @@ HEAD = """# The bundled family: one network, fifteen ways to train it
 
 A small residual network with bottleneck blocks and BatchNorm ({n_parameters:,} parameters, {n_layers} convolutions and
 linear layers), trained on Fashion-MNIST from the same initial weights on the same order of images; only the method
-differs. `src/layercrit/studies/fashion.toml` is the study file, `layercrit train --study fashion.toml` trains it
+differs. `src/layercrit/study/examples/fashion.toml` is the study file, `layercrit train --study fashion.toml` trains it
 anew. Accuracy is on the 10,000 test images; time is wall time on one core of a machine that did other work besides, so
 a rough guide only; criticality is the mean over layers, {n_trials} draws of each on {n_images} test images, with its
 95% interval.
