@@ -133,7 +133,6 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
 
     "after" is the share of the forward pass's FLOPs that run anew when the layer is reset.
     """
-    import torch
     from rich.table import Table
 
     from layercrit.engine.flops import count_flops
@@ -141,8 +140,7 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
     from layercrit.models.references import open_model, without_weights
 
     opened = open_model(without_weights(model, keep=("mean", "std", "input_size")))  # nothing is downloaded
-    size = opened.preprocessing
-    black = opened.classifier.normalise(torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8))
+    black = opened.classifier.normalise(opened.black_image)
     found = select_layers(find_layers(opened.network, black), types=types, patterns=layers, group=cast(Group, group))
     _, after = count_flops(opened.network, found, black)
     if as_json:
@@ -181,14 +179,14 @@ class _Saver:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.unsaved: Measurement | None = None
+        self.unsaved: Callable[[], Measurement] | None = None
         self.last = time.monotonic()
 
-    def keep(self, measurement: "Measurement") -> None:
-        """Remember the measurement so far; write it down now and then."""
-        self.unsaved = measurement
+    def keep(self, so_far: "Callable[[], Measurement]") -> None:
+        """Remember the measurement so far; build it and write it down now and then."""
+        self.unsaved = so_far
         if time.monotonic() - self.last > _SECONDS_BETWEEN_SAVES:
-            self.save(measurement, quietly=True)
+            self.save(so_far(), quietly=True)
 
     def save(self, measurement: "Measurement", quietly: bool = False) -> None:
         """Write a measurement, if need be to another place than asked."""
@@ -206,8 +204,9 @@ class _Saver:
     def save_what_is_finished(self) -> None:
         """Save the trials that were finished before an interruption."""
         if self.unsaved is not None:
-            trials = self.unsaved.cells["trial"].nunique()
-            self.save(self.unsaved, quietly=True)
+            measurement = self.unsaved()
+            trials = measurement.cells["trial"].nunique()
+            self.save(measurement, quietly=True)
             click.echo(f"Stopped; {trials} finished trial(s) are saved in {self.folder}.", err=True)
 
 

@@ -145,7 +145,11 @@ def _train_one(
     chosen = get_method(method, {**settings, **({} if epochs is None else {"epochs": epochs})})
     images = open_training_data(data, input_size=input_size, download=download)
     was_there = (out / "model.json").is_file()
-    trained = train(chosen, arch, images, out, progress=lambda done: bar.trained("", done), say=bar.say, **how)
+
+    def show(done: Any) -> None:
+        bar.trained("", **vars(done))
+
+    trained = train(chosen, arch, images, out, progress=show, say=bar.say, **how)
     record = trained.record
 
     def report() -> None:
@@ -165,7 +169,10 @@ def _train_family(study: str, names: tuple[str, ...], download: bool, options: A
     """Train the models of a study file, and return what tells about them."""
     from layercrit.study.training import train_family
 
-    family = train_family(study, names, options=options, download=download, progress=bar.trained, say=bar.say)
+    def show(name: str, done: Any) -> None:
+        bar.trained(name, **vars(done))
+
+    family = train_family(study, names, options=options, download=download, progress=show, say=bar.say)
 
     def report() -> None:
         rows = [

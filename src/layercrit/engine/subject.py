@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -10,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from layercrit.engine.flops import count_flops
 from layercrit.errors import LayercritError, ModelError, first_line
 from layercrit.layers import Group, Layer, find_layers, select_layers
 from layercrit.machine import find_device
@@ -78,6 +80,11 @@ class Subject:
         """What tells the donor's values, given the trial's seed: hash or initialiser; None where there is no donor."""
         return self.donor_in_words if self._given_donor is None else self._given_donor.sha256
 
+    @cached_property
+    def flops(self) -> tuple[float, dict[str, float]]:
+        """FLOPs of one image, and layer name -> the share of them that its reset makes run anew; see `count_flops`."""
+        return count_flops(self.network, self.layers, self.normalise(self.model.black_image))
+
     def notes(self) -> list[str]:
         """Say what differs from what may be expected."""
         notes = []
@@ -120,13 +127,12 @@ class Subject:
 
     def _all_layers(self) -> list[Layer]:
         """Find the layers on a black image, so that a wrong setting shows before any image is decoded."""
-        size = self.model.preprocessing
-        black = torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8)
         try:
-            return find_layers(self.network, self.normalise(black))
+            return find_layers(self.network, self.normalise(self.model.black_image))
         except LayercritError:
             raise
         except Exception as error:  # a network's own code raises what it likes
+            size = self.model.preprocessing
             raise ModelError(
                 f"{self.model.reference!r} cannot run on one image of {size.channels} channels, {size.height} x "
                 f"{size.width} pixels ({first_line(error)}). Give images of the size that the network takes, or name "

@@ -140,7 +140,7 @@ def _built(study: StudyFile, reference: str) -> _Architecture:
     model = open_model(reference, **still, input_size=(size.channels, size.height, size.width))
     network = model.network
     normalise = Classifier(network, model.mean, model.std).normalise
-    black = torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8)
+    black = model.black_image
     layers = select_layers(
         _all_layers(reference, network, normalise(black)),
         types=protocol.types,

@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 
 from layercrit.engine.allocator import large_blocks_stay
-from layercrit.engine.flops import count_flops
 from layercrit.engine.replay import Mode
 from layercrit.engine.session import Batch, Predictions, Session, Trial
 from layercrit.engine.subject import Subject
@@ -100,8 +99,7 @@ class _Opened:
         self._protocol = replace(study.protocol, device=device, n_images=study.n_images)
         self.subject = self._subject(reset)
         self._session: Session | None = None
-        black = torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8)
-        flops, self._flops_after = count_flops(self.subject.network, self.subject.layers, self.subject.normalise(black))
+        flops, self._flops_after = self.subject.flops
         about = {
             "sha256": self.model.sha256,
             "architecture": self.model.architecture,
@@ -160,8 +158,8 @@ class _Opened:
             predictions=None if predictions is None else Predictions(**predictions),
         )
         self.record |= {
-            "dtype": session.replay.mode,
-            "road": session.replay.road,
+            "dtype": session.holder.replay.mode,
+            "road": session.holder.replay.road,
             "predictions": asdict(session.predictions),
         }
         return session

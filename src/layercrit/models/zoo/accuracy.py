@@ -67,7 +67,8 @@ def check_accuracy(
     probe_set.check_labels(model.n_classes)
     where = find_device(device)
     classifier = model.classifier.to(where)
-    step = choose_batch_size(batch_size, probe_set, where)
+    size = probe_set.preprocessing
+    step = choose_batch_size(batch_size, probe_set.n_images, size.height, size.width, where)
     labels = torch.tensor(probe_set.labels)
     n_right = 0
     with torch.inference_mode():
