@@ -190,8 +190,8 @@ def methods_command(name: str | None, as_json: bool) -> None:
     import dataclasses
     import json
 
+    from layercrit.categories import CATEGORIES
     from layercrit.training import METHODS, get_method
-    from layercrit.training.methods import CATEGORIES
 
     if name is not None:
         method = get_method(name)

@@ -20,6 +20,7 @@ from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress import Bar
 from layercrit.resets import RESETS
 from layercrit.seeds import seed_of
+from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import (
     Event,
@@ -179,7 +180,7 @@ class _Run:
         tasks = []
         for entry in self.study.models:
             for reset in self.study.resets:
-                for trial in range(self.study.protocol.trials if RESETS[reset].random else 1):
+                for trial in range(needed_trials(self.study.protocol.trials, RESETS[reset].random)):
                     if (entry.name, reset, trial) in failed:
                         self.report.n_retryable += 1
                         continue

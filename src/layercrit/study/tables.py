@@ -6,19 +6,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from layercrit.comparison import Comparison, compare
 from layercrit.errors import StudyError, near
 from layercrit.protocol import MATCHED
-from layercrit.statistics import Estimate, estimate
+from layercrit.statistics import Estimate, estimate, needed_trials
 from layercrit.study.store import FailureRow, PlanRow, Store
-
-if TYPE_CHECKING:
-    from layercrit.comparison import Comparison
 
 __all__ = ["Study", "load_study"]
 
@@ -160,10 +158,8 @@ class Study:
 
     def compare(
         self, *, baseline: str | None = None, leave_out: list[str] | None = None, reset: str | None = None
-    ) -> "Comparison":
+    ) -> Comparison:
         """Set the models beside each other; see `layercrit.comparison.compare`."""
-        from layercrit.comparison import compare
-
         return compare(self, baseline=baseline, leave_out=leave_out, reset=reset)
 
     def __repr__(self) -> str:
@@ -274,7 +270,7 @@ def _n_trials(record: Mapping[str, Any], models: Iterable[Mapping[str, Any]]) ->
     """Return how many trials each model of a study has, those of all resets together."""
     random = {reset: known for model in models for reset, known in model.get("random_trials", {}).items()}
     trials = record["protocol"]["trials"]
-    return sum(trials if random.get(reset, True) else 1 for reset in record["protocol"]["resets"])
+    return sum(needed_trials(trials, random.get(reset, True)) for reset in record["protocol"]["resets"])
 
 
 def _models_table(store: Store) -> pd.DataFrame:
