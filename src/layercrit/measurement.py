@@ -14,6 +14,7 @@ import pandas as pd
 
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError, first_line
+from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.protocol import MATCHED
 from layercrit.statistics import Estimate, estimate, estimate_mean_over_layers
 
@@ -75,28 +76,13 @@ class Measurement:
         share of the trials was left out and why; all other columns are then over the remaining ``n_trials``.
         """
         rows = []
-        for index, (name, cells) in enumerate(self.cells.groupby("layer", sort=False)):
+        for index, (_, cells) in enumerate(self.cells.groupby("layer", sort=False)):
             ok = (cells["status"] == "ok").to_numpy()
-            critical, matched = (self._estimate(distance, index, ok) for distance in ("cosine", MATCHED))
-            row: dict[str, Any] = {
-                "layer": name,
-                **{column: cells[column].iloc[0] for column in ("type", "depth", "n_parameters", "flops_after")},
-                "criticality": critical.mean,
-                "low": critical.low,
-                "high": critical.high,
-                "sd_trials": critical.sd_trials,
-                "criticality_matched": matched.mean,
-                "matched_low": matched.low,
-                "matched_high": matched.high,
-            }
-            for column in self._mean_columns():
-                row[column] = cells.loc[ok, column].mean()
-            if "top1" in row:
-                row["top1_agreement"] = 1 - row.pop("top1")
-            row["n_trials"] = int(ok.sum())
-            row["status"] = _status(cells["status"].to_list())
-            rows.append(row)
-        return pd.DataFrame(rows)
+            rows.append(estimate_columns(*(self._estimate(distance, index, ok) for distance in ("cosine", MATCHED))))
+        estimates = pd.DataFrame(rows, index=self.cells["layer"].drop_duplicates()).drop(columns="covers")
+        about = ("type", "depth", "n_parameters", "flops_after")
+        table = layer_table(self.cells, estimates, by=["layer"], about=about, means=self._mean_columns())
+        return table.drop(columns="n_images")
 
     def summary(self) -> dict[str, Any]:
         """Return the model's mean criticality with its interval, and what is needed to read it, as plain data.
@@ -213,13 +199,10 @@ class Measurement:
         kept = {key: value for key, value in record.items() if key not in ("format", "summary")}
         return cls(cells.drop(columns=columns), per_image, kept)
 
-    def _estimate(self, distance: str, layer: int, ok: npt.NDArray[np.bool_]) -> Estimate:
+    def _estimate(self, distance: str, layer: int, ok: npt.NDArray[np.bool_]) -> Estimate | None:
         values = self.per_image[distance][layer, ok]  # (n_trials, n_images)
-        if values.size and np.isfinite(values).all():
-            return estimate(values, **self._how())
-        nan, level = math.nan, self.record["protocol"]["level"]
-        n_trials, n_images = values.shape
-        return Estimate(nan, nan, nan, level, nan, nan, nan, n_trials, n_images, "nothing")
+        known = values.size > 0 and np.isfinite(values).all()
+        return estimate(values, **self._how()) if known else None
 
     def _estimate_mean(self, distance: str, layers: list[bool]) -> Estimate | None:
         values = self.per_image[distance][layers]  # (n_layers, n_trials, n_images)
@@ -246,12 +229,6 @@ def _check_together(record: Mapping[str, Any], cells: pd.DataFrame) -> None:
     )
     if not together:
         raise ValueError("cells.parquet and measurement.json are of different measurements")
-
-
-def _status(statuses: list[str]) -> str:
-    """Say how many of a layer's trials do not count and why, such as ``not_finite 1/3``."""
-    bad = [status for status in statuses if status != "ok"]
-    return ", ".join(f"{status} {bad.count(status)}/{len(statuses)}" for status in dict.fromkeys(bad)) or "ok"
 
 
 def _limits(mean: Estimate | None) -> dict[str, float | None] | None:
