@@ -32,7 +32,7 @@ FORMER = {
     "running": ("study.running",),
     "session": ("engine.session",),
     "sources": ("probes.sources",),
-    "store": ("study.store",),
+    "store": ("study.store", "study.packing"),
     "study_figures": ("figures",),
     "studyfile": ("study.file", "study.entries", "study.training_entries"),
     "zoo": ("models.zoo",),
