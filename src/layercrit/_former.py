@@ -38,6 +38,9 @@ FORMER = {
     "zoo": ("models.zoo",),
 }
 
+# Former name -> the name now.
+RENAMED = {"FamilyReport": "TrainingReport", "train_family": "train_models"}
+
 
 class _Finder(MetaPathFinder, Loader):
     """Finds a former module after every other finder has failed, as a view of its new homes."""
@@ -53,6 +56,7 @@ class _Finder(MetaPathFinder, Loader):
         module.__doc__ = f"Formerly a module of its own; now {' and '.join(f'layercrit.{home}' for home in homes)}."
 
         def find(name: str) -> Any:
+            name = RENAMED.get(name, name)
             for home in homes:
                 found = import_module(f"layercrit.{home}")
                 if hasattr(found, name):

@@ -79,7 +79,7 @@ class ModelRow:
     Attributes:
         model: its name in tables and figures, unique in the study.
         reference: its model reference, or for imported results the words under which they were published.
-        category: the family of its training method, or None.
+        category: of its training method, such as those of `layercrit.categories.CATEGORIES`, or None.
         label: how figures call it, or None: its name.
         documented_accuracy: top-1 accuracy as its authors give it, a share in [0, 1], or None.
         record: what is known since it was opened (hash, architecture, number format, predictions, notes), or None.
