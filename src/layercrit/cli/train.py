@@ -125,7 +125,7 @@ def train_command(
             report = (
                 _train_one(**single, download=download, options=options, bar=bar)
                 if study is None
-                else _train_family(study, models, download, options, bar)
+                else _train_models(study, models, download, options, bar)
             )
     except KeyboardInterrupt:
         if leads:
@@ -165,24 +165,24 @@ def _train_one(
     return report
 
 
-def _train_family(study: str, names: tuple[str, ...], download: bool, options: Any, bar: Any) -> Callable[[], None]:
+def _train_models(study: str, names: tuple[str, ...], download: bool, options: Any, bar: Any) -> Callable[[], None]:
     """Train the models of a study file, and return what tells about them."""
-    from layercrit.study.training import train_family
+    from layercrit.study.training import train_models
 
     def show(name: str, done: Any) -> None:
         bar.trained(name, **vars(done))
 
-    family = train_family(study, names, options=options, download=download, progress=show, say=bar.say)
+    found = train_models(study, names, options=options, download=download, progress=show, say=bar.say)
 
     def report() -> None:
         rows = [
             [name, str(model.record["method"]), percent(model.top1_accuracy), duration(model.record["seconds"])]
-            for name, model in family.trained.items()
+            for name, model in found.trained.items()
         ]
         if rows:
             print_table(_table(["model", "method", "accuracy", "time"], rows, right=("accuracy", "time")))
-        if family.failures:
-            click.echo(f"{len(family.failures)} could not be trained: {', '.join(family.failures)}", err=True)
+        if found.failures:
+            click.echo(f"{len(found.failures)} could not be trained: {', '.join(found.failures)}", err=True)
             sys.exit(1)
         click.echo(f"Next: layercrit study run {shlex.quote(study)}", err=True)
 
@@ -197,8 +197,8 @@ def methods_command(name: str | None, as_json: bool) -> None:
     import dataclasses
     import json
 
+    from layercrit.categories import CATEGORIES
     from layercrit.training import METHODS, get_method
-    from layercrit.training.methods import CATEGORIES
 
     if name is not None:
         method = get_method(name)

@@ -33,8 +33,8 @@ def zoo() -> None:
 @_JSON
 def list_command(pattern: str, category: str | None, as_json: bool) -> None:
     """List the models whose identifier matches PATTERN, such as 'robust_*'."""
+    from layercrit.categories import CATEGORIES
     from layercrit.errors import near
-    from layercrit.models.zoo.entries import CATEGORIES
     from layercrit.models.zoo.fetching import find_entries
 
     if category is not None and category not in CATEGORIES:

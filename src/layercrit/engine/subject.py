@@ -19,6 +19,7 @@ from layercrit.models.model import Classifier, Model
 from layercrit.protocol import Protocol
 from layercrit.resets import donor_values, draw_values, get_reset, given_donor
 from layercrit.seeds import seed_of
+from layercrit.statistics import needed_trials
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Subject:
         # A reset that draws its chance from the initialiser has none left once the donor is given.
         fixed = self._given_donor is not None and self._reset.donor == "initialiser"
         self.random_trials = self._reset.random and not fixed
-        self.n_trials = protocol.trials if self.random_trials else 1
+        self.n_trials = needed_trials(protocol.trials, self.random_trials)
 
     @property
     def donor_in_words(self) -> str | None:

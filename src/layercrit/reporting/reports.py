@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from layercrit.categories import ADVERSARIAL
 from layercrit.comparison import Comparison, about_models, compare, estimates_of
 from layercrit.errors import StudyError, near
 from layercrit.figures.accuracy import criticality_against_accuracy
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FIGURES", "Report", "report"]
 
-_ADVERSARIAL = "adversarial_training"
 _UNFINISHED = ".writing-"  # before the name of a file that is being written
 _LONGEST = 100  # bytes of a model's name in that of a file; some file systems take no more than 143 in all
 
@@ -251,7 +251,7 @@ def _accuracy(tables: _Tables) -> _Drawn:
     if not tables.models[["accuracy", "criticality"]].notna().all(axis=1).any():
         raise StudyError("No accuracy is known. Give it in the study file, or labels with the images.")
     rows = tables.comparison.correlations
-    wanted = rows["without"].isna() | (rows["without"] == _ADVERSARIAL)
+    wanted = rows["without"].isna() | (rows["without"] == ADVERSARIAL)
     yield "accuracy", criticality_against_accuracy(tables.models, correlations=rows[wanted])
 
 

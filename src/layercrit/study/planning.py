@@ -21,6 +21,7 @@ from layercrit.models.references import open_model, without_weights
 from layercrit.models.zoo.fetching import ZOO, is_fetched
 from layercrit.probes.opening import open_source
 from layercrit.resets import RESETS
+from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
 from layercrit.study.file import StudyFile
 from layercrit.study.store import FILE, Store
@@ -93,17 +94,17 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
         images_mistake = str(error)
     done = _done(Path(folder)) if folder is not None else Counter[str]()
     architectures: dict[str, _Architecture] = {}
-    trials = {reset: study.protocol.trials if RESETS[reset].random else 1 for reset in study.resets}
+    n_trials = sum(needed_trials(study.protocol.trials, RESETS[reset].random) for reset in study.resets)
     rows, plain, replayed, seconds = [], 0.0, 0.0, 0.0
     with large_blocks_stay():
         for entry in study.models:
             name, built = _architecture(study, entry, architectures)
             here, mistake = _is_here(entry, built.mistake)
-            n_cells = built.n_layers * sum(trials.values())
+            n_cells = built.n_layers * n_trials
             n_done = min(done[entry.name], n_cells)
             left = (n_cells - n_done) / max(1, n_cells) * n_images
             # beside the resets, each trial runs the trained network, which is asked once before all trials, too
-            flops = left * (sum(trials.values()) * (built.flops + built.flops_after) + built.flops)
+            flops = left * (n_trials * (built.flops + built.flops_after) + built.flops)
             plain += left * built.flops * (n_cells + 1)
             replayed += flops
             seconds += flops / built.flops * built.seconds if built.flops else 0.0

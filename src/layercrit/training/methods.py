@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layercrit.categories import CATEGORIES
 from layercrit.errors import TrainingError, near
 from layercrit.models.model import logits_of
 
@@ -28,9 +29,6 @@ __all__ = [
     "method",
     "setting",
 ]
-
-CATEGORIES = ("baseline", "training_recipes", "augmentation", "adversarial_training", "contrastive", "freezing")
-"""The paper's families of training methods."""
 
 
 @dataclass(frozen=True)
