@@ -191,7 +191,7 @@ def test_train__ctrl_c_and_the_same_command_goes_on(here):
     finally:
         process.kill()
         process.communicate()
-    assert line == f"Going on with run after {done} of 1000 steps.\n"
+    assert line == f"Resuming run after {done} of 1000 steps.\n"
 
 
 # --- the models of a study file -------------------------------------------------------------------------------------
