@@ -110,14 +110,14 @@ def test_train_family__the_accuracy_is_that_which_a_study_finds(tmp_path):
 
 
 def test_train_family__a_model_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
-    train = layercrit.families.train
+    train = layercrit.study.training.train
 
     def broken(method, arch, data, folder, **more):
         if folder.name == "frozen":
             raise MemoryError("out of memory")
         return train(method, arch, data, folder, **more)
 
-    monkeypatch.setattr(layercrit.families, "train", broken)
+    monkeypatch.setattr(layercrit.study.training, "train", broken)
     models = {"wild": "method = 'baseline'\nsettings = { lr = 1e30 }\nepochs = 2", **MODELS}
     study_file = write(tmp_path, models)
     lines = []
