@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from layercrit.training.run import TrainingProgress
+    from layercrit.training.runs import TrainingProgress
 
 
 class Bar:

@@ -166,6 +166,7 @@ def test_train__another_run_is_not_replaced(here, call):
     assert (here / "run" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_train__ctrl_c_and_the_same_command_goes_on(here):
     command = [LAYERCRIT, *arguments(epochs="500")]
     process = subprocess.Popen(

@@ -20,8 +20,8 @@ from layercrit.models.references import open_model
 from layercrit.seeds import drawing, seed_of
 from layercrit.training import Options, get_method, open_training_data, train
 from layercrit.training.batches import Batches, to_device
-from layercrit.training.folder import RunFolder
 from layercrit.training.phases import PhaseOfRun
+from layercrit.training.runs import RunFolder
 from training_images import ARCHITECTURE, write_images
 
 TINY = {"epochs": 3, "batch_size": 16}

@@ -4,7 +4,7 @@ from layercrit.training import adversarial, augmentation, baseline, contrastive,
 from layercrit.training.data import TrainingData, open_training_data
 from layercrit.training.loop import TrainedModel, train
 from layercrit.training.methods import METHODS, Method, get_method, method, setting
-from layercrit.training.run import Options
+from layercrit.training.runs import Options
 
 __all__ = [
     "METHODS",

@@ -19,16 +19,16 @@ from layercrit.models.checkpoints import hash_tensors
 from layercrit.restoring import rng_untouched
 from layercrit.training.architecture import fitted_architecture, initial_network
 from layercrit.training.data import TrainingData
-from layercrit.training.folder import RunFolder
 from layercrit.training.methods import Method
 from layercrit.training.optimisation import make_accelerator
 from layercrit.training.phases import PhaseOfRun
-from layercrit.training.run import Options, Run, TrainingProgress
+from layercrit.training.runs import Options, Run, RunFolder, TrainingProgress
 
-__all__ = ["PRECISIONS", "WEIGHTS_DTYPES", "TrainedModel", "train"]
+__all__ = ["PRECISIONS", "TRACKERS", "WEIGHTS_DTYPES", "TrainedModel", "train"]
 
 PRECISIONS = ("no", "bf16", "fp16")
 WEIGHTS_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+TRACKERS = ("tensorboard", "wandb")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from layercrit.seeds import drawing, seed_generators, seed_of
 from layercrit.training.batches import Batches, to_device
 from layercrit.training.methods import Phase
 from layercrit.training.optimisation import make_optimizer, make_schedule, moving_average
-from layercrit.training.run import Run, TrainingProgress
+from layercrit.training.runs import Run, TrainingProgress
 
 __all__ = ["PhaseOfRun"]
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from layercrit.errors import TrainingError
-from layercrit.training.folder import RunFolder
+from layercrit.training.runs import RunFolder
 
 RECORD = {"method": "baseline", "top1_accuracy": 0.5}
 
