@@ -186,6 +186,7 @@ def test_measure__truncated_image_is_named(photographs, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_measure__ctrl_c_keeps_finished_trials(photographs, tmp_path, monkeypatch, capsys):
     from layercrit.cli.measure import _Saver
     from layercrit.measurement import Measurement

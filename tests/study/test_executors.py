@@ -374,6 +374,7 @@ def test_run__workers_end_when_the_parent_is_killed():
 
 @needs_proc
 @pytest.mark.parametrize("moment", ["at work", 0.03, 0.05, 0.1, 0.2])
+@pytest.mark.usefixtures("interruptible")
 def test_run__ctrl_c_ends_all_with_one_traceback(moment):
     with begin_parent("import executor_jobs; executor_jobs.run_aloud(3)", start_new_session=True) as parent:
         assert parent.stdout.readline() == "begin\n"
@@ -389,6 +390,7 @@ def test_run__ctrl_c_ends_all_with_one_traceback(moment):
     assert wait_until_gone(alive_in_group(parent.pid), 2)  # the resource tracker of multiprocessing ends last
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_run__a_worker_ignores_ctrl_c():
     happening = LocalProcesses([PLACE], attempts=1).run([jobs.task("a", jobs.say_pid_often, 3, 0.1)], jobs.start)
     events = [next(happening)]
@@ -399,6 +401,7 @@ def test_run__a_worker_ignores_ctrl_c():
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="cannot hold back signals")
+@pytest.mark.usefixtures("interruptible")
 def test_run__a_worker_ignores_ctrl_c_while_its_interpreter_begins(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"

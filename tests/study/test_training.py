@@ -152,7 +152,7 @@ def test_train_models__an_interruption_stops_it_and_it_goes_on(tmp_path):
     lines = []
     report = train_models(study_file, options=ON_CPU, say=lines.append)
     assert list(report.trained) == list(MODELS)
-    assert f"Going on with {tmp_path / 'models' / 'smooth'} after 2 of 4 steps." in lines
+    assert f"Resuming {tmp_path / 'models' / 'smooth'} after 2 of 4 steps." in lines
     assert len(list(csv.DictReader((tmp_path / "models" / "smooth" / "log.csv").open()))) == 2
 
 

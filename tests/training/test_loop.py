@@ -189,7 +189,7 @@ def test_train__resumed_is_bit_for_bit_uninterrupted(data, tmp_path, monkeypatch
         interrupted(data, tmp_path / "cut", at, method=method, settings=settings)
     lines = []
     resumed = run(data, tmp_path / "cut", method, settings, say=lines.append)
-    assert any("Going on with" in line and " after 1" in line for line in lines)
+    assert any(line.startswith("Resuming ") and " after 1" in line for line in lines)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     timeless = [
         [{k: v for k, v in row.items() if "second" not in k} for row in trained.record["by_epoch"]]
@@ -218,7 +218,7 @@ def test_train__a_damaged_state_is_left_out_for_the_one_before(data, tmp_path, h
     lines = []
     run(data, tmp_path / "cut", say=lines.append)
     assert f"{states[-1]} is damaged or was cut off, so it is left out." in lines
-    assert any("Going on" in line for line in lines)
+    assert any(line.startswith("Resuming ") for line in lines)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
@@ -229,7 +229,7 @@ def test_train__begins_anew_where_no_state_is_whole(data, tmp_path):
         damage(state, "cut off")
     lines = []
     run(data, tmp_path / "cut", say=lines.append)
-    assert "No whole state is left: training starts from the beginning." in lines
+    assert "No saved state is intact: training starts from the beginning." in lines
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
@@ -392,7 +392,7 @@ def test_train__settings_that_make_no_sense(data, tmp_path):
         run(data, tmp_path / "run", weights_dtype="float8")
     with pytest.raises(TrainingError, match=r"timm has no optimizer 'sdg'\. Did you mean 'sgd'"):
         run(data, tmp_path / "run", settings={**TINY, "optimizer": "sdg"})
-    with pytest.raises(TrainingError, match=r"keep_epochs are 2, 5, but the run ends after epoch 3"):
+    with pytest.raises(TrainingError, match=r"keep_epochs are 2, 5, but training ends after epoch 3"):
         run(data, tmp_path / "run", options=Options(device="cpu", keep_epochs=(2, 5)))
     if not torch.cuda.is_available():
         with pytest.raises(ProtocolError, match="device 'cuda' cannot be used"):

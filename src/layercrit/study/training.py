@@ -8,7 +8,7 @@ from typing import Any
 from layercrit.errors import LayercritError, TrainingError, near
 from layercrit.study.file import read_study_file
 from layercrit.training import Options, TrainedModel, get_method, open_training_data, train
-from layercrit.training.phases import TrainingProgress
+from layercrit.training.runs import TrainingProgress
 
 __all__ = ["TrainingReport", "train_models"]
 
