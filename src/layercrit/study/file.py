@@ -58,10 +58,8 @@ A study can train models itself, by ``layercrit train --study FILE``, each in a 
 The donor of such a model, for rewind, is the weights that it began with unless another one is given.
 """
 
-import importlib
 import json
 import re
-import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -71,8 +69,9 @@ from typing import Any
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.errors import LayercritError, StudyError, near
 from layercrit.layers import GROUPS, LAYER_TYPES
-from layercrit.models.checkpoints import weight_file
+from layercrit.models.own_networks import import_here
 from layercrit.models.references import without_weights
+from layercrit.models.weight_files import weight_file
 from layercrit.probes.images import STANDARD, Preprocessing
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import RESETS, get_reset
@@ -483,14 +482,6 @@ class _Reader:
         if source.startswith("torchvision:"):
             return re.sub(r"(?<=[?&]root=)[^&]*", lambda found: str(self._absolute(found[0])), source)
         return str(self._absolute(source))
-
-
-def import_here(module: str) -> None:
-    """Import a module of the user's, from the current directory or among the installed ones."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    importlib.import_module(module)
 
 
 def _section(title: str, values: Mapping[str, Any]) -> str:
