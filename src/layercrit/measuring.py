@@ -18,9 +18,8 @@ from layercrit.distances import DISTANCES, get_distance
 from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.session import Session, Trial
 from layercrit.engine.subject import Subject
-from layercrit.errors import ProtocolError
 from layercrit.machine import versions
-from layercrit.measurement import CELL_COLUMNS, PER_IMAGE, Measurement
+from layercrit.measurement import Measurement
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
 from layercrit.probes.probe_set import ProbeSet
@@ -28,7 +27,7 @@ from layercrit.progress import Bar
 from layercrit.protocol import DEFAULTS, MATCHED, Protocol
 from layercrit.resets import get_reset
 from layercrit.restoring import rng_untouched, untouched
-from layercrit.seeds import seed_of
+from layercrit.seeds import probe_set_seed
 
 __all__ = ["Measurement", "measure"]
 
@@ -123,7 +122,7 @@ def measure(
                 images,
                 opened.preprocessing,
                 n_images=protocol.n_images,
-                seed=seed_of(protocol.seed, "probe set") % 2**32,
+                seed=probe_set_seed(protocol.seed),
                 use_labels=use_labels,
                 progress=bar.decoded,
             )
@@ -239,11 +238,6 @@ def distance_names(distances: str | Iterable[str] | None) -> list[str]:
     names = list(dict.fromkeys(DISTANCES if distances is None else ["cosine", *distances]))
     for name in names:
         get_distance(name)
-        if name in CELL_COLUMNS or name.endswith(PER_IMAGE):
-            raise ProtocolError(
-                f"The distance {name!r} has the name of another column of the table of cells. Register it under "
-                "another name."
-            )
     return names
 
 

@@ -18,7 +18,7 @@ from layercrit.machine import find_device
 from layercrit.models.model import Classifier, Model
 from layercrit.protocol import Protocol
 from layercrit.resets import donor_values, draw_values, get_reset, given_donor
-from layercrit.seeds import seed_of
+from layercrit.seeds import trial_seed
 from layercrit.statistics import needed_trials
 
 
@@ -105,7 +105,7 @@ class Subject:
 
     def seed(self, trial: int) -> int:
         """Return the seed of a trial, in [0, 2^64)."""
-        return seed_of(self._protocol.seed, self.model.architecture, self._reset.name, trial)
+        return trial_seed(self._protocol.seed, self.model.architecture, self._reset.name, trial)
 
     def changes(self, trial: int, layers: Sequence[Layer] | None = None) -> Iterator[Change]:
         """Yield what a trial does to each layer; all share the trial's donor, and no draw depends on the others."""

@@ -22,6 +22,7 @@ from layercrit.figures.rankings import ranking
 from layercrit.figures.style import check_formats, save_figure
 from layercrit.layers import layer_labels
 from layercrit.progress import Bar
+from layercrit.registry import Registry
 from layercrit.reporting.page import write_page
 from layercrit.study.tables import Study
 from layercrit.wrappers import wrapper_of
@@ -85,7 +86,7 @@ class _Tables:
 
 # A figure's files have its name, with the model's behind it where there is one for each of several models.
 _Drawn = Iterator[tuple[str, "Figure"]]
-FIGURES: dict[str, Callable[[_Tables], _Drawn]] = {}
+FIGURES = Registry[Callable[[_Tables], _Drawn]]("figure", StudyError)
 """Name of a figure -> what draws it; the first line of its docstring says what it shows."""
 
 
@@ -133,8 +134,7 @@ def report(
     """
     asked = list(FIGURES) if figures is None else list(dict.fromkeys(figures))
     for name in asked:
-        if name not in FIGURES:
-            raise StudyError(f"There is no figure {name!r}. {near(name, FIGURES)}")
+        FIGURES.find(name)
     check_formats(formats)
     folder = study.folder if out is None else Path(out).expanduser()
     comparison = compare(

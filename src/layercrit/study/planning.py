@@ -15,10 +15,8 @@ from layercrit.engine.flops import count_flops
 from layercrit.errors import LayercritError, ModelError, first_line
 from layercrit.layers import Layer, find_layers, select_layers
 from layercrit.machine import find_device
-from layercrit.models.hubs import is_cached
 from layercrit.models.model import Classifier
-from layercrit.models.references import open_model, without_weights
-from layercrit.models.zoo.fetching import ZOO, is_fetched
+from layercrit.models.references import is_here, open_model, without_weights
 from layercrit.probes.opening import open_source
 from layercrit.resets import RESETS
 from layercrit.statistics import needed_trials
@@ -185,12 +183,10 @@ def _seconds(network: torch.nn.Module, images: torch.Tensor) -> float:
 
 def _is_here(entry: ModelEntry, mistake: str) -> tuple[bool, str]:
     """Return whether opening a model downloads nothing, and the mistake known of it or found in its weights' name."""
-    name, _, options = entry.reference.partition("?")
-    kind, _, rest = name.partition(":")
-    if mistake or "pretrained=false" in options.lower().split("&"):
+    if mistake:
         return True, mistake
     try:
-        return (is_fetched(ZOO[rest]) if kind == "zoo" else is_cached(kind, rest)), ""
+        return is_here(entry.reference), ""
     except LayercritError as error:
         return True, str(error)
 

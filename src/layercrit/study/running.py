@@ -15,11 +15,11 @@ import torch
 from layercrit.errors import LayercritError, ProbeError
 from layercrit.locks import hold
 from layercrit.machine import versions
-from layercrit.models.zoo.fetching import ZOO, fetch_entry, is_fetched
+from layercrit.models.references import fetch
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress import Bar
 from layercrit.resets import RESETS
-from layercrit.seeds import seed_of
+from layercrit.seeds import probe_set_seed
 from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import (
@@ -144,7 +144,7 @@ class _Run:
             self.study.source,
             self.study.preprocessing,
             n_images=self.study.n_images,
-            seed=seed_of(self.study.protocol.seed, "probe set") % 2**32,
+            seed=probe_set_seed(self.study.protocol.seed),
             use_labels=self.study.labels,
             progress=self.bar.decoded,
         )
@@ -154,12 +154,10 @@ class _Run:
         return ProbeSet.load(kept, verify=False)
 
     def fetch(self) -> None:
-        """Download what the zoo lacks; what cannot be had fails when it is opened."""
+        """Download what opening the models would lack; what cannot be had fails when it is opened."""
         for entry in self.study.models:
-            kind, _, name = entry.reference.partition("?")[0].partition(":")
-            if kind == "zoo" and not is_fetched(ZOO[name]):
-                with contextlib.suppress(LayercritError):
-                    fetch_entry(ZOO[name], progress=self.bar.fetched)
+            with contextlib.suppress(LayercritError):
+                fetch(entry.reference, self.bar.fetched)
 
     def work(self, executor: Executor) -> None:
         """Run all tasks, and keep what they give."""

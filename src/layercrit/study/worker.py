@@ -20,6 +20,7 @@ from layercrit.engine.session import Batch, Predictions, Session, Trial
 from layercrit.engine.subject import Subject
 from layercrit.layers import Layer, stages_of
 from layercrit.models.model import Model
+from layercrit.models.own_networks import import_here
 from layercrit.models.references import open_model
 from layercrit.probes.images import Preprocessing
 from layercrit.probes.probe_set import ProbeSet
@@ -28,7 +29,7 @@ from layercrit.protocol import MATCHED
 from layercrit.resets import RESETS
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import Place, Task, Work
-from layercrit.study.file import StudyFile, import_here
+from layercrit.study.file import StudyFile
 from layercrit.study.store import CellRow, PartRow, PlanRow, Store
 
 _MEANING = 1  # of a cell's numbers; raised when the same cell would be measured as something else

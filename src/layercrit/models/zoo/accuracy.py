@@ -9,7 +9,7 @@ import torch
 from layercrit.errors import ZooError
 from layercrit.machine import choose_batch_size, find_device
 from layercrit.models.zoo.entries import ZooEntry
-from layercrit.models.zoo.fetching import open_zoo
+from layercrit.models.zoo.fetching import open_entry
 from layercrit.probes.probe_set import ProbeSet
 
 __all__ = ["AccuracyCheck", "check_accuracy"]
@@ -57,7 +57,7 @@ def check_accuracy(
     Raises:
         LayercritError: The weights or the images cannot be used.
     """
-    model = open_zoo(entry.id, {})
+    model = open_entry(entry, {})
     probe_set = ProbeSet.from_source(images, model.preprocessing, n_images=n_images)
     if probe_set.labels is None:
         raise ZooError(
