@@ -12,7 +12,7 @@ from typing import Any
 # Former module -> where its names are now.
 FORMER = {
     "archives": ("probes.archives", "probes.opening"),
-    "checkpoints": ("models.checkpoints",),
+    "checkpoints": ("models.checkpoints", "models.weight_files", "models.pickles"),
     "downloads": ("models.zoo.downloads",),
     "executors": ("study.executors",),
     "exports": ("reporting.exports",),
@@ -28,7 +28,7 @@ FORMER = {
     "page": ("reporting.page",),
     "planning": ("study.planning",),
     "published": ("study.published",),
-    "replay": ("engine.replay",),
+    "replay": ("engine.replay", "engine.graph_replay", "engine.recorded_replay", "engine.opening"),
     "running": ("study.running",),
     "session": ("engine.session",),
     "sources": ("probes.sources",),

@@ -14,7 +14,7 @@ from layercrit.models.checkpoints import fit_to, hash_tensors, read_checkpoint
 from layercrit.models.model import Model
 from layercrit.models.weight_files import weight_file
 from layercrit.registry import Registry, summary_of
-from layercrit.seeds import drawing, layer_seed
+from layercrit.seeds import drawing, layer_seed, seed_of
 
 __all__ = [
     "RESETS",
@@ -26,6 +26,7 @@ __all__ = [
     "get_reset",
     "given_donor",
     "reset",
+    "seed_of",
 ]
 
 
