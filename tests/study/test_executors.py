@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -388,6 +389,29 @@ def test_run__ctrl_c_ends_all_with_one_traceback(moment):
     assert said.endswith("KeyboardInterrupt\n")
     assert not any(map(is_alive, pids))
     assert wait_until_gone(alive_in_group(parent.pid), 2)  # the resource tracker of multiprocessing ends last
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="cannot hold back signals")
+@pytest.mark.usefixtures("interruptible")
+def test_interrupts_held__also_from_threads_that_do_not_block_them():
+    passed, end = [], threading.Event()
+    other = threading.Thread(target=end.wait)
+
+    def interrupt_inside():
+        with executors._interrupts_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            passed.append(True)
+
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupt_inside()
+    finally:
+        end.set()
+        other.join()
+    assert passed == [True]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.usefixtures("interruptible")
