@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from layercrit import measuring
 from layercrit.distances import DISTANCES, distance
 from layercrit.engine import session as session_module
 from layercrit.errors import (
@@ -22,6 +23,7 @@ from layercrit.errors import (
     ProbeError,
     ProtocolError,
 )
+from layercrit.measurement import Measurement
 from layercrit.measuring import measure
 from layercrit.models.model import structure
 from layercrit.models.references import open_model
@@ -583,13 +585,24 @@ def test_measure__settings_are_checked_before_images_are_decoded():
 
 def test_measure__on_trial_is_shown_what_is_finished():
     shown = []
-    found = measure(two_layers(), PIXELS, trials=3, on_trial=shown.append, **QUIET)
+    found = measure(two_layers(), PIXELS, trials=3, on_trial=lambda so_far: shown.append(so_far()), **QUIET)
     assert [one.cells["trial"].nunique() for one in shown] == [1, 2, 3]
     assert [len(one.record["trial_seeds"]) for one in shown] == [1, 2, 3]
     pd.testing.assert_frame_equal(shown[-1].cells, found.cells)
     for index, one in enumerate(shown, 1):
         assert np.array_equal(one.per_image["cosine"], found.per_image["cosine"][:, :index])
         assert one.record["notes"] is not found.record["notes"], "what is shown must not change later"
+
+
+def test_measure__on_trial_builds_a_measurement_only_when_asked(monkeypatch):
+    built = []
+    monkeypatch.setattr(measuring, "Measurement", lambda *parts: built.append(parts) or Measurement(*parts))
+    kept = []
+    found = measure(two_layers(), PIXELS, trials=3, on_trial=kept.append, **QUIET)
+    assert len(built) == 1
+    later = [so_far() for so_far in kept]
+    assert [one.cells["trial"].nunique() for one in later] == [1, 2, 3], "each is of the trials up to its own"
+    pd.testing.assert_frame_equal(later[-1].cells, found.cells)
 
 
 def test_layercrit__measure_is_the_function_whenever_it_is_asked_for():

@@ -12,7 +12,7 @@ from typing import Any
 # Former module -> where its names are now.
 FORMER = {
     "archives": ("probes.archives", "probes.opening"),
-    "checkpoints": ("models.checkpoints",),
+    "checkpoints": ("models.checkpoints", "models.weight_files", "models.pickles"),
     "downloads": ("models.zoo.downloads",),
     "executors": ("study.executors",),
     "exports": ("reporting.exports",),
@@ -28,15 +28,18 @@ FORMER = {
     "page": ("reporting.page",),
     "planning": ("study.planning",),
     "published": ("study.published",),
-    "replay": ("engine.replay",),
+    "replay": ("engine.replay", "engine.graph_replay", "engine.recorded_replay", "engine.opening"),
     "running": ("study.running",),
     "session": ("engine.session",),
     "sources": ("probes.sources",),
-    "store": ("study.store",),
+    "store": ("study.store", "study.packing"),
     "study_figures": ("figures",),
     "studyfile": ("study.file", "study.entries", "study.training_entries"),
     "zoo": ("models.zoo",),
 }
+
+# Former name -> the name now.
+RENAMED = {"FamilyReport": "TrainingReport", "train_family": "train_models"}
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -53,6 +56,7 @@ class _Finder(MetaPathFinder, Loader):
         module.__doc__ = f"Formerly a module of its own; now {' and '.join(f'layercrit.{home}' for home in homes)}."
 
         def find(name: str) -> Any:
+            name = RENAMED.get(name, name)
             for home in homes:
                 found = import_module(f"layercrit.{home}")
                 if hasattr(found, name):

@@ -193,9 +193,9 @@ def test_measure__ctrl_c_keeps_finished_trials(photographs, tmp_path, monkeypatc
 
     keep = _Saver.keep
 
-    def keep_then_interrupt(self, measurement):
-        keep(self, measurement)
-        if measurement.cells["trial"].nunique() == 2:
+    def keep_then_interrupt(self, so_far):
+        keep(self, so_far)
+        if so_far().cells["trial"].nunique() == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.chdir(tmp_path)

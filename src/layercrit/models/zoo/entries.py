@@ -10,14 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from layercrit.categories import CATEGORIES
 from layercrit.errors import CheckpointError, ZooError
 from layercrit.models.zoo.downloads import address_of, cache_folder
 from layercrit.probes.images import Preprocessing
 
-__all__ = ["CATEGORIES", "Citation", "ZooEntry", "ZooFile", "read_zoo"]
-
-CATEGORIES = ("baseline", "training_recipes", "augmentation", "adversarial_training", "contrastive", "freezing")
-"""How models of the study are trained: the families that it compares."""
+__all__ = ["Citation", "ZooEntry", "ZooFile", "read_zoo"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # names files in the cache as well
 
