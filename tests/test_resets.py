@@ -141,13 +141,15 @@ def test_reset__registers_a_function_with_its_summary(registered):
 
 
 def test_reset__a_taken_name_is_refused():
-    with pytest.raises(ProtocolError, match="a reset named 'zero' already"):
-        reset("zero", random=False)
+    with pytest.raises(ProtocolError, match=r"The reset 'zero' exists already \(All values 0\)"):
+        reset("zero", random=False)(lambda draw: draw.trained)
+    assert "trained" not in RESETS["zero"].function.__code__.co_varnames
+    assert RESETS["zero"].summary == "All values 0."
 
 
 @pytest.mark.parametrize(("name", "hint"), [("rerandomise", "mean 'rerandomize'"), ("qq", "Known: "), (3, "Known: ")])
 def test_get_reset__an_unknown_name_gets_near_ones(name, hint):
-    with pytest.raises(ProtocolError, match=f"Unknown reset .*{hint}"):
+    with pytest.raises(ProtocolError, match=f"There is no reset .*{hint}"):
         get_reset(name)
 
 
