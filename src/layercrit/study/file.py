@@ -27,10 +27,8 @@ The donor of such a model, for rewind, is the weights that it began with unless 
 their types, defaults and meanings, are declared in `layercrit.study.schema`.
 """
 
-import importlib
 import json
 import re
-import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
@@ -40,8 +38,9 @@ from typing import Any, TypeVar
 from layercrit.declarations import Declaration, read_table
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.errors import LayercritError, StudyError, near
-from layercrit.models.checkpoints import weight_file
+from layercrit.models.own_networks import import_here
 from layercrit.models.references import without_weights
+from layercrit.models.weight_files import weight_file
 from layercrit.probes.images import STANDARD, Preprocessing
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import RESETS, get_reset
@@ -372,14 +371,6 @@ class _Reader:
         if source.startswith("torchvision:"):
             return re.sub(r"(?<=[?&]root=)[^&]*", lambda found: str(self._absolute(found[0])), source)
         return str(self._absolute(source))
-
-
-def import_here(module: str) -> None:
-    """Import a module of the user's, from the current directory or among the installed ones."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    importlib.import_module(module)
 
 
 def _section(title: str, values: Mapping[str, Any]) -> str:

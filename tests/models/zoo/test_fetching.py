@@ -24,12 +24,13 @@ import scipy.stats
 import torch
 from torch import nn
 
+from layercrit.categories import CATEGORIES
 from layercrit.errors import CheckpointError, LayercritError, ModelError, ZooError
 from layercrit.models.references import open_model
 from layercrit.models.zoo import accuracy
 from layercrit.models.zoo import fetching as zoo
 from layercrit.models.zoo.accuracy import check_accuracy
-from layercrit.models.zoo.entries import CATEGORIES, Citation, ZooFile, read_zoo
+from layercrit.models.zoo.entries import Citation, ZooFile, read_zoo
 from layercrit.models.zoo.fetching import ZOO, fetch_entry, find_entries, is_fetched, open_zoo_file
 from layercrit.probes.images import Preprocessing
 from zoo_files import LEGACY, WRITERS, classic, full_state, head, light_state, prefixed, resnet50_shapes

@@ -7,21 +7,18 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
+from layercrit.categories import Category
 from layercrit.declarations import STRICT, mistakes
 from layercrit.errors import CheckpointError, ZooError
 from layercrit.models.zoo.downloads import address_of, cache_folder
 from layercrit.probes.images import Preprocessing
 
-__all__ = ["CATEGORIES", "Citation", "ZooEntry", "ZooFile", "read_zoo"]
-
-Category = Literal["baseline", "training_recipes", "augmentation", "adversarial_training", "contrastive", "freezing"]
-CATEGORIES: tuple[Category, ...] = get_args(Category)
-"""How models of the study are trained: the families that it compares."""
+__all__ = ["Citation", "ZooEntry", "ZooFile", "read_zoo"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # names files in the cache as well
 
