@@ -204,7 +204,7 @@ def write_network(arch: str, folder: str) -> dict:
     import timm
     import torch
 
-    from layercrit.engine.replay import open_replay
+    from layercrit.engine.flops import count_flops
     from layercrit.layers import find_layers, select_layers
     from layercrit.models.references import open_model
     from layercrit.probes.probe_set import ProbeSet
@@ -233,10 +233,9 @@ def write_network(arch: str, folder: str) -> dict:
             low, high = (scale, high) if entropy > 3 else (low, scale)
         torch.save(network.state_dict(), Path(folder) / f"{arch}.pth")
         layers = select_layers(find_layers(network, x[:1]))
-        replay = open_replay(network, layers, x[:1], "reference")
-    after = sum(replay.flops_after().values())
+        flops, after = count_flops(network, layers, x[:1])
     assert timm.is_model(arch)
-    return {"flops": replay.flops_per_image, "after": replay.flops_per_image * after}
+    return {"flops": flops, "after": flops * sum(after.values())}
 
 
 def exactness(folder: str) -> dict:

@@ -50,7 +50,7 @@ def correlations(*rows: tuple[str | float | None, str, float, float]) -> pd.Data
 
 
 def numbers(figure: Figure | Axes, gid: str) -> list[tuple[str, tuple[float, float], str]]:
-    """Return the numbers in cells, row by row from the top: what is written, where its middle is, and its colour."""
+    """Return the numbers in squares, row by row from the top: what is written, where its middle is, and its colour."""
     found = [
         (one.get_label(), tuple(middle), to_hex(color))
         for one in figure.findobj(PathCollection) if one.get_gid() == gid
@@ -68,7 +68,7 @@ def all_texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
 
-def cells(figure: Figure | Axes, gid: str) -> PolyCollection:
+def collection(figure: Figure | Axes, gid: str) -> PolyCollection:
     (found,) = (one for one in figure.findobj(PolyCollection) if one.get_gid() == gid)
     return found
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy.stats import permutation_test, spearmanr
 
-from layercrit.comparison import accuracy_of, compare
+from layercrit.comparison import about_models, accuracy_of, compare
 from layercrit.errors import StudyError
 from layercrit.study.published import import_published
 from layercrit.study.store import ModelRow
@@ -423,3 +423,15 @@ def test_compare__is_what_the_study_offers(small):
     pd.testing.assert_frame_equal(
         small.compare(baseline="model_a").difference, compare(small, baseline="model_a").difference
     )
+
+
+def test_about_models__adversarially_trained_ones_stand_by_norm_and_eps_among_themselves(tmp_path):
+    budgets = {"base": (None, None), "linf 8": ("linf", 8.0), "l2 3": ("l2", 3.0), "mix": (None, None),
+               "linf 4": ("linf", 4.0), "l2 10": ("l2", 10.0)}  # fmt: skip
+    models = [ModelRow(name, name, attack_norm=norm, eps=eps) for name, (norm, eps) in budgets.items()]
+    study = measured(tmp_path, cells(budgets, ["conv1", "fc"]), models=models)
+    table = about_models(study, compare(study))
+    assert table["model"].to_list() == ["base", "l2 3", "l2 10", "mix", "linf 4", "linf 8"]
+    assert table["eps"].fillna(0).to_list() == [0, 3, 10, 0, 4, 8]
+    means = study.by_model().set_index("model")
+    assert table["low"].to_list() == means.loc[table["model"], "low"].to_list()

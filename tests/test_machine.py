@@ -5,12 +5,11 @@ import pytest
 import torch
 
 from layercrit.engine import calibration as _calibration
-from layercrit.engine import session as session_module
-from layercrit.engine.replay import GraphReplay
+from layercrit.engine import holder, session
+from layercrit.engine.graph_replay import GraphReplay
 from layercrit.errors import LayercritError
 from layercrit.machine import choose_batch_size, find_device, is_out_of_memory
 from layercrit.measuring import measure
-from layercrit.probes.images import Preprocessing
 from layercrit.progress import Bar
 from small_subjects import (
     PIXELS,
@@ -72,10 +71,10 @@ def test_measure__memory_that_runs_out_within_a_trial_costs_that_trial_only(monk
     """The third batch of the second trial fails when two layers are done; trial 0 is kept as it is."""
     network, probe_set = small_network(), photographs(labels=mostly_right(small_network()))
     expected = measure(network, probe_set, batch_size=4, trials=3, **QUIET)
-    monkeypatch.setattr(session_module, "_TEMPERATURE_IMAGES", 4)
+    monkeypatch.setattr(session, "_TEMPERATURE_IMAGES", 4)
     memory = Memory(monkeypatch, OUT_OF_MEMORY[0], n_images=2, layers=2, spared=2 * 7 + 3 * 7)
     shown = []
-    found = measure(network, probe_set, batch_size=4, trials=3, on_trial=shown.append, **QUIET)
+    found = measure(network, probe_set, batch_size=4, trials=3, on_trial=lambda so_far: shown.append(so_far()), **QUIET)
     assert memory.failures == 1
     assert [note for note in found.record["notes"] if "memory" in note] == ["out of memory: batch size halved to 2"]
     assert [one.cells["trial"].nunique() for one in shown] == [1, 2, 3]
@@ -100,8 +99,8 @@ def test_measure__other_runtime_errors_are_not_taken_for_lack_of_memory(monkeypa
 def test_measure__the_format_stays_when_memory_runs_out(monkeypatch):
     """Trials of one measurement are all in the format that was chosen first, without another calibration."""
     network, probe_set = small_network(), photographs(6)
-    monkeypatch.setattr(session_module, "_LONG_JOB", 0)
-    monkeypatch.setattr(session_module, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(holder, "_LONG_JOB", 0)
+    monkeypatch.setattr(holder, "multiplies_bfloat16", lambda device: True)
     Memory(monkeypatch, OUT_OF_MEMORY[0], n_images=3, layers=2, spared=30)
     monkeypatch.setattr(_calibration, "LAYER_TOLERANCE", 1)
     monkeypatch.setattr(_calibration, "MEAN_TOLERANCE", 1)
@@ -122,13 +121,9 @@ def test_measure__the_format_stays_when_memory_runs_out(monkeypatch):
     [(10_000, 224, 16), (100, 224, 15), (20, 224, 10), (5, 224, 5), (3, 4096, 1), (1000, 32, 500), (512, 8, 512)],
 )
 def test_choose_batch_size__auto_divides_evenly(n_images, size, expected):
-    class Images:
-        preprocessing = Preprocessing(height=size, width=size)
-
-    Images.n_images = n_images
     cpu = torch.device("cpu")
-    assert choose_batch_size("auto", Images, cpu) == expected
-    assert choose_batch_size(7, Images, cpu) == min(7, n_images)
+    assert choose_batch_size("auto", n_images, size, size, cpu) == expected
+    assert choose_batch_size(7, n_images, size, size, cpu) == min(7, n_images)
 
 
 def test_find_device__names_the_device():
@@ -160,3 +155,14 @@ def test_bar__is_drawn_on_a_terminal_and_silent_elsewhere(monkeypatch, capsys):
     assert "75%" in drawn
     assert "a line" in drawn
     assert work(shown=False) == ""
+
+
+@pytest.mark.parametrize(("accuracy", "said"), [(0.5, "loss 1.250 accuracy 50.0%"), (None, "loss 1.250")])
+def test_bar__shows_how_far_a_training_run_is(monkeypatch, capsys, accuracy, said):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    with Bar(shown=True) as bar:
+        bar.trained("net", phase="main", epoch=2, epochs=3, step=5, steps=8, loss=1.25, accuracy=accuracy)
+    drawn = capsys.readouterr().err
+    assert f"net main epoch 2/3 {said} " in drawn
+    assert "62%" in drawn

@@ -90,7 +90,7 @@ def test_to_pandas__gives_each_layer_its_estimate(measured):
             assert (mean, row[f"{prefix}low"], row[f"{prefix}high"]) == (expected.mean, expected.low, expected.high)
         cells = measured.cells[measured.cells["layer"] == row["layer"]]
         for column in ("l1", "l2", "js", "loss", "top1_accuracy", "top5_accuracy", "recovered_accuracy"):
-            assert row[column] == cells[column].mean()
+            assert row[column] == pytest.approx(cells[column].mean(), rel=1e-15)
         assert row["criticality"] == pytest.approx(cells["cosine"].mean(), rel=1e-6)
         assert row["top1_agreement"] == pytest.approx(1 - cells["top1"].mean())
         assert (row["depth"], row["n_trials"], row["status"]) == (index, 3, "ok")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from layercrit import measuring
 from layercrit.distances import DISTANCES, distance
 from layercrit.engine import session as session_module
 from layercrit.errors import (
@@ -22,6 +23,7 @@ from layercrit.errors import (
     ProbeError,
     ProtocolError,
 )
+from layercrit.measurement import Measurement
 from layercrit.measuring import measure
 from layercrit.models.model import structure
 from layercrit.models.references import open_model
@@ -502,14 +504,6 @@ def test_measure__keeps_registered_resets_and_distances(own_reset):
     assert list(everything.per_image) == [*DISTANCES, "largest_change", "cosine_matched"]
 
 
-@pytest.mark.parametrize("name", ["status", "loss", "cosine_matched", "js_per_image"])
-def test_measure__a_distance_cannot_take_another_columns_name(name):
-    with registered(DISTANCES):
-        distance(name, upper=1.0)(lambda p, q: p[:, 0])
-        with pytest.raises(ProtocolError, match=f"distance '{name}' has the name of another column"):
-            measure(two_layers(), PIXELS, **QUIET)
-
-
 def test_measure__of_distances_one_name_or_several_with_commas_will_do():
     assert list(measure(two_layers(), PIXELS, distances="l2", **QUIET).per_image)[:-1] == ["cosine", "l2"]
     assert list(measure(two_layers(), PIXELS, distances="l1,cosine", **QUIET).per_image)[:-1] == ["cosine", "l1"]
@@ -518,8 +512,8 @@ def test_measure__of_distances_one_name_or_several_with_commas_will_do():
 @pytest.mark.parametrize(
     ("settings", "error", "text"),
     [
-        ({"reset": "rerandomise"}, ProtocolError, "Unknown reset 'rerandomise'. Did you mean 'rerandomize'"),
-        ({"distances": ["cosin"]}, ProtocolError, "No distance is named 'cosin'. Did you mean 'cosine'"),
+        ({"reset": "rerandomise"}, ProtocolError, "There is no reset 'rerandomise'. Did you mean 'rerandomize'"),
+        ({"distances": ["cosin"]}, ProtocolError, "There is no distance 'cosin'. Did you mean 'cosine'"),
         ({"dtype": "float23"}, ProtocolError, "Unknown dtype 'float23'. Did you mean 'float32'"),
         ({"group": "blocks"}, LayerError, "Unknown group 'blocks'. Did you mean 'block'"),
         ({"types": "convolution"}, LayerError, "Unknown layer type 'convolution'"),
@@ -583,13 +577,24 @@ def test_measure__settings_are_checked_before_images_are_decoded():
 
 def test_measure__on_trial_is_shown_what_is_finished():
     shown = []
-    found = measure(two_layers(), PIXELS, trials=3, on_trial=shown.append, **QUIET)
+    found = measure(two_layers(), PIXELS, trials=3, on_trial=lambda so_far: shown.append(so_far()), **QUIET)
     assert [one.cells["trial"].nunique() for one in shown] == [1, 2, 3]
     assert [len(one.record["trial_seeds"]) for one in shown] == [1, 2, 3]
     pd.testing.assert_frame_equal(shown[-1].cells, found.cells)
     for index, one in enumerate(shown, 1):
         assert np.array_equal(one.per_image["cosine"], found.per_image["cosine"][:, :index])
         assert one.record["notes"] is not found.record["notes"], "what is shown must not change later"
+
+
+def test_measure__on_trial_builds_a_measurement_only_when_asked(monkeypatch):
+    built = []
+    monkeypatch.setattr(measuring, "Measurement", lambda *parts: built.append(parts) or Measurement(*parts))
+    kept = []
+    found = measure(two_layers(), PIXELS, trials=3, on_trial=kept.append, **QUIET)
+    assert len(built) == 1
+    later = [so_far() for so_far in kept]
+    assert [one.cells["trial"].nunique() for one in later] == [1, 2, 3], "each is of the trials up to its own"
+    pd.testing.assert_frame_equal(later[-1].cells, found.cells)
 
 
 def test_layercrit__measure_is_the_function_whenever_it_is_asked_for():

@@ -1,6 +1,8 @@
 import inspect
 import json
 import math
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, fields
 from fractions import Fraction
 
@@ -74,3 +76,13 @@ def test_protocol__a_setting_that_makes_no_sense_is_refused(settings, text):
 def test_protocol__a_level_of_any_real_type_becomes_a_float(level):
     assert type(Protocol(level=level).level) is float
     assert Protocol(level=level).level == 0.5
+
+
+def test_protocol__a_truth_value_is_no_number():
+    with pytest.raises(ProtocolError, match="trials must be a whole number of at least 1; got True"):
+        Protocol(trials=True)
+
+
+def test_command_line__answers_help_without_what_is_slow_to_import():
+    code = "import sys, layercrit.cli; print(sorted({'torch', 'pydantic', 'pandas'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -3,6 +3,8 @@
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
+from layercrit import _former
+
 if TYPE_CHECKING:
     from layercrit.comparison import compare
     from layercrit.distances import distance
@@ -32,6 +34,8 @@ __all__ = [
 ]
 
 __version__ = metadata.version("layercrit")
+
+_former.install()
 
 _HOME = {
     "LayercritError": "errors",

@@ -1,30 +1,59 @@
 """Many models beside each other: how critical which layers are, against a baseline, and against accuracy."""
 
-import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
-from scipy.stats import kendalltau, rankdata, spearmanr
 
+from layercrit.categories import ADVERSARIAL
+from layercrit.correlations import rank_correlations
 from layercrit.errors import StudyError, near
 from layercrit.protocol import MATCHED
-from layercrit.study.tables import Study
+from layercrit.statistics import needed_trials
 from layercrit.wrappers import wrapper_of
 
 __all__ = ["Comparison", "about_models", "accuracy_of", "cells_of", "compare", "estimates_of"]
 
-_ADVERSARIAL = "adversarial_training"
-_EXACT = 8  # models up to which the p-value of Spearman's rho is taken over all their orders
 _LISTED = 5  # names shown in a note
 _CAUTION = (
     "The cosine depends on how peaked a model's softmax is, and models of unlike training are compared without "
     "temperature-matched values: part of a difference may be confidence, not reliance on layers."
 )
+
+
+class _Failure(Protocol):
+    """What a comparison needs of a trial that failed; see `layercrit.study.store.FailureRow`."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def reset(self) -> str: ...
+    @property
+    def trial(self) -> int: ...
+    @property
+    def error(self) -> str: ...
+
+
+class _Study(Protocol):
+    """What a comparison needs of a study, which imports this module; see `layercrit.study.tables.Study`."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def models(self) -> pd.DataFrame: ...
+    @property
+    def cells(self) -> pd.DataFrame: ...
+    @property
+    def failures(self) -> Sequence[_Failure]: ...
+    @property
+    def record(self) -> Mapping[str, Any]: ...
+    def of_reset(self, reset: str | None = None) -> pd.DataFrame: ...
+    def to_pandas(self) -> pd.DataFrame: ...
+    def by_model(self) -> pd.DataFrame: ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,10 +77,8 @@ class Comparison:
         layers: one row per layer: ``stage`` and ``criticality`` (mean over models).
         categories: one row per category: ``n_models`` and ``criticality`` (mean over its models).
         stages: models x stages, mean criticality over the layers of a stage.
-        correlations: one row per (``without``, ``method``): rank correlation of a model's mean criticality with its
-            accuracy, over all models (``without`` is None) and without each category in turn: ``statistic``,
-            ``pvalue``, and ``n``, how many models. Methods: Spearman's rho, Kendall's tau-b. NaN for fewer than three
-            models.
+        correlations: of mean criticality with accuracy, over all models and without each category in turn, as
+            `layercrit.correlations.rank_correlations` returns them.
         accuracy: ``documented`` (as the authors give it) or ``measured`` (top-1 on the probe set).
         reset: what replaced the parameters.
         baseline: name of the model that differences are to, or None.
@@ -101,7 +128,7 @@ class Comparison:
 
         Keys that end in ``percent`` or hold ``percent_by`` count in percent, all others in shares.
         """
-        adversarial = _ADVERSARIAL in set(self.categories.index)
+        adversarial = ADVERSARIAL in set(self.categories.index)
         spread = pd.Series(self.sd_trials.to_numpy().ravel())
         percent = {
             f"mean_criticality_percent_by_{name}": _plain(100 * table["criticality"])
@@ -113,7 +140,7 @@ class Comparison:
             "layers": len(self.layers),
             **{f"{method}_all": self._correlation(None, method) for method in ("spearman", "kendall")},
             **{
-                f"{method}_without_adversarial": self._correlation(_ADVERSARIAL, method) if adversarial else None
+                f"{method}_without_adversarial": self._correlation(ADVERSARIAL, method) if adversarial else None
                 for method in ("spearman", "kendall")
             },
             "mean_of_cell_std_percent": _number(100 * spread.mean()),
@@ -153,12 +180,12 @@ class Comparison:
 
 
 def compare(
-    study: Study, *, baseline: str | None = None, leave_out: Sequence[str] | None = None, reset: str | None = None
+    study: _Study, *, baseline: str | None = None, leave_out: Sequence[str] | None = None, reset: str | None = None
 ) -> Comparison:
     """Set the models of a study beside each other.
 
     Args:
-        study: finished or not; models without a finished cell are named in the notes.
+        study: a `layercrit.study.tables.Study`, finished or not; models without a finished cell are named in the notes.
         baseline: the model that differences are to. None: the study's own, if it names one.
         leave_out: categories, or names of models. None: those that the study names; an empty list: none.
         reset: None for the study's only or first one.
@@ -201,7 +228,7 @@ def compare(
             n_models=("criticality", "size"), criticality=("criticality", "mean")
         ),
         stages=criticality.T.groupby(stages, sort=False).mean().T,
-        correlations=_correlations(models),
+        correlations=rank_correlations(models),
         accuracy=kind,
         reset=used,
         baseline=chosen,
@@ -212,7 +239,7 @@ def compare(
     )
 
 
-def _left_out(study: Study, names: Sequence[str]) -> set[str]:
+def _left_out(study: _Study, names: Sequence[str]) -> set[str]:
     """Return the models that a list of categories and models stands for."""
     of_category = {str(name): list(models) for name, models in study.models.groupby("category")["model"]}
     models = set(study.models["model"])
@@ -227,7 +254,7 @@ def _left_out(study: Study, names: Sequence[str]) -> set[str]:
     return found
 
 
-def _baseline(study: Study, asked: str | None, compared: Sequence[str]) -> tuple[str | None, list[str]]:
+def _baseline(study: _Study, asked: str | None, compared: Sequence[str]) -> tuple[str | None, list[str]]:
     """Return the baseline, and a note where the study's own cannot be used."""
     known = study.models["model"].to_list()
     if asked is not None and asked not in known:
@@ -307,7 +334,7 @@ def _grid(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _models(
-    study: Study,
+    study: _Study,
     criticality: pd.DataFrame,
     matched: pd.DataFrame,
     difference: pd.DataFrame | None,
@@ -353,7 +380,7 @@ def accuracy_of(models: pd.DataFrame) -> tuple[str, pd.Series]:
     return kind, choices[kind].astype("float64")
 
 
-def about_models(study: Study, comparison: Comparison) -> pd.DataFrame:
+def about_models(study: _Study, comparison: Comparison) -> pd.DataFrame:
     """Return one row per compared model, for figures and tables, with all that is known of it.
 
     Columns are those of `Comparison.models`, ``model`` (its name), ``low`` and ``high`` (limits of its mean; NaN where
@@ -378,23 +405,13 @@ def about_models(study: Study, comparison: Comparison) -> pd.DataFrame:
     return table.loc[order].reset_index(drop=True)
 
 
-def estimates_of(study: Study, comparison: Comparison) -> pd.DataFrame:
-    """Return those rows of `Study.to_pandas` that a comparison compares, under its names of layers.
-
-    Args:
-        study: the one that was compared.
-        comparison: of its models.
-    """
+def estimates_of(study: _Study, comparison: Comparison) -> pd.DataFrame:
+    """Return those rows of `Study.to_pandas` that a comparison of the study compares, under its names of layers."""
     return _compared(study.to_pandas(), comparison)
 
 
-def cells_of(study: Study, comparison: Comparison) -> pd.DataFrame:
-    """Return those cells of a study that a comparison compares, under its names of layers, whatever their status.
-
-    Args:
-        study: the one that was compared.
-        comparison: of its models.
-    """
+def cells_of(study: _Study, comparison: Comparison) -> pd.DataFrame:
+    """Return those cells of a study that a comparison of it compares, of any status, under its names of layers."""
     return _compared(study.cells, comparison)
 
 
@@ -409,36 +426,7 @@ def _compared(rows: pd.DataFrame, comparison: Comparison) -> pd.DataFrame:
     return rows[rows["layer"].isin(layers)].reset_index(drop=True)
 
 
-def _correlations(models: pd.DataFrame) -> pd.DataFrame:
-    """Return the rank correlations of mean criticality with accuracy."""
-    known = models.dropna(subset=["accuracy", "criticality"])
-    rows = []
-    for without in [None, *sorted(models["category"].dropna().unique())]:
-        some = known if without is None else known[known["category"] != without]
-        for method, function in (("spearman", spearmanr), ("kendall", kendalltau)):
-            statistic, pvalue = math.nan, math.nan
-            if len(some) > 2 and len(set(some["accuracy"])) > 1 and len(set(some["criticality"])) > 1:
-                values = some["criticality"].to_numpy(), some["accuracy"].to_numpy()
-                statistic, pvalue = function(*values)
-                if method == "spearman" and len(some) <= _EXACT:
-                    pvalue = _exact_spearman(*values)
-            rows.append((without, method, float(statistic), float(pvalue), len(some)))
-    table = pd.DataFrame(rows, columns=["without", "method", "statistic", "pvalue", "n"])
-    return table.assign(without=pd.Series([row[0] for row in rows], dtype=object))  # keeps None
-
-
-def _exact_spearman(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
-    """Return the two-sided p-value of Spearman's rho over all orders of one side.
-
-    Few models make the usual approximation by Student's t far too sure: it gives 0 for three models in perfect order.
-    """
-    ranks = [rankdata(values) - (len(values) + 1) / 2 for values in (x, y)]
-    orders = np.array(list(itertools.permutations(ranks[1])))  # (n!, n)
-    sums = np.abs(orders @ ranks[0])
-    return float((sums >= abs(ranks[0] @ ranks[1]) - 1e-9).mean())
-
-
-def _origin(study: Study, reset: str) -> dict[str, Any]:
+def _origin(study: _Study, reset: str) -> dict[str, Any]:
     cells = study.cells[study.cells["reset"] == reset]
     origin = study.record.get("origin", {})
     return {
@@ -453,7 +441,7 @@ def _origin(study: Study, reset: str) -> dict[str, Any]:
 # --- notes ------------------------------------------------------------------------------------------------------------
 
 
-def _about_missing(study: Study, cells: pd.DataFrame, reset: str, left_out: set[str]) -> list[str]:
+def _about_missing(study: _Study, cells: pd.DataFrame, reset: str, left_out: set[str]) -> list[str]:
     """Say which models have nothing to compare, or fewer trials than planned, and what failed."""
     wanted = [name for name in study.models["model"] if name not in left_out]
     usable = set(cells.loc[cells["status"] == "ok", "model"])
@@ -463,7 +451,7 @@ def _about_missing(study: Study, cells: pd.DataFrame, reset: str, left_out: set[
     trials = cells.groupby(["model", "layer"])["trial"].nunique().groupby("model").min()
     records = study.models.set_index("model")["record"]
     random = all(records[name].get("random_trials", {}).get(reset, True) for name in usable)
-    planned = study.record.get("protocol", {}).get("trials", 0) if random else 0  # one trial tells all without chance
+    planned = needed_trials(study.record.get("protocol", {}).get("trials", 0), random)
     most = max(int(trials.max()), planned)
     if few := [f"{name} ({trials[name]})" for name in wanted if name in usable and trials[name] < most]:
         notes.append(f"Fewer than the {most} trials of the study: {_listed(few)}.")

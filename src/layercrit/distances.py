@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layercrit.errors import ProtocolError, near
+from layercrit.columns import CELL_COLUMNS, PER_IMAGE
+from layercrit.errors import ProtocolError
+from layercrit.registry import Registry, summary_of
 
 __all__ = ["DISTANCES", "Distance", "distance", "get_distance", "label_scores", "measure_distances"]
 
@@ -38,14 +40,30 @@ class Distance:
     upper: float
 
 
-DISTANCES: dict[str, Distance] = {}
+def _check_column(name: str) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ProtocolError(
+            f"The distance name {name!r} cannot name a column: "
+            "expected lower-case letters, digits and '_', starting with a letter. Rename it."
+        )
+    if name in CELL_COLUMNS or name.endswith(PER_IMAGE):
+        raise ProtocolError(
+            f"The distance {name!r} has the name of another column of the table of cells. Register it under another "
+            "name."
+        )
+
+
+DISTANCES = Registry[Distance](
+    "distance", ProtocolError, "layercrit.distances", check=_check_column, summary=lambda distance: distance.summary
+)
+"""All distances by name, filled by `distance` and by installed plug-ins."""
 
 
 def distance(name: str, *, upper: float) -> Callable[[DistanceFunction], DistanceFunction]:
     """Return a decorator that registers a function as a distance and leaves the function as it is.
 
     Args:
-        name: Lower-case identifier, not taken yet.
+        name: Lower-case identifier, not taken yet by another function or column.
         upper: The largest value that the distance can take, above 0; ``math.inf`` where there is none.
 
     Raises:
@@ -59,13 +77,6 @@ def distance(name: str, *, upper: float) -> Callable[[DistanceFunction], Distanc
         >>> DISTANCES.pop("largest_change").summary
         'Largest change of the probability of any class.'
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ProtocolError(
-            f"The distance name {name!r} cannot name a column: "
-            "expected lower-case letters, digits and '_', starting with a letter. Rename it."
-        )
-    if name in DISTANCES:
-        raise ProtocolError(f"The distance name {name!r} is taken ({DISTANCES[name].summary}) Choose another name.")
     if not upper > 0:
         raise ProtocolError(
             f"The distance {name!r} was given upper={upper}: expected the largest value that it can take, "
@@ -73,8 +84,7 @@ def distance(name: str, *, upper: float) -> Callable[[DistanceFunction], Distanc
         )
 
     def register(function: DistanceFunction) -> DistanceFunction:
-        first_line = (function.__doc__ or "").strip().partition("\n")[0]
-        DISTANCES[name] = Distance(name, function, first_line, upper)
+        DISTANCES[name] = Distance(name, function, summary_of(function), upper)
         return function
 
     return register
@@ -86,9 +96,7 @@ def get_distance(name: str) -> Distance:
     Raises:
         ProtocolError: No distance has this name; the text offers the nearest.
     """
-    if name not in DISTANCES:
-        raise ProtocolError(f"No distance is named {name!r}. {near(name, DISTANCES)}")
-    return DISTANCES[name]
+    return DISTANCES.find(name)
 
 
 @distance("cosine", upper=1.0)

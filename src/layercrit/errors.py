@@ -66,5 +66,5 @@ def near(name: str, known: Iterable[str], limit: int = 5) -> str:
 
 def first_line(error: Exception) -> str:
     """The type of an error and the first line of its text, short enough to quote."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

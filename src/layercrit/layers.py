@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import mean
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from layercrit.errors import LayerError, near
 from layercrit.restoring import holding
+from layercrit.watchers import FirstUses
 from layercrit.wrappers import wrapper_of
 
 __all__ = [
@@ -79,44 +78,6 @@ class Layer:
     depth: int = 0
 
 
-class _FirstUse(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Watches one forward pass and notes when each parameter is first used, and whether it multiplies its input."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        # Tensors computed from parameters alone stand for these parameters. They are kept alive, for a freed
-        # tensor's id could be given to another one.
-        self.origin: dict[int, tuple[Tensor, frozenset[int]]] = {
-            id(p): (p, frozenset([id(p)])) for p in parameters.values()
-        }
-        self.first_use: dict[int, int] = {}
-        self.types: dict[int, str] = {}
-        self.calls = 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        weights = frozenset[int]().union(*(self.origin[id(t)][1] for t in tensors if id(t) in self.origin))
-        if not weights:
-            return output
-        self.calls += 1
-        if all(id(t) in self.origin for t in tensors):
-            for t in pytree.tree_leaves(output):
-                if isinstance(t, Tensor) and id(t) not in self.origin:
-                    self.origin[id(t)] = (t, weights)
-        else:  # the image has come in: this is a use
-            for weight in weights:
-                self.first_use.setdefault(weight, self.calls)
-            operator = getattr(func, "overloadpacket", None)
-            if operator in _TYPE_OF_OPERATOR:
-                self.types.update(dict.fromkeys(weights, _TYPE_OF_OPERATOR[operator]))
-        return output
-
-
 def find_layers(network: nn.Module, images: Tensor) -> list[Layer]:
     """Return every layer of a network in the order in which a forward pass first uses it.
 
@@ -131,7 +92,7 @@ def find_layers(network: nn.Module, images: Tensor) -> list[Layer]:
         two modules belong to both modules' layers.
     """
     parameters = dict(network.named_parameters(remove_duplicate=False))
-    watch = _FirstUse(parameters)
+    watch = FirstUses(parameters.values(), _TYPE_OF_OPERATOR)
     with torch.no_grad(), holding(network, {}), watch:
         network(images)
     types = {name: watch.types[id(p)] for name, p in parameters.items() if id(p) in watch.types}

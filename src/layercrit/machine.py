@@ -9,7 +9,6 @@ from importlib import metadata
 import torch
 
 from layercrit.errors import ProtocolError
-from layercrit.probes.probe_set import ProbeSet
 
 # What allocators of the CPU and of GPUs say, and oneDNN, whose other errors name a primitive descriptor.
 _OUT_OF_MEMORY = re.compile(
@@ -36,12 +35,10 @@ def find_device(name: str) -> torch.device:
     return probe.device
 
 
-def choose_batch_size(asked: int | str, probe_set: ProbeSet, device: torch.device) -> int:
+def choose_batch_size(asked: int | str, n_images: int, height: int, width: int, device: torch.device) -> int:
     """Return how many images to run at once; ``auto`` divides the images into batches of nearly the same size."""
-    n_images = probe_set.n_images
     if isinstance(asked, int):
         return min(asked, n_images)
-    height, width = probe_set.preprocessing.height, probe_set.preprocessing.width
     at_224 = 16 if device.type == "cpu" else 256  # of 224 x 224 pixels: activations of 16 stay in a CPU's cache
     largest = min(max(1, at_224 * 224 * 224 // (height * width)), 512)
     return math.ceil(n_images / math.ceil(n_images / largest))

@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from layercrit.columns import CELL_COLUMNS, PER_IMAGE
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError, first_line
+from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.protocol import MATCHED
 from layercrit.statistics import Estimate, estimate, estimate_mean_over_layers
 
@@ -21,29 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["CELL_COLUMNS", "PER_IMAGE", "Measurement"]
-
-PER_IMAGE = "_per_image"  # ends the columns of cells.parquet that hold a list of one distance per image
-
-CELL_COLUMNS = {
-    "model": "the model reference",
-    "layer": "the layer's name",
-    "type": "its type, or those of a group joined by '+'",
-    "depth": "its position among the layers that are reset, in the order in which the network first uses them, from 0",
-    "n_parameters": "how many numbers a reset replaces",
-    "flops_after": "share of a forward pass's FLOPs that runs anew after the reset, in [0, 1]; NaN where not known",
-    "reset": "what replaced the parameters",
-    "trial": "which draw, from 0",
-    "seed": "of the trial's donor; the layer's other random numbers are drawn under a hash of it and the layer's name",
-    "status": "ok; unchanged: the new values are the trained ones; not_finite: predictions became NaN or infinite",
-    "delta_norm": "Euclidean norm of the new minus the trained values",
-    "n_images": "how many images the means below are over",
-    MATCHED: "the distance cosine between predictions at the model's matched temperature",
-    "loss": "mean cross-entropy after the reset, in nats",
-    "top1_accuracy": "share of images whose label is the most probable class after the reset",
-    "top5_accuracy": "share of images whose label is among the five most probable classes after the reset",
-    "recovered_accuracy": "top1_accuracy divided by that of the trained network",
-}
-"""Columns of the table of cells. Beside them there is one for the mean of each distance; ``cosine`` is criticality."""
 
 _FORMAT = 1  # of the files; raised when their layout changes
 
@@ -75,28 +54,13 @@ class Measurement:
         share of the trials was left out and why; all other columns are then over the remaining ``n_trials``.
         """
         rows = []
-        for index, (name, cells) in enumerate(self.cells.groupby("layer", sort=False)):
+        for index, (_, cells) in enumerate(self.cells.groupby("layer", sort=False)):
             ok = (cells["status"] == "ok").to_numpy()
-            critical, matched = (self._estimate(distance, index, ok) for distance in ("cosine", MATCHED))
-            row: dict[str, Any] = {
-                "layer": name,
-                **{column: cells[column].iloc[0] for column in ("type", "depth", "n_parameters", "flops_after")},
-                "criticality": critical.mean,
-                "low": critical.low,
-                "high": critical.high,
-                "sd_trials": critical.sd_trials,
-                "criticality_matched": matched.mean,
-                "matched_low": matched.low,
-                "matched_high": matched.high,
-            }
-            for column in self._mean_columns():
-                row[column] = cells.loc[ok, column].mean()
-            if "top1" in row:
-                row["top1_agreement"] = 1 - row.pop("top1")
-            row["n_trials"] = int(ok.sum())
-            row["status"] = _status(cells["status"].to_list())
-            rows.append(row)
-        return pd.DataFrame(rows)
+            rows.append(estimate_columns(*(self._estimate(distance, index, ok) for distance in ("cosine", MATCHED))))
+        estimates = pd.DataFrame(rows, index=self.cells["layer"].drop_duplicates()).drop(columns="covers")
+        about = ("type", "depth", "n_parameters", "flops_after")
+        table = layer_table(self.cells, estimates, by=["layer"], about=about, means=self._mean_columns())
+        return table.drop(columns="n_images")
 
     def summary(self) -> dict[str, Any]:
         """Return the model's mean criticality with its interval, and what is needed to read it, as plain data.
@@ -213,13 +177,10 @@ class Measurement:
         kept = {key: value for key, value in record.items() if key not in ("format", "summary")}
         return cls(cells.drop(columns=columns), per_image, kept)
 
-    def _estimate(self, distance: str, layer: int, ok: npt.NDArray[np.bool_]) -> Estimate:
+    def _estimate(self, distance: str, layer: int, ok: npt.NDArray[np.bool_]) -> Estimate | None:
         values = self.per_image[distance][layer, ok]  # (n_trials, n_images)
-        if values.size and np.isfinite(values).all():
-            return estimate(values, **self._how())
-        nan, level = math.nan, self.record["protocol"]["level"]
-        n_trials, n_images = values.shape
-        return Estimate(nan, nan, nan, level, nan, nan, nan, n_trials, n_images, "nothing")
+        known = values.size > 0 and np.isfinite(values).all()
+        return estimate(values, **self._how()) if known else None
 
     def _estimate_mean(self, distance: str, layers: list[bool]) -> Estimate | None:
         values = self.per_image[distance][layers]  # (n_layers, n_trials, n_images)
@@ -246,12 +207,6 @@ def _check_together(record: Mapping[str, Any], cells: pd.DataFrame) -> None:
     )
     if not together:
         raise ValueError("cells.parquet and measurement.json are of different measurements")
-
-
-def _status(statuses: list[str]) -> str:
-    """Say how many of a layer's trials do not count and why, such as ``not_finite 1/3``."""
-    bad = [status for status in statuses if status != "ok"]
-    return ", ".join(f"{status} {bad.count(status)}/{len(statuses)}" for status in dict.fromkeys(bad)) or "ok"
 
 
 def _limits(mean: Estimate | None) -> dict[str, float | None] | None:

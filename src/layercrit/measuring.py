@@ -1,10 +1,10 @@
 """Measure one model on one probe set: which layers do its decisions depend on?"""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from layercrit.distances import DISTANCES, get_distance
 from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.session import Session, Trial
 from layercrit.engine.subject import Subject
-from layercrit.errors import ProtocolError
 from layercrit.machine import versions
-from layercrit.measurement import CELL_COLUMNS, PER_IMAGE, Measurement
+from layercrit.measurement import Measurement
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
 from layercrit.probes.probe_set import ProbeSet
@@ -28,7 +27,7 @@ from layercrit.progress import Bar
 from layercrit.protocol import DEFAULTS, MATCHED, Protocol
 from layercrit.resets import get_reset
 from layercrit.restoring import rng_untouched, untouched
-from layercrit.seeds import seed_of
+from layercrit.seeds import probe_set_seed
 
 __all__ = ["Measurement", "measure"]
 
@@ -52,7 +51,7 @@ def measure(
     level: float = DEFAULTS.level,
     use_labels: bool = True,
     progress: bool = True,
-    on_trial: Callable[[Measurement], object] | None = None,
+    on_trial: Callable[[Callable[[], Measurement]], object] | None = None,
 ) -> Measurement:
     """Reset each layer of a model in turn and measure how far its predictions move.
 
@@ -64,23 +63,25 @@ def measure(
         model: a reference such as ``timm:resnet50.a1_in1k``, an opened `Model`, or a module that takes images
             ``(n_images, channels, height, width)``. An array of images is shown to a module in the size they have.
         images: anything that `ProbeSet.from_source` takes: a folder, an array, a file; or a `ProbeSet`, taken whole.
-        trials: see `Protocol`, as for all settings that are not listed here. A reset without chance is run once.
-        n_images: see `Protocol`.
-        layers: see `Protocol`.
-        types: see `Protocol`.
-        group: see `Protocol`.
-        reset: a name in `layercrit.resets.RESETS`.
+        trials: random draws per layer. A reset without chance is run once.
+        n_images: how many of the images to ask about, drawn by ``seed``; all if there are fewer.
+        layers: shell-style patterns on layer names, comma-separated, such as ``layer1.*,fc``.
+        types: types of layers that are reset, comma-separated, of `layercrit.layers.LAYER_TYPES`, or ``all``.
+        group: reset each ``layer`` by itself, or a whole ``block`` or ``stage`` at once.
+        reset: what replaces a layer's parameters, a name in `layercrit.resets.RESETS`.
         donor: where new values come from instead of the architecture's initialiser: a module of the same architecture,
             or a weight file. Needed for ``rewind``. It is the same in every trial, so one trial is run.
         distances: names of the distances to keep beside ``cosine``; all registered ones by default.
-        seed: see `Protocol`.
-        batch_size: see `Protocol`.
-        dtype: see `Protocol`.
-        device: see `Protocol`.
-        level: see `Protocol`.
+        seed: of all draws and of the choice of images.
+        batch_size: images run at once; ``auto`` goes by their size and the device.
+        dtype: ``reference`` (the network's own operators), ``float32`` (folded and fused), ``bfloat16``, or ``auto``:
+            bfloat16 where that is fast and, on a first batch, exact enough, else float32 (see `Protocol`).
+        device: ``auto`` (a GPU if there is one), or any name that torch knows.
+        level: confidence level of intervals, between 0 and 1.
         use_labels: whether to use labels that the images come with, for accuracy and loss.
         progress: whether to show a progress bar on a terminal.
-        on_trial: called with the measurement so far after every finished trial, to save it.
+        on_trial: called after every finished trial with a function without arguments, which builds and returns the
+            measurement of the trials up to that one: call it when you want to save them, now or later.
 
     Returns:
         The measurement, for tables, summary, picture and files.
@@ -98,7 +99,19 @@ def measure(
         ['1', '3']
     """
     started = time.perf_counter()
-    protocol = Protocol(trials, n_images, layers, types, group, reset, seed, batch_size, dtype, device, level)
+    protocol = Protocol(
+        trials=trials,
+        n_images=n_images,
+        layers=layers,
+        types=types,
+        group=group,
+        reset=reset,
+        seed=seed,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        level=level,
+    )
     get_reset(reset)
     names = distance_names(distances)
     with rng_untouched(), Bar(progress) as bar:
@@ -109,7 +122,7 @@ def measure(
                 images,
                 opened.preprocessing,
                 n_images=protocol.n_images,
-                seed=seed_of(protocol.seed, "probe set") % 2**32,
+                seed=probe_set_seed(protocol.seed),
                 use_labels=use_labels,
                 progress=bar.decoded,
             )
@@ -122,10 +135,11 @@ class _Measuring:
 
     def __init__(self, started: float, protocol: Protocol, session: Session) -> None:
         self.started, self.protocol, self.session = started, protocol, session
+        _, self.flops_after = session.subject.flops
         self.finished: list[Trial] = []
         self.values: list[Mapping[str, npt.NDArray[np.float32]]] = []  # name -> (n_layers, n_images), of each trial
 
-    def run(self, on_trial: Callable[[Measurement], object] | None) -> Measurement:
+    def run(self, on_trial: Callable[[Callable[[], Measurement]], object] | None) -> Measurement:
         """Run all trials and return the measurement."""
         for number in range(self.session.subject.n_trials):
             trial = self.session.trial(number)
@@ -134,24 +148,26 @@ class _Measuring:
             trial.forget()
             self.finished.append(trial)
             if on_trial is not None:
-                on_trial(self._measurement())
-        return self._measurement()
+                on_trial(partial(self._measurement, number + 1))
+        return self._measurement(self.session.subject.n_trials)
 
-    def _measurement(self) -> Measurement:
+    def _measurement(self, n_trials: int) -> Measurement:
+        """Return the measurement of the first trials, all of them finished; a later one may be under way."""
+        finished, values_of_trials = self.finished[:n_trials], self.values[:n_trials]
         per_image = {
-            name: np.stack([values[name] for values in self.values], axis=1)  # (n_layers, n_trials, n_images)
+            name: np.stack([values[name] for values in values_of_trials], axis=1)  # (n_layers, n_trials, n_images)
             for name in (*self.session.distances, MATCHED)
         }
-        status = [trial.status(values["cosine"]) for trial, values in zip(self.finished, self.values, strict=True)]
+        status = [trial.status(values["cosine"]) for trial, values in zip(finished, values_of_trials, strict=True)]
         ok = np.array(status).T == "ok"  # (n_layers, n_trials)
         for values in per_image.values():
             values[~ok] = np.nan
         rows = [
             self._cell(layer, number, status[number][layer])
             for layer in range(len(self.session.subject.layers))
-            for number in range(len(self.finished))
+            for number in range(n_trials)
         ]
-        return Measurement(pd.DataFrame(rows).astype({"seed": "uint64"}), per_image, self._record())
+        return Measurement(pd.DataFrame(rows).astype({"seed": "uint64"}), per_image, self._record(finished))
 
     def _cell(self, index: int, number: int, status: str) -> dict[str, Any]:
         trial, session = self.finished[number], self.session
@@ -162,7 +178,7 @@ class _Measuring:
             "type": layer.type,
             "depth": layer.depth,
             "n_parameters": layer.n_parameters,
-            "flops_after": (session.replay.flops_after() or {}).get(layer.name, math.nan),
+            "flops_after": self.flops_after[layer.name],
             "reset": self.protocol.reset,
             "trial": trial.trial,
             "seed": trial.seed,
@@ -172,13 +188,13 @@ class _Measuring:
             **session.means(self.values[number], index, status),
         }
 
-    def _record(self) -> dict[str, Any]:
+    def _record(self, finished: list[Trial]) -> dict[str, Any]:
         session, subject, model = self.session, self.session.subject, self.session.subject.model
         resolved = {
             "trials": subject.n_trials,
             "n_images": session.probe_set.n_images,
-            "batch_size": session.batch_size,
-            "dtype": session.replay.mode,
+            "batch_size": session.holder.batch_size,
+            "dtype": session.holder.mode,
             "device": str(subject.device),
             "distances": session.distances,
         }
@@ -187,7 +203,7 @@ class _Measuring:
         return {
             "protocol": {**self.protocol.to_dict(), **resolved},
             "random_trials": subject.random_trials,
-            "trial_seeds": [trial.seed for trial in self.finished],
+            "trial_seeds": [trial.seed for trial in finished],
             "model": {
                 "reference": model.reference,
                 "architecture": model.architecture,
@@ -204,13 +220,13 @@ class _Measuring:
                 layer.name: {"parameters": list(layer.parameters), "shape": list(layer.shape)}
                 for layer in subject.layers
             },
-            "road": session.replay.road,
-            "dtype": session.replay.mode,
+            "road": session.holder.road,
+            "dtype": session.holder.mode,
             "device": str(subject.device),
             "threads": torch.get_num_threads(),
             "notes": list(session.notes),
             "versions": versions(),
-            "seconds_opening": round(session.seconds_opening, 3),
+            "seconds_opening": round(session.holder.seconds_opening, 3),
             "seconds": round(time.perf_counter() - self.started, 3),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -222,11 +238,6 @@ def distance_names(distances: str | Iterable[str] | None) -> list[str]:
     names = list(dict.fromkeys(DISTANCES if distances is None else ["cosine", *distances]))
     for name in names:
         get_distance(name)
-        if name in CELL_COLUMNS or name.endswith(PER_IMAGE):
-            raise ProtocolError(
-                f"The distance {name!r} has the name of another column of the table of cells. Register it under "
-                "another name."
-            )
     return names
 
 

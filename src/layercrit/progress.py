@@ -1,12 +1,7 @@
 """The progress bar of long work."""
 
-from typing import TYPE_CHECKING
-
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-if TYPE_CHECKING:
-    from layercrit.training.phases import TrainingProgress
 
 
 class Bar:
@@ -56,11 +51,14 @@ class Bar:
         """Show which figure is being drawn."""
         self._progress.update(self._task, description=f"drawing {name}", completed=done, total=wanted)
 
-    def trained(self, name: str, done: "TrainingProgress") -> None:
+    def trained(
+        self, name: str, *, phase: str, epoch: int, epochs: int, step: int, steps: int, loss: float,
+        accuracy: float | None,
+    ) -> None:  # fmt: skip
         """Show how many steps of a training run are done, with the loss and the latest accuracy."""
-        accuracy = "" if done.accuracy is None else f" accuracy {done.accuracy:.1%}"
-        text = f"{name} {done.phase} epoch {done.epoch}/{done.epochs} loss {done.loss:.3f}{accuracy}".lstrip()
-        self._progress.update(self._task, description=text, completed=done.step, total=done.steps)
+        right = "" if accuracy is None else f" accuracy {accuracy:.1%}"
+        text = f"{name} {phase} epoch {epoch}/{epochs} loss {loss:.3f}{right}".lstrip()
+        self._progress.update(self._task, description=text, completed=step, total=steps)
 
     def say(self, line: str) -> None:
         """Print a line above the bar; without a terminal, on stderr as it is."""

@@ -1,7 +1,7 @@
 """What is measured and how: the settings of a measurement, with the defaults of the library and the command line."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -15,43 +15,58 @@ MATCHED = "cosine_matched"
 DTYPES = ("auto", "reference", "float32", "bfloat16")
 
 
+def _setting(default: Any, description: str, **limits: Any) -> Any:
+    """Declare a setting: its default, its meaning, and its limits in the words of JSON Schema.
+
+    The names in the metadata are pydantic's, so that study files declare the same without saying it again; this module
+    does without pydantic, for the command line's help reads it.
+    """
+    return field(default=default, metadata={"description": description, "json_schema_extra": limits})
+
+
 @dataclass(frozen=True)
 class Protocol:
     """The settings of a measurement.
-
-    Attributes:
-        trials: random draws per layer. The paper took 3; its intervals are wide (see the docs), take more if you can.
-        n_images: images asked about, drawn from the source by ``seed``; all of them if the source has fewer.
-        layers: shell-style patterns on layer names, comma-separated.
-        types: types of layers that are reset, comma-separated; the paper's are convolutions and linear layers.
-        group: reset each ``layer`` by itself, or whole blocks or stages.
-        reset: what replaces a layer's parameters.
-        seed: of the study; seeds of trials and of the probe set are hashed from it.
-        batch_size: images run at once. ``auto``: 16 at 224 x 224 on a CPU, where activations then stay in cache.
-        dtype: ``reference`` (the network's own operators), ``float32`` (folded and fused), ``bfloat16``, or ``auto``:
-            bfloat16 where the processor multiplies it natively, the job is long, and a calibration batch shows an
-            error in criticality of at most 0.02 per layer and 0.002 in the mean; otherwise float32.
-        device: ``auto`` (a GPU if there is one), or any name that torch knows.
-        level: confidence level of intervals.
 
     Raises:
         ProtocolError: a number is out of range, or no number; or the dtype is unknown.
     """
 
-    trials: int = 3
-    n_images: int = 10_000
-    layers: str = "*"
-    types: str = "conv,linear"
-    group: str = "layer"
-    reset: str = "rerandomize"
-    seed: int = 0
-    batch_size: int | str = "auto"
-    dtype: str = "auto"
-    device: str = "auto"
-    level: float = 0.95
+    trials: int = _setting(
+        3,
+        "random draws per layer. The paper took 3; its intervals are wide (see the docs), take more if you can",
+        minimum=1,
+    )
+    n_images: int = _setting(
+        10_000, "images asked about, drawn from the source by `seed`; all of them if the source has fewer", minimum=1
+    )
+    layers: str = _setting("*", "shell-style patterns on layer names, comma-separated")
+    types: str = _setting(
+        "conv,linear",
+        "types of layers that are reset, comma-separated; the paper's are convolutions and linear layers",
+    )
+    group: str = _setting(
+        "layer", "reset each `layer` by itself, or whole blocks or stages", enum=("layer", "block", "stage")
+    )
+    reset: str = _setting("rerandomize", "what replaces a layer's parameters")
+    seed: int = _setting(0, "of the study; seeds of trials and of the probe set are hashed from it")
+    batch_size: int | str = _setting(
+        "auto",
+        "images run at once. `auto`: 16 at 224 x 224 on a CPU, where activations then stay in cache",
+        anyOf=[{"type": "integer", "minimum": 1}, {"const": "auto"}],
+    )
+    dtype: str = _setting(
+        "auto",
+        "`reference` (the network's own operators), `float32` (folded and fused), `bfloat16`, or `auto`: bfloat16 "
+        "where the processor multiplies it natively, the job is long, and a calibration batch shows an error in "
+        "criticality of at most 0.02 per layer and 0.002 in the mean; otherwise float32",
+        enum=DTYPES,
+    )
+    device: str = _setting("auto", "`auto` (a GPU if there is one), or any name that torch knows")
+    level: float = _setting(0.95, "confidence level of intervals", exclusiveMinimum=0, exclusiveMaximum=1)
 
     def __post_init__(self) -> None:
-        for name, expected, smallest in (
+        for name, words, smallest in (
             ("trials", "a whole number of at least 1", 1),
             ("n_images", "a whole number of at least 1", 1),
             ("batch_size", "'auto' or a whole number of at least 1", 1),
@@ -60,8 +75,8 @@ class Protocol:
             value = getattr(self, name)
             if name == "batch_size" and value == "auto":
                 continue
-            if not isinstance(value, Integral) or int(value) < smallest:
-                raise ProtocolError(f"{name} must be {expected}; got {value!r}.")
+            if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < smallest:
+                raise ProtocolError(f"{name} must be {words}; got {value!r}.")
             object.__setattr__(self, name, int(value))  # JSON knows no integers of NumPy
         if self.dtype not in DTYPES:
             raise ProtocolError(f"Unknown dtype {str(self.dtype)!r}. {near(str(self.dtype), DTYPES)}")

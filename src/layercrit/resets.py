@@ -1,7 +1,6 @@
 """What a reset does to a layer's parameters, and where fresh values come from."""
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from layercrit.errors import ModelError, ProtocolError, near
+from layercrit.errors import ModelError, ProtocolError
 from layercrit.layers import Layer
-from layercrit.models.checkpoints import fit_to, hash_tensors, read_checkpoint, weight_file
+from layercrit.models.checkpoints import fit_to, hash_tensors, read_checkpoint
 from layercrit.models.model import Model
-from layercrit.seeds import drawing, seed_of
+from layercrit.models.weight_files import weight_file
+from layercrit.registry import Registry, summary_of
+from layercrit.seeds import drawing, layer_seed, seed_of
 
 __all__ = [
     "RESETS",
@@ -25,6 +26,7 @@ __all__ = [
     "get_reset",
     "given_donor",
     "reset",
+    "seed_of",
 ]
 
 
@@ -68,7 +70,8 @@ class Reset:
     summary: str
 
 
-RESETS: dict[str, Reset] = {}
+RESETS = Registry[Reset]("reset", ProtocolError, "layercrit.resets", summary=lambda reset: reset.summary)
+"""All resets by name, filled by `reset` and by installed plug-ins."""
 
 
 def reset(name: str, *, random: bool, donor: str | None = None) -> Callable[[ResetFunction], ResetFunction]:
@@ -81,7 +84,7 @@ def reset(name: str, *, random: bool, donor: str | None = None) -> Callable[[Res
             ``checkpoint`` if it reads those of a file, None if it reads neither.
 
     Raises:
-        ProtocolError: the name is taken.
+        ProtocolError: the name is taken by another function, or cannot be one.
 
     Example:
         >>> @reset("negate", random=False)
@@ -92,12 +95,9 @@ def reset(name: str, *, random: bool, donor: str | None = None) -> Callable[[Res
         "The layer's values with their signs flipped."
         >>> del RESETS["negate"]
     """
-    if name in RESETS:
-        raise ProtocolError(f"There is a reset named {name!r} already. Choose another name.")
 
     def register(function: ResetFunction) -> ResetFunction:
-        summary = (inspect.getdoc(function) or name).splitlines()[0]
-        RESETS[name] = Reset(name, function, random, donor, summary)
+        RESETS[name] = Reset(name, function, random, donor, summary_of(function))
         return function
 
     return register
@@ -109,9 +109,7 @@ def get_reset(name: str) -> Reset:
     Raises:
         ProtocolError: no reset has this name.
     """
-    if name not in RESETS:
-        raise ProtocolError(f"Unknown reset {name!r}. {near(str(name), RESETS)}")
-    return RESETS[name]
+    return RESETS.find(name)
 
 
 @reset("rerandomize", random=True, donor="initialiser")
@@ -159,7 +157,7 @@ def draw_values(
     """
     trained = {name: network.get_parameter(name).detach().cpu().clone() for name in layer.parameters}
     mine = {name: donor[name].clone() for name in layer.parameters} if donor else {}
-    generator = torch.Generator().manual_seed(seed_of(seed, layer.name))
+    generator = torch.Generator().manual_seed(layer_seed(seed, layer.name))
     values = dict(how.function(Draw(layer, trained, mine, generator)))
     for name, value in trained.items():
         if name not in values or values[name].shape != value.shape:

@@ -2,8 +2,10 @@
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +28,9 @@ def untouched(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training, forward, parameters, buffers in modules:
             module.training = training
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            _put_back_forward(module, forward)
+            _refill(module._parameters, parameters)
+            _refill(module._buffers, buffers)
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
         with torch.no_grad():
@@ -79,8 +76,45 @@ def holding(network: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         for module, buffers in registered:
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            _refill(module._buffers, buffers)
         with torch.inference_mode():
             for tensor, value in before:
                 tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def attributes_kept(network: nn.Module) -> Iterator[None]:
+    """Undo what tracing leaves in a network whose forward assigns to its attributes: tensors without values."""
+    before = [(module, dict(module.__dict__)) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            _refill(module.__dict__, attributes)
+
+
+@contextlib.contextmanager
+def calls_answered(network: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
+    """Let every call of a submodule be answered by ``answer(module, its forward, *args, **kwargs)`` for a while."""
+    modules = [m for m in network.modules() if m is not network and not isinstance(m, torch.jit.ScriptModule)]
+    before = [(m, m.__dict__.get("forward")) for m in modules]
+    try:
+        for module in modules:
+            module.__dict__["forward"] = partial(answer, module, module.forward)
+        yield
+    finally:
+        for module, forward in before:
+            _put_back_forward(module, forward)
+
+
+def _refill(registry: dict[str, Any], before: Mapping[str, Any]) -> None:
+    registry.clear()
+    registry.update(before)
+
+
+def _put_back_forward(module: nn.Module, forward: Any) -> None:
+    """Give a module back the forward that it had of its own, or, where that is None, that of its class."""
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = forward

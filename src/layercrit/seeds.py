@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import operator
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from layercrit.errors import ModelError
 from layercrit.restoring import rng_untouched
 
-__all__ = ["drawing", "seed_generators", "seed_of"]
+__all__ = ["drawing", "image_order_seed", "layer_seed", "probe_set_seed", "seed_generators", "seed_of", "trial_seed"]
 
 
 def seed_of(*words: str | int) -> int:
@@ -20,7 +21,31 @@ def seed_of(*words: str | int) -> int:
 
     Hashing keeps seeds apart where sums of integers collide: trial 1 of study 2 is not trial 2 of study 1.
     """
-    text = json.dumps(words, ensure_ascii=True, separators=(",", ":"))
+    return _hashed(json.dumps(words, ensure_ascii=True, separators=(",", ":")))
+
+
+def trial_seed(seed: int, architecture: str, reset: str, trial: int) -> int:
+    """Return the seed of a trial, in [0, 2^64), from the seed of the study."""
+    return seed_of(seed, architecture, reset, trial)
+
+
+def layer_seed(trial_seed: int, layer: str) -> int:
+    """Return the seed of a layer's random numbers in a trial, in [0, 2^64): no draw depends on other layers."""
+    return seed_of(trial_seed, layer)
+
+
+def probe_set_seed(seed: int) -> int:
+    """Return the seed that a probe set is drawn by, in [0, 2^32), from the seed of the study."""
+    return seed_of(seed, "probe set") % 2**32
+
+
+def image_order_seed(probe_set_seed: int) -> int:
+    """Return the seed of the order in which a probe set tries a source's images, in [0, 2^64)."""
+    # `seed_of` would leave out the space, and so choose other images than all measurements so far.
+    return _hashed(f'["probe set", {operator.index(probe_set_seed)}]')
+
+
+def _hashed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 

@@ -13,13 +13,18 @@ from layercrit.errors import ProtocolError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ChanceLevel", "Estimate", "estimate", "estimate_mean_over_layers", "fit_temperature"]
+__all__ = ["ChanceLevel", "Estimate", "estimate", "estimate_mean_over_layers", "fit_temperature", "needed_trials"]
 
 # Storage in float16 may carry a distance this far (as a share of the largest possible one) out of its range.
 _STORAGE_ROUNDING = 1e-3
 # ln T is searched in [-64, 64], which is enough for logits of any scale from 1e-20 to 1e20.
 _LARGEST_LOG_TEMPERATURE = 64.0
 _ROWS_AT_ONCE = 512
+
+
+def needed_trials(n_trials: int, random: bool) -> int:
+    """Return how many of the trials asked for are run: one where the reset draws nothing, for all would be the same."""
+    return n_trials if random else 1
 
 
 @dataclass(frozen=True)

@@ -186,15 +186,16 @@ def test_measure__truncated_image_is_named(photographs, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_measure__ctrl_c_keeps_finished_trials(photographs, tmp_path, monkeypatch, capsys):
     from layercrit.cli.measure import _Saver
     from layercrit.measurement import Measurement
 
     keep = _Saver.keep
 
-    def keep_then_interrupt(self, measurement):
-        keep(self, measurement)
-        if measurement.cells["trial"].nunique() == 2:
+    def keep_then_interrupt(self, so_far):
+        keep(self, so_far)
+        if so_far().cells["trial"].nunique() == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.chdir(tmp_path)

@@ -166,6 +166,7 @@ def test_train__another_run_is_not_replaced(here, call):
     assert (here / "run" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_train__ctrl_c_and_the_same_command_goes_on(here):
     command = [LAYERCRIT, *arguments(epochs="500")]
     process = subprocess.Popen(
@@ -191,7 +192,7 @@ def test_train__ctrl_c_and_the_same_command_goes_on(here):
     finally:
         process.kill()
         process.communicate()
-    assert line == f"Going on with run after {done} of 1000 steps.\n"
+    assert line == f"Resuming run after {done} of 1000 steps.\n"
 
 
 # --- the models of a study file -------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from layercrit.engine import calibration as _calibration
-from layercrit.engine import session as session_module
+from layercrit.engine import holder
 from layercrit.measuring import measure
 from small_subjects import (
     QUIET,
@@ -16,8 +16,8 @@ from small_subjects import (
 
 @pytest.fixture
 def long_job(monkeypatch):
-    monkeypatch.setattr(session_module, "_LONG_JOB", 0)
-    monkeypatch.setattr(session_module, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(holder, "_LONG_JOB", 0)
+    monkeypatch.setattr(holder, "multiplies_bfloat16", lambda device: True)
 
 
 def test_measure__auto_takes_bfloat16_where_it_is_exact_enough(long_job):
@@ -44,7 +44,7 @@ def test_measure__auto_takes_float32_where_bfloat16_is_too_rough(long_job, monke
 
 
 def test_measure__auto_calibrates_on_some_of_many_layers(long_job, monkeypatch):
-    monkeypatch.setattr(session_module, "_CALIBRATION_LAYERS", 4)
+    monkeypatch.setattr(holder, "_CALIBRATION_LAYERS", 4)
     monkeypatch.setattr(_calibration, "LAYER_TOLERANCE", 1)
     found = measure(small_network(), photographs(4), trials=1, **QUIET)
     assert "in the mean of 3 layers, on 4 images" in found.record["notes"][-1]
@@ -63,8 +63,8 @@ def test_measure__the_error_that_auto_notes_is_that_of_the_cells(long_job, monke
 
 @pytest.mark.parametrize(("flops", "native"), [(1e30, True), (0, False)], ids=["short job", "emulated"])
 def test_measure__auto_takes_float32_where_bfloat16_does_not_pay(monkeypatch, flops, native):
-    monkeypatch.setattr(session_module, "_LONG_JOB", flops)
-    monkeypatch.setattr(session_module, "multiplies_bfloat16", lambda device: native)
+    monkeypatch.setattr(holder, "_LONG_JOB", flops)
+    monkeypatch.setattr(holder, "multiplies_bfloat16", lambda device: native)
     found = measure(small_network(), photographs(4), trials=1, layers="fc", **QUIET)
     assert found.record["dtype"] == "float32"
     assert not any("bfloat16" in note for note in found.record["notes"])

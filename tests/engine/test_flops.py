@@ -1,13 +1,16 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx.node import map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_networks
 from layercrit.engine.flops import count_flops
-from layercrit.engine.replay import GraphReplay, open_replay
+from layercrit.engine.graph import export_graph
 from layercrit.layers import find_layers, select_layers
-from tiny_networks import ARCHITECTURES, BY_HAND_IMAGES, IMAGES, ByHand, Sketch, case, seeded
+from layercrit.measuring import measure
+from small_subjects import QUIET, normalised, photographs, small_network
+from tiny_networks import ARCHITECTURES, BY_HAND_IMAGES, IMAGES, ByHand, Counting, Sketch, case, seeded
 
 EXPORTED = {
     **{
@@ -31,15 +34,85 @@ def counted(build, shape=IMAGES, **selection):
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_count_flops__is_what_the_replay_runs_anew(name):
-    """The replay finds the same by another way: from the exported graph of operators."""
+def test_count_flops__is_what_the_exported_graph_says(name):
+    """The same by another way: operators of the exported network that descend from a layer's parameters."""
     build, shape = EXPORTED[name]
     made = case(build, *shape)
-    replay = open_replay(made.network, made.layers, made.images, "reference")
-    assert isinstance(replay, GraphReplay)
+    exported = export_graph(made.network, made.images)
+    costs = {node: node_flops(node) for node in exported.dynamic_nodes() if node.op == "call_function"}
+    total = sum(costs.values())
     flops, after = count_flops(made.network, made.layers, made.images)
-    assert flops == replay.flops_per_image > 0
-    assert after == pytest.approx(replay.flops_after(), abs=1e-12)
+    assert flops * len(made.images) == total > 0
+    for layer in made.layers:
+        below = {node for node, names in exported.names.items() if not set(names).isdisjoint(layer.parameters)}
+        for node in exported.graph.nodes:
+            if not below.isdisjoint(node.all_input_nodes):
+                below.add(node)
+        assert after[layer.name] == sum(costs.get(node, 0) for node in below) / total, layer.name
+
+
+def node_flops(node):
+    def value(argument):
+        return argument.meta["val"]
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        node.target(*map_arg(node.args, value), **map_arg(node.kwargs, value))
+    return counter.get_total_flops()
+
+
+CONVOLUTIONS = {  # module -> multiply-adds an image: channels x pixels x channels in the kernel's reach
+    "same": (nn.Conv2d(8, 8, 3, padding="same"), 8 * 64 * 72),
+    "grouped": (nn.Conv2d(8, 8, 3, padding=1, groups=2), 8 * 64 * 36),
+    "depthwise": (nn.Conv2d(8, 8, 3, padding=1, groups=8), 8 * 64 * 9),
+    "strided": (nn.Conv2d(8, 8, 3, padding=1, stride=2), 8 * 16 * 72),
+    "1-d": (nn.Sequential(nn.Flatten(2), nn.Conv1d(8, 8, 3, padding=1), nn.Unflatten(2, (8, 8))), 8 * 64 * 24),
+    "3-d": (nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv3d(1, 1, 3, padding=1), nn.Flatten(1, 2)), 8 * 64 * 27),
+    "transposed": (nn.ConvTranspose2d(8, 8, 2, stride=2), 8 * 64 * 32),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_count_flops__of_convolutions_by_hand(name):
+    """Between a stem of 64*8*27 and a last layer of 80 multiply-adds; activations cost nothing."""
+    conv, expected = CONVOLUTIONS[name]
+    flops, _ = counted(lambda: Sketch(lambda net, x: net.conv(x).relu() * 2, conv=conv))
+    assert flops == 2 * (64 * 8 * 27 + expected + 80)
+
+
+def test_count_flops__falls_along_a_chain():
+    """Multiply-adds an image of 4 x 4 pixels, layer by layer: what is reset runs anew, and all that follows it."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8),
+        nn.Conv2d(8, 16, 1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(64, 10), nn.Linear(10, 5),
+    ).eval()  # fmt: skip
+    costs = {"0": 16 * 4 * 27, "2": 4 * 8 * 36, "3": 0, "4": 4 * 16 * 8, "7": 64 * 10, "8": 10 * 5}
+    images = torch.zeros(2, 3, 4, 4)
+
+    flops, after = count_flops(network, find_layers(network, images), images)
+
+    total = sum(costs.values())
+    assert flops == 2 * total
+    names = list(costs)
+    assert list(after) == names
+    for place, name in enumerate(names):
+        assert after[name] == sum(costs[later] for later in names[place:]) / total, name
+    shares = list(after.values())
+    assert shares[0] == 1
+    assert shares == sorted(shares, reverse=True)
+    assert len(set(shares)) == len(shares) - 1  # a normalisation itself costs nothing
+
+
+@pytest.mark.parametrize("dtype", ["reference", "float32"])
+def test_measure__notes_what_is_counted_in_every_mode(dtype):
+    """Also where normalisations are folded into convolutions, and in no graph at all."""
+    for network in (small_network(), Counting().eval()):
+        probe_set = photographs(2)
+        found = measure(network, probe_set, types="all", trials=1, **{**QUIET, "dtype": dtype})
+        images = normalised(probe_set)[:1]
+        _, expected = count_flops(network, find_layers(network, images), images)
+        assert dict(zip(found.cells["layer"], found.cells["flops_after"], strict=True)) == expected
 
 
 def test_count_flops__by_hand():
@@ -151,7 +224,7 @@ def test_count_flops__of_networks_that_cannot_be_exported(name):
 
 
 def test_count_flops__leaves_the_network_as_it_was():
-    made = case(tiny_networks.Counting, *IMAGES)
+    made = case(Counting, *IMAGES)
     before = {name: tensor.clone() for name, tensor in made.network.state_dict().items()}
     count_flops(made.network, made.layers, made.images)
     after = made.network.state_dict()

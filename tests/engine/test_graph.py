@@ -6,15 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from layercrit.engine import graph
-from layercrit.engine.graph import count_flops, export_graph, speed_up
-from layercrit.engine.replay import GraphReplay
+from layercrit.engine.graph import export_graph, speed_up
+from layercrit.engine.graph_replay import GraphReplay
 from tiny_networks import (
-    BY_HAND_IMAGES,
     IMAGES,
-    ByHand,
     Case,
     Counting,
     PlainWay,
@@ -573,57 +570,3 @@ def test_export_graph__says_nothing_and_leaves_logging_and_warnings_alone(capfd,
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
     assert [record for record in caplog.records if record.name != "torch.__trace"] == []  # which is to no screen
-
-
-# --- FLOPs ----------------------------------------------------------------------------------------------------------
-
-
-def flops(exported: graph.WeightGraph) -> int:
-    return sum(node.meta["flops"] for node in exported.graph.nodes if node.op == "call_function")
-
-
-def test_count_flops__by_hand():
-    """Two linear layers, 1 -> 2 -> 2, on two images: 2 x 2 images x (2 + 4) multiply-adds."""
-    exported = export_graph(ByHand(), BY_HAND_IMAGES)
-    assert [n.meta["flops"] for n in exported.graph.nodes if n.target is torch.ops.aten.linear.default] == [8, 16]
-    assert flops(exported) == 24
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("same", 8 * 64 * 72),  # (channels, pixels, channels x kernel)
-        ("grouped", 8 * 64 * 36),
-        ("depthwise", 8 * 64 * 9),
-        ("strided", 8 * 16 * 72),
-        ("1-d", 8 * 64 * 24),
-        ("3-d", 8 * 64 * 216),
-        ("transposed", 8 * 64 * 32),
-        ("softmax in float32", 2 * 64 * 64 * 8 + 64 * 8 * 8),
-        ("many operators", 8 * 64 * 72 + 64 * 8 * 8),
-    ],
-)
-def test_count_flops__per_operator_by_hand(name, expected):
-    """Multiply-adds an image beside those of the convolution before and the linear layer after."""
-    _, _, exported = sketched(name)
-    around = 8 * 64 * 27 + 8 * 10
-    assert flops(exported) == 2 * 4 * (expected + around)
-
-
-@pytest.mark.parametrize("name", ["resnet50", "vit_tiny_patch16_224", "convnext_tiny"])
-def test_count_flops__agrees_with_a_count_of_the_network_as_it_runs(name):
-    import timm
-
-    with torch.random.fork_rng(devices=[]):
-        options = {"img_size": 64} if "vit" in name else {}
-        network = timm.create_model(name, **options).eval()
-    images = normal(2, 3, 64, 64)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(images)
-    assert flops(export_graph(network, images)) == counter.get_total_flops()
-
-
-def test_count_flops__of_elementwise_work_is_none():
-    _, _, exported = sketched("output plus itself")
-    counted = {n.target for n in exported.graph.nodes if n.op == "call_function" and count_flops(n)}
-    assert counted == {torch.ops.aten.conv2d.default, torch.ops.aten.linear.default}

@@ -12,16 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layercrit.engine import graph, replay
+from layercrit.engine import graph, graph_replay, opening
 from layercrit.engine.graph import export_graph
-from layercrit.engine.replay import (
-    MODES,
-    GraphReplay,
-    PlainReplay,
-    RecordedReplay,
-    Replay,
-    open_replay,
-)
+from layercrit.engine.graph_replay import GraphReplay
+from layercrit.engine.opening import open_replay
+from layercrit.engine.recorded_replay import RecordedReplay
+from layercrit.engine.replay import MODES, PlainReplay, Replay
 from layercrit.errors import ProtocolError
 from layercrit.layers import Layer, find_layers, select_layers
 from tiny_networks import (
@@ -256,8 +252,6 @@ def test_open_replay__says_in_one_line_which_slower_road_it_takes(build, road, n
     made = case(build, *IMAGES)
     opened = open_replay(made.network, made.layers, made.images, mode)
     assert (opened.road, opened.mode) == (road, "reference")
-    assert pytest.approx(0) == opened.flops_per_image
-    assert opened.flops_after() is None
     assert "\n" not in opened.note
     assert re.fullmatch(note, opened.note)
     assert capfd.readouterr() == ("", ""), "the exporter prints a whole graph when it fails"
@@ -272,7 +266,7 @@ def test_open_replay__a_weight_that_the_graph_took_for_a_constant_is_found(monke
         weight_graph.names[lost] = ("a constant",)
         return weight_graph
 
-    monkeypatch.setattr(replay, "export_graph", forgetful)
+    monkeypatch.setattr(opening, "export_graph", forgetful)
     opened = open_replay(made.network, made.layers, made.images, "float32")
     assert opened.road == "recorded"
     assert opened.note == (
@@ -301,11 +295,11 @@ def test_open_replay__a_number_format_that_fails_gives_way_to_the_next():
 
 def test_open_replay__a_mode_that_moves_predictions_too_far_is_not_taken(monkeypatch):
     made = case(UsedTwice, *IMAGES)
-    monkeypatch.setitem(replay._BROKEN, "bfloat16", 1e-7)
+    monkeypatch.setitem(opening._BROKEN, "bfloat16", 1e-7)
     opened = open_replay(made.network, made.layers, made.images, "bfloat16")
     assert opened.mode == "float32"
     assert opened.note.startswith("float32 instead of bfloat16: bfloat16 moves predictions too far (total variation ")
-    monkeypatch.setitem(replay._BROKEN, "float32", -1.0)
+    monkeypatch.setitem(opening._BROKEN, "float32", -1.0)
     opened = open_replay(made.network, made.layers, made.images, "bfloat16")
     assert (opened.mode, opened.road) == ("reference", "graph")
     assert opened.note.startswith("reference instead of bfloat16: bfloat16 moves ")
@@ -319,7 +313,7 @@ def test_open_replay__out_of_memory_is_not_taken_for_an_unknown_number_format(mo
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(replay, "speed_up", full)
+    monkeypatch.setattr(graph_replay, "speed_up", full)
     with pytest.raises(torch.OutOfMemoryError):
         open_replay(made.network, made.layers, made.images, "bfloat16")
 
@@ -436,8 +430,6 @@ def test_sweep__a_layer_that_is_never_used_changes_nothing(road):
     )
     got = sweep(opened, made)
     assert torch.equal(got["idle"], got[None])
-    if road == "graph":
-        assert opened.flops_after()["idle"] == 0
 
 
 @pytest.mark.parametrize("road", ROADS)
@@ -463,32 +455,6 @@ def test_sweep__groups_of_layers(group):
     assert_equal(sweep(opened, made, grouped), PlainWay(made.network).sweep(made, grouped))
 
 
-def test_flops_after__by_hand(by_hand):
-    """12 floating-point operations an image: 4 in `first`, 8 in `last`."""
-    network, layers = by_hand
-    for mode in MODES:
-        opened = open_replay(network, layers, BY_HAND_IMAGES, mode)
-        assert opened.flops_per_image == 12
-        assert opened.flops_after() == {"first": 1.0, "last": 8 / 12}
-
-
-@pytest.mark.parametrize("name", ["convnext_tiny", "torchvision_resnet18", "vit_tiny"])
-def test_flops_after__falls_with_depth_in_every_mode(name):
-    made, _, opened = architecture(name)
-    share = opened.flops_after()
-    assert list(share) == [layer.name for layer in made.layers]
-    assert share[made.layers[0].name] == 1
-    assert 0 < share[made.layers[-1].name] < 0.05
-    for mode in ("float32", "bfloat16"):
-        fast = opened.in_mode(mode, CPU)
-        for layer in made.layers:
-            # a normalisation that is folded, or a shortcut that is added in the same call, runs a convolution anew
-            anew = layer.type == "norm" or "downsample" in layer.name
-            found, expected = fast.flops_after()[layer.name], share[layer.name]
-            assert found == pytest.approx(expected) or (anew and found > expected)
-        assert fast.flops_per_image == pytest.approx(opened.flops_per_image)
-
-
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
@@ -499,7 +465,7 @@ def chain(depth: int) -> nn.Module:
 @pytest.fixture
 def live(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Count the results of nodes, of the shape of an activation of `chain`, that are still alive."""
-    call, results = replay._call, []
+    call, results = graph_replay._call, []
 
     def watched(*arguments: object) -> object:
         result = call(*arguments)
@@ -513,7 +479,7 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
     most: list[int] = []
     count.most = most
-    monkeypatch.setattr(replay, "_call", watched)
+    monkeypatch.setattr(graph_replay, "_call", watched)
     return count
 
 
@@ -650,7 +616,7 @@ def test_sweep__after_an_exception_in_a_graph_everything_is_as_it_was(monkeypatc
     opened = open_replay(made.network, made.layers, made.images, "reference")
     expected = sweep(opened, made)
     snapshot = Snapshot(made.network)
-    call, left = replay._call, [15]
+    call, left = graph_replay._call, [15]
 
     def blowing(*arguments: object) -> object:
         left[0] -= 1
@@ -658,7 +624,7 @@ def test_sweep__after_an_exception_in_a_graph_everything_is_as_it_was(monkeypatc
             raise KeyboardInterrupt("blown")
         return call(*arguments)
 
-    monkeypatch.setattr(replay, "_call", blowing)
+    monkeypatch.setattr(graph_replay, "_call", blowing)
     with pytest.raises(KeyboardInterrupt, match="blown"):
         sweep(opened, made)
     snapshot.assert_same()

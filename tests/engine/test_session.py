@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from layercrit.engine import session as session_module
+from layercrit.engine.holder import ReplayHolder
 from layercrit.engine.session import Predictions, Session
 from layercrit.engine.subject import Subject
 from layercrit.errors import ProbeError
@@ -89,13 +90,13 @@ def test_session__labels_that_cannot_be_are_an_error(network):
 
 
 def test_session__a_known_mode_is_not_chosen_again(network, monkeypatch):
-    monkeypatch.setattr(Session, "_fastest", lambda *_: pytest.fail("the mode is known"))
+    monkeypatch.setattr(ReplayHolder, "_fastest", lambda *_: pytest.fail("the mode is known"))
     protocol = Protocol(dtype="auto", batch_size=4)
     subject = Subject(protocol, open_model(network, input_size=(3, 12, 12)), None)
 
     session = Session(protocol, subject, photographs(4), ["cosine"], False, Bar(shown=False), mode="bfloat16")
 
-    assert session.replay.mode == "bfloat16"
+    assert session.holder.replay.mode == "bfloat16"
 
 
 def test_batches__cover_all_images_once(network):
@@ -187,8 +188,8 @@ def test_run_batch__goes_on_with_half_the_size_when_memory_runs_out(network, mon
     run_batch, sizes = Session._run_batch, []
 
     def short_of_memory(self, replay, trial, start):
-        sizes.append(self.batch_size)
-        if self.batch_size > 2:
+        sizes.append(self.holder.batch_size)
+        if self.holder.batch_size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return run_batch(self, replay, trial, start)
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from figure_checks import NASTY, SHOWN, all_texts, cells, check_layout, legend, lines, tables, written
+from figure_checks import NASTY, SHOWN, all_texts, check_layout, collection, legend, lines, tables, written
 from layercrit.errors import ProtocolError
 from layercrit.figures.categories import CATEGORY_COLORS
 from layercrit.figures.depth import criticality_over_depth
@@ -35,7 +35,7 @@ def curve(axes: Axes, gid: str) -> list[float]:
 def band(axes: Axes) -> dict[int, tuple[float, float]]:
     """Return layer -> lower and upper edge of the band there."""
     found: dict[int, list[float]] = {}
-    for path in cells(axes, "band").get_paths():
+    for path in collection(axes, "band").get_paths():
         for x, y in path.vertices.tolist():
             found.setdefault(round(x), []).append(y)
     return {x: (min(heights), max(heights)) for x, heights in sorted(found.items())}
@@ -60,7 +60,7 @@ def test_criticality_over_depth__mean_and_band_of_each_category() -> None:
             spread = math.sqrt(sum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1))
             assert drawn == pytest.approx(mean)
             assert band(axes)[layer] == pytest.approx((max(mean - spread, 0), min(mean + spread, 1)))
-        (line,), (filled,) = lines(axes, "mean"), cells(axes, "band").get_facecolors()
+        (line,), (filled,) = lines(axes, "mean"), collection(axes, "band").get_facecolors()
         assert to_hex(line.get_color()) == to_hex(filled)
         assert to_hex(filled).upper() == CATEGORY_COLORS.get(name, to_hex(filled).upper())
 
@@ -81,7 +81,7 @@ def test_criticality_over_depth__gaps_where_nothing_was_measured() -> None:
     one, two = figure.axes
     assert curve(one, "mean") == pytest.approx([0.2, 0.2, nan, 0.3, 0.5], nan_ok=True)
     assert sorted(band(one)) == [0, 3, 4]  # one value has no spread
-    assert len(cells(one, "band").get_paths()) == 2, "the band must not cross the gap"
+    assert len(collection(one, "band").get_paths()) == 2, "the band must not cross the gap"
     assert curve(two, "mean") == pytest.approx([nan, 0.5, 0.6, nan, nan], nan_ok=True)
     assert lines(one, "mean")[0].get_marker() not in ("", "None"), "a layer between two gaps must be seen"
 

@@ -8,15 +8,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from figure_checks import CATEGORIES, NASTY, SHOWN, all_texts, cells, check_layout, numbers, tables, written
+from figure_checks import CATEGORIES, NASTY, SHOWN, all_texts, check_layout, collection, numbers, tables, written
 from layercrit.errors import ProtocolError
 from layercrit.figures.categories import CATEGORY_COLORS
 from layercrit.figures.heat_maps import difference_map, heat_map, spread_map
 
 
 def corners(figure: Figure, gid: str = "values") -> np.ndarray:
-    """Return the corners of cells in inches, ``(n_cells, 4, 2)``."""
-    return np.array([path.vertices[:4] for path in cells(figure, gid).get_paths()])
+    """Return the corners of squares in inches, ``(n_squares, 4, 2)``."""
+    return np.array([path.vertices[:4] for path in collection(figure, gid).get_paths()])
 
 
 def bar(figure: Figure) -> tuple[list[str], tuple[float, float]]:
@@ -55,12 +55,12 @@ def test_heat_map__models_are_grouped_by_category_and_keep_their_order() -> None
     expected = values.iloc[order]
     assert written(figure, "values") == [f"{100 * value:.0f}" for value in expected.to_numpy().ravel()]
     assert (
-        cells(figure, "values").get_facecolors().tolist()
+        collection(figure, "values").get_facecolors().tolist()
         == mpl.colormaps["viridis"](expected.to_numpy().ravel()).tolist()
     )
 
 
-def test_heat_map__cells_lie_in_rows_and_columns() -> None:
+def test_heat_map__squares_lie_in_rows_and_columns() -> None:
     values, models = tables(6, 4)
     figure = heat_map(values, models.assign(category="augmentation"))
     places = corners(figure).reshape(6, 4, 4, 2)
@@ -94,10 +94,10 @@ def test_heat_map__means_and_deviations() -> None:
     assert written(figure, "model means") == [mean_and_sd(row.tolist(), " ± ", ".0f") for row in values.to_numpy()]
     assert written(figure, "layer means") == [mean_and_sd(row.tolist(), "\n±", ".0f") for row in values.to_numpy().T]
     means = mpl.colormaps["viridis"](values.mean(axis=1).to_numpy())
-    np.testing.assert_allclose(cells(figure, "model means").get_facecolors(), means)
+    np.testing.assert_allclose(collection(figure, "model means").get_facecolors(), means)
 
 
-def test_heat_map__one_cell_has_no_deviation() -> None:
+def test_heat_map__one_square_has_no_deviation() -> None:
     values, models = tables(1, 1)
     figure = heat_map(values, models)
     number = f"{100 * values.iloc[0, 0]:.0f}"
@@ -105,22 +105,22 @@ def test_heat_map__one_cell_has_no_deviation() -> None:
     check_layout(figure)
 
 
-def test_heat_map__cells_without_a_value_are_hatched() -> None:
+def test_heat_map__squares_without_a_value_are_hatched() -> None:
     values, models = tables()
     assert not written(heat_map(values, models), "values, not measured")
     assert "not measured" not in all_texts(heat_map(values, models))
     values.iloc[0, 1:3] = np.nan
     values.iloc[4] = np.nan  # a whole model
     figure = heat_map(values, models)
-    assert len(cells(figure, "values, not measured").get_paths()) == 2 + 5
-    assert cells(figure, "values, not measured").get_hatch()
-    assert len(cells(figure, "model means, not measured").get_paths()) == 1
+    assert len(collection(figure, "values, not measured").get_paths()) == 2 + 5
+    assert collection(figure, "values, not measured").get_hatch()
+    assert len(collection(figure, "model means, not measured").get_paths()) == 1
     assert len(written(figure, "values")) == values.notna().to_numpy().sum()
     assert "not measured" in all_texts(figure)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.2, 0.45, 0.55, 0.8, 1.0])
-def test_heat_map__numbers_are_readable_on_their_cells(value: float) -> None:
+def test_heat_map__numbers_are_readable_on_their_squares(value: float) -> None:
     """Contrast of at least 4.5 to 1, as WCAG 2.2 wants it of small text (success criterion 1.4.3)."""
     _, models = tables(1)
     figure = heat_map(pd.DataFrame({"a": [value]}, index=["model_0"]), models)
@@ -130,14 +130,14 @@ def test_heat_map__numbers_are_readable_on_their_cells(value: float) -> None:
         parts = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in mpl.colors.to_rgb(color)]
         return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
-    dark, light = sorted([luminance(color), luminance(cells(figure, "values").get_facecolor()[0])])
+    dark, light = sorted([luminance(color), luminance(collection(figure, "values").get_facecolor()[0])])
     assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
 def check_numbers(figure: Figure) -> None:
-    """Check that every number is in the middle of its cell, and within it."""
+    """Check that every number is in the middle of its square, and within it."""
     for gid in ("values", "model means", "layer means"):
-        boxes = [path.get_extents() for path in cells(figure, gid).get_paths()]
+        boxes = [path.get_extents() for path in collection(figure, gid).get_paths()]
         assert len(boxes) == len(numbers(figure, gid))
         for (_, middle, _), box in zip(numbers(figure, gid), boxes, strict=True):
             np.testing.assert_allclose(middle, ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2), atol=1e-6)
@@ -149,7 +149,7 @@ def check_numbers(figure: Figure) -> None:
                 assert outline.y0 + outline.y1 == pytest.approx(0, abs=0.5), one.get_label()
 
 
-def test_heat_map__numbers_lie_within_their_cells() -> None:
+def test_heat_map__numbers_lie_within_their_squares() -> None:
     values, models = tables(20, 40)
     values.iloc[0] = 1.0  # the widest
     check_numbers(heat_map(values, models))
@@ -295,7 +295,7 @@ def test_difference_map__purple_is_more_and_orange_less() -> None:
     differences = 0.78 * (values - 0.5)
     differences.iloc[0] = 0.4, -0.4, 0.0
     figure = difference_map(differences, models.assign(category=None))
-    drawn = cells(figure, "values").get_facecolors()
+    drawn = collection(figure, "values").get_facecolors()
     np.testing.assert_allclose(drawn, mpl.colormaps["PuOr"]((differences.to_numpy().ravel() + 0.4) / 0.8))
     more, less, same = drawn[:3, :3]
     assert more[2] > more[0] > more[1], "not purple"
@@ -304,9 +304,9 @@ def test_difference_map__purple_is_more_and_orange_less() -> None:
     assert written(figure, "quantity") == ["difference to the baseline (percentage points)"]
 
 
-def test_difference_map__numbers_fit_into_their_cells() -> None:
+def test_difference_map__numbers_fit_into_their_squares() -> None:
     values, models = tables(20, 54)
-    models["label"] = "a long name, which leaves cells less room than their numbers need"
+    models["label"] = "a long name, which leaves squares less room than their numbers need"
     figure = difference_map(values - values.iloc[::-1].to_numpy(), models, stages={"layer3.conv": "a"})
     check_layout(figure)
     check_numbers(figure)
@@ -338,12 +338,12 @@ def test_spread_map__scale_starts_at_0(values: tuple[float, ...], texts: list[st
     end = float(texts[-1]) / 100
     assert bar(figure) == (texts, pytest.approx((0, end)))
     known = np.array(values)[np.isfinite(values)]
-    np.testing.assert_allclose(cells(figure, "values").get_facecolors(), mpl.colormaps["BuPu"](known / end))
+    np.testing.assert_allclose(collection(figure, "values").get_facecolors(), mpl.colormaps["BuPu"](known / end))
     assert written(figure, "quantity") == ["half-width (percentage points)"]
 
 
 def test_spread_map__nothing_is_white_and_more_is_darker() -> None:
-    drawn = cells(spread_map(*one_row(0.0, 0.1, 0.2, 0.3, 0.4)), "values").get_facecolors()[:, :3].sum(axis=1)
+    drawn = collection(spread_map(*one_row(0.0, 0.1, 0.2, 0.3, 0.4)), "values").get_facecolors()[:, :3].sum(axis=1)
     assert drawn[0] > 2.9
     assert (np.diff(drawn) < -0.2).all()
 
@@ -361,7 +361,7 @@ def test_spread_map__means_and_deviations() -> None:
     known = values.drop(index="model_2").to_numpy()
     assert written(figure, "model means") == [mean_and_sd(row.tolist(), " ± ", ".1f") for row in known]
     assert written(figure, "layer means") == [mean_and_sd(row.tolist(), "\n±", ".1f") for row in known.T]
-    assert len(cells(figure, "values, not measured").get_paths()) == 3
+    assert len(collection(figure, "values, not measured").get_paths()) == 3
 
 
 @pytest.mark.parametrize("size", [(1, 1), (14, 23)])

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from layercrit.study.executors import (
 )
 
 PLACE = Place("cpu", 1)
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks at /proc")
 
@@ -374,6 +375,7 @@ def test_run__workers_end_when_the_parent_is_killed():
 
 @needs_proc
 @pytest.mark.parametrize("moment", ["at work", 0.03, 0.05, 0.1, 0.2])
+@pytest.mark.usefixtures("interruptible")
 def test_run__ctrl_c_ends_all_with_one_traceback(moment):
     with begin_parent("import executor_jobs; executor_jobs.run_aloud(3)", start_new_session=True) as parent:
         assert parent.stdout.readline() == "begin\n"
@@ -382,13 +384,37 @@ def test_run__ctrl_c_ends_all_with_one_traceback(moment):
             time.sleep(moment)
         os.killpg(parent.pid, signal.SIGINT)
         said = parent.stderr.read()  # until the last process of the group has closed it
-        assert parent.wait(10) == -signal.SIGINT
+        assert parent.wait(60) == -signal.SIGINT
     assert said.count("Traceback") == 1, said
     assert said.endswith("KeyboardInterrupt\n")
     assert not any(map(is_alive, pids))
     assert wait_until_gone(alive_in_group(parent.pid), 2)  # the resource tracker of multiprocessing ends last
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="cannot hold back signals")
+@pytest.mark.usefixtures("interruptible")
+def test_interrupts_held__also_from_threads_that_do_not_block_them():
+    passed, end = [], threading.Event()
+    other = threading.Thread(target=end.wait)
+
+    def interrupt_inside():
+        with executors._interrupts_held():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+            passed.append(True)
+
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupt_inside()
+    finally:
+        end.set()
+        other.join()
+    assert passed == [True]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_run__a_worker_ignores_ctrl_c():
     happening = LocalProcesses([PLACE], attempts=1).run([jobs.task("a", jobs.say_pid_often, 3, 0.1)], jobs.start)
     events = [next(happening)]
@@ -399,6 +425,7 @@ def test_run__a_worker_ignores_ctrl_c():
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="cannot hold back signals")
+@pytest.mark.usefixtures("interruptible")
 def test_run__a_worker_ignores_ctrl_c_while_its_interpreter_begins(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
@@ -415,7 +442,7 @@ def test_run__a_worker_ignores_ctrl_c_while_its_interpreter_begins(tmp_path):
 @needs_proc
 def test_run__leaving_python_with_an_open_iterator_ends_the_workers(tmp_path):
     with begin_parent(f"import executor_jobs; executor_jobs.leave_open({str(tmp_path)!r})") as parent:
-        assert parent.wait(10) == 0
+        assert parent.wait(60) == 0
         assert parent.stderr.read() == ""
     assert not is_alive(int((tmp_path / "pid").read_text()))
 
@@ -427,7 +454,7 @@ def test_run__a_script_without_a_main_guard_is_told_so(tmp_path):
         "print(*LocalProcesses([Place('cpu', 1)], attempts=1).run([task('a', say)], start))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
     assert "died once (exit code 1)" in done.stdout
     assert "must do so below `if __name__ == '__main__':`" in done.stdout
 

@@ -3,12 +3,12 @@ import csv
 import numpy as np
 import pytest
 
-import layercrit.study.training
+import layercrit.study.training as training_module
 from layercrit.errors import ProbeError, StudyError, TrainingError
 from layercrit.study.file import read_study_file
 from layercrit.study.running import run_study
 from layercrit.study.tables import load_study
-from layercrit.study.training import train_family
+from layercrit.study.training import train_models
 from layercrit.training import Options
 from running_jobs import Inline
 from training_images import ARCHITECTURE, write_images
@@ -52,10 +52,10 @@ def written(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("model.*")}
 
 
-def test_train_family__trains_what_is_missing_and_the_study_runs(tmp_path):
+def test_train_models__trains_what_is_missing_and_the_study_runs(tmp_path):
     study_file = write(tmp_path)
     seen, lines = [], []
-    first = train_family(
+    first = train_models(
         study_file, ["smooth"], options=ON_CPU, progress=lambda name, done: seen.append((name, done.step, done.steps)),
         say=lines.append,
     )  # fmt: skip
@@ -68,7 +68,7 @@ def test_train_family__trains_what_is_missing_and_the_study_runs(tmp_path):
 
     before = written(tmp_path)
     seen.clear()
-    report = train_family(study_file, options=ON_CPU, progress=lambda name, done: seen.append((name, done.epochs)))
+    report = train_models(study_file, options=ON_CPU, progress=lambda name, done: seen.append((name, done.epochs)))
     assert list(report.trained) == list(MODELS)
     assert report.failures == {}
     assert set(seen) == {("plain", 1), ("frozen", 2)}
@@ -84,7 +84,7 @@ def test_train_family__trains_what_is_missing_and_the_study_runs(tmp_path):
     assert report.trained["plain"].folder == tmp_path / "models" / "plain"
 
     before = written(tmp_path)
-    again = train_family(study_file, options=ON_CPU, progress=lambda *_: pytest.fail("something was trained again"))
+    again = train_models(study_file, options=ON_CPU, progress=lambda *_: pytest.fail("something was trained again"))
     assert {name: model.record for name, model in again.trained.items()} == records
     assert written(tmp_path) == before
 
@@ -96,10 +96,10 @@ def test_train_family__trains_what_is_missing_and_the_study_runs(tmp_path):
     assert set(accuracies.index) == set(MODELS)
 
 
-def test_train_family__the_accuracy_is_that_which_a_study_finds(tmp_path):
+def test_train_models__the_accuracy_is_that_which_a_study_finds(tmp_path):
     study_file = write(tmp_path, {"plain": "method = 'baseline'\nepochs = 3"})
     images = write_images(tmp_path / "whole.npz")
-    trained = train_family(study_file, options=ON_CPU).trained["plain"]
+    trained = train_models(study_file, options=ON_CPU).trained["plain"]
     text = study_file.read_text().replace('source = "stripes.npz"\nn_images = 16', 'source = "test.npz"\nn_images = 48')
     study_file.write_text(text)
     with np.load(images) as arrays:
@@ -109,19 +109,19 @@ def test_train_family__the_accuracy_is_that_which_a_study_finds(tmp_path):
     assert found == pytest.approx(trained.top1_accuracy)
 
 
-def test_train_family__a_model_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
-    train = layercrit.families.train
+def test_train_models__a_model_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    train = training_module.train
 
     def broken(method, arch, data, folder, **more):
         if folder.name == "frozen":
             raise MemoryError("out of memory")
         return train(method, arch, data, folder, **more)
 
-    monkeypatch.setattr(layercrit.families, "train", broken)
+    monkeypatch.setattr(training_module, "train", broken)
     models = {"wild": "method = 'baseline'\nsettings = { lr = 1e30 }\nepochs = 2", **MODELS}
     study_file = write(tmp_path, models)
     lines = []
-    report = train_family(study_file, options=ON_CPU, say=lines.append)
+    report = train_models(study_file, options=ON_CPU, say=lines.append)
     assert list(report.trained) == ["plain", "smooth"]
     assert list(report.failures) == ["wild", "frozen"]
     assert report.failures["wild"].startswith("The loss became ")
@@ -129,17 +129,17 @@ def test_train_family__a_model_that_fails_does_not_stop_the_others(tmp_path, mon
     assert [line.partition(":")[0] for line in lines] == ["wild failed", "plain", "frozen failed", "smooth"]
     assert read_study_file(study_file).untrained() == ["wild", "frozen"]
     monkeypatch.undo()
-    assert list(train_family(study_file, ["frozen"], options=ON_CPU).trained) == ["frozen"]
+    assert list(train_models(study_file, ["frozen"], options=ON_CPU).trained) == ["frozen"]
 
 
-def test_train_family__an_architecture_that_cannot_be_built_fails_each(tmp_path):
-    report = train_family(write(tmp_path, training=TRAINING.replace("num_classes=3", "num_classes=4")), options=ON_CPU)
+def test_train_models__an_architecture_that_cannot_be_built_fails_each(tmp_path):
+    report = train_models(write(tmp_path, training=TRAINING.replace("num_classes=3", "num_classes=4")), options=ON_CPU)
     assert report.trained == {}
     assert list(report.failures) == list(MODELS)
     assert all("has 4 classes, but the data have 3" in text for text in report.failures.values())
 
 
-def test_train_family__an_interruption_stops_it_and_it_goes_on(tmp_path):
+def test_train_models__an_interruption_stops_it_and_it_goes_on(tmp_path):
     study_file = write(tmp_path, training=TRAINING.replace("epochs = 1", "epochs = 2"))
 
     def stop(name, done):
@@ -147,25 +147,25 @@ def test_train_family__an_interruption_stops_it_and_it_goes_on(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_family(study_file, options=ON_CPU, progress=stop)
+        train_models(study_file, options=ON_CPU, progress=stop)
     assert read_study_file(study_file).untrained() == ["smooth"]
     lines = []
-    report = train_family(study_file, options=ON_CPU, say=lines.append)
+    report = train_models(study_file, options=ON_CPU, say=lines.append)
     assert list(report.trained) == list(MODELS)
-    assert f"Going on with {tmp_path / 'models' / 'smooth'} after 2 of 4 steps." in lines
+    assert f"Resuming {tmp_path / 'models' / 'smooth'} after 2 of 4 steps." in lines
     assert len(list(csv.DictReader((tmp_path / "models" / "smooth" / "log.csv").open()))) == 2
 
 
-def test_train_family__settings_that_changed_are_told_for_each_model(tmp_path):
-    train_family(write(tmp_path), ["plain"], options=ON_CPU)
-    report = train_family(write(tmp_path, {**MODELS, "plain": "method = 'baseline'\nseed = 2"}), options=ON_CPU)
+def test_train_models__settings_that_changed_are_told_for_each_model(tmp_path):
+    train_models(write(tmp_path), ["plain"], options=ON_CPU)
+    report = train_models(write(tmp_path, {**MODELS, "plain": "method = 'baseline'\nseed = 2"}), options=ON_CPU)
     assert list(report.trained) == ["frozen", "smooth"]
     assert "holds another training run: seed 0 there, 2 asked for" in report.failures["plain"]
 
 
-def test_train_family__names_given_twice_are_trained_once(tmp_path):
+def test_train_models__names_given_twice_are_trained_once(tmp_path):
     lines = []
-    train_family(write(tmp_path), ["plain", "plain"], options=ON_CPU, say=lines.append)
+    train_models(write(tmp_path), ["plain", "plain"], options=ON_CPU, say=lines.append)
     assert len(lines) == 1
 
 
@@ -180,10 +180,10 @@ def test_train_family__names_given_twice_are_trained_once(tmp_path):
         ({"x": "method = 'basline'"}, TRAINING, [], StudyError, "Did you mean 'baseline'"),
     ],
 )
-def test_train_family__mistakes(tmp_path, models, training, names, error, text):
+def test_train_models__mistakes(tmp_path, models, training, names, error, text):
     path = write(tmp_path, models, training)
     if "zoo:" in str(models):
         path.write_text(path.read_text().replace(', "rewind"', ""))
     with pytest.raises(error, match=text):
-        train_family(path, names)
+        train_models(path, names)
     assert not (tmp_path / "models").exists()

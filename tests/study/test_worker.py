@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import layercrit.study.worker as worker_module
-from layercrit.engine import session as session_module
-from layercrit.engine.replay import open_replay
+from layercrit.engine.holder import ReplayHolder
+from layercrit.engine.opening import open_replay
 from layercrit.engine.session import Session
 from layercrit.errors import CheckpointError, ModelError, ProbeError
 from layercrit.layers import find_layers, select_layers
@@ -287,11 +287,11 @@ def unsteady_format(monkeypatch):
     asked = []
 
     def fastest(self, images):
-        asked.append(self.subject._reset.name)
+        asked.append(self._subject._reset.name)
         mode = "bfloat16" if asked[-1] == "zero" else "float32"
-        return open_replay(self.subject.network, self.subject.layers, images, mode)
+        return open_replay(self._subject.network, self._subject.layers, images, mode)
 
-    monkeypatch.setattr(session_module.Session, "_fastest", fastest)
+    monkeypatch.setattr(ReplayHolder, "_fastest", fastest)
     return asked
 
 

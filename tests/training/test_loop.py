@@ -189,7 +189,7 @@ def test_train__resumed_is_bit_for_bit_uninterrupted(data, tmp_path, monkeypatch
         interrupted(data, tmp_path / "cut", at, method=method, settings=settings)
     lines = []
     resumed = run(data, tmp_path / "cut", method, settings, say=lines.append)
-    assert any("Going on with" in line and " after 1" in line for line in lines)
+    assert any(line.startswith("Resuming ") and " after 1" in line for line in lines)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     timeless = [
         [{k: v for k, v in row.items() if "second" not in k} for row in trained.record["by_epoch"]]
@@ -218,7 +218,7 @@ def test_train__a_damaged_state_is_left_out_for_the_one_before(data, tmp_path, h
     lines = []
     run(data, tmp_path / "cut", say=lines.append)
     assert f"{states[-1]} is damaged or was cut off, so it is left out." in lines
-    assert any("Going on" in line for line in lines)
+    assert any(line.startswith("Resuming ") for line in lines)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
@@ -229,7 +229,7 @@ def test_train__begins_anew_where_no_state_is_whole(data, tmp_path):
         damage(state, "cut off")
     lines = []
     run(data, tmp_path / "cut", say=lines.append)
-    assert "No whole state is left: training starts from the beginning." in lines
+    assert "No saved state is intact: training starts from the beginning." in lines
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
@@ -295,17 +295,36 @@ def test_train__the_number_of_workers_does_not_matter(data, tmp_path):
 
 @pytest.mark.slow
 def test_train__two_processes_share_each_batch(tmp_path):
-    images = str(write_images(tmp_path / "stripes.npz"))
+    images = write_images(tmp_path / "stripes.npz")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "layercrit"]
-    settings = ["--set", "lr=0.05", "--data", images, "--out", str(tmp_path / "two")]
+    settings = ["--set", "lr=0.05", "--data", images, "--out", tmp_path / "two"]
+    settings += ["--arch", "py:recording:recording_network?num_classes=3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RECORDED": str(tmp_path)}
     command = [sys.executable, *launch, *COMMAND[3:], *settings]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "two" / "model.json").read_text())
     assert record["n_processes"] == 2
-    assert record["top1_accuracy"] > 0.6
     assert len(list(csv.DictReader((tmp_path / "two" / "log.csv").open()))) == 6
+
+    data = open_training_data(images)
+    batches = Batches(data.train, get_method("baseline").phases()[0].views(data.inputs), seed=0, batch_size=8)
+    shares = [[torch.load(tmp_path / f"{rank}-{step}.pt") for step in range(72)] for rank in (0, 1)]
+    whole = [to_device(images, torch.device("cpu")) for epoch in range(6) for (images,), _ in batches.of_epoch(epoch)]
+    for step, (images, first, second) in enumerate(zip(whole, *shares, strict=True)):
+        seen = torch.stack([first["images"], second["images"]], dim=1).flatten(0, 1)
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.inputs.mean, data.inputs.std))
+        assert torch.allclose(seen * std + mean, images, atol=1e-5), f"step {step}: not a half of the batch each"
+    draws = {share["draw"] for of_process in shares for share in of_process}
+    assert len(draws) == 2 * 72, "processes or steps draw the same random numbers"
+
+    network = open_model(ARCHITECTURE).network
+    network.load_state_dict(weights(tmp_path / "two"))
+    held_out = torch.from_numpy(np.stack([np.asarray(data.test.image(i)) for i in range(len(data.test))])[:, None])
+    with torch.no_grad():
+        predicted = network((held_out / 255 - mean) / std).argmax(dim=1).numpy()
+    assert record["top1_accuracy"] == pytest.approx((predicted == data.test.labels).mean())
+    assert record["top1_accuracy"] > 0.6
 
 
 def test_train__leaves_global_generators_as_they_were(data, tmp_path):
@@ -392,7 +411,7 @@ def test_train__settings_that_make_no_sense(data, tmp_path):
         run(data, tmp_path / "run", weights_dtype="float8")
     with pytest.raises(TrainingError, match=r"timm has no optimizer 'sdg'\. Did you mean 'sgd'"):
         run(data, tmp_path / "run", settings={**TINY, "optimizer": "sdg"})
-    with pytest.raises(TrainingError, match=r"keep_epochs are 2, 5, but the run ends after epoch 3"):
+    with pytest.raises(TrainingError, match=r"keep_epochs are 2, 5, but training ends after epoch 3"):
         run(data, tmp_path / "run", options=Options(device="cpu", keep_epochs=(2, 5)))
     if not torch.cuda.is_available():
         with pytest.raises(ProtocolError, match="device 'cuda' cannot be used"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from layercrit.cli.printing import number, percent, plain, print_table
+from layercrit.cli.registered import ModelCommand, RegisteredOption
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, DTYPES
 
@@ -23,19 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["layers_command", "measure_command", "show_command"]
 
 _SECONDS_BETWEEN_SAVES = 60.0
-
-
-class _Registered(click.Option):
-    """An option whose values are the names in a registry; it is read only when help or a value is asked for."""
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        from layercrit.resets import RESETS
-
-        record = super().get_help_record(ctx)
-        if record is None:
-            return None
-        listed = "; ".join(f"{name}: {reset.summary.rstrip('.')}" for name, reset in RESETS.items())
-        return record[0], f"{record[1]} {listed}."
 
 
 def _selection(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,7 +50,7 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
     return int(value)
 
 
-@click.command("measure")
+@click.command("measure", cls=ModelCommand)
 @click.argument("model")
 @click.option(
     "--images",
@@ -78,7 +66,8 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
     "--reset",
     default=DEFAULTS.reset,
     show_default=True,
-    cls=_Registered,
+    cls=RegisteredOption,
+    registry="layercrit.resets:RESETS",
     metavar="NAME",
     help="What replaces a layer's parameters.",
 )
@@ -87,6 +76,13 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
     "donor",
     metavar="FILE",
     help="A weight file to take the new values from (needed by rewind); DIR@epoch=0: what a training run began with.",
+)
+@click.option(
+    "--distances",
+    cls=RegisteredOption,
+    registry="layercrit.distances:DISTANCES",
+    metavar="NAME,...",
+    help="What is measured beside cosine; all of them if left out.",
 )
 @click.option("--seed", default=DEFAULTS.seed, show_default=True, help="Of the draws and of the choice of images.")
 @click.option("--batch-size", default=str(DEFAULTS.batch_size), show_default=True, callback=_number_or_auto)
@@ -106,11 +102,7 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
 def measure_command(
     model: str, images: str, out: Path | None, overwrite: bool, as_json: bool, no_labels: bool, **settings: Any
 ) -> None:
-    """Measure the criticality of every layer of MODEL on images.
-
-    MODEL is a reference: timm:NAME, torchvision:NAME[:WEIGHTS], hf:REPO, hf-hub:REPO,
-    'file:PATH?arch=timm:resnet50', file:DIR or file:DIR@epoch=5 of a training run, or py:package.module:factory.
-    """
+    """Measure the criticality of every layer of MODEL on images."""
     from layercrit.measuring import measure
 
     folder = _folder_for(model, out, overwrite)
@@ -124,7 +116,7 @@ def measure_command(
     saver.save(measurement)
 
 
-@click.command("layers")
+@click.command("layers", cls=ModelCommand)
 @click.argument("model")
 @_selection
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
@@ -133,7 +125,6 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
 
     "after" is the share of the forward pass's FLOPs that run anew when the layer is reset.
     """
-    import torch
     from rich.table import Table
 
     from layercrit.engine.flops import count_flops
@@ -141,8 +132,7 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
     from layercrit.models.references import open_model, without_weights
 
     opened = open_model(without_weights(model, keep=("mean", "std", "input_size")))  # nothing is downloaded
-    size = opened.preprocessing
-    black = opened.classifier.normalise(torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8))
+    black = opened.classifier.normalise(opened.black_image)
     found = select_layers(find_layers(opened.network, black), types=types, patterns=layers, group=cast(Group, group))
     _, after = count_flops(opened.network, found, black)
     if as_json:
@@ -181,14 +171,14 @@ class _Saver:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.unsaved: Measurement | None = None
+        self.unsaved: Callable[[], Measurement] | None = None
         self.last = time.monotonic()
 
-    def keep(self, measurement: "Measurement") -> None:
-        """Remember the measurement so far; write it down now and then."""
-        self.unsaved = measurement
+    def keep(self, so_far: "Callable[[], Measurement]") -> None:
+        """Remember the measurement so far; build it and write it down now and then."""
+        self.unsaved = so_far
         if time.monotonic() - self.last > _SECONDS_BETWEEN_SAVES:
-            self.save(measurement, quietly=True)
+            self.save(so_far(), quietly=True)
 
     def save(self, measurement: "Measurement", quietly: bool = False) -> None:
         """Write a measurement, if need be to another place than asked."""
@@ -206,8 +196,9 @@ class _Saver:
     def save_what_is_finished(self) -> None:
         """Save the trials that were finished before an interruption."""
         if self.unsaved is not None:
-            trials = self.unsaved.cells["trial"].nunique()
-            self.save(self.unsaved, quietly=True)
+            measurement = self.unsaved()
+            trials = measurement.cells["trial"].nunique()
+            self.save(measurement, quietly=True)
             click.echo(f"Stopped; {trials} finished trial(s) are saved in {self.folder}.", err=True)
 
 

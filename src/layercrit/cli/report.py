@@ -5,22 +5,11 @@ from pathlib import Path
 
 import click
 
+from layercrit.cli.registered import RegisteredOption
+
 # Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
 
 __all__ = ["report_command"]
-
-
-class _Figures(click.Option):
-    """Names of figures; their registry is read only when help is asked for."""
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        from layercrit.reporting.reports import FIGURES
-
-        record = super().get_help_record(ctx)
-        if record is None:
-            return None
-        listed = "; ".join(f"{name}: {(draw.__doc__ or '').partition('.')[0]}" for name, draw in FIGURES.items())
-        return record[0], f"{record[1]} {listed}. [default: {self.default}]"
 
 
 def _names(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
@@ -33,7 +22,9 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
 @click.option(
     "--figures",
     default="all",
-    cls=_Figures,
+    show_default=True,
+    cls=RegisteredOption,
+    registry="layercrit.reporting.reports:FIGURES",
     callback=_names,
     metavar="NAME,...",
     help="Which figures.",

@@ -137,6 +137,14 @@ def example_command(name: str) -> None:
     click.echo(example_study(name), nl=False)
 
 
+@study.command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of study files, with which editors complete and check them."""
+    from layercrit.study.schema import study_schema
+
+    click.echo(json.dumps(study_schema(), indent=2))
+
+
 def _folder_of(file: Path, out: Path | None) -> Path:
     """Return the study's folder; without one given, that of a study that was begun, or one named like the file."""
     from layercrit.study.store import FILE

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from layercrit.cli.printing import number, percent, plain, print_table
+from layercrit.cli.registered import RegisteredOption
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
@@ -16,18 +17,6 @@ __all__ = ["compare_command", "export_command", "import_command", "show_comparis
 
 
 _FEWEST = 3  # models from which there is a rank correlation
-
-
-class _Format(click.Option):
-    """The format of an export; its registry is read only when help or a value is asked for."""
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        from layercrit.reporting.exports import FORMATS
-
-        record = super().get_help_record(ctx)
-        if record is None:
-            return None
-        return record[0], "; ".join(f"{name}: {known.summary.rstrip('.')}" for name, known in FORMATS.items()) + "."
 
 
 @click.command("import")
@@ -56,7 +45,15 @@ def import_command(results: Path, layout: str, models: Path | None, out: Path) -
 
 @click.command("export")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
-@click.option("--format", "name", required=True, cls=_Format, metavar="NAME", help="The format.")
+@click.option(
+    "--format",
+    "name",
+    required=True,
+    cls=RegisteredOption,
+    registry="layercrit.reporting.exports:FORMATS",
+    metavar="NAME",
+    help="The format.",
+)
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write. [default: DIR/export]")
 @click.option("--overwrite", is_flag=True, help="Replace files that are there.")
 def export_command(folder: Path, name: str, out: Path | None, overwrite: bool) -> None:

@@ -125,7 +125,7 @@ def train_command(
             report = (
                 _train_one(**single, download=download, options=options, bar=bar)
                 if study is None
-                else _train_family(study, models, download, options, bar)
+                else _train_models(study, models, download, options, bar)
             )
     except KeyboardInterrupt:
         if leads:
@@ -145,7 +145,11 @@ def _train_one(
     chosen = get_method(method, {**settings, **({} if epochs is None else {"epochs": epochs})})
     images = open_training_data(data, input_size=input_size, download=download)
     was_there = (out / "model.json").is_file()
-    trained = train(chosen, arch, images, out, progress=lambda done: bar.trained("", done), say=bar.say, **how)
+
+    def show(done: Any) -> None:
+        bar.trained("", **vars(done))
+
+    trained = train(chosen, arch, images, out, progress=show, say=bar.say, **how)
     record = trained.record
 
     def report() -> None:
@@ -161,21 +165,24 @@ def _train_one(
     return report
 
 
-def _train_family(study: str, names: tuple[str, ...], download: bool, options: Any, bar: Any) -> Callable[[], None]:
+def _train_models(study: str, names: tuple[str, ...], download: bool, options: Any, bar: Any) -> Callable[[], None]:
     """Train the models of a study file, and return what tells about them."""
-    from layercrit.study.training import train_family
+    from layercrit.study.training import train_models
 
-    family = train_family(study, names, options=options, download=download, progress=bar.trained, say=bar.say)
+    def show(name: str, done: Any) -> None:
+        bar.trained(name, **vars(done))
+
+    found = train_models(study, names, options=options, download=download, progress=show, say=bar.say)
 
     def report() -> None:
         rows = [
             [name, str(model.record["method"]), percent(model.top1_accuracy), duration(model.record["seconds"])]
-            for name, model in family.trained.items()
+            for name, model in found.trained.items()
         ]
         if rows:
             print_table(_table(["model", "method", "accuracy", "time"], rows, right=("accuracy", "time")))
-        if family.failures:
-            click.echo(f"{len(family.failures)} could not be trained: {', '.join(family.failures)}", err=True)
+        if found.failures:
+            click.echo(f"{len(found.failures)} could not be trained: {', '.join(found.failures)}", err=True)
             sys.exit(1)
         click.echo(f"Next: layercrit study run {shlex.quote(study)}", err=True)
 
@@ -190,8 +197,8 @@ def methods_command(name: str | None, as_json: bool) -> None:
     import dataclasses
     import json
 
+    from layercrit.categories import CATEGORIES
     from layercrit.training import METHODS, get_method
-    from layercrit.training.methods import CATEGORIES
 
     if name is not None:
         method = get_method(name)

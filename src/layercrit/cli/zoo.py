@@ -33,8 +33,8 @@ def zoo() -> None:
 @_JSON
 def list_command(pattern: str, category: str | None, as_json: bool) -> None:
     """List the models whose identifier matches PATTERN, such as 'robust_*'."""
+    from layercrit.categories import CATEGORIES
     from layercrit.errors import near
-    from layercrit.models.zoo.entries import CATEGORIES
     from layercrit.models.zoo.fetching import find_entries
 
     if category is not None and category not in CATEGORIES:
@@ -64,12 +64,12 @@ def list_command(pattern: str, category: str | None, as_json: bool) -> None:
 @_JSON
 def show_command(name: str, as_json: bool) -> None:
     """Show all that is known about the model ID: files, how they are read, licence, citation."""
-    entry = _entry(name)
+    from layercrit.models.zoo.fetching import find_entry, is_fetched
+
+    entry = find_entry(name)
     if as_json:
         click.echo(json.dumps(_as_data(entry), allow_nan=False))
         return
-    from layercrit.models.zoo.fetching import is_fetched
-
     facts = {
         "reference": f"zoo:{entry.id}",
         "label": entry.label,
@@ -147,21 +147,12 @@ def check_command(name: str, images: str, n_images: int, batch_size: int | None,
     It agrees if the documented accuracy lies in the 95 % interval, which one in twenty right models misses.
     """
     from layercrit.models.zoo.accuracy import check_accuracy
+    from layercrit.models.zoo.fetching import find_entry
 
-    entry = _entry(name)
+    entry = find_entry(name)
     size = "auto" if batch_size is None else batch_size
     checked = check_accuracy(entry, images, n_images=n_images, batch_size=size, device=device)
     click.echo(json.dumps(asdict(checked), allow_nan=False) if as_json else _in_words(checked))
-
-
-def _entry(name: str) -> "ZooEntry":
-    """Find the one entry of that identifier; patterns are no identifiers."""
-    from layercrit.errors import near
-    from layercrit.models.zoo.fetching import ZOO
-
-    if name not in ZOO:
-        raise ZooError(f"The zoo has no model {name!r}. {near(name, ZOO)} `layercrit zoo list` shows all.")
-    return ZOO[name]
 
 
 def _as_data(entry: "ZooEntry") -> dict[str, Any]:

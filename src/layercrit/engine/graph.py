@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate, map_arg
-from torch.utils.flop_counter import FlopCounterMode
+from torch.fx.node import map_aggregate
 
 from layercrit.models.model import logits_of
+from layercrit.restoring import attributes_kept
 
 __all__ = ["WeightGraph", "export_graph", "speed_up"]
 
@@ -42,7 +42,7 @@ class WeightGraph:
 
     Attributes:
         graph: functional nodes in topological order. ``node.meta["val"]`` has the shape and dtype that a node has in
-            the exported network, ``node.meta["flops"]`` its floating-point operations for the whole batch.
+            the exported network.
         images: the placeholder of the network's input, ``(n_images, channels, height, width)``.
         logits: the node of the network's output, ``(n_images, n_classes)``.
         names: placeholder -> every name of the parameter, buffer or constant it stands for; tied ones have several.
@@ -98,7 +98,7 @@ def export_graph(network: nn.Module, images: Tensor) -> WeightGraph:
         Exception: whatever ``torch.export`` raises for a network it cannot follow, for instance one whose control flow
             depends on the image. The caller takes a slower road.
     """
-    with torch.no_grad(), _quiet(), _attributes_kept(network):
+    with torch.no_grad(), _quiet(), attributes_kept(network):
         program = torch.export.export(_Logits(network), (images,)).run_decompositions({})
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
@@ -129,8 +129,6 @@ def export_graph(network: nn.Module, images: Tensor) -> WeightGraph:
     for node in list(graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)  # true of the float32 network; a fast mode changes types and layouts on purpose
-        elif node.op == "call_function":
-            node.meta["flops"] = count_flops(node)
     return WeightGraph(graph, images_node, logits_node, names, values)
 
 
@@ -401,18 +399,6 @@ def _fused_convolution_works(dtype: torch.dtype) -> bool:
 
 
 @contextlib.contextmanager
-def _attributes_kept(network: nn.Module) -> Iterator[None]:
-    """Undo what tracing leaves in a network whose forward assigns to its attributes: tensors without values."""
-    before = [(module, dict(module.__dict__)) for module in network.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-
-
-@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep all that the exporter says from the user: a failed export is answered by a slower road, said once."""
     disabled = logging.root.manager.disable
@@ -458,18 +444,6 @@ def alike(node: fx.Node, other: fx.Node) -> bool:
     """Return whether two nodes have the same shape and dtype in the exported network."""
     a, b = _value(node), _value(other)
     return a.shape == b.shape and a.dtype == b.dtype
-
-
-def count_flops(node: fx.Node) -> int:
-    """Return the floating-point operations of one node of an exported graph, two per multiply-add.
-
-    Convolutions, matrix products and attention are counted; what is linear in the size of its input is not, as is the
-    custom of the field.
-    """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        node.target(*map_arg(node.args, _value), **map_arg(node.kwargs, _value))  # type: ignore[operator]
-    total: int = counter.get_total_flops()
-    return total
 
 
 def _value(node: fx.Node) -> Tensor:

@@ -1,10 +1,10 @@
 """One opened model and one probe set, ready to run trials: what it predicts, then what it predicts after each reset."""
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from layercrit.distances import label_scores, measure_distances
-from layercrit.engine.calibration import calibrate
-from layercrit.engine.replay import GraphReplay, Mode, Replay, open_replay, reopen
+from layercrit.engine.holder import ReplayHolder
+from layercrit.engine.replay import Mode, Replay
 from layercrit.engine.subject import Subject
-from layercrit.errors import LayercritError, ModelError, first_line
+from layercrit.errors import ModelError
 from layercrit.layers import Layer
-from layercrit.machine import choose_batch_size, is_out_of_memory, multiplies_bfloat16
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress import Bar
 from layercrit.protocol import MATCHED, Protocol
@@ -28,11 +27,7 @@ __all__ = ["MATCHED_ENTROPY", "Batch", "Predictions", "Session", "Trial"]
 MATCHED_ENTROPY = 0.1  # of the largest possible entropy, ln(n_classes): what the matched temperature aims at
 _ALIKE = 0.99  # mean cosine between predictions for different images from which a network knows no images apart
 _TEMPERATURE_IMAGES = 512
-_CALIBRATION_LAYERS = 12
 _COLUMN_OF_SCORE = {"loss": "loss", "top1": "top1_accuracy", "top5": "top5_accuracy"}
-_LONG_JOB = 4e12  # FLOPs from which `auto` considers bfloat16: some 20 s on a CPU, where a calibration pays
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -74,16 +69,12 @@ class Batch:
 class Session:
     """One opened model and one probe set.
 
-    A replay fits one batch size. When memory runs out it is dropped, and opened again for batches of half the size in
-    the mode that was chosen first.
-
     Attributes:
         subject: the network, its layers and what is drawn for them.
         probe_set: the images.
         predictions: what the trained network predicts.
         notes: what differs from what may be expected.
-        batch_size: how many images are run at once.
-        seconds_opening: the time that opening replays took.
+        holder: holds the replay that answers.
 
     Args:
         protocol: how to measure.
@@ -110,24 +101,21 @@ class Session:
     ) -> None:
         self.subject, self.probe_set, self.distances = subject, probe_set, distances
         self.labels = probe_set.labels if use_labels else None
-        self.batch_size = choose_batch_size(protocol.batch_size, probe_set, subject.device)
         self.notes = subject.notes()
-        self.seconds_opening = 0.0
-        self._asked = protocol.dtype
+        self.holder = ReplayHolder(
+            subject,
+            probe_set,
+            dtype=protocol.dtype,
+            batch_size=protocol.batch_size,
+            mode=mode,
+            notes=self.notes,
+            say=bar.say,
+        )
         self._bar = bar
-        self._mode = mode
-        self._replay: Replay | None = None
         if predictions is None:
             predictions = self._predict()
         self.predictions = predictions
         self._temperature = math.nan if predictions.temperature is None else predictions.temperature
-
-    @property
-    def replay(self) -> Replay:
-        """The replay, opened if need be."""
-        if self._replay is None:
-            self._replay = self._open()
-        return self._replay
 
     def trial(self, trial: int, layers: list[Layer] | None = None) -> "Trial":
         """Draw the new values of one trial.
@@ -154,61 +142,6 @@ class Session:
             means["recovered_accuracy"] = means["top1_accuracy"] / (self.predictions.top1_accuracy or math.nan)
         return means
 
-    # --- opening ----------------------------------------------------------------------------------------------------
-
-    def _with_memory(self, work: Callable[[Replay], Result]) -> Result:
-        """Do some work; where memory runs out, do it again with half the batch size, and say so."""
-        while True:
-            try:
-                return work(self.replay)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = first_line(error)
-            # Only here, where the error's traceback no longer holds the tensors that were too many:
-            self._replay = None
-            if self.batch_size == 1:
-                raise LayercritError(
-                    f"Out of memory on {self.subject.device} even with a batch of one image ({reason}). "
-                    "Close other programs, use a smaller network or another device (--device)."
-                )
-            self.batch_size //= 2
-            self.notes.append(f"out of memory: batch size halved to {self.batch_size}")
-            self._bar.say(self.notes[-1])
-
-    def _open(self) -> Replay:
-        started = time.perf_counter()
-        images, _ = self._normalised(0)
-        network, layers = self.subject.network, self.subject.layers
-        mode = self._mode or self._asked
-        replay = self._fastest(images) if mode == "auto" else open_replay(network, layers, images, cast(Mode, mode))
-        self._mode = replay.mode
-        if replay.note and replay.note not in self.notes:
-            self.notes.append(replay.note)
-        self.seconds_opening += time.perf_counter() - started
-        return replay
-
-    def _fastest(self, images: Tensor) -> Replay:
-        """Return a bfloat16 replay where it pays and its error is tolerable on one batch, else the float32 one."""
-        network, layers = self.subject.network, self.subject.layers
-        float32 = open_replay(network, layers, images, "float32")
-        if not isinstance(float32, GraphReplay) or not multiplies_bfloat16(self.subject.device):
-            return float32
-        share = float32.flops_after()
-        evaluations = self.subject.n_trials * self.probe_set.n_images * (1 + sum(share.values()))
-        if float32.flops_per_image * evaluations < _LONG_JOB:
-            return float32
-        bfloat16 = reopen(float32, images, "bfloat16")
-        if bfloat16.mode != "bfloat16":
-            return bfloat16  # its note says why it is another
-        some = layers[:: math.ceil(len(layers) / _CALIBRATION_LAYERS)]
-        calibration = calibrate(float32, bfloat16, list(self.subject.changes(0, some)), images)
-        if calibration.tolerable:
-            self.notes.append(f"bfloat16: {calibration}")
-            return bfloat16
-        self.notes.append(f"float32, for bfloat16 is too rough: {calibration}")
-        return float32
-
     # --- the trained network ----------------------------------------------------------------------------------------
 
     def _predict(self) -> Predictions:
@@ -219,7 +152,7 @@ class Session:
         scores: dict[str, list[npt.NDArray[np.float32]]] = {}
         start = 0
         while start < n_images:
-            logits = self._with_memory(lambda replay, start=start: self._logits(replay, start))  # type: ignore[misc]
+            logits = self.holder.run(partial(self._logits, start=start))
             if start == 0 and self.labels is not None:
                 self.probe_set.check_labels(logits.shape[1])
             if start < _TEMPERATURE_IMAGES:
@@ -253,7 +186,7 @@ class Session:
         )
 
     def _logits(self, replay: Replay, start: int) -> Tensor:
-        images, n = self._normalised(start)
+        images, n = self.holder.batch(start)
         logits = replay.logits(images)[:n].float()
         bad = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
         if bad:
@@ -268,10 +201,10 @@ class Session:
 
     def run_batch(self, trial: "Trial", start: int) -> Batch:
         """Run the resets of a trial on the images from ``start`` on, as many as a batch holds."""
-        return self._with_memory(lambda replay: self._run_batch(replay, trial, start))
+        return self.holder.run(partial(self._run_batch, trial=trial, start=start))
 
     def _run_batch(self, replay: Replay, trial: "Trial", start: int) -> Batch:
-        images, n = self._normalised(start)
+        images, n = self.holder.batch(start)
         logits = {}
         prepared = trial.prepared(replay)
         for name, found in replay.sweep(images, prepared):
@@ -296,14 +229,6 @@ class Session:
             return {}
         labels = torch.tensor(self.labels[start : start + len(logits)], device=logits.device)
         return {_COLUMN_OF_SCORE[name]: values for name, values in label_scores(logits, labels).items()}
-
-    def _normalised(self, start: int) -> tuple[Tensor, int]:
-        """Return a full batch of normalised images, and how many of them count: the last one repeats to fill it."""
-        pixels = self.probe_set.batch(start, start + self.batch_size)
-        n = len(pixels)
-        if n < self.batch_size:
-            pixels = torch.cat([pixels, pixels[-1:].expand(self.batch_size - n, *pixels.shape[1:])])
-        return self.subject.normalise(pixels), n
 
 
 class Trial:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -10,13 +11,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from layercrit.engine.flops import count_flops
 from layercrit.errors import LayercritError, ModelError, first_line
 from layercrit.layers import Group, Layer, find_layers, select_layers
 from layercrit.machine import find_device
 from layercrit.models.model import Classifier, Model
 from layercrit.protocol import Protocol
 from layercrit.resets import donor_values, draw_values, get_reset, given_donor
-from layercrit.seeds import seed_of
+from layercrit.seeds import trial_seed
+from layercrit.statistics import needed_trials
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Subject:
         # A reset that draws its chance from the initialiser has none left once the donor is given.
         fixed = self._given_donor is not None and self._reset.donor == "initialiser"
         self.random_trials = self._reset.random and not fixed
-        self.n_trials = protocol.trials if self.random_trials else 1
+        self.n_trials = needed_trials(protocol.trials, self.random_trials)
 
     @property
     def donor_in_words(self) -> str | None:
@@ -77,6 +80,11 @@ class Subject:
     def donor_identity(self) -> str | None:
         """What tells the donor's values, given the trial's seed: hash or initialiser; None where there is no donor."""
         return self.donor_in_words if self._given_donor is None else self._given_donor.sha256
+
+    @cached_property
+    def flops(self) -> tuple[float, dict[str, float]]:
+        """FLOPs of one image, and layer name -> the share of them that its reset makes run anew; see `count_flops`."""
+        return count_flops(self.network, self.layers, self.normalise(self.model.black_image))
 
     def notes(self) -> list[str]:
         """Say what differs from what may be expected."""
@@ -97,7 +105,7 @@ class Subject:
 
     def seed(self, trial: int) -> int:
         """Return the seed of a trial, in [0, 2^64)."""
-        return seed_of(self._protocol.seed, self.model.architecture, self._reset.name, trial)
+        return trial_seed(self._protocol.seed, self.model.architecture, self._reset.name, trial)
 
     def changes(self, trial: int, layers: Sequence[Layer] | None = None) -> Iterator[Change]:
         """Yield what a trial does to each layer; all share the trial's donor, and no draw depends on the others."""
@@ -120,13 +128,12 @@ class Subject:
 
     def _all_layers(self) -> list[Layer]:
         """Find the layers on a black image, so that a wrong setting shows before any image is decoded."""
-        size = self.model.preprocessing
-        black = torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8)
         try:
-            return find_layers(self.network, self.normalise(black))
+            return find_layers(self.network, self.normalise(self.model.black_image))
         except LayercritError:
             raise
         except Exception as error:  # a network's own code raises what it likes
+            size = self.model.preprocessing
             raise ModelError(
                 f"{self.model.reference!r} cannot run on one image of {size.channels} channels, {size.height} x "
                 f"{size.width} pixels ({first_line(error)}). Give images of the size that the network takes, or name "

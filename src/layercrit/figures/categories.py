@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from layercrit.categories import ADVERSARIAL, CATEGORIES
 from layercrit.errors import ProtocolError
 from layercrit.figures.style import printable
 
@@ -24,24 +25,17 @@ __all__ = [
     "shown",
 ]
 
-# Colours of Okabe & Ito 2008 (jfly.uni-koeln.de/color), told apart with any common colour blindness. The order is that
-# of the categories in every figure.
-CATEGORY_COLORS = {
-    "baseline": "#000000",
-    "training_recipes": "#0072B2",
-    "augmentation": "#E69F00",
-    "adversarial_training": "#CC79A7",
-    "contrastive": "#009E73",
-    "freezing": "#56B4E9",
+# Colours of Okabe & Ito 2008 (jfly.uni-koeln.de/color), told apart with any common colour blindness.
+_LOOKS = {
+    "baseline": ("#000000", "*"),
+    "training_recipes": ("#0072B2", "o"),
+    "augmentation": ("#E69F00", "s"),
+    ADVERSARIAL: ("#CC79A7", "^"),
+    "contrastive": ("#009E73", "D"),
+    "freezing": ("#56B4E9", "v"),
 }
-CATEGORY_MARKERS = {
-    "baseline": "*",
-    "training_recipes": "o",
-    "augmentation": "s",
-    "adversarial_training": "^",
-    "contrastive": "D",
-    "freezing": "v",
-}
+CATEGORY_COLORS = {name: _LOOKS[name][0] for name in CATEGORIES}
+CATEGORY_MARKERS = {name: _LOOKS[name][1] for name in CATEGORIES}
 _OTHER_COLORS = ("#D55E00", "#F0E442", "#7A5195", "#8C6D31", "#7FA653")
 _OTHER_MARKERS = ("P", "X", "<", ">", "p", "h")
 NO_CATEGORY, _NO_CATEGORY_COLOR, _NO_CATEGORY_MARKER = "no category", "#8A8A8A", "."
@@ -109,7 +103,9 @@ def categories_of(models: "pd.DataFrame") -> list[Category]:
     """Return the categories in their order: the known ones, others as they appear, then models without one."""
     names = [name if isinstance(name, str) and name else None for name in models["category"]]
     others = [name for name in dict.fromkeys(names) if name is not None and name not in CATEGORY_COLORS]
-    look = {name: (color, CATEGORY_MARKERS[name]) for name, color in CATEGORY_COLORS.items()}
+    look: dict[str, tuple[str, str]] = {
+        name: (color, CATEGORY_MARKERS[name]) for name, color in CATEGORY_COLORS.items()
+    }
     for index, name in enumerate(others):
         look[name] = _OTHER_COLORS[index % len(_OTHER_COLORS)], _OTHER_MARKERS[index % len(_OTHER_MARKERS)]
     rows = {name: tuple(row for row, one in enumerate(names) if one == name) for name in [*look, None]}

@@ -1,4 +1,4 @@
-"""Heat maps of a study: a cell per model and layer, for criticality, differences and spreads."""
+"""Heat maps of a study: a square per model and layer, for criticality, differences and spreads."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ from layercrit.figures.squares import (
     FILLED,
     NOT_MEASURED,
     NUMBER_SIZES,
-    Cells,
     Scale,
-    draw_cells,
+    Squares,
+    draw_squares,
     number_size,
 )
 from layercrit.figures.style import figure_style, text_width
@@ -46,8 +46,8 @@ _STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)  # where a scale may end, times a power 
 # Inches.
 _WIDTH, _WIDEST = 10.0, 13.0  # of the figure: where that is enough, and where numbers need more
 _MARGIN, _GAP, _GROUP_GAP = 0.1, 0.07, 0.035
-_CELL_WIDTHS = (0.08, 0.3)
-_GRID_HEIGHT, _CELL_HEIGHTS = 7.0, (0.125, 0.21)
+_SQUARE_WIDTHS = (0.08, 0.3)
+_GRID_HEIGHT, _SQUARE_HEIGHTS = 7.0, (0.125, 0.21)
 _STRIP_WIDTH, _LAYER_MEANS_HEIGHT = 0.07, 0.25
 _BAND_HEIGHT, _HEADER_HEIGHT = 0.36, 0.3  # title and colour bar; heads of columns
 _BAR_WIDTH, _BAR_HEIGHT, _PATCH_WIDTH = 1.6, 0.09, 0.2
@@ -58,12 +58,12 @@ _TITLE_SIZE, _NAME_SIZE, _NOTE_SIZE = 9.5, 7.5, 7.0
 
 @dataclass(frozen=True)
 class _Grid:
-    """Where the cells of a heat map lie, in inches from the lower left corner of the figure.
+    """Where the squares of a heat map lie, in inches from the lower left corner of the figure.
 
     Attributes:
         lefts: left edges of the columns, ``(n_layers,)``.
         bottoms: lower edges of the rows, ``(n_models,)``, the first on top.
-        cell: width and height of a cell.
+        square: width and height of a square.
         columns: right edge of the category names, left edges of strips and names, right edge of accuracies, left edge
             of the models' means.
         means_width: of the models' means.
@@ -72,7 +72,7 @@ class _Grid:
 
     lefts: Array
     bottoms: Array
-    cell: tuple[float, float]
+    square: tuple[float, float]
     columns: tuple[float, float, float, float, float]
     means_width: float
     size: tuple[float, float]
@@ -87,11 +87,11 @@ def heat_map(
     layer_labels: Mapping[str, str] | None = None,
     stages: Mapping[str, str] | None = None,
 ) -> "Figure":
-    """Draw a cell per model and layer, coloured by criticality.
+    """Draw a square per model and layer, coloured by criticality.
 
     Models are grouped by category, the baseline first; within a category the order is that of ``models``. Numbers are
-    in percent and are left out where cells are smaller than they. At the right stand mean and standard deviation
-    (ddof 1) of a model over its layers, below those of a layer over the models. Cells without a value are grey and
+    in percent and are left out where squares are smaller than they. At the right stand mean and standard deviation
+    (ddof 1) of a model over its layers, below those of a layer over the models. Squares without a value are grey and
     hatched, and in no mean. The figure is about 10 inches wide. Save it with `layercrit.figures.style.save_figure`.
 
     Args:
@@ -122,7 +122,7 @@ def difference_map(
     layer_labels: Mapping[str, str] | None = None,
     stages: Mapping[str, str] | None = None,
 ) -> "Figure":
-    """Draw a cell per model and layer, coloured by the difference of its criticality to that of the baseline.
+    """Draw a square per model and layer, coloured by the difference of its criticality to that of the baseline.
 
     Purple: more critical than in the baseline, orange: less. The scale ends at the largest difference, rounded up, on
     both sides. All else is as in `heat_map`.
@@ -153,7 +153,7 @@ def spread_map(
     layer_labels: Mapping[str, str] | None = None,
     stages: Mapping[str, str] | None = None,
 ) -> "Figure":
-    """Draw a cell per model and layer, coloured by how uncertain its criticality is.
+    """Draw a square per model and layer, coloured by how uncertain its criticality is.
 
     The scale goes from 0, white, to the largest value, rounded up. All else is as in `heat_map`.
 
@@ -206,27 +206,27 @@ def _drawn(
     missing = bool(values.isna().to_numpy().any())
     layers = [shown((layer_labels or {}).get(name, name)) for name in values.columns]
     of_layer = [(stages or {}).get(name) for name in values.columns]
-    cells = _cells(values, scale)
+    squares = _squares(values, scale)
     quantity = f"{shown(quantity)} ({scale.unit})"
     with figure_style():
         top = _band_width(title, quantity, missing)
-        grid = _grid(categories, ordered, layers, of_layer, cells, top)
+        grid = _grid(categories, ordered, layers, of_layer, squares, top)
         figure = Figure(figsize=grid.size, dpi=100)
-        axes = figure.add_axes((0, 0, 1, 1), label="cells")
+        axes = figure.add_axes((0, 0, 1, 1), label="squares")
         axes.set_xlim(0, grid.size[0])
         axes.set_ylim(0, grid.size[1])
         axes.set_axis_off()
-        _draw_values(axes, grid, cells, scale)
+        _draw_values(axes, grid, squares, scale)
         _draw_about_models(axes, grid, categories, ordered)
         _draw_layers(axes, grid, layers)
         _draw_band(figure, axes, scale, title, quantity, missing)
     return figure
 
 
-def _cells(values: "pd.DataFrame", scale: Scale) -> tuple[Cells, Cells, Cells]:
+def _squares(values: "pd.DataFrame", scale: Scale) -> tuple[Squares, Squares, Squares]:
     """Return the values, row by row, the models' means, and the layers' means."""
     flat = values.to_numpy().ravel()
-    found = [Cells(flat, [scale.number(value) if math.isfinite(value) else "" for value in flat])]
+    found = [Squares(flat, [scale.number(value) if math.isfinite(value) else "" for value in flat])]
     for table, between in ((values.T, " ± "), (values, "\n±")):
         means, deviations = table.mean().to_numpy(), table.std().to_numpy()
         written = [
@@ -234,7 +234,7 @@ def _cells(values: "pd.DataFrame", scale: Scale) -> tuple[Cells, Cells, Cells]:
             + (f"{between}{100 * sd:.{scale.decimals}f}" if math.isfinite(sd) else "")
             for mean, sd in zip(means, deviations, strict=True)
         ]
-        found.append(Cells(means, written))
+        found.append(Squares(means, written))
     return found[0], found[1], found[2]
 
 
@@ -243,12 +243,12 @@ def _grid(
     ordered: "pd.DataFrame",
     layers: Sequence[str],
     stages: Sequence[str | None],
-    cells: tuple[Cells, Cells, Cells],
+    squares: tuple[Squares, Squares, Squares],
     top: float,
 ) -> _Grid:
     """Lay out the heat map; ``top`` is the width that title and colour bar need."""
     n_models, n_layers = len(ordered), len(layers)
-    height = min(max(_GRID_HEIGHT / n_models, _CELL_HEIGHTS[0]), _CELL_HEIGHTS[1])
+    height = min(max(_GRID_HEIGHT / n_models, _SQUARE_HEIGHTS[0]), _SQUARE_HEIGHTS[1])
     name_size = _name_size(height)
     blocks = _category_labels(categories)
     category_width = max(
@@ -261,10 +261,10 @@ def _grid(
     accuracies = names_end + (0.14 + text_width("accuracy", _NOTE_SIZE)) * bool(ordered["accuracy"].notna().any())
     accuracies = max(accuracies, _MARGIN + text_width(_LAYER_MEANS, _NOTE_SIZE))
     left = accuracies + _GAP
-    means_width = cells[1].widest(number_size(0, 1, height)) + 0.08
+    means_width = squares[1].widest(number_size(0, 1, height)) + 0.08
     apart = [before != after for before, after in pairwise(stages)]
     gaps = np.cumsum([0, *apart]) * _GROUP_GAP  # before each layer
-    width = _cell_width(left + gaps[-1] + _GAP + means_width + _MARGIN, n_layers, (cells[0], cells[2]))
+    width = _square_width(left + gaps[-1] + _GAP + means_width + _MARGIN, n_layers, (squares[0], squares[2]))
     means = left + n_layers * width + gaps[-1] + _GAP
     layer_names = max(text_width(name, _layer_size(width)) for name in layers) + 0.05
     base = _MARGIN + layer_names + _LAYER_MEANS_HEIGHT + _GAP
@@ -277,20 +277,20 @@ def _grid(
     return _Grid(
         lefts=left + width * np.arange(n_layers, dtype=np.float64) + gaps,
         bottoms=base + rows[-1] - rows,
-        cell=(width, height),
+        square=(width, height),
         columns=(categories_end, strips, names, accuracies, means),
         means_width=means_width,
         size=size,
     )
 
 
-def _cell_width(rest: float, n_layers: int, columns: Sequence[Cells]) -> float:
-    """Return the width of a cell: that of the figure without the ``rest``, or more where numbers need it."""
-    needed = max(cells.widest(NUMBER_SIZES[0]) for cells in columns) / FILLED
+def _square_width(rest: float, n_layers: int, columns: Sequence[Squares]) -> float:
+    """Return the width of a square: that of the figure without the ``rest``, or more where numbers need it."""
+    needed = max(squares.widest(NUMBER_SIZES[0]) for squares in columns) / FILLED
     width = (_WIDTH - rest) / n_layers
     if rest + n_layers * needed <= _WIDEST:
         width = max(width, needed)
-    return min(max(width, _CELL_WIDTHS[0]), _CELL_WIDTHS[1])
+    return min(max(width, _SQUARE_WIDTHS[0]), _SQUARE_WIDTHS[1])
 
 
 def _name_size(height: float) -> float:
@@ -315,16 +315,16 @@ def _category_labels(categories: Sequence[Category]) -> list[str]:
     ]
 
 
-def _draw_values(axes: "Axes", grid: _Grid, cells: tuple[Cells, Cells, Cells], scale: Scale) -> None:
-    """Draw the cells, and the means of models and of layers."""
-    width, height = grid.cell
+def _draw_values(axes: "Axes", grid: _Grid, squares: tuple[Squares, Squares, Squares], scale: Scale) -> None:
+    """Draw the squares, and the means of models and of layers."""
+    width, height = grid.square
     x, y = np.meshgrid(grid.lefts, grid.bottoms)
     below = np.full(len(grid.lefts), grid.bottoms[-1] - _GAP - _LAYER_MEANS_HEIGHT)
     places = (x.ravel(), y.ravel()), (np.full(len(grid.bottoms), grid.columns[4]), grid.bottoms), (grid.lefts, below)
-    sizes = grid.cell, (grid.means_width, height), (width, _LAYER_MEANS_HEIGHT)
-    for some, place, size, name in zip(cells, places, sizes, ("values", "model means", "layer means"), strict=True):
+    sizes = grid.square, (grid.means_width, height), (width, _LAYER_MEANS_HEIGHT)
+    for some, place, size, name in zip(squares, places, sizes, ("values", "model means", "layer means"), strict=True):
         lines = 2 if name == "layer means" else 1
-        draw_cells(axes, place, size, some, scale, number_size(some.widest(1), size[0], size[1] / lines), name)
+        draw_squares(axes, place, size, some, scale, number_size(some.widest(1), size[0], size[1] / lines), name)
 
 
 def _draw_about_models(axes: "Axes", grid: _Grid, categories: Sequence[Category], ordered: "pd.DataFrame") -> None:
@@ -332,7 +332,7 @@ def _draw_about_models(axes: "Axes", grid: _Grid, categories: Sequence[Category]
     from matplotlib.patches import Rectangle
 
     categories_end, strips, names, accuracies, means = grid.columns
-    height, size = grid.cell[1], _name_size(grid.cell[1])
+    height, size = grid.square[1], _name_size(grid.square[1])
     middles = grid.bottoms + height / 2
     known = ordered["accuracy"].notna()
     for label, share, y in zip(labels_of(ordered), ordered["accuracy"], middles, strict=True):
@@ -363,10 +363,10 @@ def _draw_layers(axes: "Axes", grid: _Grid, layers: Sequence[str]) -> None:
     _right(axes, grid.lefts[0] - _GAP, means + _LAYER_MEANS_HEIGHT / 2, _LAYER_MEANS, fontsize=_NOTE_SIZE)
     for name, left in zip(layers, grid.lefts, strict=True):
         axes.text(
-            left + grid.cell[0] / 2,
+            left + grid.square[0] / 2,
             means - 0.05,
             name,
-            fontsize=_layer_size(grid.cell[0]),
+            fontsize=_layer_size(grid.square[0]),
             rotation=90,
             horizontalalignment="center",
             verticalalignment="top",

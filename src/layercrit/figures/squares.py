@@ -1,4 +1,4 @@
-"""Cells of a heat map: coloured by a scale, with numbers in them, hatched where nothing was measured."""
+"""Squares of a heat map: coloured by a scale, with numbers in them, hatched where nothing was measured."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from layercrit.figures.style import text_width
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COLOR_MAPS", "FILLED", "NOT_MEASURED", "NUMBER_SIZES", "Cells", "Scale", "draw_cells", "number_size"]
+__all__ = ["COLOR_MAPS", "FILLED", "NOT_MEASURED", "NUMBER_SIZES", "Scale", "Squares", "draw_squares", "number_size"]
 
 Array = npt.NDArray[np.float64]
 
@@ -23,7 +23,7 @@ COLOR_MAPS = {"criticality": "viridis", "difference": "PuOr", "spread": "BuPu"}
 
 NOT_MEASURED: dict[str, Any] = {"facecolor": "#E3E3E3", "edgecolor": "#A8A8A8", "hatch": "/////"}
 NUMBER_SIZES = (3.8, 6.5)  # smaller numbers than that are left out
-FILLED = 0.9  # of a cell's width, by its widest number
+FILLED = 0.9  # of a square's width, by its widest number
 _LEADING = 1.1  # from one line of a number to the next, in sizes of its font
 
 
@@ -72,8 +72,8 @@ def _signed(number: str, positive: bool) -> str:
 
 
 @dataclass(frozen=True)
-class Cells:
-    """Values with what is written in their cells, ``(n_cells,)`` both."""
+class Squares:
+    """Values with what is written in their squares, ``(n_squares,)`` both."""
 
     values: Array
     written: Sequence[str]
@@ -85,34 +85,34 @@ class Cells:
 
 
 def number_size(widest: float, width: float, height: float) -> float:
-    """Return the size of numbers in a cell of so many inches, 0 where they have no room.
+    """Return the size of numbers in a square of so many inches, 0 where they have no room.
 
     Args:
         widest: width of the widest number in inches, in letters of one point.
-        width: of the cell.
-        height: of the cell, or of one line in it.
+        width: of the square.
+        height: of the square, or of one line in it.
     """
     size = min(FILLED * width / widest if widest else math.inf, 0.66 * 72 * height, NUMBER_SIZES[1])
     return size if size >= NUMBER_SIZES[0] * (1 - 1e-9) else 0.0
 
 
-def draw_cells(
+def draw_squares(
     axes: "Axes",
     place: tuple[Array, Array],
     size: tuple[float, float],
-    cells: Cells,
+    squares: Squares,
     scale: Scale,
     number_size: float,
     gid: str,
 ) -> None:
-    """Draw cells at ``place`` (their left and lower edges) with what is written in them; hatched without a value."""
+    """Draw squares at ``place`` (their left and lower edges) with what is written in them; hatched without a value."""
     from matplotlib.collections import PolyCollection
 
     left, bottom = place
     corners = np.array([(0, 0), (1, 0), (1, 1), (0, 1)]) * size
-    outlines = np.stack([left, bottom], axis=1)[:, None, :] + corners  # (n_cells, 4, 2)
-    known = np.isfinite(cells.values)
-    colors = scale.colors(cells.values)
+    outlines = np.stack([left, bottom], axis=1)[:, None, :] + corners  # (n_squares, 4, 2)
+    known = np.isfinite(squares.values)
+    colors = scale.colors(squares.values)
     edges: dict[str, Any] = {"edgecolors": "white", "linewidths": 0.4}
     filled = PolyCollection(list(outlines[known]), facecolors=colors[known], gid=gid, **edges)
     axes.add_collection(filled, autolim=False)
@@ -121,18 +121,18 @@ def draw_cells(
         axes.add_collection(absent, autolim=False)
     if not number_size:
         return
-    middles = np.stack([left + size[0] / 2, bottom + size[1] / 2], axis=1)  # (n_cells, 2)
+    middles = np.stack([left + size[0] / 2, bottom + size[1] / 2], axis=1)  # (n_squares, 2)
     places: dict[str, list[int]] = {}
     for index in known.nonzero()[0].tolist():
-        places.setdefault(cells.written[index], []).append(index)
+        places.setdefault(squares.written[index], []).append(index)
     for number, indices in places.items():
         _draw_number(axes, number, middles[indices], [_readable_on(colors[i]) for i in indices], number_size, gid)
 
 
 def _draw_number(axes: "Axes", number: str, middles: Array, colors: Sequence[str], size: float, gid: str) -> None:
-    """Write one number in the middle of cells, ``(n_cells, 2)``, in the colour of each.
+    """Write one number in the middle of squares, ``(n_squares, 2)``, in the colour of each.
 
-    Its outlines are drawn, not a text for each cell: a map has thousands of cells and a hundred numbers.
+    Its outlines are drawn, not a text for each square: a map has thousands of squares and a hundred numbers.
     """
     from matplotlib.collections import PathCollection
     from matplotlib.font_manager import FontProperties

@@ -8,12 +8,9 @@ then ``torch.load(weights_only=True)`` builds the tensors.
 import difflib
 import hashlib
 import io
-import pickletools
-import re
 import stat
-import zipfile
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,37 +19,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from layercrit.errors import CheckpointError, near
+from layercrit.errors import CheckpointError, first_line, near
+from layercrit.models.pickles import INERT_GLOBALS, imports_of
 from layercrit.wrappers import WRAPPER_PREFIXES
 
-__all__ = ["Checkpoint", "fit_to", "foreign_globals", "hash_tensors", "read_checkpoint", "record_file", "weight_file"]
+__all__ = ["Checkpoint", "fit_to", "foreign_globals", "hash_tensors", "look_beside", "read_checkpoint"]
 
-# What torch itself writes into a file of plain tensors; none of it runs code that a file's author can choose.
-_PLAIN_GLOBAL = re.compile(
-    r"collections\.(OrderedDict|Counter)|_codecs\.encode|(builtins|__builtin__)\.(set|bytearray|complex)"
-    r"|torch(\.\w+)*\.\w*(Tensor|Storage)|torch\.(Size|device|per_(tensor|channel)_\w+)"
-    r"|torch\.(bool|bits|b?float|b?complex|q?u?int)\w*|torch\.nn\.parameter\.Parameter"
-    r"|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|torch\.serialization\._get_layout"
-)
-
-# Data that training scripts leave beside the weights: command-line options, metrics and paths.
-_INERT_GLOBALS = (
-    "argparse.Namespace",
-    "types.SimpleNamespace",
-    "pathlib.Path",
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "numpy.core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct",
-)
-
-_LEGACY_PICKLES = 5  # a legacy file holds: magic number, version, system, the object, storage keys; raw bytes follow
 _LISTED = 8  # names shown of each kind of difference
-_EPOCH = re.compile(r"epoch-(\d+)\.safetensors")  # weights that a training run kept on its way
 
 
 @dataclass(frozen=True)
@@ -109,63 +82,6 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
     return Checkpoint(path, {name: tensor.detach() for name, tensor in tensors.items()}, _sha256(data))
 
 
-def weight_file(path: str | Path) -> Path:
-    """Return the file that is meant where a weight file may be named.
-
-    What lies there under the very name goes first: a file is itself, and a folder means the one ``.safetensors`` file
-    in it, such as the final weights of a training run. ``FOLDER@epoch=5`` means the weights that the training run in
-    that folder had after 5 epochs, and ``@epoch=0`` those that it began with: ``FOLDER/epochs/epoch-0005.safetensors``.
-
-    Args:
-        path: A file, a folder, or ``FOLDER@epoch=N``; a leading ``~`` is the home directory.
-
-    Returns:
-        The file. Whether there is one is for `read_checkpoint` to find out, unless it is one of an epoch.
-
-    Raises:
-        CheckpointError: The training run has kept no such epoch, or has no final weights yet.
-    """
-    path = Path(path).expanduser()
-    try:
-        exists, is_folder = path.exists(), path.is_dir()
-    except OSError:
-        return path
-    if is_folder:
-        inside = sorted(path.glob("*.safetensors"))
-        if not inside and (kept := _epochs_of(path)):
-            raise CheckpointError(
-                f"{path} holds no final weights: training has not finished. Train on, or name one of the epochs that "
-                f"it has kept, such as {path}@epoch={max(kept)}."
-            )
-        return inside[0] if len(inside) == 1 else path
-    folder, of_epoch, number = str(path).rpartition("@epoch=")
-    if exists or not of_epoch:
-        return path
-    if not Path(folder).is_dir():
-        raise CheckpointError(f"There is no folder {folder} of a training run. {_beside(Path(folder))}")
-    kept = _epochs_of(Path(folder))
-    if re.fullmatch(r"[0-9]{1,9}", number) and int(number) in kept:
-        return kept[int(number)]
-    listed = ", ".join(map(str, sorted(kept))) or "none: it is no folder of a training run"
-    raise CheckpointError(f"{folder} has not kept the weights of epoch {number!r}. Epochs that it has: {listed}.")
-
-
-def _epochs_of(folder: Path) -> dict[int, Path]:
-    """Return the files of the epochs that a training run has kept, by their number."""
-    found = ((_EPOCH.fullmatch(path.name), path) for path in (folder / "epochs").glob("*.safetensors"))
-    return {int(match[1]): path for match, path in found if match}
-
-
-def record_file(weights: Path) -> Path:
-    """Return the JSON file that tells where weights come from, in ``"arch"`` their architecture; it may be missing.
-
-    It has the name of the weight file and lies beside it; that of a training run's epochs is the run's ``model.json``.
-    """
-    beside = weights.with_suffix(".json")
-    of_run = _EPOCH.fullmatch(weights.name) and weights.parent.name == "epochs" and not beside.exists()
-    return weights.parent.parent / "model.json" if of_run else beside
-
-
 def foreign_globals(path: str | Path) -> list[str]:
     """List the functions and classes, beyond plain data, that unpickling a file would import, without running any.
 
@@ -177,7 +93,7 @@ def foreign_globals(path: str | Path) -> list[str]:
     """
     path = Path(path).expanduser()
     data = _read_bytes(path)
-    return [] if _starts_like_safetensors(data) else _foreign(path, data)
+    return [] if _starts_like_safetensors(data) else imports_of(path, data)
 
 
 def fit_to(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -246,7 +162,7 @@ def _read_bytes(path: Path) -> bytes:
         endless = not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
         data = b"" if endless else path.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError(f"There is no file {path}. {_beside(path)}") from error
+        raise CheckpointError(f"There is no file {path}. {look_beside(path)}") from error
     except IsADirectoryError as error:
         inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:_LISTED]) or "nothing"
         raise CheckpointError(f"{path} is a directory, expected one weight file. It holds: {inside}.") from error
@@ -271,8 +187,8 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def _beside(path: Path) -> str:
-    """What lies where a missing file was looked for."""
+def look_beside(path: Path) -> str:
+    """Say what lies where a missing file was looked for."""
     if not path.parent.is_dir():
         return f"The directory {path.parent} does not exist either."
     return f"In its directory: {near(path.name, sorted(entry.name for entry in path.parent.iterdir()))}"
@@ -288,110 +204,29 @@ def _parse_safetensors(path: Path, data: bytes) -> object:
         return safetensors.torch.load(data)
     except Exception as error:  # damaged bytes raise whatever the parser meets first
         raise CheckpointError(
-            f"{path} is damaged or cut off: it cannot be read as safetensors ({_first_line(error)}). "
+            f"{path} is damaged or cut off: it cannot be read as safetensors ({first_line(error)}). "
             f"It is {len(data)} bytes long; fetch it again."
         ) from error
 
 
 def _parse_torch(path: Path, data: bytes) -> object:
-    foreign = [name for name in _foreign(path, data) if name not in _INERT_GLOBALS]
+    foreign = [name for name in imports_of(path, data) if name not in INERT_GLOBALS]
     if foreign:
         raise CheckpointError(
             f"{path} does not hold plain weights only: loading it would import and call {_shortened(foreign)}. "
             "layercrit runs no code from a weight file, and a pickled module needs its author's code. If you trust "
             "the file, load it where that code is installed and save model.state_dict(), best with safetensors."
         )
-    stand_ins: list[Any] = [(_Inert, name) for name in _INERT_GLOBALS]
+    stand_ins: list[Any] = [(_Inert, name) for name in INERT_GLOBALS]
     try:
         with torch.serialization.safe_globals(stand_ins):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged or hostile bytes raise whatever the unpickler meets first
         raise CheckpointError(
-            f"{path} cannot be read as weights written by torch.save ({_first_line(error)}). It is {len(data)} bytes "
+            f"{path} cannot be read as weights written by torch.save ({first_line(error)}). It is {len(data)} bytes "
             f"long and begins with {data[:16]!r}: damaged, cut off, or in another format. Fetch it again, or save "
             "model.state_dict() with torch.save or safetensors."
         ) from error
-
-
-def _foreign(path: Path, data: bytes) -> list[str]:
-    """The globals of a pickled file that are not plain data, sorted."""
-    found: set[str] = set()
-    for stream in _pickle_streams(path, data):
-        names = _globals_of(stream)
-        if names is None:  # no pickle, or no longer one: torch.load, restricted as well, says what is wrong
-            break
-        found.update(names)
-    return sorted(name for name in found if not _PLAIN_GLOBAL.fullmatch(name))
-
-
-def _pickle_streams(path: Path, data: bytes) -> Iterator[io.BytesIO]:
-    """Yield each pickle of a file, positioned at its start: the members of a zip archive, or a sequence."""
-    if data.startswith(b"PK"):
-        yield from (io.BytesIO(pickled) for pickled in _zipped_pickles(path, data))
-        return
-    stream = io.BytesIO(data)
-    for _ in range(_LEGACY_PICKLES):
-        yield stream
-
-
-def _zipped_pickles(path: Path, data: bytes) -> list[bytes]:
-    """The pickles inside a zip archive of ``torch.save``; any other archive is refused."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = archive.infolist()
-            compressed = sum(member.file_size for member in members) > len(data)
-            pickles = [] if compressed else [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
-    except Exception as error:  # damaged bytes raise whatever the parser meets first
-        raise CheckpointError(
-            f"{path} is damaged or cut off: it begins as a zip archive of torch.save but cannot be opened as one "
-            f"({_first_line(error)}). It is {len(data)} bytes long; fetch it again."
-        ) from error
-    if compressed:
-        raise CheckpointError(
-            f"{path} is a compressed zip archive; torch.save writes uncompressed ones. Unpack it, or save it again."
-        )
-    names = [member.filename.rpartition("/")[2] for member in members]
-    if "constants.pkl" in names:
-        raise CheckpointError(
-            f"{path} is a TorchScript archive: it holds a program, not weights only. If you trust it, load it with "
-            "torch.jit.load and save its state_dict()."
-        )
-    if "data.pkl" not in names:
-        raise CheckpointError(
-            f"{path} is a zip archive without a data.pkl, so torch.save did not write it. "
-            f"It holds: {', '.join(member.filename for member in members[:_LISTED]) or 'nothing'}."
-        )
-    return pickles
-
-
-def _globals_of(stream: io.BytesIO) -> list[str] | None:
-    """The dotted names that the pickle at the stream's position would import, read from its opcodes alone.
-
-    Returns:
-        The names in order of appearance; None where the bytes are not a whole pickle.
-    """
-    names: list[str] = []
-    memo: dict[object, str] = {}
-    pushed = ["?", "?"]  # the last two strings pushed: what STACK_GLOBAL takes as module and name
-    try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name in ("GLOBAL", "INST"):
-                names.append(str(argument).replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":
-                names.append(".".join(pushed))
-            elif opcode.name.startswith("EXT"):
-                names.append(f"copyreg.extension_{argument}")
-            elif opcode.name == "MEMOIZE":
-                memo[len(memo)] = pushed[-1]
-            elif opcode.name.endswith("PUT"):
-                memo[argument] = pushed[-1]
-            elif opcode.name.endswith("GET"):
-                pushed = [pushed[-1], memo.get(argument, "?")]
-            elif isinstance(argument, str):
-                pushed = [pushed[-1], argument]
-    except (ValueError, IndexError):
-        return None
-    return names
 
 
 def _choose(path: Path, content: object, key: str | None) -> dict[str, Tensor]:
@@ -481,9 +316,3 @@ def _listing(kind: str, entries: list[str]) -> str:
 def _shortened(entries: list[str]) -> str:
     more = f" and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""
     return ", ".join(entries[:_LISTED]) + more
-
-
-def _first_line(error: Exception) -> str:
-    """The type and first line of a foreign error, short enough to quote."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -14,38 +14,64 @@ from torch import nn
 
 from layercrit.errors import ModelError, near
 from layercrit.models.model import Model, structure
-from layercrit.models.sources import explained, model_source, written
+from layercrit.models.sources import ModelSource, explained, model_source, written
 from layercrit.probes.images import Interpolation, Preprocessing
 from layercrit.seeds import drawing
 
-__all__ = ["ImageInput", "is_cached", "timm_input", "torchvision_input"]
+__all__ = ["ImageInput", "timm_input", "torchvision_input"]
 
 ImageInput = tuple[tuple[float, ...], tuple[float, ...], Preprocessing]
 """Mean and standard deviation of each channel, in units of pixels in [0, 1], and the geometry of images."""
 
 
 @model_source("timm")
-def _open_timm(name: str, options: dict[str, Any]) -> Model:
-    import timm
+class _Timm(ModelSource):
+    """The weights that timm publishes, such as ``timm:resnet50.a1_in1k``."""
 
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        raise ModelError(f"timm has no model {architecture!r}. {near(architecture, timm.list_models())}")
-    published = timm.list_pretrained(f"{architecture}.*")
-    if tag and name not in published:
-        raise ModelError(f"timm has no weights {name!r}. {near(name, published)}")
-    if options.get("pretrained", True) and not published:
-        raise ModelError(f"timm publishes no weights of {name!r}: add '?pretrained=false' for an untrained network.")
-    return _timm_model(f"timm:{name}", name, None, options)
+    forms = ("timm:NAME",)
+
+    def open(self, rest: str, options: dict[str, Any]) -> Model:
+        import timm
+
+        architecture, _, tag = rest.partition(".")
+        if not timm.is_model(architecture):
+            raise ModelError(f"timm has no model {architecture!r}. {near(architecture, timm.list_models())}")
+        published = timm.list_pretrained(f"{architecture}.*")
+        if tag and rest not in published:
+            raise ModelError(f"timm has no weights {rest!r}. {near(rest, published)}")
+        if options.get("pretrained", True) and not published:
+            raise ModelError(
+                f"timm publishes no weights of {rest!r}: add '?pretrained=false' for an untrained network."
+            )
+        return _timm_model(f"timm:{rest}", rest, None, options)
+
+    def architecture(self, rest: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        return f"timm:{rest.partition('.')[0]}", options
+
+    def is_here(self, rest: str) -> bool:
+        import timm
+
+        config = timm.get_pretrained_cfg(rest)
+        if config is None or not config.has_weights:
+            return True
+        return _in_hub_cache(config.hf_hub_id, config.url if isinstance(config.url, str) else None)
 
 
 @model_source("hf-hub")
-def _open_timm_hub(repository: str, options: dict[str, Any]) -> Model:
-    from timm.models import load_model_config_from_hf
+class _TimmOnHub(ModelSource):
+    """A timm model of a Hugging Face repository."""
 
-    with explained(f"hf-hub:{repository}", options):
-        config, name, arguments = load_model_config_from_hf(repository)
-    return _timm_model(f"hf-hub:{repository}", name, config, {**arguments, **options})
+    forms = ("hf-hub:REPO",)
+
+    def open(self, rest: str, options: dict[str, Any]) -> Model:
+        from timm.models import load_model_config_from_hf
+
+        with explained(f"hf-hub:{rest}", options):
+            config, name, arguments = load_model_config_from_hf(rest)
+        return _timm_model(f"hf-hub:{rest}", name, config, {**arguments, **options})
+
+    def is_here(self, rest: str) -> bool:
+        return _in_hub_cache(rest, None)
 
 
 def _timm_model(reference: str, name: str, config: dict[str, Any] | None, options: dict[str, Any]) -> Model:
@@ -106,27 +132,39 @@ def timm_input(network: nn.Module, options: Mapping[str, Any]) -> ImageInput:
 
 
 @model_source("torchvision")
-def _open_torchvision(rest: str, options: dict[str, Any]) -> Model:
-    from torchvision import models
+class _Torchvision(ModelSource):
+    """The weights of torchvision; ``none`` for none, the default ones if left out."""
 
-    name, _, weights_name = rest.partition(":")
-    known = models.list_models(module=models)
-    if name not in known:
-        raise ModelError(f"torchvision has no classifier {name!r}. {near(name, known)}")
-    pretrained = options.pop("pretrained", True) and weights_name != "none"
-    weights = _torchvision_weights(name, weights_name)
-    seed = options.pop("seed", 0)
-    with explained(f"torchvision:{rest}", options, ("pretrained", "seed", "num_classes")), drawing(seed):
-        build = partial(models.get_model, name, weights=None, **options)
-        if pretrained:
-            # torchvision itself unpickles without restriction. Reading the file once with it refuses code; then the
-            # library's own function may load the same file, which knows what each architecture needs beside it.
-            weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        network = models.get_model(name, weights=weights, progress=False, **options) if pretrained else build()
-    mean, std, shape = torchvision_input(weights)
-    architecture = f"torchvision:{name}{written(options)}"
-    initialiser = f"torchvision.models.get_model({name!r}, weights=None)"
-    return Model(f"torchvision:{rest}", architecture, network.eval(), mean, std, shape, build, initialiser)
+    forms = ("torchvision:NAME[:WEIGHTS]",)
+
+    def open(self, rest: str, options: dict[str, Any]) -> Model:
+        from torchvision import models
+
+        name, _, weights_name = rest.partition(":")
+        known = models.list_models(module=models)
+        if name not in known:
+            raise ModelError(f"torchvision has no classifier {name!r}. {near(name, known)}")
+        pretrained = options.pop("pretrained", True) and weights_name != "none"
+        weights = _torchvision_weights(name, weights_name)
+        seed = options.pop("seed", 0)
+        with explained(f"torchvision:{rest}", options, ("pretrained", "seed", "num_classes")), drawing(seed):
+            build = partial(models.get_model, name, weights=None, **options)
+            if pretrained:
+                # torchvision itself unpickles without restriction. Reading the file once with it refuses code; then the
+                # library's own function may load the same file, which knows what each architecture needs beside it.
+                weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+            network = models.get_model(name, weights=weights, progress=False, **options) if pretrained else build()
+        mean, std, shape = torchvision_input(weights)
+        architecture = f"torchvision:{name}{written(options)}"
+        initialiser = f"torchvision.models.get_model({name!r}, weights=None)"
+        return Model(f"torchvision:{rest}", architecture, network.eval(), mean, std, shape, build, initialiser)
+
+    def architecture(self, rest: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        return f"torchvision:{rest.partition(':')[0]}", options
+
+    def is_here(self, rest: str) -> bool:
+        name, _, weights_name = rest.partition(":")
+        return weights_name == "none" or _in_hub_cache(None, _torchvision_weights(name, weights_name).url)
 
 
 def _torchvision_weights(name: str, weights_name: str) -> Any:
@@ -153,42 +191,51 @@ def torchvision_input(weights: Any) -> ImageInput:
 
 
 @model_source("hf")
-def _open_hf(rest: str, options: dict[str, Any]) -> Model:
-    try:
-        from transformers import AutoConfig, AutoModelForImageClassification
-    except ImportError as error:
-        raise ModelError(f"hf:{rest} needs transformers: pip install 'layercrit[hf]'.") from error
-    folder = Path(rest).expanduser()
-    where = str(folder) if folder.is_dir() else rest
-    pretrained, seed = options.pop("pretrained", True), options.pop("seed", 0)
-    with explained(f"hf:{rest}", options), drawing(seed):
-        config, unknown = AutoConfig.from_pretrained(
-            where, trust_remote_code=False, return_unused_kwargs=True, **options
-        )
-        if unknown:
-            known = [*config.to_dict(), "num_labels"]
-            raise ModelError(f"hf:{rest} has no option {min(unknown)!r}. {near(min(unknown), known)}")
-        build = partial(AutoModelForImageClassification.from_config, config, dtype=torch.float32)
-        if pretrained:
-            network, report = AutoModelForImageClassification.from_pretrained(
-                where,
-                config=config,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                output_loading_info=True,
+class _Transformers(ModelSource):
+    """An image classifier of transformers, safetensors only, never code from the hub."""
+
+    forms = ("hf:REPO", "hf:FOLDER")
+
+    def open(self, rest: str, options: dict[str, Any]) -> Model:
+        try:
+            from transformers import AutoConfig, AutoModelForImageClassification
+        except ImportError as error:
+            raise ModelError(f"hf:{rest} needs transformers: pip install 'layercrit[hf]'.") from error
+        folder = Path(rest).expanduser()
+        where = str(folder) if folder.is_dir() else rest
+        pretrained, seed = options.pop("pretrained", True), options.pop("seed", 0)
+        with explained(f"hf:{rest}", options), drawing(seed):
+            config, unknown = AutoConfig.from_pretrained(
+                where, trust_remote_code=False, return_unused_kwargs=True, **options
             )
-            if report["missing_keys"]:
-                raise ModelError(
-                    f"hf:{rest} has no trained values of {sorted(report['missing_keys'])}; they would be random. Take "
-                    "a repository with an image classifier, or add '?pretrained=false'."
+            if unknown:
+                known = [*config.to_dict(), "num_labels"]
+                raise ModelError(f"hf:{rest} has no option {min(unknown)!r}. {near(min(unknown), known)}")
+            build = partial(AutoModelForImageClassification.from_config, config, dtype=torch.float32)
+            if pretrained:
+                network, report = AutoModelForImageClassification.from_pretrained(
+                    where,
+                    config=config,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    dtype=torch.float32,
+                    output_loading_info=True,
                 )
-        else:
-            network = build()
-        mean, std, shape = _hf_input(where, config)
-    name = type(network).__name__
-    initialiser = f"transformers.AutoModelForImageClassification.from_config ({name})"
-    return Model(f"hf:{rest}", f"hf:{name}-{structure(network)}", network.eval(), mean, std, shape, build, initialiser)
+                if report["missing_keys"]:
+                    raise ModelError(
+                        f"hf:{rest} has no trained values of {sorted(report['missing_keys'])}; they would be random. "
+                        "Take a repository with an image classifier, or add '?pretrained=false'."
+                    )
+            else:
+                network = build()
+            mean, std, shape = _hf_input(where, config)
+        name = type(network).__name__
+        initialiser = f"transformers.AutoModelForImageClassification.from_config ({name})"
+        architecture = f"hf:{name}-{structure(network)}"
+        return Model(f"hf:{rest}", architecture, network.eval(), mean, std, shape, build, initialiser)
+
+    def is_here(self, rest: str) -> bool:
+        return Path(rest).expanduser().is_dir() or _in_hub_cache(rest, None)
 
 
 def _hf_input(where: str, config: Any) -> ImageInput:
@@ -250,30 +297,8 @@ def _check_hf_input(processor: Any, mean: tuple[float, ...], std: tuple[float, .
         )
 
 
-def is_cached(kind: str, rest: str) -> bool:
-    """Whether the trained weights of a reference ``kind:rest`` lie on this machine, or never come from a network.
-
-    Where they come from is known for timm's, torchvision's and Hugging Face's; what is asked is whether their caches
-    hold a file of that name, not whether it is whole.
-
-    Raises:
-        ModelError: torchvision has no such weights of the classifier.
-    """
-    if kind == "timm":
-        import timm
-
-        config = timm.get_pretrained_cfg(rest)
-        if config is None or not config.has_weights:
-            return True
-        return _in_hub_cache(config.hf_hub_id, config.url if isinstance(config.url, str) else None)
-    if kind == "torchvision":
-        name, _, weights_name = rest.partition(":")
-        return weights_name == "none" or _in_hub_cache(None, _torchvision_weights(name, weights_name).url)
-    return kind not in ("hf", "hf-hub") or Path(rest).expanduser().is_dir() or _in_hub_cache(rest, None)
-
-
 def _in_hub_cache(repository: str | None, address: str | None) -> bool:
-    """Whether the weights of a Hugging Face repository, or those at an address, are in the cache."""
+    """Whether the cache holds a file of the name that a repository's or an address's weights have, whole or not."""
     from huggingface_hub import try_to_load_from_cache
 
     if repository:

@@ -51,6 +51,12 @@ class Model:
         """The network from uint8 images to logits; it shares the parameters of ``network``."""
         return Classifier(self.network, self.mean, self.std).eval()
 
+    @property
+    def black_image(self) -> Tensor:
+        """A black image of the size that the network takes, uint8 ``(1, channels, height, width)``."""
+        size = self.preprocessing
+        return torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8)
+
     @cached_property
     def n_classes(self) -> int:
         """Number of classes, found by asking about one black image.
@@ -58,10 +64,8 @@ class Model:
         Raises:
             ModelError: The network's output holds no logits.
         """
-        size = self.preprocessing
         with torch.inference_mode():
-            black = torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8)
-            return int(self.classifier(black.to(self.classifier.mean.device)).shape[1])
+            return int(self.classifier(self.black_image.to(self.classifier.mean.device)).shape[1])
 
 
 class Classifier(nn.Module):

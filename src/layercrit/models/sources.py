@@ -1,34 +1,186 @@
-"""Where models come from: the registry of kinds of references, and what the kinds share."""
+"""Where models come from: the kinds of references, how one is read, and what the kinds share."""
 
+import ast
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 from layercrit.errors import LayercritError, ModelError, first_line, near
 from layercrit.models.model import Model
+from layercrit.registry import Registry
 
-__all__ = ["MODEL_SOURCES", "ModelSource", "explained", "model_source", "written"]
+__all__ = [
+    "MODEL_SOURCES",
+    "ModelSource",
+    "Progress",
+    "explained",
+    "model_source",
+    "open_reference",
+    "parse",
+    "with_input",
+    "written",
+]
 
-ModelSource = Callable[[str, dict[str, Any]], Model]
-"""Opens a model from the text after ``kind:`` and the options; see `model_source`."""
+Progress = Callable[[str, int, int | None], object]
+"""Called with words for a file, the number of its bytes that have come, and of all where the server says so."""
 
 
-MODEL_SOURCES: dict[str, ModelSource] = {}
-"""The kinds of model references, filled by `model_source`."""
+class ModelSource(ABC):
+    """A kind of model references, ``kind:rest?options``; its docstring says in a line what it opens.
 
-
-def model_source(kind: str) -> Callable[[ModelSource], ModelSource]:
-    """Register a function that opens references ``kind:rest?options``.
-
-    The function gets ``rest`` and a dictionary of options, which it may consume (``mean``, ``std`` and ``input_size``
-    are dealt with outside), and returns a `Model`, whose ``reference`` is then replaced by the one asked for.
+    Attributes:
+        kind: what its references begin with; `model_source` sets it.
+        forms: how they are written, such as ``("timm:NAME",)``.
     """
 
-    def register(source: ModelSource) -> ModelSource:
-        MODEL_SOURCES[kind] = source
+    kind: str
+    forms: tuple[str, ...]
+
+    @abstractmethod
+    def open(self, rest: str, options: dict[str, Any]) -> Model:
+        """Return the model of a reference, whose ``reference`` is then replaced by the one asked for.
+
+        Args:
+            rest: what stands between ``kind:`` and the question mark.
+            options: of the reference, to be consumed; with ``pretrained`` false, the weights are to be fresh, drawn
+                under ``seed``. ``mean``, ``std`` and ``input_size`` are dealt with outside.
+        """
+
+    def architecture(self, rest: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return ``kind:rest`` and the options of what models that differ in weights alone have in common."""
+        return f"{self.kind}:{rest}", options
+
+    def is_here(self, rest: str) -> bool:
+        """Whether the trained weights are on this machine, or never come from a network."""
+        return True
+
+    def fetch(self, rest: str, progress: Progress | None = None) -> None:  # noqa: B027 - most have nothing to do
+        """Bring the trained weights to this machine, where opening the model does not."""
+
+
+class _Function(ModelSource):
+    """A function that opens models, for which nothing has to be fetched."""
+
+    def __init__(self, function: Callable[[str, dict[str, Any]], Model], kind: str) -> None:
+        self.function, self.forms, self.__doc__ = function, (f"{kind}:NAME",), function.__doc__
+
+    def open(self, rest: str, options: dict[str, Any]) -> Model:
+        return self.function(rest, options)
+
+
+MODEL_SOURCES = Registry[ModelSource]("kind of models", ModelError, "layercrit.model_sources")
+"""The kinds of model references, filled by `model_source` and by installed plug-ins."""
+
+_Source = TypeVar("_Source", bound=Callable[[str, dict[str, Any]], Model] | type[ModelSource])
+
+
+def model_source(kind: str) -> Callable[[_Source], _Source]:
+    """Register what opens references ``kind:rest?options``: a function, or a class of `ModelSource`.
+
+    A function gets ``rest`` and a dictionary of options, as `ModelSource.open` does, and returns a `Model`. Its models
+    are taken to be on this machine, and those whose options are the same but for weights and seed to be of one
+    architecture; a class can say otherwise.
+
+    Raises:
+        ModelError: The kind is taken by another function or class, or cannot be one.
+    """
+
+    def register(source: _Source) -> _Source:
+        opener = source() if isinstance(source, type) else _Function(source, kind)
+        MODEL_SOURCES[kind] = opener
+        opener.kind = kind
         return source
 
     return register
+
+
+def open_reference(reference: str, extra: Mapping[str, Any] | None = None) -> Model:
+    """Open a reference; ``extra`` options win over those of its text.
+
+    Raises:
+        ModelError: It is none, or the model cannot be opened.
+    """
+    source, rest, options = parse(reference)
+    options |= extra or {}
+    mean, std, input_size = (options.pop(name, None) for name in ("mean", "std", "input_size"))
+    model = source.open(rest, options)
+    if not isinstance(model, Model):
+        raise ModelError(f"The source of {source.kind!r} returned {type(model).__name__}, expected a layercrit Model.")
+    return replace(with_input(model, mean, std, input_size), reference=reference)
+
+
+def parse(reference: str) -> tuple[ModelSource, str, dict[str, Any]]:
+    """Split a reference into what opens it, the text after its kind, and its options.
+
+    Raises:
+        ModelError: It is none; the text offers near ones.
+    """
+    name, _, query = reference.partition("?")
+    kind, _, rest = name.partition(":")
+    if kind not in MODEL_SOURCES or not rest:
+        raise ModelError(_unknown_reference(reference, name, kind))
+    options: dict[str, Any] = {}
+    for option in filter(None, query.split("&")):
+        key, equals, value = option.partition("=")
+        if not equals or not key.isidentifier() or key in options:
+            raise ModelError(f"{reference!r}: option {option!r} is not written as name=value, or given twice.")
+        options[key] = _literal(value)
+    return MODEL_SOURCES[kind], rest, options
+
+
+def _unknown_reference(reference: str, name: str, kind: str) -> str:
+    text = f"{reference!r} is no model reference: expected kind:name, with a kind of {', '.join(MODEL_SOURCES)}."
+    if kind in MODEL_SOURCES:
+        return text
+    if ":" in name:
+        return f"{text} {MODEL_SOURCES.hint(kind)}"
+    if Path(name).expanduser().exists():
+        return f"{text} Did you mean 'file:{name}?arch=timm:NAME'?"
+    import timm
+
+    return f"{text} Did you mean 'timm:{name}'?" if timm.is_model(name.partition(".")[0]) else text
+
+
+def _literal(text: str) -> Any:
+    """The value of an option: a Python literal, ``true``, ``false`` or ``none``, or else the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def with_input(model: Model, mean: object, std: object, input_size: object) -> Model:
+    """Return the model with another normalisation and image size; None leaves each as it is.
+
+    Raises:
+        ModelError: They are not written as `open_model` takes them.
+    """
+    shape = model.preprocessing
+    if input_size is not None:
+        sizes = _numbers("input_size", input_size)
+        if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ModelError(f"input_size is {input_size!r}, expected three whole numbers (channels, height, width).")
+        channels, height, width = (int(size) for size in sizes)
+        squash = isinstance(shape.resize, tuple)
+        resize = (height, width) if squash else max(height, width)
+        shape = replace(shape, channels=channels, height=height, width=width, resize=resize)
+    means = model.mean if mean is None else _numbers("mean", mean)
+    stds = model.std if std is None else _numbers("std", std)
+    if input_size is not None:
+        means, stds = (v[:1] * shape.channels if len(set(v)) == 1 else v for v in (means, stds))
+    return replace(model, mean=means, std=stds, preprocessing=shape)
+
+
+def _numbers(name: str, values: object) -> tuple[float, ...]:
+    if isinstance(values, Sequence) and values and all(isinstance(v, int | float) for v in values):
+        return tuple(values)
+    raise ModelError(f"{name} is {values!r}, expected a sequence of numbers.")
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import operator
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from layercrit.probes.images import STANDARD, Pixels, Preprocessing, open_image
 from layercrit.probes.opening import open_source
 from layercrit.probes.pixels import KeptPixels, PixelStore
 from layercrit.probes.sources import ArraySource, FolderSource, ImageSource, Item
+from layercrit.seeds import image_order_seed
 
 __all__ = ["MEMORY_LIMIT", "ProbeOptions", "ProbeSet", "Progress"]
 
@@ -344,8 +344,7 @@ def _order(n_items: int, seed: int) -> list[int]:
 
     Sorted by the raw words of the bit generator, which NumPy promises never to change, unlike its permutations.
     """
-    word = hashlib.sha256(json.dumps(["probe set", operator.index(seed)]).encode()).digest()[:8]
-    words = np.random.PCG64(int.from_bytes(word)).random_raw(n_items)
+    words = np.random.PCG64(image_order_seed(seed)).random_raw(n_items)
     return [int(index) for index in np.argsort(words, kind="stable")]
 
 

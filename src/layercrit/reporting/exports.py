@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 
 from layercrit.comparison import accuracy_of
-from layercrit.errors import StudyError, near
+from layercrit.errors import StudyError
+from layercrit.registry import Registry, summary_of
 from layercrit.study.published import write_models, write_published
 from layercrit.study.tables import Study
 
@@ -53,15 +54,15 @@ class Format:
     summary: str
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS = Registry[Format]("format", StudyError, "layercrit.export_formats", summary=lambda known: known.summary)
+"""All formats by name, filled by `export_format` and by installed plug-ins."""
 
 
 def export_format(name: str, files: Sequence[str]) -> Callable[[FormatFunction], FormatFunction]:
     """Register a function that writes the named files of a study into a folder; its docstring is the summary."""
 
     def register(function: FormatFunction) -> FormatFunction:
-        first_line = (function.__doc__ or "").strip().partition("\n")[0]
-        FORMATS[name] = Format(name, tuple(files), function, first_line)
+        FORMATS[name] = Format(name, tuple(files), function, summary_of(function))
         return function
 
     return register
@@ -85,9 +86,7 @@ def export(study: Study, format: str, path: str | Path | None = None, *, overwri
         StudyError: the format is unknown or cannot hold the study, a file is there already, or the folder cannot be
             written.
     """
-    if format not in FORMATS:
-        raise StudyError(f"No export format is named {format!r}. {near(format, FORMATS)}")
-    chosen = FORMATS[format]
+    chosen = FORMATS.find(format)
     folder = study.folder / "export" / format if path is None else Path(path).expanduser()
     files = [folder / name for name in chosen.files]
     if (there := [file.name for file in files if file.exists()]) and not overwrite:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from layercrit.categories import ADVERSARIAL
 from layercrit.comparison import Comparison, about_models, compare, estimates_of
 from layercrit.errors import StudyError, near
 from layercrit.figures.accuracy import criticality_against_accuracy
@@ -21,6 +22,7 @@ from layercrit.figures.rankings import ranking
 from layercrit.figures.style import check_formats, save_figure
 from layercrit.layers import layer_labels
 from layercrit.progress import Bar
+from layercrit.registry import Registry
 from layercrit.reporting.page import write_page
 from layercrit.study.tables import Study
 from layercrit.wrappers import wrapper_of
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["FIGURES", "Report", "report"]
 
-_ADVERSARIAL = "adversarial_training"
 _UNFINISHED = ".writing-"  # before the name of a file that is being written
 _LONGEST = 100  # bytes of a model's name in that of a file; some file systems take no more than 143 in all
 
@@ -85,7 +86,7 @@ class _Tables:
 
 # A figure's files have its name, with the model's behind it where there is one for each of several models.
 _Drawn = Iterator[tuple[str, "Figure"]]
-FIGURES: dict[str, Callable[[_Tables], _Drawn]] = {}
+FIGURES = Registry[Callable[[_Tables], _Drawn]]("figure", StudyError)
 """Name of a figure -> what draws it; the first line of its docstring says what it shows."""
 
 
@@ -133,8 +134,7 @@ def report(
     """
     asked = list(FIGURES) if figures is None else list(dict.fromkeys(figures))
     for name in asked:
-        if name not in FIGURES:
-            raise StudyError(f"There is no figure {name!r}. {near(name, FIGURES)}")
+        FIGURES.find(name)
     check_formats(formats)
     folder = study.folder if out is None else Path(out).expanduser()
     comparison = compare(
@@ -251,7 +251,7 @@ def _accuracy(tables: _Tables) -> _Drawn:
     if not tables.models[["accuracy", "criticality"]].notna().all(axis=1).any():
         raise StudyError("No accuracy is known. Give it in the study file, or labels with the images.")
     rows = tables.comparison.correlations
-    wanted = rows["without"].isna() | (rows["without"] == _ADVERSARIAL)
+    wanted = rows["without"].isna() | (rows["without"] == ADVERSARIAL)
     yield "accuracy", criticality_against_accuracy(tables.models, correlations=rows[wanted])
 
 

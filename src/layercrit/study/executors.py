@@ -295,7 +295,7 @@ class _Run:
         try:
             data = pickle.dumps(task)
         except Exception as error:  # pickling runs the payload's own code
-            yield Failed(task, _text(error), _traceback(error))
+            yield Failed(task, _text(error), traceback.format_exc())
             return
         worker.task, worker.affinity = task, task.affinity
         worker.send(data)
@@ -388,11 +388,19 @@ def _interrupts_held() -> Iterator[None]:
         yield
         return
     resource_tracker.ensure_running()  # beginning it, as the first process would, lets Ctrl-C through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    held: list[int] = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    # Threads of numerical libraries do not block the signal, so one of them takes it and Python would raise here.
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number)) if main else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _serve(connection: "Connection[bytes, bytes]", place: Place) -> None:
@@ -417,7 +425,7 @@ def _serve_tasks(connection: "Connection[bytes, bytes]", place: Place) -> None:
     try:
         work: Work = pickle.loads(start)(place)  # noqa: S301 - written by our own process
     except Exception as error:
-        connection.send_bytes(pickle.dumps(_Error(_text(error), _traceback(error), is_last=True)))
+        connection.send_bytes(pickle.dumps(_Error(_text(error), traceback.format_exc(), is_last=True)))
         return
     while True:
         task = connection.recv_bytes()
@@ -426,13 +434,9 @@ def _serve_tasks(connection: "Connection[bytes, bytes]", place: Place) -> None:
             for content in work(pickle.loads(task)):  # noqa: S301 - written by our own process
                 connection.send_bytes(pickle.dumps(_Part(content)))
         except Exception as error:
-            answer = _Error(_text(error), _traceback(error), is_last=False)
+            answer = _Error(_text(error), traceback.format_exc(), is_last=False)
         connection.send_bytes(pickle.dumps(answer))
 
 
 def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ")
-
-
-def _traceback(error: Exception) -> str:
-    return "".join(traceback.format_exception(error))

@@ -2,95 +2,65 @@
 
 .. code-block:: toml
 
-    [study]
-    name = "my study"              # default: the file's name
-    baseline = "plain"             # the model that others are compared with
-    leave_out = ["freezing"]       # models or categories that comparisons leave out
-    imports = ["my_resets"]        # modules to import first, for resets, distances and model sources of your own
-
     [images]
-    source = "imagenet/val"        # anything that `layercrit measure --images` takes; relative to this file
-    n_images = 10000
-    labels = true                  # use labels where there are some
-    input_size = [3, 224, 224]     # every model is asked about the same pixels: channels, height, width,
-    resize = 256                   # the shorter side before the crop (0: none)
-    interpolation = "bilinear"
-
-    [protocol]                     # the settings of `layercrit measure`
-    trials = 3
-    resets = ["rerandomize"]
+    source = "imagenet/val"        # paths are relative to this file
 
     [[models]]
     reference = "zoo:*"            # one model, or a pattern, as are timm:resnet50.*, file:runs/*/final.safetensors
-    name = "plain"                 # these are optional, and for single models but for the category
-    category = "baseline"
-    label = "Plain"
-    accuracy = 0.7615
-    donor = "runs/epoch0.safetensors"    # a weight file, for the reset rewind; "runs/a@epoch=0" of a training run
-    attack_norm = "l2"             # of adversarial training, with the largest eps; known of the zoo's models and of
-    eps = 0.5                      # those that layercrit trains
 
     [[models]]
-    list = "models.csv"            # a column `reference` and any of the keys above; or one reference a line
+    list = "models.csv"            # a column `reference` and any key of a model; or one reference a line
 
 A study can train models itself, by ``layercrit train --study FILE``, each in a folder of its own:
 
 .. code-block:: toml
 
     [training]
-    arch = "timm:resnet18"         # a model reference without weights
-    data = "fashion-mnist"         # source of the training images; relative to this file
-    folder = "models"              # where the trained models lie; relative to this file
-    epochs = 10                    # default: as many as each method says
-    seed = 0
-    precision = "no"               # float32; or "bf16" or "fp16"
-    weights_dtype = "float32"      # or "float16": how the final weights are stored
-    settings = { batch_size = 128 }      # of every method
+    arch = "timm:resnet18"
+    data = "fashion-mnist"
 
     [[models]]
-    method = "robust_l2"           # instead of reference or list
-    name = "pgd"                   # the folder's too, so it must be given; the model is file:models/pgd
-    settings = { eps = 1.0 }       # these three are optional and win over those of [training]
-    epochs = 12
-    seed = 1
-    category = "adversarial_training"    # default: the method's; label, accuracy and donor as for all models
+    method = "robust_l2"           # the model is file:models/pgd
+    name = "pgd"
 
-The donor of such a model, for rewind, is the weights that it began with unless another one is given.
+The donor of such a model, for rewind, is the weights that it began with unless another one is given. All keys, with
+their types, defaults and meanings, are declared in `layercrit.study.schema`.
 """
 
-import importlib
 import json
 import re
-import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from layercrit.declarations import Declaration, read_table
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.errors import LayercritError, StudyError, near
-from layercrit.layers import GROUPS, LAYER_TYPES
-from layercrit.models.checkpoints import weight_file
+from layercrit.models.own_networks import import_here
 from layercrit.models.references import without_weights
+from layercrit.models.weight_files import weight_file
 from layercrit.probes.images import STANDARD, Preprocessing
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import RESETS, get_reset
 from layercrit.study.entries import ModelEntry, models_of, rows_of_list
-from layercrit.study.store import FILE
-from layercrit.study.training_entries import (
+from layercrit.study.schema import (
     METHOD_KEYS,
-    TRAINING_KEYS,
-    Training,
-    TrainingRun,
-    model_mistakes,
-    run_of,
-    training_mistakes,
+    TABLES,
+    ImagesTable,
+    ModelTable,
+    ProtocolTable,
+    StudyTable,
+    TrainingTable,
 )
+from layercrit.study.store import FILE
+from layercrit.study.training_entries import Training, TrainingRun, model_mistakes, run_of, training_mistakes
 
 __all__ = ["ModelEntry", "StudyFile", "Training", "TrainingRun", "read_study_file"]
 
 _LISTED = 20  # mistakes shown at once
+_Section = TypeVar("_Section", bound=Declaration)
 
 
 @dataclass(frozen=True)
@@ -176,21 +146,7 @@ def read_study_file(path: str | Path) -> StudyFile:
     return _Reader(path.absolute(), content).read()
 
 
-_KEYS: dict[str, dict[str, tuple[type, ...]]] = {
-    "study": {"name": (str,), "baseline": (str,), "leave_out": (list,), "imports": (list,)},
-    "images": {"source": (str,), "n_images": (int,), "labels": (bool,), "input_size": (list,), "resize": (int, list),
-               "interpolation": (str,)},
-    "protocol": {
-        **{f.name: (type(getattr(DEFAULTS, f.name)), *((int,) if f.name in ("level", "batch_size") else ()))
-           for f in fields(Protocol) if f.name not in ("reset", "n_images")},
-        "resets": (list,), "distances": (list,),
-    },
-    "training": TRAINING_KEYS,
-    "models": {"reference": (str,), "list": (str,), "name": (str,), "category": (str,), "label": (str,),
-               "accuracy": (int, float), "donor": (str,), "attack_norm": (str,), "eps": (int, float), **METHOD_KEYS},
-}  # fmt: skip
-_COLUMNS = _KEYS["models"].keys() - {"list", *METHOD_KEYS}  # of a list of models
-_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a table"}
+_COLUMNS = ModelTable.model_fields.keys() - {"list", *METHOD_KEYS}  # of a list of models
 
 
 class _Reader:
@@ -198,35 +154,49 @@ class _Reader:
 
     def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
         self.path, self.content = path, content
-        self.mistakes: list[str] = []
+        self.mistakes = [f"unknown section [{name}]. {near(name, TABLES)}" for name in content if name not in TABLES]
         self.some_unread = False  # models that could not be understood
         self.runs: list[TrainingRun] = []
-        self.tables: dict[str, list[dict[str, Any]]] = {name: [] for name in _KEYS}  # None for values of a wrong type
 
     def read(self) -> StudyFile:
-        self._check_keys()
-        study, images, protocol = (self._table(name) for name in ("study", "images", "protocol"))
-        for module in (imports := self._texts("study", "imports")):
+        study, images = self._section("study", StudyTable), self._section("images", ImagesTable)
+        protocol = self._section("protocol", ProtocolTable)
+        self.training = self._section("training", TrainingTable) if "training" in self.content else None
+        tables = self._model_tables()
+        for module in study.imports:
             self._import(module)
-        resets = self._texts("protocol", "resets") or [DEFAULTS.reset]
-        distances = self._texts("protocol", "distances") or list(DISTANCES)
+        resets = protocol.resets or [DEFAULTS.reset]
+        distances = protocol.distances or list(DISTANCES)
         self._check_names(resets, get_reset)
         self._check_names(distances, get_distance)
-        single = {name: value for name, value in protocol.items() if name not in ("resets", "distances")}
-        settings = self._protocol({**single, "reset": resets[0]})
         preprocessing = self._preprocessing(images)
-        if self.tables["training"]:
-            self.mistakes.extend(training_mistakes(self.tables["training"][0], self.path.parent))
-        models = self._models(resets)
+        if self.training:
+            self.mistakes.extend(training_mistakes(self.training, self.path.parent))
+        models = self._models(tables, resets)
         self._check_donors(models, resets)
-        leave_out = self._texts("study", "leave_out")
-        baseline = study.get("baseline")
-        self._check_comparison(models, baseline, leave_out)
-        n_images = images.get("n_images", DEFAULTS.n_images)
-        if n_images < 1:
-            self.mistakes.append(f"[images] n_images must be at least 1; got {n_images}")
-        if not any("source" in table for table in self.tables["images"]):
-            self.mistakes.append("[images] source is missing: where do the images come from?")
+        self._check_comparison(models, study.baseline, study.leave_out)
+        self._raise_mistakes()
+        settings = protocol.model_dump(exclude={"resets", "distances"})
+        return StudyFile(
+            name=self._default_name() if study.name is None else study.name,
+            models=tuple(models),
+            source=self._absolute_source(images.source),
+            n_images=images.n_images,
+            labels=images.labels,
+            preprocessing=preprocessing,
+            protocol=Protocol(**settings, reset=resets[0]),
+            resets=tuple(dict.fromkeys(resets)),
+            distances=tuple(dict.fromkeys(["cosine", *distances])),
+            baseline=study.baseline,
+            leave_out=tuple(study.leave_out),
+            imports=tuple(study.imports),
+            training=Training(tuple(self.runs), self.path) if self.training else None,
+        )
+
+    def _default_name(self) -> str:
+        return self.path.parent.name if self.path.stem == "study" else self.path.stem
+
+    def _raise_mistakes(self) -> None:
         if self.mistakes:
             shown = "\n".join(f"  - {mistake}" for mistake in self.mistakes[:_LISTED])
             more = len(self.mistakes) - _LISTED
@@ -234,99 +204,34 @@ class _Reader:
                 f"{self.path} has {len(self.mistakes)} mistake{'s' * (len(self.mistakes) > 1)}:\n{shown}"
                 + (f"\n  ... and {more} more" if more > 0 else "")
             )
-        return StudyFile(
-            name=study.get("name", self.path.parent.name if self.path.stem == "study" else self.path.stem),
-            models=tuple(models),
-            source=self._absolute_source(images["source"]),
-            n_images=n_images,
-            labels=images.get("labels", True),
-            preprocessing=preprocessing,
-            protocol=settings,
-            resets=tuple(dict.fromkeys(resets)),
-            distances=tuple(dict.fromkeys(["cosine", *distances])),
-            baseline=baseline,
-            leave_out=tuple(leave_out),
-            imports=tuple(imports),
-            training=Training(tuple(self.runs), self.path) if "training" in self.content else None,
-        )
 
     # --- sections ---------------------------------------------------------------------------------------------------
 
-    def _table(self, name: str) -> dict[str, Any]:
-        """Return what stands in a section, without values of a wrong type."""
-        return {key: value for table in self.tables[name] for key, value in table.items() if value is not None}
+    def _section(self, name: str, kind: type[_Section]) -> _Section:
+        table = self.content.get(name, {})
+        if isinstance(table, dict):
+            return read_table(kind, table, f"[{name}]", self.mistakes)
+        self.mistakes.append(f"expected one table [{name}], got {table!r}")
+        return read_table(kind, {}, "", [])
 
-    def _texts(self, section: str, key: str) -> list[str]:
-        found: list[Any] = self._table(section).get(key, [])
-        if all(isinstance(text, str) for text in found):
-            return found
-        self.mistakes.append(f"[{section}] {key} must be a list of texts; got {found!r}")
-        return []
+    def _model_tables(self) -> list[tuple[str, Set[str], ModelTable]]:
+        """Return place, keys as they were written, and what is right of each table ``[[models]]``."""
+        tables = self.content.get("models", [])
+        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+            self.mistakes.append(f"expected [[models]] tables, got {tables!r}")
+            return []
+        if not tables:
+            self.mistakes.append("there are no models: add [[models]] tables with a reference each")
+        places = [f"[[models]] no. {number}" for number in range(1, len(tables) + 1)]
+        return [
+            (where, table.keys(), read_table(ModelTable, table, f"{where}:", self.mistakes))
+            for where, table in zip(places, tables, strict=True)
+        ]
 
-    def _check_keys(self) -> None:
-        for section, values in self.content.items():
-            if section not in _KEYS:
-                self.mistakes.append(f"unknown section [{section}]. {near(section, _KEYS)}")
-                continue
-            tables = values if isinstance(values, list) else [values]
-            expected = "[[models]] tables" if section == "models" else f"one table [{section}]"
-            if not all(isinstance(t, dict) for t in tables) or isinstance(values, list) != (section == "models"):
-                self.mistakes.append(f"expected {expected}, got {values!r}")
-                continue
-            for number, table in enumerate(tables, 1):
-                where = f"[[models]] no. {number}:" if section == "models" else f"[{section}]"
-                self.tables[section].append(self._well_typed(where, table, _KEYS[section]))
-
-    def _well_typed(
-        self, where: str, table: Mapping[str, Any], known: Mapping[str, tuple[type, ...]]
-    ) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in table.items():
-            if key not in known:
-                self.mistakes.append(f"{where} unknown key {key!r}. {near(key, known)}")
-                continue
-            fits = isinstance(value, known[key]) and (bool in known[key] or not isinstance(value, bool))
-            found[key] = value if fits else None
-            if not fits:
-                words = " or ".join(_WORDS[kind] for kind in known[key] if kind is not int or float not in known[key])
-                self.mistakes.append(f"{where} {key} must be {words}; got {value!r}")
-        return found
-
-    def _protocol(self, values: Mapping[str, Any]) -> Protocol:
-        good: dict[str, Any] = {}
-        for name, value in values.items():
-            setting: dict[str, Any] = {name: value}
-            try:
-                Protocol(**setting)
-            except LayercritError as error:
-                self.mistakes.append(f"[protocol] {error}")
-            else:
-                good[name] = value
-        protocol = Protocol(**good)
-        if protocol.group not in GROUPS:
-            self.mistakes.append(f"[protocol] unknown group {protocol.group!r}. {near(protocol.group, GROUPS)}")
-        for name in (text.strip() for text in protocol.types.split(",")):
-            if name not in (*LAYER_TYPES, "all"):
-                self.mistakes.append(f"[protocol] unknown layer type {name!r}. {near(name, [*LAYER_TYPES, 'all'])}")
-        return protocol
-
-    def _preprocessing(self, images: Mapping[str, Any]) -> Preprocessing:
-        size = images.get("input_size", [STANDARD.channels, STANDARD.height, STANDARD.width])
-        if not isinstance(size, list) or len(size) != 3 or not all(type(n) is int for n in size):
-            self.mistakes.append(f"[images] input_size must be [channels, height, width]; got {size!r}")
-            return STANDARD
-        channels, height, width = size
-        standard = STANDARD.resize if (height, width) == (STANDARD.height, STANDARD.width) else max(height, width)
-        resize = images.get("resize", standard)
+    def _preprocessing(self, images: ImagesTable) -> Preprocessing:
         try:
-            return Preprocessing(
-                channels=channels,
-                height=height,
-                width=width,
-                resize=tuple(resize) if isinstance(resize, list) else resize or None,
-                interpolation=images.get("interpolation", STANDARD.interpolation),
-            )
-        except (LayercritError, TypeError) as error:
+            return images.preprocessing()
+        except LayercritError as error:
             self.mistakes.append(f"[images] {error}")
             return STANDARD
 
@@ -345,80 +250,63 @@ class _Reader:
 
     # --- models -----------------------------------------------------------------------------------------------------
 
-    def _models(self, resets: Sequence[str]) -> list[ModelEntry]:
-        if not self.content.get("models"):
-            self.mistakes.append("there are no models: add [[models]] tables with a reference each")
+    def _models(self, tables: Sequence[tuple[str, Set[str], ModelTable]], resets: Sequence[str]) -> list[ModelEntry]:
         rewinds = any(name in RESETS and RESETS[name].donor == "checkpoint" for name in resets)
         models: list[ModelEntry] = []
-        for number, table in enumerate(self.tables["models"], 1):
-            where = f"[[models]] no. {number}"
-            if len({"reference", "list", "method"} & table.keys()) != 1:
+        for where, keys, table in tables:
+            if len({"reference", "list", "method"} & keys) != 1:
                 self.mistakes.append(f"{where}: expected one of reference, list and method")
                 self.some_unread = True
-            elif "method" in table:
+            elif "method" in keys:
                 models.extend(self._trained(where, table, rewinds))
-            elif wrong := sorted(METHOD_KEYS.keys() & table.keys()):
+            elif wrong := sorted({*METHOD_KEYS} & keys):
                 self.mistakes.append(f"{where}: {', '.join(wrong)} can be of models with a method only")
-            elif "reference" in table:
+            elif table.list is not None:
+                given = table.model_dump(exclude_unset=True, exclude={"list"})
+                for place, row in rows_of_list(where, self._absolute(table.list), given, _COLUMNS, self.mistakes):
+                    models.extend(self._entries(place, read_table(ModelTable, row, f"{place}:", self.mistakes)))
+            else:
                 models.extend(self._entries(where, table))
-            elif table["list"] is not None:  # else said already
-                given = {key: value for key, value in table.items() if key != "list"}
-                path = self._absolute(table["list"])
-                for place, row in rows_of_list(where, path, given, _COLUMNS, self.mistakes):
-                    models.extend(self._entries(place, row))
         self._check_unique(models)
         return models
 
-    def _trained(self, where: str, table: Mapping[str, Any], rewinds: bool) -> Iterator[ModelEntry]:
+    def _trained(self, where: str, table: ModelTable, rewinds: bool) -> Iterator[ModelEntry]:
         """Yield the model of a table with a method, and keep how it is trained."""
-        table = {key: value for key, value in table.items() if value is not None}
-        training = self._table("training") if "training" in self.content else None
-        n_before = len(self.mistakes)
-        self.mistakes.extend(model_mistakes(where, table, training))
-        self._check_numbers(where, table)
-        if len(self.mistakes) > n_before or training is None or "method" not in table:
+        found = list(model_mistakes(where, table, self.training))
+        self.mistakes.extend(found)
+        if found or self.training is None or table.method is None:
             self.some_unread = True
             return
-        run = run_of(table, training, self.path, self._absolute_source(training.get("data", "")))
+        run = run_of(table, self.training, self.path, self._absolute_source(self.training.data))
         self.runs.append(run)
         entry = run.entry()
         if run.is_finished():
             self._check_architecture(where, [entry])
-        beginning = {"donor": f"{run.folder}@epoch=0"} if rewinds else {}
-        yield self._with_own_words(entry, beginning | table)
+        yield self._with_own_words(replace(entry, donor=f"{run.folder}@epoch=0") if rewinds else entry, table)
 
-    def _with_own_words(self, entry: ModelEntry, table: Mapping[str, Any]) -> ModelEntry:
-        words = ("name", "category", "label", "accuracy", "attack_norm", "eps")
-        given = {key: table[key] for key in words if key in table}
-        donor = str(self._absolute(table["donor"])) if "donor" in table else None
-        return replace(entry, **given, donor=donor)
+    def _with_own_words(self, entry: ModelEntry, table: ModelTable) -> ModelEntry:
+        given = table.model_dump(
+            include={field.name for field in fields(ModelEntry)} - {"reference"}, exclude_none=True
+        )
+        if table.donor is not None:
+            given["donor"] = str(self._absolute(table.donor))
+        return replace(entry, **given)
 
-    def _check_numbers(self, where: str, table: Mapping[str, Any]) -> None:
-        accuracy = table.get("accuracy")
-        if accuracy is not None and not 0 <= accuracy <= 1:
-            hint = f" Did you mean {accuracy / 100:g}?" if 1 < accuracy <= 100 else ""
-            self.mistakes.append(f"{where}: accuracy must be a share in [0, 1]; got {accuracy}.{hint}")
-        if (eps := table.get("eps")) is not None and not eps >= 0:
-            self.mistakes.append(f"{where}: eps must be 0 or more; got {eps}")
-
-    def _entries(self, where: str, table: Mapping[str, Any]) -> Iterator[ModelEntry]:
+    def _entries(self, where: str, table: ModelTable) -> Iterator[ModelEntry]:
         """Yield the models of one row, more than one where its reference is a pattern."""
-        table = {key: value for key, value in table.items() if value is not None}
-        reference = table.get("reference")
-        if reference is None:
+        if table.reference is None:
             return  # said already
-        self._check_numbers(where, table)
         try:
-            found = list(models_of(reference, self.path.parent))
+            found = list(models_of(table.reference, self.path.parent))
         except LayercritError as error:
             self.mistakes.append(f"{where}: {error}")
             self.some_unread = True
             return
         self._check_architecture(where, found)
-        single = {"name", "label", "accuracy", "donor", "eps"} & table.keys()
+        single = sorted({"name", "label", "accuracy", "donor", "eps"} & table.model_fields_set)
         if len(found) > 1 and single:
             self.mistakes.append(
-                f"{where}: {reference!r} names {len(found)} models, but {', '.join(sorted(single))} can be of one only"
+                f"{where}: {table.reference!r} names {len(found)} models, but {', '.join(single)} can be of one only"
             )
             return
         for entry in found:
@@ -461,12 +349,12 @@ class _Reader:
         except LayercritError as error:
             self.mistakes.append(f"the donor of model {model!r}: {error}")
 
-    def _check_comparison(self, models: Sequence[ModelEntry], baseline: Any, leave_out: Sequence[str]) -> None:
+    def _check_comparison(self, models: Sequence[ModelEntry], baseline: str | None, leave_out: Sequence[str]) -> None:
         names = [model.name for model in models]
         categories = [model.category for model in models if model.category]
         if self.some_unread:
             return  # what is not known here may be one of those
-        if isinstance(baseline, str) and baseline not in names:
+        if baseline is not None and baseline not in names:
             self.mistakes.append(f"[study] baseline {baseline!r} is none of the models. {near(baseline, names)}")
         for name in leave_out:
             if name not in names and name not in categories:
@@ -483,14 +371,6 @@ class _Reader:
         if source.startswith("torchvision:"):
             return re.sub(r"(?<=[?&]root=)[^&]*", lambda found: str(self._absolute(found[0])), source)
         return str(self._absolute(source))
-
-
-def import_here(module: str) -> None:
-    """Import a module of the user's, from the current directory or among the installed ones."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    importlib.import_module(module)
 
 
 def _section(title: str, values: Mapping[str, Any]) -> str:

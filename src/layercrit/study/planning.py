@@ -15,12 +15,11 @@ from layercrit.engine.flops import count_flops
 from layercrit.errors import LayercritError, ModelError, first_line
 from layercrit.layers import Layer, find_layers, select_layers
 from layercrit.machine import find_device
-from layercrit.models.hubs import is_cached
 from layercrit.models.model import Classifier
-from layercrit.models.references import open_model, without_weights
-from layercrit.models.zoo.fetching import ZOO, is_fetched
+from layercrit.models.references import is_here, open_model, without_weights
 from layercrit.probes.opening import open_source
 from layercrit.resets import RESETS
+from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
 from layercrit.study.file import StudyFile
 from layercrit.study.store import FILE, Store
@@ -93,17 +92,17 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
         images_mistake = str(error)
     done = _done(Path(folder)) if folder is not None else Counter[str]()
     architectures: dict[str, _Architecture] = {}
-    trials = {reset: study.protocol.trials if RESETS[reset].random else 1 for reset in study.resets}
+    n_trials = sum(needed_trials(study.protocol.trials, RESETS[reset].random) for reset in study.resets)
     rows, plain, replayed, seconds = [], 0.0, 0.0, 0.0
     with large_blocks_stay():
         for entry in study.models:
             name, built = _architecture(study, entry, architectures)
             here, mistake = _is_here(entry, built.mistake)
-            n_cells = built.n_layers * sum(trials.values())
+            n_cells = built.n_layers * n_trials
             n_done = min(done[entry.name], n_cells)
             left = (n_cells - n_done) / max(1, n_cells) * n_images
             # beside the resets, each trial runs the trained network, which is asked once before all trials, too
-            flops = left * (sum(trials.values()) * (built.flops + built.flops_after) + built.flops)
+            flops = left * (n_trials * (built.flops + built.flops_after) + built.flops)
             plain += left * built.flops * (n_cells + 1)
             replayed += flops
             seconds += flops / built.flops * built.seconds if built.flops else 0.0
@@ -140,7 +139,7 @@ def _built(study: StudyFile, reference: str) -> _Architecture:
     model = open_model(reference, **still, input_size=(size.channels, size.height, size.width))
     network = model.network
     normalise = Classifier(network, model.mean, model.std).normalise
-    black = torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8)
+    black = model.black_image
     layers = select_layers(
         _all_layers(reference, network, normalise(black)),
         types=protocol.types,
@@ -184,12 +183,10 @@ def _seconds(network: torch.nn.Module, images: torch.Tensor) -> float:
 
 def _is_here(entry: ModelEntry, mistake: str) -> tuple[bool, str]:
     """Return whether opening a model downloads nothing, and the mistake known of it or found in its weights' name."""
-    name, _, options = entry.reference.partition("?")
-    kind, _, rest = name.partition(":")
-    if mistake or "pretrained=false" in options.lower().split("&"):
+    if mistake:
         return True, mistake
     try:
-        return (is_fetched(ZOO[rest]) if kind == "zoo" else is_cached(kind, rest)), ""
+        return is_here(entry.reference), ""
     except LayercritError as error:
         return True, str(error)
 

@@ -15,11 +15,12 @@ import torch
 from layercrit.errors import LayercritError, ProbeError
 from layercrit.locks import hold
 from layercrit.machine import versions
-from layercrit.models.zoo.fetching import ZOO, fetch_entry, is_fetched
+from layercrit.models.references import fetch
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress import Bar
 from layercrit.resets import RESETS
-from layercrit.seeds import seed_of
+from layercrit.seeds import probe_set_seed
+from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import (
     Event,
@@ -143,7 +144,7 @@ class _Run:
             self.study.source,
             self.study.preprocessing,
             n_images=self.study.n_images,
-            seed=seed_of(self.study.protocol.seed, "probe set") % 2**32,
+            seed=probe_set_seed(self.study.protocol.seed),
             use_labels=self.study.labels,
             progress=self.bar.decoded,
         )
@@ -153,12 +154,10 @@ class _Run:
         return ProbeSet.load(kept, verify=False)
 
     def fetch(self) -> None:
-        """Download what the zoo lacks; what cannot be had fails when it is opened."""
+        """Download what opening the models would lack; what cannot be had fails when it is opened."""
         for entry in self.study.models:
-            kind, _, name = entry.reference.partition("?")[0].partition(":")
-            if kind == "zoo" and not is_fetched(ZOO[name]):
-                with contextlib.suppress(LayercritError):
-                    fetch_entry(ZOO[name], progress=self.bar.fetched)
+            with contextlib.suppress(LayercritError):
+                fetch(entry.reference, self.bar.fetched)
 
     def work(self, executor: Executor) -> None:
         """Run all tasks, and keep what they give."""
@@ -179,7 +178,7 @@ class _Run:
         tasks = []
         for entry in self.study.models:
             for reset in self.study.resets:
-                for trial in range(self.study.protocol.trials if RESETS[reset].random else 1):
+                for trial in range(needed_trials(self.study.protocol.trials, RESETS[reset].random)):
                     if (entry.name, reset, trial) in failed:
                         self.report.n_retryable += 1
                         continue
@@ -191,32 +190,31 @@ class _Run:
         job: Job = event.task.payload
         name = event.task.name
         where = (job.model.name, job.reset, job.trial)
-        if isinstance(event, Failed):
-            self.store.put_failure(FailureRow(*where, event.error, event.details, _now()))
-            if (job.model.name, event.error) not in self.said:
-                self.said.add((job.model.name, event.error))
-                self.bar.say(f"{name} failed: {event.error.splitlines()[0][:160]}")
-            self.expected[name] = self.done[name]
-        elif isinstance(event, Message) and isinstance(event.content, Planned):
-            planned = event.content
-            self._put_record(job.model.name, planned.record)
-            self.store.clear_plan(*where)
-            self.store.put_plan(planned.plan)
-            self.expected[name], self.done[name] = len(planned.plan), planned.n_known
-            if name not in self.opened:  # else its worker died, and another one begins anew
-                self.report.n_known += planned.n_known
-            self.opened.add(name)
-        elif isinstance(event, Message) and isinstance(event.content, Progressed):
-            part = event.content.part
-            self.store.put_part(event.content.task, part)
-            self.done[name] += event.content.n_layers * (part.stop - part.start) / self._n_images
-        elif isinstance(event, Message) and isinstance(event.content, Measured):
-            self._put_record(job.model.name, event.content.record)
-            self.store.put_cells(event.content.cells, self.number)
-            self.store.drop_parts(event.content.task)
-            self.store.drop_failures(*where)
-            self.report.n_measured += len(event.content.cells)
-            self.done[name] = self.expected[name]
+        match event:
+            case Failed(error=error, details=details):
+                self.store.put_failure(FailureRow(*where, error, details, _now()))
+                if (job.model.name, error) not in self.said:
+                    self.said.add((job.model.name, error))
+                    self.bar.say(f"{name} failed: {error.splitlines()[0][:160]}")
+                self.expected[name] = self.done[name]
+            case Message(content=Planned(record, plan, n_known)):
+                self._put_record(job.model.name, record)
+                self.store.clear_plan(*where)
+                self.store.put_plan(plan)
+                self.expected[name], self.done[name] = len(plan), n_known
+                if name not in self.opened:  # else its worker died, and another one begins anew
+                    self.report.n_known += n_known
+                self.opened.add(name)
+            case Message(content=Progressed(task, part, n_layers)):
+                self.store.put_part(task, part)
+                self.done[name] += n_layers * (part.stop - part.start) / self._n_images
+            case Message(content=Measured(task, cells, record)):
+                self._put_record(job.model.name, record)
+                self.store.put_cells(cells, self.number)
+                self.store.drop_parts(task)
+                self.store.drop_failures(*where)
+                self.report.n_measured += len(cells)
+                self.done[name] = self.expected[name]
 
     def _put_record(self, model: str, record: dict[str, Any]) -> None:
         """Keep what is known of a model; where its weights or other content changed, its cells are others, too."""

@@ -15,7 +15,6 @@ import contextlib
 import json
 import math
 import sqlite3
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +25,14 @@ import numpy.typing as npt
 import pandas as pd
 
 from layercrit.errors import StudyError
+from layercrit.study.packing import pack, unpack
 
-__all__ = ["FILE", "CellRow", "FailureRow", "ModelRow", "PartRow", "PlanRow", "Store", "pack", "unpack"]
+__all__ = ["ABOUT_LAYER", "FILE", "CellRow", "FailureRow", "ModelRow", "PartRow", "PlanRow", "Store", "mean_names"]
 
 FILE = "cells.sqlite"
+ABOUT_LAYER = ("type", "stage", "depth", "n_parameters", "shape", "flops_after")  # of all its cells
+_CELL_COLUMNS = ("model", "layer", *ABOUT_LAYER, "reset", "trial", "seed", "status", "delta_norm", "n_images", "key",
+                 "seconds", "finished", "run", "raw")  # fmt: skip
 _MAGIC = 0x6C637274  # "lcrt": tells a study's file from other SQLite files
 
 # One step per schema version, applied in order to files that are older. A released step is never edited.
@@ -76,7 +79,7 @@ class ModelRow:
     Attributes:
         model: its name in tables and figures, unique in the study.
         reference: its model reference, or for imported results the words under which they were published.
-        category: the family of its training method, or None.
+        category: of its training method, such as those of `layercrit.categories.CATEGORIES`, or None.
         label: how figures call it, or None: its name.
         documented_accuracy: top-1 accuracy as its authors give it, a share in [0, 1], or None.
         record: what is known since it was opened (hash, architecture, number format, predictions, notes), or None.
@@ -385,18 +388,15 @@ class Store:
 
         Columns are those of `PlanRow`, of `CellRow` without ``per_image``, and one for each mean.
         """
-        names = ["model", "layer", "type", "stage", "depth", "n_parameters", "shape", "flops_after", "reset", "trial",
-                 "seed", "status", "delta_norm", "n_images", "key", "seconds", "finished", "run", "raw",
-                 "means"]  # fmt: skip
+        columns = ", ".join(_CELL_COLUMNS)
         rows = self._rows(
-            "SELECT plan.model, layer, type, stage, depth, n_parameters, shape, flops_after, reset, trial, seed, "
-            "status, delta_norm, n_images, plan.key, seconds, finished, run, raw, means "
-            "FROM plan JOIN models USING (model) JOIN cells USING (key) ORDER BY position, reset, depth, trial"
+            f"SELECT {columns}, means FROM plan JOIN models USING (model) JOIN cells USING (key) "  # noqa: S608
+            "ORDER BY position, reset, depth, trial"
         )
-        table = pd.DataFrame(rows, columns=names)
+        table = pd.DataFrame(rows, columns=[*_CELL_COLUMNS, "means"])
         means = pd.DataFrame([json.loads(text) for text in table.pop("means")], index=table.index, dtype=np.float64)
         # from the rows: where only some are None, the table has NaN in their place
-        seeds, raws = ([row[names.index(name)] for row in rows] for name in ("seed", "raw"))
+        seeds, raws = ([row[_CELL_COLUMNS.index(name)] for row in rows] for name in ("seed", "raw"))
         table["seed"] = pd.array([None if seed is None else int(seed) for seed in seeds], dtype="UInt64")
         table["raw"] = pd.Series([None if raw is None else json.loads(raw) for raw in raws], dtype=object)
         return pd.concat([table.drop(columns="raw"), means, table[["raw"]]], axis=1)
@@ -411,7 +411,7 @@ class Store:
         for key in keys:
             for (blob,) in self._rows("SELECT per_image FROM cells WHERE key = ?", [key]):
                 if blob is not None:
-                    found[key] = unpack(blob)
+                    found[key] = _unpacked(blob)
         return found
 
     # --- parts and failures -----------------------------------------------------------------------------------------
@@ -430,7 +430,7 @@ class Store:
         for start, stop, seconds, data in rows:
             if start != (found[-1].stop if found else 0):
                 break
-            found.append(PartRow(start, stop, seconds, unpack(data)))
+            found.append(PartRow(start, stop, seconds, _unpacked(data)))
         return found
 
     def drop_parts(self, task: str) -> None:
@@ -475,35 +475,19 @@ class Store:
             ) from error
 
 
-def pack(values: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
-    """Return named float32 arrays of one shape as compressed bytes.
-
-    Bytes of equal significance are put side by side before zlib sees them: exponents compress, mantissas hardly do.
-    """
-    shapes = {array.shape for array in values.values()}
-    header = json.dumps({"names": list(values), "shape": list(shapes.pop()) if shapes else []}).encode()
-    stacked = np.stack([array.astype("<f4", copy=False) for array in values.values()]) if values else np.empty(0, "<f4")
-    planes = np.ascontiguousarray(stacked).view(np.uint8).reshape(-1, 4).T
-    return len(header).to_bytes(4, "little") + header + zlib.compress(planes.tobytes(), level=1)
+def mean_names(cells: pd.DataFrame) -> list[str]:
+    """Return which columns of a table from `Store.cells` are means over images."""
+    return [name for name in cells.columns if name not in _CELL_COLUMNS]
 
 
-def unpack(data: bytes) -> dict[str, npt.NDArray[np.float32]]:
-    """Return what `pack` was given.
-
-    Raises:
-        StudyError: the bytes are damaged.
-    """
-    end = 4 + int.from_bytes(data[:4], "little")
+def _unpacked(data: bytes) -> dict[str, npt.NDArray[np.float32]]:
     try:
-        header = json.loads(data[4:end])
-        planes = np.frombuffer(zlib.decompress(data[end:]), np.uint8).reshape(4, -1)
-    except (ValueError, zlib.error) as error:
+        return unpack(data)
+    except ValueError as error:
         raise StudyError(
             f"Values of single images are damaged in the study's file ({error}). Restore {FILE}, or start anew in "
             "another folder."
         ) from error
-    stacked = planes.T.copy().view("<f4").reshape(len(header["names"]), *header["shape"])
-    return dict(zip(header["names"], stacked, strict=True))
 
 
 def _json(value: Any) -> str | None:

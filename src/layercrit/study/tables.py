@@ -6,25 +6,24 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from layercrit.comparison import Comparison, compare
 from layercrit.errors import StudyError, near
+from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.protocol import MATCHED
-from layercrit.statistics import Estimate, estimate
-from layercrit.study.store import FailureRow, PlanRow, Store
-
-if TYPE_CHECKING:
-    from layercrit.comparison import Comparison
+from layercrit.statistics import estimate, needed_trials
+from layercrit.study.store import ABOUT_LAYER, FailureRow, PlanRow, Store, mean_names
 
 __all__ = ["Study", "load_study"]
 
-_ABOUT_LAYER = ("type", "stage", "depth", "n_parameters", "shape", "flops_after")
-_NO_MEANS = {*_ABOUT_LAYER, "model", "layer", "reset", "trial", "seed", "status", "delta_norm", "n_images", "key",
-             "seconds", "finished", "run", "raw"}  # fmt: skip
+_MODEL_NUMBERS = ("documented_accuracy", "eps", "top1_accuracy", "chance", "temperature")
+_MODEL_COLUMNS = ["model", "reference", "category", "label", "attack_norm", *_MODEL_NUMBERS,
+                  "architecture", "dtype", "sha256", "record"]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -160,10 +159,8 @@ class Study:
 
     def compare(
         self, *, baseline: str | None = None, leave_out: list[str] | None = None, reset: str | None = None
-    ) -> "Comparison":
+    ) -> Comparison:
         """Set the models beside each other; see `layercrit.comparison.compare`."""
-        from layercrit.comparison import compare
-
         return compare(self, baseline=baseline, leave_out=leave_out, reset=reset)
 
     def __repr__(self) -> str:
@@ -179,19 +176,10 @@ class Study:
     @cached_property
     def _layers(self) -> pd.DataFrame:
         by = ["model", "reset", "layer"]
-        groups = self.cells.groupby(by, sort=False)
-        ok = self.cells[self.cells["status"] == "ok"]
-        of_ok = ok.groupby(by)
-        table = groups[list(_ABOUT_LAYER)].first()
-        table = table.join(self._estimates(ok, by, table.index))
-        means = [name for name in self.cells.columns if name not in (*_NO_MEANS, "cosine", MATCHED)]
-        table = table.join(of_ok[means].mean())
-        if "top1" in table:
-            table["top1_agreement"] = 1 - table.pop("top1")
-        table["n_trials"] = of_ok.size().reindex(table.index, fill_value=0)
-        table["n_images"] = groups["n_images"].max()
-        table["status"] = groups["status"].agg(_status)
-        return table.reset_index()
+        layers = self.cells.groupby(by, sort=False).size().index
+        estimates = self._estimates(self.cells[self.cells["status"] == "ok"], by, layers)
+        means = [name for name in mean_names(self.cells) if name not in ("cosine", MATCHED)]
+        return layer_table(self.cells, estimates, by=by, about=ABOUT_LAYER, means=means)
 
     @cached_property
     def _means(self) -> pd.DataFrame:
@@ -231,8 +219,8 @@ class Study:
                     name: estimate(distances, **how) if np.isfinite(distances).all() else None
                     for name, distances in values.items()
                 }
-                rows.append(_columns(found.get("cosine"), found.get(MATCHED)))
-        return pd.DataFrame(rows, index=groups, columns=list(_columns(None, None)))
+                rows.append(estimate_columns(found.get("cosine"), found.get(MATCHED)))
+        return pd.DataFrame(rows, index=groups, columns=list(estimate_columns(None, None)))
 
 
 def load_study(folder: str | Path) -> Study:
@@ -274,33 +262,18 @@ def _n_trials(record: Mapping[str, Any], models: Iterable[Mapping[str, Any]]) ->
     """Return how many trials each model of a study has, those of all resets together."""
     random = {reset: known for model in models for reset, known in model.get("random_trials", {}).items()}
     trials = record["protocol"]["trials"]
-    return sum(trials if random.get(reset, True) else 1 for reset in record["protocol"]["resets"])
+    return sum(needed_trials(trials, random.get(reset, True)) for reset in record["protocol"]["resets"])
 
 
 def _models_table(store: Store) -> pd.DataFrame:
     rows = []
     for row in store.models():
         record = row.record or {}
-        predictions = record.get("predictions", {})
-        rows.append(
-            {
-                "model": row.model,
-                "reference": row.reference,
-                "category": row.category,
-                "label": row.label or row.model,
-                "documented_accuracy": row.documented_accuracy,
-                "attack_norm": row.attack_norm,
-                "eps": row.eps,
-                **{name: predictions.get(name) for name in ("top1_accuracy", "chance", "temperature")},
-                **{name: record.get(name) for name in ("architecture", "dtype", "sha256")},
-                "record": record,
-            }
-        )
-    numbers = ("documented_accuracy", "eps", "top1_accuracy", "chance", "temperature")
-    about = ("model", "reference", "category", "label", "attack_norm")
-    columns = [*about, *numbers, "architecture", "dtype", "sha256", "record"]
-    table = pd.DataFrame(rows, columns=columns, dtype=object)  # of columns of texts pandas would make None NaN
-    return table.astype(dict.fromkeys(numbers, "float64"))
+        known = {**record, **record.get("predictions", {}), **vars(row), "label": row.label or row.model}
+        rows.append([record if name == "record" else known.get(name) for name in _MODEL_COLUMNS])
+    # else pandas makes None NaN in columns of texts
+    table = pd.DataFrame(rows, columns=_MODEL_COLUMNS, dtype=object)
+    return table.astype(dict.fromkeys(_MODEL_NUMBERS, "float64"))
 
 
 def _per_image(
@@ -328,23 +301,3 @@ def _means_of_trials(
         name: np.array([[values[trials == trial].mean()] for trial in np.unique(trials)])
         for name, values in means.items()
     }
-
-
-def _columns(critical: Estimate | None, matched: Estimate | None) -> dict[str, Any]:
-    return {
-        "criticality": np.nan if critical is None else critical.mean,
-        "low": np.nan if critical is None else critical.low,
-        "high": np.nan if critical is None else critical.high,
-        "sd_trials": np.nan if critical is None else critical.sd_trials,
-        "covers": "nothing" if critical is None else critical.covers,
-        "criticality_matched": np.nan if matched is None else matched.mean,
-        "matched_low": np.nan if matched is None else matched.low,
-        "matched_high": np.nan if matched is None else matched.high,
-    }
-
-
-def _status(statuses: pd.Series) -> str:
-    if (statuses == "ok").all():
-        return "ok"
-    bad = statuses[statuses != "ok"]
-    return ", ".join(f"{status} {n}/{len(statuses)}" for status, n in bad.value_counts().items())

@@ -8,13 +8,13 @@ from typing import Any
 from layercrit.errors import LayercritError, TrainingError, near
 from layercrit.study.file import read_study_file
 from layercrit.training import Options, TrainedModel, get_method, open_training_data, train
-from layercrit.training.phases import TrainingProgress
+from layercrit.training.runs import TrainingProgress
 
-__all__ = ["FamilyReport", "train_family"]
+__all__ = ["TrainingReport", "train_models"]
 
 
 @dataclass(frozen=True)
-class FamilyReport:
+class TrainingReport:
     """What training the models of a study file came to.
 
     Attributes:
@@ -26,7 +26,7 @@ class FamilyReport:
     failures: dict[str, str]
 
 
-def train_family(
+def train_models(
     study_file: str | Path,
     names: Sequence[str] = (),
     *,
@@ -34,7 +34,7 @@ def train_family(
     download: bool = False,
     progress: Callable[[str, TrainingProgress], Any] | None = None,
     say: Callable[[str], Any] | None = None,
-) -> FamilyReport:
+) -> TrainingReport:
     """Train what the ``[training]`` table of a study file describes; what is finished already stays as it is.
 
     Args:
@@ -84,4 +84,4 @@ def train_family(
             say(f"{run.name} failed: {failures[run.name]}")
         else:
             say(f"{run.name}: {trained[run.name].top1_accuracy:.1%} of the held-out images right.")
-    return FamilyReport(trained, failures)
+    return TrainingReport(trained, failures)

@@ -2,27 +2,17 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from layercrit.errors import LayercritError, StudyError, near
+from layercrit.errors import LayercritError, StudyError
 from layercrit.study.entries import ModelEntry, models_of
+from layercrit.study.schema import ModelTable, TrainingTable
 
 __all__ = ["Training", "TrainingRun", "model_mistakes", "run_of", "training_mistakes"]
-
-TRAINING_KEYS: dict[str, tuple[type, ...]] = {
-    "arch": (str,), "data": (str,), "folder": (str,), "epochs": (int,), "seed": (int,), "precision": (str,),
-    "weights_dtype": (str,), "settings": (dict,),
-}  # fmt: skip
-"""What may stand in ``[training]``, and of which types."""
-
-METHOD_KEYS: dict[str, tuple[type, ...]] = {"method": (str,), "settings": (dict,), "epochs": (int,), "seed": (int,)}
-"""What a model with a method may have beyond the keys of all models."""
-
-_CHOICES = {"precision": ("no", "bf16", "fp16"), "weights_dtype": ("float32", "float16")}  # the first is the default
 
 
 @dataclass(frozen=True)
@@ -97,90 +87,68 @@ class Training:
             )
 
 
-def training_mistakes(table: Mapping[str, Any], study_folder: Path) -> Iterator[str]:
-    """Yield what is wrong with a table ``[training]``, in which values of a wrong type are None."""
-    for key, question in (("arch", "what is trained, such as 'timm:resnet18'"), ("data", "what is it trained on")):
-        if key not in table:
-            yield f"[training] {key} is missing: {question}?"
-    for key, known in _CHOICES.items():
-        if (given := table.get(key)) is not None and given not in known:
-            yield f"[training] unknown {key} {given!r}. {near(given, known)}"
-    yield from _number_mistakes("[training]", table)
-    if (arch := table.get("arch")) is None:
-        return
+def training_mistakes(table: TrainingTable, study_folder: Path) -> Iterator[str]:
+    """Yield what is wrong with the architecture in a table ``[training]``, empty where it is missing."""
+    arch = table.arch
     if arch.startswith("file:"):
         yield f"[training] arch must be a model reference without weights, such as 'timm:resnet18'; got {arch!r}"
-        return
-    try:
-        found = list(models_of(arch, study_folder))
-    except LayercritError as error:
-        yield f"[training] arch: {error}"
-        return
-    if len(found) != 1:
-        yield f"[training] arch must be one model reference; {arch!r} names {len(found)}"
+    elif arch:
+        try:
+            if (n_models := len(list(models_of(arch, study_folder)))) != 1:
+                yield f"[training] arch must be one model reference; {arch!r} names {n_models}"
+        except LayercritError as error:
+            yield f"[training] arch: {error}"
 
 
-def model_mistakes(where: str, model: Mapping[str, Any], table: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield what is wrong with a model that has a method.
+def model_mistakes(where: str, model: ModelTable, table: TrainingTable | None) -> Iterator[str]:
+    """Yield what is wrong with a model that has a method, beyond its single keys.
 
     Args:
         where: the model's place in the study file.
-        model: its keys, without those whose value has a wrong type.
+        model: its keys, without those whose value is wrong by itself.
         table: the table ``[training]``, or None without one.
     """
     from layercrit.training.methods import get_method
 
     if table is None:
         yield f"{where}: method needs a table [training] that says the architecture (arch) and the images (data)"
-    name = model.get("name")
-    if name is None:
+    if model.name is None:
         yield f"{where}: a model with a method needs a name, after which its folder is called"
-    elif not re.fullmatch(r"\w([\w.,+= -]*[\w+=-])?", name):
-        yield f"{where}: name must be fit for a folder (letters, digits and any of '.,+=- _' inside); got {name!r}"
-    yield from _number_mistakes(f"{where}:", model)
-    settings = {**_settings(table), **_settings(model)}
+    elif not re.fullmatch(r"\w([\w.,+= -]*[\w+=-])?", model.name):
+        words = "fit for a folder (letters, digits and any of '.,+=- _' inside)"
+        yield f"{where}: name must be {words}; got {model.name!r}"
+    settings = {**(table.settings if table else {}), **model.settings}
     if "epochs" in settings:
         yield f"{where}: epochs must stand beside settings, not in them"
-    if (method := model.get("method")) is None:
+    if model.method is None:
         return  # said already
     try:
-        get_method(method, settings)
+        get_method(model.method, settings)
     except LayercritError as error:
         yield f"{where}: {error}"
 
 
-def run_of(model: Mapping[str, Any], table: Mapping[str, Any], file: Path, data: str) -> TrainingRun:
+def run_of(model: ModelTable, table: TrainingTable, file: Path, data: str) -> TrainingRun:
     """Return the training run of a model without mistakes; its own keys win over those of ``[training]``.
 
     Args:
         model: the model's keys.
-        table: the table ``[training]``, without values of a wrong type.
+        table: the table ``[training]``, without values that are wrong.
         file: the study file.
         data: the source of the training images, with an absolute path.
     """
-    arch = table.get("arch", "")
+    arch, name = table.arch, str(model.name)
     with suppress(LayercritError):  # which is among the mistakes of the table
         arch = next(models_of(arch, file.parent)).reference
     return TrainingRun(
-        name=model["name"],
-        method=model["method"],
-        settings={**_settings(table), **_settings(model)},
+        name=name,
+        method=str(model.method),
+        settings={**table.settings, **model.settings},
         arch=arch,
         data=data,
-        folder=file.parent / Path(table.get("folder", "models")).expanduser() / model["name"],
-        epochs=model.get("epochs", table.get("epochs")),
-        seed=model.get("seed", table.get("seed", 0)),
-        **{key: table.get(key, known[0]) for key, known in _CHOICES.items()},
+        folder=file.parent / Path(table.folder).expanduser() / name,
+        epochs=table.epochs if model.epochs is None else model.epochs,
+        seed=table.seed if model.seed is None else model.seed,
+        precision=table.precision,
+        weights_dtype=table.weights_dtype,
     )
-
-
-def _settings(table: Mapping[str, Any] | None) -> dict[str, Any]:
-    return (table or {}).get("settings") or {}
-
-
-def _number_mistakes(where: str, table: Mapping[str, Any]) -> Iterator[str]:
-    epochs, seed = table.get("epochs"), table.get("seed")
-    if epochs is not None and epochs < 1:
-        yield f"{where} epochs must be at least 1; got {epochs}"
-    if seed is not None and not 0 <= seed < 2**64:
-        yield f"{where} seed must be a whole number from 0 to 2**64 - 1; got {seed}"

@@ -15,12 +15,12 @@ import numpy.typing as npt
 import torch
 
 from layercrit.engine.allocator import large_blocks_stay
-from layercrit.engine.flops import count_flops
 from layercrit.engine.replay import Mode
 from layercrit.engine.session import Batch, Predictions, Session, Trial
 from layercrit.engine.subject import Subject
 from layercrit.layers import Layer, stages_of
 from layercrit.models.model import Model
+from layercrit.models.own_networks import import_here
 from layercrit.models.references import open_model
 from layercrit.probes.images import Preprocessing
 from layercrit.probes.probe_set import ProbeSet
@@ -29,7 +29,7 @@ from layercrit.protocol import MATCHED
 from layercrit.resets import RESETS
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import Place, Task, Work
-from layercrit.study.file import StudyFile, import_here
+from layercrit.study.file import StudyFile
 from layercrit.study.store import CellRow, PartRow, PlanRow, Store
 
 _MEANING = 1  # of a cell's numbers; raised when the same cell would be measured as something else
@@ -73,12 +73,15 @@ class Measured:
 
 
 class _Opened:
-    """A model under one reset, opened for a study.
+    """A model under one reset, opened for a study: at once the network, and its session when `start` is called.
 
     Attributes:
-        model: the model, asked about the study's pixels.
-        subject: its network, layers and draws.
-        record: what is known of it; keeps what an earlier session with the same weights, images and settings found.
+        study: the study.
+        probe_set: its images.
+        reset: its name.
+        subject: the network, asked about the study's pixels, with its layers and draws.
+        record: what is known of the model; keeps what an earlier session with the same weights, images and settings
+            found.
     """
 
     def __init__(
@@ -90,61 +93,55 @@ class _Opened:
         device: str,
         known: Mapping[str, Any],
     ) -> None:
-        size = study.preprocessing
-        shape = (size.channels, size.height, size.width)
-        own = open_model(entry.reference, input_size=None if size.channels == 3 else shape)
-        model = open_model(own, input_size=shape)
-        self.model: Model = replace(model, preprocessing=size)
-        self.probe_set, self.study = probe_set, study
-        self.reset, self._donor = reset, entry.donor
+        self.study, self.probe_set, self.reset = study, probe_set, reset
         self._protocol = replace(study.protocol, device=device, n_images=study.n_images)
-        self.subject = self._subject(reset)
+        self._donor = entry.donor
+        self._model, notes = _open_model(entry, study.preprocessing)
+        self.subject = self._subject_of(reset)
+        self._flops, self._flops_after = self.subject.flops
+        self.record = self._record([*self.subject.notes(), *notes], known)
         self._session: Session | None = None
-        black = torch.zeros(1, size.channels, size.height, size.width, dtype=torch.uint8)
-        flops, self._flops_after = count_flops(self.subject.network, self.subject.layers, self.subject.normalise(black))
+
+    def _subject_of(self, reset: str) -> Subject:
+        donor = self._donor if RESETS[reset].donor == "checkpoint" else None
+        return Subject(replace(self._protocol, reset=reset), self._model, donor)
+
+    def _record(self, notes: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
         about = {
-            "sha256": self.model.sha256,
-            "architecture": self.model.architecture,
-            "mean": list(self.model.mean),
-            "std": list(self.model.std),
-            "probe_set": probe_set.sha256,
-            "asked_dtype": study.protocol.dtype,
+            "sha256": self._model.sha256,
+            "architecture": self._model.architecture,
+            "mean": list(self._model.mean),
+            "std": list(self._model.std),
+            "probe_set": self.probe_set.sha256,
+            "asked_dtype": self._protocol.dtype,
         }
         again = all(known.get(name) == value for name, value in about.items())
         kept = {name: known[name] for name in ("dtype", "road", "predictions", "notes") if name in known and again}
-        notes = self.subject.notes()
-        if own.preprocessing != size:
-            notes.append(f"its own evaluation differs from the study's pixels: {_in_words(own.preprocessing)}")
-        self.record: dict[str, Any] = {
+        return {
             **kept,
             **about,
             "notes": list(dict.fromkeys([*kept.get("notes", []), *notes])),
-            "n_images": probe_set.n_images,
-            "flops_per_image": flops,
+            "n_images": self.probe_set.n_images,
+            "flops_per_image": self._flops,
             "n_parameters": sum(p.numel() for p in self.subject.network.parameters()),
-            "donor": {reset: self.subject.donor_in_words},
-            "random_trials": {reset: self.subject.random_trials},
+            "donor": {self.reset: self.subject.donor_in_words},
+            "random_trials": {self.reset: self.subject.random_trials},
         }
 
-    def _subject(self, reset: str) -> Subject:
-        donor = self._donor if RESETS[reset].donor == "checkpoint" else None
-        return Subject(replace(self._protocol, reset=reset), self.model, donor)
-
-    @property
-    def session(self) -> Session:
-        """The session, opened if need be; what it finds goes into the record."""
+    def start(self) -> Session:
+        """Return the session; the first call opens it, in the number format that the record names or gets now."""
         if self._session is None:
             if self._protocol.dtype == "auto" and "dtype" not in self.record:
                 self._choose_dtype()
             self._session = self._open_session(self.subject)
-        self.record["notes"] = list(dict.fromkeys([*self.record["notes"], *self._session.notes]))
+            self.take_notes(self._session)
         return self._session
 
     def _choose_dtype(self) -> None:
         """Let the first reset that the model can undergo choose, so that it does not matter which is opened first."""
         for reset in self.study.resets[: self.study.resets.index(self.reset)]:
             with contextlib.suppress(Exception):  # it fails where that reset is run
-                self._open_session(self._subject(reset))
+                self._open_session(self._subject_of(reset))
                 return
 
     def _open_session(self, subject: Subject) -> Session:
@@ -160,16 +157,20 @@ class _Opened:
             predictions=None if predictions is None else Predictions(**predictions),
         )
         self.record |= {
-            "dtype": session.replay.mode,
-            "road": session.replay.road,
+            "dtype": session.holder.replay.mode,
+            "road": session.holder.replay.road,
             "predictions": asdict(session.predictions),
         }
         return session
 
+    def take_notes(self, session: Session) -> None:
+        """Write into the record what the session noted so far; it may note more while it measures."""
+        self.record["notes"] = list(dict.fromkeys([*self.record["notes"], *session.notes]))
+
     def plan(self, model: str, trial: int) -> list[PlanRow]:
         """Return the cells of a trial."""
-        if "dtype" not in self.record:
-            _ = self.session  # which chooses the number format, a part of each cell's identity
+        if "dtype" not in self.record:  # a part of each cell's identity
+            self.start()
         self.record["content"] = {self.reset: _hash(self._content())}
         layers = self.subject.layers
         stages = stages_of([layer.name for layer in layers])
@@ -256,7 +257,8 @@ class _Worker:
     def _measure(
         self, opened: _Opened, number: int, missing: Mapping[str, str], task: str, parts: Sequence[PartRow]
     ) -> Iterator[Progressed | Measured]:
-        trial = opened.session.trial(number, [layer for layer in opened.subject.layers if layer.name in missing])
+        session = opened.start()
+        trial = session.trial(number, [layer for layer in opened.subject.layers if layer.name in missing])
         done = [part for part in parts if all(len(rows) == len(missing) for rows in part.values.values())]
         pending: list[Batch] = []
         started = time.perf_counter()
@@ -270,7 +272,8 @@ class _Worker:
                 if batch.stop < opened.probe_set.n_images:
                     yield Progressed(task, part, len(missing))
         values = _joined([part.values for part in done])
-        cells = _cells(opened, trial, values, missing, sum(part.seconds for part in done))
+        cells = _cells(opened, session, trial, values, missing, sum(part.seconds for part in done))
+        opened.take_notes(session)
         yield Measured(task, cells, opened.record)
 
 
@@ -281,6 +284,7 @@ def start_worker(study: StudyFile, folder: Path, place: Place) -> Work:
 
 def _cells(
     opened: _Opened,
+    session: Session,
     trial: Trial,
     values: Mapping[str, npt.NDArray[np.float32]],
     keys: Mapping[str, str],
@@ -290,7 +294,7 @@ def _cells(
     kept = [*opened.study.distances, MATCHED]
     cells = []
     for index, (layer, status) in enumerate(zip(trial.layers, trial.status(values["cosine"]), strict=True)):
-        means = opened.session.means(values, index, status)
+        means = session.means(values, index, status)
         cells.append(
             CellRow(
                 key=keys[layer.name],
@@ -305,6 +309,16 @@ def _cells(
             )
         )
     return cells
+
+
+def _open_model(entry: ModelEntry, size: Preprocessing) -> tuple[Model, list[str]]:
+    """Return a model that is asked about pixels of this size, and what its own evaluation does in another way."""
+    shape = (size.channels, size.height, size.width)
+    own = open_model(entry.reference, input_size=None if size.channels == 3 else shape)
+    model = replace(open_model(own, input_size=shape), preprocessing=size)
+    if own.preprocessing == size:
+        return model, []
+    return model, [f"its own evaluation differs from the study's pixels: {_in_words(own.preprocessing)}"]
 
 
 def _joined(parts: Sequence[Mapping[str, npt.NDArray[np.float32]]]) -> dict[str, npt.NDArray[np.float32]]:

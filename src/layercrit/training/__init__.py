@@ -2,8 +2,9 @@
 
 from layercrit.training import adversarial, augmentation, baseline, contrastive, freezing, recipes
 from layercrit.training.data import TrainingData, open_training_data
-from layercrit.training.loop import Options, TrainedModel, train
+from layercrit.training.loop import TrainedModel, train
 from layercrit.training.methods import METHODS, Method, get_method, method, setting
+from layercrit.training.runs import Options
 
 __all__ = [
     "METHODS",

@@ -3,8 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,40 +16,19 @@ from layercrit.errors import TrainingError
 from layercrit.locks import hold
 from layercrit.machine import versions
 from layercrit.models.checkpoints import hash_tensors
-from layercrit.models.model import logits_of
 from layercrit.restoring import rng_untouched
 from layercrit.training.architecture import fitted_architecture, initial_network
-from layercrit.training.batches import held_out_batches, to_device
 from layercrit.training.data import TrainingData
-from layercrit.training.methods import Learner, Method
+from layercrit.training.methods import Method
 from layercrit.training.optimisation import make_accelerator
-from layercrit.training.phases import PhaseOfRun, TrainingProgress
-from layercrit.training.runs import RunFolder
+from layercrit.training.phases import PhaseOfRun
+from layercrit.training.runs import Options, Run, RunFolder, TrainingProgress
 
-__all__ = ["PRECISIONS", "TRACKERS", "WEIGHTS_DTYPES", "Options", "TrainedModel", "train"]
+__all__ = ["PRECISIONS", "TRACKERS", "WEIGHTS_DTYPES", "TrainedModel", "train"]
 
 PRECISIONS = ("no", "bf16", "fp16")
 WEIGHTS_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 TRACKERS = ("tensorboard", "wandb")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a training run is told that its result does not depend on, but for rounding.
-
-    Attributes:
-        keep_epochs: after which epochs, counted through all phases, to keep the weights; the initial ones always are.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        n_workers: processes that make views; 0: this one.
-        save_seconds: between states that an interrupted run goes on from; one is kept after each epoch anyway.
-        trackers: of ``tensorboard`` and ``wandb``.
-    """
-
-    keep_epochs: Sequence[int] = ()
-    device: str = "auto"
-    n_workers: int = 0
-    save_seconds: float = 60.0
-    trackers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -136,126 +114,79 @@ def train(
         rng_untouched(),
     ):
         run = Run(method, data, about, run_folder, accelerator, options, progress or _nobody, say or _nobody)
-        return TrainedModel(run_folder.path, run.go())
+        return TrainedModel(run_folder.path, _all_phases(run))
 
 
-class Run:
-    """One training run, from its initial weights or a kept state to its final weights."""
+def _all_phases(run: Run) -> dict[str, Any]:
+    """Train from the initial weights or the last saved state to the end, and return the record."""
+    network = initial_network(run.about["arch"], run.seed, run.data.inputs)
+    initial = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    state = _last_state(run)
+    _start_trackers(run)
+    if state is None and run.accelerator.is_main_process:
+        run.folder.save_epoch(0, initial)
+    step = 0
+    for number, phase in enumerate(run.phases):
+        n_steps = phase.epochs * (run.steps // run.epochs)
+        if state is None or state["phase"] <= number:
+            now = state if state is not None and state["phase"] == number else None
+            network = PhaseOfRun(run, number, phase, network, first_step=step).go(now)
+        step += n_steps
+    record = _finish(run, network, hash_tensors(initial))
+    run.accelerator.end_training()
+    return record
 
-    def __init__(
-        self,
-        method: Method,
-        data: TrainingData,
-        about: dict[str, Any],
-        folder: RunFolder,
-        accelerator: Any,
-        options: Options,
-        progress: Callable[[TrainingProgress], Any],
-        say: Callable[[str], Any],
-    ) -> None:
-        self.method, self.data, self.about, self.folder = method, data, about, folder
-        self.accelerator, self.options, self.progress, self.say = accelerator, options, progress, say
-        self.seed = int(about["seed"])
-        self.phases = method.phases()
-        self.batch_size = min(method.batch_size, len(data.train))
-        if self.batch_size % accelerator.num_processes:
-            raise TrainingError(
-                f"batch_size {self.batch_size} cannot be shared by {accelerator.num_processes} processes evenly."
-            )
-        self.epochs = sum(phase.epochs for phase in self.phases)
-        if max(options.keep_epochs, default=0) > self.epochs:
-            raise TrainingError(
-                f"keep_epochs are {', '.join(map(str, options.keep_epochs))}, but the run ends after epoch "
-                f"{self.epochs}. Leave out what comes after it."
-            )
-        self.steps = self.epochs * (len(data.train) // self.batch_size)
-        self.history: list[dict[str, Any]] = []
-        self.saved_at = time.monotonic()
 
-    def go(self) -> dict[str, Any]:
-        """Train to the end and return the record."""
-        network = initial_network(self.about["arch"], self.seed, self.data.inputs)
-        initial = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        state = self._last_state()
-        self._start_trackers()
-        if state is None and self.accelerator.is_main_process:
-            self.folder.save_epoch(0, initial)
-        step = 0
-        for number, phase in enumerate(self.phases):
-            n_steps = phase.epochs * (self.steps // self.epochs)
-            if state is None or state["phase"] <= number:
-                now = state if state is not None and state["phase"] == number else None
-                network = PhaseOfRun(self, number, phase, network, first_step=step).go(now)
-            step += n_steps
-        record = self._finish(network, hash_tensors(initial))
-        self.accelerator.end_training()
-        return record
+def _last_state(run: Run) -> dict[str, Any] | None:
+    """Return the state that the run is resumed from, and give the run its history; None for a new run."""
+    state, problems = run.folder.load_state()
+    for problem in problems:
+        run.say(f"{problem}.")
+    if state is None:
+        if problems:
+            run.say("No saved state is intact: training starts from the beginning.")
+        return None
+    _check_same_run(run.folder.path, json.loads(state["about"]), run.about)
+    run.history = json.loads(state["history"])
+    run.say(f"Resuming {run.folder.path} after {state['step']} of {run.steps} steps.")
+    return state
 
-    def _last_state(self) -> dict[str, Any] | None:
-        state, problems = self.folder.load_state()
-        for problem in problems:
-            self.say(f"{problem}.")
-        if state is None:
-            if problems:
-                self.say("No whole state is left: training starts from the beginning.")
-            return None
-        _check_same_run(self.folder.path, json.loads(state["about"]), self.about)
-        self.history = json.loads(state["history"])
-        self.say(f"Going on with {self.folder.path} after {state['step']} of {self.steps} steps.")
-        return state
 
-    def _start_trackers(self) -> None:
-        if self.options.trackers:
-            settings = {name: value for name, value in self.about.items() if isinstance(value, str | int)}
-            self.accelerator.init_trackers("layercrit", config={**settings, **self.about["settings"]})
+def _start_trackers(run: Run) -> None:
+    if run.options.trackers:
+        settings = {name: value for name, value in run.about.items() if isinstance(value, str | int)}
+        run.accelerator.init_trackers("layercrit", config={**settings, **run.about["settings"]})
 
-    def _finish(self, network: nn.Module, initial_sha256: str) -> dict[str, Any]:
-        dtype = WEIGHTS_DTYPES[self.about["weights_dtype"]]
-        tensors = dict(network.state_dict())
-        if dtype != torch.float32:
-            rounded = {name: t.to(dtype) if t.dim() > 1 and t.is_floating_point() else t for name, t in tensors.items()}
-            network.load_state_dict(rounded)
-            tensors = rounded
-        accuracy = self.accuracy_of(network)
-        record = {
-            **self.about,
-            "category": self.method.category,
-            "changes": self.method.changes,
-            "paper": self.method.paper,
-            "epochs": self.epochs,
-            "top1_accuracy": accuracy,
-            "seconds": round(sum(row["seconds"] for row in self.history), 1),
-            "by_epoch": self.history,
-            "n_parameters": sum(p.numel() for p in network.parameters()),
-            "initial_sha256": initial_sha256,
-            "device": str(self.accelerator.device),
-            "n_processes": self.accelerator.num_processes,
-            "versions": versions(),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        if self.accelerator.is_main_process:
-            record = self.folder.save_final(tensors, record)
-        self.accelerator.wait_for_everyone()
-        return record
 
-    @torch.no_grad()
-    def accuracy_of(self, network: nn.Module) -> float:
-        """Return the share of held-out images that are classified right, in [0, 1]."""
-        data, device = self.data, self.accelerator.device
-        normalise = Learner(nn.Identity(), data.inputs).to(device).normalise
-        network.eval()
-        right = torch.zeros((), device=device)
-        for (images,), labels in held_out_batches(
-            data.test,
-            data.inputs,
-            max(self.batch_size, 256),
-            n_workers=self.options.n_workers,
-            process=self.accelerator.process_index,
-            n_processes=self.accelerator.num_processes,
-        ):
-            logits = logits_of(network(normalise(to_device(images, device))))  # in float32, as it is asked later
-            right += (logits.argmax(dim=1) == labels.to(device)).sum()
-        return float(self.accelerator.reduce(right, "sum").item() / len(data.test))
+def _finish(run: Run, network: nn.Module, initial_sha256: str) -> dict[str, Any]:
+    """Save the final weights with their record, and return it."""
+    dtype = WEIGHTS_DTYPES[run.about["weights_dtype"]]
+    tensors = dict(network.state_dict())
+    if dtype != torch.float32:
+        rounded = {name: t.to(dtype) if t.dim() > 1 and t.is_floating_point() else t for name, t in tensors.items()}
+        network.load_state_dict(rounded)
+        tensors = rounded
+    accuracy = run.accuracy_of(network)
+    record = {
+        **run.about,
+        "category": run.method.category,
+        "changes": run.method.changes,
+        "paper": run.method.paper,
+        "epochs": run.epochs,
+        "top1_accuracy": accuracy,
+        "seconds": round(sum(row["seconds"] for row in run.history), 1),
+        "by_epoch": run.history,
+        "n_parameters": sum(p.numel() for p in network.parameters()),
+        "initial_sha256": initial_sha256,
+        "device": str(run.accelerator.device),
+        "n_processes": run.accelerator.num_processes,
+        "versions": versions(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if run.accelerator.is_main_process:
+        record = run.folder.save_final(tensors, record)
+    run.accelerator.wait_for_everyone()
+    return record
 
 
 def _nobody(_: object) -> None:

@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layercrit.categories import CATEGORIES
 from layercrit.errors import TrainingError, near
 from layercrit.models.model import logits_of
+from layercrit.registry import Registry
 
 __all__ = [
     "CATEGORIES",
@@ -28,9 +30,6 @@ __all__ = [
     "method",
     "setting",
 ]
-
-CATEGORIES = ("baseline", "training_recipes", "augmentation", "adversarial_training", "contrastive", "freezing")
-"""The paper's families of training methods."""
 
 
 @dataclass(frozen=True)
@@ -246,8 +245,8 @@ class Method:
         return dataclasses.asdict(self)
 
 
-METHODS: dict[str, type[Method]] = {}
-"""All training methods by name, filled by `method`."""
+METHODS = Registry[type[Method]]("training method", TrainingError, "layercrit.methods", summary=lambda cls: cls.changes)
+"""All training methods by name, filled by `method` and by installed plug-ins."""
 
 
 def method(name: str, *, category: str, changes: str, paper: str) -> Callable[[type[Method]], type[Method]]:
@@ -258,6 +257,9 @@ def method(name: str, *, category: str, changes: str, paper: str) -> Callable[[t
         category: one of `CATEGORIES`.
         changes: what it does unlike the baseline, in a few words.
         paper: authors, year and identifier of its source.
+
+    Raises:
+        TrainingError: the name is taken by another class, or cannot be one.
 
     Example:
         >>> from dataclasses import dataclass
@@ -270,8 +272,8 @@ def method(name: str, *, category: str, changes: str, paper: str) -> Callable[[t
     """
 
     def register(cls: type[Method]) -> type[Method]:
-        cls.name, cls.category, cls.changes, cls.paper = name, category, changes, paper
         METHODS[name] = cls
+        cls.name, cls.category, cls.changes, cls.paper = name, category, changes, paper
         return cls
 
     return register
@@ -287,9 +289,7 @@ def get_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
     Raises:
         TrainingError: the method or a setting is unknown, or a value is of another type or out of range.
     """
-    if name not in METHODS:
-        raise TrainingError(f"There is no training method {name!r}. {near(name, METHODS)}")
-    cls = METHODS[name]
+    cls = METHODS.find(name)
     types = typing.get_type_hints(cls)
     declared = {one.name: one for one in dataclasses.fields(cls)}
     values: dict[str, Any] = {}

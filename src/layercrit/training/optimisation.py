@@ -29,9 +29,9 @@ def make_accelerator(device: str, precision: str, trackers: Sequence[str], folde
         raise TrainingError(
             "Training needs accelerate, which is not installed: pip install 'layercrit[train]'."
         ) from error
-    for name, package in (("tensorboard", "tensorboard"), ("wandb", "wandb")):
-        if name in trackers and importlib.util.find_spec(package) is None:
-            raise TrainingError(f"{package} is not installed: pip install {package}, or leave that log out.")
+    for name in ("tensorboard", "wandb"):
+        if name in trackers and importlib.util.find_spec(name) is None:
+            raise TrainingError(f"{name} is not installed. Run `pip install {name}`, or leave out --log {name}.")
     find_device(device)
     shared = AcceleratorState._shared_state
     if shared and shared.get("_mixed_precision") not in (None, precision):

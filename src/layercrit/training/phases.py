@@ -4,8 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,42 +14,17 @@ from layercrit.seeds import drawing, seed_generators, seed_of
 from layercrit.training.batches import Batches, to_device
 from layercrit.training.methods import Phase
 from layercrit.training.optimisation import make_optimizer, make_schedule, moving_average
+from layercrit.training.runs import Run, TrainingProgress
 
-if TYPE_CHECKING:
-    from layercrit.training.loop import Run
-
-__all__ = ["PhaseOfRun", "TrainingProgress"]
+__all__ = ["PhaseOfRun"]
 
 _CHECK_EVERY = 20  # steps between looks at the loss, for each look waits for the device
-
-
-@dataclass(frozen=True)
-class TrainingProgress:
-    """How far a training run is.
-
-    Attributes:
-        phase: name of the phase.
-        epoch: number of the epoch under way, from 1, counted through all phases.
-        epochs: of all phases.
-        step: steps done in all.
-        steps: of the whole run.
-        loss: mean of the epoch so far.
-        accuracy: share of held-out images right after the last epoch, or None.
-    """
-
-    phase: str
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    loss: float
-    accuracy: float | None
 
 
 class PhaseOfRun:
     """One phase of a run: its learner, optimiser and schedule."""
 
-    def __init__(self, run: "Run", number: int, phase: Phase, network: nn.Module, first_step: int) -> None:
+    def __init__(self, run: Run, number: int, phase: Phase, network: nn.Module, first_step: int) -> None:
         self.run, self.number, self.phase, self.first_step = run, number, phase, first_step
         accelerator, inputs = run.accelerator, run.data.inputs
         n_steps = run.steps // run.epochs

@@ -1,7 +1,8 @@
 """Published checkpoints: what is known about them, and how they are fetched and read."""
 
+from layercrit.categories import CATEGORIES
 from layercrit.models.zoo.accuracy import AccuracyCheck, check_accuracy
-from layercrit.models.zoo.entries import CATEGORIES, Citation, ZooEntry, ZooFile, read_zoo
+from layercrit.models.zoo.entries import Citation, ZooEntry, ZooFile, read_zoo
 from layercrit.models.zoo.fetching import ZOO, fetch_entry, find_entries, is_fetched, open_zoo_file
 
 __all__ = [

@@ -9,7 +9,7 @@ import torch
 from layercrit.errors import ZooError
 from layercrit.machine import choose_batch_size, find_device
 from layercrit.models.zoo.entries import ZooEntry
-from layercrit.models.zoo.fetching import open_zoo
+from layercrit.models.zoo.fetching import open_entry
 from layercrit.probes.probe_set import ProbeSet
 
 __all__ = ["AccuracyCheck", "check_accuracy"]
@@ -57,7 +57,7 @@ def check_accuracy(
     Raises:
         LayercritError: The weights or the images cannot be used.
     """
-    model = open_zoo(entry.id, {})
+    model = open_entry(entry, {})
     probe_set = ProbeSet.from_source(images, model.preprocessing, n_images=n_images)
     if probe_set.labels is None:
         raise ZooError(
@@ -67,7 +67,8 @@ def check_accuracy(
     probe_set.check_labels(model.n_classes)
     where = find_device(device)
     classifier = model.classifier.to(where)
-    step = choose_batch_size(batch_size, probe_set, where)
+    size = probe_set.preprocessing
+    step = choose_batch_size(batch_size, probe_set.n_images, size.height, size.width, where)
     labels = torch.tensor(probe_set.labels)
     n_right = 0
     with torch.inference_mode():

@@ -21,7 +21,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
-from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -252,18 +251,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """An opener for HTTP and HTTPS alone, with cookies, which Google Drive needs between page and file."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.HTTPCookieProcessor(CookieJar()),
-        _Redirects(),
-    ):
-        opener.add_handler(handler)
+    """An opener with cookies, which Google Drive needs between page and file."""
+    opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(), _Redirects())
     opener.addheaders = [("User-Agent", "layercrit"), ("Accept-Encoding", "identity")]
     return opener
 

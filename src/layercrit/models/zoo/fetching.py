@@ -9,7 +9,7 @@ brings the files, reads them without running any code (`layercrit.models.checkpo
 import fnmatch
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -26,14 +26,11 @@ from layercrit.errors import CheckpointError, ModelError, ZooError, near
 from layercrit.machine import versions
 from layercrit.models.checkpoints import Checkpoint, fit_to, read_checkpoint
 from layercrit.models.model import Model
-from layercrit.models.sources import MODEL_SOURCES, model_source
+from layercrit.models.sources import Progress, open_reference
 from layercrit.models.zoo.downloads import Fetched, check_file, fetch
 from layercrit.models.zoo.entries import ZooEntry, read_zoo
 
-__all__ = ["ZOO", "fetch_entry", "find_entries", "is_fetched", "open_zoo", "open_zoo_file"]
-
-Progress = Callable[[str, int, int | None], object]
-"""Called with words for a file, the number of its bytes that have come, and of all where the server says so."""
+__all__ = ["ZOO", "fetch_entry", "find_entries", "find_entry", "is_fetched", "open_entry", "open_zoo_file"]
 
 
 class _Zoo(Mapping[str, ZooEntry]):
@@ -55,6 +52,17 @@ class _Zoo(Mapping[str, ZooEntry]):
 
 ZOO: Mapping[str, ZooEntry] = _Zoo()
 """The published checkpoints by identifier, in the order of ``zoo.toml``."""
+
+
+def find_entry(name: str) -> ZooEntry:
+    """Return the entry of an identifier.
+
+    Raises:
+        ZooError: There is none.
+    """
+    if name not in ZOO:
+        raise ZooError(f"The zoo has no model {name!r}. {near(name, ZOO)} `layercrit zoo list` shows all.")
+    return ZOO[name]
 
 
 def find_entries(pattern: str) -> list[ZooEntry]:
@@ -117,8 +125,7 @@ def _converted(entry: ZooEntry, checkpoints: Sequence[Checkpoint]) -> dict[str, 
 
 def _untrained(entry: ZooEntry, options: Mapping[str, Any]) -> Model:
     """The entry's architecture with fresh weights, asked about images as the entry says."""
-    kind, _, rest = entry.architecture.partition(":")
-    model = MODEL_SOURCES[kind](rest, {**options, "pretrained": False})
+    model = open_reference(entry.architecture, {**options, "pretrained": False})
     return replace(
         model, reference=f"zoo:{entry.id}", mean=entry.mean, std=entry.std, preprocessing=entry.preprocessing
     )
@@ -253,17 +260,18 @@ def _stored(entry: ZooEntry) -> dict[str, Tensor]:
     return checkpoint.tensors
 
 
-@model_source("zoo")
-def open_zoo(name: str, options: dict[str, Any]) -> Model:
-    """Open a fetched entry by its identifier; see `layercrit.models.sources.model_source`."""
-    if name not in ZOO:
-        raise ModelError(f"The zoo has no model {name!r}. {near(name, ZOO)} `layercrit zoo list` shows all.")
-    entry = ZOO[name]
+def open_entry(entry: ZooEntry, options: dict[str, Any]) -> Model:
+    """Open a fetched entry, or with ``pretrained`` false its architecture with fresh weights.
+
+    Raises:
+        ModelError: The weights are not on this machine.
+        CheckpointError: They are not those that were fetched.
+    """
     pretrained = options.pop("pretrained", True)
     if pretrained and not is_fetched(entry):
         raise ModelError(
-            f"The weights of zoo:{name} are not on this machine ({entry.path}). Fetch them with "
-            f"`layercrit zoo fetch {name}`, or add '?pretrained=false' for an untrained network."
+            f"The weights of zoo:{entry.id} are not on this machine ({entry.path}). Fetch them with "
+            f"`layercrit zoo fetch {entry.id}`, or add '?pretrained=false' for an untrained network."
         )
     model = _untrained(entry, options)
     if not pretrained:

@@ -1,0 +1,100 @@
+"""Tables that people write (study files, the zoo): pydantic checks them, and we tell their mistakes in our words."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, WrapValidator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from layercrit.errors import near
+
+__all__ = ["STRICT", "Declaration", "expected", "mistakes", "read_table"]
+
+
+STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+"""Unknown keys are mistakes, and so are values of another type."""
+
+
+class Declaration(BaseModel):
+    """A table that a person writes; an attribute's docstring is the meaning of its key."""
+
+    model_config = STRICT
+
+
+_Table = TypeVar("_Table", bound=Declaration)
+
+# What must be in place of a value, by pydantic's name for what is wrong with it.
+_WORDS = {
+    "bool_type": "true or false",
+    "dataclass_type": "a table",
+    "dict_type": "a table",
+    "expected": "{words}",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "int_type": "a whole number",
+    "less_than_equal": "at most {le}",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "literal_error": "text",
+    "model_type": "a table",
+    "string_too_short": "text that is not empty",
+    "string_type": "text",
+    "too_long": "a list of {max_length}",
+}
+
+
+def expected(words: str) -> WrapValidator:
+    """Return what, last in an annotation, says of any value that does not fit: ``KEY must be WORDS``."""
+
+    def check(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("expected", "{words}", {"words": words}) from None
+
+    return WrapValidator(check)
+
+
+def read_table(kind: type[_Table], table: Mapping[str, Any], where: str, found: list[str]) -> _Table:
+    """Return a table that somebody wrote, checked; of one with mistakes only the keys that are right.
+
+    Args:
+        kind: what may stand in it.
+        table: as it was written.
+        where: its place, as its mistakes begin.
+        found: what is wrong is added here.
+    """
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        found += [f"{where} {mistake}" for mistake in mistakes(error, kind.model_fields)]
+        wrong = {key for one in error.errors() for key in one["loc"][:1]}
+    missing = dict.fromkeys((key for key, one in kind.model_fields.items() if one.is_required()), "")  # all are texts
+    return kind.model_construct(**missing | {key: value for key, value in table.items() if key not in wrong})
+
+
+def mistakes(error: ValidationError, fields: Mapping[str, Any]) -> list[str]:
+    """Return in our words what pydantic found wrong with a table of some fields; none of its own texts is shown."""
+    return [_mistake(one, fields) for one in error.errors(include_url=False)]
+
+
+def _mistake(error: ErrorDetails, fields: Mapping[str, Any]) -> str:
+    place, given, context = error["loc"], error["input"], error.get("ctx", {})
+    name = "".join(f" no. {part + 1}" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+    match error["type"]:
+        case "value_error":
+            return str(context["error"])
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return f"unknown key {name!r}. {near(name, fields)}" if name == place[0] else f"unknown key {name!r}"
+        case "missing":
+            meaning = getattr(fields.get(name), "description", None)
+            return f"{name} is missing" + (f": {meaning}" if meaning else "")
+        case "literal_error" if isinstance(given, str):
+            choices = re.findall("'([^']*)'", context["expected"])
+            return f"unknown {name} {given!r}. {near(given, choices)}"
+    limits = {key: f"{value:g}" if isinstance(value, float) else value for key, value in context.items()}
+    words = _WORDS.get(error["type"], "of another form").format(**limits)
+    return f"{name} must be {words}; got {given!r}"

@@ -1,0 +1,138 @@
+"""The replay of one subject and one probe set: opened when it is needed, in batches that memory can hold."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from layercrit.engine.calibration import calibrate
+from layercrit.engine.graph_replay import GraphReplay
+from layercrit.engine.opening import open_replay, reopen
+from layercrit.engine.replay import Mode, Replay
+from layercrit.engine.subject import Subject
+from layercrit.errors import LayercritError, first_line
+from layercrit.machine import choose_batch_size, is_out_of_memory, multiplies_bfloat16
+from layercrit.probes.probe_set import ProbeSet
+
+__all__ = ["ReplayHolder"]
+
+_CALIBRATION_LAYERS = 12
+_LONG_JOB = 4e12  # FLOPs from which `auto` considers bfloat16: some 20 s on a CPU, where a calibration pays
+
+Result = TypeVar("Result")
+
+
+class ReplayHolder:
+    """Holds the replay of one subject and one probe set.
+
+    A replay fits one batch size. When memory runs out it is dropped, and opened again for batches of half the size in
+    the mode that was chosen first.
+
+    Attributes:
+        mode: the mode of the replay that was opened last.
+        road: its road.
+        batch_size: how many images are run at once.
+        seconds_opening: the time that opening replays took.
+
+    Args:
+        subject: the network, its layers and what is drawn for them.
+        probe_set: the images.
+        dtype: what the protocol asks for.
+        batch_size: what the protocol asks for.
+        mode: the replay's mode, where an earlier session with the same protocol chose it.
+        notes: takes what differs from what may be expected.
+        say: is told when batches become smaller.
+    """
+
+    mode: Mode
+    road: str
+
+    def __init__(
+        self,
+        subject: Subject,
+        probe_set: ProbeSet,
+        *,
+        dtype: str,
+        batch_size: int | str,
+        mode: Mode | None,
+        notes: list[str],
+        say: Callable[[str], None],
+    ) -> None:
+        size = probe_set.preprocessing
+        self.batch_size = choose_batch_size(batch_size, probe_set.n_images, size.height, size.width, subject.device)
+        self.seconds_opening = 0.0
+        self._subject, self._probe_set, self._notes, self._say = subject, probe_set, notes, say
+        self._wanted: str = dtype if mode is None else mode
+        self._replay: Replay | None = None
+
+    @property
+    def replay(self) -> Replay:
+        """The replay, opened if need be."""
+        if self._replay is None:
+            self._replay = self._open()
+        return self._replay
+
+    def run(self, work: Callable[[Replay], Result]) -> Result:
+        """Do some work; where memory runs out, do it again with half the batch size, and say so."""
+        while True:
+            try:
+                return work(self.replay)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            # Only here, where the error's traceback no longer holds the tensors that were too many:
+            self._replay = None
+            if self.batch_size == 1:
+                raise LayercritError(
+                    f"Out of memory on {self._subject.device} even with a batch of one image ({reason}). "
+                    "Close other programs, use a smaller network or another device (--device)."
+                )
+            self.batch_size //= 2
+            self._notes.append(f"out of memory: batch size halved to {self.batch_size}")
+            self._say(self._notes[-1])
+
+    def batch(self, start: int) -> tuple[Tensor, int]:
+        """Return a full batch of normalised images, and how many of them count: the last one repeats to fill it."""
+        pixels = self._probe_set.batch(start, start + self.batch_size)
+        n = len(pixels)
+        if n < self.batch_size:
+            pixels = torch.cat([pixels, pixels[-1:].expand(self.batch_size - n, *pixels.shape[1:])])
+        return self._subject.normalise(pixels), n
+
+    def _open(self) -> Replay:
+        started = time.perf_counter()
+        images, _ = self.batch(0)
+        if self._wanted == "auto":
+            replay = self._fastest(images)
+        else:
+            replay = open_replay(self._subject.network, self._subject.layers, images, cast(Mode, self._wanted))
+        self.mode = self._wanted = replay.mode
+        self.road = replay.road
+        if replay.note and replay.note not in self._notes:
+            self._notes.append(replay.note)
+        self.seconds_opening += time.perf_counter() - started
+        return replay
+
+    def _fastest(self, images: Tensor) -> Replay:
+        """Return a bfloat16 replay where it pays and its error is tolerable on one batch, else the float32 one."""
+        subject = self._subject
+        float32 = open_replay(subject.network, subject.layers, images, "float32")
+        if not isinstance(float32, GraphReplay) or not multiplies_bfloat16(subject.device):
+            return float32
+        flops, after = subject.flops
+        if flops * subject.n_trials * self._probe_set.n_images * (1 + sum(after.values())) < _LONG_JOB:
+            return float32
+        bfloat16 = reopen(float32, images, "bfloat16")
+        if bfloat16.mode != "bfloat16":
+            return bfloat16  # its note says why it is another
+        some = subject.layers[:: math.ceil(len(subject.layers) / _CALIBRATION_LAYERS)]
+        calibration = calibrate(float32, bfloat16, list(subject.changes(0, some)), images)
+        if calibration.tolerable:
+            self._notes.append(f"bfloat16: {calibration}")
+            return bfloat16
+        self._notes.append(f"float32, for bfloat16 is too rough: {calibration}")
+        return float32

@@ -1,0 +1,106 @@
+"""Which backend answers for a network: the fastest that gives the network's own logits.
+
+`GraphReplay` runs the exported network node by node. `RecordedReplay` runs the module itself, where every module call
+that ended before the reset layer was first used returns its recorded output. `PlainReplay` swaps the weights and runs
+the whole network.
+"""
+
+from collections.abc import Sequence
+from itertools import islice
+
+from torch import Tensor, nn
+
+from layercrit.engine.graph import export_graph
+from layercrit.engine.graph_replay import GraphReplay
+from layercrit.engine.recorded_replay import RecordedReplay
+from layercrit.engine.replay import Mode, PlainReplay, Replay
+from layercrit.errors import first_line
+from layercrit.layers import Layer
+from layercrit.machine import is_out_of_memory
+
+__all__ = ["open_replay", "reopen"]
+
+# Error of logits, relative to the largest, that two ways to compute the same network in float32 may differ by.
+_ROUNDING = 1e-4
+# Total variation between softmax outputs, mean over images, beyond which a fast mode is not just rounded but broken.
+_BROKEN: dict[Mode, float] = {"float32": 1e-3, "bfloat16": 0.5}
+
+
+def open_replay(network: nn.Module, layers: Sequence[Layer], images: Tensor, mode: Mode) -> Replay:
+    """Return the fastest replay that gives the network's own logits, for its trained weights and for others.
+
+    The exported graph must do so bit for bit for ``reference``, and up to rounding for the fast modes. (They differ
+    where a network runs another kernel than the exporter writes down, as ``nn.MultiheadAttention`` does.)
+
+    Args:
+        network: evaluation mode; takes normalised images, and its output is anything that `logits_of` understands.
+        layers: what may be reset, in depth order.
+        images: a batch of normalised images; its shape is the one that sweeps will have.
+        mode: one of `MODES`. The other roads than the graph's know ``reference`` only.
+    """
+    try:
+        weight_graph = export_graph(network, images)
+    except Exception as error:  # torch.export documents no base class for what it raises
+        if is_out_of_memory(error):
+            raise
+        reason = f"the network does not export ({first_line(error)})"
+    else:
+        whole = Layer("", "", tuple(name for name, _ in network.named_parameters()), (), 0)
+        rounding = 0.0 if mode == "reference" else _ROUNDING
+        if _agrees(GraphReplay(weight_graph, [whole]), PlainReplay(network, [whole]), images, rounding):
+            return _in_mode(GraphReplay(weight_graph, layers), mode, images)
+        reason = "the exported network does not reproduce the network's own logits"
+    recorded = RecordedReplay(network, layers, f"recorded outputs instead of a graph: {reason}")
+    plain = PlainReplay(network, layers, f"the plain way, no reuse: {reason}, and recorded outputs do not either")
+    return recorded if _agrees(recorded, plain, images) else plain
+
+
+def _agrees(replay: Replay, plain: PlainReplay, images: Tensor, rounding: float = 0.0) -> bool:
+    """Return whether a replay gives the plain way's logits, also when weights are moved a little.
+
+    The trained weights alone would not do: a weight that the exporter took for a constant, or a value that the
+    network keeps between calls, shows only when weights change.
+    """
+    parameters = dict(plain.network.named_parameters(remove_duplicate=False))
+    moved = {
+        layer.name: {name: parameters[name].detach() * 1.015625 + 0.001 for name in layer.parameters}
+        for layer in plain.layers
+    }
+    prepared = {layer.name: replay.prepare(layer, moved[layer.name]) for layer in plain.layers}
+    # the logits of the trained weights, which end a sweep, would show nothing more
+    sweeps = islice(replay.sweep(images, prepared), len(moved)), islice(plain.sweep(images, moved), len(moved))
+    for (_, got), (_, expected) in zip(*sweeps, strict=True):
+        expected_finite = expected.nan_to_num()  # where the network itself overflows, both must
+        if (got.nan_to_num() - expected_finite).abs().max() > rounding * expected_finite.abs().max():
+            return False
+    return True
+
+
+def reopen(replay: GraphReplay, images: Tensor, mode: Mode) -> GraphReplay:
+    """Return a replay of the same network and layers in another mode, without exporting and checking it again."""
+    return _in_mode(GraphReplay(replay.exported, replay.layers), mode, images)
+
+
+def _in_mode(reference: GraphReplay, mode: Mode, images: Tensor) -> GraphReplay:
+    """Return the replay in another mode, or in the next slower one that works."""
+    attempts: dict[Mode, list[Mode]] = {"reference": [], "float32": ["float32"], "bfloat16": ["bfloat16", "float32"]}
+    reasons: list[str] = []
+    for attempt in attempts[mode]:
+        try:
+            fast = reference.in_mode(attempt, images.device)
+            logits = fast.logits(images)
+        except RuntimeError as error:  # an operator that does not know this number format
+            if is_out_of_memory(error):
+                raise
+            reasons.append(f"{attempt} fails ({first_line(error)})")
+            continue
+        change = logits.softmax(dim=1) - reference.logits(images).softmax(dim=1)
+        distance = float(change.abs().sum(dim=1).mean() / 2)
+        if distance <= _BROKEN[attempt]:
+            break
+        reasons.append(f"{attempt} moves predictions too far (total variation {distance:.2g})")
+    else:
+        fast = reference
+    if reasons:
+        fast.note = f"{fast.mode} instead of {mode}: {'; '.join(reasons)}"
+    return fast

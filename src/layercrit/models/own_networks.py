@@ -1,0 +1,142 @@
+"""Networks of the user's own: given as objects, or made by a function, ``py:package.module:factory``."""
+
+import copy
+import difflib
+import importlib
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from layercrit.errors import ModelError, first_line, near
+from layercrit.models.hubs import timm_input
+from layercrit.models.model import Model, structure
+from layercrit.models.sources import ModelSource, explained, model_source, written
+from layercrit.probes.images import Preprocessing
+from layercrit.seeds import drawing
+
+__all__ = ["given_model", "import_here"]
+
+_ONLY_GIVEN = "none: the network was given as an object"
+
+
+def given_model(network: nn.Module) -> Model:
+    """Return the model of a network that the caller holds: the network itself, or a copy where it is in training mode.
+
+    Raises:
+        ModelError: It is in training mode and cannot be copied.
+    """
+    name = f"module:{type(network).__module__}.{type(network).__qualname__}"
+    if any(module.training for module in network.modules()):
+        try:
+            network = copy.deepcopy(network).eval()
+        except RuntimeError as error:
+            raise ModelError(
+                f"{name} is in training mode and cannot be copied ({error}): call .eval() first."
+            ) from error
+    build, initialiser = _rebuild(network)
+    return _described(name, f"{name}-{structure(network)}", network, build, initialiser)
+
+
+def _rebuild(network: nn.Module) -> tuple[Callable[[], nn.Module] | None, str]:
+    """Find how the library that a network comes from builds it afresh, if it is one that can be asked."""
+    config = getattr(network, "config", None)
+    if config is not None and hasattr(type(network), "_from_config"):  # transformers
+        return partial(type(network), copy.deepcopy(config)), f"{type(network).__name__}(config)"
+    return None, _ONLY_GIVEN
+
+
+def _described(
+    reference: str, architecture: str, network: nn.Module, build: Callable[[], nn.Module] | None, initialiser: str
+) -> Model:
+    """A model of any network: timm's own settings where it carries them, else plain pixels, 224 x 224."""
+    if isinstance(getattr(network, "pretrained_cfg", None), dict):
+        mean, std, shape = timm_input(network, {})
+    else:
+        mean, std, shape = (0.0,) * 3, (1.0,) * 3, Preprocessing()
+    return Model(reference, architecture, network.eval(), mean, std, shape, build, initialiser)
+
+
+@model_source("py")
+class _Factories(ModelSource):
+    """What a function of yours returns; the current directory can be imported from."""
+
+    forms = ("py:PACKAGE.MODULE:FACTORY",)
+
+    def open(self, rest: str, options: dict[str, Any]) -> Model:
+        """Call a user's factory.
+
+        ``build`` is the factory where it has a parameter ``pretrained``, which is then passed, or where the reference
+        says ``pretrained=false``; otherwise what it returns may be trained, and calling it again would not give fresh
+        weights.
+        """
+        pretrained, seed = options.pop("pretrained", True), options.pop("seed", 0)
+        name = f"py:{rest}"
+        with _importing_from_here(), drawing(seed):
+            factory = _factory(rest)
+            signature = inspect.signature(factory)
+            switch = "pretrained" in signature.parameters
+            call = partial(factory, **options, pretrained=pretrained) if switch else partial(factory, **options)
+            try:
+                signature.bind(**call.keywords)
+            except TypeError as error:
+                raise ModelError(f"{name}{signature} cannot be called with {call.keywords}: {error}.") from error
+            with explained(name, options):
+                network = call()
+        if not isinstance(network, nn.Module):
+            raise ModelError(f"{name} returned {type(network).__name__}, expected a torch.nn.Module.")
+        architecture = f"{name}{written(options)}"
+        if not switch and pretrained:
+            return _described(name, architecture, network, None, _ONLY_GIVEN)
+        build = partial(factory, **options, pretrained=False) if switch else call
+        return _described(name, architecture, network, build, f"{rest}{written(build.keywords)}")
+
+
+@contextmanager
+def _importing_from_here() -> Iterator[None]:
+    """Inside, modules of the current directory can be imported, as under ``python -m``."""
+    before = list(sys.path)
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def import_here(module: str) -> None:
+    """Import a module of the user's, from the current directory or among the installed ones."""
+    with _importing_from_here():
+        importlib.import_module(module)
+
+
+def _factory(rest: str) -> Callable[..., Any]:
+    """Import ``package.module:name``."""
+    module_name, colon, attribute = rest.partition(":")
+    if not colon or not attribute:
+        raise ModelError(f"'py:{rest}' names no factory, expected py:package.module:factory.")
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise ModelError(f"'py:{rest}' cannot be imported: {error}.") from error
+        parent, _, last = error.name.rpartition(".")
+        package = getattr(sys.modules.get(parent), "__path__", None) if parent else None
+        matches = difflib.get_close_matches(last, [found.name for found in pkgutil.iter_modules(package)])
+        raise ModelError(
+            f"'py:{rest}': there is no module {error.name!r}, neither in {Path.cwd()} nor among installed packages."
+            + (f" {near(last, matches)}" if matches else "")
+        ) from error
+    except Exception as error:  # the user's own code, run by importing it
+        raise ModelError(f"'py:{rest}' cannot be imported ({first_line(error)}).") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        names = [name for name, value in vars(module).items() if callable(value)]
+        raise ModelError(f"'py:{rest}': {module_name} has no function or class {attribute!r}. {near(attribute, names)}")
+    return factory  # type: ignore[no-any-return]

@@ -1,0 +1,119 @@
+"""Weight files as models: which file is meant, and of which architecture its weights are."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from layercrit.errors import CheckpointError, ModelError, first_line
+from layercrit.models.checkpoints import fit_to, look_beside, read_checkpoint
+from layercrit.models.model import Model
+from layercrit.models.sources import ModelSource, model_source, open_reference, parse
+
+__all__ = ["record_file", "weight_file"]
+
+_EPOCH = re.compile(r"epoch-(\d+)\.safetensors")  # weights that a training run kept on its way
+
+
+@model_source("file")
+class _WeightFiles(ModelSource):
+    """A weight file for an architecture, or what a training run ended with, or had after N epochs."""
+
+    forms = ("file:PATH?arch=REFERENCE", "file:FOLDER", "file:FOLDER@epoch=N")
+
+    def open(self, rest: str, options: dict[str, Any]) -> Model:
+        path = weight_file(rest)
+        key = options.pop("key", None)
+        checkpoint = read_checkpoint(path, None if key is None else str(key))
+        model = open_reference(_architecture(rest, path, options), {**options, "pretrained": False})
+        tensors = fit_to(checkpoint.tensors, model.network.state_dict(), f"{path} for {model.architecture}")
+        model.network.load_state_dict(tensors)
+        return model
+
+    def architecture(self, rest: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        options.pop("key", None)
+        source, rest, own = parse(_architecture(rest, weight_file(rest), options))
+        return source.architecture(rest, own | options)
+
+
+def weight_file(path: str | Path) -> Path:
+    """Return the file that is meant where a weight file may be named.
+
+    What lies there under the very name goes first: a file is itself, and a folder means the one ``.safetensors`` file
+    in it, such as the final weights of a training run. ``FOLDER@epoch=5`` means the weights that the training run in
+    that folder had after 5 epochs, and ``@epoch=0`` those that it began with: ``FOLDER/epochs/epoch-0005.safetensors``.
+
+    Args:
+        path: A file, a folder, or ``FOLDER@epoch=N``; a leading ``~`` is the home directory.
+
+    Returns:
+        The file. Whether there is one is for `read_checkpoint` to find out, unless it is one of an epoch.
+
+    Raises:
+        CheckpointError: The training run has kept no such epoch, or has no final weights yet.
+    """
+    path = Path(path).expanduser()
+    try:
+        exists, is_folder = path.exists(), path.is_dir()
+    except OSError:
+        return path
+    if is_folder:
+        inside = sorted(path.glob("*.safetensors"))
+        if not inside and (kept := _epochs_of(path)):
+            raise CheckpointError(
+                f"{path} holds no final weights: training has not finished. Train on, or name one of the epochs that "
+                f"it has kept, such as {path}@epoch={max(kept)}."
+            )
+        return inside[0] if len(inside) == 1 else path
+    folder, of_epoch, number = str(path).rpartition("@epoch=")
+    if exists or not of_epoch:
+        return path
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"There is no folder {folder} of a training run. {look_beside(Path(folder))}")
+    kept = _epochs_of(Path(folder))
+    if re.fullmatch(r"[0-9]{1,9}", number) and int(number) in kept:
+        return kept[int(number)]
+    listed = ", ".join(map(str, sorted(kept))) or "none: it is no folder of a training run"
+    raise CheckpointError(f"{folder} has not kept the weights of epoch {number!r}. Epochs that it has: {listed}.")
+
+
+def _epochs_of(folder: Path) -> dict[int, Path]:
+    """Return the files of the epochs that a training run has kept, by their number."""
+    found = ((_EPOCH.fullmatch(path.name), path) for path in (folder / "epochs").glob("*.safetensors"))
+    return {int(match[1]): path for match, path in found if match}
+
+
+def record_file(weights: Path) -> Path:
+    """Return the JSON file that tells where weights come from, in ``"arch"`` their architecture; it may be missing.
+
+    It has the name of the weight file and lies beside it; that of a training run's epochs is the run's ``model.json``.
+    """
+    beside = weights.with_suffix(".json")
+    of_run = _EPOCH.fullmatch(weights.name) and weights.parent.name == "epochs" and not beside.exists()
+    return weights.parent.parent / "model.json" if of_run else beside
+
+
+def _architecture(rest: str, path: Path, options: dict[str, Any]) -> str:
+    """Take the reference of the architecture out of the options, or else out of the record of the file."""
+    architecture = str(options.pop("arch", None) or _recorded_architecture(path))
+    if architecture.startswith("file:"):
+        raise ModelError(f"file:{rest} names {architecture!r} as its architecture, expected one without weights.")
+    return architecture
+
+
+def _recorded_architecture(path: Path) -> object:
+    """The entry ``"arch"`` of the JSON file that goes with a weight file."""
+    record = record_file(path)
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))["arch"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        of_epoch = record.parent != path.parent
+        instead = (
+            f"wait until training has finished, which then writes {record}"
+            if of_epoch and not record.exists()
+            else f'put a {record.name} with an entry "arch" {f"into {record.parent}" if of_epoch else "beside it"}'
+        )
+        raise ModelError(
+            f"file:{path} comes without its architecture: add '?arch=timm:NAME' (or another reference), or {instead} "
+            f"({first_line(error)})."
+        ) from error

@@ -1,0 +1,233 @@
+"""What may stand in a study file: its tables, declared once for the reader and for the JSON Schema that editors use."""
+
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, create_model, field_validator
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+
+from layercrit.declarations import Declaration, expected
+from layercrit.errors import StudyError, near
+from layercrit.layers import GROUPS, LAYER_TYPES
+from layercrit.probes.images import STANDARD, Interpolation, Preprocessing
+from layercrit.protocol import DEFAULTS, Protocol
+
+__all__ = [
+    "METHOD_KEYS",
+    "TABLES",
+    "ImagesTable",
+    "ModelTable",
+    "ProtocolTable",
+    "StudyTable",
+    "TrainingTable",
+    "study_schema",
+]
+
+METHOD_KEYS = ("method", "settings", "epochs", "seed")
+"""What only models with a method have."""
+
+_Epochs = Annotated[int, Field(ge=1)]
+_Settings = Annotated[dict[str, Any], Field(json_schema_extra={"properties": {"epochs": False}})]  # it stands beside
+_Seed = Annotated[int, Field(ge=0, lt=2**64), expected("a whole number from 0 to 2**64 - 1")]
+
+
+class StudyTable(Declaration):
+    """What the study is called, and what its models are compared with."""
+
+    name: str | None = None
+    """the study's name; default: the file's, or that of its folder if the file is study.toml"""
+    baseline: str | None = None
+    """name of the model that the others are compared with"""
+    leave_out: list[str] = Field([])
+    """names of models or categories that comparisons leave out"""
+    imports: list[str] = Field([])
+    """modules to import first, for resets, distances, model sources and training methods of your own"""
+
+
+class ImagesTable(Declaration):
+    """The images that every model is asked about."""
+
+    source: str
+    """source of the images, anything that `layercrit measure --images` takes; relative to this file"""
+    n_images: int = Field(DEFAULTS.n_images, ge=1)
+    """how many to draw from the source"""
+    labels: bool = True
+    """whether to use labels where there are some"""
+    input_size: Annotated[list[int], Field(min_length=3, max_length=3), expected("[channels, height, width]")] = Field(
+        [STANDARD.channels, STANDARD.height, STANDARD.width],
+        json_schema_extra={"prefixItems": [{"enum": [1, 3]}], "items": {"type": "integer", "minimum": 1}},
+    )
+    """every model is asked about the same pixels: channels (3: RGB, 1: grey), height, width"""
+    resize: (
+        Annotated[
+            Annotated[int, Field(ge=0)]
+            | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)],
+            expected("a whole number of pixels (0: none) or [height, width]"),
+        ]
+        | None
+    ) = None
+    """shorter side before the crop, or [height, width] to squash the image to; 0: the images keep their size.
+    Default: 256 for 224 x 224 pixels, else the longer side of the crop"""
+    interpolation: Interpolation = STANDARD.interpolation
+    """how pixels are resized"""
+
+    def preprocessing(self) -> Preprocessing:
+        """Return how images become the pixels that every model is asked about.
+
+        Raises:
+            ProbeError: the numbers contradict each other or are out of range.
+        """
+        channels, height, width = self.input_size
+        standard = STANDARD.resize if (height, width) == (STANDARD.height, STANDARD.width) else max(height, width)
+        resize = standard if self.resize is None else self.resize
+        squashed = (resize[0], resize[1]) if isinstance(resize, list) else resize or None
+        return Preprocessing(channels, height, width, squashed, self.interpolation)
+
+
+class ProtocolKeys(Declaration):
+    """The settings of all measurements, as of `layercrit measure`."""
+
+    resets: list[str] = Field([DEFAULTS.reset])
+    """what replaces a layer's parameters: names of resets, each of which is measured"""
+    distances: list[str] | None = None
+    """names of distances between predictions; default: all that are known. `cosine` is always among them"""
+
+    @field_validator(*(one.name for one in fields(Protocol)), mode="wrap", check_fields=False)
+    @classmethod
+    def _as_of_a_measurement(cls, value: Any, handler: Any, info: ValidationInfo) -> Any:
+        setting: dict[str, Any] = {str(info.field_name): value}
+        Protocol(**setting)
+        return handler(value)
+
+    @field_validator("group", check_fields=False)
+    @classmethod
+    def _known_group(cls, group: str) -> str:
+        if group not in GROUPS:
+            raise StudyError(f"unknown group {group!r}. {near(group, GROUPS)}")
+        return group
+
+    @field_validator("types", check_fields=False)
+    @classmethod
+    def _known_types(cls, types: str) -> str:
+        known = [*LAYER_TYPES, "all"]
+        if unknown := [name for name in map(str.strip, types.split(",")) if name not in known]:
+            raise StudyError(f"unknown layer type {unknown[0]!r}. {near(unknown[0], known)}")
+        return types
+
+
+_SETTINGS: dict[str, Any] = {
+    one.name: (one.type, Field(one.default, **one.metadata))
+    for one in fields(Protocol)
+    if one.name not in ("reset", "n_images")  # which are `resets` and that of [images] here
+}
+ProtocolTable = create_model("ProtocolTable", __base__=ProtocolKeys, __doc__=ProtocolKeys.__doc__, **_SETTINGS)
+
+
+class TrainingTable(Declaration):
+    """How the models that have a `method` are trained, by `layercrit train --study FILE`; a model's own keys win."""
+
+    arch: str
+    """the architecture to train, a model reference without weights, such as 'timm:resnet18'"""
+    data: str
+    """source of the training images; relative to this file"""
+    folder: str = "models"
+    """where the trained models lie, each in a folder of its own; relative to this file"""
+    epochs: _Epochs | None = None
+    """passes over the training images; default: as many as each method says"""
+    seed: _Seed = 0
+    """of the initial weights and of everything drawn in training"""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """of the arithmetic; no: float32"""
+    weights_dtype: Literal["float32", "float16"] = "float32"
+    """how the final weights are stored"""
+    settings: _Settings = Field({})
+    """settings of every method, such as { batch_size = 128 }"""
+
+
+def _share(accuracy: float) -> float:
+    if not 0 <= accuracy <= 1:
+        hint = f" Did you mean {accuracy / 100:g}?" if 1 < accuracy <= 100 else ""
+        raise StudyError(f"accuracy must be a share in [0, 1]; got {accuracy:g}.{hint}")
+    return accuracy
+
+
+class ModelTable(Declaration):
+    """One model, by `reference` or trained by a `method`; or several, by a pattern or a `list`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [{"required": [key]} for key in ("reference", "list", "method")],
+            "dependentRequired": {"method": ["name"], **{key: ["method"] for key in METHOD_KEYS[1:]}},
+        }
+    )
+
+    reference: str | None = None
+    """a model reference, or a pattern such as zoo:*, timm:resnet50.* or file:runs/*/final.safetensors"""
+    list: str | None = None
+    """a file with a column `reference` and any other of these keys but those of training; or one reference a line"""
+    method: str | None = None
+    """a training method, by which the study trains the model: `layercrit methods` lists them"""
+    name: str | None = None
+    """how the model is called; of a model with a method also its folder"""
+    category: str | None = None
+    """family of its training method, such as adversarial_training; default: that of the zoo or of the method"""
+    label: str | None = None
+    """how figures call it"""
+    accuracy: Annotated[float, AfterValidator(_share)] | None = Field(
+        None, json_schema_extra={"minimum": 0, "maximum": 1}
+    )
+    """top-1 accuracy as its authors give it, a share in [0, 1]"""
+    donor: str | None = None
+    """a weight file, for the reset rewind; or runs/a@epoch=0 of a training run. Of a model with a method: the weights
+    that its training began with"""
+    attack_norm: str | None = None
+    """norm of the perturbations of adversarial training, such as l2 or linf; default: as the zoo or the method says"""
+    eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """the largest of these perturbations, in the units in which its authors give it"""
+    settings: _Settings = Field({})
+    """settings of the method, such as { eps = 1.0 }"""
+    epochs: _Epochs | None = None
+    """passes over the training images"""
+    seed: _Seed | None = None
+    """of the initial weights and of everything drawn in training"""
+
+
+TABLES: dict[str, type[Declaration]] = {
+    "study": StudyTable,
+    "images": ImagesTable,
+    "protocol": ProtocolTable,
+    "training": TrainingTable,
+    "models": ModelTable,
+}
+"""The sections of a study file, and what may stand in each."""
+
+
+class _Plain(GenerateJsonSchema):
+    """Without titles that repeat names, and without null, which TOML does not have."""
+
+    schema_dialect = "https://json-schema.org/draft/2020-12/schema"
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def nullable_schema(self, schema: Any) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def default_schema(self, schema: Any) -> JsonSchemaValue:
+        has_none = "default" in schema and schema["default"] is None
+        return self.generate_inner(schema["schema"]) if has_none else super().default_schema(schema)
+
+
+def study_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of study files: what can be known of one without opening what it names."""
+    sections: dict[str, Any] = {name: (table, None) for name, table in TABLES.items()}
+    sections["images"] = (ImagesTable, ...)
+    sections["models"] = (list[ModelTable], Field(min_length=1, description="the models of the study"))
+    document = create_model("StudyFile", __base__=Declaration, __doc__="A study file of layercrit.", **sections)
+    trains = {"required": ["models"], "properties": {"models": {"contains": {"required": ["method"]}}}}
+    return {
+        "$schema": _Plain.schema_dialect,
+        **document.model_json_schema(schema_generator=_Plain),
+        "if": trains,
+        "then": {"required": ["training"]},
+    }

@@ -1,0 +1,147 @@
+"""What a forward pass does with parameters, seen operator by operator while it runs."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from typing_extensions import override
+
+__all__ = ["FirstUses", "Influence", "ParameterReads"]
+
+
+class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operator that runs while it is entered."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @override
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.watch(func, _tensors((args, kwargs)), args, kwargs or {})
+
+    @abstractmethod
+    def watch(self, operator: Callable[..., Any], inputs: list[Tensor], args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run an operator and return its output; ``inputs`` are the tensors among its arguments."""
+
+
+class FirstUses(_Watcher):  # type: ignore[no-untyped-call]
+    """Notes when each parameter first meets the image, and whether it multiplies its input.
+
+    Attributes:
+        first_use: id of a parameter -> when it was first used, counted in operators that read parameters.
+        types: id of a parameter -> the type of the last operator with one that it met the image in.
+
+    Args:
+        parameters: those to watch.
+        type_of_operator: operator (its packet of overloads) -> type.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], type_of_operator: Mapping[Any, str]) -> None:
+        super().__init__()
+        # Tensors computed from parameters alone stand for these parameters. They are kept alive, for a freed
+        # tensor's id could be given to another one.
+        self._origin: dict[int, tuple[Tensor, frozenset[int]]] = {id(p): (p, frozenset([id(p)])) for p in parameters}
+        self._type_of_operator = type_of_operator
+        self._n_calls = 0
+        self.first_use: dict[int, int] = {}
+        self.types: dict[int, str] = {}
+
+    @override
+    def watch(self, operator: Callable[..., Any], inputs: list[Tensor], args: Any, kwargs: dict[str, Any]) -> Any:
+        output = operator(*args, **kwargs)
+        weights = frozenset[int]().union(*(self._origin[id(t)][1] for t in inputs if id(t) in self._origin))
+        if not weights:
+            return output
+        self._n_calls += 1
+        if all(id(t) in self._origin for t in inputs):
+            for t in _tensors(output):
+                self._origin.setdefault(id(t), (t, weights))
+        else:  # the image has come in: this is a use
+            for weight in weights:
+                self.first_use.setdefault(weight, self._n_calls)
+            packet = _packet(operator)
+            if packet in self._type_of_operator:
+                self.types.update(dict.fromkeys(weights, self._type_of_operator[packet]))
+        return output
+
+
+class Influence(_Watcher):  # type: ignore[no-untyped-call]
+    """Notes for every operator that costs FLOPs which of some tensors its inputs were computed from.
+
+    Influence is a set of bits, kept for each block of memory, so that views and writing in place are followed; blocks
+    are kept alive, for the address of a freed one could be given to another.
+
+    Attributes:
+        flops: (influence, FLOPs) of each operator that costs any.
+
+    Args:
+        sources: (tensor, its bits). Those of tensors that share memory, such as tied weights, are joined.
+    """
+
+    def __init__(self, sources: Iterable[tuple[Tensor, int]]) -> None:
+        super().__init__()
+        self._bits: dict[int, int] = {}
+        for tensor, bits in sources:
+            self._bits[_block(tensor)] = self._bits.get(_block(tensor), 0) | bits
+        self._alive: list[torch.UntypedStorage] = []
+        self.flops: list[tuple[int, int]] = []
+
+    @override
+    def watch(self, operator: Callable[..., Any], inputs: list[Tensor], args: Any, kwargs: dict[str, Any]) -> Any:
+        output = operator(*args, **kwargs)
+        influence = 0
+        for tensor in inputs:
+            influence |= self._bits.get(_block(tensor), 0)
+        for tensor in _tensors(output):
+            self._alive.append(tensor.untyped_storage())
+            self._bits[_block(tensor)] = influence
+        count = flop_registry.get(_packet(operator))
+        if count is not None:
+            self.flops.append((influence, int(count(*args, **kwargs, out_val=output))))
+        return output
+
+
+class ParameterReads(_Watcher):  # type: ignore[no-untyped-call]
+    """Notes when each parameter is first read, be it by an operator on parameters alone.
+
+    Attributes:
+        first_read: id of a parameter -> the time before it was first read.
+
+    Args:
+        parameters: those to watch.
+        time: tells the time, which others may count on, too.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], time: Callable[[], int]) -> None:
+        super().__init__()
+        self._parameters = {id(p) for p in parameters}
+        self._time = time
+        self.first_read: dict[int, int] = {}
+
+    @override
+    def watch(self, operator: Callable[..., Any], inputs: list[Tensor], args: Any, kwargs: dict[str, Any]) -> Any:
+        for tensor in inputs:
+            if id(tensor) in self._parameters and id(tensor) not in self.first_read:
+                self.first_read[id(tensor)] = self._time()
+        return operator(*args, **kwargs)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _packet(operator: Callable[..., Any]) -> Any:
+    return getattr(operator, "overloadpacket", None)
+
+
+def _block(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
