@@ -287,7 +287,7 @@ def test_differences__cells_that_are_not_ok_are_left_out(tmp_path):
     pair = differences(study, pairs=[("a", "b")]).table.set_index("layer")
     assert pair.loc["x", ["difference", "low", "p_value", "p_holm"]].isna().all()
     assert pair.loc["x", "covers"] == "nothing"
-    assert not pair.loc["x", "stands"]
+    assert not pair.loc["x", "significant"]
     assert pair.loc["y", "p_holm"] == pair.loc["y", "p_value"], "one test alone"
     categories = differences(study, between="categories", pairs=[("k", "l")]).table.set_index("layer")
     check(categories.loc[["x"]].reset_index(), lambda layer: crossed(study, {"b": 1, "c": -1}, layer))
@@ -313,21 +313,29 @@ def test_differences__families(small):
     for _, rows in each.groupby(["first", "second"]):
         np.testing.assert_array_equal(rows["p_holm"], holm(rows["p_value"].to_numpy()))
     assert (every["p_holm"] >= each["p_holm"]).all()
-    np.testing.assert_array_equal(every["stands"], every["p_holm"] <= 0.05)
-    np.testing.assert_array_equal(each["stands_bh"], each["p_bh"] <= 0.05)
+    np.testing.assert_array_equal(every["significant"], every["p_holm"] <= 0.05)
+    np.testing.assert_array_equal(each["significant_bh"], each["p_bh"] <= 0.05)
 
 
 def test_differences__alpha_and_words(small):
     found = differences(small, alpha=0.5)
     table = found.table
     assert found.sentence() == (
-        f"{(table['p_holm'] <= 0.5).sum()} of {len(table)} differences to m0 stand at the family-wise error rate 0.5 "
-        f"(Holm), {(table['p_bh'] <= 0.5).sum()} at the false discovery rate 0.5 (Benjamini-Hochberg)."
+        f"{(table['p_holm'] <= 0.5).sum()} of {len(table)} differences to m0 are significant at the "
+        f"family-wise error rate 0.5 (Holm), {(table['p_bh'] <= 0.5).sum()} at the false discovery rate 0.5 "
+        "(Benjamini-Hochberg)."
     )
     each = differences(small, alpha=0.5, family="pair")
     assert "at the family-wise error rate 0.5 of each pair by itself (Holm)" in each.sentence()
-    assert list(found.summary().columns) == ["first", "second", "difference", "n_tested", "n_stand", "n_stand_bh"]
-    assert found.summary()["n_stand"].sum() == table["stands"].sum()
+    assert list(found.summary().columns) == [
+        "first",
+        "second",
+        "difference",
+        "n_tested",
+        "n_significant",
+        "n_significant_bh",
+    ]
+    assert found.summary()["n_significant"].sum() == table["significant"].sum()
 
 
 @pytest.mark.parametrize(
@@ -358,7 +366,7 @@ def test_differences__refuses_without_a_baseline_or_matched_values(tmp_path, mea
 
 @released
 @pytest.mark.filterwarnings("ignore:Precision loss:RuntimeWarning")  # SciPy's, where trials hardly differ
-def test_released__how_many_differences_to_the_baseline_stand(tmp_path):
+def test_released__how_many_differences_to_the_baseline_are_significant(tmp_path):
     """Of 49 models x 54 layers at three trials, by a plain loop of Welch's tests."""
     study = import_published(RELEASED / "results.csv", tmp_path / "study")
     found = differences(study)
@@ -374,5 +382,7 @@ def test_released__how_many_differences_to_the_baseline_stand(tmp_path):
     order = np.sort(p_values)
     n_holm = next(i for i, p in enumerate(order) if p > 0.05 / (2646 - i))
     n_bh = max(i + 1 for i, p in enumerate(order) if p <= 0.05 * (i + 1) / 2646)
-    assert (found.table["stands"].sum(), found.table["stands_bh"].sum()) == (n_holm, n_bh) == (93, 893)
-    assert found.sentence().startswith("93 of 2,646 differences to tv_resnet50 stand at the family-wise error rate")
+    assert (found.table["significant"].sum(), found.table["significant_bh"].sum()) == (n_holm, n_bh) == (93, 893)
+    assert found.sentence().startswith(
+        "93 of 2,646 differences to tv_resnet50 are significant at the family-wise error rate"
+    )

@@ -185,6 +185,14 @@ def test_load__gives_back_what_was_saved_bit_for_bit(name, request, tmp_path):
         np.testing.assert_array_equal(loaded.per_image[distance], values)
 
 
+def test_load__knows_what_backends_were_called_before(folder, measured, tmp_path):
+    old = shutil.copytree(folder, tmp_path / "old")
+    record = json.loads((old / "measurement.json").read_text())
+    assert record.pop("backend") == "exported graph"
+    (old / "measurement.json").write_text(json.dumps({**record, "road": "graph"}))
+    assert Measurement.load(old).record == measured.record
+
+
 def test_save__writes_the_documented_files(folder, measured):
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert (folder / "criticality.png").read_bytes().startswith(b"\x89PNG")

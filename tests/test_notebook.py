@@ -54,6 +54,6 @@ def test_notebook__finds_what_is_published(notebook, tmp_path, monkeypatch):
     assert found["rank_l2_budget"] > 0.5
     assert found["rank_linf_budget"] > 0.5
     assert found["differences_tested"] == 49 * 54
-    assert 0 < found["differences_that_stand"] < found["differences_that_stand_bh"] < found["differences_tested"] / 2
+    assert 0 < found["significant_differences"] < found["significant_differences_bh"] < found["differences_tested"] / 2
     pictures = [output for cell in cells for output in cell["outputs"] if "image/png" in output.get("data", {})]
     assert len(pictures) == 7, "one each of criticality, difference, depth, accuracy, budget, and two of the spread"

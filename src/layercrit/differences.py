@@ -1,4 +1,4 @@
-"""Which differences between models, or categories of them, stand: layer by layer, with intervals and tests."""
+"""Which differences between models, or categories of them, are significant: layer by layer, with intervals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,8 +52,8 @@ class Differences:
         table: one row per pair and layer, pair by pair, layers in depth order: ``first``, ``second``, ``layer``,
             ``stage``, ``depth``, ``difference`` (first minus second, in [-1, 1]), ``low`` and ``high`` (its confidence
             limits), ``p_value`` (two-sided; NaN where nothing can be tested), ``p_holm`` and ``p_bh`` (adjusted within
-            the family), ``covers`` (what may be drawn anew), ``stands`` (``p_holm`` of at most alpha) and
-            ``stands_bh``.
+            the family), ``covers`` (what may be drawn anew), ``significant`` (``p_holm`` of at most alpha) and
+            ``significant_bh``.
         alpha: level of the tests.
         family: which p-values were adjusted together: ``all``, or those of each ``pair``.
         baseline: the model that all differences are to, or None.
@@ -67,23 +67,26 @@ class Differences:
     notes: tuple[str, ...]
 
     def summary(self) -> pd.DataFrame:
-        """Return one row per pair: ``difference`` (mean over layers), ``n_tested``, ``n_stand`` and ``n_stand_bh``."""
+        """Return one row per pair.
+
+        The columns are ``difference`` (mean over layers), ``n_tested``, ``n_significant`` and ``n_significant_bh``.
+        """
         pairs = self.table.groupby(["first", "second"], sort=False)
         return pairs.agg(
             difference=("difference", "mean"),
             n_tested=("p_value", "count"),
-            n_stand=("stands", "sum"),
-            n_stand_bh=("stands_bh", "sum"),
+            n_significant=("significant", "sum"),
+            n_significant_bh=("significant_bh", "sum"),
         ).reset_index()
 
     def sentence(self) -> str:
-        """Return in words how many differences stand."""
+        """Return in words how many differences are significant."""
         to = f" to {self.baseline}" if self.baseline else ""
         of = "" if self.family == "all" else " of each pair by itself"
         return (
-            f"{self.table['stands'].sum():,} of {self.table['p_value'].count():,} differences{to} stand at the "
-            f"family-wise error rate {self.alpha:g}{of} (Holm), {self.table['stands_bh'].sum():,} at the false "
-            f"discovery rate {self.alpha:g}{of} (Benjamini-Hochberg)."
+            f"{self.table['significant'].sum():,} of {self.table['p_value'].count():,} differences{to} are significant "
+            f"at the family-wise error rate {self.alpha:g}{of} (Holm), {self.table['significant_bh'].sum():,} at "
+            f"the false discovery rate {self.alpha:g}{of} (Benjamini-Hochberg)."
         )
 
     def __repr__(self) -> str:
@@ -437,4 +440,4 @@ def _table(
             "covers": stacked["covers"].ravel(),
         }
     )
-    return table.assign(stands=table["p_holm"] <= alpha, stands_bh=table["p_bh"] <= alpha)
+    return table.assign(significant=table["p_holm"] <= alpha, significant_bh=table["p_bh"] <= alpha)

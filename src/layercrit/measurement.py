@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["CELL_COLUMNS", "PER_IMAGE", "Measurement"]
 
 _FORMAT = 1  # of the files; raised when their layout changes
+# What backends were called, under "road", in the first files.
+_FORMER_BACKENDS = {"graph": "exported graph", "recorded": "recorded outputs", "plain": "plain"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,7 +40,7 @@ class Measurement:
         per_image: distance name -> values ``(n_layers, n_trials, n_images)``, float32, images in the order of the probe
             set; NaN in cells that are not ok.
         record: everything else worth keeping, as plain data: the resolved protocol, model, probe set, versions,
-            device, the road taken, the chance level and the temperature.
+            device, the backend, the chance level and the temperature.
     """
 
     cells: pd.DataFrame
@@ -85,7 +87,7 @@ class Measurement:
             "n_trials": int(self.cells["trial"].nunique()),
             "n_images": self.record["probe_set"]["n_images"],
             "cells": {str(status): int(n) for status, n in self.cells["status"].value_counts().items()},
-            "road": self.record["road"],
+            "backend": self.record["backend"],
             "dtype": self.record["dtype"],
             "notes": list(self.record["notes"]),
         }
@@ -163,6 +165,8 @@ class Measurement:
                     f"The measurement in {folder} has format {record['format']}; this version reads {_FORMAT}. "
                     "Read it with the version of layercrit that wrote it (see versions in measurement.json)."
                 )
+            if "road" in record:
+                record["backend"] = _FORMER_BACKENDS[record.pop("road")]
             cells = pd.read_parquet(folder / "cells.parquet")
             _check_together(record, cells)
             shape = (len(record["layers"]), cells["trial"].nunique(), record["probe_set"]["n_images"])

@@ -220,7 +220,7 @@ class _Measuring:
                 layer.name: {"parameters": list(layer.parameters), "shape": list(layer.shape)}
                 for layer in subject.layers
             },
-            "road": session.holder.road,
+            "backend": session.holder.backend,
             "dtype": session.holder.mode,
             "device": str(subject.device),
             "threads": torch.get_num_threads(),

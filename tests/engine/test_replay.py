@@ -47,7 +47,7 @@ from tiny_networks import (
 )
 
 CPU = torch.device("cpu")
-ROADS = {"graph": GraphReplay, "recorded": RecordedReplay, "plain": PlainReplay}
+BACKENDS = {"exported graph": GraphReplay, "recorded outputs": RecordedReplay, "plain": PlainReplay}
 
 # Error of a fast mode against the plain way, over all layers of all architectures below, which are untrained and
 # therefore ill-conditioned. Measured: float32 7e-6 in a softmax output; bfloat16 0.09, and in criticality 0.027 for a
@@ -99,7 +99,7 @@ def test_open_replay__reference_is_the_plain_way_bit_for_bit(name):
     assert {p for layer in made.layers for p in layer.parameters} == dict(made.network.named_parameters()).keys()
     assert opened.mode == "reference"
     # nn.MultiheadAttention runs a kernel of its own, which the exporter does not write down
-    assert opened.road == ("recorded" if name == "torchvision_vit_b_16" else "graph")
+    assert opened.backend == ("recorded outputs" if name == "torchvision_vit_b_16" else "exported graph")
     assert_equal(sweep(opened, made), expected)
 
 
@@ -121,7 +121,7 @@ def test_open_replay__fast_modes_are_near_the_plain_way(name, mode):
         opened = opened.in_mode(mode, CPU)
     else:
         opened = open_replay(made.network, made.layers, made.images, mode)
-    assert (opened.mode, opened.road, opened.note) == (mode, "graph", "")
+    assert (opened.mode, opened.backend, opened.note) == (mode, "exported graph", "")
     got = sweep(opened, made)
     assert list(got) == list(expected)
     assert all(logits.dtype == torch.float32 for logits in got.values())
@@ -141,34 +141,34 @@ def test_open_replay__fast_modes_are_near_the_plain_way(name, mode):
 def test_open_replay__opens_in_the_mode_asked_for(name, mode):
     made, _, reference = architecture(name)
     opened = open_replay(made.network, made.layers, made.images, mode)
-    assert (opened.mode, opened.road, opened.note) == (mode, "graph", "")
+    assert (opened.mode, opened.backend, opened.note) == (mode, "exported graph", "")
     other = reference if mode == "reference" else reference.in_mode(mode, CPU)
     assert_equal(sweep(opened, made), sweep(other, made))
 
 
-@pytest.mark.parametrize("road", ["recorded", "plain"])
+@pytest.mark.parametrize("backend", ["recorded outputs", "plain"])
 @pytest.mark.parametrize(
     "name",
     ["convnext_tiny", "swin_tiny", "vit_tiny", "torchvision_resnet18", "torchvision_vit_b_16", "transformers_vit"],
 )
-def test_sweep__slower_roads_are_the_plain_way_bit_for_bit(name, road):
+def test_sweep__slower_backends_are_the_plain_way_bit_for_bit(name, backend):
     made, expected, _ = architecture(name)
-    assert_equal(sweep(ROADS[road](made.network, made.layers), made), expected)
+    assert_equal(sweep(BACKENDS[backend](made.network, made.layers), made), expected)
 
 
 # --- odd networks ---------------------------------------------------------------------------------------------------
 
 ODD = {
-    "UsedTwice": (UsedTwice, "graph"),
-    "Tied": (Tied, "graph"),
-    "InPlace": (InPlace, "graph"),
-    "PreActivation": (PreActivation, "graph"),
-    "Structured": (Structured, "graph"),
-    "Remembering": (Remembering, "graph"),
-    "Recurrent": (Recurrent, "graph"),
-    "DataDependent": (DataDependent, "recorded"),
-    "Counting": (Counting, "recorded"),
-    "Hidden": (Hidden, "recorded"),
+    "UsedTwice": (UsedTwice, "exported graph"),
+    "Tied": (Tied, "exported graph"),
+    "InPlace": (InPlace, "exported graph"),
+    "PreActivation": (PreActivation, "exported graph"),
+    "Structured": (Structured, "exported graph"),
+    "Remembering": (Remembering, "exported graph"),
+    "Recurrent": (Recurrent, "exported graph"),
+    "DataDependent": (DataDependent, "recorded outputs"),
+    "Counting": (Counting, "recorded outputs"),
+    "Hidden": (Hidden, "recorded outputs"),
     "Caching": (Caching, "plain"),
 }
 
@@ -185,7 +185,7 @@ def oddity(name: str) -> tuple[Case, dict[str | None, Tensor]]:
 def test_open_replay__odd_networks_bit_for_bit(name):
     made, expected = oddity(name)
     opened = open_replay(made.network, made.layers, made.images, "reference")
-    assert opened.road == ODD[name][1]
+    assert opened.backend == ODD[name][1]
     assert_equal(sweep(opened, made), expected)
 
 
@@ -194,7 +194,7 @@ def test_open_replay__odd_networks_bit_for_bit(name):
 def test_open_replay__odd_networks_in_fast_modes(name, mode):
     made, expected = oddity(name)
     opened = open_replay(made.network, made.layers, made.images, mode)
-    if ODD[name][1] != "graph":
+    if ODD[name][1] != "exported graph":
         assert opened.mode == "reference"
         return assert_equal(sweep(opened, made), expected)
     assert opened.mode == mode
@@ -221,16 +221,16 @@ def test_sweep__plain_odd_networks_bit_for_bit(name):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("build", "road", "note"),
+    ("build", "backend", "note"),
     [
         (
             DataDependent,
-            "recorded",
+            "recorded outputs",
             r"recorded outputs instead of a graph: the network does not export \(GuardOnDataDependent.*\)",
         ),
         (
             Counting,
-            "recorded",
+            "recorded outputs",
             r"recorded outputs instead of a graph: the network does not export "
             r"\(RuntimeError: the network writes to its own buffers or to its input\)",
         ),
@@ -246,12 +246,12 @@ def test_sweep__plain_odd_networks_bit_for_bit(name):
             r"the plain way, no reuse: the network does not export \(.*\), and recorded outputs do not either",
         ),
     ],
-    ids=["recorded", "buffers", "plain", "unsteady"],
+    ids=["recorded outputs", "buffers", "plain", "unsteady"],
 )
-def test_open_replay__says_in_one_line_which_slower_road_it_takes(build, road, note, mode, capfd):
+def test_open_replay__says_in_one_line_which_slower_backend_it_takes(build, backend, note, mode, capfd):
     made = case(build, *IMAGES)
     opened = open_replay(made.network, made.layers, made.images, mode)
-    assert (opened.road, opened.mode) == (road, "reference")
+    assert (opened.backend, opened.mode) == (backend, "reference")
     assert "\n" not in opened.note
     assert re.fullmatch(note, opened.note)
     assert capfd.readouterr() == ("", ""), "the exporter prints a whole graph when it fails"
@@ -268,7 +268,7 @@ def test_open_replay__a_weight_that_the_graph_took_for_a_constant_is_found(monke
 
     monkeypatch.setattr(opening, "export_graph", forgetful)
     opened = open_replay(made.network, made.layers, made.images, "float32")
-    assert opened.road == "recorded"
+    assert opened.backend == "recorded outputs"
     assert opened.note == (
         "recorded outputs instead of a graph: the exported network does not reproduce the network's own logits"
     )
@@ -285,7 +285,7 @@ class Unseparable(nn.Module):
 def test_open_replay__a_number_format_that_fails_gives_way_to_the_next():
     made = case(partial(Sketch, lambda net, x: net.fourier(x), fourier=Unseparable()), *IMAGES)
     opened = open_replay(made.network, made.layers, made.images, "bfloat16")
-    assert (opened.mode, opened.road) == ("float32", "graph")
+    assert (opened.mode, opened.backend) == ("float32", "exported graph")
     assert opened.note.startswith("float32 instead of bfloat16: bfloat16 fails (NotImplementedError: ")
     assert "\n" not in opened.note
     expected = PlainWay(made.network).sweep(made)
@@ -301,7 +301,7 @@ def test_open_replay__a_mode_that_moves_predictions_too_far_is_not_taken(monkeyp
     assert opened.note.startswith("float32 instead of bfloat16: bfloat16 moves predictions too far (total variation ")
     monkeypatch.setitem(opening._BROKEN, "float32", -1.0)
     opened = open_replay(made.network, made.layers, made.images, "bfloat16")
-    assert (opened.mode, opened.road) == ("reference", "graph")
+    assert (opened.mode, opened.backend) == ("reference", "exported graph")
     assert opened.note.startswith("reference instead of bfloat16: bfloat16 moves ")
     assert "; float32 moves " in opened.note
     assert_equal(sweep(opened, made), PlainWay(made.network).sweep(made))
@@ -323,7 +323,7 @@ def test_open_replay__a_network_that_overflows_is_still_followed():
     with torch.no_grad():
         made.network.norm.running_var.fill_(-1.0)  # a root of a negative number: NaN
     opened = open_replay(made.network, made.layers, made.images, "reference")
-    assert opened.road == "graph"
+    assert opened.backend == "exported graph"
     assert opened.logits(made.images).isnan().any()
 
 
@@ -362,18 +362,22 @@ def by_hand() -> tuple[ByHand, list[Layer]]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("road", ROADS)
-def test_sweep__by_hand(by_hand, road, mode):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sweep__by_hand(by_hand, backend, mode):
     """Small whole numbers are exact in every number format.
 
     first <- (1, 1): hidden relu(x, x) is (1, 1) and (0, 0), logits (0, 3) and (0, 0).
     last <- ((0, 1), (1, 0)): logits (hidden_1, hidden_0), (0, 2) and (1, 0).
     """
     network, layers = by_hand
-    if road != "graph" and mode != "reference":
-        pytest.skip("the other roads know reference only")
-    opened = open_replay(network, layers, BY_HAND_IMAGES, mode) if road == "graph" else ROADS[road](network, layers)
-    assert (opened.road, opened.mode) == (road, mode)
+    if backend != "exported graph" and mode != "reference":
+        pytest.skip("the other backends know reference only")
+    opened = (
+        open_replay(network, layers, BY_HAND_IMAGES, mode)
+        if backend == "exported graph"
+        else BACKENDS[backend](network, layers)
+    )
+    assert (opened.backend, opened.mode) == (backend, mode)
     drawn = {
         "first": {"first.weight": torch.tensor([[1.0], [1.0]])},
         "last": {"last.weight": torch.tensor([[0.0, 1.0], [1.0, 0.0]])},
@@ -387,13 +391,13 @@ def test_sweep__by_hand(by_hand, road, mode):
     assert torch.equal(opened.logits(BY_HAND_IMAGES), BY_HAND_LOGITS)
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_sweep__some_layers_any_order_twice_give_the_same_bits(road):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sweep__some_layers_any_order_twice_give_the_same_bits(backend):
     made, expected = oddity("UsedTwice")
     opened = (
         GraphReplay(export_graph(made.network, made.images), made.layers)
-        if road == "graph"
-        else ROADS[road](made.network, made.layers)
+        if backend == "exported graph"
+        else BACKENDS[backend](made.network, made.layers)
     )
     clean = opened.logits(made.images)
     assert_equal(sweep(opened, made), expected)
@@ -419,28 +423,28 @@ def test_sweep__another_shape_is_an_error(by_hand):
         opened.logits(BY_HAND_IMAGES[:1])
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_sweep__a_layer_that_is_never_used_changes_nothing(road):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sweep__a_layer_that_is_never_used_changes_nothing(backend):
     made = case(partial(Sketch, lambda net, x: net.conv(x), conv=nn.Conv2d(8, 8, 1), idle=nn.Linear(2, 2)), *IMAGES)
     assert made.layers[-1].name == "idle"
     opened = (
         open_replay(made.network, made.layers, made.images, "reference")
-        if road == "graph"
-        else ROADS[road](made.network, made.layers)
+        if backend == "exported graph"
+        else BACKENDS[backend](made.network, made.layers)
     )
     got = sweep(opened, made)
     assert torch.equal(got["idle"], got[None])
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_prepare__of_tied_parameters_the_first_name_in_the_layer_counts(road):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prepare__of_tied_parameters_the_first_name_in_the_layer_counts(backend):
     made, _ = oddity("Tied")
     both = Layer("both", "conv", ("second.weight", "first.weight", "first.bias"), (8, 8, 3, 3), 0)
     values = {"second.weight": normal(8, 8, 3, 3), "first.weight": normal(8, 8, 3, 3, seed=5), "first.bias": normal(8)}
     opened = (
         GraphReplay(export_graph(made.network, made.images), [both])
-        if road == "graph"
-        else ROADS[road](made.network, [both])
+        if backend == "exported graph"
+        else BACKENDS[backend](made.network, [both])
     )
     got = dict(opened.sweep(made.images, {"both": opened.prepare(both, values)}))
     one = {"first.weight": values["second.weight"], "first.bias": values["first.bias"]}
@@ -497,7 +501,9 @@ def test_sweep__keeps_no_value_after_its_last_use(live, mode):
         assert live() == 0
 
 
-@pytest.mark.parametrize("build", [UsedTwice, DataDependent, Caching], ids=["graph", "recorded", "plain"])
+@pytest.mark.parametrize(
+    "build", [UsedTwice, DataDependent, Caching], ids=["exported graph", "recorded outputs", "plain"]
+)
 def test_open_replay__nothing_keeps_the_network_alive(build):
     made = case(build, *IMAGES)
     opened = open_replay(made.network, made.layers, made.images, "float32")
@@ -591,16 +597,16 @@ def test_open_replay__hooks_and_a_forward_of_the_users_own_count():
     bare = copy.deepcopy(made.network)
     bare.stem._forward_hooks.clear()
     assert not torch.equal(bare(made.images), made.network(made.images))
-    for road in (RecordedReplay, PlainReplay):
-        assert torch.equal(road(made.network, made.layers).logits(made.images), made.network(made.images))
+    for backend in (RecordedReplay, PlainReplay):
+        assert torch.equal(backend(made.network, made.layers).logits(made.images), made.network(made.images))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("calls_left", [0, 1, 2, 3, 5])
-@pytest.mark.parametrize("road", ["recorded", "plain"])
-def test_sweep__after_an_exception_everything_is_as_it_was(road, calls_left, error):
+@pytest.mark.parametrize("backend", ["recorded outputs", "plain"])
+def test_sweep__after_an_exception_everything_is_as_it_was(backend, calls_left, error):
     made = dressed(Failing)
-    opened = ROADS[road](made.network, made.layers)
+    opened = BACKENDS[backend](made.network, made.layers)
     expected = sweep(opened, made)
     snapshot = Snapshot(made.network)
     made.network.fuse.calls_left, made.network.fuse.error = calls_left, error
@@ -634,7 +640,7 @@ def test_sweep__after_an_exception_in_a_graph_everything_is_as_it_was(monkeypatc
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("calls_left", [0, 1])
 def test_open_replay__after_an_exception_everything_is_as_it_was(calls_left, error):
-    """The first call is the exporter's: what it raises is answered by a slower road, which then meets it itself."""
+    """The first call is the exporter's: what it raises is answered by a slower backend, which then meets it itself."""
     made = dressed(Failing)
     snapshot = Snapshot(made.network)
     made.network.fuse.calls_left, made.network.fuse.error = calls_left, error

@@ -295,7 +295,7 @@ def check_differences(rows, table):
         np.testing.assert_allclose(rows[column].astype(float), table[column], atol=6e-5)
     for column in ("p_value", "p_holm", "p_bh"):
         np.testing.assert_allclose(rows[column].astype(float), table[column], rtol=2e-3)
-    assert list(rows["stands"]) == list(table["stands"])
+    assert list(rows["significant"]) == list(table["significant"])
     assert list(rows["covers"]) == list(table["covers"])
 
 
@@ -307,11 +307,11 @@ def test_page__differences_of_models(page, study):
             page.select_option("#values", values)
             table = differences(study, pairs=[(first, second)], family="pair", matched=values == "matched").table
             check_differences(compared(page), table)
-            assert 0 < sum(table["stands"]) < len(table), "some stand and some do not"
+            assert 0 < sum(table["significant"]) < len(table), "some are significant and some are not"
             said = page.inner_text("#compare-said")
-            assert f"of 5 tested layers {table['stands'].sum()} are found to differ" in said
+            assert f"of 5 tested layers {table['significant'].sum()} are found to differ" in said
     page.select_option("#control", "bh")
-    assert list(compared(page)["stands"]) == list(table["stands_bh"])
+    assert list(compared(page)["significant"]) == list(table["significant_bh"])
 
 
 def test_page__differences_of_categories(page, study):
@@ -335,12 +335,14 @@ def test_page__differences_stand_as_their_exact_p_values_say(browser, tmp_path, 
     def close_to_alpha(*arguments, **options):
         found = exact(*arguments, **options)
         p_values = np.resize([0.04998, 0.05002], len(found.table))
-        table = found.table.assign(p_holm=p_values, p_bh=p_values, stands=p_values <= 0.05, stands_bh=p_values <= 0.05)
+        table = found.table.assign(
+            p_holm=p_values, p_bh=p_values, significant=p_values <= 0.05, significant_bh=p_values <= 0.05
+        )
         return replace(found, table=table)
 
     monkeypatch.setattr("layercrit.reporting.page_data.compared_differences", close_to_alpha)
     with opened_page(browser, write_page(study, compare(study), tmp_path / "r.html")) as page:
-        assert list(compared(page)["stands"]) == [True, False, True, False, True]
+        assert list(compared(page)["significant"]) == [True, False, True, False, True]
 
 
 def test_page__differences_are_of_the_layers_that_they_stand_at(browser, tmp_path):
@@ -363,7 +365,7 @@ def test_page__differences_are_of_the_layers_that_they_stand_at(browser, tmp_pat
 
 def test_page__says_what_differences_rest_on(page, study):
     listed = page.inner_text("#compare-notes")
-    assert "for each layer by itself: one may leave out 0 and its difference not stand" in listed
+    assert "for each layer by itself: one may leave out 0 and its difference not be significant" in listed
     assert "another training seed may move a model by more than they say" in listed
     page.select_option("#first", label="augmentation")
     page.select_option("#second", label="baseline")
@@ -387,7 +389,7 @@ def test_page__a_model_against_itself(page):
     assert not page.locator("#compare-plot").is_visible()
 
 
-def test_page__says_how_many_differences_to_the_baseline_stand(page, study):
+def test_page__says_how_many_differences_to_the_baseline_are_significant(page, study):
     assert differences(study).sentence() in page.inner_text("#compare")
 
 

@@ -67,7 +67,7 @@ def pragma(path, name):
 
 def test_store__is_marked_as_a_studys(store):
     assert pragma(store.path, "application_id") == int.from_bytes(b"lcrt")
-    assert pragma(store.path, "user_version") == SCHEMA == 2
+    assert pragma(store.path, "user_version") == SCHEMA == 3
     assert pragma(store.path, "journal_mode") == "wal"
 
 
@@ -120,7 +120,7 @@ def test_store__newer_file(tmp_path):
     Store(tmp_path, create=True).close()
     with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as connection:
         connection.execute(f"PRAGMA user_version = {SCHEMA + 1}")
-    with pytest.raises(StudyError, match=r"has schema 3, this version of layercrit knows 2\. Install the newer"):
+    with pytest.raises(StudyError, match=r"has schema 4, this version of layercrit knows 3\. Install the newer"):
         Store(tmp_path)
 
 
@@ -130,11 +130,16 @@ def test_store__file_of_the_first_schema(tmp_path, monkeypatch):
         patch.setattr(store_module, "SCHEMA", 1)
         Store(tmp_path, create=True).close()
     with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as connection:
-        connection.execute("INSERT INTO models VALUES ('a', 0, 'file:a', 'mine', 'A', 0.5, '{}')")
+        record = '{"road": "graph", "dtype": "float32"}'
+        connection.execute("INSERT INTO models VALUES ('a', 0, 'file:a', 'mine', 'A', 0.5, ?)", [record])
+        connection.execute("INSERT INTO models VALUES ('b', 1, 'file:b', NULL, NULL, NULL, NULL)")
         connection.execute("INSERT INTO plan VALUES ('a', 'fc', 'zero', 0, 'k', 'linear', 'fc', 0, 7, 0.5)")
         connection.commit()
     with Store(tmp_path) as store:
-        assert store.models() == [ModelRow("a", "file:a", "mine", "A", 0.5, {})]
+        assert store.models() == [
+            ModelRow("a", "file:a", "mine", "A", 0.5, {"dtype": "float32", "backend": "exported graph"}),
+            ModelRow("b", "file:b"),
+        ]
         assert store.plan() == [PlanRow("a", "fc", "zero", 0, "k", "linear", "fc", 0, 7, 0.5)]
 
 

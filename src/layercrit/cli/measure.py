@@ -277,7 +277,7 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
         lines.append(f"left out: {counts} of {sum(summary['cells'].values())} cells; {left} layers are not in the mean")
     lines.append(
         f"{summary['n_layers']} layers, {summary['n_trials']} trials, {summary['n_images']} images; "
-        f"{summary['dtype']}, {summary['road']} road"
+        f"{summary['dtype']}, {summary['backend']} backend"
     )
     return [*lines, *(f"note: {note}" for note in summary["notes"])]
 

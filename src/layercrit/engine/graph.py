@@ -96,7 +96,7 @@ def export_graph(network: nn.Module, images: Tensor) -> WeightGraph:
 
     Raises:
         Exception: whatever ``torch.export`` raises for a network it cannot follow, for instance one whose control flow
-            depends on the image. The caller takes a slower road.
+            depends on the image. The caller takes a slower backend.
     """
     with torch.no_grad(), _quiet(), attributes_kept(network):
         program = torch.export.export(_Logits(network), (images,)).run_decompositions({})
@@ -400,7 +400,7 @@ def _fused_convolution_works(dtype: torch.dtype) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep all that the exporter says from the user: a failed export is answered by a slower road, said once."""
+    """Keep all that the exporter says from the user: a failed export is answered by a slower backend, said once."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

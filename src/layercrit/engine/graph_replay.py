@@ -56,7 +56,7 @@ class _Visit:
 class GraphReplay(Replay):
     """The exported network, run node by node; a reset runs only the descendants of its layer."""
 
-    road = "graph"
+    backend = "exported graph"
 
     def __init__(
         self,

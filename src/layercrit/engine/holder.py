@@ -33,7 +33,7 @@ class ReplayHolder:
 
     Attributes:
         mode: the mode of the replay that was opened last.
-        road: its road.
+        backend: its backend.
         batch_size: how many images are run at once.
         seconds_opening: the time that opening replays took.
 
@@ -48,7 +48,7 @@ class ReplayHolder:
     """
 
     mode: Mode
-    road: str
+    backend: str
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class ReplayHolder:
         else:
             replay = open_replay(self._subject.network, self._subject.layers, images, cast(Mode, self._wanted))
         self.mode = self._wanted = replay.mode
-        self.road = replay.road
+        self.backend = replay.backend
         if replay.note and replay.note not in self._notes:
             self._notes.append(replay.note)
         self.seconds_opening += time.perf_counter() - started

@@ -36,7 +36,7 @@ def open_replay(network: nn.Module, layers: Sequence[Layer], images: Tensor, mod
         network: evaluation mode; takes normalised images, and its output is anything that `logits_of` understands.
         layers: what may be reset, in depth order.
         images: a batch of normalised images; its shape is the one that sweeps will have.
-        mode: one of `MODES`. The other roads than the graph's know ``reference`` only.
+        mode: one of `MODES`. Backends other than the exported graph know ``reference`` only.
     """
     try:
         weight_graph = export_graph(network, images)

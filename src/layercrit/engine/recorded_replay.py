@@ -35,7 +35,7 @@ class _DivergedError(Exception):
 class RecordedReplay(PlainReplay):
     """The module itself, where calls that ended before the reset layer was first used return their recorded output."""
 
-    road = "recorded"
+    backend = "recorded outputs"
 
     @override
     def sweep(self, images: Tensor, prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:

@@ -27,11 +27,11 @@ class Replay(ABC):
         layers: the layers that can be reset, in depth order.
         mode: ``reference`` (float32, the network's own operators, bit for bit the plain way), ``float32`` (folded and
             fused) or ``bfloat16`` (likewise, stored and multiplied in bfloat16).
-        road: ``graph``, ``recorded`` or ``plain``.
-        note: one line that says why a slower road or mode than asked was taken; empty if none was.
+        backend: ``exported graph``, ``recorded outputs`` or ``plain``.
+        note: one line that says why a slower backend or mode than asked was taken; empty if none was.
     """
 
-    road: str
+    backend: str
 
     def __init__(self, layers: Sequence[Layer], mode: Mode = "reference", note: str = "") -> None:
         self.layers = list(layers)
@@ -63,7 +63,7 @@ class Replay(ABC):
 class PlainReplay(Replay):
     """The plain way: swap the weights, run the whole network."""
 
-    road = "plain"
+    backend = "plain"
 
     def __init__(self, network: nn.Module, layers: Sequence[Layer], note: str = "") -> None:
         super().__init__(layers, "reference", note)

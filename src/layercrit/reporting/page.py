@@ -149,7 +149,7 @@ def _cautions(comparison: Comparison) -> str:
 
 
 def _about_differences(study: Study, comparison: Comparison) -> str:
-    """Say how many differences to the baseline stand among all of the study."""
+    """Say how many differences to the baseline are significant, among all of the study."""
     if comparison.baseline is None or len(comparison.models) < 2:
         return "Choose two models or two categories."
     return compared_differences(study, comparison).sentence()

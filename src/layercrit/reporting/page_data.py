@@ -30,7 +30,7 @@ _COVERS = ["nothing", "trials", "images", "trials and images", "models"]  # what
 # Columns of differences, and how they are stored.
 _STORED = {
     "difference": "difference", "low": "difference", "high": "difference", "p_value": "p_value", "p_holm": "p_value",
-    "p_bh": "p_value", "covers": "place", "stands": "truth", "stands_bh": "truth",
+    "p_bh": "p_value", "covers": "place", "significant": "truth", "significant_bh": "truth",
 }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def page_data(study: Study, comparison: Comparison) -> tuple[dict[str, Any], byt
         Plain data for JSON, and the differences: of each of the ``blocks`` in turn each of the ``columns``,
         ``(n_pairs, n_layers)``, little-endian, stored as a difference (int16, units of 1e-4, -32768: none), a p-value
         (uint16, -1000 lg p, 65535: none), a place in the list of the column's name (uint8), or a truth (uint8). Whether
-        a difference stands is stored besides, since rounded p-values cannot say it.
+        it is significant is stored as well, since rounded p-values cannot tell.
     """
     about = about_models(study, comparison)
     categories = categories_of(about)
@@ -180,7 +180,7 @@ def _models(
             "centre_of_mass": about["centre_of_mass"].to_numpy(),
             "top1_agreement": tables["top1_agreement"].mean(axis=1).to_numpy(),
             "unrelated": 1 - about["chance"].to_numpy(),
-            "layers_that_differ": about["model"].map(_standing(comparison, blocks)).to_numpy(),
+            "layers_that_differ": about["model"].map(_n_significant(comparison, blocks)).to_numpy(),
         },
         dtype="float64",
     )
@@ -192,15 +192,15 @@ def _models(
     ]
 
 
-def _standing(comparison: Comparison, blocks: Sequence[_Block]) -> dict[str, int]:
-    """Return model -> on how many layers its difference to the baseline stands, each model's layers as one family.
+def _n_significant(comparison: Comparison, blocks: Sequence[_Block]) -> dict[str, int]:
+    """Return model -> on how many layers its difference to the baseline is significant.
 
-    A model of which no difference could be tested is missing.
+    P-values are adjusted over the layers of one model. A model of which no difference could be tested is missing.
     """
     if not blocks:
         return {}
     baseline, table = comparison.baseline, blocks[0].table.dropna(subset="p_value")
-    counts = table.groupby(["first", "second"], sort=False)["stands"].sum()
+    counts = table.groupby(["first", "second"], sort=False)["significant"].sum()
     found = zip(counts.index.to_flat_index(), counts, strict=True)
     return {
         str(second if first == baseline else first): int(count)

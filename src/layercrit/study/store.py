@@ -68,6 +68,14 @@ _MIGRATIONS = (
     ALTER TABLE models ADD COLUMN attack_norm TEXT;
     ALTER TABLE models ADD COLUMN eps REAL;
     """,
+    # the backend was called a road
+    """
+    UPDATE models SET record = json_set(
+        json_remove(record, '$.road'), '$.backend',
+        CASE json_extract(record, '$.road') WHEN 'graph' THEN 'exported graph' WHEN 'recorded' THEN 'recorded outputs'
+            ELSE 'plain' END
+    ) WHERE json_extract(record, '$.road') IS NOT NULL;
+    """,
 )
 SCHEMA = len(_MIGRATIONS)
 

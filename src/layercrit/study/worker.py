@@ -116,7 +116,7 @@ class _Opened:
             "asked_dtype": self._protocol.dtype,
         }
         again = all(known.get(name) == value for name, value in about.items())
-        kept = {name: known[name] for name in ("dtype", "road", "predictions", "notes") if name in known and again}
+        kept = {name: known[name] for name in ("dtype", "backend", "predictions", "notes") if name in known and again}
         return {
             **kept,
             **about,
@@ -158,7 +158,7 @@ class _Opened:
         )
         self.record |= {
             "dtype": session.holder.replay.mode,
-            "road": session.holder.replay.road,
+            "backend": session.holder.backend,
             "predictions": asdict(session.predictions),
         }
         return session

@@ -13,8 +13,8 @@ const STORED = {
   truth: { type: Uint8Array, read: Boolean },
 };
 const CONTROLS = {
-  holm: { label: "Holm", column: "stands" },
-  bh: { label: "Benjamini-Hochberg", column: "stands_bh" },
+  holm: { label: "Holm", column: "significant" },
+  bh: { label: "Benjamini-Hochberg", column: "significant_bh" },
 };
 
 export async function readDifferences() {
@@ -81,7 +81,7 @@ function tellDifferences(rows, control, { first, second }, notes) {
     `Mean difference ${known(middle) ? signed(middle, 3) : "not known"}.`;
   const unadjusted =
     `The intervals drawn are at ${100 * D.level}% for each layer by itself: ` +
-    "one may leave out 0 and its difference not stand.";
+    "one may leave out 0 and its difference not be significant.";
   $("compare-notes").replaceChildren(...[unadjusted, ...notes].map((text) => element("li", { textContent: text })));
 }
 
@@ -90,19 +90,19 @@ function drawDifferences(rows, control) {
     `<b>${escaped(row.layer.name)}</b><br>difference ${share(row.difference)}<br>` +
     `${100 * D.level}% interval: ${interval(row.low, row.high)}, for new ${row.covers}<br>` +
     `p ${pValue(row.p_value)}; Holm ${pValue(row.p_holm)}; Benjamini-Hochberg ${pValue(row.p_bh)}`;
-  const traces = [true, false].map((stands) => {
-    const at = rows.map((_, i) => i).filter((i) => rows[i][control.column] === stands);
+  const traces = [true, false].map((significant) => {
+    const at = rows.map((_, i) => i).filter((i) => rows[i][control.column] === significant);
     const some = at.map((i) => rows[i]);
     const of = (name) => some.map((row) => row[name]);
-    const color = style(stands ? "--link" : "--soft");
+    const color = style(significant ? "--link" : "--soft");
     return {
       type: "scatter",
       mode: "markers",
-      name: stands ? "stands" : "does not stand",
+      name: significant ? "significant" : "not significant",
       x: at,
       y: of("difference"),
       error_y: { ...bars(of("difference"), of("low"), of("high")), color },
-      marker: { color, size: 8, symbol: stands ? "circle" : "circle-open" },
+      marker: { color, size: 8, symbol: significant ? "circle" : "circle-open" },
       hoverinfo: "text",
       text: some.map(hover),
     };
@@ -120,7 +120,7 @@ function drawDifferences(rows, control) {
 
 function tabulateDifferences(rows, control, { first, second }) {
   const number = (name, head, written) => ({ name, head, written, of: (row) => row[name] });
-  const stands = (row) => row[control.column];
+  const significant = (row) => row[control.column];
   shownTables.compare = {
     rows,
     columns: [
@@ -133,7 +133,7 @@ function tabulateDifferences(rows, control, { first, second }) {
       number("p_value", "p", pValue),
       number("p_holm", "p (Holm)", pValue),
       number("p_bh", "p (Benjamini-Hochberg)", pValue),
-      { name: "stands", head: "stands", of: stands, shown: (row) => (stands(row) ? "yes" : "no") },
+      { name: "significant", head: "significant", of: significant, shown: (row) => (significant(row) ? "yes" : "no") },
       { name: "covers", head: "holds for new", of: (row) => row.covers },
     ],
   };
