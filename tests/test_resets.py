@@ -275,7 +275,7 @@ def test_given_donor__reads_an_epoch_of_a_training_run(tmp_path):
         assert torch.equal(donor.values["0.weight"], net[0].weight + epoch)
         assert donor.origin.startswith(f"given: the file {folder}@epoch={epoch}, SHA-256 ")
     assert torch.equal(given_donor(folder, get_reset("rewind"), model, layers).values["0.weight"], net[0].weight)
-    with pytest.raises(CheckpointError, match=r"not kept the weights of epoch '1'\. Epochs that it has: 0, 3\."):
+    with pytest.raises(CheckpointError, match=r"not keep the weights of epoch '1'\. Epochs that it kept: 0, 3\."):
         given_donor(f"{folder}@epoch=1", get_reset("rewind"), model, layers)
 
 

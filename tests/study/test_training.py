@@ -176,7 +176,7 @@ def test_train_models__names_given_twice_are_trained_once(tmp_path):
         ({"x": "reference = 'zoo:resnet50_dino'"}, TRAINING, ["x"], TrainingError, r"no model with a method"),
         ({"x": "reference = 'zoo:resnet50_dino'"}, "", [], TrainingError, r"has no \[training\] table"),
         (MODELS, "", [], StudyError, r"method needs a table \[training\]"),
-        (MODELS, TRAINING.replace("stripes", "strips"), [], ProbeError, r"no such file.*Did you mean 'stripes\.npz'"),
+        (MODELS, TRAINING.replace("stripes", "strips"), [], ProbeError, r"No such file.*Did you mean 'stripes\.npz'"),
         ({"x": "method = 'basline'"}, TRAINING, [], StudyError, "Did you mean 'baseline'"),
     ],
 )

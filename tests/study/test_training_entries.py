@@ -109,7 +109,7 @@ def test_training__a_donor_that_was_not_kept(tmp_path):
     path = write(tmp_path, "method = 'baseline'\nname = 'a'", more=resets)
     train(read_study_file(path).training.runs[0], epochs=(1, 2))
     assert mistakes(path) == [
-        f"the donor of model 'a': {tmp_path}/models/a has not kept the weights of epoch '0'. Epochs that it has: 1, 2."
+        f"the donor of model 'a': {tmp_path}/models/a did not keep the weights of epoch '0'. Epochs that it kept: 1, 2."
     ]
 
 
@@ -291,7 +291,7 @@ def test_mistakes__a_trained_model_without_its_architecture(tmp_path):
     train(read_study_file(path).training.runs[0])
     (tmp_path / "models" / "a" / "model.json").write_text("{}")
     (found,) = mistakes(path)
-    assert re.search(r"no. 1: file:.*/models/a/model.safetensors comes without its architecture", found)
+    assert re.search(r"no. 1: file:.*/models/a/model.safetensors does not say its architecture", found)
 
 
 def test_mistakes__of_a_list_with_columns_of_training(tmp_path):

@@ -1,6 +1,6 @@
-"""Images that others packed: Parquet and tar shards, and data sets of the libraries datasets and torchvision.
+"""Packed images: Parquet and tar shards, and data sets of the datasets and torchvision libraries.
 
-All lie on disk: nothing is downloaded. Nothing is extracted either, and no name found inside a shard is used as a path.
+All are read from disk: nothing is downloaded or extracted, and no name found inside a shard is used as a path.
 """
 
 import inspect
@@ -36,14 +36,14 @@ BATCH_ROWS = 64  # Parquet rows in memory at once: a row group can hold gigabyte
 class ParquetSource(ImageSource):
     """Parquet shards with a column ``image`` (or ``img``) and, if there are labels, ``label`` (or ``labels``).
 
-    An image is the bytes of a file or, as Hugging Face writes it, a struct with ``bytes``. Only the row groups that
-    hold a wanted image are read, a few rows at a time.
+    An image is the bytes of a file or, as Hugging Face writes it, a struct with ``bytes``. Only the row groups with a
+    wanted image are read, a few rows at a time.
 
     Args:
-        path: A file, a folder of ``*.parquet`` files, or a pattern such as ``test-{0..3}.parquet`` or ``*.parquet``.
+        path: a file, a folder of ``*.parquet`` files, or a pattern such as ``test-{0..3}.parquet`` or ``*.parquet``.
 
     Raises:
-        ProbeError: A shard is missing or damaged, or has no such column, or all are empty.
+        ProbeError: a shard is missing, damaged or lacks such a column, or all shards are empty.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -59,17 +59,22 @@ class ParquetSource(ImageSource):
                 with pq.ParquetFile(shard) as file:
                     metadata, names = file.metadata, file.schema_arrow.names
             except (OSError, pa.ArrowException) as error:
-                raise ProbeError(f"cannot read '{shard}' as Parquet: {error}") from error
+                raise ProbeError(
+                    f"Cannot read '{shard}' as Parquet ({error}). If it is damaged, download it again."
+                ) from error
             columns.add(find_names(names, IMAGE_COLUMNS, LABEL_COLUMNS, f"'{shard}'"))
             for group in range(metadata.num_row_groups):
                 self._groups.append((shard, group))
                 starts.append(starts[-1] + metadata.row_group(group).num_rows)
         if len(columns) > 1:
-            raise ProbeError(f"the shards of '{path}' differ in their columns: {sorted(map(str, columns))}")
+            raise ProbeError(
+                f"The shards of '{path}' differ in their columns: {sorted(map(str, columns))}. Give all of them the "
+                "same columns for images and labels."
+            )
         self._image_column, self._label_column = columns.pop()
         self._starts = np.array(starts)
         if len(self) == 0:
-            raise ProbeError(f"no images in '{path}': it has no rows")
+            raise ProbeError(f"There are no images in '{path}': it has no rows.")
         self.label_origin = None if self._label_column is None else f"column '{self._label_column}'"
 
     def __len__(self) -> int:
@@ -82,7 +87,7 @@ class ParquetSource(ImageSource):
         return f"{shard.name}[group {group}, row {index - self._starts[position]}]"
 
     def read(self, indices: Sequence[int], use_labels: bool) -> Iterator[Item]:
-        """Yield encoded images, each row group being read once."""
+        """Yield encoded images; each row group is read once."""
         label_column = self._label_column if use_labels else None
         for position, members in groupby(indices, self._position):
             start = int(self._starts[position])
@@ -93,7 +98,7 @@ class ParquetSource(ImageSource):
                 yield Item(index, _stored_bytes(content), number)
 
     def _position(self, index: int) -> int:
-        """Return which row group, counted through all shards, holds row ``index``."""
+        """Return which row group, counted through all shards, contains row ``index``."""
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     def _rows(self, position: int, rows: list[int], label_column: str | None) -> Iterator[tuple[Any, Any]]:
@@ -117,20 +122,22 @@ class ParquetSource(ImageSource):
                     if row is None:
                         return
         except (OSError, pa.ArrowException) as error:
-            raise ProbeError(f"cannot read row group {group} of '{shard}': {error}") from error
+            raise ProbeError(
+                f"Cannot read row group {group} of '{shard}' ({error}). If it is damaged, download it again."
+            ) from error
 
 
 class TarSource(ImageSource):
     """Tar shards in the layout of webdataset: ``key.jpg`` (or another image), ``key.cls`` or ``key.json`` with a label.
 
-    ``key.cls`` holds an integer in digits, ``key.json`` a mapping with ``label``. The shards are indexed once; members
-    are then read by offset, so they must not be compressed as a whole. Links and hidden names are left out.
+    ``key.cls`` has an integer in digits, ``key.json`` a mapping with ``label``. The shards are indexed once and members
+    read by offset, so they must not be compressed as a whole. Links and hidden names are left out.
 
     Args:
-        path: A file, a folder of ``*.tar`` files, or a pattern such as ``shard-{000..009}.tar`` or ``*.tar``.
+        path: a file, a folder of ``*.tar`` files, or a pattern such as ``shard-{000..009}.tar`` or ``*.tar``.
 
     Raises:
-        ProbeError: A shard is missing, damaged or compressed, or there is no image in any.
+        ProbeError: a shard is missing, damaged or compressed, or none contains an image.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -145,7 +152,9 @@ class TarSource(ImageSource):
                 elif suffix in (".cls", ".json"):
                     self._labels[shard, name] = (offset, size)
         if not self._images:
-            raise ProbeError(f"no images in '{path}': no member has one of the suffixes {', '.join(SUFFIXES)}")
+            raise ProbeError(
+                f"There are no images in '{path}': no member has one of the suffixes {', '.join(SUFFIXES)}."
+            )
         self.label_origin = "the members *.cls and *.json" if self._labels else None
 
     def __len__(self) -> int:
@@ -200,8 +209,8 @@ def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
                     yield member.name, member.offset_data, member.size
     except (OSError, tarfile.TarError) as error:
         raise ProbeError(
-            f"cannot read '{shard}' as an uncompressed tar file: {error}. A damaged file must be fetched again, a "
-            "compressed one decompressed first"
+            f"Cannot read '{shard}' as an uncompressed tar file ({error}). Download a damaged file again; decompress a "
+            "compressed one."
         ) from error
 
 
@@ -217,7 +226,7 @@ class HuggingFaceSource(ImageSource):
     column of type ``ClassLabel``, else ``label`` or ``labels``.
 
     Raises:
-        ProbeError: The folder holds no such data set, or several splits of one, or datasets is not installed.
+        ProbeError: the folder contains no such data set, or several splits of one, or datasets is not installed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -225,19 +234,23 @@ class HuggingFaceSource(ImageSource):
         check_exists(folder)
         if not self.is_saved(folder):
             splits = sorted(str(entry) for entry in folder.iterdir() if self.is_saved(entry))
-            hint = f"It holds several splits, give one of them: {', '.join(splits)}. " if splits else ""
+            hint = f"It contains several splits; give one of them: {', '.join(splits)}. " if splits else ""
             raise ProbeError(
                 f"'{folder}' is not a data set that the datasets library wrote with Dataset.save_to_disk. {hint}"
-                "Nothing is downloaded: load a data set yourself and save it with save_to_disk"
+                "Nothing is downloaded: load the data set yourself and save it with save_to_disk."
             )
         try:
             import datasets
         except ImportError as error:
-            raise ProbeError(f"reading '{folder}' needs the datasets library: pip install 'layercrit[hf]'") from error
+            raise ProbeError(
+                f"Reading '{folder}' requires the datasets library. Install it: pip install 'layercrit[hf]'."
+            ) from error
         try:
             dataset = datasets.load_from_disk(str(folder)).with_format(None)
         except (OSError, ValueError, LookupError) as error:  # the last where no row was saved
-            raise ProbeError(f"cannot read the data set '{folder}': {error!r}") from error
+            raise ProbeError(
+                f"Cannot read the data set '{folder}' ({error!r}). Save it again with Dataset.save_to_disk."
+            ) from error
         self.description, self._prefix = str(path), folder.name
         features = dataset.features
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -253,7 +266,7 @@ class HuggingFaceSource(ImageSource):
         self.n_classes = None if classes is None else len(classes)
         self._dataset = dataset.select_columns([c for c in (self._image_column, self._label_column) if c is not None])
         if images:
-            # Encoded, so that a damaged image is found with the others and not by the library.
+            # Left encoded, so that we report a damaged image like any other and the library does not raise.
             self._dataset = self._dataset.cast_column(self._image_column, datasets.Image(decode=False))
 
     @staticmethod
@@ -278,22 +291,22 @@ class HuggingFaceSource(ImageSource):
 
 
 def _stored_bytes(value: object) -> bytes | Exception:
-    """Return the bytes of an image in a table, where there may be a struct around them or only a path."""
+    """Return the bytes of an image in a table, which may be wrapped in a struct, or replaced by a path."""
     stored = value.get("bytes") if isinstance(value, dict) else value
     return stored if isinstance(stored, bytes) else ValueError("the row holds no bytes of an image file")
 
 
 class TorchvisionSource(ImageSource):
-    """A data set of torchvision that lies on disk, opened by its own class with the download switched off.
+    """A torchvision data set on disk, opened by its own class with download switched off.
 
     Args:
-        name: Of a class in ``torchvision.datasets``, such as ``FashionMNIST``.
-        root: The folder that class is given.
-        split: As that class calls it; ``train`` or ``test`` for those with a yes-or-no ``train``. None: ``test``,
-            or nothing for a class without splits.
+        name: a class in ``torchvision.datasets``, such as ``FashionMNIST``.
+        root: the folder passed to that class.
+        split: as that class names it; ``train`` or ``test`` for those with a boolean ``train``. None: ``test``, or
+            nothing for a class without splits.
 
     Raises:
-        ProbeError: There is no such class or split, or its files are not below ``root``.
+        ProbeError: there is no such class or split, or its files are not below ``root``.
     """
 
     def __init__(self, name: str, root: str | Path, split: str | None = None) -> None:
@@ -302,7 +315,7 @@ class TorchvisionSource(ImageSource):
         parameters = {known: inspect.signature(getattr(datasets, known)).parameters for known in datasets.__all__}
         known = [candidate for candidate in datasets.__all__ if "root" in parameters[candidate]]
         if name not in known:
-            raise ProbeError(f"torchvision has no data set '{name}' with a folder on disk. {near(name, known)}")
+            raise ProbeError(f"torchvision has no data set '{name}' that reads a folder. {near(name, known)}")
         check_exists(Path(root).expanduser())
         settings = {"download": False} if "download" in parameters[name] else {}
         try:
@@ -311,8 +324,8 @@ class TorchvisionSource(ImageSource):
             )
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             raise ProbeError(
-                f"torchvision cannot open {name} below '{root}': {error}. Nothing is downloaded here: fetch it once "
-                f"with torchvision.datasets.{name}(root, download=True) where that class can"
+                f"torchvision cannot open {name} in '{root}' ({error}). Images are never downloaded: if the class "
+                f"can, download them once with torchvision.datasets.{name}(root, download=True)."
             ) from error
         self.description = f"torchvision:{name}?root={root}" + (f"&split={split}" if split else "")
         self._prefix = f"{name}/{split}" if split else name
@@ -320,16 +333,16 @@ class TorchvisionSource(ImageSource):
         self.n_classes = None if classes is None else len(classes)
         self.label_origin = f"the targets of torchvision's {name}"
         if len(self) == 0:
-            raise ProbeError(f"no images in '{self.description}'")
+            raise ProbeError(f"There are no images in '{self.description}'.")
 
     @classmethod
     def from_text(cls, text: str) -> "TorchvisionSource":
-        """Open ``torchvision:NAME?root=PATH&split=SPLIT``; the path is taken as it stands, without ``%`` escapes."""
+        """Open ``torchvision:NAME?root=PATH&split=SPLIT``; the path is taken literally, without ``%`` escapes."""
         name, _, query = text.removeprefix("torchvision:").partition("?")
         settings = dict(part.partition("=")[::2] for part in query.split("&"))
         if "root" not in settings or not settings.keys() <= {"root", "split"}:
             raise ProbeError(
-                f"cannot read '{text}', expected 'torchvision:NAME?root=PATH' or with '&split=SPLIT' added"
+                f"Cannot read '{text}': expected 'torchvision:NAME?root=PATH', optionally with '&split=SPLIT'."
             )
         return cls(name, settings["root"], settings.get("split"))
 
@@ -341,7 +354,7 @@ class TorchvisionSource(ImageSource):
         return f"{self._prefix}[{index}]"
 
     def read(self, indices: Sequence[int], use_labels: bool) -> Iterator[Item]:
-        """Yield images that torchvision decoded; of a class that only lists files, their paths."""
+        """Yield images decoded by torchvision, or their paths where the class only lists files."""
         from torchvision.datasets import DatasetFolder
 
         if isinstance(self._dataset, DatasetFolder):
@@ -356,7 +369,10 @@ class TorchvisionSource(ImageSource):
                 yield Item(index, error, None)
                 continue
             if not (isinstance(sample, tuple) and len(sample) == 2 and isinstance(sample[0], Image.Image)):
-                raise ProbeError(f"'{self.description}' gives no pairs of image and label, so it cannot be a probe set")
+                raise ProbeError(
+                    f"'{self.description}' does not return pairs of image and label, so it cannot be a probe set. "
+                    "Choose a data set for classification."
+                )
             yield Item(index, sample[0], integer_label(sample[1], self.name(index)) if use_labels else None)
 
 
@@ -369,18 +385,18 @@ def _split_settings(name: str, split: str | None, parameters: Mapping[str, Any])
     if split is None:
         return {}
     what = "'train' and 'test'" if "train" in parameters else "no splits"
-    raise ProbeError(f"torchvision's {name} has no split '{split}': it has {what}")
+    raise ProbeError(f"torchvision's {name} has no split '{split}': it has {what}.")
 
 
 def _shards(path: str | Path, suffix: str) -> list[Path]:
-    """Return the sorted files that ``path`` means: one file, the files of a folder, or those that match a pattern."""
+    """Return the sorted files that ``path`` names: one file, the files of a folder, or those that match a pattern."""
     plain = Path(path).expanduser()
     if plain.is_dir():
         found = _visible(plain.glob("*" + suffix))
     else:
         found = [file for pattern in _braces(str(plain)) for file in _matching(Path(pattern))]
     if not found:
-        raise ProbeError(f"no images: no {suffix} file matches '{path}'. Accepted: {ACCEPTED}")
+        raise ProbeError(f"There are no images: no {suffix} file matches '{path}'. Accepted: {ACCEPTED}.")
     return found
 
 
