@@ -88,7 +88,7 @@ def find_layers(network: nn.Module, images: Tensor) -> list[Layer]:
         images: one small batch that the network accepts, ``(n_images, channels, height, width)``.
 
     Returns:
-        The layers, of all types. Every trainable parameter belongs to at least one of them; parameters tied between
+        the layers, of all types. Every trainable parameter belongs to at least one of them; parameters tied between
         two modules belong to both modules' layers.
     """
     parameters = dict(network.named_parameters(remove_duplicate=False))

@@ -84,7 +84,7 @@ def measure(
             measurement of the trials up to that one: call it when you want to save them, now or later.
 
     Returns:
-        The measurement, for tables, summary, picture and files.
+        the measurement, for tables, summary, picture and files.
 
     Raises:
         LayercritError: with a subclass and a text that say what was wrong and what to do.

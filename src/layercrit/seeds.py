@@ -54,7 +54,7 @@ def drawing(seed: object) -> Iterator[None]:
     """Draw what is built inside under ``seed``; PyTorch's, NumPy's and Python's generators are then as before.
 
     Raises:
-        ModelError: The seed is no whole number from 0 to 2**64 - 1.
+        ModelError: the seed is no whole number from 0 to 2**64 - 1.
     """
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ModelError(f"seed is {seed!r}, expected a whole number from 0 to 2**64 - 1.")

@@ -32,16 +32,16 @@ class Estimate:
     """A mean distance, with confidence limits that hold for what `covers` names.
 
     Attributes:
-        mean: Mean over trials and images.
-        low: Lower confidence limit, in [0, mean]; NaN where there is no interval.
-        high: Upper confidence limit, in [mean, the largest possible distance]; NaN where there is no interval.
-        level: Confidence level, such as 0.95.
-        sd_trials: Standard deviation of the effect of a trial (0 without chance in the reset; NaN if unknown).
-        sd_images: Standard deviation of the effect of an image (NaN if unknown).
-        sd_rest: Standard deviation of what trial and image do not explain, each for itself (NaN if unknown).
-        n_trials: Number of trials.
-        n_images: Number of images.
-        covers: What may be drawn anew, so that the interval still holds.
+        mean: mean over trials and images.
+        low: lower confidence limit, in [0, mean]; NaN where there is no interval.
+        high: upper confidence limit, in [mean, the largest possible distance]; NaN where there is no interval.
+        level: confidence level, such as 0.95.
+        sd_trials: standard deviation of the effect of a trial (0 without chance in the reset; NaN if unknown).
+        sd_images: standard deviation of the effect of an image (NaN if unknown).
+        sd_rest: standard deviation of what trial and image do not explain, each for itself (NaN if unknown).
+        n_trials: number of trials.
+        n_images: number of images.
+        covers: what may be drawn anew, so that the interval still holds.
     """
 
     mean: float
@@ -68,13 +68,13 @@ def estimate(
 
     Args:
         distances: ``(n_trials, n_images)``, in [0, ``upper``]; computed in float64.
-        level: Confidence level, between 0 and 1.
-        random_trials: Whether the reset draws at random. If not (`zero`, `rewind`), trials repeat each other: they
+        level: confidence level, between 0 and 1.
+        random_trials: whether the reset draws at random. If not (`zero`, `rewind`), trials repeat each other: they
             are averaged, and the interval covers images only.
-        upper: The largest possible distance; the limits are clipped to it.
+        upper: the largest possible distance; the limits are clipped to it.
 
     Raises:
-        ProtocolError: The shape is another, a value is NaN, infinite or out of range, or ``level`` is no level.
+        ProtocolError: the shape is another, a value is NaN, infinite or out of range, or ``level`` is no level.
 
     Example:
         >>> result = estimate(np.array([[0.1, 0.3, 0.2], [0.4, 0.6, 0.5], [0.2, 0.4, 0.3]]))
@@ -139,12 +139,12 @@ def estimate_mean_over_layers(
 
     Args:
         distances: ``(n_layers, n_trials, n_images)``; trial r is the same draw in every layer, image x the same image.
-        level: As in `estimate`.
-        random_trials: As in `estimate`.
-        upper: As in `estimate`.
+        level: as in `estimate`.
+        random_trials: as in `estimate`.
+        upper: as in `estimate`.
 
     Raises:
-        ProtocolError: As in `estimate`.
+        ProtocolError: as in `estimate`.
     """
     values = _checked(distances, ("n_layers", "n_trials", "n_images"), upper)
     return estimate(values.mean(axis=0), level=level, random_trials=random_trials, upper=upper)
@@ -217,15 +217,15 @@ def fit_temperature(logits: "Tensor", entropy: float) -> float:
 
     Args:
         logits: ``(n_images, n_classes)``; computed in float64.
-        entropy: Mean entropy wanted, in nats, between 0 and ln(n_classes), both excluded.
+        entropy: mean entropy wanted, in nats, between 0 and ln(n_classes), both excluded.
 
     Returns:
-        T > 0; above 1 makes the predictions flatter. NaN, so that a measurement is not lost for it, where no
+        t > 0; above 1 makes the predictions flatter. NaN, so that a measurement is not lost for it, where no
         temperature gives this entropy: for constant logits, for ties that hold the entropy above it, and for logits
         that are NaN or infinite.
 
     Raises:
-        ProtocolError: The shape is another or the entropy out of range.
+        ProtocolError: the shape is another or the entropy out of range.
 
     Example:
         >>> import torch
@@ -293,10 +293,10 @@ class ChanceLevel:
         """Take in a batch of predictions.
 
         Args:
-            p: Probabilities, ``(n_images, n_classes)``; the images may be on any device.
+            p: probabilities, ``(n_images, n_classes)``; the images may be on any device.
 
         Raises:
-            ProtocolError: The shape is another, or the number of classes differs from the batches before.
+            ProtocolError: the shape is another, or the number of classes differs from the batches before.
         """
         expected = "n_classes" if self._sum is None else str(len(self._sum))
         if p.ndim != 2 or (self._sum is not None and p.shape[1] != len(self._sum)):
