@@ -12,20 +12,19 @@ from pathlib import Path
 import pandas as pd
 
 DOCS = Path(__file__).parents[1] / "docs"
-HEAD = """# The bundled family: one network, fifteen ways to train it
+HEAD = """# The demo family: one network, fifteen ways to train it
 
 <!-- Written by benchmarks/family.py from the files of `layercrit demo`; do not edit. -->
 
 A small residual network with bottleneck blocks and BatchNorm ({n_parameters:,} parameters, {n_layers} convolutions and
-linear layers), trained on Fashion-MNIST from the same initial weights on the same order of images; only the method
-differs. `src/layercrit/study/examples/fashion.toml` is the study file, `layercrit train --study fashion.toml` trains it
-anew. Accuracy is on the 10,000 test images; time is wall time on one core of a machine that did other work besides, so
-a rough guide only; criticality is the mean over layers, {n_trials} draws of each on {n_images} test images, with its
-95% interval.
+linear layers), trained on Fashion-MNIST from the same initial weights on images in the same order; only the method
+differs. `layercrit study example fashion` prints the study file, and `layercrit train --study fashion.toml` trains the
+models again. Accuracy is on the 10,000 test images. Time is wall time on one core of a machine that did other work at
+the same time, so it is a rough guide. Criticality is the mean over layers, {n_trials} trials on {n_images} test images.
 
 ![Criticality of each layer of each model](family.png)
 
-| model | method | epochs | accuracy | time | criticality | 95% interval | at matched temperature |
+| model | method | epochs | top-1 accuracy | time | criticality | 95% interval | temperature-matched |
 |---|---|---|---|---|---|---|---|
 """
 
