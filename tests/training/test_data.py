@@ -478,5 +478,5 @@ def test_open_training_data__nothing_to_train_on(tmp_path, name, text):
 
 @pytest.mark.parametrize("size", [(2, 8, 8), (3, 0, 8), (1, 8, -1)])
 def test_open_training_data__input_size_that_makes_no_sense(tmp_path, size):
-    with pytest.raises(TrainingError, match=r"input_size must be 1 or 3 channels, height and width; got"):
+    with pytest.raises(TrainingError, match=r"input_size must be channels \(1 or 3\), height and width; got"):
         open_training_data(write_images(tmp_path / "x.npz"), input_size=size)
