@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="how often the page is opened")
     parser.add_argument("--with-images", type=int, default=0, metavar="N", help="also a study of N images a cell")
-    parser.add_argument("--screenshot", type=Path, metavar="FILE", help="save a picture of the page's top")
+    parser.add_argument("--screenshot", type=Path, metavar="FILE", help="save a picture of the top, with the heat map")
     parser.add_argument("--page", type=Path, metavar="FILE", help="of this page instead of that of the benchmark")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -130,7 +130,9 @@ def time_opening(page: Path, rounds: int, screenshot: Path | None) -> None:
                 marks["first_picture"].append(opened.evaluate(first) / 1e3)
                 marks["ready"].append(opened.evaluate("performance.getEntriesByName('ready')[0].startTime") / 1e3)
                 if screenshot:
-                    opened.screenshot(path=screenshot)
+                    heat_map = opened.locator("#map").bounding_box()
+                    top = {"x": 0, "y": 0, "width": 1280, "height": heat_map["y"] + heat_map["height"] + 16}
+                    opened.screenshot(path=screenshot, full_page=True, clip=top)
     for name, seconds in marks.items():
         some = seconds[1:] or seconds
         print(f"{name}_seconds={statistics.median(some):.3g}  ({min(some):.3g} to {max(some):.3g}, {len(some)} rounds)")

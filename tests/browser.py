@@ -48,3 +48,17 @@ def violations(page: Page):
         for one in found["violations"]
         if one["impact"] in ("serious", "critical")
     ]
+
+
+def cut_off(page: Page):
+    """Return the labels of ticks of which a part lies outside of their picture, or of what can be scrolled to."""
+    return page.evaluate(
+        """() => [...document.querySelectorAll(".plot [class$=tick] text")].flatMap((text) => {
+            const label = text.getBoundingClientRect(), picture = text.ownerSVGElement.getBoundingClientRect();
+            const room = text.closest(".scroll") ?? text.closest(".plot"), top = room.getBoundingClientRect().top;
+            const inside = picture.left <= label.left && label.right <= picture.right &&
+                Math.max(top, picture.top) <= label.top &&
+                label.bottom <= Math.min(top + room.clientHeight, picture.bottom);
+            return inside ? [] : [`${text.closest(".plot").id}: ${text.textContent}`];
+        })"""
+    )

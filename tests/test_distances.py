@@ -191,9 +191,9 @@ def test_measure_distances__wrong_shape_or_type_is_an_error(p: Tensor, q: Tensor
 
 def test_get_distance__unknown_name_offers_near_ones() -> None:
     assert get_distance("js") is DISTANCES["js"]
-    with pytest.raises(ProtocolError, match=r"No distance is named 'cosin'\. Did you mean 'cosine'"):
+    with pytest.raises(ProtocolError, match=r"There is no distance 'cosin'\. Did you mean 'cosine'"):
         get_distance("cosin")
-    with pytest.raises(ProtocolError, match="No distance is named 'zzz'"):
+    with pytest.raises(ProtocolError, match="There is no distance 'zzz'"):
         measure_distances(torch.ones(1, 1), torch.ones(1, 1), ["zzz"])
 
 
@@ -222,13 +222,19 @@ def test_distance__without_a_limit_and_without_a_docstring() -> None:
 
 @pytest.mark.parametrize("name", ["", "Cosine", "2nd", "a-b", "_x", "a b", "l1\n"])
 def test_distance__bad_name_is_an_error(name: str) -> None:
-    with pytest.raises(ProtocolError, match="cannot name a column: expected lower-case letters"):
-        distance(name, upper=1.0)
+    with pytest.raises(ProtocolError, match=r"(cannot name a column|cannot be named .*): expected"):
+        distance(name, upper=1.0)(lambda p, q: p[:, 0])
+
+
+@pytest.mark.parametrize("name", ["status", "loss", "cosine_matched", "js_per_image"])
+def test_distance__another_columns_name_is_an_error(name: str) -> None:
+    with pytest.raises(ProtocolError, match=f"'{name}' has the name of another column"):
+        distance(name, upper=1.0)(lambda p, q: p[:, 0])
 
 
 def test_distance__taken_name_is_an_error() -> None:
-    with pytest.raises(ProtocolError, match=r"'l1' is taken \(Sum of absolute.*Choose another name"):
-        distance("l1", upper=1.0)
+    with pytest.raises(ProtocolError, match=r"'l1' exists already \(Sum of absolute.*Choose another name"):
+        distance("l1", upper=1.0)(lambda p, q: p[:, 0])
 
 
 @pytest.mark.parametrize("upper", [0.0, -1.0, math.nan])

@@ -12,7 +12,6 @@ from layercrit.errors import CheckpointError, ModelError, ProtocolError
 from layercrit.layers import find_layers
 from layercrit.models.references import open_model
 from layercrit.resets import RESETS, donor_values, draw_values, get_reset, given_donor, reset
-from layercrit.seeds import seed_of
 from training_runs import write_run
 
 
@@ -141,40 +140,16 @@ def test_reset__registers_a_function_with_its_summary(registered):
 
 
 def test_reset__a_taken_name_is_refused():
-    with pytest.raises(ProtocolError, match="a reset named 'zero' already"):
-        reset("zero", random=False)
+    with pytest.raises(ProtocolError, match=r"The reset 'zero' exists already \(All values 0\)"):
+        reset("zero", random=False)(lambda draw: draw.trained)
+    assert "trained" not in RESETS["zero"].function.__code__.co_varnames
+    assert RESETS["zero"].summary == "All values 0."
 
 
 @pytest.mark.parametrize(("name", "hint"), [("rerandomise", "mean 'rerandomize'"), ("qq", "Known: "), (3, "Known: ")])
 def test_get_reset__an_unknown_name_gets_near_ones(name, hint):
-    with pytest.raises(ProtocolError, match=f"Unknown reset .*{hint}"):
+    with pytest.raises(ProtocolError, match=f"There is no reset .*{hint}"):
         get_reset(name)
-
-
-# seeds
-
-
-@pytest.mark.parametrize(
-    ("words", "text"),
-    [
-        ((0, "timm:resnet50", "rerandomize", 2), '[0,"timm:resnet50","rerandomize",2]'),
-        (("é",), '["\\u00e9"]'),
-        ((1, "2"), '[1,"2"]'),
-        (("1", 2), '["1",2]'),
-    ],
-)
-def test_seed_of__is_the_first_eight_bytes_of_sha256(words, text):
-    assert seed_of(*words) == int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
-
-
-def test_seed_of__known_values_stay_what_they_are():
-    """Golden: a change of these would change every measurement's draws."""
-    assert seed_of(0, "timm:resnet50", "rerandomize", 0) == 2272363814629139741
-    assert seed_of(0, "probe set") == 15457008853551747119
-
-
-def test_seed_of__does_not_collide_as_sums_do():
-    assert len({seed_of(study, "a", trial) for study in range(30) for trial in range(30)}) == 900
 
 
 # donors

@@ -1,7 +1,6 @@
 """Tables that people write (study files, the zoo): pydantic checks them, and we tell their mistakes in our words."""
 
 import re
-import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -10,13 +9,17 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from layercrit.errors import near
 
-__all__ = ["Declaration", "expected", "read_table"]
+__all__ = ["STRICT", "Declaration", "expected", "mistakes", "read_table"]
+
+
+STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+"""Unknown keys are mistakes, and so are values of another type."""
 
 
 class Declaration(BaseModel):
-    """A table that a person writes; keys that it does not declare, and values of another type, are mistakes."""
+    """A table that a person writes; an attribute's docstring is the meaning of its key."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = STRICT
 
 
 _Table = TypeVar("_Table", bound=Declaration)
@@ -24,6 +27,7 @@ _Table = TypeVar("_Table", bound=Declaration)
 # What must be in place of a value, by pydantic's name for what is wrong with it.
 _WORDS = {
     "bool_type": "true or false",
+    "dataclass_type": "a table",
     "dict_type": "a table",
     "expected": "{words}",
     "finite_number": "a finite number",
@@ -31,12 +35,14 @@ _WORDS = {
     "greater_than": "more than {gt}",
     "greater_than_equal": "at least {ge}",
     "int_type": "a whole number",
-    "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "list_type": "a list",
+    "tuple_type": "a list",
     "literal_error": "text",
     "model_type": "a table",
+    "string_too_short": "text that is not empty",
     "string_type": "text",
+    "too_long": "a list of {max_length}",
 }
 
 
@@ -52,47 +58,43 @@ def expected(words: str) -> WrapValidator:
     return WrapValidator(check)
 
 
-def read_table(kind: type[_Table], table: Mapping[str, Any], where: str, mistakes: list[str]) -> _Table:
+def read_table(kind: type[_Table], table: Mapping[str, Any], where: str, found: list[str]) -> _Table:
     """Return a table that somebody wrote, checked; of one with mistakes only the keys that are right.
 
     Args:
         kind: what may stand in it.
         table: as it was written.
         where: its place, as its mistakes begin.
-        mistakes: what is wrong is added here.
+        found: what is wrong is added here.
     """
     try:
         return kind.model_validate(table)
     except ValidationError as error:
-        errors = error.errors(include_url=False)
-    mistakes += [f"{where} {_mistake(kind, one)}" for one in errors]
-    wrong = {key for one in errors for key in one["loc"][:1]}
+        found += [f"{where} {mistake}" for mistake in mistakes(error, kind.model_fields)]
+        wrong = {key for one in error.errors() for key in one["loc"][:1]}
     missing = dict.fromkeys((key for key, one in kind.model_fields.items() if one.is_required()), "")  # all are texts
     return kind.model_construct(**missing | {key: value for key, value in table.items() if key not in wrong})
 
 
-def _mistake(kind: type[BaseModel], error: ErrorDetails) -> str:
-    """Say in our words what pydantic found wrong; none of its own texts is shown."""
+def mistakes(error: ValidationError, fields: Mapping[str, Any]) -> list[str]:
+    """Return in our words what pydantic found wrong with a table of some fields; none of its own texts is shown."""
+    return [_mistake(one, fields) for one in error.errors(include_url=False)]
+
+
+def _mistake(error: ErrorDetails, fields: Mapping[str, Any]) -> str:
     place, given, context = error["loc"], error["input"], error.get("ctx", {})
     name = "".join(f" no. {part + 1}" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
-    if error["type"] == "value_error":
-        return str(context["error"])
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {name!r}. {near(str(place[-1]), _table_at(kind, place).model_fields)}"
-    if error["type"] == "missing":
-        return f"{name} is missing: {_table_at(kind, place).model_fields[str(place[-1])].description}"
-    if error["type"] == "literal_error" and isinstance(given, str):
-        choices = re.findall("'([^']*)'", context["expected"])
-        return f"unknown {name} {given!r}. {near(given, choices)}"
+    match error["type"]:
+        case "value_error":
+            return str(context["error"])
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return f"unknown key {name!r}. {near(name, fields)}" if name == place[0] else f"unknown key {name!r}"
+        case "missing":
+            meaning = getattr(fields.get(name), "description", None)
+            return f"{name} is missing" + (f": {meaning}" if meaning else "")
+        case "literal_error" if isinstance(given, str):
+            choices = re.findall("'([^']*)'", context["expected"])
+            return f"unknown {name} {given!r}. {near(given, choices)}"
     limits = {key: f"{value:g}" if isinstance(value, float) else value for key, value in context.items()}
     words = _WORDS.get(error["type"], "of another form").format(**limits)
     return f"{name} must be {words}; got {given!r}"
-
-
-def _table_at(kind: type[BaseModel], place: tuple[str | int, ...]) -> type[BaseModel]:
-    """Return the declaration of the table, within others, in which the last key of a place stands."""
-    for key in (part for part in place[:-1] if isinstance(part, str)):
-        annotation = kind.model_fields[key].annotation
-        inside = (annotation, *typing.get_args(annotation))
-        kind = next(one for one in inside if isinstance(one, type) and issubclass(one, BaseModel))
-    return kind

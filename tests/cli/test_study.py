@@ -12,6 +12,7 @@ from layercrit.cli.root import main
 from layercrit.cli.study import study as group
 from layercrit.errors import StudyError
 from layercrit.locks import hold
+from layercrit.study.schema import study_schema
 from layercrit.study.store import FILE, ModelRow, Store
 from layercrit.study.tables import load_study
 from published_results import measured
@@ -280,6 +281,10 @@ def test_merge__says_what_there_is_and_notes_on_stderr(tmp_path):
 def test_help__lists_the_commands():
     text = call("--help").stdout
     assert [line.split()[0] for line in text.split("Commands:")[1].splitlines() if line.strip()] == [
-        "example", "merge", "plan", "run", "status"
+        "example", "merge", "plan", "run", "schema", "status"
     ]  # fmt: skip
     assert call("example", "digit").exit_code == 2
+
+
+def test_schema__prints_that_of_study_files():
+    assert json.loads(call("schema").stdout) == study_schema()

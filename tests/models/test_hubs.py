@@ -17,8 +17,8 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from layercrit.errors import ModelError
-from layercrit.models.hubs import _check_hf_input, is_cached, timm_input, torchvision_input
-from layercrit.models.references import open_model
+from layercrit.models.hubs import _check_hf_input, timm_input, torchvision_input
+from layercrit.models.references import is_here, open_model
 from layercrit.probes.images import Preprocessing
 
 TINY_VIT = {
@@ -537,56 +537,56 @@ def test_sources__leave_random_states_alone(vit, reference):
 # What is on this machine
 
 
-def test_is_cached__timm_on_the_hub(tmp_path):
-    assert not is_cached("timm", "test_resnet")
+def test_is_here__timm_on_the_hub(tmp_path):
+    assert not is_here("timm:test_resnet")
     cached_on_hub(tmp_path / "hub", "timm/test_resnet.r160_in1k", {"config.json": b"{}"})
-    assert not is_cached("timm", "test_resnet"), "its configuration is not its weights"
+    assert not is_here("timm:test_resnet"), "its configuration is not its weights"
     cached_on_hub(tmp_path / "hub", "timm/resnet50.a1_in1k", {"model.safetensors": b""})
     cached_on_hub(tmp_path / "hub", "timm/resnet18.a1_in1k", {"pytorch_model.bin": b""})
-    assert is_cached("timm", "resnet50.a1_in1k")
-    assert is_cached("timm", "resnet18.a1_in1k")
-    assert not is_cached("timm", "resnet50.a2_in1k")
+    assert is_here("timm:resnet50.a1_in1k")
+    assert is_here("timm:resnet18.a1_in1k")
+    assert not is_here("timm:resnet50.a2_in1k")
 
 
-def test_is_cached__timm_from_an_address(tmp_path):
-    assert not is_cached("timm", "resnet50.a1_in1k")
+def test_is_here__timm_from_an_address(tmp_path):
+    assert not is_here("timm:resnet50.a1_in1k")
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / "resnet50_a1_0-14fe96d1.pth").touch()
-    assert is_cached("timm", "resnet50.a1_in1k")
-    assert not is_cached("timm", "resnet50.a2_in1k")
+    assert is_here("timm:resnet50.a1_in1k")
+    assert not is_here("timm:resnet50.a2_in1k")
 
 
-def test_is_cached__timm_without_weights():
-    assert is_cached("timm", next(name for name in timm.list_models() if not timm.list_pretrained(f"{name}.*")))
+def test_is_here__timm_without_weights():
+    assert is_here("timm:" + next(name for name in timm.list_models() if not timm.list_pretrained(f"{name}.*")))
 
 
-def test_is_cached__torchvision(tmp_path):
+def test_is_here__torchvision(tmp_path):
     weights = torchvision_models.ResNet50_Weights
-    assert not is_cached("torchvision", "resnet50")
+    assert not is_here("torchvision:resnet50")
     torch_cache(tmp_path, weights.IMAGENET1K_V2, {})
-    assert is_cached("torchvision", "resnet50"), "the default weights"
-    assert is_cached("torchvision", "resnet50:DEFAULT")
-    assert is_cached("torchvision", "resnet50:IMAGENET1K_V2")
-    assert not is_cached("torchvision", "resnet50:IMAGENET1K_V1")
-    assert is_cached("torchvision", "resnet50:none")
+    assert is_here("torchvision:resnet50"), "the default weights"
+    assert is_here("torchvision:resnet50:DEFAULT")
+    assert is_here("torchvision:resnet50:IMAGENET1K_V2")
+    assert not is_here("torchvision:resnet50:IMAGENET1K_V1")
+    assert is_here("torchvision:resnet50:none")
     with pytest.raises(ModelError, match=r"resnet50 has no weights 'IMAGENET1K_V3'\. Did you mean 'IMAGENET"):
-        is_cached("torchvision", "resnet50:IMAGENET1K_V3")
+        is_here("torchvision:resnet50:IMAGENET1K_V3")
 
 
-def test_is_cached__hugging_face(tmp_path, monkeypatch):
+def test_is_here__hugging_face(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "nets").mkdir()
     for kind in ("hf", "hf-hub"):
-        assert not is_cached(kind, "someone/net")
+        assert not is_here(f"{kind}:someone/net")
     cached_on_hub(tmp_path / "hub", "someone/net", {"model.safetensors": b""})
     for kind in ("hf", "hf-hub"):
-        assert is_cached(kind, "someone/net")
-        assert not is_cached(kind, "someone/other")
-    assert is_cached("hf", str(tmp_path / "nets"))
-    assert is_cached("hf", "~/nets")
+        assert is_here(f"{kind}:someone/net")
+        assert not is_here(f"{kind}:someone/other")
+    assert is_here(f"hf:{tmp_path / 'nets'}")
+    assert is_here("hf:~/nets")
 
 
-@pytest.mark.parametrize("kind", ["py", "file", "mine"])
-def test_is_cached__what_never_comes_from_a_network(kind):
-    assert is_cached(kind, "anything")
+@pytest.mark.parametrize("kind", ["py", "file"])
+def test_is_here__what_never_comes_from_a_network(kind):
+    assert is_here(f"{kind}:anything")

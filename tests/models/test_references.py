@@ -12,13 +12,13 @@ from torch import nn
 
 import trained_models
 from layercrit.errors import CheckpointError, LayercritError, ModelError
-from layercrit.models import references as models_module
 from layercrit.models.model import Model
-from layercrit.models.references import open_model, without_weights
-from layercrit.models.sources import MODEL_SOURCES, model_source
+from layercrit.models.references import fetch, is_here, open_model, without_weights
+from layercrit.models.sources import MODEL_SOURCES, ModelSource, model_source
 from layercrit.probes.images import Preprocessing
 from layercrit.seeds import drawing
 from photographs import photograph
+from small_subjects import registered
 from training_runs import write_run
 
 FRESH = "timm:test_resnet?pretrained=false"
@@ -179,11 +179,11 @@ def test_open_model__neither_reference_nor_network(thing):
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("resnet50", r"'resnet50' is no model reference: .* kind of timm, .*Did you mean 'timm:resnet50'"),
+        ("resnet50", r"'resnet50' is no model reference: .* kind of .*timm, .*Did you mean 'timm:resnet50'"),
         ("resnet50.a1_in1k", r"Did you mean 'timm:resnet50.a1_in1k'"),
         ("tim:resnet50", r"Did you mean 'timm'"),
         ("http://x.org/w.pth", r"is no model reference"),
-        ("unheard-of", r"is no model reference: expected kind:name, with a kind of .*py\.$"),
+        ("unheard-of", r"is no model reference: expected kind:name, with a kind of .*py\b[^?]*$"),
         ("weights.pth", r"Did you mean 'file:weights.pth\?arch=timm:NAME'"),
         ("timm:", r"'timm:' is no model reference: expected kind:name"),
         ("", r"'' is no model reference"),
@@ -226,43 +226,84 @@ def test_open_model__options_of_the_input():
         ("", ""),
     ],
 )
-def test_open_model__option_values_are_literals_or_words(monkeypatch, text, value):
+def test_open_model__option_values_are_literals_or_words(text, value):
     seen = {}
 
     def source(rest, options):
         seen.update(options)
         return Model("?", "?", nn.Flatten().eval(), (0.0,) * 3, (1.0,) * 3, Preprocessing(), None, "none")
 
-    monkeypatch.setitem(MODEL_SOURCES, "mine", source)
-    open_model(f"mine:x?option={text}")
+    with registered(MODEL_SOURCES):
+        model_source("mine")(source)
+        open_model(f"mine:x?option={text}")
     assert seen == {"option": value}
     assert type(seen["option"]) is type(value)
 
 
-def test_model_source__registers():
+def linear(rest, options):
+    """A linear layer of WIDTH classes."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, int(rest))).eval()
+    size = Preprocessing(height=2, width=2, resize=2)
+    return Model("?", "linear", network, (0.0,) * 3, (1.0,) * 3, size, None, "none")
+
+
+def test_model_source__of_a_function():
     known = set(MODEL_SOURCES)
-    try:
-
-        @model_source("linear")
-        def source(rest, options):
-            network = nn.Sequential(nn.Flatten(), nn.Linear(12, int(rest))).eval()
-            size = Preprocessing(height=2, width=2, resize=2)
-            return Model("?", "linear", network, (0.0,) * 3, (1.0,) * 3, size, None, "none")
-
+    with registered(MODEL_SOURCES):
+        assert model_source("linear")(linear) is linear
         model = open_model("linear:5")
         assert (model.reference, model.n_classes) == ("linear:5", 5)
-        MODEL_SOURCES["linear"] = lambda rest, options: nn.Linear(1, 1)
-        with pytest.raises(ModelError, match="The source of 'linear' returned Linear, expected a layercrit Model"):
-            open_model("linear:5")
-    finally:
-        MODEL_SOURCES.pop("linear", None)
+        source = MODEL_SOURCES["linear"]
+        assert (source.kind, source.forms) == ("linear", ("linear:NAME",))
+        assert MODEL_SOURCES.summaries()["linear"] == "A linear layer of WIDTH classes."
+        assert is_here("linear:5")
+        fetch("linear:5")
+        assert without_weights("linear:5?seed=3&width=2") == "linear:5?pretrained=False&width=2"
+        model_source("broken")(lambda rest, options: nn.Linear(1, 1))
+        with pytest.raises(ModelError, match="The source of 'broken' returned Linear, expected a layercrit Model"):
+            open_model("broken:5")
     assert set(MODEL_SOURCES) == known
     assert known == {"timm", "hf-hub", "torchvision", "hf", "zoo", "file", "py"}
 
 
-def test_model_source__every_kind_is_in_the_modules_table():
-    table = models_module.__doc__.split("=====\n")[1]
-    assert {line[2:].partition(":")[0] for line in table.splitlines() if line.startswith("``")} == set(MODEL_SOURCES)
+def test_model_source__of_a_class():
+    fetched = []
+
+    class Shelf(ModelSource):
+        """Networks on a shelf."""
+
+        forms = ("shelf:WIDTH/NAME",)
+
+        def open(self, rest, options):
+            return linear(rest.partition("/")[0], options)
+
+        def architecture(self, rest, options):
+            return f"{self.kind}:{rest.partition('/')[0]}", {"depth": 1} | options
+
+        def is_here(self, rest):
+            return rest in fetched
+
+        def fetch(self, rest, progress=None):
+            progress(rest, 1, 2)
+            fetched.append(rest)
+
+    with registered(MODEL_SOURCES):
+        assert model_source("shelf")(Shelf) is Shelf
+        assert open_model("shelf:5/a").n_classes == 5
+        assert without_weights("shelf:5/a?seed=1") == "shelf:5?depth=1&pretrained=False"
+        assert not is_here("shelf:5/a")
+        assert is_here("shelf:5/a?pretrained=false"), "fresh weights come from nowhere"
+        seen = []
+        fetch("shelf:5/b?pretrained=false", lambda *words: seen.append(words))
+        assert fetched == []
+        fetch("shelf:5/a", lambda *words: seen.append(words))
+        assert is_here("shelf:5/a")
+        assert seen == [("5/a", 1, 2)]
+
+
+def test_model_source__a_taken_kind_is_refused():
+    with pytest.raises(ModelError, match=r"kind of models 'py' exists already \(What a function of yours returns"):
+        model_source("py")(linear)
 
 
 # References without weights

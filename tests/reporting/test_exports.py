@@ -151,7 +151,7 @@ def test_export__latex_escapes_everything_from_outside(tmp_path):
 
 
 def test_export__unknown_format(imported, tmp_path):
-    with pytest.raises(StudyError, match=r"No export format is named 'parket'\. Did you mean 'parquet'"):
+    with pytest.raises(StudyError, match=r"There is no format 'parket'\. Did you mean 'parquet'"):
         export(imported, "parket", tmp_path)
 
 

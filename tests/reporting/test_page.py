@@ -13,7 +13,7 @@ import pytest
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from browser import needs_browser, opened_browser, opened_page, violations
+from browser import cut_off, needs_browser, opened_browser, opened_page, violations
 from layercrit import differences as differences_module
 from layercrit.comparison import compare
 from layercrit.differences import differences
@@ -87,9 +87,17 @@ def shown(page, picture="map", trace=0):
     return page.evaluate(f"() => JSON.parse(JSON.stringify(document.getElementById('{picture}-plot').data[{trace}]))")
 
 
+def table_of(page, picture):
+    """Return the rows of a picture's table: name of a column -> value."""
+    return page.evaluate(
+        f"""() => shownTables.{picture}.rows.map((row) =>
+            Object.fromEntries(shownTables.{picture}.columns.map((column) => [column.name, column.of(row)])))"""
+    )
+
+
 def rows_shown(page):
     """Return the names of the models in the heat map, from the top."""
-    return [row[0] for row in page.evaluate("() => shownRows.map")[1:]]
+    return [row["model"] for row in table_of(page, "map")]
 
 
 def download(page, kind, picture):
@@ -211,10 +219,10 @@ def test_page__a_click_on_a_cell_chooses_its_layer_and_its_model(page, study):
     table = study.to_pandas().set_index(["model", "layer"]).loc["jigsaw"]
     np.testing.assert_allclose(profile["error_y"]["array"], table["high"] - table["criticality"], atol=2e-6)
     np.testing.assert_allclose(profile["error_y"]["arrayminus"], table["criticality"] - table["low"], atol=2e-6)
-    layer = page.evaluate("() => shownRows.layer.slice(1)")
+    layer = table_of(page, "layer")
     of_layer = compare(study).criticality["layer1.0.conv2"].sort_values()
-    assert [row[1] for row in layer] == list(of_layer.index)
-    np.testing.assert_allclose([row[3] for row in layer], of_layer, atol=1e-6)
+    assert [row["model"] for row in layer] == list(of_layer.index)
+    np.testing.assert_allclose([row["criticality"] for row in layer], of_layer, atol=1e-6)
 
 
 def test_page__starts_with_the_layer_on_which_models_differ_most(browser, tmp_path):
@@ -226,8 +234,8 @@ def test_page__starts_with_the_layer_on_which_models_differ_most(browser, tmp_pa
     study = measured(tmp_path, cells)
     with opened_page(browser, write_page(study, compare(study), tmp_path / "r.html")) as page:
         assert page.locator("#layer option:checked").inner_text() == "[1.0] conv1"
-        assert [row[:2] for row in page.evaluate("() => shownRows.layer.slice(1)")] == [
-            ["layer1.0.conv1", "a"], ["layer1.0.conv1", "b"],
+        assert [(row["layer"], row["model"]) for row in table_of(page, "layer")] == [
+            ("layer1.0.conv1", "a"), ("layer1.0.conv1", "b"),
         ]  # fmt: skip
 
 
@@ -277,9 +285,9 @@ def test_page__cells_that_are_not_ok_are_not_drawn_and_said(browser, tmp_path):
 
 
 def compared(page):
-    """Return the rows of the comparison: head -> list of values."""
-    head, *rows = page.evaluate("() => shownRows.compare")
-    return {name: np.array([row[i] for row in rows]) for i, name in enumerate(head)}
+    """Return the table of the comparison: name of a column -> values."""
+    rows = table_of(page, "compare")
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
 def check_differences(rows, table):
@@ -368,7 +376,7 @@ def test_page__says_what_differences_rest_on(page, study):
 def test_page__what_was_not_tested_is_not_called_equal(browser, tmp_path):
     study = made_up(tmp_path, trials=1)
     with opened_page(browser, write_page(study, compare(study), tmp_path / "r.html")) as page:
-        assert page.evaluate("() => D.models.every((model) => model.stand === null)")
+        assert page.evaluate("() => D.models.every((model) => model.layers_that_differ === null)")
         assert "of 0 tested layers 0 are found" in page.inner_text("#compare-said")
 
 
@@ -557,6 +565,29 @@ def test_page__fits_a_phone(browser, path):
     with opened_page(browser, path, width=390, height=800) as page:
         assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
         assert page.locator("#measure").is_visible()
+
+
+LONG = "stages.3.blocks.17.mobile_inverted_bottleneck.depthwise_separable_convolution"
+HEIGHTS = "() => [...document.querySelectorAll('.plot')].map((plot) => [plot.id, plot._fullLayout.yaxis._length])"
+
+
+@pytest.mark.parametrize(("name", "layers", "width"), [
+    ("m", ["fc"], 1280), ("m", [f"{LONG}{i}" for i in range(30)], 1280),
+    ("adversarial training of a large network, eps=4.0, ", [LONG], 390),
+], ids=["short", "many long", "narrow"])  # fmt: skip
+def test_page__labels_are_not_cut_off(browser, tmp_path, name, layers, width):
+    study = made_up(tmp_path, models={f"{name}{i}": "category" for i in range(3)}, layers=layers, noise=0.02)
+    with opened_page(browser, write_page(study, compare(study), tmp_path / "r.html"), width=width) as page:
+        labels = page.locator(".plot [class$=tick] text")
+        assert labels.filter(has_text="mean over models").count() == 1
+        assert labels.count() > 3 * len(layers)
+        assert cut_off(page) == []
+        heights = dict(page.evaluate(HEIGHTS))
+        assert heights["map-plot"] == pytest.approx(3 * 17)
+        assert all(220 < heights[f"{picture}-plot"] < 350 for picture in ("model", "layer", "accuracy", "compare"))
+        for find in ("2", "nothing like it"):
+            page.fill("#find", find)
+            assert cut_off(page) == [], find
 
 
 def test_page__works_from_the_keyboard(page):

@@ -334,7 +334,7 @@ def test_images__source_is_relative_to_the_study_file(tmp_path, monkeypatch, sou
 
 def test_imports__register_what_the_study_names(tmp_path, monkeypatch):
     (tmp_path / "my_study_parts.py").write_text(
-        "from layercrit.models.sources import model_source\nfrom layercrit.resets import reset\n"
+        "from layercrit.models import model_source\nfrom layercrit.resets import reset\n"
         "@reset('negate', random=False)\ndef negate(draw):\n    '''Signs flipped.'''\n"
         "@model_source('mine')\ndef source(rest, options):\n    '''None.'''\n"
     )

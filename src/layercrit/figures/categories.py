@@ -103,7 +103,9 @@ def categories_of(models: "pd.DataFrame") -> list[Category]:
     """Return the categories in their order: the known ones, others as they appear, then models without one."""
     names = [name if isinstance(name, str) and name else None for name in models["category"]]
     others = [name for name in dict.fromkeys(names) if name is not None and name not in CATEGORY_COLORS]
-    look = {name: (color, CATEGORY_MARKERS[name]) for name, color in CATEGORY_COLORS.items()}
+    look: dict[str, tuple[str, str]] = {
+        name: (color, CATEGORY_MARKERS[name]) for name, color in CATEGORY_COLORS.items()
+    }
     for index, name in enumerate(others):
         look[name] = _OTHER_COLORS[index % len(_OTHER_COLORS)], _OTHER_MARKERS[index % len(_OTHER_MARKERS)]
     rows = {name: tuple(row for row, one in enumerate(names) if one == name) for name in [*look, None]}

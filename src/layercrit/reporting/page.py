@@ -34,6 +34,7 @@ _CAUTIONS = (
         "It gives 1 minus the mean cosine between predictions for different images, which each model's profile shows.",
     ),
 )  # fmt: skip
+_SCRIPTS = ("data", "texts", "plots", "heatmap", "differences", "page")  # each imports from those before it
 # Where something lies on this machine is nobody's business: of absolute paths only the last name is shown.
 _FOLDERS = re.compile(r"""(?<![\w/.])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'"<>|:;,()]+[\\/])+(?=[^\\/\s])""")
 _NO_MATCHED = (
@@ -80,7 +81,7 @@ def _filled(study: Study, comparison: Comparison) -> str:
     """Return the page's text."""
     data, packed = page_data(study, comparison)
     web = resources.files(__package__) / "web"
-    script, (hash_of_plotly, plotly) = (web / "page.js").read_text(encoding="utf-8"), _plotly()
+    script, (hash_of_plotly, plotly) = _script(), _plotly()
     policy = (
         "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
         f"script-src {_hash_of(script)} {hash_of_plotly}; base-uri 'none'; form-action 'none'"
@@ -101,6 +102,13 @@ def _filled(study: Study, comparison: Comparison) -> str:
         plotly=plotly,
         script=script,
     )
+
+
+def _script() -> str:
+    """Return the page's modules as one script, which needs no imports and exports."""
+    web = resources.files(__package__) / "web"
+    modules = "\n".join((web / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
+    return '"use strict";\n' + re.sub(r"^import [^;]+;\n|^export ", "", modules, flags=re.MULTILINE)
 
 
 @cache

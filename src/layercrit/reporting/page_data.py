@@ -27,6 +27,11 @@ _MATCHED = "temperature-matched criticality"
 _VALUES = ("low", "high", "criticality_matched", "matched_low", "matched_high", "top1_agreement")
 _MOST_PAIRS = 2_000  # of models; a study with more pairs gets those with the baseline only
 _COVERS = ["nothing", "trials", "images", "trials and images", "models"]  # what intervals hold for
+# Columns of differences, and how they are stored.
+_STORED = {
+    "difference": "difference", "low": "difference", "high": "difference", "p_value": "p_value", "p_holm": "p_value",
+    "p_bh": "p_value", "covers": "place", "stands": "truth", "stands_bh": "truth",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,10 @@ def page_data(study: Study, comparison: Comparison) -> tuple[dict[str, Any], byt
     """Return what the page's script reads.
 
     Returns:
-        Plain data for JSON, and the differences: of each of its ``blocks`` in turn ``difference``, ``low``, ``high``
-        (int16, units of 1e-4, -32768: none), ``p_value``, ``p_holm`` and ``p_bh`` (uint16, -1000 lg p, 65535: none),
-        all little-endian, and a byte of ``covers`` (its place in the list of that name), 8 if it stands, and 16 if it
-        does by Benjamini and Hochberg; ``(n_pairs, n_layers)`` each, bytes filled up to an even number.
+        Plain data for JSON, and the differences: of each of the ``blocks`` in turn each of the ``columns``,
+        ``(n_pairs, n_layers)``, little-endian, stored as a difference (int16, units of 1e-4, -32768: none), a p-value
+        (uint16, -1000 lg p, 65535: none), a place in the list of the column's name (uint8), or a truth (uint8). Whether
+        a difference stands is stored besides, since rounded p-values cannot say it.
     """
     about = about_models(study, comparison)
     categories = categories_of(about)
@@ -93,6 +98,7 @@ def page_data(study: Study, comparison: Comparison) -> tuple[dict[str, Any], byt
         "differences": {
             "alpha": blocks[0].alpha if blocks else None,
             "covers": _COVERS,
+            "columns": _STORED,
             "values": list(dict.fromkeys(block.quantity for block in blocks)),
             "blocks": [
                 {
@@ -166,15 +172,15 @@ def _models(
     numbers = pd.DataFrame(
         {
             "accuracy": about["accuracy"].to_numpy(),
-            "mean": about["criticality"].to_numpy(),
+            "criticality": about["criticality"].to_numpy(),
             "low": about["low"].to_numpy(),
             "high": about["high"].to_numpy(),
-            "matched": about["criticality_matched"].to_numpy(),
+            "criticality_matched": about["criticality_matched"].to_numpy(),
             "difference": about["difference"].to_numpy(),
-            "centre": about["centre_of_mass"].to_numpy(),
-            "agreement": tables["top1_agreement"].mean(axis=1).to_numpy(),
+            "centre_of_mass": about["centre_of_mass"].to_numpy(),
+            "top1_agreement": tables["top1_agreement"].mean(axis=1).to_numpy(),
             "unrelated": 1 - about["chance"].to_numpy(),
-            "stand": about["model"].map(_standing(comparison, blocks)).to_numpy(),
+            "layers_that_differ": about["model"].map(_standing(comparison, blocks)).to_numpy(),
         },
         dtype="float64",
     )
@@ -225,32 +231,22 @@ def _blocks(study: Study, comparison: Comparison, models: Sequence[str], categor
 
 
 def _packed(table: pd.DataFrame) -> bytes:
-    return b"".join(
-        [
-            *(_small(table[column]) for column in ("difference", "low", "high")),
-            *(_chance(table[column]) for column in ("p_value", "p_holm", "p_bh")),
-            _flags(table),
-        ]
-    )
+    return b"".join(_column(table[name], stored) for name, stored in _STORED.items())
 
 
-def _small(values: pd.Series) -> bytes:
-    """Return differences in units of 1e-4; -32768 stands for none."""
-    return np.where(values.isna(), -32768, np.round(1e4 * values.fillna(0))).astype("<i2").tobytes()
-
-
-def _chance(values: pd.Series) -> bytes:
-    """Return p-values as -1000 lg p; 65535 stands for none."""
-    with np.errstate(divide="ignore"):
-        logarithms = -1000 * np.log10(values.fillna(1).to_numpy())
-    return np.where(values.isna(), 65535, np.clip(np.round(logarithms), 0, 65534)).astype("<u2").tobytes()
-
-
-def _flags(table: pd.DataFrame) -> bytes:
-    """Return what intervals hold for, and whether differences stand, which rounded p-values cannot say."""
-    covers = table["covers"].map(_COVERS.index).to_numpy(np.uint8)
-    flags = covers + 8 * table["stands"].to_numpy(np.uint8) + 16 * table["stands_bh"].to_numpy(np.uint8)
-    return bytes(flags.astype(np.uint8).tobytes()) + bytes(len(flags) % 2)
+def _column(values: pd.Series, stored: str) -> bytes:
+    match stored:
+        case "difference":
+            numbers = np.where(values.isna(), -32768, np.round(1e4 * values.fillna(0))).astype("<i2")
+        case "p_value":
+            with np.errstate(divide="ignore"):
+                logarithms = -1000 * np.log10(values.fillna(1).to_numpy())
+            numbers = np.where(values.isna(), 65535, np.clip(np.round(logarithms), 0, 65534)).astype("<u2")
+        case "place":
+            numbers = values.map(_COVERS.index).to_numpy(np.uint8)
+        case _:
+            numbers = values.to_numpy(np.uint8)
+    return numbers.tobytes()
 
 
 def _numbers(table: pd.DataFrame, digits: int = 6) -> list[list[float | None]]:

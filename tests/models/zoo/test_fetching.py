@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 import tarfile
 import tomllib
@@ -150,25 +151,48 @@ def test_read_zoo__families_and_defaults():
         ('label = "M"', 'label = "M"\neps = 1.0', "'m' is declared wrongly.*attack_norm None and eps 1.0"),
         ('label = "M"', 'label = "M"\neps = 1.0\nattack_norm = "L2"', "'m' is declared wrongly.*attack_norm 'L2'"),
         ('label = "M"', 'label = "M"\nlable = 1', "'m' is declared wrongly.*lable"),
-        ('"freezing"', '"frozen"', "category 'frozen' is none of baseline, training_recipes"),
+        ('"freezing"', '"frozen"', "unknown category 'frozen'. Did you mean 'freezing'"),
         ("[models.m]", '[models."../m"]', "identifier cannot name a file"),
-        ("[0, 0, 0]", "[0, 0]", "not three numbers each"),
-        ("[1, 1, 1]", "[1, 0, 1]", "std above 0"),
-        ('label = "M"', 'label = "M"\ntop1_percent = 761', "top1_percent 761 is no percentage"),
+        ("[0, 0, 0]", "[0, 0]", "mean no. 3 is missing"),
+        ("[1, 1, 1]", "[1, 0, 1]", "std no. 2 must be more than 0; got 0"),
+        ('label = "M"', 'label = "M"\ntop1_percent = 761', "documented_accuracy must be at most 1; got 7.61"),
         ('["https://example.org/m.pth"]', "[]", "0 addresses, 1 files and 0 hashes"),
         ("https://example.org/m.pth", "file:///etc/passwd", "is no address of a file"),
         ("https://example.org/m.pth", "hf:a/b/../c", "is no address of a file"),
-        ("files = [{}]", 'files = [{strap = ["a"]}]', r"unknown rules \['strap'\]"),
-        ("files = [{}]", "files = [{strip = [1]}]", r"\[1\] among the rules are no texts"),
+        ("files = [{}]", 'files = [{strap = ["a"]}]', "unknown key 'files no. 1.strap'"),
+        ("files = [{}]", "files = [{strip = [1]}]", "files no. 1.strip no. 1 must be text; got 1"),
         ("files = [{}]", 'files = [{rename = [["(", ""]]}]', "'m' is declared wrongly: .*unterminated"),
         ("files = [{}]", 'files = [{rename = [["a", "\\\\2"]]}]', "invalid group reference"),
-        ("year = 2020", "yeer = 2020", "yeer"),
+        ("year = 2020", "yeer = 2020", "citation.year is missing; unknown key 'citation.yeer'"),
     ],
 )
 def test_read_zoo__wrong(old, new, message):
     assert SMALL.count(old) == 1
     with pytest.raises(ZooError, match=message):
         read_zoo(SMALL.replace(old, new))
+
+
+WRONG = ["3", "0.5", "true", "'text'", "''", "[1]", "['x']", "[['x']]", "[3, 3]", "{x = 1}", "nan", "-1", "[]"]
+
+
+@pytest.mark.parametrize("value", WRONG)
+def test_read_zoo__values_of_a_wrong_type_are_told_in_our_words(value):
+    """Of each key of a model, and of each rule of a file."""
+    lines = {line.partition(" ")[0]: line for line in SMALL.splitlines() if " = " in line}
+    rules = ("key", "keep", "drop", "strip", "rename")
+    for key, given in {
+        **dict.fromkeys([*lines, "category", "attack_norm", "eps", "top1_percent", "sha256"], value),
+        **{f"files{rule}": f"[{{{rule} = {value}}}]" for rule in rules},
+    }.items():
+        key = "files" if key.startswith("files") else key
+        text = "".join(line + "\n" for line in SMALL.splitlines() if line != lines.get(key)) + f"{key} = {given}\n"
+        try:
+            read_zoo(text)
+        except ZooError as error:
+            told = str(error)
+        else:
+            told = ""
+        assert not re.search("Input should|pydantic|Extra inputs|Unexpected keyword|of another form", told), told
 
 
 def test_bibtex():

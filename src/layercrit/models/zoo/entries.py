@@ -1,16 +1,19 @@
 """What the zoo declares about a published checkpoint, and how the declarations are read and checked."""
 
 import fnmatch
+import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from layercrit.categories import CATEGORIES
+from layercrit.categories import Category
+from layercrit.declarations import STRICT, mistakes
 from layercrit.errors import CheckpointError, ZooError
 from layercrit.models.zoo.downloads import address_of, cache_folder
 from layercrit.probes.images import Preprocessing
@@ -18,6 +21,20 @@ from layercrit.probes.images import Preprocessing
 __all__ = ["Citation", "ZooEntry", "ZooFile", "read_zoo"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # names files in the cache as well
+
+
+_Text = Annotated[str, Field(min_length=1)]
+_Positive = Annotated[float, Field(gt=0)]
+
+
+def _fetchable(address: str) -> str:
+    address_of(address)
+    return address
+
+
+def _applicable(rule: tuple[str, str]) -> tuple[str, str]:
+    re.sub(*rule, "")
+    return rule
 
 
 @dataclass(frozen=True)
@@ -58,13 +75,13 @@ class ZooFile:
         rename: Pairs of regular expression and replacement.
     """
 
-    address: str
+    address: Annotated[str, AfterValidator(_fetchable)]
     sha256: str | None = None
     key: str | None = None
-    keep: tuple[str, ...] = ()
-    drop: tuple[str, ...] = ()
-    strip: tuple[str, ...] = ()
-    rename: tuple[tuple[str, str], ...] = ()
+    keep: tuple[_Text, ...] = ()
+    drop: tuple[_Text, ...] = ()
+    strip: tuple[_Text, ...] = ()
+    rename: tuple[Annotated[tuple[str, str], AfterValidator(_applicable)], ...] = ()
 
     def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Apply the rules to the tensors of the file.
@@ -124,19 +141,21 @@ class ZooEntry:
         eps: The largest of them: of L2 in units of pixels in [0, 1], of Linf in 1/255 of that, as its authors give it.
     """
 
+    __pydantic_config__ = STRICT
+
     id: str
     label: str
-    category: str
-    documented_accuracy: float | None
+    category: Category
+    documented_accuracy: Annotated[float, Field(gt=0, le=1)] | None
     architecture: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, float, float]
+    std: tuple[_Positive, _Positive, _Positive]
     preprocessing: Preprocessing
     files: tuple[ZooFile, ...]
     licence: str
     citation: Citation
-    attack_norm: str | None = None
-    eps: float | None = None
+    attack_norm: Literal["l2", "linf"] | None = None
+    eps: Annotated[float, Field(ge=0)] | None = None
 
     @property
     def path(self) -> Path:
@@ -147,6 +166,9 @@ class ZooEntry:
     def provenance_path(self) -> Path:
         """Where it is written down what the converted weights were made from."""
         return cache_folder() / "zoo" / f"{self.id}.json"
+
+
+_ENTRY = TypeAdapter(ZooEntry)
 
 
 def read_zoo(text: str) -> dict[str, ZooEntry]:
@@ -169,6 +191,9 @@ def read_zoo(text: str) -> dict[str, ZooEntry]:
             merged = {**tables["defaults"], **family, **table}
             merged.pop("family", None)
             entries[name] = _entry(name, merged)
+        except ValidationError as error:
+            told = "; ".join(mistakes(error, ZooEntry.__dataclass_fields__))
+            raise ZooError(f"The zoo's model {name!r} is declared wrongly: {told}.") from error
         except (KeyError, TypeError, ValueError, re.error) as error:
             raise ZooError(f"The zoo's model {name!r} is declared wrongly: {type(error).__name__}: {error}.") from error
     return entries
@@ -178,39 +203,22 @@ def _entry(name: str, table: dict[str, Any]) -> ZooEntry:
     """Make an entry of a table that families and defaults have completed; what does not fit raises."""
     if not _NAME.fullmatch(name):
         raise ValueError("its identifier cannot name a file")
-    addresses, rules = table.pop("addresses"), table.pop("files")
+    addresses, rules, percent = table.pop("addresses"), table.pop("files"), table.pop("top1_percent", None)
     hashes = table.pop("sha256", [None] * len(addresses))
-    percent, citation = table.pop("top1_percent", None), Citation(**table.pop("citation"))
     if not len(addresses) == len(rules) == len(hashes):
         raise ValueError(f"{len(addresses)} addresses, {len(rules)} files and {len(hashes)} hashes")
-    if percent is not None and not 0 < percent <= 100:
-        raise ValueError(f"top1_percent {percent} is no percentage")
-    entry = ZooEntry(
-        id=name,
-        documented_accuracy=None if percent is None else round(percent / 100, 6),
-        mean=tuple(table.pop("mean")),
-        std=tuple(table.pop("std")),
-        preprocessing=Preprocessing(),
-        files=tuple(map(_file, addresses, hashes, rules)),
-        citation=citation,
-        **table,
-    )
-    if entry.category not in CATEGORIES:
-        raise ValueError(f"category {entry.category!r} is none of {', '.join(CATEGORIES)}")
-    if (entry.attack_norm is None) != (entry.eps is None) or entry.attack_norm not in (None, "l2", "linf"):
+    table |= {
+        "id": name,
+        "documented_accuracy": None if percent is None else round(percent / 100, 6),
+        "preprocessing": {},
+        "files": [
+            {"address": address, "sha256": sha256, **rule}
+            for address, sha256, rule in zip(addresses, hashes, rules, strict=True)
+        ],
+    }
+    entry = _ENTRY.validate_json(
+        json.dumps(table)
+    )  # strict types take the lists of JSON for tuples, not those of Python
+    if (entry.attack_norm is None) != (entry.eps is None):
         raise ValueError(f"attack_norm {entry.attack_norm!r} and eps {entry.eps!r}: expected l2 or linf and a number")
-    if len(entry.mean) != 3 or len(entry.std) != 3 or not all(value > 0 for value in entry.std):
-        raise ValueError(f"mean {entry.mean} and std {entry.std} are not three numbers each, std above 0")
     return entry
-
-
-def _file(address: str, sha256: str | None, rules: dict[str, Any]) -> ZooFile:
-    address_of(address)
-    if unknown := rules.keys() - {field.name for field in fields(ZooFile)}:
-        raise ValueError(f"unknown rules {sorted(unknown)}")
-    lists = {name: tuple(rules.get(name, ())) for name in ("keep", "drop", "strip")}
-    if wrong := [item for items in lists.values() for item in items if not isinstance(item, str) or not item]:
-        raise ValueError(f"{wrong} among the rules are no texts")
-    for pattern, replacement in (pairs := tuple((old, new) for old, new in rules.get("rename", ()))):
-        re.sub(pattern, replacement, "")
-    return ZooFile(address, sha256, rules.get("key"), rename=pairs, **lists)

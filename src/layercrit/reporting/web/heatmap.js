@@ -1,0 +1,171 @@
+// The heat map of models and layers, and the same as a table.
+import { $, categoryOf, choose, D, known, mean, N_LAYERS, shownTables, state } from "./data.js";
+import {
+  colorOf,
+  draw,
+  hover,
+  LAYER_TICKS,
+  layerAxis,
+  roomBelow,
+  stageLines,
+  ticks,
+  visible,
+  widest,
+} from "./plots.js";
+import { drawTable, escaped, percent, share, short, signed } from "./texts.js";
+
+const ROW = 17; // pixels
+// Plotly would take the room of few rows, and then of the labels, for the bar of colours above them.
+const MARGIN = { autoexpand: false, r: 10, t: 40 };
+const COLORBAR = {
+  orientation: "h",
+  y: 1,
+  yanchor: "bottom",
+  x: 0,
+  xanchor: "left",
+  lenmode: "pixels",
+  len: 170,
+  thickness: 9,
+  tickangle: 0,
+  tickformat: ".0%",
+  outlinewidth: 0,
+  ypad: 4,
+};
+const BELOW = "mean over models";
+const BESIDE = "mean";
+
+export function drawMap() {
+  const { measure } = state;
+  const rows = visible();
+  $("map-plot").style.width = `max(100%, ${14 * N_LAYERS + 300}px)`;
+  $("map-about").textContent =
+    `${measure.about} In percent; beside the names: ${D.accuracy} accuracy (%). At the right: mean over layers; ` +
+    "below: mean over the models shown. Choose a cell, or a name, to see its layer and its model below.";
+  const drawn = draw("map-plot", mapTraces(measure, rows), mapLayout(rows), (point) =>
+    choose({
+      layer: point.data.xaxis === "x2" ? state.layer : point.x,
+      model: point.data.yaxis === "y2" ? state.model : rows[point.y],
+    }),
+  );
+  drawn.then(() => {
+    chooseByLabel(".ytick text", (i) => ({ model: rows[i] }));
+    chooseByLabel(".xtick text", (i) => ({ layer: i }));
+  });
+  shownTables.map = {
+    rows,
+    columns: [
+      { name: "model", head: "model", of: (row) => D.models[row].name, shown: (row) => D.models[row].label },
+      { name: "category", of: (row) => categoryOf(D.models[row]).name },
+      { name: "accuracy", of: (row) => D.models[row].accuracy },
+      ...D.layers.map(({ name, label }, i) => ({
+        name,
+        head: label,
+        of: (row) => measure.values[row][i],
+        written: share,
+      })),
+    ],
+  };
+  drawMapTable();
+  return drawn;
+}
+
+function mapTraces(measure, rows) {
+  const values = rows.map((row) => measure.values[row]);
+  const largest = Math.max(0.01, ...measure.values.flat().filter(known).map(Math.abs));
+  const [zmin, zmax] = { criticality: [0, 1], difference: [-largest, largest], spread: [0, largest] }[measure.scale];
+  const written = (value) => {
+    if (!known(value)) return "";
+    return measure.scale === "difference" ? signed(100 * value, 0) : (100 * value).toFixed(0);
+  };
+  const modelMeans = values.map(mean);
+  const layerMeans = D.layers.map((_, i) => mean(values.map((row) => row[i])));
+  const [x, y] = [D.layers.map((_, i) => i), rows.map((_, i) => i)];
+  const one = {
+    type: "heatmap",
+    zmin,
+    zmax,
+    colorscale: D.scales[measure.scale],
+    showscale: false,
+    xgap: 0.5,
+    ygap: 0.5,
+    hoverongaps: true,
+    hoverinfo: "text",
+  };
+  const cells = {
+    z: values,
+    x,
+    y,
+    text: rows.map((row) => D.layers.map((_, i) => hover(measure, row, i))),
+    showscale: true,
+    colorbar: COLORBAR,
+  };
+  const beside = {
+    z: modelMeans.map((value) => [value]),
+    x: [0],
+    y,
+    xaxis: "x2",
+    text: modelMeans.map((value) => [written(value)]),
+    texttemplate: "%{text}",
+    textfont: { size: 10 },
+    hovertext: rows.map((row, i) => [
+      `<b>${escaped(D.models[row].label)}</b><br>mean over layers: ${share(modelMeans[i])}`,
+    ]),
+  };
+  const below = {
+    z: [layerMeans],
+    x,
+    y: [0],
+    yaxis: "y2",
+    text: [
+      D.layers.map(({ name }, i) => `<b>${escaped(name)}</b><br>mean over the models shown: ${share(layerMeans[i])}`),
+    ],
+  };
+  return [cells, beside, below].map((trace) => ({ ...one, ...trace }));
+}
+
+function mapLayout(rows) {
+  const narrow = innerWidth < 600;
+  const texts = rows.map((row) => {
+    const { label, accuracy } = D.models[row];
+    return narrow ? short(label, 16) : `${short(label)}  ${percent(accuracy)}`;
+  });
+  const names = rows.map(
+    (row, i) => `<span style="color:${colorOf(categoryOf(D.models[row]))}">\u25a0</span> ${escaped(texts[i])}`,
+  );
+  const inner = ROW * (rows.length + 2);
+  const margin = { ...MARGIN, l: 24 + widest([...texts, BELOW], 11), b: roomBelow(BESIDE) };
+  const name = { tickfont: { size: 11 }, automargin: false };
+  return {
+    height: margin.t + inner + margin.b,
+    margin,
+    xaxis: { ...layerAxis(), domain: [0, 0.955], range: [-0.5, N_LAYERS - 0.5], anchor: "y2" },
+    xaxis2: { ...ticks([BESIDE]), ...LAYER_TICKS, domain: [0.962, 1], anchor: "y2" },
+    yaxis: {
+      ...ticks(names),
+      ...name,
+      domain: [(2 * ROW) / inner, 1],
+      range: [rows.length - 0.5, -0.5],
+      showgrid: false,
+      zeroline: false,
+    },
+    yaxis2: { ...ticks([BELOW]), ...name, domain: [0, ROW / inner] },
+    shapes: stageLines(),
+  };
+}
+
+// Let a click on a name beside or below the heat map choose what it names.
+function chooseByLabel(selector, chosen) {
+  $("map-plot")
+    .querySelectorAll(selector)
+    .forEach((text, i) => {
+      text.style.pointerEvents = "all";
+      text.style.cursor = "pointer";
+      text.onclick = () => choose(chosen(i));
+    });
+}
+
+export function drawMapTable() {
+  if (!$("map-details").open) return;
+  const caption = `${state.measure.label} of each model (rows) on each layer (columns)`;
+  drawTable($("map-table"), caption, shownTables.map);
+}
