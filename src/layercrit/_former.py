@@ -35,11 +35,12 @@ FORMER = {
     "store": ("study.store", "study.packing"),
     "study_figures": ("figures",),
     "studyfile": ("study.file", "study.entries", "study.training_entries"),
+    "training.pictures": ("training.mixing_set",),
     "zoo": ("models.zoo",),
 }
 
 # Former name -> the name now.
-RENAMED = {"FamilyReport": "TrainingReport", "train_family": "train_models"}
+RENAMED = {"FamilyReport": "TrainingReport", "draw_pictures": "mixing_set", "train_family": "train_models"}
 
 
 class _Finder(MetaPathFinder, Loader):
