@@ -12,7 +12,7 @@ from typing import Any
 # Former module -> where its names are now.
 FORMER = {
     "archives": ("probes.archives", "probes.opening"),
-    "checkpoints": ("models.checkpoints", "models.weight_files", "models.pickles"),
+    "checkpoints": ("models.checkpoints", "models.file_source", "models.pickles"),
     "downloads": ("models.zoo.downloads",),
     "executors": ("study.executors",),
     "exports": ("reporting.exports",),

@@ -118,7 +118,7 @@ def train_command(
     if study is None and models:
         raise click.UsageError(f"Unexpected argument {models[0]!r}: names of models need --study.")
 
-    from layercrit.progress import Bar
+    from layercrit.progress_bar import Bar
     from layercrit.training import Options
 
     options = Options(keep_epochs=keep_epochs, device=device, n_workers=workers, trackers=trackers)
