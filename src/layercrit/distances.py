@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layercrit.columns import CELL_COLUMNS, PER_IMAGE
+from layercrit.cell_columns import CELL_COLUMNS, PER_IMAGE
 from layercrit.errors import ProtocolError
 from layercrit.registry import Registry, summary_of
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from layercrit.columns import CELL_COLUMNS, PER_IMAGE
+from layercrit.cell_columns import CELL_COLUMNS, PER_IMAGE
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError, first_line
 from layercrit.layer_table import estimate_columns, layer_table

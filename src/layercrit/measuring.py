@@ -23,7 +23,7 @@ from layercrit.measurement import Measurement
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
 from layercrit.probes.probe_set import ProbeSet
-from layercrit.progress import Bar
+from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, MATCHED, Protocol
 from layercrit.resets import get_reset
 from layercrit.restoring import rng_untouched, untouched

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from layercrit.errors import ModelError, ProtocolError
 from layercrit.layers import Layer
 from layercrit.models.checkpoints import fit_to, hash_tensors, read_checkpoint
+from layercrit.models.file_source import weight_file
 from layercrit.models.model import Model
-from layercrit.models.weight_files import weight_file
 from layercrit.registry import Registry, summary_of
 from layercrit.seeds import drawing, layer_seed, seed_of
 

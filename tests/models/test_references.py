@@ -13,6 +13,7 @@ from torch import nn
 import trained_models
 from layercrit.errors import CheckpointError, LayercritError, ModelError
 from layercrit.models.model import Model
+from layercrit.models.own_networks import import_here
 from layercrit.models.references import fetch, is_here, open_model, without_weights
 from layercrit.models.sources import MODEL_SOURCES, ModelSource, model_source
 from layercrit.probes.images import Preprocessing
@@ -615,6 +616,17 @@ def test_py__factory_with_a_switch(nets):
 def test_py__refuses(nets, rest, message):
     with pytest.raises(ModelError, match=message):
         open_model(f"py:{rest}")
+
+
+def test_import_here__leaves_the_path_as_it_was(here):
+    (here / "my_own_module.py").write_text("value = 3\n")
+    path = list(sys.path)
+    import_here("my_own_module")
+    assert sys.modules["my_own_module"].value == 3
+    assert sys.path == path
+    with pytest.raises(ModuleNotFoundError):
+        import_here("my_missing_module")
+    assert sys.path == path
 
 
 # All

@@ -18,7 +18,7 @@ from layercrit.engine.subject import Subject
 from layercrit.errors import ModelError
 from layercrit.layers import Layer
 from layercrit.probes.probe_set import ProbeSet
-from layercrit.progress import Bar
+from layercrit.progress_bar import Bar
 from layercrit.protocol import MATCHED, Protocol
 from layercrit.statistics import ChanceLevel, fit_temperature
 

@@ -14,8 +14,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
+import layercrit.models.file_source
 import layercrit.models.hubs
-import layercrit.models.weight_files
 import layercrit.models.zoo.source  # noqa: F401 - these register their kinds of references
 from layercrit.errors import ModelError
 from layercrit.models.model import Model

@@ -3,7 +3,7 @@ import torch
 
 from layercrit.errors import CheckpointError
 from layercrit.models.checkpoints import read_checkpoint
-from layercrit.models.weight_files import record_file, weight_file
+from layercrit.models.file_source import record_file, weight_file
 from training_runs import write_run
 
 
