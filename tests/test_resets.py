@@ -249,7 +249,7 @@ def test_donor_values__a_module_without_initialiser_is_named_when_it_is_to_be_re
 
 def test_donor_values__a_rebuilt_network_of_another_shape_is_refused():
     model = replace(open_model(network()), build=lambda: nn.Sequential(nn.Conv2d(3, 4, 5)), initialiser="my_factory()")
-    with pytest.raises(ModelError, match=r"my_factory\(\) builds is not the one of .* 3 parameters .* '0.weight'"):
+    with pytest.raises(ModelError, match=r"my_factory\(\) builds is not that of .* 3 parameters .* '0.weight'"):
         donor_values(model, [layers_of(model.network)[name] for name in ("0", "4")], 0)
 
 

@@ -1,4 +1,4 @@
-"""From cells to the table of layers: one row a layer, with estimates, means over its trials and its status."""
+"""From cells to the table of layers: one row per layer, with estimates, means over its trials and its status."""
 
 from collections.abc import Sequence
 from typing import Any

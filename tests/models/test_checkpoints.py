@@ -357,8 +357,8 @@ BROKEN = {
     "tensor": (torch_bytes(torch.zeros(2)), "contains no weights.*one Tensor"),
     "mixed": (torch_bytes({"w": torch.zeros(2), "n": 1}), r"contains no weights.*'w' \(Tensor\), 'n' \(int\)"),
     "integer-names": (torch_bytes({0: torch.zeros(2)}), "contains no weights"),
-    "sparse": (torch_bytes({"w": torch.eye(3).to_sparse()}), "'w' as a sparse, quantised or valueless tensor"),
-    "valueless": (torch_bytes({"w": torch.zeros(2, device="meta")}), "'w' as a sparse, quantised or valueless tensor"),
+    "sparse": (torch_bytes({"w": torch.eye(3).to_sparse()}), "'w' as a sparse, quantised or meta tensor"),
+    "valueless": (torch_bytes({"w": torch.zeros(2, device="meta")}), "'w' as a sparse, quantised or meta tensor"),
 }
 
 

@@ -201,7 +201,7 @@ def test_drawing__same_seed_same_numbers_and_nothing_touched():
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "1"])
 def test_drawing__impossible_seed(seed):
-    with pytest.raises(ModelError, match="expected a whole number from 0"), drawing(seed):
+    with pytest.raises(ModelError, match="seed must be a whole number from 0"), drawing(seed):
         pass
 
 

@@ -706,7 +706,7 @@ def test_load__without_labels_and_every_preprocessing(model: Preprocessing, tmp_
 def test_load__is_a_probe_set_like_any_other(tmp_path: Path) -> None:
     loaded = ProbeSet.load(saved(tmp_path, labels=range(6)))
     assert ProbeSet.from_source(loaded, TAKEN) is loaded
-    with pytest.raises(ProbeError, match="make a probe set with the model's preprocessing"):
+    with pytest.raises(ProbeError, match="Make a probe set with the model's preprocessing"):
         ProbeSet.from_source(loaded, SMALL)
     copy = pickle.loads(pickle.dumps(loaded))
     assert torch.equal(copy.batch(0, 6), loaded.batch(0, 6))

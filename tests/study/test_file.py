@@ -414,7 +414,7 @@ def test_mistakes__all_at_once(tmp_path):
         "[protocol] seed must be a whole number; got True.",
         "[protocol] batch_size must be 'auto' or a whole number of at least 1; got 1.5.",
         "[protocol] Unknown dtype 'float23'. Did you mean 'float32' or 'bfloat16'?",
-        "[protocol] level must lie between 0 and 1, such as 0.95; got 95.",
+        "[protocol] level must be between 0 and 1, such as 0.95; got 95.",
         "[[models]] no. 1: accuracy must be a share in [0, 1]; got 76.15. Did you mean 0.7615?",
         found[15],
         found[16],
