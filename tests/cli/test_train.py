@@ -76,14 +76,14 @@ def call(monkeypatch, capsys):
 def test_train__tells_accuracy_place_and_what_to_do_next(here, call):
     code, out, err = call(*arguments())
     record = json.loads((here / "run" / "model.json").read_text())
-    right = f"{100 * record['top1_accuracy']:.1f}% of the 48 held-out images right after 1 epoch"
+    right = f"top-1 accuracy {100 * record['top1_accuracy']:.1f}% on the 48 held-out images after 1 epoch"
     assert (code, out) == (0, f"baseline: {right} ({record['seconds']:.0f} s).\n")
     assert "Saved in run: model.safetensors, model.json, log.csv, epochs." in err
     assert "Next: layercrit measure file:run --images SOURCE" in err
     open_model("file:run")
     code, out, _ = call(*arguments())
     assert code == 0
-    assert out.splitlines()[0] == "run holds this run already; nothing was trained."
+    assert out.splitlines()[0] == "run already contains this run; nothing was trained."
     assert right in out
 
 
@@ -123,7 +123,7 @@ def test_train__several_processes_speak_with_one_voice(here, call, monkeypatch):
     [
         ({"method": None, "out": None}, [], 2, "Missing --method, --out (or give --study FILE)."),
         ({"arch": None, "data": None}, [], 2, "Missing --arch, --data (or give --study FILE)."),
-        ({}, ["plain"], 2, "Unexpected 'plain': names go with --study."),
+        ({}, ["plain"], 2, "Unexpected 'plain': names of models need --study FILE."),
         ({"method": "basline"}, [], 1, "There is no training method 'basline'. Did you mean 'baseline'"),
         ({}, ["--set", "lr"], 2, "expected key=value, got 'lr'."),
         ({}, ["--set", "=3"], 2, "expected key=value, got '=3'."),
@@ -145,7 +145,7 @@ def test_train__several_processes_speak_with_one_voice(here, call, monkeypatch):
         ({}, ["--input-size", "2", "8", "8"], 1, "input_size must be 1 or 3 channels, height and width; got 2 8 8."),
         ({"out": "stripes.npz"}, [], 1, "stripes.npz"),
         ({}, ["--set", "lr=1e30"], 1, "A lower lr, a longer warmup_epochs or a clip_norm may help: --set lr=..."),
-        ({"study": "small.toml"}, [], 2, "--set does not go with --study: the file says how"),
+        ({"study": "small.toml"}, [], 2, "--set cannot be combined with --study"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, list | dict) else "",
 )
@@ -182,7 +182,7 @@ def test_train__ctrl_c_and_the_same_command_goes_on(here):
     assert process.returncode == 130
     assert out == ""
     assert [line for line in err.splitlines() if line] == [
-        "Give the same command again to go on; no more than the last minute is lost.", "Interrupted."
+        "Run the same command again to resume; no more than the last minute is lost.", "Interrupted."
     ]  # fmt: skip
     done = max(int(path.stem.removeprefix("step-")) for path in here.glob("run/state/*.pt"))
 
@@ -205,7 +205,7 @@ def test_train_study__trains_those_named_then_the_rest(here, call):
     code, out, err = call("train", "--study", "small.toml", "--device", "cpu", "--workers", "0", "--keep-epochs", "1")
     assert code == 0, err
     table = [line.split() for line in out.splitlines()]
-    assert table[0] == ["model", "method", "accuracy", "time"]
+    assert table[0] == ["model", "method", "top-1 accuracy", "time"]
     for name, row in (("b plain", table[1][1:]), ("smooth", table[2])):
         record = json.loads((here / "models" / name / "model.json").read_text())
         assert row[1:3] == ["baseline", f"{100 * record['top1_accuracy']:.1f}%"]
@@ -228,12 +228,12 @@ def test_train_study__failures_end_with_1(here, call):
     ("more", "code", "text"),
     [
         (["smoth"], 1, "trains no model 'smoth'. Did you mean 'smooth'?"),
-        (["--epochs", "3"], 2, "--epochs does not go with --study: the file says how its models are trained."),
-        (["--seed", "0"], 2, "--seed does not go with --study"),
-        (["--set", "lr=1"], 2, "--set does not go with --study"),
-        (["--weights-dtype", "float16"], 2, "--weights-dtype does not go with --study"),
-        (["--input-size", "1", "8", "8"], 2, "--input-size does not go with --study"),
-        (["--out", "run"], 2, "--out does not go with --study"),
+        (["--epochs", "3"], 2, "--epochs cannot be combined with --study"),
+        (["--seed", "0"], 2, "--seed cannot be combined with --study"),
+        (["--set", "lr=1"], 2, "--set cannot be combined with --study"),
+        (["--weights-dtype", "float16"], 2, "--weights-dtype cannot be combined with --study"),
+        (["--input-size", "1", "8", "8"], 2, "--input-size cannot be combined with --study"),
+        (["--out", "run"], 2, "--out cannot be combined with --study"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -311,4 +311,4 @@ for arguments in (["--help"], ["train", "--help"], ["methods", "--help"]):
 print("torch" in sys.modules or "rich" in sys.modules)"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("False")
-    assert "goes on where it was when the same command is given again" in " ".join(result.stdout.split())
+    assert "resumes when the same command is given again" in " ".join(result.stdout.split())

@@ -36,8 +36,10 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
 @click.command("train")
 @click.argument("models", nargs=-1)
 @click.option("--study", metavar="FILE", help="Train the models of a study file (all, or the MODELS named).")
-@click.option("--method", metavar="METHOD", help="How to train; `layercrit methods` lists them.")
-@click.option("--arch", metavar="MODEL", help="The architecture, such as timm:resnet18; its weights are drawn anew.")
+@click.option("--method", metavar="METHOD", help="The training method; `layercrit methods` lists them.")
+@click.option(
+    "--arch", metavar="MODEL", help="The architecture, such as timm:resnet18; its weights are freshly initialised."
+)
 @click.option(
     "--data",
     metavar="SOURCE",
@@ -50,7 +52,7 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
     type=click.IntRange(0, 2**64 - 1),
     default=0,
     show_default=True,
-    help="Of initial weights, order and views: equal for every method.",
+    help="Seed of initial weights, image order and augmentations, which are the same for every method.",
 )
 @click.option(
     "--set",
@@ -60,20 +62,20 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
     metavar="KEY=VALUE",
     help="A setting of the method; `layercrit methods METHOD` lists them.",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where the run is kept.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The folder of the run.")
 @click.option(
     "--keep-epochs",
     default="",
     callback=_epochs,
     metavar="N,...",
-    help="After which epochs to keep weights, besides the initial and the final ones.",
+    help="Epochs after which to keep the weights, besides the initial and the final ones.",
 )
 @click.option(
     "--input-size",
     type=int,
     nargs=3,
     metavar="C H W",
-    help="What the network is given. [default: the images' own size where all have one, else 3 224 224]",
+    help="The network's input size. [default: the images' own size if all have the same, else 3 224 224]",
 )
 @click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
 @click.option(
@@ -84,7 +86,7 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
     help="How the final weights are stored.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that make views.")
+@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Data-loading processes.")
 @click.option(
     "--log",
     "trackers",
@@ -100,26 +102,27 @@ def train_command(
 ) -> None:  # fmt: skip
     """Train a model by a method, or the models of a study file.
 
-    An interrupted run goes on where it was when the same command is given again. Models trained under one seed differ
-    in nothing but the method: initial weights and order of images are the same. The folder is a model reference,
-    file:DIR, and file:DIR@epoch=0 are its initial weights. Several GPUs or machines:
-    accelerate launch -m layercrit train ...
+    An interrupted run resumes when the same command is given again. Models trained with the same seed differ in nothing
+    but the method: initial weights and image order are the same. The model reference of a run is file:DIR, that of its
+    initial weights file:DIR@epoch=0. On several GPUs or machines: accelerate launch -m layercrit train ...
     """
     given = [name for name in single if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     missing = [f"--{name}" for name in ("method", "arch", "data", "out") if single[name] is None]
     if study is not None and given:
         option = {"settings": "--set"}.get(given[0], f"--{given[0].replace('_', '-')}")
-        raise click.UsageError(f"{option} does not go with --study: the file says how its models are trained.")
+        raise click.UsageError(
+            f"{option} cannot be combined with --study: the study file says how its models are trained."
+        )
     if study is None and missing:
         raise click.UsageError(f"Missing {', '.join(missing)} (or give --study FILE).")
     if study is None and models:
-        raise click.UsageError(f"Unexpected {models[0]!r}: names go with --study.")
+        raise click.UsageError(f"Unexpected {models[0]!r}: names of models need --study FILE.")
 
     from layercrit.progress import Bar
     from layercrit.training import Options
 
     options = Options(keep_epochs=keep_epochs, device=device, n_workers=workers, trackers=trackers)
-    leads = os.environ.get("RANK", "0") == "0"  # of several processes that train together, the one that talks
+    leads = os.environ.get("RANK", "0") == "0"  # of several processes that train together, the one that prints
     try:
         with Bar(shown=leads) as bar:
             report = (
@@ -129,7 +132,7 @@ def train_command(
             )
     except KeyboardInterrupt:
         if leads:
-            click.echo("Give the same command again to go on; no more than the last minute is lost.", err=True)
+            click.echo("Run the same command again to resume; no more than the last minute is lost.", err=True)
         raise
     if leads:
         report()
@@ -139,7 +142,7 @@ def _train_one(
     method: str, arch: str, data: str, out: Path, epochs: int | None, settings: dict[str, str],
     input_size: tuple[int, int, int] | None, download: bool, bar: Any, **how: Any,
 ) -> Callable[[], None]:  # fmt: skip
-    """Train one model, and return what tells about it."""
+    """Train one model, and return what reports on it."""
     from layercrit.training import get_method, open_training_data, train
 
     chosen = get_method(method, {**settings, **({} if epochs is None else {"epochs": epochs})})
@@ -154,10 +157,10 @@ def _train_one(
 
     def report() -> None:
         if was_there:
-            click.echo(f"{out} holds this run already; nothing was trained.")
-        right = f"{percent(trained.top1_accuracy)} of the {record['data']['n_test']} held-out images right"
+            click.echo(f"{out} already contains this run; nothing was trained.")
+        top1 = f"top-1 accuracy {percent(trained.top1_accuracy)} on the {record['data']['n_test']} held-out images"
         epochs = f"{record['epochs']} epoch{'s' * (record['epochs'] != 1)}"
-        click.echo(f"{record['method']}: {right} after {epochs} ({duration(record['seconds'])}).")
+        click.echo(f"{record['method']}: {top1} after {epochs} ({duration(record['seconds'])}).")
         click.echo(f"Saved in {out}: model.safetensors, model.json, log.csv, epochs.", err=True)
         reference = shlex.quote(trained.reference)
         click.echo(f"Next: layercrit measure {reference} --images SOURCE", err=True)
@@ -166,7 +169,7 @@ def _train_one(
 
 
 def _train_models(study: str, names: tuple[str, ...], download: bool, options: Any, bar: Any) -> Callable[[], None]:
-    """Train the models of a study file, and return what tells about them."""
+    """Train the models of a study file, and return what reports on them."""
     from layercrit.study.training import train_models
 
     def show(name: str, done: Any) -> None:
@@ -180,9 +183,9 @@ def _train_models(study: str, names: tuple[str, ...], download: bool, options: A
             for name, model in found.trained.items()
         ]
         if rows:
-            print_table(_table(["model", "method", "accuracy", "time"], rows, right=("accuracy", "time")))
+            print_table(_table(["model", "method", "top-1 accuracy", "time"], rows, right=("top-1 accuracy", "time")))
         if found.failures:
-            click.echo(f"{len(found.failures)} could not be trained: {', '.join(found.failures)}", err=True)
+            click.echo(f"{len(found.failures)} model(s) could not be trained: {', '.join(found.failures)}", err=True)
             sys.exit(1)
         click.echo(f"Next: layercrit study run {shlex.quote(study)}", err=True)
 
@@ -218,7 +221,7 @@ def methods_command(name: str | None, as_json: bool) -> None:
             members = [cls for cls in METHODS.values() if cls.category == category]
             rows += [[category, "", ""], *([f"  {cls.name}", cls.changes, _authors(cls.paper)] for cls in members)]
         print_table(_table(["method", "what it changes", "paper"], rows))
-        click.echo("\nSettings and source of one: layercrit methods NAME", err=True)
+        click.echo("\nSettings and paper of a method: layercrit methods NAME", err=True)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> Any:
