@@ -62,7 +62,7 @@ def test_train_models__trains_what_is_missing_and_the_study_runs(tmp_path):
     assert list(first.trained) == ["smooth"]
     assert {name for name, *_ in seen} == {"smooth"}
     assert seen[-1] == ("smooth", 2, 2)
-    assert lines == [f"smooth: {first.trained['smooth'].top1_accuracy:.1%} of the held-out images right."]
+    assert lines == [f"smooth: top-1 accuracy {first.trained['smooth'].top1_accuracy:.1%} on the held-out images."]
     with pytest.raises(StudyError, match=r"2 models are not trained yet: plain, frozen"):
         run_study(read_study_file(study_file), tmp_path / "early", executor=Inline())
 
