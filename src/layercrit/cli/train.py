@@ -158,7 +158,7 @@ def _train_one(
     def report() -> None:
         if was_there:
             click.echo(f"{out} already contains this run; nothing was trained.")
-        right = f"{percent(trained.top1_accuracy)} top-1 accuracy on {record['data']['n_test']} held-out images"
+        top1 = f"{percent(trained.top1_accuracy)} top-1 accuracy on {record['data']['n_test']} held-out images"
         epochs = f"{record['epochs']} epoch{'s' * (record['epochs'] != 1)}"
         click.echo(f"{record['method']}: {top1} after {epochs} ({duration(record['seconds'])}).")
         click.echo(f"Saved in {out}: model.safetensors, model.json, log.csv, epochs.", err=True)
