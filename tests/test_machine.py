@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from layercrit.engine import calibration as _calibration
-from layercrit.engine import holder, session
+from layercrit.engine import holder
 from layercrit.engine.graph_replay import GraphReplay
 from layercrit.errors import LayercritError
 from layercrit.machine import choose_batch_size, find_device, is_out_of_memory
@@ -71,7 +71,7 @@ def test_measure__memory_that_runs_out_within_a_trial_costs_that_trial_only(monk
     """The third batch of the second trial fails when two layers are done; trial 0 is kept as it is."""
     network, probe_set = small_network(), photographs(labels=mostly_right(small_network()))
     expected = measure(network, probe_set, batch_size=4, trials=3, **QUIET)
-    monkeypatch.setattr(session, "_TEMPERATURE_IMAGES", 4)
+    monkeypatch.setattr("layercrit.engine.predictions._TEMPERATURE_IMAGES", 4)
     memory = Memory(monkeypatch, OUT_OF_MEMORY[0], n_images=2, layers=2, spared=2 * 7 + 3 * 7)
     shown = []
     found = measure(network, probe_set, batch_size=4, trials=3, on_trial=lambda so_far: shown.append(so_far()), **QUIET)

@@ -14,7 +14,6 @@ from torch import nn
 
 from layercrit import measuring
 from layercrit.distances import DISTANCES, distance
-from layercrit.engine import session as session_module
 from layercrit.errors import (
     CheckpointError,
     LayercritError,
@@ -382,7 +381,7 @@ def test_measure__a_model_that_predicts_nan_itself_is_an_error(own_reset, value)
 
 def test_measure__a_model_that_predicts_nan_later_on_is_an_error_too(monkeypatch):
     """Beyond the images that are looked at first; found in the midst of the first trial."""
-    monkeypatch.setattr(session_module, "_TEMPERATURE_IMAGES", 1)
+    monkeypatch.setattr("layercrit.engine.predictions._TEMPERATURE_IMAGES", 1)
     network = Fragile(math.nan).eval()
     drawn = ProbeSet.from_array(PIXELS, SMALL.preprocessing, seed=hashed(0, "probe set") % 2**32)
     index = int(drawn.names[-1].partition("[")[2].rstrip("]"))

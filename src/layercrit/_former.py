@@ -30,7 +30,7 @@ FORMER = {
     "published": ("study.published",),
     "replay": ("engine.replay", "engine.graph_replay", "engine.recorded_replay", "engine.opening"),
     "running": ("study.running",),
-    "session": ("engine.session",),
+    "session": ("engine.session", "engine.predictions"),
     "sources": ("probes.sources",),
     "store": ("study.store", "study.packing"),
     "study_figures": ("figures",),

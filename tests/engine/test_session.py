@@ -4,7 +4,8 @@ import torch
 
 from layercrit.engine import session as session_module
 from layercrit.engine.holder import ReplayHolder
-from layercrit.engine.session import Predictions, Session
+from layercrit.engine.predictions import Predictions
+from layercrit.engine.session import Session
 from layercrit.engine.subject import Subject
 from layercrit.errors import ProbeError
 from layercrit.models.references import open_model

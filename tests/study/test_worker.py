@@ -325,7 +325,7 @@ def test_worker__keeps_the_format_and_predictions_of_an_earlier_run(prepare, tmp
     with Store(tmp_path / "out") as store, store.transaction():
         store.put_record("m0", first[0].record)
     unsteady_format.clear()
-    monkeypatch.setattr(Session, "_predict", lambda self: pytest.fail("it was asked already"))
+    monkeypatch.setattr("layercrit.engine.session.predict", lambda *a, **k: pytest.fail("it was asked already"))
 
     second = ask(start_worker(study, tmp_path / "out", PLACE), study, trial=1)
 

@@ -1,4 +1,4 @@
-"""One opened model and one probe set, ready to run trials: what it predicts, then what it predicts after each reset."""
+"""One opened model and one probe set, ready to run trials: what the model predicts after each reset."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -9,46 +9,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from layercrit.distances import label_scores, measure_distances
+from layercrit.distances import measure_distances
 from layercrit.engine.holder import ReplayHolder
+from layercrit.engine.predictions import Predictions, predict, scores_of
 from layercrit.engine.replay import Mode, Replay
 from layercrit.engine.subject import Subject
-from layercrit.errors import ModelError
 from layercrit.layers import Layer
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.protocol import MATCHED, Protocol
-from layercrit.statistics import ChanceLevel, fit_temperature
 
-__all__ = ["MATCHED_ENTROPY", "Batch", "Predictions", "Session", "Trial"]
-
-MATCHED_ENTROPY = 0.1  # of the largest possible entropy, ln(n_classes): what the matched temperature aims at
-_ALIKE = 0.99  # mean cosine between predictions for different images from which a network knows no images apart
-_TEMPERATURE_IMAGES = 512
-_COLUMN_OF_SCORE = {"loss": "loss", "top1": "top1_accuracy", "top5": "top5_accuracy"}
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What the trained network itself predicts.
-
-    Attributes:
-        n_classes: how many classes it has.
-        temperature: at which its mean entropy is ``matched_entropy``; None where there is none.
-        matched_entropy: in nats.
-        chance: mean cosine between predictions for different images, in [0, 1]; None for a single image.
-        top1_accuracy: share of images whose label is the most probable class; None without labels.
-        loss: mean cross-entropy in nats; None without labels.
-    """
-
-    n_classes: int
-    temperature: float | None
-    matched_entropy: float
-    chance: float | None
-    top1_accuracy: float | None
-    loss: float | None
+__all__ = ["Batch", "Session", "Trial"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +85,9 @@ class Session:
         )
         self._bar = bar
         if predictions is None:
-            predictions = self._predict()
+            predictions = predict(
+                self.holder, probe_set, self.labels, model=subject.model.reference, notes=self.notes, bar=bar
+            )
         self.predictions = predictions
         self._temperature = math.nan if predictions.temperature is None else predictions.temperature
 
@@ -142,61 +116,6 @@ class Session:
             means["recovered_accuracy"] = means["top1_accuracy"] / (self.predictions.top1_accuracy or math.nan)
         return means
 
-    # --- the trained network ----------------------------------------------------------------------------------------
-
-    def _predict(self) -> Predictions:
-        """Run the trained network on all images."""
-        n_images = self.probe_set.n_images
-        first: list[Tensor] = []
-        chance = ChanceLevel()
-        scores: dict[str, list[npt.NDArray[np.float32]]] = {}
-        start = 0
-        while start < n_images:
-            logits = self.holder.run(partial(self._logits, start=start))
-            if start == 0 and self.labels is not None:
-                self.probe_set.check_labels(logits.shape[1])
-            if start < _TEMPERATURE_IMAGES:
-                first.append(logits)
-            chance.add(logits.softmax(dim=1))
-            for name, values in self._label_scores(logits, start).items():
-                scores.setdefault(name, []).append(values.cpu().numpy())
-            start += len(logits)
-            self._bar.predicted(start, n_images)
-        if chance.value > _ALIKE:
-            self.notes.append(
-                f"predictions hardly differ from image to image (mean cosine {chance.value:.4f}), like those of an "
-                "untrained network: criticality then means little"
-            )
-        means = {name: _finite(np.concatenate(parts).mean(dtype=np.float64)) for name, parts in scores.items()}
-        n_classes = first[0].shape[1]
-        entropy = MATCHED_ENTROPY * math.log(n_classes)
-        temperature = fit_temperature(torch.cat(first)[:_TEMPERATURE_IMAGES], entropy)
-        if math.isnan(temperature):
-            self.notes.append(
-                "no temperature gives these predictions the target entropy (are they constant?): "
-                "nothing is temperature-matched"
-            )
-        return Predictions(
-            n_classes=n_classes,
-            temperature=_finite(temperature),
-            matched_entropy=entropy,
-            chance=_finite(chance.value),
-            top1_accuracy=means.get("top1_accuracy"),
-            loss=means.get("loss"),
-        )
-
-    def _logits(self, replay: Replay, start: int) -> Tensor:
-        images, n = self.holder.batch(start)
-        logits = replay.logits(images)[:n].float()
-        bad = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
-        if bad:
-            raise ModelError(
-                f"{self.subject.model.reference!r} itself predicts NaN or infinity for {len(bad)} of {len(logits)} "
-                f"images; the first is {self.probe_set.names[start + bad[0]]!r}. "
-                "Check its normalisation (mean, std), or use --dtype float32 (dtype='float32')."
-            )
-        return logits
-
     # --- resets -----------------------------------------------------------------------------------------------------
 
     def run_batch(self, trial: "Trial", start: int) -> Batch:
@@ -219,16 +138,9 @@ class Session:
             row = measure_distances(p, after.softmax(dim=1), self.distances)
             matched = measure_distances(p_matched, (after / self._temperature).softmax(dim=1), ["cosine"])
             row[MATCHED] = matched["cosine"]
-            rows.append(row | self._label_scores(after, start))
+            rows.append(row | scores_of(after, self.labels, start))
         values = {name: torch.stack([row[name] for row in rows]).cpu().numpy() for name in rows[0]}
         return Batch(start, start + n, values)
-
-    def _label_scores(self, logits: Tensor, start: int) -> dict[str, Tensor]:
-        """Return column -> ``(n_images,)`` of logits ``(n_images, n_classes)``; nothing without labels."""
-        if self.labels is None:
-            return {}
-        labels = torch.tensor(self.labels[start : start + len(logits)], device=logits.device)
-        return {_COLUMN_OF_SCORE[name]: values for name, values in label_scores(logits, labels).items()}
 
 
 class Trial:
@@ -274,8 +186,3 @@ class Trial:
             "unchanged" if norm == 0 else "ok" if np.isfinite(row).all() else "not_finite"
             for norm, row in zip(self.delta_norm, cosine, strict=True)
         ]
-
-
-def _finite(number: float) -> float | None:
-    """Return a number as JSON can hold it."""
-    return float(number) if math.isfinite(number) else None

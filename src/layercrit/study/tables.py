@@ -1,9 +1,7 @@
 """Many models measured under one protocol: the tables of a study's folder."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,9 @@ from layercrit.comparison import Comparison, compare
 from layercrit.errors import StudyError, near
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.protocol import MATCHED
-from layercrit.statistics import estimate, needed_trials
-from layercrit.study.store import ABOUT_LAYER, FailureRow, PlanRow, Store, mean_names
+from layercrit.statistics import estimate
+from layercrit.study import status
+from layercrit.study.store import ABOUT_LAYER, FailureRow, Store, mean_names
 
 __all__ = ["Study", "load_study"]
 
@@ -126,15 +125,7 @@ class Study:
         ``state`` is done, failed, left or not opened; ``n_planned`` cells (NaN before it is opened), ``n_done`` cells,
         ``n_failed`` trials, and the first ``error``.
         """
-        done = self.cells["model"].value_counts()
-        rows = []
-        for model in self.models["model"]:
-            errors = [failure.error for failure in self.failures if failure.model == model]
-            planned, n_done = self.planned.get(model), int(done.get(model, 0))
-            state = "failed" if errors else "not opened" if planned is None else "done" if n_done == planned else "left"
-            rows.append((model, state, planned, n_done, len(errors), errors[0] if errors else None))
-        table = pd.DataFrame(rows, columns=["model", "state", "n_planned", "n_done", "n_failed", "error"])
-        return table.astype({"n_planned": "float64"})
+        return status.progress(self.models["model"], self.cells, self.failures, self.planned)
 
     def seconds_left(self) -> float | None:
         """Estimate the time for the cells left, at the speed of the last run; None if that measured nothing.
@@ -142,20 +133,12 @@ class Study:
         Models that were not opened yet count with the mean number of cells of the others. What failed is not left: it
         is retried only on request. A merged or imported study has nothing left to run.
         """
-        if not self.runs or not self.planned or not _is_run(self.record):
+        if not self.runs or not status.is_run(self.record):
             return None
-        run = self.runs[-1]
-        finished = self.cells.loc[self.cells["run"] == run["run"], "finished"].map(datetime.fromisoformat)
-        if finished.empty:
-            return None
-        took = (finished.max() - datetime.fromisoformat(run["started"])).total_seconds()
-        typical = sum(self.planned.values()) / len(self.planned)
-        failed = Counter(failure.model for failure in self.failures)
-        n_trials = _n_trials(self.record, self.models["record"])
-        wanted = sum(
-            self.planned.get(model, typical) * (1 - failed[model] / n_trials) for model in self.models["model"]
+        n_trials = status.trials_of_models(self.record, self.models["record"])
+        return status.seconds_left(
+            self.models["model"], self.cells, self.failures, self.planned, n_trials=n_trials, run=self.runs[-1]
         )
-        return float(max(0.0, wanted - len(self.cells)) * took / len(finished))
 
     def compare(
         self, *, baseline: str | None = None, leave_out: list[str] | None = None, reset: str | None = None
@@ -237,32 +220,10 @@ def load_study(folder: str | Path) -> Study:
             models=models,
             cells=store.cells(),
             failures=tuple(store.failures()),
-            planned=_planned(store.plan(), record, models["record"]),
+            planned=status.planned(store.plan(), record, models["record"]),
             record=record,
             runs=tuple(store.runs()),
         )
-
-
-def _planned(plan: Sequence[PlanRow], record: Mapping[str, Any], models: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Return how many cells each model has that was opened."""
-    if not _is_run(record):
-        return Counter(row.model for row in plan)
-    # the cells of a trial are in the plan only once it was begun
-    layers = Counter(model for model, _ in {(row.model, row.layer) for row in plan})
-    n_trials = _n_trials(record, models)
-    return {model: n_layers * n_trials for model, n_layers in layers.items()}
-
-
-def _is_run(record: Mapping[str, Any]) -> bool:
-    """Return whether a study can be run; one that was imported or merged is what it is."""
-    return "measured" in record
-
-
-def _n_trials(record: Mapping[str, Any], models: Iterable[Mapping[str, Any]]) -> int:
-    """Return how many trials each model of a study has, those of all resets together."""
-    random = {reset: known for model in models for reset, known in model.get("random_trials", {}).items()}
-    trials = record["protocol"]["trials"]
-    return sum(needed_trials(trials, random.get(reset, True)) for reset in record["protocol"]["resets"])
 
 
 def _models_table(store: Store) -> pd.DataFrame:

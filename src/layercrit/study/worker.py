@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 
 from layercrit.engine.allocator import large_blocks_stay
+from layercrit.engine.predictions import Predictions
 from layercrit.engine.replay import Mode
-from layercrit.engine.session import Batch, Predictions, Session, Trial
+from layercrit.engine.session import Batch, Session, Trial
 from layercrit.engine.subject import Subject
 from layercrit.layers import Layer, stages_of
 from layercrit.models.model import Model

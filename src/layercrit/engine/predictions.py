@@ -1,0 +1,141 @@
+"""What the trained network itself predicts: accuracy, chance level, and the temperature that matches its entropy."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from layercrit.distances import label_scores
+from layercrit.engine.holder import ReplayHolder
+from layercrit.engine.replay import Replay
+from layercrit.errors import ModelError
+from layercrit.probes.probe_set import ProbeSet
+from layercrit.progress_bar import Bar
+from layercrit.statistics import ChanceLevel, fit_temperature
+
+__all__ = ["MATCHED_ENTROPY", "Predictions", "predict", "scores_of"]
+
+MATCHED_ENTROPY = 0.1  # of the largest possible entropy, ln(n_classes): what the matched temperature aims at
+_ALIKE = 0.99  # mean cosine between predictions for different images from which a network knows no images apart
+_TEMPERATURE_IMAGES = 512
+_COLUMN_OF_SCORE = {"loss": "loss", "top1": "top1_accuracy", "top5": "top5_accuracy"}
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the trained network itself predicts.
+
+    Attributes:
+        n_classes: how many classes it has.
+        temperature: at which its mean entropy is ``matched_entropy``; None where there is none.
+        matched_entropy: in nats.
+        chance: mean cosine between predictions for different images, in [0, 1]; None for a single image.
+        top1_accuracy: share of images whose label is the most probable class; None without labels.
+        loss: mean cross-entropy in nats; None without labels.
+    """
+
+    n_classes: int
+    temperature: float | None
+    matched_entropy: float
+    chance: float | None
+    top1_accuracy: float | None
+    loss: float | None
+
+
+def predict(
+    holder: ReplayHolder,
+    probe_set: ProbeSet,
+    labels: npt.NDArray[np.int64] | None,
+    *,
+    model: str,
+    notes: list[str],
+    bar: Bar,
+) -> Predictions:
+    """Run the trained network on all images.
+
+    Args:
+        holder: runs it.
+        probe_set: the images; all of them count for the chance level and the accuracy.
+        labels: ``(n_images,)``, or None.
+        model: the model's reference, for errors.
+        notes: gets what a reader has to know about the predictions.
+        bar: shows how many images are done.
+
+    Raises:
+        ModelError: some predictions are NaN or infinite.
+        ProbeError: the labels are not the network's classes.
+    """
+    n_images = probe_set.n_images
+    first: list[Tensor] = []
+    chance = ChanceLevel()
+    scores: dict[str, list[npt.NDArray[np.float32]]] = {}
+    start = 0
+    while start < n_images:
+        logits = holder.run(partial(_logits, holder=holder, probe_set=probe_set, model=model, start=start))
+        if start == 0 and labels is not None:
+            probe_set.check_labels(logits.shape[1])
+        if start < _TEMPERATURE_IMAGES:
+            first.append(logits)
+        chance.add(logits.softmax(dim=1))
+        for name, values in scores_of(logits, labels, start).items():
+            scores.setdefault(name, []).append(values.cpu().numpy())
+        start += len(logits)
+        bar.predicted(start, n_images)
+    if chance.value > _ALIKE:
+        notes.append(
+            f"predictions hardly differ from image to image (mean cosine {chance.value:.4f}), like those of an "
+            "untrained network: criticality then means little"
+        )
+    means = {name: _finite(np.concatenate(parts).mean(dtype=np.float64)) for name, parts in scores.items()}
+    n_classes = first[0].shape[1]
+    entropy = MATCHED_ENTROPY * math.log(n_classes)
+    temperature = fit_temperature(torch.cat(first)[:_TEMPERATURE_IMAGES], entropy)
+    if math.isnan(temperature):
+        notes.append(
+            "no temperature gives these predictions the target entropy (are they constant?): "
+            "nothing is temperature-matched"
+        )
+    return Predictions(
+        n_classes=n_classes,
+        temperature=_finite(temperature),
+        matched_entropy=entropy,
+        chance=_finite(chance.value),
+        top1_accuracy=means.get("top1_accuracy"),
+        loss=means.get("loss"),
+    )
+
+
+def scores_of(logits: Tensor, labels: npt.NDArray[np.int64] | None, start: int) -> dict[str, Tensor]:
+    """Return column -> ``(n_images,)`` of logits ``(n_images, n_classes)``; nothing without labels.
+
+    Args:
+        logits: of the images from ``start`` on.
+        labels: of all images of the probe set, or None.
+        start: the position of the first image.
+    """
+    if labels is None:
+        return {}
+    wanted = torch.tensor(labels[start : start + len(logits)], device=logits.device)
+    return {_COLUMN_OF_SCORE[name]: values for name, values in label_scores(logits, wanted).items()}
+
+
+def _logits(replay: Replay, holder: ReplayHolder, probe_set: ProbeSet, model: str, start: int) -> Tensor:
+    images, n = holder.batch(start)
+    logits = replay.logits(images)[:n].float()
+    bad = (~logits.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise ModelError(
+            f"{model!r} itself predicts NaN or infinity for {len(bad)} of {len(logits)} "
+            f"images; the first is {probe_set.names[start + bad[0]]!r}. "
+            "Check its normalisation (mean, std), or use --dtype float32 (dtype='float32')."
+        )
+    return logits
+
+
+def _finite(number: float) -> float | None:
+    """Return a number as JSON can hold it."""
+    return float(number) if math.isfinite(number) else None

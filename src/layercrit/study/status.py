@@ -1,0 +1,85 @@
+"""How far a study is: which cells each model has, which are done, and the time for those that are left."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import pandas as pd
+
+from layercrit.statistics import needed_trials
+from layercrit.study.store import FailureRow, PlanRow
+
+__all__ = ["is_run", "planned", "progress", "seconds_left", "trials_of_models"]
+
+
+def progress(
+    models: Iterable[str], cells: pd.DataFrame, failures: Sequence[FailureRow], planned: Mapping[str, int]
+) -> pd.DataFrame:
+    """Return one row per model; see `layercrit.study.tables.Study.progress`."""
+    done = cells["model"].value_counts()
+    rows = []
+    for model in models:
+        errors = [failure.error for failure in failures if failure.model == model]
+        n_planned, n_done = planned.get(model), int(done.get(model, 0))
+        state = "failed" if errors else "not opened" if n_planned is None else "done" if n_done == n_planned else "left"
+        rows.append((model, state, n_planned, n_done, len(errors), errors[0] if errors else None))
+    table = pd.DataFrame(rows, columns=["model", "state", "n_planned", "n_done", "n_failed", "error"])
+    return table.astype({"n_planned": "float64"})
+
+
+def seconds_left(
+    models: Iterable[str],
+    cells: pd.DataFrame,
+    failures: Sequence[FailureRow],
+    planned: Mapping[str, int],
+    *,
+    n_trials: int,
+    run: Mapping[str, Any],
+) -> float | None:
+    """Return the time for the cells left, at the speed of a run; None if it measured nothing.
+
+    Args:
+        models: all models of the study.
+        cells: those that are measured.
+        failures: what failed; it is not left.
+        planned: model -> how many cells it has; a model that was not opened yet counts with the mean of the others.
+        n_trials: how many trials each model has, those of all resets together.
+        run: the run whose speed counts.
+    """
+    finished = cells.loc[cells["run"] == run["run"], "finished"].map(datetime.fromisoformat)
+    if finished.empty or not planned:
+        return None
+    took = (finished.max() - datetime.fromisoformat(run["started"])).total_seconds()
+    typical = sum(planned.values()) / len(planned)
+    failed = Counter(failure.model for failure in failures)
+    wanted = sum(planned.get(model, typical) * (1 - failed[model] / n_trials) for model in models)
+    return float(max(0.0, wanted - len(cells)) * took / len(finished))
+
+
+def planned(plan: Sequence[PlanRow], record: Mapping[str, Any], models: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return model -> how many cells it has, for the models that were opened.
+
+    Args:
+        plan: the cells that are planned so far.
+        record: of the study.
+        models: the records of its models.
+    """
+    if not is_run(record):
+        return Counter(row.model for row in plan)
+    # the cells of a trial are in the plan only once it was begun
+    layers = Counter(model for model, _ in {(row.model, row.layer) for row in plan})
+    n_trials = trials_of_models(record, models)
+    return {model: n_layers * n_trials for model, n_layers in layers.items()}
+
+
+def is_run(record: Mapping[str, Any]) -> bool:
+    """Return whether a study can be run; one that was imported or merged cannot."""
+    return "measured" in record
+
+
+def trials_of_models(record: Mapping[str, Any], models: Iterable[Mapping[str, Any]]) -> int:
+    """Return how many trials each model of a study has, those of all resets together."""
+    random = {reset: known for model in models for reset, known in model.get("random_trials", {}).items()}
+    trials = record["protocol"]["trials"]
+    return sum(needed_trials(trials, random.get(reset, True)) for reset in record["protocol"]["resets"])
