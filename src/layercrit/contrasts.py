@@ -32,7 +32,7 @@ class Contrasts:
         low: lower confidence limit; NaN where there is no interval.
         high: upper confidence limit; NaN where there is no interval.
         p_value: of the two-sided test that the sum is 0; NaN where nothing can be tested, also where nothing varies.
-        covers: what may be drawn anew, so that the intervals still hold.
+        covers: what may be drawn again while the intervals stay valid.
     """
 
     mean: Array
@@ -50,7 +50,7 @@ def crossed_contrasts(
     random_trials: bool = True,
     upper: float = 1.0,
 ) -> Contrasts:
-    """Contrast the mean distances of models that were asked about the same images under the same draws.
+    """Contrast the mean distances of models that were shown the same images under the same draws.
 
     What counts is the weighted sum d[r, x] of the models' distances in each trial and image: what a draw or an image
     does to all models alike cancels. It is analysed as one model's distances are in `layercrit.statistics.estimate`,
@@ -58,7 +58,7 @@ def crossed_contrasts(
 
     Args:
         distances: ``(n_models, n_trials, n_images)``; trial r is the same draw and image x the same image in all. One
-            image column holds means over images: the interval is then for new trials on the same images.
+            image column of means over images: the interval is then for new trials on the same images.
         weights: ``(n_contrasts, n_models)``; 1 and -1 for the difference of two models.
         level: confidence level, between 0 and 1.
         random_trials: whether the reset draws at random; if not, trials are averaged, and images alone vary.
@@ -264,7 +264,7 @@ def _limited(
 def holm(p_values: npt.NDArray[Any]) -> Array:
     """Adjust p-values so that with probability 1 - alpha at least no true null has one of alpha or less.
 
-    Holm 1979, *Scandinavian Journal of Statistics* 6, 65-70. It holds whatever the tests have in common.
+    Holm 1979, *Scandinavian Journal of Statistics* 6, 65-70. It is valid however the tests depend on each other.
 
     Args:
         p_values: ``(n_tests,)``; NaN is no test, stays NaN and does not count.
@@ -285,8 +285,8 @@ def holm(p_values: npt.NDArray[Any]) -> Array:
 def benjamini_hochberg(p_values: npt.NDArray[Any]) -> Array:
     """Adjust p-values so that of those of alpha or less a share of at most alpha are false in the mean.
 
-    Benjamini & Hochberg 1995, *Journal of the Royal Statistical Society B* 57, 289-300. It holds for independent tests
-    and for those that depend on each other positively; for differences to one baseline, in approximation.
+    Benjamini & Hochberg 1995, *Journal of the Royal Statistical Society B* 57, 289-300. Valid for independent tests and
+    those that depend on each other positively; approximately, for differences to one baseline.
 
     Args:
         p_values: ``(n_tests,)``; NaN is no test, stays NaN and does not count.

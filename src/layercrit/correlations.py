@@ -42,7 +42,7 @@ def rank_correlations(models: pd.DataFrame) -> pd.DataFrame:
 def _exact_spearman(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
     """Return the two-sided p-value of Spearman's rho over all orders of one side.
 
-    Few models make the usual approximation by Student's t far too sure: it gives 0 for three models in perfect order.
+    Few models make the usual approximation by Student's t far too confident: it gives 0 for three in perfect order.
     """
     ranks = [rankdata(values) - (len(values) + 1) / 2 for values in (x, y)]
     orders = np.array(list(itertools.permutations(ranks[1])))  # (n!, n)
