@@ -275,7 +275,7 @@ def test_compare__leave_out_categories_and_models(small):
     [
         ({"baseline": "model_d"}, r"has no model 'model_d'\. Did you mean 'model_"),
         ({"baseline": "frozen"}, r"baseline 'frozen' is left out or has no finished cell.*tv_resnet50, model_a"),
-        ({"leave_out": ["freezin"]}, r"no model and no category 'freezin' that .* Did you mean 'freezing'"),
+        ({"leave_out": ["freezin"]}, r"no model or category 'freezin' .* Did you mean 'freezing'"),
         ({"leave_out": ["baseline", "augmentation", "contrastive", "freezing"]}, r"No model of the study .* is left"),
         ({"reset": "zero"}, r"has no reset 'zero'\. Known: 'rerandomize'"),
     ],
@@ -310,7 +310,9 @@ def test_compare__only_common_layers_and_a_note(tmp_path):
     assert comparison.criticality.columns.to_list() == ["conv1", "fc"]
     assert comparison.models.loc["a", "criticality"] == pytest.approx((0.105 + 0.205) / 2)
     assert comparison.depth.loc["a"].to_list() == [0, 1]
-    note = "The models differ in their layers: the 2 that all have are compared. Left out: 1 of a, c (extra)."
+    note = (
+        "The models differ in their layers: only the 2 that all of them have are compared. Left out: 1 of a, c (extra)."
+    )
     assert note in comparison.notes
 
 
@@ -350,8 +352,8 @@ def test_compare__missing_trials_and_failures_are_named(tmp_path):
     comparison = compare(measured(tmp_path / "study", made, models=models, failures=failures))
     assert comparison.models.index.to_list() == ["a", "b"]
     assert list(comparison.notes[:4]) == [
-        "Not compared, since they have no finished cell that is ok: c.",
-        "Fewer than the 2 trials of the study: b (1).",
+        "Not compared, since they have no cell that is ok: c.",
+        "Measured in fewer than the 2 trials of the study: b (1).",
         "Failed: b, trial 1 (ModelError: out of memory).",
         "Failed: c, trial 0 (no such file).",
     ]
@@ -368,7 +370,7 @@ def test_compare__one_trial_is_enough_without_chance(tmp_path):
 
 def test_compare__nothing_finished(tmp_path):
     study = measured(tmp_path / "study", [], models=[ModelRow("a", "a")])
-    with pytest.raises(StudyError, match="holds no finished cell"):
+    with pytest.raises(StudyError, match="has no finished cell"):
         compare(study)
 
 

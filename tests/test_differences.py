@@ -158,7 +158,7 @@ def test_differences__of_means_is_welchs_test_over_trials(means):
         assert row["p_value"] == pytest.approx(expected.pvalue)
         np.testing.assert_allclose((row["low"], row["high"]), np.clip(limits, -1, 1))
         assert row["covers"] == "trials"
-    assert any("taken for independent draws" in note for note in found.notes)
+    assert any("treated as independent" in note for note in found.notes)
 
 
 def test_differences__other_seeds_are_not_paired(small, tmp_path):
@@ -217,7 +217,7 @@ def test_differences__of_other_images_trials_are_paired_alone(tmp_path, other):
         expected = stats.ttest_rel(*(means_of(study)[model, row["layer"]] for model in "ab"))
         assert row["p_value"] == pytest.approx(expected.pvalue, rel=1e-6)
         assert row["covers"] == "trials"
-    assert any("on the images that were asked" in note for note in found.notes)
+    assert any("on the same images" in note for note in found.notes)
 
 
 def test_differences__a_reset_without_chance_needs_no_seeds(tmp_path):
@@ -355,7 +355,7 @@ def test_differences__refuses(small, asked, text):
 def test_differences__refuses_without_a_baseline_or_matched_values(tmp_path, means):
     cells = [{"model": m, "layer": "x", "trial": t, "cosine": 0.5} for m in "ab" for t in (0, 1)]
     study = measured(tmp_path / "s", cells)
-    with pytest.raises(StudyError, match=r"names no baseline that differences could be to\. Name one, or give pairs"):
+    with pytest.raises(StudyError, match=r"names no baseline to compare with\. Name one, or give pairs"):
         differences(study)
     with pytest.raises(StudyError, match="no temperature-matched values"):
         differences(means, matched=True)

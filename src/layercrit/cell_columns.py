@@ -11,8 +11,8 @@ CELL_COLUMNS = {
     "layer": "the layer's name",
     "type": "its type, or those of a group joined by '+'",
     "depth": "its position among the layers that are reset, in the order in which the network first uses them, from 0",
-    "n_parameters": "how many numbers a reset replaces",
-    "flops_after": "share of a forward pass's FLOPs that runs anew after the reset, in [0, 1]; NaN where not known",
+    "n_parameters": "how many parameters a reset replaces",
+    "flops_after": "share of a forward pass's FLOPs recomputed after the reset, in [0, 1]; NaN where not known",
     "reset": "what replaced the parameters",
     "trial": "which draw, from 0",
     "seed": "of the trial's donor; the layer's other random numbers are drawn under a hash of it and the layer's name",
@@ -25,4 +25,4 @@ CELL_COLUMNS = {
     "top5_accuracy": "share of images whose label is among the five most probable classes after the reset",
     "recovered_accuracy": "top1_accuracy divided by that of the trained network",
 }
-"""Columns of the table of cells. Beside them there is one for the mean of each distance; ``cosine`` is criticality."""
+"""Columns of the table of cells. There is also one for the mean of each distance; ``cosine`` is criticality."""

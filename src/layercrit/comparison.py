@@ -1,4 +1,4 @@
-"""Many models beside each other: how critical which layers are, against a baseline, and against accuracy."""
+"""Compare many models: how critical their layers are, relative to a baseline, and against accuracy."""
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -20,7 +20,7 @@ __all__ = ["Comparison", "about_models", "accuracy_of", "cells_of", "compare", "
 
 _LISTED = 5  # names shown in a note
 _CAUTION = (
-    "The cosine depends on how peaked a model's softmax is, and models of unlike training are compared without "
+    "The cosine depends on how peaked a model's softmax is, and differently trained models are compared without "
     "temperature-matched values: part of a difference may be confidence, not reliance on layers."
 )
 
@@ -81,11 +81,11 @@ class Comparison:
             `layercrit.correlations.rank_correlations` returns them.
         accuracy: ``documented`` (as the authors give it) or ``measured`` (top-1 on the probe set).
         reset: what replaced the parameters.
-        baseline: name of the model that differences are to, or None.
+        baseline: name of the model that the others are compared with, or None.
         left_out: names of models that were left out on request.
-        caution: what to mind when reading differences between categories, or None.
-        notes: what else a reader has to know, in plain words.
-        origin: where the cells are from: ``source`` and ``sha256`` (None for measured ones), ``rows``,
+        caution: what to bear in mind about differences between categories, or None.
+        notes: what else readers should know, in plain words.
+        origin: where the cells come from: ``source`` and ``sha256`` (None for measured ones), ``rows``,
             ``models_in_file`` and ``trials``.
     """
 
@@ -126,7 +126,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as one JSON object; None stands for what is not known.
 
-        Keys that end in ``percent`` or hold ``percent_by`` count in percent, all others in shares.
+        Values are in percent where the key ends in ``percent`` or contains ``percent_by``, else shares.
         """
         adversarial = ADVERSARIAL in set(self.categories.index)
         spread = pd.Series(self.sd_trials.to_numpy().ravel())
@@ -182,11 +182,11 @@ class Comparison:
 def compare(
     study: _Study, *, baseline: str | None = None, leave_out: Sequence[str] | None = None, reset: str | None = None
 ) -> Comparison:
-    """Set the models of a study beside each other.
+    """Compare the models of a study.
 
     Args:
         study: a `layercrit.study.tables.Study`, finished or not; models without a finished cell are named in the notes.
-        baseline: the model that differences are to. None: the study's own, if it names one.
+        baseline: the model that the others are compared with. None: the study's own, if it names one.
         leave_out: categories, or names of models. None: those that the study names; an empty list: none.
         reset: None for the study's only or first one.
 
@@ -200,7 +200,7 @@ def compare(
     usable = set(ok["model"])
     compared = [name for name in study.models["model"] if name not in left_out and name in usable]
     if not compared:
-        raise StudyError(f"No model of the study in {study.folder} is left to compare. Leave out fewer.")
+        raise StudyError(f"No model of the study in {study.folder} is left to compare. Leave out fewer models.")
     notes = [*study.record.get("notes", []), *_about_missing(study, cells, used, left_out)]
     chosen, about_baseline = _baseline(study, baseline, compared)
     first = chosen or compared[0]  # names and order of layers are its
@@ -247,7 +247,7 @@ def _left_out(study: _Study, names: Sequence[str]) -> set[str]:
     for name in names:
         if name not in models and name not in of_category:
             raise StudyError(
-                f"The study in {study.folder} has no model and no category {name!r} that could be left out. "
+                f"The study in {study.folder} has no model or category {name!r} to leave out. "
                 f"{near(name, [*of_category, *study.models['model']])}"
             )
         found.update(of_category.get(name, []) if name not in models else [name])
@@ -266,7 +266,7 @@ def _baseline(study: _Study, asked: str | None, compared: Sequence[str]) -> tupl
         )
     own = study.record.get("baseline")
     if asked is None and own is not None and own not in compared:
-        return None, [f"There are no differences to the baseline {own}: it is left out or has no finished cell."]
+        return None, [f"There are no differences to the baseline {own}, since it is left out or has no finished cell."]
     return asked or own, []
 
 
@@ -307,7 +307,7 @@ def _about_layers(of_model: Mapping[str, Sequence[str]], common: set[str]) -> li
         return []
     parts = [f"{len(names)} of {_listed(models)} ({_listed(names)})" for names, models in left.items()]
     return [
-        f"The models differ in their layers: the {len(common)} that all have are compared. Left out: "
+        f"The models differ in their layers: only the {len(common)} that all of them have are compared. Left out: "
         f"{'; '.join(parts)}."
     ]
 
@@ -447,14 +447,14 @@ def _about_missing(study: _Study, cells: pd.DataFrame, reset: str, left_out: set
     usable = set(cells.loc[cells["status"] == "ok", "model"])
     notes = []
     if absent := [name for name in wanted if name not in usable]:
-        notes.append(f"Not compared, since they have no finished cell that is ok: {_listed(absent, len(absent))}.")
+        notes.append(f"Not compared, since they have no cell that is ok: {_listed(absent, len(absent))}.")
     trials = cells.groupby(["model", "layer"])["trial"].nunique().groupby("model").min()
     records = study.models.set_index("model")["record"]
     random = all(records[name].get("random_trials", {}).get(reset, True) for name in usable)
     planned = needed_trials(study.record.get("protocol", {}).get("trials", 0), random)
     most = max(int(trials.max()), planned)
     if few := [f"{name} ({trials[name]})" for name in wanted if name in usable and trials[name] < most]:
-        notes.append(f"Fewer than the {most} trials of the study: {_listed(few)}.")
+        notes.append(f"Measured in fewer than the {most} trials of the study: {_listed(few)}.")
     notes += [
         f"Failed: {failure.model}, trial {failure.trial} ({failure.error})."
         for failure in study.failures

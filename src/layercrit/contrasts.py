@@ -1,4 +1,4 @@
-"""Differences between means, with intervals and p-values that respect trials and images; control of many tests."""
+"""Differences between means, with intervals and p-values that account for trials and images; multiple testing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Contrasts:
         low: lower confidence limit; NaN where there is no interval.
         high: upper confidence limit; NaN where there is no interval.
         p_value: of the two-sided test that the sum is 0; NaN where nothing can be tested, also where nothing varies.
-        covers: what may be drawn again while the intervals stay valid.
+        covers: what the intervals hold for when it is sampled anew.
     """
 
     mean: Array
@@ -50,15 +50,15 @@ def crossed_contrasts(
     random_trials: bool = True,
     upper: float = 1.0,
 ) -> Contrasts:
-    """Contrast the mean distances of models that were shown the same images under the same draws.
+    """Contrast the mean distances of models that were run on the same images under the same draws.
 
-    What counts is the weighted sum d[r, x] of the models' distances in each trial and image: what a draw or an image
-    does to all models alike cancels. It is analysed as one model's distances are in `layercrit.statistics.estimate`,
-    as two crossed random effects. One of the two was drawn once only: Student's t of the other.
+    The weighted sum d[r, x] of the models' distances in each trial and image is analysed: the effects that a draw or an
+    image has on all models alike cancel. As in `layercrit.statistics.estimate`, trials and images are two crossed
+    random effects; if there is only one trial or one image, Student's t of the other is used.
 
     Args:
         distances: ``(n_models, n_trials, n_images)``; trial r is the same draw and image x the same image in all. One
-            image column of means over images: the interval is then for new trials on the same images.
+            image column holds means over images: the interval is then for new trials on the same images.
         weights: ``(n_contrasts, n_models)``; 1 and -1 for the difference of two models.
         level: confidence level, between 0 and 1.
         random_trials: whether the reset draws at random; if not, trials are averaged, and images alone vary.
@@ -73,7 +73,7 @@ def crossed_contrasts(
 
         With R trials and N images the variance of the mean is (MS_trials - MS_rest + MS_images) / (R N). Many tests
         at once need the far tail of its distribution, where Satterthwaite's degrees of freedom, which the interval of
-        a single model uses, are no guide: three trials that happen to agree make them large. The p-value is therefore
+        a single model uses, are unreliable: three trials that happen to agree make them large. The p-value is therefore
         a generalised one (Tsui & Weerahandi 1989, *Journal of the American Statistical Association* 84, 602-607): the
         mean, over the values that U, chi-squared with R - 1 degrees of freedom, can have, of Student's p-value under
         the variance (max((R - 1) MS_trials / U - MS_rest, 0) + max(MS_images, MS_rest)) / (R N). Where trials are all
@@ -204,13 +204,13 @@ def contrasts_of_samples(
 ) -> Contrasts:
     """Contrast the means of independent samples, which may differ in size and spread.
 
-    Of two samples with the weights 1 and -1 this is Welch's test (Welch 1947, *Biometrika* 34, 28-35), its degrees of
+    For two samples with the weights 1 and -1 this is Welch's test (Welch 1947, *Biometrika* 34, 28-35), its degrees of
     freedom Satterthwaite's.
 
     Args:
         samples: of each model the mean distance of each trial ``(n_trials,)``, or of each category the criticality of
-            each of its models ``(n_models,)``. One value tells nothing of its spread: contrasts with it have no
-            interval.
+            each of its models ``(n_models,)``. A single value says nothing about its spread: contrasts with it have
+            no interval.
         weights: ``(n_contrasts, n_samples)``.
         level: confidence level, between 0 and 1.
         upper: the largest possible mean; limits are clipped to it on both sides of 0.
@@ -262,12 +262,12 @@ def _limited(
 
 
 def holm(p_values: npt.NDArray[Any]) -> Array:
-    """Adjust p-values so that with probability 1 - alpha at least no true null has one of alpha or less.
+    """Adjust p-values such that the family-wise error rate is at most alpha when those of alpha or less are rejected.
 
-    Holm 1979, *Scandinavian Journal of Statistics* 6, 65-70. It is valid however the tests depend on each other.
+    Holm 1979, *Scandinavian Journal of Statistics* 6, 65-70. It holds under any dependence between the tests.
 
     Args:
-        p_values: ``(n_tests,)``; NaN is no test, stays NaN and does not count.
+        p_values: ``(n_tests,)``; NaN stays NaN and does not count as a test.
 
     Example:
         >>> holm(np.array([0.01, 0.04, 0.03]))
@@ -283,13 +283,13 @@ def holm(p_values: npt.NDArray[Any]) -> Array:
 
 
 def benjamini_hochberg(p_values: npt.NDArray[Any]) -> Array:
-    """Adjust p-values so that of those of alpha or less a share of at most alpha are false in the mean.
+    """Adjust p-values such that, of those of alpha or less, an expected share of at most alpha are false positives.
 
-    Benjamini & Hochberg 1995, *Journal of the Royal Statistical Society B* 57, 289-300. Valid for independent tests and
-    those that depend on each other positively; approximately, for differences to one baseline.
+    Benjamini & Hochberg 1995, *Journal of the Royal Statistical Society B* 57, 289-300. It holds for tests that are
+    independent or positively dependent, and approximately for differences to one baseline.
 
     Args:
-        p_values: ``(n_tests,)``; NaN is no test, stays NaN and does not count.
+        p_values: ``(n_tests,)``; NaN stays NaN and does not count as a test.
     """
     p_values = np.asarray(p_values, np.float64)
     adjusted = np.full(p_values.shape, np.nan)

@@ -17,7 +17,7 @@ def rank_correlations(models: pd.DataFrame) -> pd.DataFrame:
     """Correlate the models' mean criticality with their accuracy, over all of them and without each category in turn.
 
     Args:
-        models: rows of `layercrit.comparison.Comparison.models`; those that lack either number do not count.
+        models: rows of `layercrit.comparison.Comparison.models`; those without either number are ignored.
 
     Returns:
         one row per ``without`` (None or the category left out) and ``method`` (``spearman`` for rho, ``kendall`` for
@@ -42,7 +42,7 @@ def rank_correlations(models: pd.DataFrame) -> pd.DataFrame:
 def _exact_spearman(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> float:
     """Return the two-sided p-value of Spearman's rho over all orders of one side.
 
-    Few models make the usual approximation by Student's t far too confident: it gives 0 for three in perfect order.
+    The usual approximation by Student's t is far too confident for few models: it gives 0 for three in perfect order.
     """
     ranks = [rankdata(values) - (len(values) + 1) / 2 for values in (x, y)]
     orders = np.array(list(itertools.permutations(ranks[1])))  # (n!, n)

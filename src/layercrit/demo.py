@@ -1,4 +1,4 @@
-"""The embedded default: a family of small networks, trained on Fashion-MNIST by many methods, and a study of all."""
+"""The bundled demo: a family of small networks, trained on Fashion-MNIST by many methods, and a study of them all."""
 
 import os
 import shutil
@@ -70,7 +70,7 @@ class _SmallResNet(nn.Module):
 
 
 def small_resnet(num_classes: int = 10) -> nn.Module:
-    """Return the demo's network with fresh weights, a ResNet-50 in small with 23 convolutions and linear layers.
+    """Return the demo's network with fresh weights, a small version of ResNet-50 with 23 layers that can be reset.
 
     It has a stem, three stages of two bottleneck blocks and a classifier, 126,410 parameters for 10 classes, and maps
     grey images ``(n_images, 1, 28, 28)`` to logits ``(n_images, num_classes)``.
@@ -86,7 +86,7 @@ def example_study(name: str) -> str:
 def copy_family(folder: Path) -> Path:
     """Copy the trained models, the test images and their study file into a folder, and return the file's path.
 
-    What lies there already stays, so that models trained anew are not lost.
+    Files that are already there stay, so that retrained models are not lost.
     """
     folder.mkdir(parents=True, exist_ok=True)
     study_file = folder / STUDY_FILE
@@ -107,7 +107,7 @@ class DemoResult:
     Attributes:
         study: all models, measured.
         comparison: of them with the baseline.
-        findings: what they show and what not, in words.
+        findings: what they show and what they do not, in words.
         folder: where models, images, tables and figures are.
     """
 
@@ -118,12 +118,12 @@ class DemoResult:
 
 
 def run_demo(folder: Path, say: Callable[[str], Any] = print) -> DemoResult:
-    """Measure the family that comes with layercrit, and leave models, images, the study, tables, figures and the page.
+    """Measure the bundled family, and write models, images, the study, tables, figures and the page into a folder.
 
     Args:
-        folder: gets ``models/``, ``fashion-mnist-test.npz``, ``fashion.toml``, the study in ``study/``, ``models.csv``,
-            ``layers.csv``, ``findings.txt``, ``report.html`` and ``figures/``.
-        say: is told what goes on.
+        folder: where to write ``models/``, ``fashion-mnist-test.npz``, ``fashion.toml``, the study in ``study/``,
+            ``models.csv``, ``layers.csv``, ``findings.txt``, ``report.html`` and ``figures/``.
+        say: called with each progress message.
 
     Raises:
         StudyError: a model could not be measured, or another process runs the demo in this folder.
@@ -131,8 +131,8 @@ def run_demo(folder: Path, say: Callable[[str], Any] = print) -> DemoResult:
     study_file = read_study_file(copy_family(folder))
     n_models, trials = len(study_file.models), study_file.protocol.trials
     say(
-        f"Resetting each layer of {n_models} small networks in turn, {trials} draws each, and asking about "
-        f"{study_file.n_images} images ..."
+        f"Resetting each layer of {n_models} small networks in turn, {trials} draws each, and running "
+        f"{study_file.n_images} images through them ..."
     )
     ran = run_study(study_file, folder / "study", n_workers=min(2, os.cpu_count() or 1))
     if ran.failures:
@@ -144,7 +144,7 @@ def run_demo(folder: Path, say: Callable[[str], Any] = print) -> DemoResult:
     (folder / "findings.txt").write_text(findings + "\n", encoding="utf-8")
     study.by_model().to_csv(folder / "models.csv", index=False)
     study.to_pandas().to_csv(folder / "layers.csv", index=False)
-    say("Drawing the figures and the page ...")
+    say("Plotting the figures and writing the page ...")
     report(study, folder)
     return DemoResult(study, comparison, findings, folder)
 

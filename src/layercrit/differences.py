@@ -28,18 +28,18 @@ Array = npt.NDArray[np.float64]
 Pair = tuple[str, str]
 
 _SAME_IMAGES = (
-    "Of some models only means over images are known: intervals and tests with them hold for new trials on the same "
+    "For some models only means over images are known: their intervals and tests hold for new trials on the same "
     "images."
 )
 _INDEPENDENT = (
-    "Of some models it is not known that they share draws and images: the two sides' trials are taken for independent "
-    "draws, and intervals hold for new trials on the images that were asked. Where they do share draws, these tests "
-    "find less than they could."
+    "For some models it is not known whether they share draws and images: the trials of the two sides are treated as "
+    "independent, and intervals hold for new trials on the same images. If they do share draws, these tests have less "
+    "power than they could."
 )
-_COMMON = "Some models have more trials than others: their differences are over the trials that both sides have."
-_THESE = "Intervals and tests hold for these models; another training seed may move a model by more than they say."
+_COMMON = "Some models have more trials than others: their differences are taken over the trials that both sides have."
+_THESE = "Intervals and tests hold for these models; another training seed may change a model by more than that."
 _NEW = (
-    "Intervals and tests take the models of a category for a sample of it: they hold for new models of its kind, under "
+    "Intervals and tests treat the models of a category as a sample: they hold for new models of the category, under "
     "these draws and on these images."
 )
 
@@ -56,8 +56,8 @@ class Differences:
             ``significant_bh``.
         alpha: level of the tests.
         family: which p-values were adjusted together: ``all``, or those of each ``pair``.
-        baseline: the model that all differences are to, or None.
-        notes: what a reader has to know.
+        baseline: the model that all others are compared with, or None.
+        notes: what readers should know.
     """
 
     table: pd.DataFrame
@@ -80,7 +80,7 @@ class Differences:
         ).reset_index()
 
     def sentence(self) -> str:
-        """Return in words how many differences are significant."""
+        """Say how many differences are significant."""
         to = f" to {self.baseline}" if self.baseline else ""
         of = "" if self.family == "all" else " of each pair by itself"
         return (
@@ -106,22 +106,22 @@ def differences(
     leave_out: Sequence[str] | None = None,
     reset: str | None = None,
 ) -> Differences:
-    """Set models, or categories of models, against each other layer by layer.
+    """Test the differences between models, or categories of models, layer by layer.
 
     Models that were measured under the same draws on the same images are paired in both: the interval holds for new
-    trials and new images. Where one has more trials, those that all have count. Where only means over images are known,
-    the interval holds for new trials on the same images. Where draws or images are not known to be the same, the two
-    sides' trials are taken for independent samples (Welch's test); cells of one side that share a draw, or may share
-    it (trials of one number), are averaged first.
+    trials and new images. If one has more trials, only those that all have are used. Where only means over images are
+    known, the interval holds for new trials on the same images. Where draws or images are not known to be the same, the
+    trials of the two sides are treated as independent samples (Welch's test); cells of one side that share a draw, or
+    may share it (trials of one number), are averaged first.
 
     Args:
         study: finished or not.
         pairs: of names; ``all``: every pair; None: each model and the baseline, or every pair of categories.
-        between: what the names are of. Of a category its mean over models is taken.
-        unit: of categories, what is drawn anew: ``trials``, these very models staying, or ``models``, new ones of the
-            same kind. The second asks for more, and needs two models of a category at least.
+        between: whether the names are of models or categories. A category stands for the mean of its models.
+        unit: what intervals between categories hold for: new ``trials`` of these models, or new ``models`` of the
+            categories. The second demands more, and needs at least two models of a category.
         family: which p-values are adjusted together: ``all``, or those of each ``pair``.
-        matched: whether the temperature-matched criticality is taken.
+        matched: whether to use the temperature-matched criticality.
         alpha: level of the tests.
         baseline: as in `layercrit.compare`.
         leave_out: as in `layercrit.compare`.
@@ -154,11 +154,15 @@ def compared_differences(
 ) -> Differences:
     """Return what `differences` does, of the models, layers and baseline of a comparison of the study."""
     if unit == "models" and between == "models":
-        raise StudyError("The unit 'models' is for categories: of two single models only trials can be drawn anew.")
+        raise StudyError(
+            "The unit 'models' is for categories, not for single models: use between='categories' or unit='trials'."
+        )
     cells = cells_of(study, comparison)
     quantity = MATCHED if matched else "cosine"
     if quantity not in cells or cells[quantity].isna().all():
-        raise StudyError("The study has no temperature-matched values: they need the predictions for single images.")
+        raise StudyError(
+            "The study has no temperature-matched values, which need per-image predictions. Use matched=False."
+        )
     chosen = _pairs(study, comparison, pairs, between)
     sides = [_members(comparison, [pair[side] for pair in chosen], between) for side in (0, 1)]
     found: list[dict[str, Any]] = []
@@ -184,9 +188,7 @@ def _pairs(
     known = [str(name) for name in (comparison.criticality if between == "models" else comparison.categories).index]
     if pairs is None and between == "models":
         if comparison.baseline is None:
-            raise StudyError(
-                f"The study in {study.folder} names no baseline that differences could be to. Name one, or give pairs."
-            )
+            raise StudyError(f"The study in {study.folder} names no baseline to compare with. Name one, or give pairs.")
         return [(name, comparison.baseline) for name in known if name != comparison.baseline]
     if pairs is None or pairs == "all":
         return list(combinations(known, 2))
@@ -213,8 +215,8 @@ def _about_fewer_models(comparison: Comparison, between: str) -> list[str]:
     if between == "models" or not layers:
         return []
     return [
-        f"On {len(layers)} of {missing.shape[1]} layers some category's mean is over fewer of its models, since cells "
-        f"of the others are not ok: {', '.join(layers[:5])}{' and more' if len(layers) > 5 else ''}."
+        f"On {len(layers)} of {missing.shape[1]} layers a category's mean is over fewer of its models, since cells of "
+        f"the others are not ok: {', '.join(layers[:5])}{' and more' if len(layers) > 5 else ''}."
     ]
 
 

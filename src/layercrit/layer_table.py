@@ -14,14 +14,14 @@ __all__ = ["estimate_columns", "layer_table"]
 def layer_table(
     cells: pd.DataFrame, estimates: pd.DataFrame, *, by: Sequence[str], about: Sequence[str], means: Sequence[str]
 ) -> pd.DataFrame:
-    """Return one row per layer, in the order in which the layers come in the cells.
+    """Return one row per layer, in the order of the cells.
 
     Args:
         cells: one row per (layer, trial), with ``status``, ``n_images`` and the columns named below.
         estimates: one row per layer, indexed by ``by``; see `estimate_columns`.
         by: the columns that name a layer, such as ``("model", "reset", "layer")``.
-        about: columns that are the same in all cells of a layer.
-        means: columns of which the mean over the layer's cells that are ok is taken.
+        about: columns with the same value in all cells of a layer.
+        means: columns to average over the layer's cells that are ok.
 
     Returns:
         the columns ``by``, ``about``, those of ``estimates``, ``means``, and then ``top1_agreement`` (1 minus the mean

@@ -78,7 +78,7 @@ def test_measure__does_not_replace_a_measurement_unasked(measured, photographs):
     before = (folder / "measurement.json").read_bytes()
     result = run("measure", MODEL, "--images", photographs, "--out", folder, cwd=folder.parent)
     assert result.returncode == 1
-    assert "holds a measurement already" in result.stderr
+    assert "already contains a measurement" in result.stderr
     assert "--overwrite" in result.stderr
     assert (folder / "measurement.json").read_bytes() == before
 

@@ -1,4 +1,4 @@
-"""The command that draws a report, called as the command line calls it."""
+"""The command that writes a report, called as the command line calls it."""
 
 import json
 import subprocess
@@ -89,7 +89,7 @@ def test_report__baseline_reset_and_who_is_left_out(study):
     arguments = ("--baseline", "b", "--leave-out", "a", "--leave-out", "c d", "--reset", "rerandomize")
     assert call(study, *arguments, "--figures", "profile", "--format", "png").exit_code == 0
     page = (study / "report.html").read_text(encoding="utf-8")
-    assert "1 models, 2 layers, 2 trials of the reset rerandomize on 4 images; differences are to b<" in page
+    assert "1 models, 2 layers, 2 trials of the reset rerandomize on 4 images; differences are relative to b<" in page
 
 
 @pytest.mark.parametrize(("leave_out", "n_models"), [([], 2), (["--leave-out", ""], 3)], ids=["its own", "nobody"])
@@ -104,11 +104,15 @@ def test_report__who_the_study_leaves_out(study, leave_out, n_models):
         (["--figures", "all,rankin"], 1, "Error: There is no figure 'all'."),
         (["--figures", "ranking,rankin"], 1, "Error: There is no figure 'rankin'. Did you mean 'ranking'?"),
         (["--figures", "budget"], 1, "Error: No model has a budget of adversarial training."),
-        (["--format", "png,jpg"], 1, "Error: Figures cannot be saved as 'jpg'. Did you mean 'png'?"),
+        (["--format", "png,jpg"], 1, "Error: Figures cannot be saved in the format 'jpg'. Did you mean 'png'?"),
         (["--baseline", "c d"], 1, "Error: The baseline 'c d' is left out"),
-        (["--leave-out", "e"], 1, "has no model and no category 'e' that could be left out. Known: 'a', 'b', 'c d'."),
+        (["--leave-out", "e"], 1, "has no model or category 'e' to leave out. Known: 'a', 'b', 'c d'."),
         (["--reset", "zero"], 1, "has no reset 'zero'. Known: 'rerandomize'."),
-        (["--model", "a", "--model", "x"], 1, "Error: No model 'x' is compared, so it has no profile. Known: 'a', 'b'"),
+        (
+            ["--model", "a", "--model", "x"],
+            1,
+            "Error: The model 'x' is not compared, so it has no profile. Known: 'a', 'b'",
+        ),
         (["--out", f"study/{FILE}"], 1, "cannot be written to (Not a directory). Name another place with --out."),
         (["--figure", "ranking"], 2, "No such option"),
     ],

@@ -86,7 +86,7 @@ def test_run__again_says_what_was_there_and_retry_tries_again(ran, here, tmp_pat
     assert again.exit_code == 1
     known = f"0 cells measured, {2 * N_LAYERS} were there already"
     assert known in again.stdout
-    assert f"Saved in {folder}; go on with `layercrit compare {folder}`." in again.stdout
+    assert f"Saved in {folder}; next: `layercrit compare {folder}`." in again.stdout
     table = again.stdout.splitlines()
     assert table[0].strip() == "small"
     assert table[2].startswith(f"{MARKUP}  [bold]")
@@ -111,7 +111,7 @@ def test_run__names_the_folder_like_the_file(here, tmp_path, monkeypatch):
     write_study(tmp_path / "files", 1, trials=1, n_images=4)
     assert call("run", "files/study.toml").exit_code == 0
     assert load_study("study").models["model"].to_list() == ["m0"]
-    again = call("run", "study/study.toml")  # that of a study that was begun
+    again = call("run", "study/study.toml")  # that of a study that was started before
     assert f"{N_LAYERS} were there already" in again.stdout
     assert f"Saved in {tmp_path / 'study'};" in again.stdout
 
@@ -120,7 +120,7 @@ def test_run__does_not_replace_a_study_file_that_somebody_wrote(here, tmp_path):
     path = write_study(tmp_path, 1, trials=1, n_images=4)
     text = path.read_text()
     for arguments in ([tmp_path], [path, "--out", tmp_path]):
-        with pytest.raises(StudyError, match=r"No study was begun in .*study\.toml, which a run would replace.*--out"):
+        with pytest.raises(StudyError, match=r"contains a study\.toml but no study yet.*--out"):
             call("run", *arguments)
     assert path.read_text() == text
     assert not (tmp_path / FILE).exists()
@@ -192,7 +192,7 @@ def test_status__done_left_and_failed(tmp_path):
     assert [line.split() for line in lines[1:4]] == [
         [MARKUP, "done", "4", "of", "4"], ["b", "failed", "0", "of", "?"], ["c", "not", "opened", "0", "of", "?"]
     ]  # fmt: skip
-    assert lines[4:] == ["4 of 4 cells planned so far are done", "nobody runs it now"]
+    assert lines[4:] == ["4 of 4 cells planned so far are done", "not running"]
     assert result.stderr.splitlines() == [
         "3 trial(s) failed:",
         "  b, rerandomize, trials 0, 1: no such file",
@@ -273,7 +273,7 @@ def test_merge__says_what_there_is_and_notes_on_stderr(tmp_path):
     assert result.stdout == f"3 models, 12 cells. Saved in {tmp_path / 'both'}.\n"
     assert result.stderr == "note: a note\n"
     assert load_study(tmp_path / "both").models["model"].to_list() == ["a", "b", "c"]
-    with pytest.raises(StudyError, match="holds a study already"):
+    with pytest.raises(StudyError, match="already contains a study"):
         call("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both")
     assert call("merge", tmp_path / "a", tmp_path / "b").exit_code == 2  # no --out
 

@@ -49,7 +49,7 @@ def test_import__writes_a_study_and_says_what_it_is(tmp_path, files):
 
 
 def test_import__refuses_as_the_library_does(study, files):
-    with pytest.raises(StudyError, match="holds a study already"):
+    with pytest.raises(StudyError, match="already contains a study"):
         run(import_command, files[0], "--as", "published", "--models", files[1], "--out", study)
     assert run(import_command, files[0], "--as", "else", "--out", study).exit_code == 2
 
@@ -85,7 +85,7 @@ def test_compare__ranks_the_models(study):
     best = comparison.models.loc[ranked[0]]
     for shown in (f"{best['criticality']:.3f}", f"{best['difference']:+.3f}", f"{best['centre_of_mass']:.3f}"):
         assert shown in lines[2].split()
-    assert "4 models, 6 layers, 3 trials, reset rerandomize; differences are to tv_resnet50" in lines
+    assert "4 models, 6 layers, 3 trials, reset rerandomize; differences are relative to tv_resnet50" in lines
     assert "left out: frozen" in lines
     assert "Rank correlation of mean criticality with documented accuracy" in text
     assert "without augmentation" not in text, "two models are too few for a correlation"

@@ -138,7 +138,9 @@ def test_fetch__over_the_net_goes_on_after_a_failure(tmp_path, cache, hub):
     WRITERS["robust"](tmp_path, state)[0].rename(folder / "resnet50_l2_eps0.05.ckpt")
     (folder / "resnet50_l2_eps0.01.ckpt").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     result = run("fetch", "robust_resnet50_l2_eps0", "robust_resnet50_l2_eps0.0*")
-    assert error_of(result).startswith("3 of 4 models were not fetched, see above: robust_resnet50_l2_eps0, robust_")
+    assert error_of(result).startswith(
+        "3 of 4 models could not be fetched, see above: robust_resnet50_l2_eps0, robust_"
+    )
     assert result.stdout == f"robust_resnet50_l2_eps0.05: {cache}/robust_resnet50_l2_eps0.05.safetensors\n"
     assert (
         "robust_resnet50_l2_eps0: hf:madrylab/robust-imagenet-models/resnet50_l2_eps0.ckpt: the server" in result.stderr

@@ -258,7 +258,7 @@ def test_save_figure__same_table_gives_the_same_bytes(tmp_path: Path, suffix: st
 
 def test_save_figure__unknown_format_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     figure = criticality_bars(layers(3), title="model")
-    with pytest.raises(ProtocolError, match=r"cannot be saved as 'pgn'. Did you mean 'png'"):
+    with pytest.raises(ProtocolError, match=r"cannot be saved in the format 'pgn'. Did you mean 'png'"):
         save_figure(figure, tmp_path / "figure", ["svg", "pgn"])
     assert not list(tmp_path.iterdir())
 

@@ -171,7 +171,7 @@ def test_criticality_over_depth__categories_without_a_value_have_no_panel() -> N
         "baseline", "training recipes", "augmentation", "own idea",
     ]  # fmt: skip
     with pytest.raises(
-        ProtocolError, match=r"No value is known, so there is nothing to draw. Measure a model at least"
+        ProtocolError, match=r"No value is known, so there is nothing to plot. Measure at least one model"
     ):
         criticality_over_depth(values * np.nan, models)
 
@@ -218,5 +218,5 @@ def test_criticality_over_depth__tables_that_do_not_fit_are_an_error() -> None:
         criticality_over_depth(values, models.iloc[:6])
     with pytest.raises(ProtocolError, match="values have no layer: expected"):
         criticality_over_depth(values.iloc[:, :0], models)
-    with pytest.raises(ProtocolError, match=r"values hold the layer 'layer0.conv' more than once"):
+    with pytest.raises(ProtocolError, match=r"values contain the layer 'layer0.conv' more than once"):
         criticality_over_depth(values.iloc[:, [0, 1, 0]], models)

@@ -245,9 +245,9 @@ def test_heat_map__tables_that_are_empty_or_hold_a_name_twice_are_an_error() -> 
         heat_map(values.iloc[:, :0], models)
     with pytest.raises(ProtocolError, match="values have no model: expected"):
         heat_map(values.iloc[:0], models)
-    with pytest.raises(ProtocolError, match=r"values hold the layer 'layer0.conv' more than once"):
+    with pytest.raises(ProtocolError, match=r"values contain the layer 'layer0.conv' more than once"):
         heat_map(values.iloc[:, [0, 1, 0]], models)
-    with pytest.raises(ProtocolError, match="values hold the model 'model_1' more than once"):
+    with pytest.raises(ProtocolError, match="values contain the model 'model_1' more than once"):
         heat_map(values.iloc[[0, 1, 1]], models)
 
 

@@ -180,7 +180,7 @@ def test_figures__no_rows_or_a_model_twice_are_errors(draw: Draw, columns: tuple
     values, models = tables()
     with pytest.raises(ProtocolError, match=r"table of models has no rows: expected one per model"):
         draw(values, models.iloc[:0])
-    with pytest.raises(ProtocolError, match="holds 'model_2' more than once: expected one row per model"):
+    with pytest.raises(ProtocolError, match="contains 'model_2' more than once: expected one row per model"):
         draw(values, models.iloc[[0, 2, 1, 2]])
 
 

@@ -168,9 +168,7 @@ def test_export__replaces_files_only_when_asked(imported, tmp_path):
 
 def test_export__a_folder_that_cannot_be_made(imported, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        StudyError, match=r"cannot be exported into .*Name another folder|cannot be exported into .*--out"
-    ):
+    with pytest.raises(StudyError, match=r"cannot be exported to .*Name another folder|cannot be exported to .*--out"):
         export(imported, "csv", tmp_path / "file" / "out")
 
 

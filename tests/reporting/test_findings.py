@@ -44,7 +44,7 @@ def test_trends_of__differences_are_to_the_mean_of_the_baselines(tmp_path):
     assert matched.differences == pytest.approx({"recipe0": 0, "recipe1": 0}, abs=1e-7)
     assert [trend.verdict for trend in (first, matched, deep)] == [
         "agrees in part",
-        "does not decide",
+        "is inconclusive",
         "agrees in part",
     ]
     assert first.counts == (1, 0, 1)
@@ -56,7 +56,7 @@ def test_trends_of__differences_are_to_the_mean_of_the_baselines(tmp_path):
         ({"a": -0.2, "b": -0.11}, "agrees", (2, 0, 0)),
         ({"a": -0.2, "b": -0.05}, "agrees in part", (1, 0, 1)),
         ({"a": -0.2, "b": 0.3}, "agrees in part", (1, 1, 0)),
-        ({"a": 0.05, "b": -0.05}, "does not decide", (0, 0, 2)),
+        ({"a": 0.05, "b": -0.05}, "is inconclusive", (0, 0, 2)),
         ({"a": 0.05, "b": 0.2}, "disagrees", (0, 1, 1)),
         ({"a": 0.2}, "disagrees", (0, 1, 0)),
     ],
@@ -89,7 +89,7 @@ def test_trends_of__budgets_are_steps_from_the_baseline_on(tmp_path):
 def test_describe_family__says_what_the_numbers_say(tmp_path):
     text = describe_family(family(tmp_path, base0=0.6, base1=0.5, recipe0=0.3, ssl0=0.9), {})
     assert "4 models of one architecture, 6 layers." in text
-    assert "The 2 baselines, which differ in their training seed alone, lie 0.083 apart" in text
+    assert "The 2 baselines, which differ only in their training seed, lie 0.083 apart" in text
     assert "Improved recipes lower the mean criticality: this study agrees (1 of 1; recipe0 -0.208)." in text
     assert "Self-supervised methods lower the mean criticality: this study disagrees (0 of 1; ssl0 +0.292)." in text
     assert "Adversarial" not in text
@@ -97,11 +97,11 @@ def test_describe_family__says_what_the_numbers_say(tmp_path):
 
 
 def test_describe_family__one_baseline_has_no_yardstick(tmp_path):
-    assert "There is one baseline only" in describe_family(family(tmp_path, base0=0.6, recipe0=0.3), {})
+    assert "There is only one baseline" in describe_family(family(tmp_path, base0=0.6, recipe0=0.3), {})
 
 
 def test_trends_of__needs_a_baseline(tmp_path):
-    with pytest.raises(StudyError, match="No model is of category 'baseline'"):
+    with pytest.raises(StudyError, match="No model has the category 'baseline'"):
         trends_of(family(tmp_path, recipe0=0.3, ssl0=0.2), {})
 
 

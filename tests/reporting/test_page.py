@@ -115,7 +115,7 @@ def test_page__opens_without_network_or_complaint(page, study):
     values = compare(study).criticality
     np.testing.assert_allclose(shown(page)["z"], values.loc[rows_shown(page)], atol=1e-6)
     assert rows_shown(page)[0] == "base", "the baseline comes first"
-    assert page.evaluate("() => performance.getEntriesByName('first picture').length") == 1
+    assert page.evaluate("() => performance.getEntriesByName('first figure').length") == 1
     assert "5 models, 5 layers, 3 trials of the reset rerandomize on 20 images" in page.inner_text("#facts")
 
 
@@ -309,7 +309,7 @@ def test_page__differences_of_models(page, study):
             check_differences(compared(page), table)
             assert 0 < sum(table["significant"]) < len(table), "some are significant and some are not"
             said = page.inner_text("#compare-said")
-            assert f"of 5 tested layers {table['significant'].sum()} are found to differ" in said
+            assert f"{table['significant'].sum()} of 5 tested layers differ significantly" in said
     page.select_option("#control", "bh")
     assert list(compared(page)["significant"]) == list(table["significant_bh"])
 
@@ -365,8 +365,8 @@ def test_page__differences_are_of_the_layers_that_they_stand_at(browser, tmp_pat
 
 def test_page__says_what_differences_rest_on(page, study):
     listed = page.inner_text("#compare-notes")
-    assert "for each layer by itself: one may leave out 0 and its difference not be significant" in listed
-    assert "another training seed may move a model by more than they say" in listed
+    assert "are not adjusted for multiple testing" in listed
+    assert "another training seed may change a model" in listed
     page.select_option("#first", label="augmentation")
     page.select_option("#second", label="baseline")
     page.select_option("#unit", "models")
@@ -385,7 +385,7 @@ def test_page__what_was_not_tested_is_not_called_equal(browser, tmp_path):
 def test_page__a_model_against_itself(page):
     page.select_option("#first", label="Base")
     page.select_option("#second", label="Base")
-    assert "Choose two that differ" in page.inner_text("#compare-said")
+    assert "Choose two different ones" in page.inner_text("#compare-said")
     assert not page.locator("#compare-plot").is_visible()
 
 
@@ -622,7 +622,7 @@ def test_write_page__one_model(browser, tmp_path):
     study = made_up(tmp_path, models={"base": None})
     with opened_page(browser, write_page(study, compare(study), tmp_path / "r.html")) as page:
         assert rows_shown(page) == ["base"]
-        assert "Choose two that differ" in page.inner_text("#compare-said")
+        assert "Choose two different ones" in page.inner_text("#compare-said")
 
 
 @released

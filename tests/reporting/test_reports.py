@@ -199,9 +199,9 @@ def test_report__unknown_figure(study):
 
 
 def test_report__unknown_format_leaves_nothing_behind(study, tmp_path):
-    with pytest.raises(ProtocolError, match=r"cannot be saved as 'pgn'\. Did you mean 'png'"):
+    with pytest.raises(ProtocolError, match=r"cannot be saved in the format 'pgn'\. Did you mean 'png'"):
         report(study, tmp_path / "out", formats=["svg", "pgn"])
-    with pytest.raises(ProtocolError, match="cannot be saved as 'jpg'"):
+    with pytest.raises(ProtocolError, match="cannot be saved in the format 'jpg'"):
         report(study, tmp_path / "out", figures=[], formats=["jpg"])
     assert not (tmp_path / "out").exists()
 
@@ -212,7 +212,7 @@ def test_report__unknown_format_leaves_nothing_behind(study, tmp_path):
         ({"baseline": "bas"}, "no model 'bas'. Did you mean 'base'"),
         ({"leave_out": ["augmentatoin"]}, "category 'augmentatoin'.*Did you mean 'augmentation'"),
         ({"reset": "rerandomise"}, "no reset 'rerandomise'. Did you mean 'rerandomize'"),
-        ({"profiles": ["mix", "pgd"]}, "No model 'pgd' is compared, so it has no profile. Did you mean 'pgd"),
+        ({"profiles": ["mix", "pgd"]}, "The model 'pgd' is not compared, so it has no profile. Did you mean 'pgd"),
         ({"profiles": ["mix"], "leave_out": ["augmentation"]}, "No model 'mix' is compared"),
         ({"leave_out": ["baseline", "augmentation", "adversarial_training"]}, "No model .* is left to compare"),
     ],
@@ -226,8 +226,8 @@ def test_report__unknown_names_leave_nothing_behind(study, tmp_path, arguments, 
 # --- what cannot be drawn ---------------------------------------------------------------------------------------------
 
 CANNOT = {
-    "difference": "no baseline that differences could be to. Name one with --baseline",
-    "spread": "one trial only, so neither a spread over trials nor an interval",
+    "difference": "no baseline to compare the models with. Name one with --baseline",
+    "spread": "only one trial, so neither a spread over trials nor an interval",
     "accuracy": "No accuracy is known. Give it in the study file",
     "budget": "No model has a budget of adversarial training. Give attack_norm and eps",
 }
@@ -271,14 +271,14 @@ def test_report__no_layer_whose_cells_are_all_ok(tmp_path):
     assert set(result.left_out) == set(FIGURES)
     assert all("all its cells ok" in reason for reason in result.left_out.values())
     assert result.page.is_file()
-    with pytest.raises(StudyError, match="No layer of any model has all its cells ok"):
+    with pytest.raises(StudyError, match="No layer of any model has only cells that are ok"):
         report(study, figures=["ranking"])
 
 
 def test_report__baseline_without_values(tmp_path):
     cells = cells_of("ab", ["fc"])
     cells[0]["status"] = "unchanged"
-    with pytest.raises(StudyError, match="No layer of the baseline a has all its cells ok"):
+    with pytest.raises(StudyError, match="No layer of the baseline a has only cells that are ok"):
         svg(measured(tmp_path, cells), "difference", baseline="a")
 
 
@@ -305,8 +305,8 @@ def test_report__unfinished_study(tmp_path):
     result = report(study, figures=["criticality", "ranking"], formats=["svg"])
     page = html.unescape(result.page.read_text(encoding="utf-8"))
     for note in (
-        "Not compared, since they have no finished cell that is ok: c, d.",
-        "Fewer than the 2 trials of the study: b (1).",
+        "Not compared, since they have no cell that is ok: c, d.",
+        "Measured in fewer than the 2 trials of the study: b (1).",
         "Failed: c, trial 0 (no such file).",
     ):
         assert note in page
@@ -315,7 +315,7 @@ def test_report__unfinished_study(tmp_path):
 
 def test_report__study_without_any_finished_cell(tmp_path):
     study = measured(tmp_path, [], models=rows("a"))
-    with pytest.raises(StudyError, match=r"holds no finished cell\. Run it with `layercrit study run`"):
+    with pytest.raises(StudyError, match=r"has no finished cell\. Run it with `layercrit study run`"):
         report(study)
 
 
@@ -331,7 +331,7 @@ def test_report__baseline_in_figures_and_page(study, written):
     assert 0.4 < expected.abs().max(axis=None) <= 0.5, "so that the scale ends at 0.5"
     # the baseline's category stands first
     assert filled(result.figures["difference"][0])[:4] == colours(expected.loc["base"], "PuOr", end=0.5)
-    assert "differences are to mix" in facts(result.page)
+    assert "differences are relative to mix" in facts(result.page)
     for path in (result.figures[name][0] for name in lined):
         of_base = written.page.parent / "figures" / path.name
         assert path.read_bytes() != of_base.read_bytes(), f"the line of the baseline in {path.name}"

@@ -462,11 +462,11 @@ def test_run__a_script_without_a_main_guard_is_told_so(tmp_path):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: LocalProcesses([]), "No place to compute was given; expected at least one"),
+        (lambda: LocalProcesses([]), "no places for workers: expected at least one"),
         (lambda: LocalProcesses([PLACE], attempts=0), "attempts is 0; expected 1 or more"),
         (
             lambda: LocalProcesses([PLACE]).run([Task("a", "x", 1), Task("b", "x", 1), Task("a", "y", 2)], jobs.start),
-            "Two tasks are named 'a'; expected a name of its own for each task",
+            "Two tasks are named 'a'; expected unique names",
         ),
         (lambda: local_places(0, "cpu", 0), "The number of workers is 0; expected 1 or more"),
         (lambda: local_places(-2, "auto", 4), "The number of workers is -2; expected 1 or more"),

@@ -418,7 +418,7 @@ def test_mistakes__all_at_once(tmp_path):
         "[[models]] no. 1: accuracy must be a share in [0, 1]; got 76.15. Did you mean 0.7615?",
         found[15],
         found[16],
-        "[study] baseline 'm3' is none of the models. Did you mean 'm0'?",
+        "[study] baseline 'm3' is not one of the models. Did you mean 'm0'?",
     ]
     assert found[3].startswith("[images] source is missing: source of the images, anything that `layercrit measure")
     assert re.fullmatch(r"\[protocol\] .*'rerandomise'.*Did you mean 'rerandomize'\?.*", found[15])
@@ -501,8 +501,8 @@ def test_mistakes__many(tmp_path):
     ("tables", "expected"),
     [
         ([], "there are no models: add [[models]] tables with a reference each"),
-        (["name = 'x'"], "[[models]] no. 1: expected one of reference, list and method"),
-        (["reference = 'zoo:*'\nlist = 'x'"], "[[models]] no. 1: expected one of reference, list and method"),
+        (["name = 'x'"], "[[models]] no. 1: expected exactly one of reference, list and method"),
+        (["reference = 'zoo:*'\nlist = 'x'"], "[[models]] no. 1: expected exactly one of reference, list and method"),
         (["reference = 'zo:x'"], "[[models]] no. 1: 'zo:x' is no model reference. Did you mean 'zoo'?"),
         (["reference = 'resnet50'"], "[[models]] no. 1: 'resnet50' is no model reference."),
         (["reference = 'zoo:'"], "[[models]] no. 1: 'zoo:' is no model reference."),
@@ -510,7 +510,7 @@ def test_mistakes__many(tmp_path):
         (["reference = 'timm:resnet5O'"], "timm has no model 'resnet5O'. Did you mean 'resnet50'"),
         (["reference = 'timm:resnet50.a9_in1k'"], "timm has no weights 'a9_in1k' for resnet50. Did you mean '"),
         (["reference = 'timm:xyz*'"], "timm has no model that matches 'xyz*'"),
-        (["reference = 'torchvision:resnet*'"], "patterns are known for zoo:, timm: and file: only"),
+        (["reference = 'torchvision:resnet*'"], "patterns work only with zoo:, timm: and file:"),
         (["reference = 'file:m2.pth'"], "there is no file HERE/m2.pth. Did you mean 'm1.pth' or 'm0.pth'?"),
         (["reference = 'file:x*.pth'"], "no file matches HERE/x*.pth"),
         (
@@ -522,7 +522,7 @@ def test_mistakes__many(tmp_path):
         (["reference = 'file:m0.pth'\naccuracy = nan"], "accuracy must be a share in [0, 1]; got nan."),
         (["reference = 'file:m0.pth'\neps = -1"], "eps must be at least 0; got -1"),
         (["reference = 'file:m0.pth'\naccuracy = 101"], "accuracy must be a share in [0, 1]; got 101."),
-        (["reference = 'file:m0.pth'\ndonor = 'no'"], "the donor of model 'm0' is no file: HERE/no"),
+        (["reference = 'file:m0.pth'\ndonor = 'no'"], "the donor of model 'm0' is not a file: HERE/no"),
         (["list = 'no.csv'"], "[[models]] no. 1: the list HERE/no.csv cannot be read ("),
         (["list = 'm0.pth'"], "[[models]] no. 1: the list HERE/m0.pth names no models"),
     ],
@@ -536,7 +536,7 @@ def test_mistakes__of_models(tmp_path, tables, expected):
 def test_mistakes__no_name_that_is_unlike_all(tmp_path):
     text = ONE + "[[models]]\nreference = 'torchvision:resnet50:DEFAULT?x*=1'\n[study]\nbaseline = 'zzz'"
     (found,) = mistakes(write(tmp_path, text))
-    assert found == "[study] baseline 'zzz' is none of the models. Known: 'resnet50:DEFAULT'."
+    assert found == "[study] baseline 'zzz' is not one of the models. Known: 'resnet50:DEFAULT'."
 
 
 def test_mistakes__in_a_list_with_columns(tmp_path):
@@ -572,8 +572,8 @@ def test_mistakes__unknown_names_to_compare(tmp_path):
     text = "[study]\nbaseline = 'm2'\nleave_out = ['m0', 'onw']\n" + ONE
     text += "[[models]]\nreference = 'file:m*.pth'\ncategory = 'own'"
     assert mistakes(write(tmp_path, text, files=["m0.pth", "m1.pth"])) == [
-        "[study] baseline 'm2' is none of the models. Did you mean 'm1' or 'm0'?",
-        "[study] leave_out 'onw' is no category and no model. Did you mean 'own'?",
+        "[study] baseline 'm2' is not one of the models. Did you mean 'm1' or 'm0'?",
+        "[study] leave_out 'onw' is neither a category nor a model. Did you mean 'own'?",
     ]
 
 
@@ -600,7 +600,7 @@ def test_read_study_file__unreadable(tmp_path):
     with pytest.raises(StudyError, match=r"cannot be read .*utf-8"):
         read_study_file(tmp_path)
     (tmp_path / "study.toml").write_text("[study\n")
-    with pytest.raises(StudyError, match=r"study.toml is not written as TOML: .*line 1"):
+    with pytest.raises(StudyError, match=r"study.toml is not valid TOML: .*line 1"):
         read_study_file(tmp_path)
 
 
@@ -678,7 +678,7 @@ def test_read_study_file__what_may_be_the_baseline_is_not_called_unknown(tmp_pat
 
 def test_read_study_file__a_folder_of_imported_results(tmp_path):
     Store(tmp_path, create=True).close()
-    with pytest.raises(StudyError, match="was imported or merged: there is nothing in it to run"):
+    with pytest.raises(StudyError, match="was imported or merged, so it cannot be run"):
         read_study_file(tmp_path)
 
 

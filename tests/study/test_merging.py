@@ -181,7 +181,7 @@ def test_merge_studies__published_and_measured(whole, tmp_path):
             found = layers_found.loc[model, columns].reset_index(drop=True)
             pd.testing.assert_frame_equal(found, of_model[columns].reset_index(drop=True))
     told = " ".join(merged.record["notes"])
-    assert "Published results: each cell holds means over images only" in told
+    assert "Published results: each cell has only means over images" in told
     assert f"different images ({published.folder}: not known; {whole.folder}: 8 of images.npz, SHA-256 " in told
     assert "differ in their protocol" not in told  # the published one does not tell its own
     comparison = compare(merged)
@@ -189,7 +189,7 @@ def test_merge_studies__published_and_measured(whole, tmp_path):
     assert comparison.criticality.columns.to_list() == layers
     assert comparison.models.index.to_list() == ["tv_resnet50", "model_a", "model_b", "model_c", "m0", "m1"]
     assert comparison.left_out == ("frozen",)
-    assert any("asked about different images" in note for note in comparison.notes)
+    assert any("used different images" in note for note in comparison.notes)
     assert not any("differ in their layers" in note for note in comparison.notes)
 
 
@@ -243,7 +243,7 @@ def test_merge_studies__refuses(tmp_path):
     made(tmp_path / "b", "b")
     with pytest.raises(StudyError, match="two or more studies to merge, got 1"):
         merge_studies([tmp_path / "a"], tmp_path / "merged")
-    with pytest.raises(StudyError, match=r"b holds a study already.*--out"):
+    with pytest.raises(StudyError, match=r"b already contains a study.*--out"):
         merge_studies([tmp_path / "a", tmp_path / "b"], tmp_path / "b")
     with pytest.raises(StudyError, match=r"There is no study in .*c: "):
         merge_studies([tmp_path / "a", tmp_path / "c"], tmp_path / "merged")

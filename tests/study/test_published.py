@@ -114,7 +114,7 @@ def test_import_published__models_from_the_zoo(tmp_path):
     ]  # fmt: skip
     assert layers.loc["my_own", "shape"].isna().all()
     assert rows.loc["my_own", "label"] == "my_own"
-    assert "No category is known of my_own." in study.record["notes"]
+    assert "No category is known for my_own." in study.record["notes"]
     assert "baseline" not in study.record
     assert "leave_out" not in study.record
 
@@ -168,13 +168,13 @@ def lacking(rows):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (changed(3, "pred_cos_sim", "high"), r"line 3, column 'pred_cos_sim' holds 'high': expected a number\."),
-        (changed(3, "pred_cos_sim", "1.2"), r"line 3, column 'pred_cos_sim' holds '1\.2': .* from 0 to 1"),
-        (changed(4, "pred_l1_err", "-0.5"), r"line 4, column 'pred_l1_err' holds '-0\.5': .* 0 to 2"),
-        (changed(9, "top1_acc", "101"), r"line 9, column 'top1_acc' holds '101': .* 0 to 100"),
-        (changed(5, "trial", "0.5"), r"line 5, column 'trial' holds '0\.5': expected a whole number"),
-        (changed(5, "trial", "inf"), r"line 5, column 'trial' holds 'inf': expected a whole number"),
-        (changed(5, "trial", ""), r"line 5, column 'trial' holds '': expected a whole number"),
+        (changed(3, "pred_cos_sim", "high"), r"line 3, column 'pred_cos_sim' contains 'high': expected a number\."),
+        (changed(3, "pred_cos_sim", "1.2"), r"line 3, column 'pred_cos_sim' contains '1\.2': .* from 0 to 1"),
+        (changed(4, "pred_l1_err", "-0.5"), r"line 4, column 'pred_l1_err' contains '-0\.5': .* 0 to 2"),
+        (changed(9, "top1_acc", "101"), r"line 9, column 'top1_acc' contains '101': .* 0 to 100"),
+        (changed(5, "trial", "0.5"), r"line 5, column 'trial' contains '0\.5': expected a whole number"),
+        (changed(5, "trial", "inf"), r"line 5, column 'trial' contains 'inf': expected a whole number"),
+        (changed(5, "trial", ""), r"line 5, column 'trial' contains '': expected a whole number"),
         (changed(6, "layer", " "), r"line 6, column 'layer' is empty: expected a name"),
         (changed(6, "model_id", ""), r"line 6, column 'model_id' is empty"),
         (repeated, r"line 9, column 'trial': model 'tv_resnet50', layer 'model\.layer1\.0\.conv2' has trial 0 already "
@@ -182,7 +182,7 @@ def lacking(rows):
         (lacking, r"lacks trial 1, which other layers of the model have"),
         (changed(7, "layer", "model.fcc"), r"layer 'model\.fcc' of model 'tv_resnet50' lacks trial 1, 2, .*"
                                            r"Did you mean 'model\.fc'"),
-        (list.clear, "has a header and no row"),
+        (list.clear, "has a header but no rows"),
     ],
 )  # fmt: skip
 def test_import_published__refuses(tmp_path, models, change, text):
@@ -198,10 +198,10 @@ def test_import_published__refuses(tmp_path, models, change, text):
     [
         ("pred_cos_sim", "pred_cos", r"line 1: column 'pred_cos_sim' is missing\. Did you mean 'pred_cos'\?"),
         ("top1_acc,", "", r"line 1: column 'top1_acc' is missing\. Expected top1_acc, top5_acc"),
-        ("top1_acc,", "top1_acc,top1_acc,", r"line 1: column 'top1_acc' is there twice"),
+        ("top1_acc,", "top1_acc,top1_acc,", r"line 1: column 'top1_acc' appears twice"),
         ("top1_acc,", ",top1_acc,", r"line 1: column '' is unknown"),
         ("0,model_a", "0,model_a,7", r"line 20, has 13 fields where the header names 12 columns"),
-        ("model_a", '"model_a', r"is no CSV file in UTF-8 \("),
+        ("model_a", '"model_a', r"is not a CSV file in UTF-8 \("),
     ],
 )
 def test_import_published__refuses_files_of_another_shape(tmp_path, table, models, old, new, text):
@@ -219,7 +219,7 @@ def test_import_published__refuses_files_of_another_shape(tmp_path, table, model
 
 def test_import_published__refuses_bytes_missing_files_and_directories(tmp_path, table, models):
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(StudyError, match=r"binary.csv is no CSV file in UTF-8"):
+    with pytest.raises(StudyError, match=r"binary.csv is not a CSV file in UTF-8"):
         import_published(tmp_path / "binary.csv", tmp_path / "study", models)
     with pytest.raises(StudyError, match=r"There is no file .*result\.csv\. Did you mean 'results\.csv'"):
         import_published(tmp_path / "result.csv", tmp_path / "study", models)
@@ -230,9 +230,9 @@ def test_import_published__refuses_bytes_missing_files_and_directories(tmp_path,
 @pytest.mark.parametrize(
     ("row", "text"),
     [
-        (("model_a", "x", "y", "1.0"), r"line 7, column 'model_id': 'model_a' is there already"),
-        (("other", "x", "y", "150"), r"line 7, column 'imagenet_top1_percent' holds 150\.0: expected 0 to 100"),
-        (("other", "x", "y", "high"), r"line 7, column 'imagenet_top1_percent' holds 'high': expected a number"),
+        (("model_a", "x", "y", "1.0"), r"line 7, column 'model_id': 'model_a' appears twice"),
+        (("other", "x", "y", "150"), r"line 7, column 'imagenet_top1_percent' contains 150\.0: expected 0 to 100"),
+        (("other", "x", "y", "high"), r"line 7, column 'imagenet_top1_percent' contains 'high': expected a number"),
     ],
 )
 def test_import_published__refuses_tables_of_models(tmp_path, table, models, row, text):
@@ -244,7 +244,7 @@ def test_import_published__refuses_tables_of_models(tmp_path, table, models, row
 
 def test_import_published__refuses_a_folder_that_holds_a_study(tmp_path, table, models):
     study = import_published(table, tmp_path / "study", models)
-    with pytest.raises(StudyError, match="holds a study already"):
+    with pytest.raises(StudyError, match="already contains a study"):
         import_published(table, tmp_path / "study", models)
     assert len(load_study(tmp_path / "study").cells) == len(study.cells)
 

@@ -102,7 +102,7 @@ def test_store__missing(tmp_path):
 
 def test_store__folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StudyError, match=r"file/cells.sqlite cannot be made \(.*\)\. Name another folder"):
+    with pytest.raises(StudyError, match=r"file/cells.sqlite cannot be created \(.*\)\. Name another folder"):
         Store(tmp_path / "file", create=True)
 
 
@@ -111,7 +111,9 @@ def test_store__other_sqlite_file(tmp_path):
         connection.execute("CREATE TABLE cells (x)")
     content = (tmp_path / FILE).read_bytes()
     for create in (False, True):
-        with pytest.raises(StudyError, match=r"is an SQLite file, but not of a layercrit study\. Name another folder"):
+        with pytest.raises(
+            StudyError, match=r"is an SQLite file, but not that of a layercrit study\. Name another folder"
+        ):
             Store(tmp_path, create=create)
     assert (tmp_path / FILE).read_bytes() == content
 
@@ -120,7 +122,7 @@ def test_store__newer_file(tmp_path):
     Store(tmp_path, create=True).close()
     with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as connection:
         connection.execute(f"PRAGMA user_version = {SCHEMA + 1}")
-    with pytest.raises(StudyError, match=r"has schema 4, this version of layercrit knows 3\. Install the newer"):
+    with pytest.raises(StudyError, match=r"has schema version 4, but .* up to 3\. Install the newer"):
         Store(tmp_path)
 
 
@@ -192,7 +194,7 @@ def test_store__damaged_file(tmp_path):
     (tmp_path / FILE).write_bytes(content)
     with Store(tmp_path) as store:
         for read in (store.cells, store.models, store.plan, store.runs, lambda: store.known(["a"])):
-            with pytest.raises(StudyError, match=r"cannot be used \(.*malformed.*\).*start anew in another folder"):
+            with pytest.raises(StudyError, match=r"cannot be used \(.*malformed.*\).*start over in another folder"):
                 read()
 
 
@@ -494,7 +496,7 @@ def test_per_image__damaged(store):
         store.put_cells([cell("key", per_image={"cosine": np.ones(1000, np.float32)})])
         (blob,) = store._rows("SELECT per_image FROM cells")[0]
         store._connection.execute("UPDATE cells SET per_image = ?", (blob[:-4] + b"\0\0\0\0",))
-    with pytest.raises(StudyError, match=r"Values of single images are damaged in the study's file .*Restore cells.sq"):
+    with pytest.raises(StudyError, match=r"Per-image values in the study's file .*Restore cells.sq"):
         store.per_image(["key"])
 
 

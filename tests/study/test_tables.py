@@ -307,7 +307,7 @@ def test_load_study__a_store_without_anything(tmp_path):
     assert study.resets == []
     assert study.level == 0.95
     assert repr(study) == f"<Study {tmp_path.name}: 0 models, 0 cells>"
-    with pytest.raises(StudyError, match="holds no finished cell"):
+    with pytest.raises(StudyError, match="has no finished cell"):
         study.of_reset()
 
 
@@ -333,7 +333,7 @@ def test_of_reset__refuses(random, tmp_path):
         random.of_reset("zeros")
     places = itertools.product("ab", ("conv1", "conv2", "fc"), range(3))
     study = random_study(tmp_path, dict.fromkeys(places, "unchanged"))
-    with pytest.raises(StudyError, match="holds no finished cell"):
+    with pytest.raises(StudyError, match="has no finished cell"):
         study.of_reset()
     assert study.to_pandas()["criticality"].isna().all()
 

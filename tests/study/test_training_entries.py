@@ -216,7 +216,10 @@ A = "method = 'baseline'\nname = 'a'"
             "no. 1: The method baseline has no setting 'batch'. Did you mean 'batch_",
         ),
         (TRAINING + "settings = {batch_size = 'x'}\n", "[[models]] no. 1: baseline: batch_size must be a whole number"),
-        (TRAINING + "settings = {epochs = 3}\n", "[[models]] no. 1: epochs must stand beside settings, not in them"),
+        (
+            TRAINING + "settings = {epochs = 3}\n",
+            "[[models]] no. 1: epochs must be given next to settings, not in them",
+        ),
         (TRAINING.replace(ARCH, "resnet18"), "[training] arch: 'resnet18' is no model reference."),
         (
             TRAINING.replace(ARCH, "timm:resnet1B"),
@@ -230,7 +233,7 @@ A = "method = 'baseline'\nname = 'a'"
         ("training = 3\n", "expected one table [training], got 3"),
         (
             "",
-            "[[models]] no. 1: method needs a table [training] that says the architecture (arch) and the images (data)",
+            "[[models]] no. 1: method needs a table [training] with the architecture (arch) and the images (data)",
         ),
     ],
 )
@@ -245,22 +248,22 @@ def test_mistakes__of_the_training_table(tmp_path, training, expected):
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        ("method = 'baseline'", "[[models]] no. 1: a model with a method needs a name, after which its fold"),
-        (f"{A}\nreference = 'zoo:resnet50_dino'", "[[models]] no. 1: expected one of reference, list and method"),
-        (f"{A}\nlist = 'x'", "[[models]] no. 1: expected one of reference, list and method"),
+        ("method = 'baseline'", "[[models]] no. 1: a model with a method needs a name, which is also"),
+        (f"{A}\nreference = 'zoo:resnet50_dino'", "no. 1: expected exactly one of reference, list and method"),
+        (f"{A}\nlist = 'x'", "no. 1: expected exactly one of reference, list and method"),
         ("method = 'robust_l3'\nname = 'a'", "no. 1: There is no training method 'robust_l3'. Did you mean 'rob"),
         (f"{A}\nsettings = {{epss = 3}}", "[[models]] no. 1: The method baseline has no setting 'epss'."),
         (f"{A}\nsettings = {{lr = -1}}", "[[models]] no. 1: baseline: lr must be a number from 0; got -1."),
-        (f"{A}\nsettings = {{epochs = 1}}", "[[models]] no. 1: epochs must stand beside settings, not in them"),
+        (f"{A}\nsettings = {{epochs = 1}}", "[[models]] no. 1: epochs must be given next to settings, not in them"),
         (f"{A}\nsettings = 'x'", "[[models]] no. 1: settings must be a table; got 'x'"),
         (f"{A}\nepochs = 0", "[[models]] no. 1: epochs must be at least 1; got 0"),
         (f"{A}\nseed = -1", "[[models]] no. 1: seed must be a whole number from 0 to 2**64 - 1; got -1"),
         (f"{A}\nseed = true", "[[models]] no. 1: seed must be a whole number from 0 to 2**64 - 1; got True"),
         (f"{A}\naccuracy = 76", "[[models]] no. 1: accuracy must be a share in [0, 1]; got 76. Did you mean 0.76?"),
-        (f"{A}\ndonor = 'no.pth'", "the donor of model 'a' is no file: HERE/no.pth"),
+        (f"{A}\ndonor = 'no.pth'", "the donor of model 'a' is not a file: HERE/no.pth"),
         ("method = 3\nname = 'a'", "[[models]] no. 1: method must be text; got 3"),
-        ("reference = 'zoo:resnet50_dino'\nseed = 1\nepochs = 2", "epochs, seed can be of models with a method only"),
-        ("list = 'x.csv'\nsettings = {}", "[[models]] no. 1: settings can be of models with a method only"),
+        ("reference = 'zoo:resnet50_dino'\nseed = 1\nepochs = 2", "epochs, seed can be given only for a model with a"),
+        ("list = 'x.csv'\nsettings = {}", "[[models]] no. 1: settings can be given only for a model with a method"),
     ],
 )  # fmt: skip
 def test_mistakes__of_a_model_with_a_method(tmp_path, model, expected):

@@ -16,7 +16,10 @@ __all__ = ["demo_command"]
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 def demo_command(out: Path, as_json: bool) -> None:
-    """Measure 15 small networks, trained on Fashion-MNIST by methods of all families. Needs a minute, no network."""
+    """Measure 15 small networks, trained on Fashion-MNIST by methods of every category.
+
+    It takes about a minute and works offline.
+    """
     from layercrit.demo import run_demo
 
     result = run_demo(out, say=lambda line: click.echo(line, err=True))
@@ -27,7 +30,7 @@ def demo_command(out: Path, as_json: bool) -> None:
         click.echo(f"\n{result.findings}\n")
     files = ", ".join(sorted(path.name for path in out.iterdir() if path.is_file()))
     click.echo(f"Saved in {out}: {files}; figures in {out / 'figures'}.", err=True)
-    click.echo(f"Open {out / 'report.html'} in a browser. By hand:", err=True)
+    click.echo(f"Open {out / 'report.html'} in a browser. The same, step by step:", err=True)
     for command in (
         f"layercrit study run {out / 'fashion.toml'} --out {out / 'study'}",
         f"layercrit compare {out / 'study'}",

@@ -31,11 +31,11 @@ def _selection(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         [
             click.option("--layers", default=DEFAULTS.layers, show_default=True, metavar="GLOB,...",
-                         help="Patterns on layer names, such as 'layer1.*,fc'."),
+                         help="Glob patterns of layer names, such as 'layer1.*,fc'."),
             click.option("--types", default=DEFAULTS.types, show_default=True, metavar="TYPE,...",
-                         help="Types of layers: conv, linear, norm, embedding, other, or all."),
+                         help="Layer types: conv, linear, norm, embedding, other, or all."),
             click.option("--group", default=DEFAULTS.group, show_default=True,
-                         type=click.Choice(["layer", "block", "stage"]), help="Reset layers alone or together."),
+                         type=click.Choice(["layer", "block", "stage"]), help="What is reset at once."),
         ]
     ):  # fmt: skip
         command = option(command)
@@ -56,7 +56,7 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
     "--images",
     required=True,
     metavar="SOURCE",
-    help="A folder, .npz/.npy, .parquet, webdataset .tar, Hugging Face data set on disk, MNIST's format (a folder: its "
+    help="A folder, .npz/.npy, .parquet, WebDataset .tar, Hugging Face data set on disk, MNIST files (of a folder: the "
     "t10k part), or 'torchvision:NAME?root=DIR&split=test'.",
 )
 @click.option("--trials", default=DEFAULTS.trials, show_default=True, help="Random draws per layer.")
@@ -75,29 +75,31 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
     "--from",
     "donor",
     metavar="FILE",
-    help="A weight file to take the new values from (needed by rewind); DIR@epoch=0: what a training run began with.",
+    help="A weight file with the new values (needed by rewind); DIR@epoch=0: the initial weights of a training run.",
 )
 @click.option(
     "--distances",
     cls=RegisteredOption,
     registry="layercrit.distances:DISTANCES",
     metavar="NAME,...",
-    help="What is measured beside cosine; all of them if left out.",
+    help="Distances to measure besides cosine; all of them by default.",
 )
-@click.option("--seed", default=DEFAULTS.seed, show_default=True, help="Of the draws and of the choice of images.")
+@click.option(
+    "--seed", default=DEFAULTS.seed, show_default=True, help="Seed of the random draws and of the choice of images."
+)
 @click.option("--batch-size", default=str(DEFAULTS.batch_size), show_default=True, callback=_number_or_auto)
 @click.option(
     "--dtype",
     default=DEFAULTS.dtype,
     show_default=True,
     type=click.Choice(DTYPES),
-    help="auto: bfloat16 where it is fast and exact enough, else float32; the choice is reported.",
+    help="auto: bfloat16 where it is fast and accurate enough, else float32; the choice is reported.",
 )
 @click.option("--device", default=DEFAULTS.device, show_default=True)
 @click.option("--level", default=DEFAULTS.level, show_default=True, help="Confidence level of the intervals.")
-@click.option("--no-labels", is_flag=True, help="Ignore labels that the images come with.")
+@click.option("--no-labels", is_flag=True, help="Ignore the images' labels.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to save. [default: layercrit-MODEL]")
-@click.option("--overwrite", is_flag=True, help="Replace a measurement that DIR holds already.")
+@click.option("--overwrite", is_flag=True, help="Replace a measurement that is already in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 def measure_command(
     model: str, images: str, out: Path | None, overwrite: bool, as_json: bool, no_labels: bool, **settings: Any
@@ -123,7 +125,7 @@ def measure_command(
 def layers_command(model: str, layers: str, types: str, group: str, as_json: bool) -> None:
     """List what would be reset in MODEL, in depth order, without measuring.
 
-    "after" is the share of the forward pass's FLOPs that run anew when the layer is reset.
+    "after" is the share of the forward pass's FLOPs that must be recomputed when the layer is reset.
     """
     from rich.table import Table
 
@@ -148,7 +150,7 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
         table.add_row(str(layer.depth), plain(layer.name), layer.type, shape, f"{layer.n_parameters:,}", share)
     print_table(table)
     total = sum(layer.n_parameters for layer in found)
-    passes = f"one trial of all costs {sum(after.values()):.1f} forward passes"
+    passes = f"one trial of all layers costs {sum(after.values()):.1f} forward passes"
     click.echo(f"{len(found)} layers, {total:,} parameters; {passes}")
 
 
@@ -156,7 +158,7 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 def show_command(folder: Path, as_json: bool) -> None:
-    """Show the table of a finished measurement again, and draw its picture anew."""
+    """Print the table of a saved measurement, and plot its figure again."""
     from layercrit.figures.style import save_figure
     from layercrit.measurement import Measurement
 
@@ -167,7 +169,7 @@ def show_command(folder: Path, as_json: bool) -> None:
 
 
 class _Saver:
-    """Keeps what is finished on disk while a long measurement goes on."""
+    """Saves finished trials to disk during a long measurement."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -175,20 +177,20 @@ class _Saver:
         self.last = time.monotonic()
 
     def keep(self, so_far: "Callable[[], Measurement]") -> None:
-        """Remember the measurement so far; build it and write it down now and then."""
+        """Remember the measurement so far; build and save it once a minute."""
         self.unsaved = so_far
         if time.monotonic() - self.last > _SECONDS_BETWEEN_SAVES:
             self.save(so_far(), quietly=True)
 
     def save(self, measurement: "Measurement", quietly: bool = False) -> None:
-        """Write a measurement, if need be to another place than asked."""
+        """Save a measurement, if need be in another folder than the one asked for."""
         self.unsaved, self.last = None, time.monotonic()
         try:
             measurement.save(self.folder)
         except LayercritError as error:
             elsewhere = Path(tempfile.mkdtemp(prefix="layercrit-"))
             measurement.save(elsewhere)
-            raise LayercritError(f"{error}\nIt is saved in {elsewhere} instead.") from error
+            raise LayercritError(f"{error}\nThe measurement is saved in {elsewhere} instead.") from error
         if not quietly:
             files = ", ".join(sorted(path.name for path in self.folder.iterdir() if path.is_file()))
             click.echo(f"Saved in {self.folder}: {files}", err=True)
@@ -206,14 +208,14 @@ def _folder_for(model: str, out: Path | None, overwrite: bool) -> Path:
     folder = out or Path("layercrit-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
     if (folder / "measurement.json").exists() and not overwrite:
         raise LayercritError(
-            f"{folder} holds a measurement already. Look at it with `layercrit show {folder}`, "
+            f"{folder} already contains a measurement. Print it with `layercrit show {folder}`, "
             "name another folder with --out, or replace it with --overwrite."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LayercritError(
-            f"The folder {folder} cannot be made: {error.strerror}. Name another with --out."
+            f"The folder {folder} cannot be created: {error.strerror}. Name another one with --out."
         ) from error
     return folder
 
@@ -240,7 +242,7 @@ def _layer_table(table: "pd.DataFrame", summary: dict[str, Any]) -> Any:
     shown.add_column("criticality", justify="right")
     shown.add_column(f"{level} interval", justify="right", no_wrap=True)
     shown.add_column("", no_wrap=True)
-    for column in ("matched", "top-1 agrees", *(["top-1 right"] if "top1_accuracy" in table else []), "status"):
+    for column in ("matched", "top-1 agreement", *(["top-1 accuracy"] if "top1_accuracy" in table else []), "status"):
         shown.add_column(column, justify="left" if column == "status" else "right")
     for row in table.to_dict("records"):
         interval = "-" if row["low"] != row["low"] else f"{row['low']:.3f} - {row['high']:.3f}"
@@ -256,7 +258,7 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
     mean, matched = summary["criticality"], summary["criticality_matched"]
     lines = [""]
     if mean is not None:
-        interval = "no interval: it takes two trials or more"
+        interval = "no interval: that needs at least two trials"
         if mean["low"] is not None:
             limits = f"{mean['low']:.3f} - {mean['high']:.3f}"
             interval = f"{100 * summary['level']:g}% interval {limits} for new {summary['covers']}"
@@ -264,7 +266,7 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
         if matched is not None and summary["temperature"] is not None:
             lines.append(
                 f"temperature-matched {matched['mean']:.3f} (temperature {summary['temperature']:.3g}); "
-                "compare models by this where their training makes them more or less sure of themselves"
+                "compare models by this value where their training makes some more confident than others"
             )
     if summary["chance"] is not None:
         lines.append(f"an unrelated prediction would give {1 - summary['chance']:.3f}, not 1")

@@ -6,7 +6,7 @@ __all__ = ["duration", "number", "percent", "plain", "print_table"]
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the largest unit of which it has two."""
+    """Return a duration in the largest unit of which it has at least two."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
@@ -24,14 +24,14 @@ def percent(value: float | None) -> str:
 
 
 def plain(text: str) -> Any:
-    """Return text as rich shows it literally: names may hold what rich takes for markup."""
+    """Return text that rich shows as it is: names may contain what rich would read as markup."""
     from rich.text import Text
 
     return Text(text)
 
 
 def print_table(table: Any) -> None:
-    """Print a table of rich on stdout; in a file or a pipe nothing is cut off."""
+    """Print a rich table on stdout; nothing is cut off in a file or a pipe."""
     from rich.console import Console
 
     console = Console()

@@ -37,7 +37,7 @@ class ModelCommand(click.Command):
     """A command with an argument MODEL, whose help lists the kinds of references."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write how a model is referred to."""
+        """List the kinds of model references."""
         from layercrit.models.sources import MODEL_SOURCES
 
         forms = [", ".join(source.forms) for source in MODEL_SOURCES.values()]

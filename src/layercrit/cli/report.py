@@ -1,4 +1,4 @@
-"""The command that draws the figures and the page of a study."""
+"""The command that plots the figures of a study and writes its page."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
     registry="layercrit.reporting.reports:FIGURES",
     callback=_names,
     metavar="NAME,...",
-    help="Which figures.",
+    help="Figures to plot.",
 )
 @click.option(
     "--format",
@@ -36,14 +36,16 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
     show_default=True,
     callback=_names,
     metavar="NAME,...",
-    help="Of the figures.",
+    help="File formats of the figures.",
 )
-@click.option("--baseline", metavar="MODEL", help="What differences are to. [default: the study's own]")
+@click.option(
+    "--baseline", metavar="MODEL", help="The model that the others are compared with. [default: the study's own]"
+)
 @click.option(
     "--leave-out",
     multiple=True,
     metavar="NAME",
-    help="A model or category; may be given several times, '' for none. [default: the study's own]",
+    help="A model or category to leave out; may be given several times, '' for none. [default: the study's own]",
 )
 @click.option("--reset", metavar="NAME", help="One of the study's resets. [default: its first]")
 @click.option(
@@ -51,7 +53,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
     "profiles",
     multiple=True,
     metavar="MODEL",
-    help="A model that gets a profile figure; may be given several times. [default: the baseline]",
+    help="A model to plot the profile of; may be given several times. [default: the baseline]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 def report_command(
@@ -65,7 +67,7 @@ def report_command(
     profiles: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Draw the figures of a study, and write report.html: one page to explore it, which needs no network."""
+    """Plot the figures of a study, and write report.html: one page to explore it, which works offline."""
     from layercrit.reporting.reports import report
     from layercrit.study.tables import load_study
 

@@ -1,4 +1,4 @@
-"""The command line as a whole: its commands, and what becomes of errors."""
+"""The command line as a whole: its commands, and how errors are reported."""
 
 import sys
 import traceback
@@ -21,12 +21,12 @@ __all__ = ["cli", "main"]
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="layercrit")
-@click.option("--traceback", "show_traceback", is_flag=True, help="Show where an error arose, for a bug report.")
+@click.option("--traceback", "show_traceback", is_flag=True, help="Show the traceback of an error, for a bug report.")
 def cli(show_traceback: bool) -> None:
     """Which layers of a trained vision model do its decisions depend on?
 
-    Each layer's parameters are reset to random values, the rest stays trained, and the same images are run again:
-    how far the predictions move is the layer's criticality. 0: auxiliary. 1: critical.
+    Each layer's parameters are reset to random values while the rest stays trained, and the same images are run again:
+    how far the predictions move is the layer's criticality, from 0 (auxiliary) to 1 (critical).
     """
 
 
@@ -48,7 +48,7 @@ for command in (
 
 
 def main() -> None:
-    """Run the command line; every error ends in one clear message and a non-zero exit code."""
+    """Run the command line; every error is reported in one clear message and a non-zero exit code."""
     debug = "--traceback" in sys.argv[1:]
     try:
         sys.exit(cli(standalone_mode=False))  # None, or the code that a command or an option such as --help exits with

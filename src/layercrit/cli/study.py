@@ -39,12 +39,12 @@ def study() -> None:
 @_FILE
 @_OUT
 @click.option("--workers", type=int, metavar="N", help="Local processes. [default: one for each GPU, else one]")
-@click.option("--retry", is_flag=True, help="Try again what failed before.")
+@click.option("--retry", is_flag=True, help="Retry the trials that failed before.")
 @_JSON
 def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, as_json: bool) -> None:
-    """Measure what is missing of a study. Run it again to go on after any interruption.
+    """Measure what is missing from a study. Run it again to resume after an interruption.
 
-    STUDY.toml may also be the folder of a study that was begun.
+    STUDY.toml may also be the folder of a study that was started before.
     """
     from layercrit.study.file import read_study_file
     from layercrit.study.running import run_study
@@ -56,32 +56,34 @@ def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, 
     try:
         report = run_study(read, folder, n_workers=workers, retry=retry)
     except KeyboardInterrupt:
-        click.echo(f"Stopped. What is measured is kept in {folder}; run the same command to go on.", err=True)
+        click.echo(
+            f"Stopped. What has been measured is kept in {folder}; run the same command again to resume.", err=True
+        )
         raise
     found = load_study(folder)
     if as_json:
         click.echo(json.dumps({**_status(found), "measured_now": report.n_measured, "seconds": report.seconds}))
     else:
         _show_means(found)
-        go_on = f"; go on with `layercrit compare {folder}`" if len(found.cells) else ""
+        go_on = f"; next: `layercrit compare {folder}`" if len(found.cells) else ""
         click.echo(
-            f"{report.n_measured} cells measured, {report.n_known} were there already ({duration(report.seconds)}). "
+            f"{report.n_measured} cells measured, {report.n_known} were already there ({duration(report.seconds)}). "
             f"Saved in {folder}{go_on}."
         )
     if report.failures:
         _show_failures(report.failures)
-        click.echo("Mend what can be mended and run the same command with --retry.", err=True)
+        click.echo("Fix the causes, then run again with --retry.", err=True)
         raise click.exceptions.Exit(1)
 
 
 @study.command("plan")
 @_FILE
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Where the study lies, to count what is done."
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="The study's folder, to count what is done."
 )
 @_JSON
 def plan_command(file: Path, out: Path | None, as_json: bool) -> None:
-    """Say what a study would cost: cells, FLOPs, downloads and time here. Measures nothing."""
+    """Estimate what a study would cost: cells, FLOPs, downloads and time on this machine. Measures nothing."""
     from layercrit.study.file import read_study_file
     from layercrit.study.planning import plan_study
 
@@ -96,7 +98,7 @@ def plan_command(file: Path, out: Path | None, as_json: bool) -> None:
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @_JSON
 def status_command(folder: Path, as_json: bool) -> None:
-    """Say what of a study is done, left and failed, and how long the rest will take."""
+    """Show how much of a study is done, left and failed, and how long the rest will take."""
     from layercrit.study.tables import load_study
 
     found = load_study(folder)
@@ -108,7 +110,7 @@ def status_command(folder: Path, as_json: bool) -> None:
     left = f", about {duration(status['seconds_left'])} left" if status["seconds_left"] else ""
     known = " planned so far" if status["not_opened"] else ""
     click.echo(f"{status['n_done']} of {status['n_planned']} cells{known} are done{left}")
-    click.echo(f"run by {status['run_by']}" if status["run_by"] else "nobody runs it now")
+    click.echo(f"running: {status['run_by']}" if status["run_by"] else "not running")
     if found.failures:
         _show_failures(found.failures)
 
@@ -116,10 +118,10 @@ def status_command(folder: Path, as_json: bool) -> None:
 @study.command("merge")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIR DIR...")
 @click.option(
-    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Where the new study is to lie."
+    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The folder of the new study."
 )
 def merge_command(folders: tuple[Path, ...], out: Path) -> None:
-    """Put studies together: parts from several machines, or one's own models among published ones."""
+    """Merge studies: parts that several machines measured, or your own models and published ones."""
     from layercrit.study.merging import merge_studies
 
     merged = merge_studies(folders, out)
@@ -139,14 +141,14 @@ def example_command(name: str) -> None:
 
 @study.command("schema")
 def schema_command() -> None:
-    """Print the JSON Schema of study files, with which editors complete and check them."""
+    """Print the JSON Schema of study files, for completion and checks in editors."""
     from layercrit.study.schema import study_schema
 
     click.echo(json.dumps(study_schema(), indent=2))
 
 
 def _folder_of(file: Path, out: Path | None) -> Path:
-    """Return the study's folder; without one given, that of a study that was begun, or one named like the file."""
+    """Return the study's folder; by default that of a study that was started before, or one named like the file."""
     from layercrit.study.store import FILE
 
     if out is not None:
@@ -158,12 +160,12 @@ def _folder_of(file: Path, out: Path | None) -> Path:
 
 
 def _keep_own_file(folder: Path) -> None:
-    """Refuse a folder in which a run would write its resolved study file over one that somebody wrote."""
+    """Refuse a folder in which a run would overwrite a study file that somebody wrote with the resolved one."""
     from layercrit.study.store import FILE
 
     if (folder / "study.toml").exists() and not (folder / FILE).exists():
         raise StudyError(
-            f"No study was begun in {folder}, but there is a study.toml, which a run would replace. Give that file "
+            f"{folder} contains a study.toml but no study yet, and a run would replace that file. Give the file "
             "itself, and another folder with --out."
         )
 
@@ -196,7 +198,7 @@ def _show_means(found: "Study") -> None:
     )
     table.add_column("model")
     table.add_column("category")
-    for column in ("mean criticality", f"{level} interval", "matched", "top-1 right", "layers", "trials"):
+    for column in ("mean criticality", f"{level} interval", "matched", "top-1 accuracy", "layers", "trials"):
         table.add_column(column, justify="right")
     for row in means.dropna(subset="criticality").to_dict("records"):
         interval = "-" if row["low"] != row["low"] else f"{row['low']:.3f} - {row['high']:.3f}"
@@ -239,8 +241,8 @@ def _show_plan(found: "StudyPlan") -> None:
         ratio = found.flops_plain / found.flops
         click.echo(f"{found.flops:.3g} FLOPs left; without reuse {found.flops_plain:.3g}, {ratio:.1f} times as many")
         click.echo(
-            f"at most about {duration(found.seconds)} here with one worker, timed on one forward pass in float32; "
-            "fused and bfloat16 replays usually take a half to a third of that"
+            f"at most about {duration(found.seconds)} on this machine with one worker, timed on one forward pass in "
+            "float32; fused and bfloat16 replays usually take a third to a half of that"
         )
     if found.images_mistake:
         click.echo(f"the images cannot be used: {found.images_mistake}", err=True)

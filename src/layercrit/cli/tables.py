@@ -28,9 +28,11 @@ _FEWEST = 3  # models from which there is a rank correlation
     metavar="FILE",
     help="A CSV file with the columns model_id, category, label and imagenet_top1_percent. [default: those of the zoo]",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Where the study is to lie.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The folder of the new study."
+)
 def import_command(results: Path, layout: str, models: Path | None, out: Path) -> None:
-    """Read published results into a study, to compare, draw and export them like measured ones.
+    """Read published results into a study, to compare, plot and export them like measured ones.
 
     The layout `published` is that of the raw results of Gavrikov et al. 2024: one row per model, layer and trial.
     """
@@ -40,7 +42,7 @@ def import_command(results: Path, layout: str, models: Path | None, out: Path) -
     click.echo(f"{len(study.models)} models, {len(study.cells)} cells from {study.record['origin']['source']}")
     for note in study.record["notes"]:
         click.echo(f"note: {note}", err=True)
-    click.echo(f"Saved in {out}. Go on with `layercrit compare {out}`.", err=True)
+    click.echo(f"Saved in {out}. Next: `layercrit compare {out}`.", err=True)
 
 
 @click.command("export")
@@ -52,10 +54,10 @@ def import_command(results: Path, layout: str, models: Path | None, out: Path) -
     cls=RegisteredOption,
     registry="layercrit.reporting.exports:FORMATS",
     metavar="NAME",
-    help="The format.",
+    help="The format to write.",
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write. [default: DIR/export]")
-@click.option("--overwrite", is_flag=True, help="Replace files that are there.")
+@click.option("--overwrite", is_flag=True, help="Replace existing files.")
 def export_command(folder: Path, name: str, out: Path | None, overwrite: bool) -> None:
     """Write the tables of the study in DIR as files for other programs."""
     from layercrit.reporting.exports import export
@@ -67,22 +69,24 @@ def export_command(folder: Path, name: str, out: Path | None, overwrite: bool) -
 
 @click.command("compare")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="STUDY")
-@click.option("--baseline", metavar="MODEL", help="What differences are to. [default: the study's own]")
+@click.option(
+    "--baseline", metavar="MODEL", help="The model that the others are compared with. [default: the study's own]"
+)
 @click.option(
     "--leave-out",
     multiple=True,
     metavar="NAME",
-    help="A model or category; may be given several times, '' for none. [default: the study's own]",
+    help="A model or category to leave out; may be given several times, '' for none. [default: the study's own]",
 )
 @click.option("--reset", metavar="NAME", help="One of the study's resets. [default: its first]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 def compare_command(
     folder: Path, baseline: str | None, leave_out: tuple[str, ...], reset: str | None, as_json: bool
 ) -> None:
-    """Set the models of a study beside each other, most critical first.
+    """Compare the models of a study, most critical first.
 
-    Differences are to a baseline. The centre of mass says where in the depth criticality sits: 0 the first layer, 1 the
-    last.
+    Differences are relative to a baseline. The centre of mass says at which depth criticality lies: 0 is the first
+    layer, 1 the last.
     """
     from layercrit.comparison import compare
     from layercrit.study.tables import load_study
@@ -108,7 +112,7 @@ def show_comparison(comparison: "Comparison") -> None:
     if correlations.row_count:
         print_table(correlations)
         click.echo()
-    against = f"differences are to {comparison.baseline}" if comparison.baseline else "no baseline"
+    against = f"differences are relative to {comparison.baseline}" if comparison.baseline else "no baseline"
     click.echo(
         f"{len(comparison.models)} models, {len(comparison.layers)} layers, {comparison.origin['trials']} trials, "
         f"reset {comparison.reset}; {against}"

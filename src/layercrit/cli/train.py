@@ -122,7 +122,7 @@ def train_command(
     from layercrit.training import Options
 
     options = Options(keep_epochs=keep_epochs, device=device, n_workers=workers, trackers=trackers)
-    leads = os.environ.get("RANK", "0") == "0"  # of several processes that train together, the one that talks
+    leads = os.environ.get("RANK", "0") == "0"  # of several processes that train together, the one that prints
     try:
         with Bar(shown=leads) as bar:
             report = (
@@ -142,7 +142,7 @@ def _train_one(
     method: str, arch: str, data: str, out: Path, epochs: int | None, settings: dict[str, str],
     input_size: tuple[int, int, int] | None, download: bool, bar: Any, **how: Any,
 ) -> Callable[[], None]:  # fmt: skip
-    """Train one model, and return what tells about it."""
+    """Train one model, and return what reports on it."""
     from layercrit.training import get_method, open_training_data, train
 
     chosen = get_method(method, {**settings, **({} if epochs is None else {"epochs": epochs})})
@@ -158,9 +158,9 @@ def _train_one(
     def report() -> None:
         if was_there:
             click.echo(f"{out} already contains this run; nothing was trained.")
-        right = f"{percent(trained.top1_accuracy)} top-1 accuracy on {record['data']['n_test']} held-out images"
+        top1 = f"{percent(trained.top1_accuracy)} top-1 accuracy on {record['data']['n_test']} held-out images"
         epochs = f"{record['epochs']} epoch{'s' * (record['epochs'] != 1)}"
-        click.echo(f"{record['method']}: {right} after {epochs} ({duration(record['seconds'])}).")
+        click.echo(f"{record['method']}: {top1} after {epochs} ({duration(record['seconds'])}).")
         click.echo(f"Saved in {out}: model.safetensors, model.json, log.csv, epochs.", err=True)
         reference = shlex.quote(trained.reference)
         click.echo(f"Next: layercrit measure {reference} --images SOURCE", err=True)
@@ -169,7 +169,7 @@ def _train_one(
 
 
 def _train_models(study: str, names: tuple[str, ...], download: bool, options: Any, bar: Any) -> Callable[[], None]:
-    """Train the models of a study file, and return what tells about them."""
+    """Train the models of a study file, and return what reports on them."""
     from layercrit.study.training import train_models
 
     def show(name: str, done: Any) -> None:
@@ -183,7 +183,7 @@ def _train_models(study: str, names: tuple[str, ...], download: bool, options: A
             for name, model in found.trained.items()
         ]
         if rows:
-            print_table(_table(["model", "method", "accuracy", "time"], rows, right=("accuracy", "time")))
+            print_table(_table(["model", "method", "top-1 accuracy", "time"], rows, right=("top-1 accuracy", "time")))
         if found.failures:
             click.echo(f"{len(found.failures)} could not be trained: {', '.join(found.failures)}.", err=True)
             sys.exit(1)
@@ -221,7 +221,7 @@ def methods_command(name: str | None, as_json: bool) -> None:
             members = [cls for cls in METHODS.values() if cls.category == category]
             rows += [[category, "", ""], *([f"  {cls.name}", cls.changes, _authors(cls.paper)] for cls in members)]
         print_table(_table(["method", "what it changes", "paper"], rows))
-        click.echo("\nSettings and source of one: layercrit methods NAME", err=True)
+        click.echo("\nSettings and paper of a method: layercrit methods NAME", err=True)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> Any:

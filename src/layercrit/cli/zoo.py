@@ -21,9 +21,9 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 
 @click.group()
 def zoo() -> None:
-    """Published checkpoints: the 51 ResNet-50 of the study, each opened as zoo:ID once it is fetched.
+    """Published checkpoints: the 51 ResNet-50s of the paper, each opened as zoo:ID once it is fetched.
 
-    They are kept in the folder LAYERCRIT_CACHE, else in ~/.cache/layercrit. No code of a downloaded file is ever run.
+    They are kept in the folder LAYERCRIT_CACHE, by default ~/.cache/layercrit. Code in a downloaded file is never run.
     """
 
 
@@ -99,13 +99,13 @@ def show_command(name: str, as_json: bool) -> None:
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A file that was downloaded by other means, as with a browser; once for each file of the model, in the order "
-    "of `layercrit zoo show ID`. The net is then not used.",
+    help="A file that you downloaded yourself, for example in a browser; once for each file of the model, in the order "
+    "of `layercrit zoo show ID`. Nothing is downloaded then.",
 )
 def fetch_command(names: tuple[str, ...], everything: bool, given: tuple[Path, ...]) -> None:
-    """Fetch the models named ID, where * and ? stand for any letters, and convert them to safetensors.
+    """Fetch the models ID, in which * and ? are wildcards, and convert them to safetensors.
 
-    What broke off goes on where it stopped. After a failure the others are still fetched.
+    An interrupted download resumes where it stopped. If one model fails, the others are still fetched.
     """
     from layercrit.models.zoo.fetching import fetch_entry, find_entries
     from layercrit.progress_bar import Bar
@@ -129,13 +129,15 @@ def fetch_command(names: tuple[str, ...], everything: bool, given: tuple[Path, .
         else:
             click.echo(f"{entry.id}: {path}")
     if failures:
-        raise ZooError(f"{len(failures)} of {len(entries)} models were not fetched, see above: {', '.join(failures)}.")
+        raise ZooError(
+            f"{len(failures)} of {len(entries)} models could not be fetched, see above: {', '.join(failures)}."
+        )
 
 
 @zoo.command("check")
 @click.argument("name", metavar="ID")
 @click.option(
-    "--images", required=True, metavar="SOURCE", help="Labelled images, as for `layercrit measure`: ImageNet's, say."
+    "--images", required=True, metavar="SOURCE", help="Labelled images, as for `layercrit measure`; ImageNet's."
 )
 @click.option("--n-images", default=10_000, show_default=True, help="Images drawn from SOURCE.")
 @click.option("--batch-size", default=None, type=click.IntRange(min=1), help="[default: chosen for the device]")
@@ -144,7 +146,7 @@ def fetch_command(names: tuple[str, ...], everything: bool, given: tuple[Path, .
 def check_command(name: str, images: str, n_images: int, batch_size: int | None, device: str, as_json: bool) -> None:
     """Compare the top-1 accuracy of the model ID on labelled images with the documented one.
 
-    It agrees if the documented accuracy lies in the 95 % interval, which one in twenty right models misses.
+    They agree if the documented accuracy lies in the 95 % interval, which misses it for one in twenty correct models.
     """
     from layercrit.models.zoo.accuracy import check_accuracy
     from layercrit.models.zoo.fetching import find_entry
@@ -179,5 +181,5 @@ def _in_words(checked: "AccuracyCheck") -> str:
 
 
 def _percent(value: float | None) -> str:
-    """A share as the study prints it, with two decimals."""
+    """A share in percent, with two decimals as in the paper."""
     return "-" if value is None else f"{100 * value:.2f}%"

@@ -46,23 +46,23 @@ _LARGEST_MARKER = 7.0
 def criticality_against_accuracy(
     models: "pd.DataFrame", *, correlations: "pd.DataFrame | None" = None, title: str | None = None
 ) -> "Figure":
-    """Draw a point per model: its accuracy and its mean criticality.
+    """Plot a point per model: its accuracy and its mean criticality.
 
-    Up to 20 models have their labels beside them, moved away from each other; more are told apart by category only.
-    Models without accuracy or criticality are counted below. The figure is as wide as a column. Save it with
+    Up to 20 models are labelled, without overlaps; more are told apart by category only. A note below counts the models
+    without accuracy or criticality. The figure fits a column of a paper. Save it with
     `layercrit.figures.style.save_figure`.
 
     Args:
-        models: One row per model: ``model`` (its name), ``label`` (None: its name), ``category`` (or None; decides
+        models: one row per model: ``model`` (its name), ``label`` (None: its name), ``category`` (or None; decides
             colour and marker), ``accuracy`` and ``criticality`` (mean over layers), both shares in [0, 1].
-        correlations: Rank correlations that are written above, a line for each ``without``, all rows as they are
-            given: ``without`` (the category that is left out; None: none is), ``method`` (``spearman`` or
+        correlations: rank correlations to print above, a line for each ``without``, in the order of the rows:
+            ``without`` (the category that is left out; None: none is), ``method`` (``spearman`` or
             ``kendall``), ``statistic`` (NaN: not written) and ``pvalue`` (NaN: not known), such as rows of
             `layercrit.comparison.Comparison.correlations`.
-        title: Stands above.
+        title: shown above the figure.
 
     Raises:
-        ProtocolError: A table lacks a column, that of models is empty or holds a model twice, or no model has both
+        ProtocolError: a table lacks a column, that of models is empty or holds a model twice, or no model has both
             numbers.
     """
     check_models(models, ("model", "label", "category", "accuracy", "criticality"))
@@ -70,8 +70,8 @@ def criticality_against_accuracy(
     known = models[["accuracy", "criticality"]].notna().all(axis=1).to_numpy()
     if not known.any():
         raise ProtocolError(
-            "No model has both an accuracy and a mean criticality, so there is no point to draw. Give the accuracy of "
-            "a model at least."
+            "No model has both an accuracy and a mean criticality, so there is nothing to plot. Give the accuracy of "
+            "at least one model."
         )
     # Of all models, so that those of another figure of the same table have the same colours.
     categories = [category for category in categories_of(models) if known[list(category.rows)].any()]

@@ -42,22 +42,22 @@ _TITLE_SIZE, _NOTE_SIZE, _LARGEST_NAME_SIZE = 9.5, 7.5, 8.0  # points
 def criticality_bars(
     table: "pd.DataFrame", *, title: str, mean: float | None = None, chance: float | None = None
 ) -> "Figure":
-    """Draw the criticality of one model's layers as bars, in the order of the table.
+    """Plot the criticality of one model's layers as bars, in the order of the table.
 
-    Bars whose status is not ``ok`` are grey and hatched, at full height where they have no value. The figure belongs
-    to no window and needs no display; save it with `save_figure`.
+    Bars whose status is not ``ok`` are grey and hatched, and have full height if they have no value. The figure needs
+    no display; save it with `save_figure`.
 
     Args:
-        table: One row per layer, in depth order, with the columns ``layer`` (name), ``type`` (decides the colour),
+        table: one row per layer, in depth order, with the columns ``layer`` (name), ``type`` (decides the colour),
             ``criticality`` in [0, 1], ``low`` and ``high`` (its confidence limits; NaN: no error bar) and ``status``;
-            where there is a column ``label``, it stands below the bars instead of the name (None: the name).
-        title: Stands above the bars, such as the model's name.
-        mean: Mean criticality of the model: a dashed line. None or NaN: none.
-        chance: Chance level, the mean cosine between predictions for different images: a dotted line at 1 - chance,
+            an optional column ``label`` replaces the names below the bars (None: the name).
+        title: shown above the bars, such as the model's name.
+        mean: mean criticality of the model: a dashed line. None or NaN: none.
+        chance: chance level, the mean cosine between predictions for different images: a dotted line at 1 - chance,
             where the prediction after the reset is as far off as one for another image. None or NaN: none.
 
     Raises:
-        ProtocolError: The table has no rows, lacks a column, or holds a layer twice.
+        ProtocolError: the table has no rows, lacks a column, or contains a layer twice.
     """
     _check_table(table)
     from matplotlib.figure import Figure
@@ -106,11 +106,11 @@ def _check_table(table: "pd.DataFrame") -> None:
                 f"Expected {', '.join(_REQUIRED)}, one row per layer."
             )
     if len(table) == 0:
-        raise ProtocolError("The table has no rows: expected one per layer. Measure a layer at least.")
+        raise ProtocolError("The table has no rows: expected one per layer. Measure at least one layer.")
     twice = table["layer"][table["layer"].duplicated()]
     if len(twice):
         raise ProtocolError(
-            f"The table holds the layer {twice.iloc[0]!r} more than once: expected one row per layer of one model. "
+            f"The table contains the layer {twice.iloc[0]!r} more than once: expected one row per layer of one model. "
             "Select one model, and average over its trials first."
         )
 

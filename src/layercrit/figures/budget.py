@@ -41,23 +41,23 @@ _BESIDE = 0.6  # the outermost budgets of a panel, in steps from one budget to t
 def criticality_against_budget(
     models: "pd.DataFrame", *, baseline: str | None = None, title: str | None = None
 ) -> "Figure":
-    """Draw a point per model: the budget of its adversarial training, and its mean criticality with its interval.
+    """Plot a point per model: the budget of its adversarial training, and its mean criticality with its interval.
 
-    Each norm has its panel. Budgets stand in their order, one step apart each, so that 0, 0.01 and 8 can all be read;
-    the length of the way between two says nothing. A line per category joins the means of its budgets. Models without
-    norm, budget or criticality are left out. The figure is as wide as a column. Save it with
+    Each norm has its own panel. Budgets are in order and evenly spaced, so that 0, 0.01 and 8 can all be read: the axis
+    is not to scale. A line per category joins the means at its budgets. Models without norm, budget or criticality are
+    left out. The figure fits a column of a paper. Save it with
     `layercrit.figures.style.save_figure`.
 
     Args:
-        models: One row per model: ``model`` (its name), ``label`` (not drawn), ``category`` (or None; decides colour
+        models: one row per model: ``model`` (its name), ``label`` (not drawn), ``category`` (or None; decides colour
             and marker), ``attack_norm`` (``l2``, ``linf`` or any text; None: not known), ``eps`` (the budget, in
             whatever unit), ``criticality`` (mean over layers, in [0, 1]), ``low`` and ``high`` (its confidence limits;
             NaN: no bar).
-        baseline: Name of the model whose mean is the dashed line. None: the first of category ``baseline``, if any.
-        title: Stands above.
+        baseline: name of the model whose mean is the dashed line. None: the first of category ``baseline``, if any.
+        title: shown above the figure.
 
     Raises:
-        ProtocolError: The table is empty, lacks a column or holds a model twice, no model has a budget, or the
+        ProtocolError: the table is empty, lacks a column or holds a model twice, no model has a budget, or the
             baseline is unknown.
     """
     check_models(models, _REQUIRED)
@@ -66,8 +66,8 @@ def criticality_against_budget(
     table = table[table["attack_norm"].notna() & table[["eps", "criticality"]].notna().all(axis=1)]
     if table.empty:
         raise ProtocolError(
-            "No model has an attack_norm, an eps and a mean criticality, so there is no budget to draw. Give norm and "
-            "eps of an adversarially trained model at least."
+            "No model has an attack_norm, an eps and a mean criticality, so there is nothing to plot. Give norm and "
+            "eps of at least one adversarially trained model."
         )
     # Of all models, so that those of another figure of the same table have the same colours.
     look = {row: category for category in categories_of(models) for row in category.rows if row in table.index}

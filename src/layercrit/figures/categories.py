@@ -1,4 +1,4 @@
-"""What the figures of many models agree on: order, colours and markers of categories, and names as they are drawn."""
+"""What the figures of many models share: order, colours and markers of categories, and how names are shown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ _LONGEST = 60  # characters of a name
 
 @dataclass(frozen=True)
 class Category:
-    """A category of models: how it looks, and which rows of the table are its."""
+    """A category of models: its colour and marker, and its rows in the table."""
 
     label: str
     color: str
@@ -53,7 +53,7 @@ class Category:
 
 
 def check_models(models: "pd.DataFrame", required: Sequence[str]) -> None:
-    """Raise ProtocolError for a table that lacks a column, has no rows, or holds a model twice."""
+    """Raise ProtocolError for a table that lacks a column, has no rows, or contains a model twice."""
     for column in required:
         if column not in models.columns:
             raise ProtocolError(
@@ -64,7 +64,9 @@ def check_models(models: "pd.DataFrame", required: Sequence[str]) -> None:
         raise ProtocolError("The table of models has no rows: expected one per model.")
     twice = models["model"][models["model"].duplicated()]
     if len(twice):
-        raise ProtocolError(f"The table of models holds {twice.iloc[0]!r} more than once: expected one row per model.")
+        raise ProtocolError(
+            f"The table of models contains {twice.iloc[0]!r} more than once: expected one row per model."
+        )
 
 
 def check_values(values: "pd.DataFrame", models: "pd.DataFrame", kind: str = "shares", low: float = 0) -> None:
@@ -81,7 +83,7 @@ def check_values(values: "pd.DataFrame", models: "pd.DataFrame", kind: str = "sh
             raise ProtocolError(f"The values have no {what}: expected a row per model and a column per layer.")
         if index.has_duplicates:
             name = index[index.duplicated()][0]
-            raise ProtocolError(f"The values hold the {what} {name!r} more than once: expected it once.")
+            raise ProtocolError(f"The values contain the {what} {name!r} more than once: expected it once.")
     sides = ("values", list(values.index)), ("table of models", list(models["model"]))
     for (here, names), (there, others) in (sides, sides[::-1]):
         if lacking := [str(name) for name in names if name not in set(others)]:
@@ -122,7 +124,7 @@ def labels_of(models: "pd.DataFrame") -> list[str]:
 
 
 def shown(text: object) -> str:
-    """Return a text from outside as it can be drawn, without the middle where it is very long."""
+    """Return a text from outside as figures can show it, without the middle if it is very long."""
     text = printable(text)
     half = (_LONGEST - 1) // 2
     return text if len(text) <= _LONGEST else f"{text[:half]}…{text[-half:]}"

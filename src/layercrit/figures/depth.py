@@ -48,25 +48,26 @@ def criticality_over_depth(
     baseline: str | None = None,
     title: str | None = None,
 ) -> "Figure":
-    """Draw the criticality of each layer, in depth order, as a line per category: the mean over its models.
+    """Plot the criticality of each layer, in depth order, as a line per category: the mean over its models.
 
-    Each category has its panel, since lines of many layers hide each other. The band is one standard deviation (ddof 1)
-    over the category's models to each side, cut at 0 and 1; one model alone has none. The dashed line is the baseline.
-    Values that were not measured are in no mean, and leave gaps where a category has no others. Names of layers stand
-    below where they have room. The figure is as wide as a column. Save it with `layercrit.figures.style.save_figure`.
+    Each category has its own panel, since lines over many layers hide each other. The band is the mean plus or minus
+    one standard deviation (ddof 1) over the category's models, clipped to [0, 1]; a single model has none. The dashed
+    line is the baseline. Values that were not measured are in no mean, and leave gaps where a category has no others.
+    Names of layers are shown if there is room. The figure fits a column of a paper. Save it with
+    `layercrit.figures.style.save_figure`.
 
     Args:
-        values: Models x layers, criticality in [0, 1]; NaN: not measured. The index holds names of models, the columns
+        values: models x layers, criticality in [0, 1]; NaN: not measured. The index holds names of models, the columns
             those of layers in depth order.
-        models: One row per model of ``values``: ``model`` (its name), ``label`` (None: its name) and ``category`` (or
+        models: one row per model of ``values``: ``model`` (its name), ``label`` (None: its name) and ``category`` (or
             None; decides the colour).
-        stages: Layer name -> its stage; stages are named below and parted by lines. None: none are.
-        layer_labels: Layer name -> what stands below; missing: its name.
-        baseline: Name of a model. None: the first of category ``baseline``, if any.
-        title: Stands above.
+        stages: layer name -> its stage; stages are named below and separated by lines. None: no stages.
+        layer_labels: layer name -> its label below; missing: its name.
+        baseline: name of a model. None: the first of category ``baseline``, if any.
+        title: shown above the figure.
 
     Raises:
-        ProtocolError: A table is empty, lacks a column or holds a name twice, the two differ in their models, a value
+        ProtocolError: a table is empty, lacks a column or holds a name twice, the two differ in their models, a value
             is outside of [0, 1], no value is known, or the baseline is unknown.
     """
     check_models(models, ("model", "label", "category"))
@@ -76,7 +77,7 @@ def criticality_over_depth(
     # Of all models, so that those of another figure of the same table have the same colours.
     categories = [one for one in categories_of(models) if np.isfinite(table[list(one.rows)]).any()]
     if not categories:
-        raise ProtocolError("No value is known, so there is nothing to draw. Measure a model at least.")
+        raise ProtocolError("No value is known, so there is nothing to plot. Measure at least one model.")
     dashed = None if reference is None else table[models["model"].to_list().index(reference)]
     names = [shown((layer_labels or {}).get(name, name)) for name in values.columns]
     size = _WIDTH, (_PANEL_HEIGHT + _BETWEEN) * len(categories)
@@ -156,7 +157,7 @@ def _draw_category(axes: "Axes", own: npt.NDArray[np.float64], category: Categor
 
 
 def _ends(stages: Sequence[str | None]) -> list[float]:
-    """Return the places between two layers of unlike stages."""
+    """Return the places between two layers of different stages."""
     return [index + 0.5 for index, (before, after) in enumerate(pairwise(stages)) if before != after]
 
 

@@ -87,25 +87,26 @@ def heat_map(
     layer_labels: Mapping[str, str] | None = None,
     stages: Mapping[str, str] | None = None,
 ) -> "Figure":
-    """Draw a square per model and layer, coloured by criticality.
+    """Plot a square per model and layer, coloured by criticality.
 
     Models are grouped by category, the baseline first; within a category the order is that of ``models``. Numbers are
-    in percent and are left out where squares are smaller than they. At the right stand mean and standard deviation
-    (ddof 1) of a model over its layers, below those of a layer over the models. Squares without a value are grey and
-    hatched, and in no mean. The figure is about 10 inches wide. Save it with `layercrit.figures.style.save_figure`.
+    in percent and are left out where squares are too small for them. The column at the right has each model's mean and
+    standard deviation (ddof 1) over its layers, the row at the bottom each layer's over the models. Squares without a
+    value are grey and hatched, and in no mean. The figure is about 10 inches wide. Save it with
+    `layercrit.figures.style.save_figure`.
 
     Args:
-        values: Models x layers, in [0, 1]; NaN: not measured. The index holds names of models, the columns those of
+        values: models x layers, in [0, 1]; NaN: not measured. The index holds names of models, the columns those of
             layers in depth order.
-        models: One row per model of ``values``: ``model`` (its name), ``label`` (None: its name), ``category`` (or
+        models: one row per model of ``values``: ``model`` (its name), ``label`` (None: its name), ``category`` (or
             None) and ``accuracy``, a share in [0, 1] (NaN: not known).
-        title: Stands above.
-        quantity: What ``values`` are, for the colour bar.
-        layer_labels: Layer name -> what stands below its column; missing: its name.
-        stages: Layer name -> its stage; a thin gap parts neighbours of unlike stages. None: no gaps.
+        title: shown above the figure.
+        quantity: what ``values`` are, for the colour bar.
+        layer_labels: layer name -> the label below its column; missing: its name.
+        stages: layer name -> its stage; a thin gap separates different stages. None: no gaps.
 
     Raises:
-        ProtocolError: A table is empty, lacks a column or holds a name twice, the two differ in their models, or a
+        ProtocolError: a table is empty, lacks a column or holds a name twice, the two differ in their models, or a
             value is outside of [0, 1].
     """
     _check(values, models, "shares", 0)
@@ -122,21 +123,21 @@ def difference_map(
     layer_labels: Mapping[str, str] | None = None,
     stages: Mapping[str, str] | None = None,
 ) -> "Figure":
-    """Draw a square per model and layer, coloured by the difference of its criticality to that of the baseline.
+    """Plot a square per model and layer, coloured by the difference of its criticality to that of the baseline.
 
-    Purple: more critical than in the baseline, orange: less. The scale ends at the largest difference, rounded up, on
-    both sides. All else is as in `heat_map`.
+    Purple: more critical than in the baseline, orange: less. The scale is symmetric and ends at the largest difference,
+    rounded up. All else is as in `heat_map`.
 
     Args:
-        values: Models x layers, criticality minus that of the baseline, in [-1, 1]; NaN: not measured.
-        models: As in `heat_map`.
-        title: Stands above.
-        quantity: What ``values`` are, for the colour bar.
-        layer_labels: As in `heat_map`.
-        stages: As in `heat_map`.
+        values: models x layers, criticality minus that of the baseline, in [-1, 1]; NaN: not measured.
+        models: as in `heat_map`.
+        title: shown above the figure.
+        quantity: what ``values`` are, for the colour bar.
+        layer_labels: as in `heat_map`.
+        stages: as in `heat_map`.
 
     Raises:
-        ProtocolError: As in `heat_map`, but differences may be negative.
+        ProtocolError: as in `heat_map`, but differences may be negative.
     """
     _check(values, models, "differences", -1)
     largest, decimals = _end(values)
@@ -153,21 +154,21 @@ def spread_map(
     layer_labels: Mapping[str, str] | None = None,
     stages: Mapping[str, str] | None = None,
 ) -> "Figure":
-    """Draw a square per model and layer, coloured by how uncertain its criticality is.
+    """Plot a square per model and layer, coloured by how uncertain its criticality is.
 
     The scale goes from 0, white, to the largest value, rounded up. All else is as in `heat_map`.
 
     Args:
-        values: Models x layers, in [0, 1]: standard deviations over trials, or half-widths of intervals; NaN: not
+        values: models x layers, in [0, 1]: standard deviations over trials, or half-widths of intervals; NaN: not
             known.
-        models: As in `heat_map`.
-        title: Stands above.
-        quantity: What ``values`` are, for the colour bar.
-        layer_labels: As in `heat_map`.
-        stages: As in `heat_map`.
+        models: as in `heat_map`.
+        title: shown above the figure.
+        quantity: what ``values`` are, for the colour bar.
+        layer_labels: as in `heat_map`.
+        stages: as in `heat_map`.
 
     Raises:
-        ProtocolError: As in `heat_map`.
+        ProtocolError: as in `heat_map`.
     """
     _check(values, models, "spreads", 0)
     largest, decimals = _end(values)

@@ -1,4 +1,4 @@
-"""Where labels of points stand such that they cover neither each other nor the points."""
+"""Where to put the labels of points such that they cover neither each other nor the points."""
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,7 @@ def label_places(points: Array, boxes: Array, size: Array, marker: float) -> tup
     """Return the middles of labels, ``(n_labels, 2)``, and which need a line to their point, ``(n_labels,)``.
 
     One label after the other takes the best place around its point, given the labels placed so far; then each may move
-    again, given all others. The best of four orders counts: from each side to the opposite one. Nothing is drawn by
-    chance.
+    again, given all others. The best of four orders counts: from each side to the opposite one. Nothing is random.
 
     Args:
         points: ``(n_labels, 2)``, all lengths in one unit such as points of 1/72 inch.

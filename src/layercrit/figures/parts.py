@@ -1,4 +1,4 @@
-"""What the figures of many models are put together from: a frame with title, notes and legend, axes, markers."""
+"""The parts of the figures of many models: a frame with title, notes and legend, axes, markers."""
 
 import math
 from collections.abc import Sequence
@@ -58,17 +58,17 @@ def framed(
     panels: Sequence[tuple[float, float, float, float]] = (),
     widest: float = 0,
 ) -> tuple["Figure", list["Axes"]]:
-    """Return a figure with axes, and title, notes and legend above each other on top of them.
+    """Return a figure with axes, and with title, notes and legend above them.
 
     Args:
         size: width and height of the area of the axes, in inches, as are all lengths here.
         left: room beside the area.
         below: room below it.
-        title: from outside, or None.
+        title: of the figure, or None.
         handles: entries of the legend.
         notes: lines of text.
         panels: left and lower edge, width and height of each panel within the area. None: one fills it.
-        widest: width of what else stands above panels, from their left edge.
+        widest: width of what else is above panels, from their left edge.
     """
     from matplotlib.figure import Figure
 

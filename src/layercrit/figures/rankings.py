@@ -39,25 +39,25 @@ _AXIS_HEIGHT = 0.45
 
 
 def ranking(models: "pd.DataFrame", *, baseline: str | None = None, title: str | None = None) -> "Figure":
-    """Draw a dot per model at its mean criticality, the least critical on top, with its interval.
+    """Plot a dot per model at its mean criticality, the least critical on top, with its interval.
 
-    A model without a mean stands last, without a dot. Save the figure with `layercrit.figures.style.save_figure`.
+    A model without a mean comes last, without a dot. Save the figure with `layercrit.figures.style.save_figure`.
 
     Args:
-        models: One row per model: ``model`` (its name), ``label`` (None: its name), ``category`` (or None; decides the
+        models: one row per model: ``model`` (its name), ``label`` (None: its name), ``category`` (or None; decides the
             colour), ``criticality`` (mean over layers, in [0, 1]), ``low`` and ``high`` (its confidence limits; NaN:
             no bar).
-        baseline: Name of the model whose mean is the vertical line. None: the first of category ``baseline``, if any.
-        title: Stands above.
+        baseline: name of the model whose mean is the vertical line. None: the first of category ``baseline``, if any.
+        title: shown above the figure.
 
     Raises:
-        ProtocolError: The table is empty, lacks a column or holds a model twice, no model has a mean, or the baseline
+        ProtocolError: the table is empty, lacks a column or holds a model twice, no model has a mean, or the baseline
             is unknown.
     """
     check_models(models, ("model", "label", "category", "criticality", "low", "high"))
     line = baseline_mean(models, baseline)
     if not models["criticality"].notna().any():
-        raise ProtocolError("No model has a mean criticality, so none can be ranked. Measure a model at least.")
+        raise ProtocolError("No model has a mean criticality, so none can be ranked. Measure at least one model.")
     categories = categories_of(models)
     look = {row: category for category in categories for row in category.rows}
     order = [int(row) for row in np.argsort(models["criticality"].to_numpy("float64"), kind="stable")]  # NaN last

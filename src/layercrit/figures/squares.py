@@ -29,15 +29,15 @@ _LEADING = 1.1  # from one line of a number to the next, in sizes of its font
 
 @dataclass(frozen=True)
 class Scale:
-    """How values become colours and numbers.
+    """How values are shown as colours and numbers.
 
     Attributes:
-        color_map: name of it in matplotlib.
+        color_map: its name in matplotlib.
         low: the value of its first colour.
         high: the value of its last colour.
-        ticks: at how many values the colour bar has a number.
+        ticks: how many numbers the colour bar has.
         decimals: of numbers, in percent.
-        signed: whether positive numbers have a sign, too.
+        signed: whether positive numbers get a sign, too.
         unit: of numbers.
     """
 
@@ -73,7 +73,7 @@ def _signed(number: str, positive: bool) -> str:
 
 @dataclass(frozen=True)
 class Squares:
-    """Values with what is written in their squares, ``(n_squares,)`` both."""
+    """Values and the texts in their squares, ``(n_squares,)`` both."""
 
     values: Array
     written: Sequence[str]
@@ -105,7 +105,7 @@ def draw_squares(
     number_size: float,
     gid: str,
 ) -> None:
-    """Draw squares at ``place`` (their left and lower edges) with what is written in them; hatched without a value."""
+    """Plot squares at ``place`` (their left and lower edges) with their texts; hatched without a value."""
     from matplotlib.collections import PolyCollection
 
     left, bottom = place

@@ -1,4 +1,4 @@
-"""The style that all figures share, how wide text is in it, and how figures are saved."""
+"""The style that all figures share, the width of text in it, and how figures are saved."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,9 +32,9 @@ _STYLE: dict[str, Any] = {
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Set matplotlib's defaults and our own style for a while, and put back what was set before.
+    """Use matplotlib's defaults and our own style, and restore the user's settings afterwards.
 
-    Every figure is built and saved in it, so that a user's own style changes none.
+    Every figure is built and saved in it, so that no figure depends on the user's own style.
     """
     import matplotlib.style
 
@@ -51,8 +51,8 @@ def text_width(text: str, size: float, weight: str = "normal") -> float:
     """Return the width of one line of text in inches.
 
     Args:
-        text: As it is shown, without formulas.
-        size: Of the font, in points.
+        text: as it is shown, without formulas.
+        size: of the font, in points.
         weight: ``normal`` or ``bold``.
     """
     from matplotlib.font_manager import FontProperties
@@ -66,7 +66,7 @@ def check_formats(formats: Sequence[str]) -> None:
     """Raise ProtocolError for a format in which figures cannot be saved."""
     for one in formats:
         if one not in _FORMATS:
-            raise ProtocolError(f"Figures cannot be saved as {one!r}. {near(one, _FORMATS)}")
+            raise ProtocolError(f"Figures cannot be saved in the format {one!r}. {near(one, _FORMATS)}")
 
 
 def save_figure(
@@ -75,16 +75,16 @@ def save_figure(
     """Save a figure once per format; the same figure gives the same bytes.
 
     Args:
-        figure: As `criticality_bars` returns it.
-        path_without_suffix: The format is appended after a point, also where the name holds points of its own. Missing
-            folders are made.
-        formats: Of ``png`` (200 dots per inch), ``svg`` and ``pdf``.
+        figure: as `criticality_bars` returns it.
+        path_without_suffix: the format is appended after a dot, even if the name has dots of its own. Missing folders
+            are created.
+        formats: of ``png`` (200 dots per inch), ``svg`` and ``pdf``.
 
     Returns:
         The files written, in the order of ``formats``.
 
     Raises:
-        ProtocolError: A format is unknown; nothing is written then.
+        ProtocolError: a format is unknown; nothing is written then.
     """
     check_formats(formats)
     base = Path(path_without_suffix)

@@ -71,7 +71,7 @@ def export_format(name: str, files: Sequence[str]) -> Callable[[FormatFunction],
 def export(study: Study, format: str, path: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:  # noqa: A002
     """Write the tables of a study as files.
 
-    All files are written beside their places and then moved there, so that a reader never meets half a file.
+    All files are written under temporary names and then renamed, so that nobody reads half a file.
 
     Args:
         study: finished or not.
@@ -91,8 +91,8 @@ def export(study: Study, format: str, path: str | Path | None = None, *, overwri
     files = [folder / name for name in chosen.files]
     if (there := [file.name for file in files if file.exists()]) and not overwrite:
         raise StudyError(
-            f"{folder} holds {', '.join(there)} already. Name another folder (--out), or replace it with --overwrite "
-            "(overwrite=True)."
+            f"{folder} already contains {', '.join(there)}. Name another folder (--out), or replace the files with "
+            "--overwrite (overwrite=True)."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def export(study: Study, format: str, path: str | Path | None = None, *, overwri
                 (Path(scratch) / file.name).replace(file)
     except OSError as error:
         raise StudyError(
-            f"The study cannot be exported into {folder}: {error.strerror or error}. "
+            f"The study cannot be exported to {folder}: {error.strerror or error}. "
             "Free some space or name another folder (--out)."
         ) from error
     return files
@@ -122,7 +122,7 @@ def cells_table(study: Study) -> pd.DataFrame:
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table whose columns have a type also where they hold no value."""
+    """Return a table whose columns have their types even if they are empty."""
     types: dict[str, Any] = {}
     for column in table.columns:
         if column in _WHOLE:

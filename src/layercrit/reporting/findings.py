@@ -1,4 +1,4 @@
-"""What a family of models shows of the published study's trends, in words drawn from its numbers."""
+"""Which trends of the published study a family of models shows, in words that follow from its numbers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ _FAMILIES = {"training_recipes": "Improved recipes", "contrastive": "Self-superv
 
 @dataclass(frozen=True)
 class Trend:
-    """One trend of the published study, and what a family of models shows of it.
+    """One trend of the published study, and whether a family of models shows it.
 
     Attributes:
         claim: what the published study finds, in words.
-        sign: -1 where it finds less than the baseline has, 1 for more.
+        sign: -1 where it finds less than in the baseline, 1 for more.
         differences: to the baseline, or from one budget to the next, of each model concerned, by its label.
-        yardstick: how far apart baselines of unlike training seeds lie; smaller differences say nothing.
+        yardstick: how far apart baselines with different training seeds lie; smaller differences are within seed noise.
     """
 
     claim: str
@@ -31,7 +31,7 @@ class Trend:
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """How many models differ as published, how many the other way, and how many by less than the yardstick."""
+        """How many models differ as published, how many the other way, and how many are within seed noise."""
         along = [self.sign * value for value in self.differences.values()]
         with_it = sum(value > self.yardstick for value in along)
         against = sum(value < -self.yardstick for value in along)
@@ -39,26 +39,26 @@ class Trend:
 
     @property
     def verdict(self) -> str:
-        """``agrees`` where all models do, ``agrees in part`` where some do, ``disagrees`` where some do the other way.
+        """``agrees`` if all models do, ``agrees in part`` if some do, ``disagrees`` if some differ the other way.
 
-        ``does not decide`` where all differences are smaller than the yardstick.
+        ``is inconclusive`` if all differences are within seed noise.
         """
         with_it, against, undecided = self.counts
         if with_it:
             return "agrees in part" if against or undecided else "agrees"
-        return "disagrees" if against else "does not decide"
+        return "disagrees" if against else "is inconclusive"
 
     def sentence(self) -> str:
-        """Return the trend, the verdict, and the numbers that it rests on."""
+        """Return the trend, the verdict, and the numbers behind it."""
         listed = ", ".join(f"{label} {value:+.3f}" for label, value in self.differences.items())
         return f"{self.claim}: this study {self.verdict} ({self.counts[0]} of {len(self.differences)}; {listed})."
 
 
 def trends_of(comparison: Comparison, budgets: Mapping[str, tuple[str, float]]) -> list[Trend]:
-    """Return what a family of models shows of the trends that Gavrikov et al. 2024 find among 50 ResNet-50.
+    """Return whether a family of models shows the trends that Gavrikov et al. 2024 find among 50 ResNet-50s.
 
-    Improved recipes and self-supervision lower the mean criticality and unload deep layers, adversarial training
-    raises it with its budget. The baseline is the mean of all models of category ``baseline``.
+    Improved recipes and self-supervision lower the mean criticality and make deep layers less critical; adversarial
+    training raises it with its budget. The baseline is the mean of all models of category ``baseline``.
 
     Args:
         comparison: of the models; a category without models has no trend.
@@ -70,7 +70,9 @@ def trends_of(comparison: Comparison, budgets: Mapping[str, tuple[str, float]]) 
     models = comparison.models
     baselines = models["category"] == "baseline"
     if not baselines.any():
-        raise StudyError("No model is of category 'baseline', so there is nothing to compare the others with.")
+        raise StudyError(
+            "No model has the category 'baseline', so there is nothing to compare the others with. Give it to one."
+        )
     label = models["label"].where(models["label"].notna(), models.index.to_series())
 
     def differences(values: pd.Series, chosen: pd.Series) -> tuple[dict[str, float], float]:
@@ -124,7 +126,7 @@ def _last_stage(comparison: Comparison) -> str:
 
 
 def describe_family(comparison: Comparison, budgets: Mapping[str, tuple[str, float]]) -> str:
-    """Return paragraphs that say what a family of models shows, trend by trend, and what it does not.
+    """Return paragraphs that say which trends a family of models shows, and what this does not show.
 
     Args:
         comparison: of the models.
@@ -140,10 +142,10 @@ def describe_family(comparison: Comparison, budgets: Mapping[str, tuple[str, flo
     (all_models,) = rho[rho["without"].isna() & (rho["method"] == "spearman")].to_dict("records")
     one_seed = len(baselines) < 2
     yardstick = (
-        "There is one baseline only, so nothing says how far training seeds alone move these numbers."
+        "There is only one baseline, so it is not known how far the training seed alone moves these numbers."
         if one_seed
-        else f"The {len(baselines)} baselines, which differ in their training seed alone, lie "
-        f"{baselines.max() - baselines.min():.3f} apart: this is the yardstick, and smaller differences say nothing."
+        else f"The {len(baselines)} baselines, which differ only in their training seed, lie "
+        f"{baselines.max() - baselines.min():.3f} apart: smaller differences are within seed noise."
     )
     lines = [
         f"{len(models)} models of one architecture, {len(comparison.layers)} layers. {yardstick}",
@@ -154,7 +156,7 @@ def describe_family(comparison: Comparison, budgets: Mapping[str, tuple[str, flo
         "",
         "What this does not show: the networks are small, trained for a few epochs (recipes are made for hundreds) on "
         "one data set of 28 x 28 grey images, and each method but the baseline has one training seed, so a difference "
-        "can owe to the seed as well as to the method. Where the trends of ResNet-50 on ImageNet are not seen here, "
-        "that does not refute them; where they are, it does not confirm them for large networks.",
+        "may be due to the seed as well as to the method. A trend of ResNet-50 on ImageNet that is absent here is not "
+        "refuted, and one that is present is not confirmed for large networks.",
     ]
     return "\n".join(lines)

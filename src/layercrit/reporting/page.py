@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a study: pictures to explore, tables, and how it was measured."""
+"""One self-contained HTML page of a study: figures to explore, tables, and how it was measured."""
 
 import base64
 import gzip
@@ -26,8 +26,8 @@ _CAUTIONS = (
     (
         "The cosine depends on how peaked the softmax is.",
         "Models trained with label smoothing, mixup or a sigmoid loss are not directly comparable with plain ones. "
-        "Look at the temperature-matched values and at top-1 agreement before you read a difference as reliance on "
-        "layers.",
+        "Look at the temperature-matched values and at top-1 agreement before you interpret a difference as reliance "
+        "on layers.",
     ),
     (
         "An unrelated prediction does not give 1.",
@@ -39,28 +39,28 @@ _SCRIPTS = ("data", "texts", "plots", "heatmap", "differences", "page")  # each 
 _FOLDERS = re.compile(r"""(?<![\w/.])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'"<>|:;,()]+[\\/])+(?=[^\\/\s])""")
 _NO_MATCHED = (
     "This study has no temperature-matched values and no chance level: its results were published as means over "
-    "images, so the two cautions above cannot be looked into here."
+    "images, so the two cautions above cannot be checked here."
 )
 _DEFINITION = (
     "Each layer's parameters were replaced by fresh draws from the architecture's own initialiser, or by what the "
-    "reset says, one layer at a time; everything else, statistics of normalisation included, stayed as trained. "
-    "Criticality of a layer is 1 minus the mean over trials and images of the cosine between the softmax outputs "
-    "before and after the reset, in [0, 1]; of a model, the mean over its layers. It is the cosine of softmax outputs, "
-    "not of hidden states, and a fresh draw, not the layer's own values before training. The method is that of "
-    "Gavrikov et al. 2024 (arXiv 2410.14470)."
+    "reset says, one layer at a time; everything else, normalisation statistics included, stayed as trained. "
+    "The criticality of a layer is 1 minus the mean over trials and images of the cosine between the softmax outputs "
+    "before and after the reset, in [0, 1]; that of a model is the mean over its layers. The cosine is that of softmax "
+    "outputs, not of hidden states, and the new values are a fresh draw, not the layer's own values before training. "
+    "The method is that of Gavrikov et al. 2024 (arXiv 2410.14470)."
 )
 
 
 def write_page(study: Study, comparison: Comparison, path: str | Path) -> Path:
-    """Write the page of a study: one HTML file that needs no other and asks nothing of any network.
+    """Write the page of a study: one self-contained HTML file that works offline.
 
-    Plotly draws; it is in the page, compressed. All texts from outside are escaped, and the page's own security policy
-    lets no script run but its own.
+    Plotly is embedded, compressed. All texts from outside are escaped, and the page's content security policy lets no
+    script run but its own.
 
     Args:
         study: finished or not.
         comparison: of its models, under one reset.
-        path: of the file; its folder is made.
+        path: of the file; its folder is created if missing.
 
     Raises:
         StudyError: the file cannot be written.
@@ -134,7 +134,7 @@ def _zipped(data: bytes) -> str:
 def _facts(study: Study, comparison: Comparison) -> str:
     n_images = study.of_reset(comparison.reset)["n_images"].max()
     images = "" if math.isnan(n_images) else f" on {int(n_images):,} images"
-    against = f"; differences are to {comparison.baseline}" if comparison.baseline else ""
+    against = f"; differences are relative to {comparison.baseline}" if comparison.baseline else ""
     return (
         f"{len(comparison.models)} models, {len(comparison.layers)} layers, {comparison.origin['trials']} trials of "
         f"the reset {comparison.reset}{images}{against}"
@@ -156,7 +156,7 @@ def _about_differences(study: Study, comparison: Comparison) -> str:
 
 
 def _correlations(comparison: Comparison) -> str:
-    """Return the rank correlations in words, all but those over all models folded away."""
+    """Return the rank correlations in words, those without one category folded away."""
     lines = []
     rows = comparison.correlations.to_dict("records")
     for spearman, kendall in zip(rows[::2], rows[1::2], strict=True):
@@ -172,20 +172,25 @@ def _correlations(comparison: Comparison) -> str:
         return "<p>There are too few models with a known accuracy for a rank correlation.</p>"
     first, *others = (html.escape(line.replace(" -", " \N{MINUS SIGN}")) for line in lines)
     listed = "".join(f"<li>{line}</li>" for line in others)
-    folded = f"<details><summary>Without one category</summary><ul>{listed}</ul></details>" if others else ""
+    folded = f"<details><summary>Leaving out one category</summary><ul>{listed}</ul></details>" if others else ""
     return f"<p>{first}</p>{folded}"
 
 
 def _methods(study: Study, comparison: Comparison) -> str:
-    """Return what was done, the resolved protocol, notes, versions, and hashes."""
+    """Return how the study was measured: the resolved protocol, notes, versions, and hashes."""
     record = study.record
     protocol = {**record.get("protocol", {}), "resets": comparison.reset}
     images = record.get("probe_set", {})
     runs = {json.dumps(run.get("versions", {}), sort_keys=True): run for run in study.runs}
     level = f"{100 * study.level:g}%"
-    coverage = ", ".join(sorted(set(study.to_pandas()["covers"]) - {"nothing"})) or "nothing, since there is one trial"
+    coverage = (
+        ", ".join(sorted(set(study.to_pandas()["covers"]) - {"nothing"})) or "nothing, since there is only one trial"
+    )
     about = [
-        ("intervals", f"{level}, for new {coverage}; Student's t, of crossed random effects where images are kept"),
+        (
+            "intervals",
+            f"{level}, for new {coverage}; Student's t, of crossed random effects where per-image values are kept",
+        ),
         *((str(name).replace("_", " "), _plain(value)) for name, value in protocol.items()),
         *((f"images: {name}", _plain(value)) for name, value in images.items()),
         *((f"versions, run {run['run']}", _plain(run.get("versions", {}))) for run in runs.values()),
@@ -218,16 +223,16 @@ def _hashes(study: Study, comparison: Comparison) -> str:
         + "</tr>"
         for row in models.to_dict("records")
     )
-    head = "".join(f'<th scope="col" class="left">{name}</th>' for name in ("model", "reference", "numbers", "SHA-256"))
+    head = "".join(f'<th scope="col" class="left">{name}</th>' for name in ("model", "reference", "dtype", "SHA-256"))
     return (
-        '<details><summary>Models, number formats and hashes of weights</summary><div class="scroll tall" tabindex="0" '
+        '<details><summary>Models, dtypes and hashes of weights</summary><div class="scroll tall" tabindex="0" '
         f'role="region" aria-label="Models and hashes"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>'
         "</table></div></details>"
     )
 
 
 def _plain(value: Any) -> str:
-    """Return plain data as a reader wants it."""
+    """Return plain data as text for readers."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
     if isinstance(value, list):

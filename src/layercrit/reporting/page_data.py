@@ -45,7 +45,7 @@ class _Block:
         pairs: of names.
         table: a row per pair and layer, in this order; layers in the order of the comparison.
         alpha: level of the tests.
-        notes: what a reader has to know.
+        notes: what readers should know.
     """
 
     between: Literal["models", "categories"]
@@ -146,8 +146,8 @@ def _measures(
         ("difference to the baseline", "Criticality minus that of the baseline.", "difference", difference),
         ("spread over trials", "Standard deviation of criticality over trials.", "spread",
          comparison.sd_trials.loc[order]),
-        ("half-width of the interval", "Half of the interval of criticality.", "spread", half_width),
-        ("top-1 agreement", "Share of images whose most probable class stays the same after the reset.", "criticality",
+        ("half-width of the interval", "Half the width of the interval of criticality.", "spread", half_width),
+        ("top-1 agreement", "Share of images whose top-1 class stays the same after the reset.", "criticality",
          tables["top1_agreement"]),
         (_MATCHED, "Criticality at the temperature at which each trained model's mean entropy is the same.",
          "criticality", tables["criticality_matched"]),
@@ -260,7 +260,7 @@ def _number(value: Any, digits: int = 6) -> float | None:
 
 
 def _colors(color_map: str) -> list[list[Any]]:
-    """Return a colour map as Plotly reads it."""
+    """Return a colour map in Plotly's format."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 

@@ -1,4 +1,4 @@
-"""The report of a study: figures for papers, and a page to explore, drawn from the same tables."""
+"""The report of a study: figures for papers, and a page to explore, made from the same tables."""
 
 import itertools
 import re
@@ -43,7 +43,7 @@ class Report:
     Attributes:
         page: the HTML file.
         figures: name of a figure -> its files, one a format.
-        left_out: name of a figure -> why it could not be drawn.
+        left_out: name of a figure -> why it could not be plotted.
         comparison: what the figures and the page show.
     """
 
@@ -55,14 +55,14 @@ class Report:
 
 @dataclass(frozen=True)
 class _Tables:
-    """What figures are drawn from.
+    """What figures are plotted from.
 
     Attributes:
         comparison: of the models.
         models: one row per model, as `about_models` returns it.
         rows: one row per model and layer, as `estimates_of` returns it.
-        labels: name of a layer -> what stands in figures.
-        profiles: the models that have a figure of their own -> what stands for them in the names of its files.
+        labels: name of a layer -> its label in figures.
+        profiles: the models that have a figure of their own -> their names in its file names.
     """
 
     comparison: Comparison
@@ -87,7 +87,7 @@ class _Tables:
 # A figure's files have its name, with the model's behind it where there is one for each of several models.
 _Drawn = Iterator[tuple[str, "Figure"]]
 FIGURES = Registry[Callable[[_Tables], _Drawn]]("figure", StudyError)
-"""Name of a figure -> what draws it; the first line of its docstring says what it shows."""
+"""Name of a figure -> the function that plots it; the first line of its docstring says what it shows."""
 
 
 def _figure(name: str) -> Callable[[Callable[[_Tables], _Drawn]], Callable[[_Tables], _Drawn]]:
@@ -110,21 +110,21 @@ def report(
     profiles: Sequence[str] | None = None,
     progress: bool = False,
 ) -> Report:
-    """Write ``report.html``, one self-contained page, and ``figures/`` in every format.
+    """Write ``report.html``, one self-contained page, and the figures in every format.
 
     Args:
         study: finished or not.
         out: the folder to write to; files of an earlier report are replaced. None: the study's own folder.
-        figures: names of those to draw, of `FIGURES`; None: all that can be drawn.
+        figures: names of those to plot, of `FIGURES`; None: all that can be plotted.
         formats: of ``pdf``, ``png`` and ``svg``.
-        baseline: the model that differences are to; None: the study's own, if it names one.
+        baseline: the model that the others are compared with; None: the study's own, if it names one.
         leave_out: as in `layercrit.compare`.
         reset: as in `layercrit.compare`.
         profiles: models that get a figure of their own; None: the baseline, or the first model without one.
         progress: whether a progress bar is shown on a terminal.
 
     Raises:
-        StudyError: a name is unknown, a figure that was asked for cannot be drawn, or a file cannot be written.
+        StudyError: a name is unknown, a figure that was asked for cannot be plotted, or a file cannot be written.
         ProtocolError: a format is unknown.
 
     Example:
@@ -164,7 +164,7 @@ def _tables(study: Study, comparison: Comparison, profiles: Sequence[str] | None
     known = models["model"].to_list()
     for name in profiles or ():
         if name not in known:
-            raise StudyError(f"No model {name!r} is compared, so it has no profile. {near(name, known)}")
+            raise StudyError(f"The model {name!r} is not compared, so it has no profile. {near(name, known)}")
     rows = estimates_of(study, comparison)
     shapes = rows.drop_duplicates("layer").set_index("layer")["shape"].reindex(comparison.layers.index)
     labels = layer_labels({str(layer): shape if isinstance(shape, str) else None for layer, shape in shapes.items()})
@@ -187,7 +187,9 @@ def _file_names(models: Iterable[str]) -> dict[str, str]:
 
 def _drawn(name: str, tables: _Tables) -> list[tuple[str, "Figure"]]:
     if not tables.comparison.criticality.notna().any(axis=None):
-        raise StudyError("No layer of any model has all its cells ok, so no criticality is known.")
+        raise StudyError(
+            "No layer of any model has only cells that are ok, so no criticality is known. Measure the models again."
+        )
     return list(FIGURES[name](tables))
 
 
@@ -201,7 +203,9 @@ def _saved(drawn: Iterable[tuple[str, "Figure"]], folder: Path, formats: Iterabl
             for path in save_figure(figure, folder / f"{_UNFINISHED}{name}", distinct)
         ]
     except OSError as error:
-        raise StudyError(f"{folder} cannot be written to ({error.strerror}). Name another place with --out.") from error
+        raise StudyError(
+            f"{folder} cannot be written to ({error.strerror}). Name another folder with --out."
+        ) from error
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -216,20 +220,20 @@ def _criticality(tables: _Tables) -> _Drawn:
 
 @_figure("difference")
 def _difference(tables: _Tables) -> _Drawn:
-    """The same as difference to the baseline."""
+    """Heat map of differences to the baseline."""
     values = tables.comparison.difference
     if values is None:
-        raise StudyError("There is no baseline that differences could be to. Name one with --baseline.")
+        raise StudyError("There is no baseline to compare the models with. Name one with --baseline.")
     if not values.notna().any(axis=None):
         raise StudyError(
-            f"No layer of the baseline {tables.comparison.baseline} has all its cells ok. Name another one."
+            f"No layer of the baseline {tables.comparison.baseline} has only cells that are ok. Name another baseline."
         )
     yield "difference", difference_map(values, tables.models, layer_labels=tables.labels, stages=tables.stages)
 
 
 @_figure("spread")
 def _spread(tables: _Tables) -> _Drawn:
-    """Standard deviation over trials, and half-width of the interval."""
+    """Heat maps of the standard deviation over trials and of the half-width of the interval."""
     half = tables.grid(((tables.rows["high"] - tables.rows["low"]) / 2).where(tables.rows["status"] == "ok"))
     wanted = {
         "spread": (tables.comparison.sd_trials, "SD over trials"),
@@ -237,7 +241,7 @@ def _spread(tables: _Tables) -> _Drawn:
     }
     known = {name: one for name, one in wanted.items() if one[0].notna().any(axis=None)}
     if not known:
-        raise StudyError("There is one trial only, so neither a spread over trials nor an interval is known.")
+        raise StudyError("There is only one trial, so neither a spread over trials nor an interval is known.")
     for name, (values, quantity) in known.items():
         yield (
             name,
@@ -276,7 +280,7 @@ def _depth(tables: _Tables) -> _Drawn:
 
 @_figure("profile")
 def _profile(tables: _Tables) -> _Drawn:
-    """Bars of one model's layers with intervals."""
+    """Bars of one model's layers, with intervals."""
     about = tables.models.assign(title=labels_of(tables.models)).set_index("model")
     for model, file in tables.profiles.items():
         rows = tables.rows[tables.rows["model"] == model].sort_values("depth")

@@ -1,4 +1,4 @@
-"""The models of a study file: what one is, and which ones a list and a pattern name."""
+"""The models of a study file: what one is, and which ones a list or a pattern stands for."""
 
 import csv
 import glob
@@ -25,8 +25,8 @@ class ModelEntry:
     Attributes:
         name: unique in the study.
         reference: its model reference, paths in it absolute.
-        category: the family of its training method, or None.
-        label: how figures call it, or None.
+        category: that of its training method, or None.
+        label: its name in figures, or None.
         accuracy: top-1 accuracy as its authors give it, a share in [0, 1], or None.
         donor: a weight file, for resets whose values come from one.
         attack_norm: norm of the perturbations that it was trained to withstand, such as ``l2`` or ``linf``, or None.
@@ -51,9 +51,9 @@ def rows_of_list(
     Args:
         where: the place in the study file that names the list.
         path: of the list.
-        given: values by column that hold where a row leaves it empty.
+        given: values by column, for rows in which it is empty.
         columns: names of the columns it may have.
-        mistakes: what is wrong is added here.
+        mistakes: mistakes are added here.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets write a mark before the text
@@ -95,14 +95,14 @@ def _rows_of_table(
 
 
 def models_of(reference: str, folder: Path) -> Iterator[ModelEntry]:
-    """Yield the models that a reference or pattern of a study file names.
+    """Yield the models that a reference or pattern of a study file stands for.
 
     Args:
         reference: such as ``timm:resnet50.tv_in1k``, ``zoo:robust_*``, ``file:runs/*/final.safetensors?arch=...``.
         folder: what paths are relative to.
 
     Raises:
-        StudyError: it names none, or is no reference; the text offers near names.
+        StudyError: it names none, or is not a reference; the text suggests similar names.
     """
     name, _, options = reference.partition("?") if not reference.startswith("file:") else _file_parts(reference)
     kind, _, rest = name.partition(":")
@@ -119,7 +119,7 @@ def models_of(reference: str, folder: Path) -> Iterator[ModelEntry]:
         for model in _timm_names(rest):
             yield ModelEntry(model, f"timm:{model}{tail}")
     elif _WILD.search(rest):
-        raise StudyError(f"{reference!r}: patterns are known for zoo:, timm: and file: only")
+        raise StudyError(f"{reference!r}: patterns work only with zoo:, timm: and file:")
     else:
         local = folder / Path(rest).expanduser()
         place = str(local) if kind == "hf" and local.is_dir() else rest

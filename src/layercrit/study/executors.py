@@ -1,8 +1,8 @@
-"""Run the tasks of a study on workers: here local processes; whatever else runs tasks has the same interface.
+"""Run the tasks of a study on workers: here local processes; other executors have the same interface.
 
-A worker is told once how to start and then works off one task after the other, sending messages as parts of a task are
-finished. Every task ends in exactly one `Finished` or `Failed`: an exception fails its task alone, and so does a worker
-that keeps dying of one task.
+A worker is told once how to start and then runs one task after the other, sending messages as parts of a task are
+finished. Every task ends in exactly one `Finished` or `Failed`: an exception fails only its own task, and so does a
+task that keeps crashing its worker.
 """
 
 import bisect
@@ -49,7 +49,7 @@ _ADVICE = {
     "SIGSEGV": "Native code crashed: try another device, or other versions of the driver and of torch.",
 }
 _OTHER_ADVICE = (
-    "What it printed last stands on stderr. A script that starts workers must do so below `if __name__ == '__main__':`."
+    "Its last output is on stderr. A script that starts workers must do so below `if __name__ == '__main__':`."
 )
 
 
@@ -59,7 +59,7 @@ class Place:
 
     Attributes:
         device: ``cpu``, ``cuda:0`` or any other name that torch knows.
-        n_threads: Processor cores it may keep busy.
+        n_threads: how many processor cores it may use.
     """
 
     device: str
@@ -68,13 +68,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Task:
-    """What one worker does in one go.
+    """A unit of work for one worker.
 
     Attributes:
-        name: Unique in its run.
-        affinity: Tasks of the same affinity share what a worker has open, such as a model, so a worker keeps to one
+        name: unique in its run.
+        affinity: tasks of the same affinity share what a worker has open, such as a model, so a worker stays with one
             affinity as long as it has tasks left.
-        payload: What the work needs; picklable and small, since large data belongs in files.
+        payload: what the work needs; picklable and small, since large data belongs in files.
     """
 
     name: str
@@ -91,7 +91,7 @@ Start: TypeAlias = Callable[[Place], Work]
 
 @dataclass(frozen=True)
 class Message:
-    """A part of a task is finished. A task that is run again, since its worker died, repeats its messages."""
+    """A part of a task is finished. A task that is run again because its worker died repeats its messages."""
 
     task: Task
     content: Any
@@ -106,12 +106,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """A task could not be finished.
+    """A task failed.
 
     Attributes:
-        task: The task.
-        error: What went wrong, for people: ``Type: text`` of an exception, or how the worker died.
-        details: The traceback; empty where the worker died.
+        task: the task.
+        error: what went wrong, for readers: ``Type: text`` of an exception, or how the worker died.
+        details: the traceback; empty where the worker died.
     """
 
     task: Task
@@ -123,7 +123,7 @@ Event: TypeAlias = Message | Finished | Failed
 
 
 class Executor(ABC):
-    """What runs tasks."""
+    """Runs tasks on workers."""
 
     @abstractmethod
     def run(self, tasks: Sequence[Task], start: Start) -> Iterator[Event]:
@@ -133,39 +133,41 @@ class Executor(ABC):
         failed task does not stop the others. Closing the iterator ends the workers.
 
         Args:
-            tasks: In the order in which those of one affinity are begun.
-            start: Prepares a worker.
+            tasks: in the order in which those of one affinity are begun.
+            start: prepares a worker.
 
         Raises:
-            ProtocolError: Two tasks have the same name.
+            ProtocolError: two tasks have the same name.
         """
 
 
 class LocalProcesses(Executor):
-    """Processes of this machine, begun when there is a task for them and ended with the run.
+    """Processes on this machine, started when there is a task for them and ended with the run.
 
-    A free worker takes the next task of the affinity it is on, else of one that no other worker is on, else the first
-    that waits. A worker that dies is replaced, and its task is run again.
+    A free worker takes the next task of its current affinity, else of one that no other worker has, else the first
+    in the queue. A worker that dies is replaced, and its task is run again.
 
-    Workers begin as new interpreters, which import the running script: what it does must stand below
-    ``if __name__ == "__main__":``. They ignore Ctrl-C, which ends the run in this process, and end when this process
-    vanishes.
+    Workers start as new interpreters, which import the running script: its code must be below
+    ``if __name__ == "__main__":``. They ignore Ctrl-C, which ends the run in this process, and exit when this process
+    does.
     """
 
     def __init__(self, places: Sequence[Place], *, attempts: int = 3) -> None:
         """Choose the workers.
 
         Args:
-            places: One for each worker.
-            attempts: How often a task may be run in all if its worker dies each time.
+            places: one for each worker.
+            attempts: how often a task is run at most if its worker dies each time.
 
         Raises:
-            ProtocolError: There is no place, or no attempt.
+            ProtocolError: there are no places, or no attempts.
         """
         if not places:
-            raise ProtocolError("No place to compute was given; expected at least one, as `local_places` returns.")
+            raise ProtocolError(
+                "There are no places for workers: expected at least one, such as `local_places` returns."
+            )
         if attempts < 1:
-            raise ProtocolError(f"attempts is {attempts}; expected 1 or more: how often a task may be run in all.")
+            raise ProtocolError(f"The number of attempts is {attempts}; expected 1 or more.")
         self._places = list(places)
         self._attempts = attempts
 
@@ -173,29 +175,31 @@ class LocalProcesses(Executor):
         """Run tasks on the processes; see `Executor.run`."""
         repeated = [name for name, n in Counter(task.name for task in tasks).items() if n > 1]
         if repeated:
-            raise ProtocolError(f"Two tasks are named {repeated[0]!r}; expected a name of its own for each task.")
+            raise ProtocolError(f"Two tasks are named {repeated[0]!r}; expected unique names.")
         return _Run(self._places, tasks, pickle.dumps(start), self._attempts).events()
 
 
 def local_places(n_workers: int | None, device: str, n_gpus: int) -> list[Place]:
-    """Share this machine out among workers.
+    """Divide this machine among workers.
 
     Args:
-        n_workers: How many; None is one for each GPU with the devices ``auto`` and ``cuda``, and one else.
-        device: ``auto`` is the GPUs if there are any, else the processor. Workers on ``auto`` or ``cuda`` take the
-            GPUs in turn; any other device is used by all workers.
-        n_gpus: How many GPUs there are, as ``torch.cuda.device_count()`` says.
+        n_workers: how many; None: one for each GPU with the devices ``auto`` and ``cuda``, else one.
+        device: ``auto``: the GPUs if there are any, else the CPU. Workers on ``auto`` or ``cuda`` take the GPUs in
+            turn; any other device is used by all workers.
+        n_gpus: how many GPUs there are, as ``torch.cuda.device_count()`` says.
 
     Returns:
         A place for each worker. The cores this process may use are divided among them, at least one each.
 
     Raises:
-        ProtocolError: Fewer than one worker, or ``cuda`` without a GPU.
+        ProtocolError: fewer than one worker, or ``cuda`` without a GPU.
     """
     if n_workers is not None and n_workers < 1:
         raise ProtocolError(f"The number of workers is {n_workers}; expected 1 or more.")
     if device == "cuda" and n_gpus == 0:
-        raise ProtocolError("The device is 'cuda', but torch sees no GPU here. Use 'cpu', or 'auto' for what there is.")
+        raise ProtocolError(
+            "The device is 'cuda', but torch sees no GPU here. Use 'cpu', or 'auto' for whatever there is."
+        )
     gpus = [f"cuda:{number}" for number in range(n_gpus)] if device in ("auto", "cuda") else []
     devices = gpus or ["cpu" if device == "auto" else device]
     n_workers = n_workers or len(devices)

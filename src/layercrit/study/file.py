@@ -1,4 +1,4 @@
-"""The file that describes a study: read, checked as a whole, and written again with everything resolved.
+"""The file that describes a study: read, checked as a whole, and written with everything resolved.
 
 .. code-block:: toml
 
@@ -11,7 +11,7 @@
     [[models]]
     list = "models.csv"            # a column `reference` and any key of a model; or one reference a line
 
-A study can train models itself, by ``layercrit train --study FILE``, each in a folder of its own:
+A study can also train its models, with ``layercrit train --study FILE``, each in its own folder:
 
 .. code-block:: toml
 
@@ -23,7 +23,7 @@ A study can train models itself, by ``layercrit train --study FILE``, each in a 
     method = "robust_l2"           # the model is file:models/pgd
     name = "pgd"
 
-The donor of such a model, for rewind, is the weights that it began with unless another one is given. All keys, with
+The donor of such a model, for rewind, is its initial weights unless another one is given. All keys, with
 their types, defaults and meanings, are declared in `layercrit.study.schema`.
 """
 
@@ -73,14 +73,14 @@ class StudyFile:
         source: where the images come from.
         n_images: how many to draw.
         labels: whether to use labels.
-        preprocessing: how images become the pixels that every model is asked about.
+        preprocessing: how images become the pixels that every model gets.
         protocol: the settings of all measurements; its ``reset`` is the first of ``resets``.
         resets: names of the resets.
         distances: names of the distances, ``cosine`` first.
         baseline: name of the model that others are compared with, or None.
         leave_out: names of models or categories that comparisons leave out.
         imports: modules to import first.
-        training: the models that the study trains itself, or None without a table ``[training]``.
+        training: how the study trains its own models, or None without a table ``[training]``.
     """
 
     name: str
@@ -135,14 +135,14 @@ def read_study_file(path: str | Path) -> StudyFile:
     path = Path(path).expanduser()
     if path.is_dir():
         if (path / FILE).is_file() and not (path / "study.toml").is_file():
-            raise StudyError(f"The study in {path} was imported or merged: there is nothing in it to run.")
+            raise StudyError(f"The study in {path} was imported or merged, so it cannot be run.")
         path = path / "study.toml"
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"The study file {path} cannot be read ({error}).") from error
     except tomllib.TOMLDecodeError as error:
-        raise StudyError(f"The study file {path} is not written as TOML: {error}.") from error
+        raise StudyError(f"The study file {path} is not valid TOML: {error}.") from error
     return _Reader(path.absolute(), content).read()
 
 
@@ -255,12 +255,12 @@ class _Reader:
         models: list[ModelEntry] = []
         for where, keys, table in tables:
             if len({"reference", "list", "method"} & keys) != 1:
-                self.mistakes.append(f"{where}: expected one of reference, list and method")
+                self.mistakes.append(f"{where}: expected exactly one of reference, list and method")
                 self.some_unread = True
             elif "method" in keys:
                 models.extend(self._trained(where, table, rewinds))
             elif wrong := sorted({*METHOD_KEYS} & keys):
-                self.mistakes.append(f"{where}: {', '.join(wrong)} can be of models with a method only")
+                self.mistakes.append(f"{where}: {', '.join(wrong)} can be given only for a model with a method")
             elif table.list is not None:
                 given = table.model_dump(exclude_unset=True, exclude={"list"})
                 for place, row in rows_of_list(where, self._absolute(table.list), given, _COLUMNS, self.mistakes):
@@ -306,7 +306,8 @@ class _Reader:
         single = sorted({"name", "label", "accuracy", "donor", "eps"} & table.model_fields_set)
         if len(found) > 1 and single:
             self.mistakes.append(
-                f"{where}: {table.reference!r} names {len(found)} models, but {', '.join(single)} can be of one only"
+                f"{where}: {table.reference!r} names {len(found)} models, but {', '.join(single)} can be given for one "
+                "only"
             )
             return
         for entry in found:
@@ -327,7 +328,8 @@ class _Reader:
         for model in models:
             if model.name in names:
                 self.mistakes.append(
-                    f"two models are named {model.name!r}: {names[model.name]} and {model.reference}; give one a name"
+                    f"two models are named {model.name!r}: {names[model.name]} and {model.reference}; give one of them "
+                    "another name"
                 )
             names.setdefault(model.name, model.reference)
 
@@ -345,7 +347,7 @@ class _Reader:
             return  # it will be there
         try:
             if not weight_file(donor).is_file():
-                self.mistakes.append(f"the donor of model {model!r} is no file: {donor}")
+                self.mistakes.append(f"the donor of model {model!r} is not a file: {donor}")
         except LayercritError as error:
             self.mistakes.append(f"the donor of model {model!r}: {error}")
 
@@ -355,11 +357,13 @@ class _Reader:
         if self.some_unread:
             return  # what is not known here may be one of those
         if baseline is not None and baseline not in names:
-            self.mistakes.append(f"[study] baseline {baseline!r} is none of the models. {near(baseline, names)}")
+            self.mistakes.append(f"[study] baseline {baseline!r} is not one of the models. {near(baseline, names)}")
         for name in leave_out:
             if name not in names and name not in categories:
                 known = [*dict.fromkeys(categories), *names]
-                self.mistakes.append(f"[study] leave_out {name!r} is no category and no model. {near(name, known)}")
+                self.mistakes.append(
+                    f"[study] leave_out {name!r} is neither a category nor a model. {near(name, known)}"
+                )
 
     # --- paths ------------------------------------------------------------------------------------------------------
 

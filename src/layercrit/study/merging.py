@@ -1,4 +1,4 @@
-"""Put studies together: parts of one study from several machines, or one's own models among published ones."""
+"""Merge studies: parts of one study that several machines measured, or one's own models and published ones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,25 +16,25 @@ _NO_DIFFERENCE = ("batch_size", "device", "level", "resets", "trials")  # settin
 
 
 def merge_studies(folders: Sequence[str | Path], out: str | Path) -> Study:
-    """Put the models and cells of several studies into a new one; the studies themselves are left as they are.
+    """Copy the models and cells of several studies into a new one; the studies themselves stay as they are.
 
-    Cells of the same content are taken once. Models may have been measured under different protocols or on different
-    images: they are then put together all the same, and the new study's notes say so.
+    Cells of the same content are copied once. Models that were measured under different protocols or on different
+    images are merged all the same, and the new study's notes say so.
 
     Args:
         folders: of the studies, two or more.
-        out: where the new study is to lie.
+        out: the folder of the new study.
 
     Raises:
-        StudyError: a folder holds no study, the new one holds one already, two different models have one name, or one
-            trial of a model was measured under different settings.
+        StudyError: a folder contains no study, the new one already contains one, two different models have one name, or
+            a trial of a model was measured under different settings.
     """
     paths = [Path(folder).expanduser() for folder in folders]
     out = Path(out).expanduser()
     if len(paths) < 2:
         raise StudyError(f"Expected two or more studies to merge, got {len(paths)}.")
     if (out / FILE).exists():
-        raise StudyError(f"{out} holds a study already. Name another folder with --out.")
+        raise StudyError(f"{out} already contains a study. Name another folder with --out.")
     studies = [load_study(path) for path in paths]
     models, plan, measured = _models(studies), *_plan(paths)
     with Store(out, create=True) as merged:
@@ -67,7 +67,7 @@ def _models(studies: Sequence[Study]) -> list[ModelRow]:
                 raise StudyError(
                     f"{first.folder} and {study.folder} both have a model {row.model!r}, with different weights, "
                     "images or number formats. Give one of them another name in its study file and run it again: what "
-                    "is measured stays."
+                    "has been measured is kept."
                 )
             found[row.model] = (replace(other, record=_joined(other.record or {}, row.record or {}) or None), first)
     return [row for row, _ in found.values()]
@@ -98,7 +98,7 @@ def _plan(paths: Sequence[Path]) -> tuple[list[PlanRow], set[tuple[str, str, int
                 raise StudyError(
                     f"{measured[place]} and {path} have both measured trial {row.trial} of {row.model!r}, reset "
                     f"{row.reset!r}, under different settings (such as the seed or the distances). Give the model "
-                    "another name in one of the study files and run it again: what is measured stays."
+                    "another name in one of the study files and run it again: what has been measured is kept."
                 )
             if place not in measured:
                 planned[place] = row
@@ -123,8 +123,8 @@ def _record(studies: Sequence[Study], name: str) -> dict[str, Any]:
     images = {str(study.folder): _images(record) for study, record in zip(studies, records, strict=True)}
     if len(set(images.values())) > 1:
         told = "; ".join(f"{folder}: {text}" for folder, text in images.items())
-        notes.append(f"The merged studies asked about different images ({told}): differences between their models may "
-                     "come from that.")  # fmt: skip
+        notes.append(f"The merged studies used different images ({told}): differences between their models may be due "
+                     "to that.")  # fmt: skip
     shared: dict[str, Any] = {key: value for key, value in protocols[0].items() if key not in differing}
     shared["trials"] = max(int(protocol.get("trials", 0)) for protocol in protocols)
     shared["resets"] = list(dict.fromkeys(chain(*(protocol.get("resets", []) for protocol in protocols))))

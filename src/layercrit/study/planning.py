@@ -50,12 +50,12 @@ class StudyPlan:
         models: one row per model: ``model``, ``reference``, ``architecture``, ``n_layers``, ``n_cells``, ``n_done``
             (cells that the study's folder has), ``download`` (bytes that are not on this machine), ``mistake`` (why it
             cannot be planned, or an empty text).
-        n_images: images asked about; as many as are asked for where they cannot be counted.
+        n_images: images that every model gets; the number asked for if the source's cannot be counted.
         images_mistake: why the images cannot be used, or an empty text.
         flops_plain: FLOPs of the cells left if the whole network ran for each.
-        flops: FLOPs of the cells left as they will be run, everything before a reset layer once a batch.
-        seconds: time for them on this machine with one worker, were each FLOP as dear as in the network's own forward
-            pass in float32: an upper bound, which the fused and the bfloat16 replay undercut.
+        flops: FLOPs of the cells left as they will be run, everything before a reset layer once per batch.
+        seconds: time for them on this machine with one worker, at the speed of the network's own forward pass in
+            float32: an upper bound, since the fused and the bfloat16 replay are faster.
     """
 
     models: pd.DataFrame
@@ -75,7 +75,7 @@ class StudyPlan:
 
 
 def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
-    """Work out what a study will cost. Each architecture is built and run once on a black image; nothing is measured.
+    """Estimate what a study will cost. Each architecture is built and run on a black image; nothing is measured.
 
     Args:
         study: what to measure.
@@ -162,8 +162,8 @@ def _all_layers(reference: str, network: torch.nn.Module, image: torch.Tensor) -
     except Exception as error:  # a network's own code raises what it likes
         raise ModelError(
             f"{reference!r} cannot run on an image of {' x '.join(map(str, image.shape[1:]))} (channels, height, "
-            f"width) ({first_line(error)}). All models of a study are asked about the same pixels: change input_size "
-            "under [images], or leave the model out."
+            f"width) ({first_line(error)}). All models of a study get the same pixels: change input_size under "
+            "[images], or leave the model out."
         ) from error
 
 

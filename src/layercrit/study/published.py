@@ -1,4 +1,4 @@
-"""Published result tables: read into a study, and written again as they were.
+"""Published result tables: read into a study, and written again without loss.
 
 The layout is that of the raw results of Gavrikov et al. 2024 (arXiv 2410.14470), one row per (model, layer, trial).
 """
@@ -28,8 +28,9 @@ __all__ = ["COLUMNS", "MODEL_COLUMNS", "import_published", "write_models", "writ
 
 COLUMNS = ("top1_acc", "top5_acc", "loss", "batch_acc", "layer", "pred_cos_sim", "pred_l1_err", "pred_l2_err",
            "pred_ce_loss", "trial", "recovered_acc", "model_id")  # fmt: skip
-"""Columns of a published table. Accuracies are percentages, ``recovered_acc`` is a share. ``pred_ce_loss`` took logits
-for probabilities and means nothing: it is kept as it stands, but neither used nor written for measured cells."""
+"""Columns of a published table. Accuracies are percentages, ``recovered_acc`` is a share. ``pred_ce_loss`` was
+computed on logits instead of probabilities and means nothing: it is kept as it is, but neither used nor written for
+measured cells."""
 
 MODEL_COLUMNS = ("model_id", "category", "label", "imagenet_top1_percent")
 """Columns of the table of models beside it."""
@@ -61,23 +62,24 @@ _ROUNDING = 1e-3  # means taken in low precision may lie this far outside
 def import_published(results: str | Path, folder: str | Path, models: str | Path | None = None) -> Study:
     """Read a published table into a new study.
 
-    Each row becomes a cell of the reset ``rerandomize``; the row as it stood is kept, so that `write_published` gives
-    the file back. A row without a number under ``pred_cos_sim`` gives a cell with the status ``not_finite``. Names of
-    layers stay as they are; their depth is the order in which the model's rows first name them. Of models that the zoo
-    knows, types and shapes of layers are those of its architecture, and budgets of adversarial training its own.
+    Each row becomes a cell of the reset ``rerandomize``; the original row is kept, so that `write_published` gives the
+    file back. A row without a number under ``pred_cos_sim`` becomes a cell with the status ``not_finite``. Names of
+    layers stay as they are; their depth is the order in which the model's rows first name them. Models that are in the
+    zoo get the types and shapes of layers of its architecture, and its budgets of adversarial training.
 
     Args:
         results: a CSV file with the columns `COLUMNS`, in any order.
-        folder: where the study is to lie; one that holds a study is refused.
-        models: a CSV file with the columns `MODEL_COLUMNS`, for category, label and documented accuracy. Without it
-            those of the zoo hold. A model that is not there has no category.
+        folder: the folder of the new study; one that already contains a study is refused.
+        models: a CSV file with the columns `MODEL_COLUMNS`, for category, label and documented accuracy; None: those of
+            the zoo. A model that is not in it has no category.
 
     Raises:
-        StudyError: a file is missing or no such table (the text names line and column), or the folder holds a study.
+        StudyError: a file is missing or not such a table (the text names line and column), or the folder already
+            contains a study.
     """
     results, folder = Path(results).expanduser(), Path(folder).expanduser()
     if (folder / FILE).exists():
-        raise StudyError(f"{folder} holds a study already. Name another folder, or delete that study first.")
+        raise StudyError(f"{folder} already contains a study. Name another folder, or delete that study first.")
     data = _read(results)
     sha256 = hashlib.sha256(data).hexdigest()
     texts = _texts(results, data, COLUMNS)
@@ -102,7 +104,7 @@ def import_published(results: str | Path, folder: str | Path, models: str | Path
 def write_published(study: Study, path: str | Path) -> Path:
     """Write the cells of a study in the published layout.
 
-    Published rows are written as they stood and in their order, measured ones after them: ``pred_cos_sim`` is 1 minus
+    Published rows are written as they were and in their order, measured ones after them: ``pred_cos_sim`` is 1 minus
     the mean cosine distance, accuracies are percentages, layers have the prefix ``model.``, and what was not measured
     is empty. The layout knows one reset, so that only cells of ``rerandomize`` are written, and no status: cells that
     are not ok have no numbers.
@@ -162,15 +164,15 @@ def _texts(path: Path, data: bytes, columns: Sequence[str]) -> pd.DataFrame:
         _check_header(path, header, columns)
         rows = dict((reader.line_num, row) for row in reader if row)  # noqa: C402
     except (UnicodeDecodeError, csv.Error) as error:
-        raise StudyError(f"{path} is no CSV file in UTF-8 ({error}). Expected {', '.join(columns)}.") from error
+        raise StudyError(f"{path} is not a CSV file in UTF-8 ({error}). Expected {', '.join(columns)}.") from error
     for line, row in rows.items():
         if len(row) != len(header):
             raise StudyError(
                 f"{path}, line {line}, has {len(row)} fields where the header names {len(header)} columns. "
-                "If the file was cut off, fetch it again."
+                "If the file is truncated, download it again."
             )
     if not rows:
-        raise StudyError(f"{path} has a header and no row. If the file was cut off, fetch it again.")
+        raise StudyError(f"{path} has a header but no rows. If the file is truncated, download it again.")
     return pd.DataFrame.from_dict(rows, orient="index", columns=header)
 
 
@@ -183,7 +185,7 @@ def _check_header(path: Path, header: Sequence[str], columns: Sequence[str]) -> 
             *(f"column {name!r} is missing. {near(name, unknown)}" if unknown else f"column {name!r} is missing."
               for name in missing[:1]),
             *(f"column {name!r} is unknown. {near(name, columns)}" for name in unknown[:1]),
-            *(f"column {name!r} is there twice." for name in twice[:1]),
+            *(f"column {name!r} appears twice." for name in twice[:1]),
         ]  # fmt: skip
         raise StudyError(f"{path}, line 1: {' '.join(found)} Expected {', '.join(columns)}.")
 
@@ -201,14 +203,14 @@ def _numbers(path: Path, texts: pd.DataFrame) -> pd.DataFrame:
         if (wrong := (numbers[column] < -slack) | (numbers[column] > largest + slack)).any():
             line = texts.index[wrong][0]
             raise StudyError(
-                f"{path}, line {line}, column {column!r} holds {texts.loc[line, column]!r}: expected a number from 0 "
-                f"to {largest:.4g}."
+                f"{path}, line {line}, column {column!r} contains {texts.loc[line, column]!r}: expected a number from "
+                f"0 to {largest:.4g}."
             )
     trials = [_number(path, line, "trial", text) for line, text in texts["trial"].items()]
     for line, trial in zip(texts.index, trials, strict=True):
         if not (0 <= trial < 2**31 and trial == math.floor(trial)):
             raise StudyError(
-                f"{path}, line {line}, column 'trial' holds {texts.loc[line, 'trial']!r}: expected a whole number, "
+                f"{path}, line {line}, column 'trial' contains {texts.loc[line, 'trial']!r}: expected a whole number, "
                 "0 or above."
             )
     return numbers.assign(trial=np.array(trials, dtype=np.int64))
@@ -218,7 +220,7 @@ def _number(path: Path, line: Any, column: str, text: str) -> float:
     try:
         return float(text) if text.strip() else math.nan
     except ValueError as error:
-        raise StudyError(f"{path}, line {line}, column {column!r} holds {text!r}: expected a number.") from error
+        raise StudyError(f"{path}, line {line}, column {column!r} contains {text!r}: expected a number.") from error
 
 
 def _check_trials(path: Path, numbers: pd.DataFrame) -> None:
@@ -254,10 +256,11 @@ def _from_table(path: Path) -> dict[str, ModelRow]:
     for line, row in zip(texts.index, texts.to_dict("records"), strict=True):
         name, percent = row["model_id"], _number(path, line, "imagenet_top1_percent", row["imagenet_top1_percent"])
         if name in rows:
-            raise StudyError(f"{path}, line {line}, column 'model_id': {name!r} is there already. Delete one of them.")
+            raise StudyError(f"{path}, line {line}, column 'model_id': {name!r} appears twice. Delete one of them.")
         if percent < 0 or percent > 100:
             raise StudyError(
-                f"{path}, line {line}, column 'imagenet_top1_percent' holds {percent}: expected 0 to 100, or nothing."
+                f"{path}, line {line}, column 'imagenet_top1_percent' contains {percent}: expected 0 to 100, or "
+                "nothing."
             )
         accuracy = None if math.isnan(percent) else percent / 100
         rows[name] = ModelRow(name, name, row["category"] or None, row["label"] or None, accuracy)
@@ -352,9 +355,9 @@ def _record(path: Path, sha256: str, numbers: pd.DataFrame, rows: Sequence[Model
         "origin": {"source": _RELEASE_SOURCE if is_release else path.name, "sha256": sha256, "rows": len(numbers)},
         "protocol": {"trials": int(numbers["trial"].nunique()), "level": 0.95, "resets": [_RESET]},
         "notes": [
-            "Published results: each cell holds means over images only, so intervals hold for new trials on the same "
+            "Published results: each cell has only means over images, so intervals hold for new trials on the same "
             "images.",
-            "The published column pred_ce_loss is left out: it took logits for probabilities.",
+            "The published column pred_ce_loss is left out: it was computed on logits instead of probabilities.",
         ],
     }
     if n_images is not None:
@@ -364,7 +367,7 @@ def _record(path: Path, sha256: str, numbers: pd.DataFrame, rows: Sequence[Model
     if any(row.category == _LEFT_OUT for row in rows):
         record["leave_out"] = [_LEFT_OUT]
     if unknown := [row.model for row in rows if row.category is None]:
-        record["notes"].append(f"No category is known of {', '.join(unknown)}.")
+        record["notes"].append(f"No category is known for {', '.join(unknown)}.")
     return record
 
 
@@ -397,7 +400,7 @@ def _text(number: float) -> str:
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[Any, Any]]) -> Path:
-    """Write rows beside the file's place and move them there, so that a reader never meets half a file."""
+    """Write rows under a temporary name and rename the file, so that nobody reads half a file."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""Run a study: every cell once, nothing lost, the rest goes on where one model fails."""
+"""Run a study: every cell is measured once, nothing is lost, and a failing model does not stop the others."""
 
 import contextlib
 import hashlib
@@ -70,16 +70,16 @@ def run_study(
     progress: bool = True,
     executor: Executor | None = None,
 ) -> RunReport:
-    """Measure what is missing of a study; run again to go on after an interruption.
+    """Measure what is missing from a study; run again to resume after an interruption.
 
-    Every finished cell is committed to the folder's store under a name of its content (weights, layer, reset, seed,
+    Every finished cell is committed to the folder's store under a hash of its content (weights, layer, reset, seed,
     images, settings), so that no cell is measured twice and none of another model, image or setting is mixed in.
 
     Args:
         study: what to measure, from `layercrit.study.file.read_study_file`.
-        folder: where the results go; made if need be.
+        folder: where the results go; created if missing.
         n_workers: local processes; None: one for each GPU, else one.
-        retry: whether to try again what failed in an earlier run.
+        retry: whether to retry what failed in an earlier run.
         progress: whether to show a progress bar on a terminal.
         executor: runs the tasks in place of local processes.
 

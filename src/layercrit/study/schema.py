@@ -1,4 +1,4 @@
-"""What may stand in a study file: its tables, declared once for the reader and for the JSON Schema that editors use."""
+"""What a study file may contain: its tables, declared once for the reader and for the JSON Schema that editors use."""
 
 from dataclasses import fields
 from typing import Annotated, Any, Literal
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 METHOD_KEYS = ("method", "settings", "epochs", "seed")
-"""What only models with a method have."""
+"""Keys that only models with a method may have."""
 
 _Epochs = Annotated[int, Field(ge=1)]
 _Settings = Annotated[dict[str, Any], Field(json_schema_extra={"properties": {"epochs": False}})]  # it stands beside
@@ -45,7 +45,7 @@ class StudyTable(Declaration):
 
 
 class ImagesTable(Declaration):
-    """The images that every model is asked about."""
+    """The images that every model gets."""
 
     source: str
     """source of the images, anything that `layercrit measure --images` takes; relative to this file"""
@@ -57,7 +57,7 @@ class ImagesTable(Declaration):
         [STANDARD.channels, STANDARD.height, STANDARD.width],
         json_schema_extra={"prefixItems": [{"enum": [1, 3]}], "items": {"type": "integer", "minimum": 1}},
     )
-    """every model is asked about the same pixels: channels (3: RGB, 1: grey), height, width"""
+    """every model gets the same pixels: channels (3: RGB, 1: grey), height, width"""
     resize: (
         Annotated[
             Annotated[int, Field(ge=0)]
@@ -72,7 +72,7 @@ class ImagesTable(Declaration):
     """how pixels are resized"""
 
     def preprocessing(self) -> Preprocessing:
-        """Return how images become the pixels that every model is asked about.
+        """Return how images become the pixels that every model gets.
 
         Raises:
             ProbeError: the numbers contradict each other or are out of range.
@@ -85,12 +85,12 @@ class ImagesTable(Declaration):
 
 
 class ProtocolKeys(Declaration):
-    """The settings of all measurements, as of `layercrit measure`."""
+    """The settings of all measurements, like those of `layercrit measure`."""
 
     resets: list[str] = Field([DEFAULTS.reset])
     """what replaces a layer's parameters: names of resets, each of which is measured"""
     distances: list[str] | None = None
-    """names of distances between predictions; default: all that are known. `cosine` is always among them"""
+    """names of distances between predictions; default: all that are registered. `cosine` is always among them"""
 
     @field_validator(*(one.name for one in fields(Protocol)), mode="wrap", check_fields=False)
     @classmethod
@@ -124,20 +124,20 @@ ProtocolTable = create_model("ProtocolTable", __base__=ProtocolKeys, __doc__=Pro
 
 
 class TrainingTable(Declaration):
-    """How the models that have a `method` are trained, by `layercrit train --study FILE`; a model's own keys win."""
+    """How `layercrit train --study FILE` trains the models that have a `method`; a model's own keys take precedence."""
 
     arch: str
     """the architecture to train, a model reference without weights, such as 'timm:resnet18'"""
     data: str
     """source of the training images; relative to this file"""
     folder: str = "models"
-    """where the trained models lie, each in a folder of its own; relative to this file"""
+    """folder of the trained models, each in its own folder; relative to this file"""
     epochs: _Epochs | None = None
     """passes over the training images; default: as many as each method says"""
     seed: _Seed = 0
-    """of the initial weights and of everything drawn in training"""
+    """seed of the initial weights and of everything drawn in training"""
     precision: Literal["no", "bf16", "fp16"] = "no"
-    """of the arithmetic; no: float32"""
+    """mixed precision of training; no: float32"""
     weights_dtype: Literal["float32", "float16"] = "float32"
     """how the final weights are stored"""
     settings: _Settings = Field({})
@@ -164,22 +164,22 @@ class ModelTable(Declaration):
     reference: str | None = None
     """a model reference, or a pattern such as zoo:*, timm:resnet50.* or file:runs/*/final.safetensors"""
     list: str | None = None
-    """a file with a column `reference` and any other of these keys but those of training; or one reference a line"""
+    """a CSV file with a column `reference` and any of these keys but those of training; or one reference per line"""
     method: str | None = None
-    """a training method, by which the study trains the model: `layercrit methods` lists them"""
+    """the training method by which the study trains the model: `layercrit methods` lists them"""
     name: str | None = None
-    """how the model is called; of a model with a method also its folder"""
+    """the model's name; for a model with a method also that of its folder"""
     category: str | None = None
-    """family of its training method, such as adversarial_training; default: that of the zoo or of the method"""
+    """category of its training method, such as adversarial_training; default: that of the zoo or of the method"""
     label: str | None = None
-    """how figures call it"""
+    """its name in figures"""
     accuracy: Annotated[float, AfterValidator(_share)] | None = Field(
         None, json_schema_extra={"minimum": 0, "maximum": 1}
     )
     """top-1 accuracy as its authors give it, a share in [0, 1]"""
     donor: str | None = None
-    """a weight file, for the reset rewind; or runs/a@epoch=0 of a training run. Of a model with a method: the weights
-    that its training began with"""
+    """a weight file, for the reset rewind; or runs/a@epoch=0 of a training run. Default for a model with a method: its
+    initial weights"""
     attack_norm: str | None = None
     """norm of the perturbations of adversarial training, such as l2 or linf; default: as the zoo or the method says"""
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
@@ -189,7 +189,7 @@ class ModelTable(Declaration):
     epochs: _Epochs | None = None
     """passes over the training images"""
     seed: _Seed | None = None
-    """of the initial weights and of everything drawn in training"""
+    """seed of the initial weights and of everything drawn in training"""
 
 
 TABLES: dict[str, type[Declaration]] = {
@@ -199,7 +199,7 @@ TABLES: dict[str, type[Declaration]] = {
     "training": TrainingTable,
     "models": ModelTable,
 }
-"""The sections of a study file, and what may stand in each."""
+"""The sections of a study file, and what each may contain."""
 
 
 class _Plain(GenerateJsonSchema):

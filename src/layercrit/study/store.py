@@ -2,7 +2,7 @@
 
 ========== ==========================================================================================================
 ``models`` the models of the study in its order; ``record`` is what is known of one since it was opened
-``plan``   which cells the study is about, by model, layer, reset and trial; ``key`` names the content of each
+``plan``   which cells the study has, by model, layer, reset and trial; ``key`` is a hash of the content of each
 ``cells``  what was measured, by key: the same content is never measured twice, and other content never mixed in
 ``parts``  batches of trials that are under way, so that an interruption loses a batch and not a trial
 ``failures`` what could not be measured, and why
@@ -88,7 +88,7 @@ class ModelRow:
         model: its name in tables and figures, unique in the study.
         reference: its model reference, or for imported results the words under which they were published.
         category: of its training method, such as those of `layercrit.categories.CATEGORIES`, or None.
-        label: how figures call it, or None: its name.
+        label: its name in figures, or None: its name.
         documented_accuracy: top-1 accuracy as its authors give it, a share in [0, 1], or None.
         record: what is known since it was opened (hash, architecture, number format, predictions, notes), or None.
         attack_norm: norm of the perturbations that it was trained to withstand, such as ``l2`` or ``linf``, or None.
@@ -183,7 +183,7 @@ class Store:
     Any number of processes may read while one writes. What is put into it is put inside a `transaction`.
 
     Raises:
-        StudyError: there is none, it is damaged or no study's, a newer version of layercrit wrote it, or the disk is
+        StudyError: there is none, it is damaged or not a study's, a newer version of layercrit wrote it, or the disk is
             full.
     """
 
@@ -197,7 +197,7 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StudyError(f"{self.path} cannot be made ({error.strerror}). Name another folder.") from error
+            raise StudyError(f"{self.path} cannot be created ({error.strerror}). Name another folder.") from error
         with self._explained():
             # transactions are written out below: the module's own begin them where it guesses
             self._connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
@@ -212,11 +212,11 @@ class Store:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         (n_tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if magic != _MAGIC and n_tables:
-            raise StudyError(f"{self.path} is an SQLite file, but not of a layercrit study. Name another folder.")
+            raise StudyError(f"{self.path} is an SQLite file, but not that of a layercrit study. Name another folder.")
         if version > SCHEMA:
             raise StudyError(
-                f"{self.path} has schema {version}, this version of layercrit knows {SCHEMA}. "
-                "Install the newer version that wrote it."
+                f"{self.path} has schema version {version}, but this version of layercrit only knows versions up to "
+                f"{SCHEMA}. Install the newer version of layercrit that wrote it."
             )
         if version == SCHEMA:
             return
@@ -242,7 +242,7 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Write all that is written inside, or nothing of it."""
+        """Write everything that is written inside, or nothing."""
         with self._explained():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -479,7 +479,7 @@ class Store:
         except sqlite3.Error as error:
             raise StudyError(
                 f"{self.path} cannot be used ({error}). If the disk is full, free some space; if the file is damaged, "
-                "restore it or start anew in another folder."
+                "restore it or start over in another folder."
             ) from error
 
 
@@ -493,8 +493,8 @@ def _unpacked(data: bytes) -> dict[str, npt.NDArray[np.float32]]:
         return unpack(data)
     except ValueError as error:
         raise StudyError(
-            f"Values of single images are damaged in the study's file ({error}). Restore {FILE}, or start anew in "
-            "another folder."
+            f"Per-image values in the study's file are damaged ({error}). Restore {FILE}, or start over in another "
+            "folder."
         ) from error
 
 

@@ -31,7 +31,7 @@ class Study:
     """Many models, each with the criticality of each of its layers.
 
     Attributes:
-        folder: where it lies.
+        folder: where it is.
         models: one row per model in the order of the study: ``model`` (its name), ``reference``, ``category``,
             ``label``, ``documented_accuracy`` (top-1 as its authors give it, a share in [0, 1]), ``attack_norm`` and
             ``eps`` (which perturbations it was trained to withstand, if any), and, where it was opened,
@@ -75,7 +75,7 @@ class Study:
         cells = self.cells[(self.cells["reset"] == wanted) & (self.cells["status"] == "ok")]
         if cells.empty:
             raise StudyError(
-                f"The study in {self.folder} holds no finished cell. Run it with `layercrit study run`, or look at "
+                f"The study in {self.folder} has no finished cell. Run it with `layercrit study run`, or look at "
                 "`layercrit study status`."
             )
         return cells
@@ -83,10 +83,10 @@ class Study:
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per (model, reset, layer), in the order of the study and of depth.
 
-        ``criticality`` is 1 minus the mean cosine similarity of softmax outputs, in [0, 1]. ``low`` and ``high`` limit
-        its interval at the study's level, which holds for what ``covers`` says: new trials and new images where
-        per-image distances were kept, new trials on the same images where only means are known (imported results).
-        ``status`` is ``ok`` or says which share of the trials was left out and why.
+        ``criticality`` is 1 minus the mean cosine similarity of softmax outputs, in [0, 1]. ``low`` and ``high`` are
+        the limits of its interval at the study's level, which holds for what ``covers`` says: new trials and new images
+        where per-image distances were kept, new trials on the same images where only means are known (imported
+        results). ``status`` is ``ok`` or says which share of the trials was left out and why.
         """
         return self._layers.copy()
 
@@ -105,12 +105,12 @@ class Study:
         for what, name in (("model", model), ("layer", layer)):
             known = list(cells[what].unique())
             if name not in known:
-                raise StudyError(f"The study in {self.folder} has no {what} {name!r} measured. {near(name, known)}")
+                raise StudyError(f"The study in {self.folder} has no measured {what} {name!r}. {near(name, known)}")
             cells = cells[cells[what] == name]
         with Store(self.folder) as store:
             found = list(store.per_image(cells["key"].to_list()).values())
         if found and distance not in found[0]:
-            raise StudyError(f"No distances {distance!r} were kept. {near(distance, found[0])}")
+            raise StudyError(f"No per-image distances {distance!r} were kept. {near(distance, found[0])}")
         return np.stack([values[distance] for values in found]) if found else np.empty((0, 0), np.float32)
 
     def by_model(self) -> pd.DataFrame:
@@ -121,7 +121,7 @@ class Study:
         return self._means.copy()
 
     def progress(self) -> pd.DataFrame:
-        """Return one row per model: how far it is.
+        """Return one row per model: its progress.
 
         ``state`` is done, failed, left or not opened; ``n_planned`` cells (NaN before it is opened), ``n_done`` cells,
         ``n_failed`` trials, and the first ``error``.
@@ -137,10 +137,10 @@ class Study:
         return table.astype({"n_planned": "float64"})
 
     def seconds_left(self) -> float | None:
-        """Estimate the time that the cells left take, at the speed of the last run; None where it measured nothing.
+        """Estimate the time for the cells left, at the speed of the last run; None if that measured nothing.
 
-        Models that were not opened yet are taken to have as many cells as the others have in the mean. What failed is
-        not left: it is not tried again unasked. A merged or imported study has nothing left to run.
+        Models that were not opened yet count with the mean number of cells of the others. What failed is not left: it
+        is retried only on request. A merged or imported study has nothing left to run.
         """
         if not self.runs or not self.planned or not _is_run(self.record):
             return None
@@ -160,7 +160,7 @@ class Study:
     def compare(
         self, *, baseline: str | None = None, leave_out: list[str] | None = None, reset: str | None = None
     ) -> Comparison:
-        """Set the models beside each other; see `layercrit.comparison.compare`."""
+        """Compare the models; see `layercrit.comparison.compare`."""
         return compare(self, baseline=baseline, leave_out=leave_out, reset=reset)
 
     def __repr__(self) -> str:
@@ -227,7 +227,7 @@ def load_study(folder: str | Path) -> Study:
     """Read a study's folder, finished or not; it may be running.
 
     Raises:
-        StudyError: the folder holds no study, or a damaged one.
+        StudyError: the folder contains no study, or a damaged one.
     """
     folder = Path(folder).expanduser()
     with Store(folder) as store:

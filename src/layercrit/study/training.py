@@ -15,11 +15,11 @@ __all__ = ["TrainingReport", "train_models"]
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What training the models of a study file came to.
+    """The outcome of training the models of a study file.
 
     Attributes:
         trained: the trained models by name, those of earlier calls included.
-        failures: why each other one could not be trained.
+        failures: why each of the others could not be trained.
     """
 
     trained: dict[str, TrainedModel]
@@ -35,15 +35,15 @@ def train_models(
     progress: Callable[[str, TrainingProgress], Any] | None = None,
     say: Callable[[str], Any] | None = None,
 ) -> TrainingReport:
-    """Train what the ``[training]`` table of a study file describes; what is finished already stays as it is.
+    """Train what the ``[training]`` table of a study file describes; models that are already trained stay as they are.
 
     Args:
         study_file: its path.
         names: of the models to train; none: all.
         options: what results do not depend on.
         download: let torchvision fetch the data.
-        progress: is told the name of the model and how far its training is.
-        say: is told what happens besides.
+        progress: called with the name of the model and the progress of its training.
+        say: called with every other message.
 
     Raises:
         StudyError: the file has mistakes.

@@ -59,7 +59,7 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Training:
-    """The models that a study trains itself.
+    """How a study trains its own models.
 
     Attributes:
         runs: one for each model with a method, in order.
@@ -111,15 +111,15 @@ def model_mistakes(where: str, model: ModelTable, table: TrainingTable | None) -
     from layercrit.training.methods import get_method
 
     if table is None:
-        yield f"{where}: method needs a table [training] that says the architecture (arch) and the images (data)"
+        yield f"{where}: method needs a table [training] with the architecture (arch) and the images (data)"
     if model.name is None:
-        yield f"{where}: a model with a method needs a name, after which its folder is called"
+        yield f"{where}: a model with a method needs a name, which is also that of its folder"
     elif not re.fullmatch(r"\w([\w.,+= -]*[\w+=-])?", model.name):
         words = "fit for a folder (letters, digits and any of '.,+=- _' inside)"
         yield f"{where}: name must be {words}; got {model.name!r}"
     settings = {**(table.settings if table else {}), **model.settings}
     if "epochs" in settings:
-        yield f"{where}: epochs must stand beside settings, not in them"
+        yield f"{where}: epochs must be given next to settings, not in them"
     if model.method is None:
         return  # said already
     try:
@@ -129,7 +129,7 @@ def model_mistakes(where: str, model: ModelTable, table: TrainingTable | None) -
 
 
 def run_of(model: ModelTable, table: TrainingTable, file: Path, data: str) -> TrainingRun:
-    """Return the training run of a model without mistakes; its own keys win over those of ``[training]``.
+    """Return the training run of a model without mistakes; its own keys take precedence over those of ``[training]``.
 
     Args:
         model: the model's keys.

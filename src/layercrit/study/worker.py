@@ -1,4 +1,4 @@
-"""What a worker of a study does: it measures trials of models, and tells how far it got."""
+"""What a worker of a study does: it measures trials of models, and reports its progress."""
 
 import contextlib
 import hashlib

@@ -13,7 +13,7 @@ export const state = {
   model: 0,
   control: "holm",
 };
-export const shownTables = {}; // name of a picture -> its rows and columns, see texts.js
+export const shownTables = {}; // name of a figure -> its rows and columns, see texts.js
 
 export const known = (value) => value !== null && value !== undefined && !Number.isNaN(value);
 export const mean = (values) => {

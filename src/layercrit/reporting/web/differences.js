@@ -1,4 +1,4 @@
-// Differences of two models or two categories: read from the page, drawn, and told.
+// Differences between two models or two categories: read from the page, plotted, and put into words.
 import { $, bytes, choose, D, known, mean, N_LAYERS, shownTables, state, unzipped } from "./data.js";
 import { bars, draw, LEGEND_ABOVE, layerAxis, layerSize, stageLines, style } from "./plots.js";
 import { drawTable, element, escaped, interval, pValue, share, signed } from "./texts.js";
@@ -57,11 +57,11 @@ export function drawCompare() {
   const block = blocks[`${kind} ${unit} ${$("values").value}`];
   let problem = "";
   if (kind !== otherKind) problem = "Choose two models or two categories.";
-  else if (first === second) problem = "Choose two that differ.";
+  else if (first === second) problem = "Choose two different ones.";
   const rows = problem ? null : differences(block, first, second);
   for (const part of ["plot", "details", "notes"]) $(`compare-${part}`).hidden = !rows;
   if (!rows) {
-    $("compare-said").textContent = problem || "This pair is not in the page; `layercrit.differences` computes it.";
+    $("compare-said").textContent = problem || "This pair is not in the page: compute it with `layercrit.differences`.";
     return;
   }
   const control = CONTROLS[state.control];
@@ -76,12 +76,12 @@ function tellDifferences(rows, control, { first, second }, notes) {
   const found = rows.filter((row) => row[control.column]).length;
   const middle = mean(rows.map((row) => row.difference));
   $("compare-said").textContent =
-    `${first.label} minus ${second.label}: of ${tested} tested layers ${found} are found to differ ` +
+    `${first.label} minus ${second.label}: ${found} of ${tested} tested layers differ significantly ` +
     `(${control.label}, level ${D.differences.alpha}, over the layers of this pair). ` +
     `Mean difference ${known(middle) ? signed(middle, 3) : "not known"}.`;
   const unadjusted =
-    `The intervals drawn are at ${100 * D.level}% for each layer by itself: ` +
-    "one may leave out 0 and its difference not be significant.";
+    `The plotted ${100 * D.level}% intervals are not adjusted for multiple testing: ` +
+    "one may exclude 0 although its difference is not significant.";
   $("compare-notes").replaceChildren(...[unadjusted, ...notes].map((text) => element("li", { textContent: text })));
 }
 
@@ -112,7 +112,7 @@ function drawDifferences(rows, control) {
     ...layerSize(290),
     ...LEGEND_ABOVE,
     xaxis: layerAxis(),
-    yaxis: { title: { text: "difference of criticality" }, zeroline: true },
+    yaxis: { title: { text: "difference in criticality" }, zeroline: true },
     shapes: stageLines(),
   };
   draw("compare-plot", traces, layout, (point) => choose({ layer: point.x }));

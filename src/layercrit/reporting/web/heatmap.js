@@ -39,8 +39,8 @@ export function drawMap() {
   const rows = visible();
   $("map-plot").style.width = `max(100%, ${14 * N_LAYERS + 300}px)`;
   $("map-about").textContent =
-    `${measure.about} In percent; beside the names: ${D.accuracy} accuracy (%). At the right: mean over layers; ` +
-    "below: mean over the models shown. Choose a cell, or a name, to see its layer and its model below.";
+    `${measure.about} Values are in percent; next to the names: ${D.accuracy} accuracy (%). Right column: mean over ` +
+    "layers; bottom row: mean over the models shown. Click a square or a name to see its layer and model below.";
   const drawn = draw("map-plot", mapTraces(measure, rows), mapLayout(rows), (point) =>
     choose({
       layer: point.data.xaxis === "x2" ? state.layer : point.x,
@@ -166,6 +166,6 @@ function chooseByLabel(selector, chosen) {
 
 export function drawMapTable() {
   if (!$("map-details").open) return;
-  const caption = `${state.measure.label} of each model (rows) on each layer (columns)`;
+  const caption = `${state.measure.label} of each model (rows) and layer (columns)`;
   drawTable($("map-table"), caption, shownTables.map);
 }

@@ -94,7 +94,7 @@ function show({ layer = state.layer, model = state.model }) {
   const { values, low, high } = CRITICALITY;
   const link = (section, text) => element("a", { href: `#${section}`, textContent: text });
   $("map-said").replaceChildren(
-    `Chosen: ${D.models[model].label}, ${D.layers[layer].label}, criticality ${share(values[model][layer])} ` +
+    `Selected: ${D.models[model].label}, ${D.layers[layer].label}, criticality ${share(values[model][layer])} ` +
       `(interval ${interval(low[model][layer], high[model][layer])}). See `,
     link("one-model", "this model"),
     ", ",
@@ -138,13 +138,13 @@ function drawModels() {
     number("high", "high"),
     number("criticality_matched", "temperature-matched"),
     number("difference", "difference to the baseline", (value) => signed(value, 3)),
-    number("layers_that_differ", "layers found to differ from it (Holm, each model by itself)", count),
+    number("layers_that_differ", "layers significantly different from it (Holm, per model)", count),
     number("top1_agreement", "top-1 agreement (%)", percent),
     number("centre_of_mass", "centre of mass"),
   ];
   shownTables.models = { rows: D.models, columns };
   const kept = columns.filter(({ of, shown }) => D.models.some((model) => known((shown ?? of)(model))));
-  const caption = `Models; intervals at ${100 * D.level}%. Choose a heading to sort.`;
+  const caption = `Models; intervals at ${100 * D.level}%. Click a heading to sort.`;
   drawTable($("models-table"), caption, { rows: D.models, columns: kept });
 }
 
@@ -164,7 +164,7 @@ async function start() {
   drawModels();
   document.head.append(element("script", { textContent: await unzipped(bytes("plotly")).text() }));
   await drawMap();
-  performance.mark("first picture");
+  performance.mark("first figure");
   await readDifferences();
   drawAll();
   performance.mark("ready");
@@ -173,6 +173,6 @@ async function start() {
 
 start().catch((error) => {
   $("map-about").textContent =
-    `The pictures cannot be drawn in this browser (${error.message}). The tables below remain.`;
+    `The figures cannot be plotted in this browser (${error.message}). The tables below remain.`;
   throw error;
 });

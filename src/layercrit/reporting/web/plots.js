@@ -1,8 +1,8 @@
-// What all pictures share, which Plotly draws; and those of one layer, of one model, and of accuracy.
+// What all figures share, which Plotly plots; and those of one layer, of one model, and of accuracy.
 import { $, CRITICALITY, categoryOf, choose, D, known, mean, N_LAYERS, shownTables, state } from "./data.js";
 import { escaped, interval, percent, share, short } from "./texts.js";
 
-// --- what all pictures share ----------------------------------------------------------------------------------------
+// --- what all figures share -----------------------------------------------------------------------------------------
 
 export const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 // black is for light pages
@@ -31,7 +31,7 @@ export function draw(id, traces, layout, onClick = null) {
   return drawn;
 }
 
-// The widest of some texts, in pixels. Plotly's own margins would draw a picture several times.
+// The widest of some texts, in pixels. Plotly's own margins would plot a figure several times.
 export function widest(texts, size) {
   const context = document.createElement("canvas").getContext("2d");
   context.font = `${size}px system-ui, sans-serif`;
@@ -58,10 +58,10 @@ export const layerAxis = () => ({
   showgrid: false,
   zeroline: false,
 });
-// The room that the labels of the layers need below a picture, and others that are written as they are.
+// The room that the labels of the layers need below a figure, and others that are written as they are.
 export const roomBelow = (...others) =>
   Math.ceil(20 + widest([...layerLabels(), ...others], LAYER_TICKS.tickfont.size));
-// The size of a picture over layers: so high that this many pixels are left to it, whatever its layers are called.
+// The size of a figure over layers: so high that this many pixels are left to it, whatever its layers are called.
 export const layerSize = (inner) => ({
   height: 40 + inner + roomBelow(),
   margin: { l: 10, r: 10, t: 40, b: roomBelow() },
