@@ -11,7 +11,7 @@ from typing import Any
 
 # Former module -> where its names are now.
 FORMER = {
-    "archives": ("probes.archives", "probes.opening"),
+    "archives": ("probes.hugging_face", "probes.parquet", "probes.tar", "probes.torchvision", "probes.opening"),
     "checkpoints": ("models.checkpoints", "models.file_source", "models.pickles"),
     "downloads": ("models.zoo.downloads",),
     "executors": ("study.executors",),

@@ -8,10 +8,13 @@ import numpy.typing as npt
 import torch
 
 from layercrit.errors import ProbeError
-from layercrit.probes.archives import HuggingFaceSource, ParquetSource, TarSource, TorchvisionSource
+from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import SUFFIXES
+from layercrit.probes.parquet import ParquetSource
 from layercrit.probes.sources import ACCEPTED, ArraySource, FolderSource, ImageSource, check_exists
+from layercrit.probes.tar import TarSource
+from layercrit.probes.torchvision import TorchvisionSource
 
 __all__ = ["open_source"]
 

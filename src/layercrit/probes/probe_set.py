@@ -17,16 +17,14 @@ import torch
 from PIL import Image
 
 from layercrit.errors import ProbeError
-from layercrit.probes.archives import (
-    HuggingFaceSource,
-    ParquetSource,
-    TarSource,
-    TorchvisionSource,
-)
+from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.images import STANDARD, Pixels, Preprocessing, open_image
 from layercrit.probes.opening import open_source
+from layercrit.probes.parquet import ParquetSource
 from layercrit.probes.pixels import KeptPixels, PixelStore
 from layercrit.probes.sources import ArraySource, FolderSource, ImageSource, Item
+from layercrit.probes.tar import TarSource
+from layercrit.probes.torchvision import TorchvisionSource
 from layercrit.seeds import image_order_seed
 
 __all__ = ["MEMORY_LIMIT", "ProbeOptions", "ProbeSet", "Progress"]
