@@ -375,7 +375,7 @@ def test_measure__a_model_that_predicts_nan_itself_is_an_error(own_reset, value)
     def never(draw):
         raise AssertionError("a layer was reset before the model's own predictions were looked at")
 
-    with pytest.raises(ModelError, match=r"itself predicts NaN or infinity for 1 of 6 images, .* 'array .*\[2\]'"):
+    with pytest.raises(ModelError, match=r"itself predicts NaN or infinity for 1 of 6 images; .* 'array .*\[2\]'"):
         measure(Fragile(value).eval(), one_white(2), reset="never", **QUIET)
 
 
@@ -385,7 +385,7 @@ def test_measure__a_model_that_predicts_nan_later_on_is_an_error_too(monkeypatch
     network = Fragile(math.nan).eval()
     drawn = ProbeSet.from_array(PIXELS, SMALL.preprocessing, seed=hashed(0, "probe set") % 2**32)
     index = int(drawn.names[-1].partition("[")[2].rstrip("]"))
-    with pytest.raises(ModelError, match=rf"for 1 of 1 images, the first is 'array .*\[{index}\]'"):
+    with pytest.raises(ModelError, match=rf"for 1 of 1 images; the first is 'array .*\[{index}\]'"):
         measure(network, one_white(index), batch_size=1, **QUIET)
 
 
@@ -531,7 +531,7 @@ def test_measure__of_distances_one_name_or_several_with_commas_will_do():
         ({"donor": "nowhere.pth"}, CheckpointError, "no file nowhere.pth"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(12, 1)).eval()}, ModelError, "one number per image"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(13, 2)).eval()}, ModelError,
-         r"cannot run on one image of 3 channels, 2 x 2 pixels \(RuntimeError: .*name that size: open_model"),
+         r"cannot run on one image of 3 channels, 2 x 2 pixels \(RuntimeError: .*set that size: open_model"),
         ({"model": nn.Flatten().eval()}, LayerError, "none, it has no parameters"),
         ({"model": "timm:resnet5O?pretrained=false"}, ModelError, "timm has no model 'resnet5O'"),
         ({"model": 5}, ModelError, "got int"),

@@ -28,7 +28,7 @@ class Distance:
     """A registered distance between two predictions.
 
     Attributes:
-        name: the key in `DISTANCES`; also the name of the column that holds it.
+        name: the key in `DISTANCES`; also the name of its column.
         function: takes two tensors of probabilities, float32 ``(n_images, n_classes)``, and returns ``(n_images,)``.
         summary: the first line of the function's docstring.
         upper: the largest possible value; ``inf`` where there is none. The smallest is 0.
@@ -162,7 +162,7 @@ def measure_distances(p: Tensor, q: Tensor, names: Iterable[str]) -> dict[str, T
 
     Returns:
         for each name the distances, float32 ``(n_images,)``, on the device of ``p``. An image is NaN in all of them
-        where either row is no distribution: it holds NaN or infinity, is negative somewhere, or its sum is not 1
+        where either row is not a distribution: it has NaN or infinity, is negative somewhere, or its sum is not 1
         (logits, for instance). This is a value and not an error, to avoid waiting for a GPU.
 
     Raises:

@@ -119,7 +119,7 @@ def select_layers(
         types: which types; see `LAYER_TYPES`, or ``all``.
         patterns: shell-style patterns on layer names, comma-separated or as a list: ``layer1.*,fc``.
         group: ``layer``: each on its own. ``block``: the selected layers of a block are reset together, a block being
-            the smallest numbered module that holds two or more convolutions or linear layers, as do most modules
+            the smallest numbered module with two or more convolutions or linear layers, as do most modules
             numbered beside it (``layer1.0``, ``blocks.3``). ``stage``: likewise the next numbered module around the
             block (``layer1``), or the network's outermost child where there is none (``blocks``).
 

@@ -41,7 +41,7 @@ class Estimate:
         sd_rest: standard deviation of what trial and image do not explain separately (NaN if unknown).
         n_trials: number of trials.
         n_images: number of images.
-        covers: what may be drawn anew for the interval to be still valid.
+        covers: what may be drawn again while the interval stays valid.
     """
 
     mean: float

@@ -58,7 +58,7 @@ def test_measure__the_error_that_auto_notes_is_that_of_the_cells(long_job, monke
     network, probe_set = small_network(), photographs(6)
     rough, exact = (measure(network, probe_set, dtype=dtype, trials=1, **QUIET) for dtype in ("auto", "float32"))
     errors = rough.cells["cosine"] - exact.cells["cosine"]
-    assert f"{errors.abs().max():.4f} at most and {abs(errors.mean()):.5f} in the mean" in rough.record["notes"][-1]
+    assert f"{errors.abs().max():.4f} at most and {abs(errors.mean()):.5f} on average" in rough.record["notes"][-1]
 
 
 @pytest.mark.parametrize(("flops", "native"), [(1e30, True), (0, False)], ids=["short job", "emulated"])

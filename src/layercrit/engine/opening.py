@@ -51,7 +51,7 @@ def open_replay(network: nn.Module, layers: Sequence[Layer], images: Tensor, mod
             return _in_mode(GraphReplay(weight_graph, layers), mode, images)
         reason = "the exported network does not reproduce the network's own logits"
     recorded = RecordedReplay(network, layers, f"recorded outputs instead of an exported graph: {reason}")
-    both = f"{reason}, and recorded outputs do not reproduce them either"
+    both = f"{reason}, and recorded outputs give other logits"
     plain = PlainReplay(network, layers, f"the plain backend, without reuse: {both}")
     return recorded if _agrees(recorded, plain, images) else plain
 

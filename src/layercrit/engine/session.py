@@ -46,7 +46,7 @@ class Session:
         probe_set: the images.
         predictions: what the trained network predicts.
         notes: what the user should know, in words.
-        holder: holds the replay.
+        holder: opens and keeps the replay.
 
     Args:
         protocol: how to measure.
@@ -119,7 +119,7 @@ class Session:
     # --- resets -----------------------------------------------------------------------------------------------------
 
     def run_batch(self, trial: "Trial", start: int) -> Batch:
-        """Run the resets of a trial on the images from ``start`` on, as many as a batch holds."""
+        """Run the resets of a trial on the images from ``start`` on, as many as fit into a batch."""
         return self.holder.run(partial(self._run_batch, trial=trial, start=start))
 
     def _run_batch(self, replay: Replay, trial: "Trial", start: int) -> Batch:

@@ -83,7 +83,7 @@ class Subject:
 
     @cached_property
     def flops(self) -> tuple[float, dict[str, float]]:
-        """FLOPs of one image, and layer name -> the share of them that its reset makes run anew; see `count_flops`."""
+        """FLOPs of one image, and layer name -> the share of them to run again after its reset; see `count_flops`."""
         return count_flops(self.network, self.layers, self.normalise(self.model.black_image))
 
     def notes(self) -> list[str]:

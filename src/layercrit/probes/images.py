@@ -149,7 +149,7 @@ def open_image(encoded: bytes | Path) -> Image.Image:
 
     Raises:
         ValueError: the bytes are in none of these formats.
-        OSError: the file cannot be read, or is damaged or cut off.
+        OSError: the file cannot be read, or is damaged or truncated.
         PIL.Image.DecompressionBombError: It has more than twice ``PIL.Image.MAX_IMAGE_PIXELS`` pixels.
     """
     content = io.BytesIO(encoded if isinstance(encoded, bytes) else encoded.read_bytes())

@@ -170,7 +170,7 @@ class ArraySource(ImageSource):
 
     Shapes: ``(n_images, height, width)`` grey, ``(n_images, height, width, channels)`` or
     ``(n_images, channels, height, width)`` with 1 or 3 channels. Pixels: uint8, or floats that are multiples of 1/255
-    within their precision, so that nothing is lost. An ``.npz`` file holds the images under one of ``images``, ``x``
+    within their precision, so that nothing is lost. An ``.npz`` file has the images under one of ``images``, ``x``
     and ``arr_0``, the labels (if any) under one of ``labels`` and ``y``.
 
     Args:
