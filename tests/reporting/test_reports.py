@@ -269,7 +269,7 @@ def test_report__no_layer_whose_cells_are_all_ok(tmp_path):
     result = report(study, formats=["png"])
     assert result.figures == {}
     assert set(result.left_out) == set(FIGURES)
-    assert all("all its cells ok" in reason for reason in result.left_out.values())
+    assert all("only cells that are ok" in reason for reason in result.left_out.values())
     assert result.page.is_file()
     with pytest.raises(StudyError, match="No layer of any model has only cells that are ok"):
         report(study, figures=["ranking"])

@@ -249,7 +249,7 @@ def test_mistakes__of_the_training_table(tmp_path, training, expected):
     ("model", "expected"),
     [
         ("method = 'baseline'", "[[models]] no. 1: a model with a method needs a name, which is also"),
-        (f"{A}\nreference = 'zoo:resnet50_dino'", "[[models]] no. 1: expected exactly one of reference, list and method"),
+        (f"{A}\nreference = 'zoo:resnet50_dino'", "no. 1: expected exactly one of reference, list and method"),
         (f"{A}\nlist = 'x'", "[[models]] no. 1: expected exactly one of reference, list and method"),
         ("method = 'robust_l3'\nname = 'a'", "no. 1: There is no training method 'robust_l3'. Did you mean 'rob"),
         (f"{A}\nsettings = {{epss = 3}}", "[[models]] no. 1: The method baseline has no setting 'epss'."),
@@ -262,7 +262,7 @@ def test_mistakes__of_the_training_table(tmp_path, training, expected):
         (f"{A}\naccuracy = 76", "[[models]] no. 1: accuracy must be a share in [0, 1]; got 76. Did you mean 0.76?"),
         (f"{A}\ndonor = 'no.pth'", "the donor of model 'a' is not a file: HERE/no.pth"),
         ("method = 3\nname = 'a'", "[[models]] no. 1: method must be text; got 3"),
-        ("reference = 'zoo:resnet50_dino'\nseed = 1\nepochs = 2", "epochs, seed can be given only for a model with a method"),
+        ("reference = 'zoo:resnet50_dino'\nseed = 1\nepochs = 2", "epochs, seed can be given only for a model"),
         ("list = 'x.csv'\nsettings = {}", "[[models]] no. 1: settings can be given only for a model with a method"),
     ],
 )  # fmt: skip

@@ -44,7 +44,7 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
     "--data",
     metavar="SOURCE",
     help="Labelled images: a folder with train/ and val/, a folder of MNIST's "
-    "files, .npz, 'torchvision:CIFAR10?root=DIR', ...; a tenth is held out where there is no test part.",
+    "files, .npz, 'torchvision:CIFAR10?root=DIR', ...; without a test split a tenth is held out.",
 )
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the images. [default: the method's]")
 @click.option(
@@ -52,7 +52,7 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
     type=click.IntRange(0, 2**64 - 1),
     default=0,
     show_default=True,
-    help="Seed of initial weights, image order and augmentations, which are the same for every method.",
+    help="Seed of the initial weights, the image order and the augmentations.",
 )
 @click.option(
     "--set",
