@@ -54,7 +54,8 @@ def crossed_contrasts(
 
     The weighted sum d[r, x] of the models' distances in each trial and image is analysed: the effects that a draw or an
     image has on all models alike cancel. As in `layercrit.statistics.estimate`, trials and images are two crossed
-    random effects; if there is only one trial or one image, Student's t of the other is used.
+    random effects. With means over images only, or a reset that is not random, Student's t of the other effect is used;
+    one trial of a random reset gives no interval.
 
     Args:
         distances: ``(n_models, n_trials, n_images)``; trial r is the same draw and image x the same image in all. One

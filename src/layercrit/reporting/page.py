@@ -73,7 +73,7 @@ def write_page(study: Study, comparison: Comparison, path: str | Path) -> Path:
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     except OSError as error:
-        raise StudyError(f"{path} cannot be written ({error.strerror}). Name another place with --out.") from error
+        raise StudyError(f"{path} cannot be written ({error.strerror}). Name another folder with --out.") from error
     return path
 
 
