@@ -81,12 +81,13 @@ LETTER = 6.9  # width of a letter of the small font
 def picture() -> str:
     """The packages as an SVG drawing: a row for each line of the list, imports going down only."""
     files: dict[str, list[str]] = {}
-    for name in modules():
-        files.setdefault(room_of(name), []).append(name.rpartition(".")[2])
+    for name, path in modules().items():
+        inner = [] if path.name == "__init__.py" else name.split(".", 2)[2:]  # what is below the room
+        files.setdefault(room_of(name), []).extend(part.replace(".", "/") for part in inner)
     y, parts = TOP, []
     for row in floors():
         width = (WIDTH - 2 * GAP - GAP * (len(row) - 1)) / len(row)
-        boxes = [_wrapped(sorted(set(files[room]) - {room}), width) for room in row]
+        boxes = [_wrapped(sorted(files[room]), width) for room in row]
         height = 2 * PAD + LINE + max(len(lines) for lines in boxes) * LINE
         for place, (room, lines) in enumerate(zip(row, boxes, strict=True)):
             parts.append(_box(GAP + place * (width + GAP), y, width, height, room, lines))

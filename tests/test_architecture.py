@@ -73,7 +73,7 @@ OLD_IMPORTS = {
     "layercrit.training.adversarial": "Adversarial AttackedLearner RobustL2 RobustLinf attack",
     "layercrit.training.architecture": "fitted_architecture initial_network",
     "layercrit.training.augmentation": (
-        "AugMix AutoAugment Consistent DiffusionNoise Noisy PixMix RandAugment TrivialAugment consistency mix_pictures"
+        "AugMix AutoAugment Consistent DiffusionNoise Noisy PixMix RandAugment TrivialAugment consistency mix_images"
     ),
     "layercrit.training.baseline": "Baseline",
     "layercrit.training.batches": "Batch Batches held_out_batches to_device",

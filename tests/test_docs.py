@@ -382,6 +382,10 @@ def test_errors__messages_are_those_of_the_code():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant | ast.JoinedStr)
     ]
+    for registry in (RESETS, DISTANCES, METHODS):  # whose messages have a value for what they hold
+        with pytest.raises(errors.LayercritError) as refused:
+            registry.find("zzz")
+        texts.append(str(refused.value))
     headings = re.findall(r"^### (.+)$", (DOCS / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(headings) > 15
     for heading in headings:

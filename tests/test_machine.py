@@ -10,7 +10,7 @@ from layercrit.engine.graph_replay import GraphReplay
 from layercrit.errors import LayercritError
 from layercrit.machine import choose_batch_size, find_device, is_out_of_memory
 from layercrit.measuring import measure
-from layercrit.progress import Bar
+from layercrit.progress_bar import Bar
 from small_subjects import (
     PIXELS,
     QUIET,

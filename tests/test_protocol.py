@@ -60,7 +60,7 @@ def test_to_dict__is_plain_data():
         ({"seed": 0.5}, r"seed must be a whole number; got 0\.5"),
         ({"dtype": "float16"}, "Unknown dtype 'float16'. Did you mean .*'bfloat16'"),
         ({"dtype": torch.bfloat16}, "Unknown dtype 'torch.bfloat16'. Did you mean 'bfloat16'"),
-        ({"level": 1}, "level must lie between 0 and 1, such as 0.95; got 1"),
+        ({"level": 1}, "level must be between 0 and 1, such as 0.95; got 1"),
         ({"level": 95}, "level must .* got 95"),
         ({"level": math.nan}, "level must .* got nan"),
         ({"level": "0.9"}, "level must .* got '0.9'"),

@@ -249,7 +249,7 @@ def test_donor_values__a_module_without_initialiser_is_named_when_it_is_to_be_re
 
 def test_donor_values__a_rebuilt_network_of_another_shape_is_refused():
     model = replace(open_model(network()), build=lambda: nn.Sequential(nn.Conv2d(3, 4, 5)), initialiser="my_factory()")
-    with pytest.raises(ModelError, match=r"my_factory\(\) builds is not the one of .* 3 parameters .* '0.weight'"):
+    with pytest.raises(ModelError, match=r"my_factory\(\) builds is not that of .* 3 parameters .* '0.weight'"):
         donor_values(model, [layers_of(model.network)[name] for name in ("0", "4")], 0)
 
 
@@ -275,7 +275,7 @@ def test_given_donor__reads_an_epoch_of_a_training_run(tmp_path):
         assert torch.equal(donor.values["0.weight"], net[0].weight + epoch)
         assert donor.origin.startswith(f"given: the file {folder}@epoch={epoch}, SHA-256 ")
     assert torch.equal(given_donor(folder, get_reset("rewind"), model, layers).values["0.weight"], net[0].weight)
-    with pytest.raises(CheckpointError, match=r"not kept the weights of epoch '1'\. Epochs that it has: 0, 3\."):
+    with pytest.raises(CheckpointError, match=r"not keep the weights of epoch '1'\. Epochs that it kept: 0, 3\."):
         given_donor(f"{folder}@epoch=1", get_reset("rewind"), model, layers)
 
 

@@ -123,7 +123,7 @@ def test_measure__an_exception_in_the_forward_leaves_everything_as_it_was(error,
         assert call == 1 or not isinstance(raised, ModelError), "only the first pass tells whether images fit"
     elif len(network.seen) >= call:
         notes = found.record["notes"]
-        assert any("does not export (ValueError: the network's own)" in note for note in notes)
+        assert any("cannot be exported (ValueError: the network's own)" in note for note in notes)
 
 
 def test_measure__an_exception_in_the_midst_of_a_trial_leaves_everything_as_it_was(own_reset):

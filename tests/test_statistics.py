@@ -353,7 +353,7 @@ def test_fit_temperature__entropy_out_of_range_is_an_error(entropy: float) -> No
 
 @pytest.mark.parametrize("shape", [(4,), (0, 4)], ids=str)
 def test_fit_temperature__wrong_shape_is_an_error(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ProtocolError, match=r"expected \(n_images, n_classes\) with an image at least"):
+    with pytest.raises(ProtocolError, match=r"expected \(n_images, n_classes\) with at least one image"):
         fit_temperature(torch.zeros(shape), 0.5)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 # Former module -> where its names are now.
 FORMER = {
-    "archives": ("probes.archives", "probes.opening"),
-    "checkpoints": ("models.checkpoints", "models.weight_files", "models.pickles"),
+    "archives": ("probes.hugging_face", "probes.parquet", "probes.tar", "probes.torchvision", "probes.opening"),
+    "checkpoints": ("models.checkpoints", "models.file_source", "models.pickles"),
     "downloads": ("models.zoo.downloads",),
     "executors": ("study.executors",),
     "exports": ("reporting.exports",),
@@ -35,11 +35,12 @@ FORMER = {
     "store": ("study.store", "study.packing"),
     "study_figures": ("figures",),
     "studyfile": ("study.file", "study.entries", "study.training_entries"),
+    "training.pictures": ("training.mixing_set",),
     "zoo": ("models.zoo",),
 }
 
 # Former name -> the name now.
-RENAMED = {"FamilyReport": "TrainingReport", "train_family": "train_models"}
+RENAMED = {"FamilyReport": "TrainingReport", "draw_pictures": "mixing_set", "train_family": "train_models"}
 
 
 class _Finder(MetaPathFinder, Loader):

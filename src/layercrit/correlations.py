@@ -20,7 +20,7 @@ def rank_correlations(models: pd.DataFrame) -> pd.DataFrame:
         models: rows of `layercrit.comparison.Comparison.models`; those without either number are ignored.
 
     Returns:
-        One row per ``without`` (None or the category left out) and ``method`` (``spearman`` for rho, ``kendall`` for
+        one row per ``without`` (None or the category left out) and ``method`` (``spearman`` for rho, ``kendall`` for
         tau-b): ``statistic``, ``pvalue`` (two-sided; both NaN for fewer than three models) and ``n``, how many models.
     """
     known = models.dropna(subset=["accuracy", "criticality"])

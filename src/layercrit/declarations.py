@@ -1,4 +1,4 @@
-"""Tables that people write (study files, the zoo): pydantic checks them, and we tell their mistakes in our words."""
+"""Tables that people write (study files, the zoo): checked by pydantic, with mistakes reported in our own words."""
 
 import re
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ _WORDS = {
 
 
 def expected(words: str) -> WrapValidator:
-    """Return what, last in an annotation, says of any value that does not fit: ``KEY must be WORDS``."""
+    """Return an annotation, to be given last, that reports any value that does not fit as ``KEY must be WORDS``."""
 
     def check(value: Any, handler: Any) -> Any:
         try:
@@ -59,13 +59,13 @@ def expected(words: str) -> WrapValidator:
 
 
 def read_table(kind: type[_Table], table: Mapping[str, Any], where: str, found: list[str]) -> _Table:
-    """Return a table that somebody wrote, checked; of one with mistakes only the keys that are right.
+    """Return a checked table; of one with mistakes, only the keys that are right.
 
     Args:
-        kind: what may stand in it.
-        table: as it was written.
-        where: its place, as its mistakes begin.
-        found: what is wrong is added here.
+        kind: the declaration of its keys.
+        table: the table as written.
+        where: its place in the file; messages begin with it.
+        found: mistakes are appended here.
     """
     try:
         return kind.model_validate(table)
@@ -77,7 +77,7 @@ def read_table(kind: type[_Table], table: Mapping[str, Any], where: str, found: 
 
 
 def mistakes(error: ValidationError, fields: Mapping[str, Any]) -> list[str]:
-    """Return in our words what pydantic found wrong with a table of some fields; none of its own texts is shown."""
+    """Return in our own words what pydantic found wrong with a table; none of its messages is shown."""
     return [_mistake(one, fields) for one in error.errors(include_url=False)]
 
 

@@ -1,4 +1,4 @@
-"""Per-image distances between two predictions of one model, and how right one prediction is."""
+"""Per-image distances between two predictions of one model, and scores of predictions against labels."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layercrit.columns import CELL_COLUMNS, PER_IMAGE
+from layercrit.cell_columns import CELL_COLUMNS, PER_IMAGE
 from layercrit.errors import ProtocolError
 from layercrit.registry import Registry, summary_of
 
@@ -28,10 +28,10 @@ class Distance:
     """A registered distance between two predictions.
 
     Attributes:
-        name: The key in `DISTANCES`; also the name of the column that holds it.
-        function: Takes two tensors of probabilities, float32 ``(n_images, n_classes)``, and returns ``(n_images,)``.
-        summary: The first line of the function's docstring.
-        upper: The largest possible value; ``inf`` where there is none. The smallest is 0.
+        name: the key in `DISTANCES`; also the name of the column that holds it.
+        function: takes two tensors of probabilities, float32 ``(n_images, n_classes)``, and returns ``(n_images,)``.
+        summary: the first line of the function's docstring.
+        upper: the largest possible value; ``inf`` where there is none. The smallest is 0.
     """
 
     name: str
@@ -48,8 +48,7 @@ def _check_column(name: str) -> None:
         )
     if name in CELL_COLUMNS or name.endswith(PER_IMAGE):
         raise ProtocolError(
-            f"The distance {name!r} has the name of another column of the table of cells. Register it under another "
-            "name."
+            f"The distance {name!r} has the name of another column of the cells. Register it under another name."
         )
 
 
@@ -63,11 +62,11 @@ def distance(name: str, *, upper: float) -> Callable[[DistanceFunction], Distanc
     """Return a decorator that registers a function as a distance and leaves the function as it is.
 
     Args:
-        name: Lower-case identifier, not taken yet by another function or column.
-        upper: The largest value that the distance can take, above 0; ``math.inf`` where there is none.
+        name: lower-case identifier, not yet taken by another function or column.
+        upper: the largest value that the distance can take, above 0; ``math.inf`` where there is none.
 
     Raises:
-        ProtocolError: The name is taken or no lower-case identifier, or ``upper`` is not above 0.
+        ProtocolError: the name is taken or not a lower-case identifier, or ``upper`` is not above 0.
 
     Example:
         >>> @distance("largest_change", upper=1.0)
@@ -79,8 +78,8 @@ def distance(name: str, *, upper: float) -> Callable[[DistanceFunction], Distanc
     """
     if not upper > 0:
         raise ProtocolError(
-            f"The distance {name!r} was given upper={upper}: expected the largest value that it can take, "
-            "above 0. Use math.inf where there is none."
+            f"The distance {name!r} has upper={upper}; expected the largest value that it can take, above 0. "
+            "Use math.inf where there is none."
         )
 
     def register(function: DistanceFunction) -> DistanceFunction:
@@ -94,7 +93,7 @@ def get_distance(name: str) -> Distance:
     """Return the registered distance of that name.
 
     Raises:
-        ProtocolError: No distance has this name; the text offers the nearest.
+        ProtocolError: no distance has this name; the message suggests the nearest.
     """
     return DISTANCES.find(name)
 
@@ -154,20 +153,20 @@ def _top1(p: Tensor, q: Tensor) -> Tensor:
 
 
 def measure_distances(p: Tensor, q: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-    """Measure how far two predictions are apart, image by image.
+    """Measure how far apart two predictions are, image by image.
 
     Args:
-        p: Probabilities before the reset, ``(n_images, n_classes)``. Computed in float32.
-        q: Probabilities after the reset, same shape.
-        names: Names of registered distances.
+        p: probabilities before the reset, ``(n_images, n_classes)``. Computed in float32.
+        q: probabilities after the reset, same shape.
+        names: names of registered distances.
 
     Returns:
-        For each name the distances, float32 ``(n_images,)``, on the device of ``p``. An image is NaN in all of them
+        for each name the distances, float32 ``(n_images,)``, on the device of ``p``. An image is NaN in all of them
         where either row is no distribution: it holds NaN or infinity, is negative somewhere, or its sum is not 1
-        (logits, for instance). This is a value and no error, so that a GPU need not be waited for.
+        (logits, for instance). This is a value and not an error, to avoid waiting for a GPU.
 
     Raises:
-        ProtocolError: The shapes do not fit, a name is unknown, or a distance returned another shape.
+        ProtocolError: the shapes do not fit, a name is unknown, or a distance returned another shape.
     """
     chosen = [get_distance(name) for name in names]
     if p.ndim != 2 or p.shape != q.shape or not (p.is_floating_point() and q.is_floating_point()):
@@ -193,7 +192,7 @@ def measure_distances(p: Tensor, q: Tensor, names: Iterable[str]) -> dict[str, T
 
 
 def _is_distribution(p: Tensor) -> Tensor:
-    """Say per row of ``(n_images, n_classes)`` whether it holds probabilities that sum to 1; NaN compares as false."""
+    """Say for each row of ``(n_images, n_classes)`` whether it is a distribution; NaN compares as false."""
     return (p >= 0).all(dim=1) & ((p.sum(dim=1) - 1).abs() <= _SUM_TOLERANCE)
 
 
@@ -201,8 +200,8 @@ def label_scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Score logits against the labels, image by image.
 
     Args:
-        logits: Before the softmax, ``(n_images, n_classes)``. Computed in float32.
-        labels: Class indices, whole numbers, ``(n_images,)``, on any device.
+        logits: before the softmax, ``(n_images, n_classes)``. Computed in float32.
+        labels: class indices, whole numbers, ``(n_images,)``, on any device.
 
     Returns:
         float32 tensors ``(n_images,)``: ``loss``, the cross-entropy in nats, and ``top1`` and ``top5``, 1 where the
@@ -211,7 +210,7 @@ def label_scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         where the label is no class.
 
     Raises:
-        ProtocolError: The shapes or types do not fit.
+        ProtocolError: the shapes or types do not fit.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point() or labels.is_complex():
         raise ProtocolError(

@@ -1,4 +1,4 @@
-"""The errors a user can meet: one base class, and texts that say what was wrong, what was given and what to do."""
+"""The errors a user can meet: one base class, and messages that say what was wrong, what was given and what to do."""
 
 import difflib
 from collections.abc import Iterable
@@ -38,7 +38,7 @@ class ProbeError(LayercritError, ValueError):
 
 
 class ProtocolError(LayercritError, ValueError):
-    """A measurement was asked for with settings that make no sense."""
+    """The settings of a measurement make no sense."""
 
 
 class StudyError(LayercritError, ValueError):
@@ -50,11 +50,11 @@ class TrainingError(LayercritError, ValueError):
 
 
 class ZooError(LayercritError, ValueError):
-    """A published checkpoint is unknown, or its file cannot be fetched."""
+    """A published checkpoint is unknown, or its file cannot be downloaded."""
 
 
 def near(name: str, known: Iterable[str], limit: int = 5) -> str:
-    """Return a sentence that offers the known names nearest to ``name``, or lists the first few if none is near."""
+    """Return a sentence that suggests the known names nearest to ``name``, or lists the first few if none is near."""
     names = list(dict.fromkeys(known))
     matches = difflib.get_close_matches(name, names, n=limit, cutoff=0.5)
     if matches:
@@ -65,6 +65,6 @@ def near(name: str, known: Iterable[str], limit: int = 5) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The type of an error and the first line of its text, short enough to quote."""
+    """Return the type of an error and the first line of its message, short enough to quote."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""From cells to the table of layers: one row a layer, with estimates, means over its trials and its status."""
+"""From cells to the table of layers: one row per layer, with estimates, means over its trials and its status."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ def layer_table(
         means: columns to average over the layer's cells that are ok.
 
     Returns:
-        The columns ``by``, ``about``, those of ``estimates``, ``means``, and then ``top1_agreement`` (1 minus the mean
+        the columns ``by``, ``about``, those of ``estimates``, ``means``, and then ``top1_agreement`` (1 minus the mean
         ``top1``, which it replaces), ``n_trials`` (how many are ok), ``n_images`` and ``status``: ``ok``,
         or which share of the trials was left out and why, such as ``not_finite 1/3``.
     """

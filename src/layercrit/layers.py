@@ -1,4 +1,4 @@
-"""Which layers a network has: what is reset as one unit, its name, type, order and group."""
+"""The layers of a network: what is reset as one unit, with its name, type, order and group."""
 
 import fnmatch
 import re
@@ -79,7 +79,7 @@ class Layer:
 
 
 def find_layers(network: nn.Module, images: Tensor) -> list[Layer]:
-    """Return every layer of a network in the order in which a forward pass first uses it.
+    """Return all layers of a network in the order in which a forward pass first uses them.
 
     One forward pass is watched; the network is left as it was. Layers that the pass never uses come last.
 
@@ -88,7 +88,7 @@ def find_layers(network: nn.Module, images: Tensor) -> list[Layer]:
         images: one small batch that the network accepts, ``(n_images, channels, height, width)``.
 
     Returns:
-        The layers, of all types. Every trainable parameter belongs to at least one of them; parameters tied between
+        the layers, of all types. Every trainable parameter belongs to at least one of them; parameters tied between
         two modules belong to both modules' layers.
     """
     parameters = dict(network.named_parameters(remove_duplicate=False))
@@ -124,7 +124,7 @@ def select_layers(
             block (``layer1``), or the network's outermost child where there is none (``blocks``).
 
     Raises:
-        LayerError: an unknown type or group, a pattern without a match, or nothing selected.
+        LayerError: a type or group is unknown, a pattern has no match, or nothing is selected.
     """
     wanted = _check_types(types)
     typed = [layer for layer in layers if layer.type in wanted]
@@ -153,8 +153,8 @@ def select_layers(
 def stages_of(names: Sequence[str]) -> dict[str, str]:
     """Return layer name -> stage, where only the names of a network's layers are known.
 
-    The rule is that of ``group="stage"`` in `select_layers`, every layer taken for a convolution. A wrapper around the
-    whole network is no stage: ``model.conv1`` beside ``model.fc`` is a stage of its own.
+    The rule is that of ``group="stage"`` in `select_layers`, every layer treated as a convolution. A wrapper around the
+    whole network is not a stage: ``model.conv1`` beside ``model.fc`` is a stage of its own.
 
     Example:
         >>> stages_of(["model.conv1", "model.layer1.0.conv1", "model.layer1.0.conv2"])["model.layer1.0.conv2"]
@@ -169,8 +169,8 @@ def stages_of(names: Sequence[str]) -> dict[str, str]:
 def layer_labels(shapes: Mapping[str, str | None]) -> dict[str, str]:
     """Return layer name -> a short label for figures: numbers of stage and block, the rest of the name, kernel size.
 
-    What holds numbered parts of a network, such as ``layer1.0`` or ``stages.2.blocks.1``, becomes its numbers in
-    brackets. Where two labels would be equal, all names stay as they are.
+    Numbered parts of a network, such as ``layer1.0`` or ``stages.2.blocks.1``, become their numbers in brackets. If two
+    labels would be equal, all names stay as they are.
 
     Args:
         shapes: layer name -> shape of its weight, such as ``64x3x7x7``, or None; the kernel of a convolution
@@ -251,7 +251,7 @@ def _no_match(pattern: str, layers: Sequence[Layer], typed: Sequence[Layer], wan
         found = sorted({layer.type for layer in others} - wanted)
         return (
             f"No layer of type {', '.join(sorted(wanted))} matches {pattern!r}; "
-            f"{len(others)} of type {', '.join(found)} would: add the type with --types (types=...)."
+            f"{len(others)} of type {', '.join(found)} would. Add the type with --types (types=...)."
         )
     return f"No layer matches {pattern!r}. {near(pattern, [layer.name for layer in typed])}"
 

@@ -1,4 +1,4 @@
-"""Who writes a study's folder: one process at a time."""
+"""Locks on the folders of studies and training runs: one process writes at a time."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ def hold(folder: Path, what: str = "study") -> Iterator[None]:
     except Timeout as error:
         raise StudyError(
             f"The {what} in {folder} is being run by {holder(folder) or 'another process'}. Wait for it, or stop it."
-            + " Look at it with `layercrit study status`." * (what == "study")
+            + " Watch it with `layercrit study status`." * (what == "study")
         ) from error
     except OSError as error:
         raise StudyError(f"The folder {folder} cannot be used ({error.strerror}). Name another with --out.") from error
@@ -50,7 +50,7 @@ def hold(folder: Path, what: str = "study") -> Iterator[None]:
 
 
 def holder(folder: Path) -> str | None:
-    """Say who runs the study in a folder; None if nobody does."""
+    """Say which process runs the study in a folder; None if none does."""
     if not (folder / _LOCK).exists():
         return None
     lock = FileLock(folder / _LOCK)

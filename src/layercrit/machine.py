@@ -1,4 +1,4 @@
-"""What this machine offers: devices, memory, number formats, versions."""
+"""This machine: devices, memory, number formats, versions."""
 
 import contextlib
 import math
@@ -31,7 +31,7 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         usable = "'auto', 'cpu' and 'cuda'" if torch.cuda.is_available() else "'auto' and 'cpu'"
         reason = f"{error}".splitlines()[0]
-        raise ProtocolError(f"The device {name!r} cannot be used: {reason}. Here {usable} can.") from error
+        raise ProtocolError(f"The device {name!r} cannot be used: {reason}. Available here: {usable}.") from error
     return probe.device
 
 

@@ -1,4 +1,4 @@
-"""The result of measuring one model: cells, layers, summary, picture, files."""
+"""The result of measuring one model: cells, layers, summary, figure, files."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from layercrit.columns import CELL_COLUMNS, PER_IMAGE
+from layercrit.cell_columns import CELL_COLUMNS, PER_IMAGE
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError, first_line
 from layercrit.layer_table import estimate_columns, layer_table
@@ -36,7 +36,7 @@ class Measurement:
     Attributes:
         cells: one row per (layer, trial), layers in depth order, with the columns `CELL_COLUMNS` and the mean over
             images of every distance, of which ``cosine`` is the criticality of that cell. Means of cells that are not
-            ok are NaN. Columns about labels are there if the images had some.
+            ok are NaN. Columns about labels exist if the images had labels.
         per_image: distance name -> values ``(n_layers, n_trials, n_images)``, float32, images in the order of the probe
             set; NaN in cells that are not ok.
         record: everything else worth keeping, as plain data: the resolved protocol, model, probe set, versions,
@@ -51,8 +51,8 @@ class Measurement:
         """Return one row per layer, in depth order.
 
         ``criticality`` is 1 minus the mean cosine similarity of softmax outputs, in [0, 1], and ``low`` and ``high``
-        are the limits of its interval, which holds for new trials and new images (NaN where that cannot be known).
-        ``criticality_matched`` is the same at the model's matched temperature. ``status`` is ``ok``, or says which
+        are the limits of its interval, which covers new trials and new images (NaN where that cannot be known).
+        ``criticality_matched`` is the same at the model's matched temperature. ``status`` is ``ok``, or says what
         share of the trials was left out and why; all other columns are then over the remaining ``n_trials``.
         """
         rows = []
@@ -101,7 +101,7 @@ class Measurement:
         )
 
     def plot(self) -> "Figure":
-        """Return the bar picture of criticality in depth order."""
+        """Return the bar chart of criticality in depth order."""
         from layercrit.figures.bars import criticality_bars
 
         summary = self.summary()
@@ -113,9 +113,9 @@ class Measurement:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``cells.parquet``, ``layers.csv``, ``measurement.json`` and the picture into a folder.
+        """Write ``cells.parquet``, ``layers.csv``, ``measurement.json`` and the figure into a folder.
 
-        Each file is written beside its place and then moved there, so that a reader never meets half a file.
+        Each file is written next to its place and then moved there, so that a reader never sees half a file.
 
         Raises:
             LayercritError: the folder cannot be written, for instance because the disk is full.
@@ -140,7 +140,7 @@ class Measurement:
                     file.replace(folder / file.name)
         except OSError as error:
             raise LayercritError(
-                f"The measurement cannot be written into {folder}: {error.strerror or error}. "
+                f"The measurement cannot be written to {folder} ({error.strerror or error}). "
                 "Free some space or name another folder (--out), then save again."
             ) from error
         return folder
@@ -150,7 +150,7 @@ class Measurement:
         """Read a folder that `save` wrote.
 
         Raises:
-            LayercritError: the folder holds no measurement, or a damaged one.
+            LayercritError: the folder contains no measurement, or a damaged one.
         """
         folder = Path(folder).expanduser()
         if not (folder / "measurement.json").is_file():
@@ -176,7 +176,7 @@ class Measurement:
             }
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LayercritError(
-                f"The measurement in {folder} is damaged ({first_line(error)}). Restore the folder or measure again."
+                f"The measurement in {folder} is damaged ({first_line(error)}). Restore the folder, or measure again."
             ) from error
         kept = {key: value for key, value in record.items() if key not in ("format", "summary")}
         return cls(cells.drop(columns=columns), per_image, kept)
@@ -202,7 +202,7 @@ class Measurement:
 
 
 def _check_together(record: Mapping[str, Any], cells: pd.DataFrame) -> None:
-    """Make sure that two files are of one measurement; if `save` was interrupted, one may be a trial ahead."""
+    """Check that two files are of one measurement; if `save` was interrupted, one may be a trial ahead."""
     seeds, recorded = set(cells["seed"]), set(record["trial_seeds"])
     together = (
         list(cells["layer"].unique()) == list(record["layers"])

@@ -23,7 +23,7 @@ from layercrit.measurement import Measurement
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
 from layercrit.probes.probe_set import ProbeSet
-from layercrit.progress import Bar
+from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, MATCHED, Protocol
 from layercrit.resets import get_reset
 from layercrit.restoring import rng_untouched, untouched
@@ -57,23 +57,23 @@ def measure(
 
     The criticality of a layer is 1 minus the cosine similarity of the softmax outputs before and after its reset,
     averaged over trials and images (Gavrikov et al. 2024, arXiv 2410.14470): 0 for a layer that the decisions do not
-    depend on, near 1 for one that they do. The model is bit for bit what it was afterwards, also after an exception.
+    depend on, near 1 for one that they do. The model is left bit for bit as it was, also after an exception.
 
     Args:
         model: a reference such as ``timm:resnet50.a1_in1k``, an opened `Model`, or a module that takes images
-            ``(n_images, channels, height, width)``. An array of images is shown to a module in the size they have.
-        images: anything that `ProbeSet.from_source` takes: a folder, an array, a file; or a `ProbeSet`, taken whole.
-        trials: random draws per layer. A reset without chance is run once.
-        n_images: how many of the images to ask about, drawn by ``seed``; all if there are fewer.
+            ``(n_images, channels, height, width)``. A module gets an array of images in the size they have.
+        images: anything that `ProbeSet.from_source` takes: a folder, an array, a file; or a `ProbeSet`, used whole.
+        trials: random draws per layer. A reset that is not random is run once.
+        n_images: how many of the images to use, drawn by ``seed``; all if there are fewer.
         layers: shell-style patterns on layer names, comma-separated, such as ``layer1.*,fc``.
         types: types of layers that are reset, comma-separated, of `layercrit.layers.LAYER_TYPES`, or ``all``.
-        group: reset each ``layer`` by itself, or a whole ``block`` or ``stage`` at once.
+        group: reset each ``layer`` separately, or a whole ``block`` or ``stage`` at once.
         reset: what replaces a layer's parameters, a name in `layercrit.resets.RESETS`.
         donor: where new values come from instead of the architecture's initialiser: a module of the same architecture,
             or a weight file. Needed for ``rewind``. It is the same in every trial, so one trial is run.
-        distances: names of the distances to keep beside ``cosine``; all registered ones by default.
-        seed: of all draws and of the choice of images.
-        batch_size: images run at once; ``auto`` goes by their size and the device.
+        distances: names of the distances to measure beside ``cosine``; all registered ones by default.
+        seed: the seed of all draws and of the choice of images.
+        batch_size: images run at once; ``auto`` depends on their size and the device.
         dtype: ``reference`` (the network's own operators), ``float32`` (folded and fused), ``bfloat16``, or ``auto``:
             bfloat16 where that is fast and, on a first batch, exact enough, else float32 (see `Protocol`).
         device: ``auto`` (a GPU if there is one), or any name that torch knows.
@@ -84,10 +84,10 @@ def measure(
             measurement of the trials up to that one: call it when you want to save them, now or later.
 
     Returns:
-        The measurement, for tables, summary, picture and files.
+        the measurement, with tables, summary, figure and files.
 
     Raises:
-        LayercritError: with a subclass and a text that say what was wrong and what to do.
+        LayercritError: a subclass, with a message that says what was wrong and what to do.
 
     Example:
         >>> import torch
@@ -152,7 +152,7 @@ class _Measuring:
         return self._measurement(self.session.subject.n_trials)
 
     def _measurement(self, n_trials: int) -> Measurement:
-        """Return the measurement of the first trials, all of them finished; a later one may be under way."""
+        """Return the measurement of the first trials, all of them finished; a later one may be running."""
         finished, values_of_trials = self.finished[:n_trials], self.values[:n_trials]
         per_image = {
             name: np.stack([values[name] for values in values_of_trials], axis=1)  # (n_layers, n_trials, n_images)

@@ -1,4 +1,4 @@
-"""What is measured and how: the settings of a measurement, with the defaults of the library and the command line."""
+"""The settings of a measurement, with the defaults of the library and the command line."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -18,8 +18,8 @@ DTYPES = ("auto", "reference", "float32", "bfloat16")
 def _setting(default: Any, description: str, **limits: Any) -> Any:
     """Declare a setting: its default, its meaning, and its limits in the words of JSON Schema.
 
-    The names in the metadata are pydantic's, so that study files declare the same without saying it again; this module
-    does without pydantic, for the command line's help reads it.
+    The names in the metadata are pydantic's, so that study files declare the same without repeating it; this module
+    does not import pydantic, since the command line's help reads it.
     """
     return field(default=default, metadata={"description": description, "json_schema_extra": limits})
 
@@ -29,16 +29,16 @@ class Protocol:
     """The settings of a measurement.
 
     Raises:
-        ProtocolError: a number is out of range, or no number; or the dtype is unknown.
+        ProtocolError: a number is out of range or not a number, or the dtype is unknown.
     """
 
     trials: int = _setting(
         3,
-        "random draws per layer. The paper took 3; its intervals are wide (see the docs), take more if you can",
+        "random draws per layer. The paper took 3, which gives wide intervals (see the docs); take more if you can",
         minimum=1,
     )
     n_images: int = _setting(
-        10_000, "images asked about, drawn from the source by `seed`; all of them if the source has fewer", minimum=1
+        10_000, "images shown to the model, drawn from the source by `seed`; all if the source has fewer", minimum=1
     )
     layers: str = _setting("*", "shell-style patterns on layer names, comma-separated")
     types: str = _setting(
@@ -46,10 +46,10 @@ class Protocol:
         "types of layers that are reset, comma-separated; the paper's are convolutions and linear layers",
     )
     group: str = _setting(
-        "layer", "reset each `layer` by itself, or whole blocks or stages", enum=("layer", "block", "stage")
+        "layer", "reset each `layer` separately, or whole blocks or stages", enum=("layer", "block", "stage")
     )
     reset: str = _setting("rerandomize", "what replaces a layer's parameters")
-    seed: int = _setting(0, "of the study; seeds of trials and of the probe set are hashed from it")
+    seed: int = _setting(0, "seed of the study; seeds of trials and of the probe set are hashed from it")
     batch_size: int | str = _setting(
         "auto",
         "images run at once. `auto`: 16 at 224 x 224 on a CPU, where activations then stay in cache",
@@ -81,7 +81,7 @@ class Protocol:
         if self.dtype not in DTYPES:
             raise ProtocolError(f"Unknown dtype {str(self.dtype)!r}. {near(str(self.dtype), DTYPES)}")
         if not isinstance(self.level, Real) or not 0 < self.level < 1:
-            raise ProtocolError(f"level must lie between 0 and 1, such as 0.95; got {self.level!r}.")
+            raise ProtocolError(f"level must be between 0 and 1, such as 0.95; got {self.level!r}.")
         object.__setattr__(self, "level", float(self.level))
 
     def to_dict(self) -> dict[str, Any]:

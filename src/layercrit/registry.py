@@ -23,19 +23,19 @@ def summary_of(entry: object) -> str:
 class Registry(MutableMapping[str, Entry]):
     """Entries by name, in the order in which they were registered.
 
-    ``registry[name] = entry`` registers one. A name that is taken is refused, unless the entry is made of the function
-    or class of the same module and name as before: a module may be reloaded, and a notebook's cell run again.
+    ``registry[name] = entry`` registers one. A name that is taken is refused, unless the new entry is a function or
+    class of the same module and name as the old one: modules may be reloaded, and notebook cells run again.
 
-    An installed package adds entries by an entry point whose value is the module that registers them. Such modules are
-    imported when the registry is first read. One that cannot be imported is left out, with a warning that names its
-    package.
+    An installed package adds entries through an entry point whose value is the module that registers them. Such modules
+    are imported when the registry is first read. One that cannot be imported is left out, with a warning that names
+    its package.
 
     Args:
-        what: one entry in words, such as ``reset``.
-        error: what is raised for a name that is unknown, unfit or taken.
+        what: what an entry is called, such as ``reset``.
+        error: the error raised for a name that is unknown, not valid or taken.
         group: the group of entry points, such as ``layercrit.resets``; None: plug-ins cannot add entries.
-        check: raises where a name that is otherwise fit cannot be used.
-        summary: says in a line what an entry is.
+        check: raises where an otherwise valid name cannot be used.
+        summary: returns one line about an entry.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Registry(MutableMapping[str, Entry]):
     def __setitem__(self, name: str, entry: Entry) -> None:
         if not _NAME.fullmatch(name):
             raise self._error(
-                f"The {self._what} cannot be named {name!r}: expected letters, digits, '_' and '-', beginning with a "
+                f"The {self._what} cannot be named {name!r}: expected letters, digits, '_' and '-', starting with a "
                 "letter."
             )
         self._check(name)
@@ -88,18 +88,18 @@ class Registry(MutableMapping[str, Entry]):
         """Return the entry of a name.
 
         Raises:
-            LayercritError: of the registry's own class: there is none; the text offers near names.
+            LayercritError: there is none, raised as the registry's ``error``; the message suggests near names.
         """
         if name not in self:
             raise self._error(f"There is no {self._what} {name!r}. {self.hint(name)}")
         return self[name]
 
     def hint(self, name: str) -> str:
-        """Return what to say about an unknown name: the known ones near to it, and the plug-ins that are left out."""
+        """Return a hint for an unknown name: near names that are known, and the plug-ins that were left out."""
         return " ".join([near(str(name), self), *self._broken])
 
     def summaries(self) -> dict[str, str]:
-        """Return every name with a line that says what it is, for help and tables."""
+        """Return every name with its summary, for help and tables."""
         return {name: self._summary(entry) for name, entry in self.items()}
 
     def _read_plug_ins(self) -> None:
@@ -112,7 +112,7 @@ class Registry(MutableMapping[str, Entry]):
             except Exception as error:  # whatever the code of others raises
                 self._broken.append(f"The plug-in {_in_words(plug_in)} could not be imported ({first_line(error)}).")
                 warnings.warn(
-                    f"{self._broken[-1]} What it adds to {group} is left out. Update or uninstall it.", stacklevel=3
+                    f"{self._broken[-1]} Its entries of {group} are left out. Update or uninstall it.", stacklevel=3
                 )
 
 
@@ -128,7 +128,7 @@ def _same_origin(one: object, other: object) -> bool:
 
 
 def _origin(entry: object) -> tuple[str, str] | None:
-    """Return module and name of what an entry is made of; None for lambdas and other functions without a name."""
+    """Return module and name of an entry's function or class; None for lambdas and other functions without a name."""
     made_of = entry if isinstance(entry, type) else getattr(entry, "function", entry)
     if not callable(made_of):
         made_of = type(made_of)

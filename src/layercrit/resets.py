@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from layercrit.errors import ModelError, ProtocolError
 from layercrit.layers import Layer
 from layercrit.models.checkpoints import fit_to, hash_tensors, read_checkpoint
+from layercrit.models.file_source import weight_file
 from layercrit.models.model import Model
-from layercrit.models.weight_files import weight_file
 from layercrit.registry import Registry, summary_of
 from layercrit.seeds import drawing, layer_seed, seed_of
 
@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Draw:
-    """What a reset is given to make a layer's new values from.
+    """What a reset gets to make a layer's new values from.
 
     Attributes:
         layer: the layer to be reset.
@@ -56,9 +56,9 @@ class Reset:
     """A registered reset.
 
     Attributes:
-        name: what it is called on the command line and in tables.
+        name: its name on the command line and in tables.
         function: makes the new values.
-        random: whether two trials differ.
+        random: whether trials differ.
         donor: where ``Draw.donor`` comes from: ``initialiser`` (a fresh network), ``checkpoint`` (a file), or None.
         summary: one line for tables.
     """
@@ -78,13 +78,13 @@ def reset(name: str, *, random: bool, donor: str | None = None) -> Callable[[Res
     """Register a reset under a name, for `measure`, the command line and the tables.
 
     Args:
-        name: what to call it.
-        random: whether two trials differ. A reset that is not random is run once, whatever the number of trials.
+        name: the name.
+        random: whether trials differ. A reset that is not random is run once, whatever the number of trials.
         donor: ``initialiser`` if the function reads the values of a freshly initialised network from ``draw.donor``,
             ``checkpoint`` if it reads those of a file, None if it reads neither.
 
     Raises:
-        ProtocolError: the name is taken by another function, or cannot be one.
+        ProtocolError: the name is taken by another function, or is not valid.
 
     Example:
         >>> @reset("negate", random=False)
@@ -172,7 +172,7 @@ def draw_values(
 def donor_values(model: Model, layers: Iterable[Layer], seed: int) -> dict[str, Tensor]:
     """Return all parameters of a freshly initialised network of the model's architecture.
 
-    The network is built again under the seed where the model knows how; otherwise a copy of it is re-initialised
+    The network is built again under the seed if the model knows how; otherwise a copy of it is re-initialised
     module by module, children before their parents as in construction, by the modules' own ``reset_parameters``.
 
     Raises:
@@ -184,7 +184,7 @@ def donor_values(model: Model, layers: Iterable[Layer], seed: int) -> dict[str, 
     values = _parameters(donor)
     if unlike := _unlike(values, model, needed):
         raise ModelError(
-            f"The network that {model.initialiser} builds is not the one of {model.reference!r}: {len(unlike)} "
+            f"The network that {model.initialiser} builds is not that of {model.reference!r}: {len(unlike)} "
             f"parameters are missing or have another shape, the first is {unlike[0]!r}. "
             "Give a donor of the same architecture."
         )
@@ -212,10 +212,10 @@ def given_donor(
     """Return the donor that the user gave, checked against the model; None where none was given and none is needed.
 
     Args:
-        donor: a network of the model's architecture, a weight file or what `weight_file` takes for one, or None.
+        donor: a network of the model's architecture, a path that `weight_file` accepts, or None.
         how: the reset.
         model: the trained model.
-        layers: what will be reset; a network need not hold more than their parameters.
+        layers: what will be reset; a network need only have their parameters.
 
     Raises:
         ProtocolError: the reset needs a donor and none was given, or the other way round.
@@ -231,7 +231,7 @@ def given_donor(
         return None
     if how.donor is None:
         raise ProtocolError(
-            f"A donor was given, but the reset {how.name!r} takes no values from one. Leave out --from (donor=...), "
+            f"A donor was given, but the reset {how.name!r} takes no values from one. Omit --from (donor=...), "
             f"or choose one of {', '.join(name for name, other in RESETS.items() if other.donor)}."
         )
     if not isinstance(donor, nn.Module):
@@ -256,7 +256,7 @@ def _parameters(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _unlike(values: Mapping[str, Tensor], model: Model, needed: Iterable[str]) -> list[str]:
-    """Return the needed parameters that the values lack, or have in another shape than the model."""
+    """Return the needed parameters that are missing from the values, or have another shape than in the model."""
     trained = dict(model.network.named_parameters(remove_duplicate=False))
     return sorted(name for name in needed if name not in values or values[name].shape != trained[name].shape)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 def untouched(network: nn.Module) -> Iterator[None]:
     """Restore training flags, parameters, buffers, and what replays put in place, whatever happens inside.
 
-    Values are restored as well, for a network's own forward may write to them: some count calls, some clamp weights.
+    Values are restored too, since a network's own forward may write to them: some count calls, some clamp weights.
     """
     modules = [
         (m, m.training, m.__dict__.get("forward"), dict(m._parameters), dict(m._buffers)) for m in network.modules()
@@ -56,11 +56,11 @@ def rng_untouched() -> Iterator[None]:
 def holding(network: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Load values into parameters, and put back afterwards, bit for bit, these and what a forward does to buffers.
 
-    Values are written in place: whoever refers to a parameter (a tied weight, a module registered under two names,
-    ``nn.LSTM``) sees them, which is not so when ``torch.func.functional_call`` exchanges the tensors by their names.
+    Values are written in place: everything that refers to a parameter (a tied weight, a module registered under two
+    names, ``nn.LSTM``) sees them, unlike with ``torch.func.functional_call``, which replaces the tensors by name.
 
     Args:
-        network: the network. A forward pass inside may write to its buffers or exchange them.
+        network: the network. A forward pass inside may write to its buffers or replace them.
         values: parameter name -> value. Of parameters that are tied to each other, the first name given counts.
     """
     parameters = dict(network.named_parameters(remove_duplicate=False))

@@ -1,4 +1,4 @@
-"""Seeds: hashed from names, and the generators that draw under them."""
+"""Seeds, hashed from names, and random generators seeded with them."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ __all__ = ["drawing", "image_order_seed", "layer_seed", "probe_set_seed", "seed_
 
 
 def seed_of(*words: str | int) -> int:
-    """Return the first 8 bytes of the SHA-256 of some words, as a number in [0, 2^64).
+    """Return the first 8 bytes of the SHA-256 of some words, as an integer in [0, 2^64).
 
     Hashing keeps seeds apart where sums of integers collide: trial 1 of study 2 is not trial 2 of study 1.
     """
@@ -54,17 +54,17 @@ def drawing(seed: object) -> Iterator[None]:
     """Draw what is built inside under ``seed``; PyTorch's, NumPy's and Python's generators are then as before.
 
     Raises:
-        ModelError: The seed is no whole number from 0 to 2**64 - 1.
+        ModelError: the seed is not a whole number from 0 to 2**64 - 1.
     """
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ModelError(f"seed is {seed!r}, expected a whole number from 0 to 2**64 - 1.")
+        raise ModelError(f"seed must be a whole number from 0 to 2**64 - 1; got {seed!r}.")
     with rng_untouched():
         seed_generators(seed)
         yield
 
 
 def seed_generators(seed: int) -> None:
-    """Seed PyTorch's generator of the CPU, NumPy's and Python's, which nobody puts back."""
+    """Seed PyTorch's CPU generator, NumPy's and Python's, without restoring them afterwards."""
     # torch.manual_seed would seed the accelerators as well; fresh weights and views are drawn on the CPU.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)

@@ -23,25 +23,25 @@ _ROWS_AT_ONCE = 512
 
 
 def needed_trials(n_trials: int, random: bool) -> int:
-    """Return how many of the trials asked for are run: one where the reset draws nothing, for all would be the same."""
+    """Return how many of the requested trials are run: one if the reset is not random, since all would be the same."""
     return n_trials if random else 1
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean distance, with confidence limits that hold for what `covers` names.
+    """A mean distance, with confidence limits that are valid for what `covers` names.
 
     Attributes:
-        mean: Mean over trials and images.
-        low: Lower confidence limit, in [0, mean]; NaN where there is no interval.
-        high: Upper confidence limit, in [mean, the largest possible distance]; NaN where there is no interval.
-        level: Confidence level, such as 0.95.
-        sd_trials: Standard deviation of the effect of a trial (0 without chance in the reset; NaN if unknown).
-        sd_images: Standard deviation of the effect of an image (NaN if unknown).
-        sd_rest: Standard deviation of what trial and image do not explain, each for itself (NaN if unknown).
-        n_trials: Number of trials.
-        n_images: Number of images.
-        covers: What may be drawn anew, so that the interval still holds.
+        mean: mean over trials and images.
+        low: lower confidence limit, in [0, mean]; NaN where there is no interval.
+        high: upper confidence limit, in [mean, the largest possible distance]; NaN where there is no interval.
+        level: confidence level, such as 0.95.
+        sd_trials: standard deviation of the effect of a trial (0 if the reset is not random; NaN if unknown).
+        sd_images: standard deviation of the effect of an image (NaN if unknown).
+        sd_rest: standard deviation of what trial and image do not explain separately (NaN if unknown).
+        n_trials: number of trials.
+        n_images: number of images.
+        covers: what may be drawn anew for the interval to be still valid.
     """
 
     mean: float
@@ -62,19 +62,19 @@ def estimate(
     """Estimate the mean distance of one layer, and how far it may be off.
 
     Images and trials are crossed random effects: distance[r, x] = mean + trial_r + image_x + rest[r, x]. The interval
-    holds for new trials and new images where both were drawn more than once. With one image column (the mean of many
-    images, say, as in published tables) it holds for new trials on the same images. With one trial of a random reset
-    there is none, since one draw does not tell how far draws lie apart: take more trials.
+    covers new trials and new images if both were drawn more than once. With one image column (such as the mean of many
+    images in published tables) it covers new trials on the same images. With one trial of a random reset there is
+    none, since a single draw does not tell how much draws vary: take more trials.
 
     Args:
         distances: ``(n_trials, n_images)``, in [0, ``upper``]; computed in float64.
-        level: Confidence level, between 0 and 1.
-        random_trials: Whether the reset draws at random. If not (`zero`, `rewind`), trials repeat each other: they
+        level: confidence level, between 0 and 1.
+        random_trials: whether the reset draws at random. If not (`zero`, `rewind`), trials repeat each other: they
             are averaged, and the interval covers images only.
-        upper: The largest possible distance; the limits are clipped to it.
+        upper: the largest possible distance; the limits are clipped to it.
 
     Raises:
-        ProtocolError: The shape is another, a value is NaN, infinite or out of range, or ``level`` is no level.
+        ProtocolError: the shape does not fit, a value is NaN, infinite or out of range, or ``level`` is no such level.
 
     Example:
         >>> result = estimate(np.array([[0.1, 0.3, 0.2], [0.4, 0.6, 0.5], [0.2, 0.4, 0.3]]))
@@ -134,17 +134,17 @@ def estimate_mean_over_layers(
     """Estimate the mean over layers of a model's mean distance.
 
     The layers of a trial share the donor and all share the images, so they are not independent. The distances are
-    therefore averaged over the layers first, which keeps what they have in common; the interval holds for these
+    therefore averaged over the layers first, which keeps what they have in common; the interval is for these
     layers.
 
     Args:
         distances: ``(n_layers, n_trials, n_images)``; trial r is the same draw in every layer, image x the same image.
-        level: As in `estimate`.
-        random_trials: As in `estimate`.
-        upper: As in `estimate`.
+        level: as in `estimate`.
+        random_trials: as in `estimate`.
+        upper: as in `estimate`.
 
     Raises:
-        ProtocolError: As in `estimate`.
+        ProtocolError: as in `estimate`.
     """
     values = _checked(distances, ("n_layers", "n_trials", "n_images"), upper)
     return estimate(values.mean(axis=0), level=level, random_trials=random_trials, upper=upper)
@@ -156,14 +156,14 @@ def _checked(distances: npt.NDArray[Any], axes: tuple[str, ...], upper: float) -
     if values.ndim != len(axes) or values.size == 0:
         raise ProtocolError(
             f"The distances have the shape {values.shape}: expected ({', '.join(axes)}), none of them 0. "
-            "Means of trials alone go in as one column, `means[:, None]`."
+            "Pass one mean per trial as one column, `means[:, None]`."
         )
     finite = np.isfinite(values)
     if not finite.all():
         place = tuple(int(axis[0]) for axis in np.nonzero(~finite))
         raise ProtocolError(
             f"{int((~finite).sum())} of {values.size} distances are NaN or infinite, first at ({', '.join(axes)}) = "
-            f"{place}: expected finite ones. Leave out cells whose status is not 'ok'."
+            f"{place}; expected finite values. Leave out cells whose status is not 'ok'."
         )
     slack = 0.0 if isinf(upper) else _STORAGE_ROUNDING * upper
     if values.min() < -slack or values.max() > upper + slack:
@@ -217,15 +217,15 @@ def fit_temperature(logits: "Tensor", entropy: float) -> float:
 
     Args:
         logits: ``(n_images, n_classes)``; computed in float64.
-        entropy: Mean entropy wanted, in nats, between 0 and ln(n_classes), both excluded.
+        entropy: target mean entropy, in nats, between 0 and ln(n_classes), both excluded.
 
     Returns:
-        T > 0; above 1 makes the predictions flatter. NaN, so that a measurement is not lost for it, where no
-        temperature gives this entropy: for constant logits, for ties that hold the entropy above it, and for logits
+        t > 0; above 1 makes the predictions flatter. NaN, so that a measurement is not lost, where no
+        temperature gives this entropy: for constant logits, for ties that keep the entropy above it, and for logits
         that are NaN or infinite.
 
     Raises:
-        ProtocolError: The shape is another or the entropy out of range.
+        ProtocolError: the shape does not fit, or the entropy is out of range.
 
     Example:
         >>> import torch
@@ -234,12 +234,12 @@ def fit_temperature(logits: "Tensor", entropy: float) -> float:
     """
     if logits.ndim != 2 or len(logits) == 0:
         raise ProtocolError(
-            f"The logits have the shape {tuple(logits.shape)}: expected (n_images, n_classes) with an image at least."
+            f"The logits have the shape {tuple(logits.shape)}: expected (n_images, n_classes) with at least one image."
         )
     largest = log(logits.shape[1]) if logits.shape[1] else 0.0
     if not 0 < entropy < largest:
         raise ProtocolError(
-            f"The mean entropy wanted is {entropy} nats: expected one above 0 and below {largest:.6g}, "
+            f"The target mean entropy is {entropy} nats: expected one above 0 and below {largest:.6g}, "
             f"the entropy of a guess among {logits.shape[1]} classes."
         )
     logits = logits.detach().cpu()  # float64 follows, which some devices lack
@@ -273,7 +273,7 @@ def _mean_entropy(logits: "Tensor", log_temperature: float) -> float:
 class ChanceLevel:
     """Mean cosine between a model's predictions for *different* images, collected batch by batch.
 
-    An unrelated prediction does not have the distance 1 from the right one; it has about 1 minus this level. With the
+    An unrelated prediction is not at distance 1 from the right one, but at about 1 minus this level. With the
     predictions as unit vectors u_i, the mean over the pairs i != j is (|sum of u_i|^2 - n) / (n (n - 1)).
 
     Example:
@@ -290,13 +290,13 @@ class ChanceLevel:
         self._n_images = 0
 
     def add(self, p: "Tensor") -> None:
-        """Take in a batch of predictions.
+        """Add a batch of predictions.
 
         Args:
-            p: Probabilities, ``(n_images, n_classes)``; the images may be on any device.
+            p: probabilities, ``(n_images, n_classes)``; the images may be on any device.
 
         Raises:
-            ProtocolError: The shape is another, or the number of classes differs from the batches before.
+            ProtocolError: the shape does not fit, or the number of classes differs from earlier batches.
         """
         expected = "n_classes" if self._sum is None else str(len(self._sum))
         if p.ndim != 2 or (self._sum is not None and p.shape[1] != len(self._sum)):

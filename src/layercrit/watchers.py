@@ -42,7 +42,7 @@ class FirstUses(_Watcher):  # type: ignore[no-untyped-call]
 
     Args:
         parameters: those to watch.
-        type_of_operator: operator (its packet of overloads) -> type.
+        type_of_operator: operator (its overload packet) -> type.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], type_of_operator: Mapping[Any, str]) -> None:
@@ -118,7 +118,7 @@ class ParameterReads(_Watcher):  # type: ignore[no-untyped-call]
 
     Args:
         parameters: those to watch.
-        time: tells the time, which others may count on, too.
+        time: the clock; others may advance it too.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], time: Callable[[], int]) -> None:

@@ -76,7 +76,7 @@ def call(monkeypatch, capsys):
 def test_train__tells_accuracy_place_and_what_to_do_next(here, call):
     code, out, err = call(*arguments())
     record = json.loads((here / "run" / "model.json").read_text())
-    right = f"top-1 accuracy {100 * record['top1_accuracy']:.1f}% on the 48 held-out images after 1 epoch"
+    right = f"{100 * record['top1_accuracy']:.1f}% top-1 accuracy on 48 held-out images after 1 epoch"
     assert (code, out) == (0, f"baseline: {right} ({record['seconds']:.0f} s).\n")
     assert "Saved in run: model.safetensors, model.json, log.csv, epochs." in err
     assert "Next: layercrit measure file:run --images SOURCE" in err
@@ -123,16 +123,16 @@ def test_train__several_processes_speak_with_one_voice(here, call, monkeypatch):
     [
         ({"method": None, "out": None}, [], 2, "Missing --method, --out (or give --study FILE)."),
         ({"arch": None, "data": None}, [], 2, "Missing --arch, --data (or give --study FILE)."),
-        ({}, ["plain"], 2, "Unexpected 'plain': names of models need --study FILE."),
+        ({}, ["plain"], 2, "Unexpected argument 'plain': names of models need --study."),
         ({"method": "basline"}, [], 1, "There is no training method 'basline'. Did you mean 'baseline'"),
-        ({}, ["--set", "lr"], 2, "expected key=value, got 'lr'."),
-        ({}, ["--set", "=3"], 2, "expected key=value, got '=3'."),
+        ({}, ["--set", "lr"], 2, "expected key=value; got 'lr'."),
+        ({}, ["--set", "=3"], 2, "expected key=value; got '=3'."),
         ({}, ["--set", "learning_rate=3"], 1, "The method baseline has no setting 'learning_rate'."),
         ({}, ["--set", "lr=fast"], 1, "baseline: lr must be a number from 0; got 'fast'."),
         ({}, ["--set", "batch_size=1.5"], 1, "baseline: batch_size must be a whole number from 1; got '1.5'."),
         ({}, ["--set", "schedule=cosin"], 1, "must be one of cosine, step; got 'cosin'. Did you mean 'cosine'"),
         ({"epochs": "0"}, [], 2, "0 is not in the range x>=1"),
-        ({"keep_epochs": "1,last"}, [], 2, "expected numbers of epochs such as '1,5,10', got '1,last'."),
+        ({"keep_epochs": "1,last"}, [], 2, "expected epoch numbers such as '1,5,10'; got '1,last'."),
         ({"seed": "-1"}, [], 2, "-1 is not in the range 0<=x<="),
         ({"seed": str(2**64)}, [], 2, "is not in the range"),
         ({"precision": "fp8"}, [], 2, "'fp8' is not one of 'no', 'bf16', 'fp16'"),
@@ -140,12 +140,12 @@ def test_train__several_processes_speak_with_one_voice(here, call, monkeypatch):
         ({"data": "stripse.npz"}, [], 1, "Did you mean 'stripes.npz'"),
         ({"arch": "timm:resnet1"}, [], 1, "Did you mean 'resnet1"),
         ({"arch": "resnet18"}, [], 1, "timm:resnet18"),
-        ({"arch": "file:run"}, [], 1, "names weights; expected an architecture, such as timm:resnet18."),
-        ({"arch": "timm:vit_tiny_patch16_224"}, [], 1, "Give another --input-size"),
-        ({}, ["--input-size", "2", "8", "8"], 1, "input_size must be 1 or 3 channels, height and width; got 2 8 8."),
+        ({"arch": "file:run"}, [], 1, "refers to trained weights; expected an architecture, such as timm:resnet18."),
+        ({"arch": "timm:vit_tiny_patch16_224"}, [], 1, "Try another --input-size"),
+        ({}, ["--input-size", "2", "8", "8"], 1, "input_size must be channels (1 or 3), height and width; got 2 8 8."),
         ({"out": "stripes.npz"}, [], 1, "stripes.npz"),
-        ({}, ["--set", "lr=1e30"], 1, "A lower lr, a longer warmup_epochs or a clip_norm may help: --set lr=..."),
-        ({"study": "small.toml"}, [], 2, "--set cannot be combined with --study"),
+        ({}, ["--set", "lr=1e30"], 1, "Try a lower lr, more warmup_epochs or a clip_norm: --set lr=..."),
+        ({"study": "small.toml"}, [], 2, "--set cannot be combined with --study: the file defines how"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, list | dict) else "",
 )
@@ -162,7 +162,7 @@ def test_train__another_run_is_not_replaced(here, call):
     before = (here / "run" / "model.safetensors").read_bytes()
     code, out, err = call(*arguments(seed="1"))
     assert (code, out) == (1, "")
-    assert "Error: run holds another training run: seed 0 there, 1 asked for. Name another --out" in err
+    assert "Error: run contains another training run: seed is 0, but 1 was requested. Choose another --out" in err
     assert (here / "run" / "model.safetensors").read_bytes() == before
 
 
@@ -182,7 +182,7 @@ def test_train__ctrl_c_and_the_same_command_goes_on(here):
     assert process.returncode == 130
     assert out == ""
     assert [line for line in err.splitlines() if line] == [
-        "Run the same command again to resume; no more than the last minute is lost.", "Interrupted."
+        "Run the same command again to resume; at most the last minute of training is lost.", "Interrupted."
     ]  # fmt: skip
     done = max(int(path.stem.removeprefix("step-")) for path in here.glob("run/state/*.pt"))
 
@@ -220,7 +220,7 @@ def test_train_study__failures_end_with_1(here, call):
     assert code == 1
     assert [line.split()[0] for line in out.splitlines()] == ["model", "b"]
     assert "smooth failed: The loss became " in err
-    assert err.endswith("1 could not be trained: smooth\n")
+    assert err.endswith("1 could not be trained: smooth.\n")
     assert "Next" not in err
 
 
@@ -228,7 +228,11 @@ def test_train_study__failures_end_with_1(here, call):
     ("more", "code", "text"),
     [
         (["smoth"], 1, "trains no model 'smoth'. Did you mean 'smooth'?"),
-        (["--epochs", "3"], 2, "--epochs cannot be combined with --study"),
+        (
+            ["--epochs", "3"],
+            2,
+            "--epochs cannot be combined with --study: the file defines how its models are trained.",
+        ),
         (["--seed", "0"], 2, "--seed cannot be combined with --study"),
         (["--set", "lr=1"], 2, "--set cannot be combined with --study"),
         (["--weights-dtype", "float16"], 2, "--weights-dtype cannot be combined with --study"),
@@ -291,7 +295,7 @@ def test_methods__settings_of_one(name):
     assert shown.startswith(f"{name} ({method.category}): {method.changes}\n{method.paper}\n")
     rows = [line.split()[0] for line in shown.splitlines()[4:] if line.strip() and not line.startswith(" ")]
     assert rows == list(found["settings"])
-    assert "of the learning rate (one of cosine, step)" in shown
+    assert "learning rate schedule (one of cosine, step)" in shown
 
 
 def test_methods__an_unknown_one(call):
@@ -311,4 +315,4 @@ for arguments in (["--help"], ["train", "--help"], ["methods", "--help"]):
 print("torch" in sys.modules or "rich" in sys.modules)"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("False")
-    assert "resumes when the same command is given again" in " ".join(result.stdout.split())
+    assert "The same command resumes an interrupted run." in " ".join(result.stdout.split())

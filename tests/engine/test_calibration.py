@@ -29,7 +29,7 @@ def test_measure__auto_takes_bfloat16_where_it_is_exact_enough(long_job):
     assert found.record["dtype"] == found.summary()["dtype"] == found.record["protocol"]["dtype"] == "bfloat16"
     (note,) = (note for note in found.record["notes"] if "bfloat16" in note)
     assert note.startswith("bfloat16: error in criticality 0.0")
-    assert note.endswith("in the mean of 9 layers, on 6 images")
+    assert note.endswith("on average over 9 layers and 6 images")
     for name, values in found.per_image.items():
         assert np.array_equal(values, again.per_image[name]), "the choice is not deterministic"
         assert np.array_equal(values, asked.per_image[name])
@@ -40,14 +40,14 @@ def test_measure__auto_takes_float32_where_bfloat16_is_too_rough(long_job, monke
     monkeypatch.setattr(_calibration, tolerance, -1)
     found = measure(small_network(), photographs(6), **QUIET)
     assert found.record["dtype"] == "float32"
-    assert any(note.startswith("float32, for bfloat16 is too rough: error") for note in found.record["notes"])
+    assert any(note.startswith("float32, since bfloat16 is too inexact: error") for note in found.record["notes"])
 
 
 def test_measure__auto_calibrates_on_some_of_many_layers(long_job, monkeypatch):
     monkeypatch.setattr(holder, "_CALIBRATION_LAYERS", 4)
     monkeypatch.setattr(_calibration, "LAYER_TOLERANCE", 1)
     found = measure(small_network(), photographs(4), trials=1, **QUIET)
-    assert "in the mean of 3 layers, on 4 images" in found.record["notes"][-1]
+    assert "on average over 3 layers and 4 images" in found.record["notes"][-1]
     assert len(found.to_pandas()) == 9
 
 

@@ -226,24 +226,24 @@ def test_sweep__plain_odd_networks_bit_for_bit(name):
         (
             DataDependent,
             "recorded outputs",
-            r"recorded outputs instead of a graph: the network does not export \(GuardOnDataDependent.*\)",
+            r"recorded outputs instead of an exported graph: the network cannot be exported \(GuardOnDataDependent.*\)",
         ),
         (
             Counting,
             "recorded outputs",
-            r"recorded outputs instead of a graph: the network does not export "
+            r"recorded outputs instead of an exported graph: the network cannot be exported "
             r"\(RuntimeError: the network writes to its own buffers or to its input\)",
         ),
         (
             Caching,
             "plain",
-            r"the plain way, no reuse: the network does not export \(GuardOnDataDependent.*\), "
-            "and recorded outputs do not either",
+            r"the plain backend, without reuse: the network cannot be exported \(GuardOnDataDependent.*\), "
+            "and recorded outputs do not reproduce",
         ),
         (
             Moody,
             "plain",
-            r"the plain way, no reuse: the network does not export \(.*\), and recorded outputs do not either",
+            r"the plain backend, without reuse: the network cannot be exported \(.*\), and recorded outputs do not",
         ),
     ],
     ids=["recorded outputs", "buffers", "plain", "unsteady"],
@@ -270,7 +270,8 @@ def test_open_replay__a_weight_that_the_graph_took_for_a_constant_is_found(monke
     opened = open_replay(made.network, made.layers, made.images, "float32")
     assert opened.backend == "recorded outputs"
     assert opened.note == (
-        "recorded outputs instead of a graph: the exported network does not reproduce the network's own logits"
+        "recorded outputs instead of an exported graph: "
+        "the exported network does not reproduce the network's own logits"
     )
     assert_equal(sweep(opened, made), PlainWay(made.network).sweep(made))
 

@@ -8,7 +8,7 @@ from layercrit.engine.session import Predictions, Session
 from layercrit.engine.subject import Subject
 from layercrit.errors import ProbeError
 from layercrit.models.references import open_model
-from layercrit.progress import Bar
+from layercrit.progress_bar import Bar
 from layercrit.protocol import Protocol
 from small_subjects import GROUPS, mostly_right, normalised, photographs, small_network
 

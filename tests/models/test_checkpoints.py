@@ -190,7 +190,7 @@ def test_read_checkpoint__average_of_parameters_only_is_a_rival_too(tmp_path, st
 
 def test_read_checkpoint__key_of_a_bare_file(tmp_path, state):
     with pytest.raises(
-        CheckpointError, match=r"no weights under key 'state_dict'; it has: 'the whole file' \(9 tensors\)"
+        CheckpointError, match=r"no weights under key 'state_dict'. It has: 'the whole file' \(9 tensors\)"
     ):
         read_checkpoint(saved(tmp_path / "w.pth", state), key="state_dict")
 
@@ -262,7 +262,7 @@ NAMED = {
 @pytest.mark.parametrize("name", NAMED)
 def test_read_checkpoint__code_is_refused_and_named(tmp_path, marker, state, name):
     path = hostile_files(tmp_path, marker, state)[name]
-    with pytest.raises(CheckpointError, match=r"does not hold plain weights only.*runs no code") as caught:
+    with pytest.raises(CheckpointError, match=r"more than plain weights.*runs no code") as caught:
         read_checkpoint(path)
     assert NAMED[name] in str(caught.value)
     assert NAMED[name] in " ".join(foreign_globals(path))
@@ -293,7 +293,7 @@ def test_read_checkpoint__classes_allowed_for_torch_elsewhere_are_refused_as_wel
 def test_read_checkpoint__stand_ins_cannot_be_called_into_tensors(tmp_path, state):
     """A stand-in that poses as a weight is no tensor, so nothing is taken for weights."""
     path = saved(tmp_path / "w.pth", {name: argparse.Namespace(data=tensor) for name, tensor in state.items()})
-    with pytest.raises(CheckpointError, match=r"holds no weights.*'conv.weight' \(_Inert\)"):
+    with pytest.raises(CheckpointError, match=r"contains no weights.*'conv.weight' \(_Inert\)"):
         read_checkpoint(path)
 
 
@@ -330,8 +330,8 @@ BROKEN = {
     "xml": (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "web page"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer.*git lfs pull"),
     "gzip": (gzip.compress(torch_bytes(WEIGHTS)), "compressed archive.*Unpack it first"),
-    "cut-zip": (torch_bytes(WEIGHTS)[:-200], "damaged or cut off: it begins as a zip archive"),
-    "cut-zip-short": (torch_bytes(WEIGHTS)[:100], "damaged or cut off"),
+    "cut-zip": (torch_bytes(WEIGHTS)[:-200], "damaged or truncated: it begins as a zip archive"),
+    "cut-zip-short": (torch_bytes(WEIGHTS)[:100], "damaged or truncated"),
     "cut-legacy": (torch_bytes(WEIGHTS, _use_new_zipfile_serialization=False)[:-50], "cannot be read as weights"),
     "cut-legacy-pickle": (
         torch_bytes(WEIGHTS, _use_new_zipfile_serialization=False)[:150],
@@ -351,14 +351,14 @@ BROKEN = {
     "pickled-dict": (pickle.dumps({"a": 1}, protocol=2), "cannot be read as weights"),
     "no-tensors": (
         torch_bytes({"epoch": 3, "net": {}}),
-        r"holds no weights.*a mapping of 2: 'epoch' \(int\), 'net' \(dict",
+        r"contains no weights.*a mapping of 2: 'epoch' \(int\), 'net' \(dict",
     ),
-    "list": (torch_bytes([torch.zeros(2)]), "holds no weights.*one list"),
-    "tensor": (torch_bytes(torch.zeros(2)), "holds no weights.*one Tensor"),
-    "mixed": (torch_bytes({"w": torch.zeros(2), "n": 1}), r"holds no weights.*'w' \(Tensor\), 'n' \(int\)"),
-    "integer-names": (torch_bytes({0: torch.zeros(2)}), "holds no weights"),
-    "sparse": (torch_bytes({"w": torch.eye(3).to_sparse()}), "'w' as a sparse, quantised or valueless tensor"),
-    "valueless": (torch_bytes({"w": torch.zeros(2, device="meta")}), "'w' as a sparse, quantised or valueless tensor"),
+    "list": (torch_bytes([torch.zeros(2)]), "contains no weights.*one list"),
+    "tensor": (torch_bytes(torch.zeros(2)), "contains no weights.*one Tensor"),
+    "mixed": (torch_bytes({"w": torch.zeros(2), "n": 1}), r"contains no weights.*'w' \(Tensor\), 'n' \(int\)"),
+    "integer-names": (torch_bytes({0: torch.zeros(2)}), "contains no weights"),
+    "sparse": (torch_bytes({"w": torch.eye(3).to_sparse()}), "'w' as a sparse, quantised or meta tensor"),
+    "valueless": (torch_bytes({"w": torch.zeros(2, device="meta")}), "'w' as a sparse, quantised or meta tensor"),
 }
 
 
@@ -388,7 +388,7 @@ def test_read_checkpoint__broken(tmp_path, name):
 def test_read_checkpoint__broken_safetensors(tmp_path, damage):
     path = tmp_path / "w.safetensors"
     path.write_bytes(damage(safetensors.torch.save(WEIGHTS)))
-    with pytest.raises(CheckpointError, match="damaged or cut off: it cannot be read as safetensors"):
+    with pytest.raises(CheckpointError, match="damaged or truncated: it cannot be read as safetensors"):
         read_checkpoint(path)
 
 
@@ -448,7 +448,7 @@ def test_read_checkpoint__missing(tmp_path, state):
 
 def test_read_checkpoint__directory(tmp_path, state):
     saved(tmp_path / "a.pth", state)
-    with pytest.raises(CheckpointError, match=r"is a directory.*It holds: a.pth"):
+    with pytest.raises(CheckpointError, match=r"is a directory.*It contains: a.pth"):
         read_checkpoint(tmp_path)
 
 
@@ -494,7 +494,7 @@ def test_fit_to__wrappers(state, prefix):
 def test_fit_to__prefix_that_only_some_names_have_stays(state):
     names = list(state)
     partly = {("module." if name == names[0] else "") + name: tensor for name, tensor in state.items()}
-    with pytest.raises(CheckpointError, match=r"1 missing: 'conv.weight' \(near: 'module.conv.weight'\)"):
+    with pytest.raises(CheckpointError, match=r"1 missing: 'conv.weight' \(similar: 'module.conv.weight'\)"):
         fit_to(partly, state, "w.pth")
 
 
@@ -522,9 +522,9 @@ def test_fit_to__differences_are_listed(state):
     with pytest.raises(CheckpointError) as caught:
         fit_to(other, state, "w.pth for timm:net")
     assert str(caught.value) == (
-        "w.pth for timm:net: the weights do not fit. 1 missing: 'fc.weight' (near: 'head.weight'). "
+        "w.pth for timm:net: the weights do not fit. 1 missing: 'fc.weight' (similar: 'head.weight'). "
         "2 unexpected: 'head.weight', 'extra'. "
-        "1 of another shape or kind: 'fc.bias' is (7,) float32 in the file, (5,) float32 expected. "
+        "1 of another shape or type: 'fc.bias' is (7,) float32 in the file, (5,) float32 expected. "
         "Check the architecture and its options (such as num_classes), or rename the tensors first."
     )
 

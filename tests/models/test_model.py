@@ -147,17 +147,17 @@ def test_logits_of__accepts(output):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (MAP, r"returned Tensor with \[\(2, 3, 4, 4\)\], expected logits of shape \(n_images, n_classes\)"),
+        (MAP, r"returned Tensor with \[\(2, 3, 4, 4\)\]; expected logits of shape \(n_images, n_classes\)"),
         (torch.ones(3), r"returned Tensor with \[\(3,\)\]"),
         ((MAP, None), r"returned tuple with \[\(2, 3, 4, 4\), 'NoneType'\]"),
         ((), r"returned tuple with \[\]"),
         ({"features": MAP}, r"returned dict with"),
         ({"logits": MAP, "aux": OTHER}, r"returned dict with \[\(2, 3, 4, 4\)\]"),
         (Output(None), "returned Output with"),
-        (None, "returned NoneType, expected logits .* as a tensor, in a tuple, list or mapping, or as .logits"),
+        (None, "returned NoneType; expected logits .* as a tensor, in a tuple, list or mapping, or as .logits"),
         (3.5, "returned float"),
         (np.ones((2, 3)), "returned ndarray"),
-        (torch.ones(2, 1), "one number an image, expected logits of at least 2 classes"),
+        (torch.ones(2, 1), "one number per image; expected logits of at least 2 classes"),
     ],
     ids=["map", "vector", "tuple", "empty", "dict", "logits-map", "object", "none", "float", "numpy", "one-class"],
 )
@@ -201,12 +201,12 @@ def test_drawing__same_seed_same_numbers_and_nothing_touched():
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "1"])
 def test_drawing__impossible_seed(seed):
-    with pytest.raises(ModelError, match="expected a whole number from 0"), drawing(seed):
+    with pytest.raises(ModelError, match="seed must be a whole number from 0"), drawing(seed):
         pass
 
 
 def test_explained__out_of_reach():
-    text = r"timm:x: its files were neither found.*ConnectionError: no route\).*HF_HOME.*pretrained=false"
+    text = r"timm:x: its files are neither cached.*ConnectionError: no route\).*HF_HOME.*pretrained=false"
     with pytest.raises(ModelError, match=text), explained("timm:x", {}):
         raise ConnectionError("no route\nto host")
 

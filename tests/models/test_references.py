@@ -13,6 +13,7 @@ from torch import nn
 import trained_models
 from layercrit.errors import CheckpointError, LayercritError, ModelError
 from layercrit.models.model import Model
+from layercrit.models.own_networks import import_here
 from layercrit.models.references import fetch, is_here, open_model, without_weights
 from layercrit.models.sources import MODEL_SOURCES, ModelSource, model_source
 from layercrit.probes.images import Preprocessing
@@ -144,17 +145,17 @@ def test_open_model__input_size():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mean": (0.5,)}, r"mean has 1 values \(0.5,\), expected one for each of 3 channels. Give mean= with 3"),
+        ({"mean": (0.5,)}, r"mean has 1 values \(0.5,\); expected one for each of 3 channels. Give mean= with 3"),
         ({"std": (0.5, 0.5, 0.5, 0.5)}, "std has 4 values"),
         ({"std": (0.5, 0.0, 0.5)}, "must be finite, and std above 0"),
         ({"std": (0.5, -1.0, 0.5)}, "std above 0"),
         ({"mean": (0.5, float("nan"), 0.5)}, "must be finite"),
-        ({"mean": 0.5}, "mean is 0.5, expected a sequence of numbers"),
-        ({"mean": "0.5"}, "mean is '0.5', expected a sequence of numbers"),
-        ({"input_size": (224, 224)}, r"input_size is \(224, 224\), expected three whole numbers"),
-        ({"input_size": (3, 0, 224)}, "expected three whole numbers"),
-        ({"input_size": (3, 22.5, 224)}, "expected three whole numbers"),
-        ({"input_size": 224}, "input_size is 224, expected a sequence"),
+        ({"mean": 0.5}, "mean must be a sequence of numbers; got 0.5"),
+        ({"mean": "0.5"}, "mean must be a sequence of numbers; got '0.5'"),
+        ({"input_size": (224, 224)}, r"input_size must be three whole numbers .*; got \(224, 224\)"),
+        ({"input_size": (3, 0, 224)}, "input_size must be three whole numbers"),
+        ({"input_size": (3, 22.5, 224)}, "input_size must be three whole numbers"),
+        ({"input_size": 224}, "input_size must be a sequence of numbers; got 224"),
     ],
 )
 def test_open_model__impossible_input(options, message):
@@ -163,13 +164,13 @@ def test_open_model__impossible_input(options, message):
 
 
 def test_open_model__other_precision():
-    with pytest.raises(ModelError, match=r"'weight' is torch.float64, expected torch.float32: call .float\(\)"):
+    with pytest.raises(ModelError, match=r"'weight' is torch.float64; expected torch.float32. Call .float\(\)"):
         open_model(nn.Linear(2, 2).double().eval())
 
 
 @pytest.mark.parametrize("thing", [None, 3, ["timm:resnet18"]])
 def test_open_model__neither_reference_nor_network(thing):
-    with pytest.raises(ModelError, match="expected a reference like 'timm:resnet50' or a network"):
+    with pytest.raises(ModelError, match="model reference such as 'timm:resnet50', or a network; got"):
         open_model(thing)
 
 
@@ -179,14 +180,14 @@ def test_open_model__neither_reference_nor_network(thing):
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("resnet50", r"'resnet50' is no model reference: .* kind of .*timm, .*Did you mean 'timm:resnet50'"),
+        ("resnet50", r"'resnet50' is not a model reference: .* kind of .*timm, .*Did you mean 'timm:resnet50'"),
         ("resnet50.a1_in1k", r"Did you mean 'timm:resnet50.a1_in1k'"),
         ("tim:resnet50", r"Did you mean 'timm'"),
-        ("http://x.org/w.pth", r"is no model reference"),
-        ("unheard-of", r"is no model reference: expected kind:name, with a kind of .*py\b[^?]*$"),
+        ("http://x.org/w.pth", r"is not a model reference"),
+        ("unheard-of", r"is not a model reference: expected kind:name, with a kind of .*py\b[^?]*$"),
         ("weights.pth", r"Did you mean 'file:weights.pth\?arch=timm:NAME'"),
-        ("timm:", r"'timm:' is no model reference: expected kind:name"),
-        ("", r"'' is no model reference"),
+        ("timm:", r"'timm:' is not a model reference: expected kind:name"),
+        ("", r"'' is not a model reference"),
         ("timm:resnet18?pretrained", r"option 'pretrained' is not written as name=value"),
         ("timm:resnet18?seed=1&seed=2", r"option 'seed=2' is .* given twice"),
         ("timm:resnet18?a b=2", r"option 'a b=2' is not written as name=value"),
@@ -260,7 +261,7 @@ def test_model_source__of_a_function():
         fetch("linear:5")
         assert without_weights("linear:5?seed=3&width=2") == "linear:5?pretrained=False&width=2"
         model_source("broken")(lambda rest, options: nn.Linear(1, 1))
-        with pytest.raises(ModelError, match="The source of 'broken' returned Linear, expected a layercrit Model"):
+        with pytest.raises(ModelError, match="The source of 'broken' returned Linear; expected a layercrit Model"):
             open_model("broken:5")
     assert set(MODEL_SOURCES) == known
     assert known == {"timm", "hf-hub", "torchvision", "hf", "zoo", "file", "py"}
@@ -302,7 +303,9 @@ def test_model_source__of_a_class():
 
 
 def test_model_source__a_taken_kind_is_refused():
-    with pytest.raises(ModelError, match=r"kind of models 'py' exists already \(What a function of yours returns"):
+    with pytest.raises(
+        ModelError, match=r"kind of model 'py' exists already \(The network that your own function returns"
+    ):
         model_source("py")(linear)
 
 
@@ -356,9 +359,9 @@ def test_without_weights__is_the_architecture(weights):
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("resnet50", "'resnet50' is no model reference"),
-        ("file:no/such.pth", "file:no/such.pth comes without its architecture"),
-        ("file:x.pth?arch=tim:resnet50", "'tim:resnet50' is no model reference.*Did you mean 'timm'"),
+        ("resnet50", "'resnet50' is not a model reference"),
+        ("file:no/such.pth", "file:no/such.pth does not say its architecture"),
+        ("file:x.pth?arch=tim:resnet50", "'tim:resnet50' is not a model reference.*Did you mean 'timm'"),
         ("zoo:resnet50_dinno", "The zoo has no model 'resnet50_dinno'. Did you mean 'resnet50_dino'"),
     ],
 )
@@ -430,7 +433,7 @@ def test_file__without_architecture(weights, record):
     _, path = weights
     if record is not None:
         path.with_suffix(".json").write_text(record)
-    with pytest.raises(ModelError, match=r"comes without its architecture: add '\?arch=timm:NAME'.*weights.json"):
+    with pytest.raises(ModelError, match=r"does not say its architecture. Add '\?arch=timm:NAME'.*weights.json"):
         open_model(f"file:{path}")
 
 
@@ -476,23 +479,23 @@ def test_file__float16_weights_are_opened_in_float32(run):
 def test_file__of_a_training_run_that_has_not_finished(run):
     folder, states = run
     (folder / "model.json").unlink()
-    with pytest.raises(ModelError, match=r"epoch-0000.safetensors comes without .* wait until training has finished, "):
+    with pytest.raises(ModelError, match=r"epoch-0000.safetensors does not say .* wait for training to finish"):
         open_model(f"file:{folder}@epoch=0")
-    with pytest.raises(ModelError, match=r"finished, which then writes .*run/model.json"):
+    with pytest.raises(ModelError, match=r"finish and write .*run/model.json"):
         without_weights(f"file:{folder}@epoch=0")
     options = "arch=timm:test_resnet&num_classes=10&in_chans=1&mean=(0.5,)&std=(0.5,)"
     assert torch.equal(open_model(f"file:{folder}@epoch=0?{options}").network.fc.weight, states[0]["fc.weight"])
     (folder / "model.json").write_text("{}")
     with pytest.raises(ModelError, match=r"put a model.json with an entry \"arch\" into .*run \(KeyError"):
         open_model(f"file:{folder}@epoch=0")
-    with pytest.raises(CheckpointError, match=r"has not kept the weights of epoch '7'\. Epochs that it has: 0, 5\."):
+    with pytest.raises(CheckpointError, match=r"did not keep the weights of epoch '7'\. Epochs that it kept: 0, 5\."):
         open_model(f"file:{folder}@epoch=7")
 
 
 def test_file__of_a_file_of_a_file(weights):
     _, path = weights
     path.with_suffix(".json").write_text(json.dumps({"arch": f"file:{path}"}))
-    with pytest.raises(ModelError, match="as its architecture, expected one without weights"):
+    with pytest.raises(ModelError, match="as its architecture; expected one without weights"):
         open_model(f"file:{path}")
 
 
@@ -595,24 +598,38 @@ def test_py__factory_with_a_switch(nets):
 @pytest.mark.parametrize(
     ("rest", "message"),
     [
-        ("my_package.nets", "names no factory, expected py:package.module:factory"),
-        ("my_package.nets:", "names no factory"),
+        ("my_package.nets", "names no function; expected py:package.module:factory"),
+        ("my_package.nets:", "names no function"),
         ("my_package.net:fixed", r"there is no module 'my_package.net', .*Did you mean 'nets'"),
         ("my_packge.nets:fixed", r"there is no module 'my_packge', .*Did you mean 'my_package'"),
-        ("zzqqxx:fixed", r"there is no module 'zzqqxx', neither in .* nor among installed packages\.$"),
-        ("my_broken:fixed", "cannot be imported: No module named 'my_missing_dependency'"),
+        ("zzqqxx:fixed", r"there is no module 'zzqqxx', neither in .* nor among the installed packages\.$"),
+        ("my_broken:fixed", r"cannot be imported \(No module named 'my_missing_dependency'"),
         ("my_syntax:fixed", r"'py:my_syntax:fixed' cannot be imported \(SyntaxError"),
         ("my_package.nets:fixd", r"my_package.nets has no function or class 'fixd'. Did you mean 'fixed'"),
         ("my_package.nets:number", "has no function or class 'number'"),
-        ("my_package.nets:text", "returned str, expected a torch.nn.Module"),
+        ("my_package.nets:text", "returned str; expected a torch.nn.Module"),
         ("my_package.nets:fails", r"py:my_package.nets:fails could not be opened \(RuntimeError: no such weights\)"),
-        ("my_package.nets:fixed?width=3", r"fixed\(\) cannot be called with \{'width': 3\}: got an unexpected keyword"),
+        (
+            "my_package.nets:fixed?width=3",
+            r"fixed\(\) cannot be called with \{'width': 3\} \(got an unexpected keyword",
+        ),
         ("my_package.nets:switched?widht=3", r"switched\(pretrained, width=2\) cannot be called with"),
     ],
 )
 def test_py__refuses(nets, rest, message):
     with pytest.raises(ModelError, match=message):
         open_model(f"py:{rest}")
+
+
+def test_import_here__leaves_the_path_as_it_was(here):
+    (here / "my_own_module.py").write_text("value = 3\n")
+    path = list(sys.path)
+    import_here("my_own_module")
+    assert sys.modules["my_own_module"].value == 3
+    assert sys.path == path
+    with pytest.raises(ModuleNotFoundError):
+        import_here("my_missing_module")
+    assert sys.path == path
 
 
 # All

@@ -126,19 +126,22 @@ def lying(*lengths: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"is no IDX file of images: it begins with nothing, expected 00 00 08 03"),
-        (b"\x00\x00\x08\x03\x00\x00", r"is no IDX file of images: it begins with 00 00 08 03, expected .* and the len"),
-        (idx([1, 2, 3, 4] * 9), r"no IDX file of images: it begins with 00 00 08 01, expected 00 00 08 03"),
-        (b"<html>no such page</html>", r"is no IDX file of images: it begins with 3c 68 74 6d"),
+        (b"", r"is not an IDX file of images: it begins with nothing; expected 00 00 08 03"),
+        (
+            b"\x00\x00\x08\x03\x00\x00",
+            r"is not an IDX file of images: it begins with 00 00 08 03; expected .* and the len",
+        ),
+        (idx([1, 2, 3, 4] * 9), r"not an IDX file of images: it begins with 00 00 08 01; expected 00 00 08 03"),
+        (b"<html>no such page</html>", r"is not an IDX file of images: it begins with 3c 68 74 6d"),
         (
             lying(3, 5, 4),
-            r"is damaged: its header promises 3 x 5 x 4 = 60 bytes, but it holds only 40\. Fetch it again",
+            r"is damaged: its header promises 3 x 5 x 4 = 60 bytes, but it has only 40\. Download it again",
         ),
-        (lying(1, 5, 4), r"is damaged: its header promises 1 x 5 x 4 = 20 bytes, but it goes on after them"),
-        (lying(2, 5, 4) + b"\n", r"promises 2 x 5 x 4 = 40 bytes, but it goes on after them"),
-        (lying(2**32 - 1, 2**32 - 1, 2**32 - 1), r"promises 4294967295 x .* bytes, but it holds only 40"),
-        (lying(0, 5, 4)[:-40], r"no images in '.*': its axes have the lengths \(0, 5, 4\)"),
-        (lying(7, 0, 4)[:-40], r"no images in '.*': its axes have the lengths \(7, 0, 4\)"),
+        (lying(1, 5, 4), r"is damaged: its header promises 1 x 5 x 4 = 20 bytes, but it has more"),
+        (lying(2, 5, 4) + b"\n", r"promises 2 x 5 x 4 = 40 bytes, but it has more"),
+        (lying(2**32 - 1, 2**32 - 1, 2**32 - 1), r"promises 4294967295 x .* bytes, but it has only 40"),
+        (lying(0, 5, 4)[:-40], r"no images in '.*': its shape is \(0, 5, 4\)"),
+        (lying(7, 0, 4)[:-40], r"no images in '.*': its shape is \(7, 0, 4\)"),
     ],
 )
 def test_idx_source__no_images(content: bytes, message: str, suffix: str, tmp_path: Path) -> None:
@@ -159,7 +162,7 @@ def test_idx_source__damaged_gzip(tmp_path: Path) -> None:
         with pytest.raises(ProbeError, match=re.escape(str(path))):
             IdxSource(path)
     path.write_bytes(idx(pixels(50)))
-    with pytest.raises(ProbeError, match=r"cannot read '.*gz': Not a gzipped file.*Fetch it again"):
+    with pytest.raises(ProbeError, match=r"Cannot read '.*gz' \(Not a gzipped file.*Download it again"):
         IdxSource(path)
 
 
@@ -181,11 +184,11 @@ def test_idx_source__a_header_that_lies_takes_no_memory(promised: int, tmp_path:
     [
         (
             idx([1, 2]),
-            r"t10k-labels-idx1-ubyte' holds 2 labels for the 3 images of 't10k-images-idx3-ubyte'.*no-labels",
+            r"t10k-labels-idx1-ubyte' has 2 labels for the 3 images of 't10k-images-idx3-ubyte'.*no-labels",
         ),
-        (idx([1, 2, 3, 4]), r"holds 4 labels for the 3 images"),
-        (idx(pixels(3)), r"is no IDX file of labels: it begins with 00 00 08 03, expected 00 00 08 01"),
-        (idx([1, 2, 3])[:-1], r"its header promises 3 = 3 bytes, but it holds only 2"),
+        (idx([1, 2, 3, 4]), r"has 4 labels for the 3 images"),
+        (idx(pixels(3)), r"is not an IDX file of labels: it begins with 00 00 08 03; expected 00 00 08 01"),
+        (idx([1, 2, 3])[:-1], r"its header promises 3 = 3 bytes, but it has only 2"),
     ],
 )
 def test_idx_source__wrong_labels(labels: bytes, message: str, tmp_path: Path) -> None:
@@ -204,7 +207,7 @@ def test_idx_source__no_such_part(tmp_path: Path) -> None:
         open_source(tmp_path)
     with pytest.raises(ProbeError, match="has no part 'val': it has 'test' and 'train'"):
         IdxSource(tmp_path, "val")
-    with pytest.raises(ProbeError, match="is one file, so it has no part 'train'"):
+    with pytest.raises(ProbeError, match="is a single file, so it has no part 'train'"):
         IdxSource(path, "train")
-    with pytest.raises(ProbeError, match=r"no such file or folder: .*Did you mean 'train-images"):
+    with pytest.raises(ProbeError, match=r"No such file or folder: .*Did you mean 'train-images"):
         IdxSource(tmp_path / "train-image-idx3-ubyte.gz")

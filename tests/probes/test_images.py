@@ -153,14 +153,14 @@ def test_preprocessing__refuses_to_grow_a_thin_image_without_end() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"channels": 4}, "channels is 4, expected 3 .RGB. or 1"),
-        ({"height": 0}, "sizes must be positive, got height 0"),
+        ({"channels": 4}, "channels must be 3 .RGB. or 1 .grey.; got 4"),
+        ({"height": 0}, "sizes must be positive; got height 0"),
         ({"width": -1}, "sizes must be positive.*width -1"),
         ({"resize": 0}, "sizes must be positive.*resize 0"),
         ({"resize": (0, 4)}, "sizes must be positive.*resize .0, 4."),
-        ({"interpolation": "bicubik"}, "unknown interpolation 'bicubik'. Did you mean 'bicubic'"),
-        ({"crop": False}, r"without a crop, resize=256 does not give 224 x 224 pixels; use resize=\(224, 224\)"),
-        ({"crop": False, "resize": (1, 2)}, r"without a crop, resize=\(1, 2\)"),
+        ({"interpolation": "bicubik"}, "Unknown interpolation 'bicubik'. Did you mean 'bicubic'"),
+        ({"crop": False}, r"Without a crop, resize=256 does not give 224 x 224 pixels. Use resize=\(224, 224\)"),
+        ({"crop": False, "resize": (1, 2)}, r"Without a crop, resize=\(1, 2\)"),
     ],
 )
 def test_preprocessing__refuses_settings(settings: dict, message: str) -> None:

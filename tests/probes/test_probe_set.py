@@ -201,18 +201,18 @@ def test_probe_set__an_exception_in_progress_ends_the_draw(folder: Path) -> None
 
 @pytest.mark.parametrize("n_images", [0, -1])
 def test_probe_set__number_of_images(n_images: int, folder: Path) -> None:
-    with pytest.raises(ProbeError, match=f"n_images is {n_images}, expected a positive number, or None for all"):
+    with pytest.raises(ProbeError, match=f"n_images must be a positive number, or None for all images; got {n_images}"):
         ProbeSet.from_folder(folder, SMALL, n_images=n_images)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_probe_set__share(share: float, folder: Path) -> None:
-    with pytest.raises(ProbeError, match=r"max_unreadable is .*, expected a share in \[0, 1\]"):
+    with pytest.raises(ProbeError, match=r"max_unreadable must be a share in \[0, 1\]; got"):
         ProbeSet.from_folder(folder, SMALL, max_unreadable=share)
 
 
 def test_probe_set__number_of_threads(folder: Path) -> None:
-    with pytest.raises(ProbeError, match="n_threads is 0, expected a positive number"):
+    with pytest.raises(ProbeError, match="n_threads must be a positive number, or None; got 0"):
         ProbeSet.from_folder(folder, SMALL, n_threads=0)
 
 
@@ -261,7 +261,7 @@ def test_probe_set__stops_early_when_all_is_unreadable(tmp_path: Path) -> None:
 
 def test_probe_set__no_readable_image(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").write_bytes(b"damaged")
-    with pytest.raises(ProbeError, match=r"no images in '.*' can be read: 1.jpg: not an image"):
+    with pytest.raises(ProbeError, match=r"No image in '.*' can be read: 1.jpg: not an image"):
         ProbeSet.from_folder(tmp_path, SMALL, max_unreadable=1)
 
 
@@ -435,7 +435,7 @@ def test_probe_set__own_source() -> None:
 def test_from_source__probe_set_is_returned_as_it_is(folder: Path) -> None:
     probe_set = ProbeSet.from_folder(folder, SMALL)
     assert ProbeSet.from_source(probe_set, Preprocessing(3, 24, 24, 24)) is probe_set
-    with pytest.raises(ProbeError, match=r"has images \(3, 24, 24\) .*, but \(3, 224, 224\) is asked for"):
+    with pytest.raises(ProbeError, match=r"has images of \(3, 24, 24\) .*, but \(3, 224, 224\) are asked for"):
         ProbeSet.from_source(probe_set)
 
 
@@ -488,7 +488,7 @@ def test_batch__copies(memory_limit: int, folder: Path) -> None:
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (3, 3), (4, 3), (40, 50)])
 def test_batch__out_of_range(start: int, stop: int, folder: Path) -> None:
-    with pytest.raises(ProbeError, match=f"images {start} to {stop} asked of a probe set of 40 images"):
+    with pytest.raises(ProbeError, match=f"no images {start} to {stop} in a probe set of 40 images"):
         ProbeSet.from_folder(folder, SMALL).batch(start, stop)
 
 
@@ -584,7 +584,7 @@ def test_probe_set__disk_too_small(temporary: Path, monkeypatch: pytest.MonkeyPa
     usage = namedtuple("usage", "free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(4607))
     with pytest.raises(
-        ProbeError, match=r"not enough space in '.*temporary' for 6 images, which need 4.29e-06 GiB; ask for"
+        ProbeError, match=r"not enough space in '.*temporary' for 6 images, which need 4.29e-06 GiB. Use fewer images"
     ):
         ProbeSet.from_array(pieces(6), TAKEN, memory_limit=0)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(4608))
@@ -618,7 +618,9 @@ def test_check_labels__in_range() -> None:
     probe_set = ProbeSet.from_array(pieces(3), TAKEN, [0, 4, 2])
     probe_set.check_labels(5)
     probe_set.check_labels(1000)
-    with pytest.raises(ProbeError, match=r"unlike the model's classes: label 4 of 'array.*\[1\]' is not in 0 to 3"):
+    with pytest.raises(
+        ProbeError, match=r"do not match the model's classes: label 4 of 'array.*\[1\]' is not in 0 to 3"
+    ):
         probe_set.check_labels(4)
 
 
@@ -635,8 +637,8 @@ def test_check_labels__class_folders_unlike_the_model(folder: Path) -> None:
     probe_set = ProbeSet.from_folder(folder, SMALL)
     probe_set.check_labels(4)
     message = (
-        r"labels of '.*folder' are unlike the model's classes: the source counts 4 classes, the model 1000. "
-        r"The labels are positions of the sorted class folders. Give the numbers.*named by these integers"
+        r"labels of '.*folder' do not match the model's classes: the source has 4 classes, the model 1000. "
+        r"The labels are positions of the sorted class folders. Label the images by.*named by these integers"
     )
     with pytest.raises(ProbeError, match=message):
         probe_set.check_labels(1000)
@@ -704,7 +706,7 @@ def test_load__without_labels_and_every_preprocessing(model: Preprocessing, tmp_
 def test_load__is_a_probe_set_like_any_other(tmp_path: Path) -> None:
     loaded = ProbeSet.load(saved(tmp_path, labels=range(6)))
     assert ProbeSet.from_source(loaded, TAKEN) is loaded
-    with pytest.raises(ProbeError, match="make a probe set with the model's preprocessing"):
+    with pytest.raises(ProbeError, match="Make a probe set with the model's preprocessing"):
         ProbeSet.from_source(loaded, SMALL)
     copy = pickle.loads(pickle.dumps(loaded))
     assert torch.equal(copy.batch(0, 6), loaded.batch(0, 6))
@@ -750,7 +752,7 @@ def test_save__interrupted_leaves_none(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(probe_set._pixels, "read", interrupt)
     with pytest.raises(KeyboardInterrupt):
         probe_set.save(tmp_path / "kept")
-    with pytest.raises(ProbeError, match="there is no whole probe set in"):
+    with pytest.raises(ProbeError, match="no complete probe set in"):
         ProbeSet.load(tmp_path / "kept")
 
 
@@ -758,7 +760,7 @@ def test_save__interrupted_leaves_none(tmp_path: Path, monkeypatch: pytest.Monke
 def test_save__disk_full(tmp_path: Path) -> None:
     (tmp_path / "images.npy").symlink_to("/dev/full")
     with pytest.raises(
-        ProbeError, match=rf"the images cannot be written into {tmp_path}: No space left on device; free some space"
+        ProbeError, match=rf"images cannot be written to {tmp_path} \(No space left on device\). Free some space"
     ):
         ProbeSet.from_array(pieces(6), TAKEN).save(tmp_path)
     assert not (tmp_path / "probe_set.json").exists()
@@ -766,12 +768,12 @@ def test_save__disk_full(tmp_path: Path) -> None:
 
 def test_save__where_no_folder_can_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ProbeError, match=r"cannot be written into .*file/x: Not a directory"):
+    with pytest.raises(ProbeError, match=r"cannot be written to .*file/x \(Not a directory"):
         ProbeSet.from_array(pieces(6), TAKEN).save(tmp_path / "file" / "x")
 
 
 def test_load__nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(ProbeError, match=rf"there is no whole probe set in {tmp_path} \(.*delete the folder, and it"):
+    with pytest.raises(ProbeError, match=rf"no complete probe set in {tmp_path} \(.*Delete the folder"):
         ProbeSet.load(tmp_path)
 
 
@@ -799,7 +801,7 @@ def change_record(kept: Path, **changes: Any) -> None:
 def test_load__changed_record(changes: dict[str, Any], tmp_path: Path) -> None:
     kept = saved(tmp_path, labels=range(6))
     change_record(kept, **changes)
-    with pytest.raises(ProbeError, match=r"in .*kept .*delete the folder, and (it is|they are) (made|decoded) anew"):
+    with pytest.raises(ProbeError, match=r"in .*kept .*Delete the folder to have (it|them) (made|decoded) again"):
         ProbeSet.load(kept)
 
 
@@ -807,7 +809,7 @@ def test_load__changed_record(changes: dict[str, Any], tmp_path: Path) -> None:
 def test_load__no_record(text: str, tmp_path: Path) -> None:
     kept = saved(tmp_path)
     (kept / "probe_set.json").write_text(text)
-    with pytest.raises(ProbeError, match="there is no whole probe set in"):
+    with pytest.raises(ProbeError, match="no complete probe set in"):
         ProbeSet.load(kept)
 
 
@@ -827,7 +829,7 @@ def test_load__damaged_images(damage: str, tmp_path: Path) -> None:
         np.save(path, np.array([{"x": 1}], object), allow_pickle=True)
     else:
         np.save(path, images.astype(np.int16) if damage == "wider" else images.reshape(6, -1))
-    with pytest.raises(ProbeError, match=r"kept.*delete .*anew"):
+    with pytest.raises(ProbeError, match=r"kept.*Delete .*again"):
         ProbeSet.load(kept)
 
 

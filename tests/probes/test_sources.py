@@ -112,7 +112,7 @@ def test_folder_source__follows_links_but_not_in_circles(tmp_path: Path) -> None
 
 def test_folder_source__missing_folder(tmp_path: Path) -> None:
     make_folder(tmp_path, ["pictures/1.jpg"])
-    with pytest.raises(ProbeError, match=r"no such file or folder: '.*picturse'. Did you mean 'pictures'"):
+    with pytest.raises(ProbeError, match=r"No such file or folder: '.*picturse'. Did you mean 'pictures'"):
         FolderSource(tmp_path / "picturse")
     with pytest.raises(ProbeError, match=r"The folder '.*nowhere' does not exist either"):
         FolderSource(tmp_path / "nowhere" / "else")
@@ -125,7 +125,7 @@ def test_folder_source__no_image(tmp_path: Path) -> None:
 
 
 def test_folder_source__a_file_is_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ProbeError, match=r"cannot list the folder '.*1.jpg': Not a directory"):
+    with pytest.raises(ProbeError, match=r"Cannot list the folder '.*1.jpg' \(Not a directory"):
         FolderSource(make_folder(tmp_path, ["1.jpg"]) / "1.jpg")
 
 
@@ -153,7 +153,9 @@ def test_array_source__axes() -> None:
 
 @pytest.mark.parametrize("shape", [(), (9,), (5, 5), (16, 16, 3), (4, 16, 16, 4), (4, 3, 16, 3), (2, 4, 16, 16, 3)])
 def test_array_source__refuses_shapes(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ProbeError, match=rf"have shape {re.escape(str(shape))}, expected \(n_images, height, width\)"):
+    with pytest.raises(
+        ProbeError, match=rf"have the shape {re.escape(str(shape))}; expected \(n_images, height, width\)"
+    ):
         ArraySource(np.zeros(shape, np.uint8))
 
 
@@ -165,7 +167,7 @@ def test_array_source__refuses_no_images(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", ["int64", "bool", "uint16", "complex64"])
 def test_array_source__refuses_types(dtype: str) -> None:
-    with pytest.raises(ProbeError, match=rf"pixels of 'array \(2, 8, 8\)' are {dtype}, expected uint8 from 0 to 255"):
+    with pytest.raises(ProbeError, match=rf"pixels of 'array \(2, 8, 8\)' are {dtype}; expected uint8 from 0 to 255"):
         ArraySource(np.zeros((2, 8, 8), dtype))
 
 
@@ -195,7 +197,7 @@ def test_array_source__floats_without_loss(dtype: str, how: str) -> None:
     ids=["uniform", "normalised", "0 to 255", "negative", "too large", "nan", "inf", "bfloat16"],
 )
 def test_array_source__floats_with_loss(floats: np.ndarray) -> None:
-    with pytest.raises(ProbeError, match=r"not multiples of 1/255 from 0 to 1.*give uint8 from 0 to 255"):
+    with pytest.raises(ProbeError, match=r"not multiples of 1/255 from 0 to 1.*Give uint8 from 0 to 255"):
         pixels_of(ArraySource(floats))
 
 
@@ -255,7 +257,7 @@ def test_array_source__pickles_are_refused(suffix: str, tmp_path: Path) -> None:
     trap = np.array([Trap(tmp_path / "mark")], object)
     path = tmp_path / f"x{suffix}"
     np.save(path, trap, allow_pickle=True) if suffix == ".npy" else np.savez(path, images=trap)
-    with pytest.raises(ProbeError, match=r"cannot read '.*x\.np.'.*Pickled objects are refused.*plain uint8 arrays"):
+    with pytest.raises(ProbeError, match=r"Cannot read '.*x\.np.'.*Pickled objects are refused.*plain uint8 arrays"):
         ArraySource(path)
     assert not (tmp_path / "mark").exists()
 
@@ -266,7 +268,7 @@ def test_array_source__damaged_file(suffix: str, keep: int, tmp_path: Path) -> N
     path = tmp_path / f"x{suffix}"
     np.save(path, pieces(3)) if suffix == ".npy" else np.savez_compressed(path, images=pieces(3))
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ProbeError, match=r"cannot read '.*x\.np"):
+    with pytest.raises(ProbeError, match=r"Cannot read '.*x\.np"):
         ArraySource(path)
 
 
@@ -276,13 +278,13 @@ def test_array_source__damage_inside_an_npz(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[500:600] = bytes(100)
     path.write_bytes(content)
-    with pytest.raises(ProbeError, match=r"cannot read '.*x\.npz'"):
+    with pytest.raises(ProbeError, match=r"Cannot read '.*x\.npz'"):
         ArraySource(path)
 
 
 def test_array_source__missing_file(tmp_path: Path) -> None:
     np.save(tmp_path / "probes.npy", pieces(3))
-    with pytest.raises(ProbeError, match=r"no such file or folder: .*Did you mean 'probes.npy'"):
+    with pytest.raises(ProbeError, match=r"No such file or folder: .*Did you mean 'probes.npy'"):
         ArraySource(tmp_path / "probe.npy")
 
 
@@ -290,7 +292,7 @@ def test_array_source__missing_file(tmp_path: Path) -> None:
 def test_array_source__labels_of_wrong_shape(labels: Any) -> None:
     source = ArraySource(pieces(3), labels)
     with pytest.raises(
-        ProbeError, match=r"labels of '.*' have shape \(.*\), expected \(3,\), one per image.*no-labels"
+        ProbeError, match=r"labels of '.*' have the shape \(.*\); expected \(3,\), one per image.*no-labels"
     ):
         all_of(source)
     assert [label for _, label in all_of(source, use_labels=False)] == [None] * 3
@@ -307,5 +309,5 @@ def test_integer_label__integers(value: object) -> None:
 
 @pytest.mark.parametrize("value", [3.0, "3", None, True, np.bool(True), np.float32(3), 2**63, np.array([3, 4]), b"3"])
 def test_integer_label__others(value: object) -> None:
-    with pytest.raises(ProbeError, match=r"labels must be integers.* that of 'cat.jpg' is .*use_labels=False"):
+    with pytest.raises(ProbeError, match=r"Labels must be integers.* that of 'cat.jpg' is .*use_labels=False"):
         integer_label(value, "cat.jpg")

@@ -262,7 +262,7 @@ def test_models__epochs_of_training_runs(tmp_path):
         "[[models]]\nreference = 'zoo:resnet50_dino'\ndonor = 'runs/c@epoch=7'"
     )
     (tmp_path / "runs" / "x@epoch=0").rmdir()
-    no_epoch = f"{tmp_path}/runs/c has not kept the weights of epoch '5'. Epochs that it has: 0."
+    no_epoch = f"{tmp_path}/runs/c did not keep the weights of epoch '5'. Epochs that it kept: 0."
     nor_this = no_epoch.replace("epoch '5'", "epoch '7'")
     assert mistakes(write(tmp_path, text)) == [
         f"[[models]] no. 1: {no_epoch}",
@@ -414,7 +414,7 @@ def test_mistakes__all_at_once(tmp_path):
         "[protocol] seed must be a whole number; got True.",
         "[protocol] batch_size must be 'auto' or a whole number of at least 1; got 1.5.",
         "[protocol] Unknown dtype 'float23'. Did you mean 'float32' or 'bfloat16'?",
-        "[protocol] level must lie between 0 and 1, such as 0.95; got 95.",
+        "[protocol] level must be between 0 and 1, such as 0.95; got 95.",
         "[[models]] no. 1: accuracy must be a share in [0, 1]; got 76.15. Did you mean 0.7615?",
         found[15],
         found[16],
@@ -580,8 +580,8 @@ def test_mistakes__unknown_names_to_compare(tmp_path):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ("input_size = [2, 8, 8]", "channels is 2, expected 3 (RGB) or 1 (grey)"),
-        ("input_size = [3, 0, 8]", "image sizes must be positive"),
+        ("input_size = [2, 8, 8]", "channels must be 3 (RGB) or 1 (grey); got 2."),
+        ("input_size = [3, 0, 8]", "Image sizes must be positive"),
         ("resize = -1", "resize must be a whole number of pixels (0: none) or [height, width]; got -1"),
         ("resize = ['x', 'y']", "[images] "),
         ("interpolation = 'bilinar'", "unknown interpolation 'bilinar'. Did you mean 'bilinear'"),
@@ -686,4 +686,4 @@ def test_mistakes__an_architecture_that_nobody_says_once_for_a_pattern(tmp_path)
     path = write_study(tmp_path, protocol={"trials": 0}, models=[{"reference": "file:m*.safetensors"}])
     found = mistakes(path)
     assert len(found) == 2, "the other mistake is told as well"
-    assert "m0.safetensors comes without its architecture: add '?arch=timm:NAME'" in found[1]
+    assert "m0.safetensors does not say its architecture. Add '?arch=timm:NAME'" in found[1]

@@ -705,7 +705,7 @@ def test_run_study__workers_vanish_with_a_killed_run(tmp_path):
     found = 0
     for _ in range(2):
         code = f"from running_jobs import run_with_workers; run_with_workers({str(path)!r}, {str(folder)!r}, 2)"
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, env=_environment())
+        process = subprocess.Popen([sys.executable, "-c", code], env=_environment())
         deadline = time.monotonic() + 60
         while check_store(folder, n_images=300) == found and process.poll() is None:
             assert time.monotonic() < deadline, "nothing is measured"
@@ -730,7 +730,7 @@ def test_run_study__workers_vanish_with_a_killed_run(tmp_path):
 
 
 def _environment():
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     return {**os.environ, "PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"}
 
 

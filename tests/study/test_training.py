@@ -62,7 +62,7 @@ def test_train_models__trains_what_is_missing_and_the_study_runs(tmp_path):
     assert list(first.trained) == ["smooth"]
     assert {name for name, *_ in seen} == {"smooth"}
     assert seen[-1] == ("smooth", 2, 2)
-    assert lines == [f"smooth: top-1 accuracy {first.trained['smooth'].top1_accuracy:.1%} on the held-out images."]
+    assert lines == [f"smooth: {first.trained['smooth'].top1_accuracy:.1%} top-1 accuracy on the held-out images."]
     with pytest.raises(StudyError, match=r"2 models are not trained yet: plain, frozen"):
         run_study(read_study_file(study_file), tmp_path / "early", executor=Inline())
 
@@ -160,7 +160,7 @@ def test_train_models__settings_that_changed_are_told_for_each_model(tmp_path):
     train_models(write(tmp_path), ["plain"], options=ON_CPU)
     report = train_models(write(tmp_path, {**MODELS, "plain": "method = 'baseline'\nseed = 2"}), options=ON_CPU)
     assert list(report.trained) == ["frozen", "smooth"]
-    assert "holds another training run: seed 0 there, 2 asked for" in report.failures["plain"]
+    assert "contains another training run: seed is 0, but 2 was requested" in report.failures["plain"]
 
 
 def test_train_models__names_given_twice_are_trained_once(tmp_path):
@@ -176,7 +176,7 @@ def test_train_models__names_given_twice_are_trained_once(tmp_path):
         ({"x": "reference = 'zoo:resnet50_dino'"}, TRAINING, ["x"], TrainingError, r"no model with a method"),
         ({"x": "reference = 'zoo:resnet50_dino'"}, "", [], TrainingError, r"has no \[training\] table"),
         (MODELS, "", [], StudyError, r"method needs a table \[training\]"),
-        (MODELS, TRAINING.replace("stripes", "strips"), [], ProbeError, r"no such file.*Did you mean 'stripes\.npz'"),
+        (MODELS, TRAINING.replace("stripes", "strips"), [], ProbeError, r"No such file.*Did you mean 'stripes\.npz'"),
         ({"x": "method = 'basline'"}, TRAINING, [], StudyError, "Did you mean 'baseline'"),
     ],
 )

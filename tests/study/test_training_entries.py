@@ -109,7 +109,7 @@ def test_training__a_donor_that_was_not_kept(tmp_path):
     path = write(tmp_path, "method = 'baseline'\nname = 'a'", more=resets)
     train(read_study_file(path).training.runs[0], epochs=(1, 2))
     assert mistakes(path) == [
-        f"the donor of model 'a': {tmp_path}/models/a has not kept the weights of epoch '0'. Epochs that it has: 1, 2."
+        f"the donor of model 'a': {tmp_path}/models/a did not keep the weights of epoch '0'. Epochs that it kept: 1, 2."
     ]
 
 
@@ -250,7 +250,7 @@ def test_mistakes__of_the_training_table(tmp_path, training, expected):
     [
         ("method = 'baseline'", "[[models]] no. 1: a model with a method needs a name, which is also"),
         (f"{A}\nreference = 'zoo:resnet50_dino'", "no. 1: expected exactly one of reference, list and method"),
-        (f"{A}\nlist = 'x'", "[[models]] no. 1: expected exactly one of reference, list and method"),
+        (f"{A}\nlist = 'x'", "no. 1: expected exactly one of reference, list and method"),
         ("method = 'robust_l3'\nname = 'a'", "no. 1: There is no training method 'robust_l3'. Did you mean 'rob"),
         (f"{A}\nsettings = {{epss = 3}}", "[[models]] no. 1: The method baseline has no setting 'epss'."),
         (f"{A}\nsettings = {{lr = -1}}", "[[models]] no. 1: baseline: lr must be a number from 0; got -1."),
@@ -262,7 +262,7 @@ def test_mistakes__of_the_training_table(tmp_path, training, expected):
         (f"{A}\naccuracy = 76", "[[models]] no. 1: accuracy must be a share in [0, 1]; got 76. Did you mean 0.76?"),
         (f"{A}\ndonor = 'no.pth'", "the donor of model 'a' is not a file: HERE/no.pth"),
         ("method = 3\nname = 'a'", "[[models]] no. 1: method must be text; got 3"),
-        ("reference = 'zoo:resnet50_dino'\nseed = 1\nepochs = 2", "epochs, seed can be given only for a model"),
+        ("reference = 'zoo:resnet50_dino'\nseed = 1\nepochs = 2", "epochs, seed can be given only for a model with a"),
         ("list = 'x.csv'\nsettings = {}", "[[models]] no. 1: settings can be given only for a model with a method"),
     ],
 )  # fmt: skip
@@ -294,7 +294,7 @@ def test_mistakes__a_trained_model_without_its_architecture(tmp_path):
     train(read_study_file(path).training.runs[0])
     (tmp_path / "models" / "a" / "model.json").write_text("{}")
     (found,) = mistakes(path)
-    assert re.search(r"no. 1: file:.*/models/a/model.safetensors comes without its architecture", found)
+    assert re.search(r"no. 1: file:.*/models/a/model.safetensors does not say its architecture", found)
 
 
 def test_mistakes__of_a_list_with_columns_of_training(tmp_path):

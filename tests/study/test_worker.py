@@ -252,7 +252,7 @@ def test_worker__lets_go_of_a_model_before_it_opens_the_next(prepare, monkeypatc
 def test_worker__without_images_cannot_start(prepare, tmp_path):
     study, _ = prepare()
 
-    with pytest.raises(ProbeError, match="there is no whole probe set"):
+    with pytest.raises(ProbeError, match="no complete probe set"):
         start_worker(study, tmp_path / "elsewhere", PLACE)
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from layercrit.training import get_method
-from layercrit.training.augmentation import consistency, mix_pictures
-from layercrit.training.pictures import draw_pictures
+from layercrit.training.augmentation import consistency, mix_images
+from layercrit.training.mixing_set import mixing_set
 from training_inputs import COLOUR, GREY, batch, photograph, seeded_views, tiny_network
 
 PLAIN = {"crop": "shift", "flip": 0.0}
@@ -112,17 +112,17 @@ def test_augmix__loss_is_cross_entropy_of_the_clean_view_plus_divergence(weight)
 # PixMix
 
 
-def test_mix_pictures__is_one_of_four_formulas():
+def test_mix_images__is_one_of_four_formulas():
     first, second = (batch(COLOUR, 1, seed)[0][0].double() for seed in (0, 1))
     kinds = set()
     for seed in range(40):
-        mixed = drawn(seed, mix_pictures, first, second, 4.0)
+        mixed = drawn(seed, mix_images, first, second, 4.0)
         assert mixed.shape == first.shape
         assert mixed.min() >= 0
         assert mixed.max() <= 1
         # Weights from two pixels that were not cut, by hand: both kinds are linear, one of them in logarithms.
         inner = ((mixed > 1e-4) & (mixed < 1 - 1e-4)).flatten()
-        x, y, z = (picture.flatten()[inner].numpy() for picture in (first, second, mixed))
+        x, y, z = (image.flatten()[inner].numpy() for image in (first, second, mixed))
         for kind, scale in (("added", lambda v: 2 * v - 1), ("multiplied", lambda v: np.log(2 * v))):
             columns = np.stack([scale(x), scale(y)], -1)
             (a, b), *_ = np.linalg.lstsq(columns, scale(z), rcond=None)
@@ -137,21 +137,21 @@ def test_mix_pictures__is_one_of_four_formulas():
 
 
 @pytest.mark.parametrize("beta", [1.0, 4.0])
-def test_mix_pictures__weights_follow_the_beta_distribution(beta):
+def test_mix_images__weights_follow_the_beta_distribution(beta):
     """A sum with black, where b is beta-distributed with mean 1 / (1 + beta): pixels become (a - b) x."""
     one, zero = torch.full((1,), 0.5, dtype=torch.float64), torch.full((1,), 0.55, dtype=torch.float64)
     shares = []
     for seed in range(3000):
-        mixed = float(drawn(seed, mix_pictures, one, zero, beta)[0])
+        mixed = float(drawn(seed, mix_images, one, zero, beta)[0])
         shares.append(abs(mixed - 0.5) / 0.05)  # of a sum, b; of a product, nearly so
     assert np.mean(shares) == pytest.approx(1 / (1 + beta), rel=0.08)
 
 
 def test_pixmix__black_and_white_stay_finite():
     for first, second in ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)):
-        pictures = torch.full((1, 2, 2), first), torch.full((1, 2, 2), second)
+        images = torch.full((1, 2, 2), first), torch.full((1, 2, 2), second)
         for seed in range(50):
-            mixed = drawn(seed, mix_pictures, *pictures, 1.0)
+            mixed = drawn(seed, mix_images, *images, 1.0)
             assert mixed.isfinite().all()
 
 
@@ -164,19 +164,19 @@ def test_pixmix__without_rounds_an_operation_at_most():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_draw_pictures__are_varied_and_always_the_same(channels):
-    pictures = draw_pictures(12, channels, 40, 60)
-    assert pictures.shape == (12, channels, 40, 60)
-    assert pictures.dtype == torch.uint8
-    assert torch.equal(pictures, draw_pictures(12, channels, 40, 60))
-    assert not torch.equal(pictures, draw_pictures(12, channels, 40, 60, seed=1))
-    assert (pictures.float().flatten(1).std(dim=1) > 20).all()
-    assert len({picture.numpy().tobytes() for picture in pictures}) == 12
+def test_mixing_set__are_varied_and_always_the_same(channels):
+    images = mixing_set(12, channels, 40, 60)
+    assert images.shape == (12, channels, 40, 60)
+    assert images.dtype == torch.uint8
+    assert torch.equal(images, mixing_set(12, channels, 40, 60))
+    assert not torch.equal(images, mixing_set(12, channels, 40, 60, seed=1))
+    assert (images.float().flatten(1).std(dim=1) > 20).all()
+    assert len({image.numpy().tobytes() for image in images}) == 12
 
 
-def test_draw_pictures__leave_the_global_generator():
+def test_mixing_set__leave_the_global_generator():
     state = torch.get_rng_state()
-    draw_pictures(3, 3, 8, 8)
+    mixing_set(3, 3, 8, 8)
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -415,7 +415,7 @@ def test_find_classifier__none() -> None:
 
 def test_learner__features_that_are_no_vectors() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(2), nn.Linear(26 * 26, 10))
-    with pytest.raises(TrainingError, match=r"was given \(1, 4, 676\), expected features \(n_images, n_features\)"):
+    with pytest.raises(TrainingError, match=r"must have the shape \(n_images, n_features\); got \(1, 4, 676\)"):
         get_method("simclr", SMALL["simclr"]).learner(network, GREY)
 
 
@@ -428,7 +428,9 @@ def test_learner__network_of_one_size_takes_no_small_views() -> None:
 
 
 def test_views__small_views_larger_than_large_ones() -> None:
-    with pytest.raises(TrainingError, match=r"swav: small views show from local_min_scale=0.5 to min_scale=0.3"):
+    with pytest.raises(
+        TrainingError, match=r"swav: local_min_scale must not be larger than min_scale; got 0\.5 and 0\.3"
+    ):
         get_method("swav", {"local_min_scale": 0.5}).views(GREY)
 
 

@@ -217,7 +217,7 @@ def test_train__a_damaged_state_is_left_out_for_the_one_before(data, tmp_path, h
     damage(states[-1], how)
     lines = []
     run(data, tmp_path / "cut", say=lines.append)
-    assert f"{states[-1]} is damaged or was cut off, so it is left out." in lines
+    assert f"{states[-1]} is damaged or incomplete, so it is skipped." in lines
     assert any(line.startswith("Resuming ") for line in lines)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
@@ -357,7 +357,7 @@ def test_train__loss_that_is_no_number(data, tmp_path, monkeypatch):
         step(self, number, views, labels)
 
     monkeypatch.setattr(PhaseOfRun, "_step", poisoned)
-    with pytest.raises(TrainingError, match=r"became nan at step 11 of 18, in epoch 2\. The last good state is kept"):
+    with pytest.raises(TrainingError, match=r"became nan at step 11 of 18, in epoch 2\. The last saved state is "):
         run(data, tmp_path / "run", options=Options(device="cpu", save_seconds=0.0))
     state, problems = RunFolder(tmp_path / "run").load_state()
     assert not problems
@@ -381,12 +381,12 @@ def test_train__another_run_lies_there(data, tmp_path, finished):
     else:
         interrupted(data, tmp_path / "run", 15)
     with pytest.raises(
-        TrainingError, match=r"holds another training run: lr 0\.1 there, 0\.2 asked for\. Name another"
+        TrainingError, match=r"contains another training run: lr is 0\.1, but 0\.2 was requested\. Choose another"
     ):
         run(data, tmp_path / "run", settings={**TINY, "lr": 0.2})
-    with pytest.raises(TrainingError, match=r"seed 0 there, 1 asked for"):
+    with pytest.raises(TrainingError, match=r"seed is 0, but 1 was requested"):
         run(data, tmp_path / "run", seed=1)
-    with pytest.raises(TrainingError, match=r"method 'baseline' there, 'frozen_random' asked for"):
+    with pytest.raises(TrainingError, match=r"method is 'baseline', but 'frozen_random' was requested"):
         run(data, tmp_path / "run", "frozen_random")
 
 
@@ -394,9 +394,9 @@ def test_train__another_run_lies_there(data, tmp_path, finished):
     ("architecture", "error", "text"),
     [
         ("timm:resnet1", ModelError, "resnet1"),
-        ("file:somewhere", ModelError, "names weights; expected an architecture"),
+        ("file:somewhere", ModelError, "refers to trained weights; expected an architecture"),
         ("py:layercrit.demo:small_resnet?num_classes=5", ModelError, r"has 5 classes, but the data have 3"),
-        ("timm:vit_tiny_patch16_224", ModelError, r"cannot take images of \(1, 12, 12\).*--input-size"),
+        ("timm:vit_tiny_patch16_224", ModelError, r"does not accept images of \(1, 12, 12\).*--input-size"),
     ],
 )
 def test_train__architectures_that_do_not_fit(data, tmp_path, architecture, error, text):
@@ -407,8 +407,10 @@ def test_train__architectures_that_do_not_fit(data, tmp_path, architecture, erro
 def test_train__settings_that_make_no_sense(data, tmp_path):
     with pytest.raises(TrainingError, match=r"precision must be one of no, bf16, fp16"):
         run(data, tmp_path / "run", precision="int8")
-    with pytest.raises(TrainingError, match=r"weights_dtype one of float32, float16; got 'no' and 'float8'"):
+    with pytest.raises(TrainingError, match=r"weights_dtype must be one of float32, float16; got 'float8'"):
         run(data, tmp_path / "run", weights_dtype="float8")
+    with pytest.raises(TrainingError, match=r"trackers must be one of tensorboard, wandb; got 'mlflow'"):
+        run(data, tmp_path / "run", options=Options(device="cpu", trackers=("wandb", "mlflow")))
     with pytest.raises(TrainingError, match=r"timm has no optimizer 'sdg'\. Did you mean 'sgd'"):
         run(data, tmp_path / "run", settings={**TINY, "optimizer": "sdg"})
     with pytest.raises(TrainingError, match=r"keep_epochs are 2, 5, but training ends after epoch 3"):

@@ -153,11 +153,11 @@ def test_writes__a_full_disk_is_one_clear_message(folder, monkeypatch):
 
 
 def test_save_state__the_last_two_are_kept(folder):
-    assert folder.kept_state() == "No state was kept yet."
+    assert folder.last_state() == "No state was saved yet."
     for step in (5, 90, 100, 1000):  # whose names sort as their numbers
         folder.save_state(state(step), step)
         assert folder.load_state()[0]["step"] == step
-        assert folder.kept_state() == f"The last good state is kept: {folder.path}/state/step-{step:08d}.pt."
+        assert folder.last_state() == f"The last saved state is {folder.path}/state/step-{step:08d}.pt."
     assert files(folder) == ["state/step-00000100.pt", "state/step-00001000.pt"]
 
 
@@ -186,7 +186,7 @@ def test_load_state__every_cut_and_every_flipped_bit_is_found(folder):
         path.write_bytes(content)
         found, problems = folder.load_state()
         assert found["step"] == 1
-        assert problems == [f"{path} is damaged or was cut off, so it is left out"]
+        assert problems == [f"{path} is damaged or incomplete, so it is skipped"]
 
 
 def test_load_state__says_what_was_wrong_with_each(folder):
@@ -201,7 +201,7 @@ def test_load_state__says_what_was_wrong_with_each(folder):
     assert problems[0].startswith(f"{second} cannot be read (")
     second.unlink()
     second.mkdir()
-    assert folder.load_state()[1][0] == f"{second} cannot be read (IsADirectoryError), so it is left out"
+    assert folder.load_state()[1][0] == f"{second} cannot be read (IsADirectoryError), so it is skipped"
 
 
 # --- finished runs --------------------------------------------------------------------------------------------------
@@ -221,5 +221,7 @@ def test_finished__needs_weights_and_record(folder):
 def test_finished__a_broken_record(folder, content):
     folder.save_final(tensors(), RECORD)
     folder.record.write_bytes(content)
-    with pytest.raises(TrainingError, match=r"model\.json is no record of a training run \(.*\)\. Name another --out"):
+    with pytest.raises(
+        TrainingError, match=r"model\.json is not the record of a training run \(.*\)\. Choose another --out"
+    ):
         folder.finished()

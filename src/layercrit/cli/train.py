@@ -19,7 +19,7 @@ __all__ = ["methods_command", "train_command"]
 def _epochs(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
     parts = [part.strip() for part in value.split(",") if part.strip()]
     if not all(part.isdecimal() for part in parts):
-        raise click.BadParameter(f"expected numbers of epochs such as '1,5,10', got {value!r}.")
+        raise click.BadParameter(f"expected epoch numbers such as '1,5,10'; got {value!r}.")
     return tuple(int(part) for part in parts)
 
 
@@ -28,7 +28,7 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
     for value in values:
         key, equals, text = value.partition("=")
         if not equals or not key:
-            raise click.BadParameter(f"expected key=value, got {value!r}.")
+            raise click.BadParameter(f"expected key=value; got {value!r}.")
         found[key.strip()] = text.strip()
     return found
 
@@ -36,23 +36,21 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
 @click.command("train")
 @click.argument("models", nargs=-1)
 @click.option("--study", metavar="FILE", help="Train the models of a study file (all, or the MODELS named).")
-@click.option("--method", metavar="METHOD", help="The training method; `layercrit methods` lists them.")
-@click.option(
-    "--arch", metavar="MODEL", help="The architecture, such as timm:resnet18; its weights are freshly initialised."
-)
+@click.option("--method", metavar="METHOD", help="Training method; see `layercrit methods`.")
+@click.option("--arch", metavar="MODEL", help="Architecture, such as timm:resnet18, with random initial weights.")
 @click.option(
     "--data",
     metavar="SOURCE",
-    help="Labelled images: a folder with train/ and val/, a folder of MNIST's "
-    "files, .npz, 'torchvision:CIFAR10?root=DIR', ...; without a test split a tenth is held out.",
+    help="Labelled images: a folder with train/ and val/, a folder of MNIST's files, .npz, "
+    "'torchvision:CIFAR10?root=DIR', ...; a tenth is held out if there is no test split.",
 )
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the images. [default: the method's]")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the training images. [default: the method's]")
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**64 - 1),
     default=0,
     show_default=True,
-    help="Seed of the initial weights, the image order and the augmentations.",
+    help="Seed of initial weights, order of images and views.",
 )
 @click.option(
     "--set",
@@ -60,22 +58,22 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
     multiple=True,
     callback=_settings,
     metavar="KEY=VALUE",
-    help="A setting of the method; `layercrit methods METHOD` lists them.",
+    help="Setting of the method; see `layercrit methods METHOD`.",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The folder of the run.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the run.")
 @click.option(
     "--keep-epochs",
     default="",
     callback=_epochs,
     metavar="N,...",
-    help="Epochs after which to keep the weights, besides the initial and the final ones.",
+    help="Epochs after which the weights are kept, in addition to the initial and the final ones.",
 )
 @click.option(
     "--input-size",
     type=int,
     nargs=3,
     metavar="C H W",
-    help="The network's input size. [default: the images' own size if all have the same, else 3 224 224]",
+    help="Channels, height and width of the input. [default: size of the images if all are equal, else 3 224 224]",
 )
 @click.option("--precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
 @click.option(
@@ -83,18 +81,20 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
     type=click.Choice(["float32", "float16"]),
     default="float32",
     show_default=True,
-    help="How the final weights are stored.",
+    help="Format of the saved weights.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Data-loading processes.")
+@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Data loading processes.")
 @click.option(
     "--log",
     "trackers",
     multiple=True,
     type=click.Choice(["tensorboard", "wandb"]),
-    help="Log there, too; log.csv is always written.",
+    help="Additional logger; log.csv is always written.",
 )
-@click.option("--download", is_flag=True, help="Let torchvision fetch the data set; otherwise nothing is fetched.")
+@click.option(
+    "--download", is_flag=True, help="Let torchvision download the data set; otherwise nothing is downloaded."
+)
 @click.pass_context
 def train_command(
     context: click.Context, /, models: tuple[str, ...], study: str | None, download: bool, keep_epochs: tuple[int, ...],
@@ -102,23 +102,23 @@ def train_command(
 ) -> None:  # fmt: skip
     """Train a model by a method, or the models of a study file.
 
-    An interrupted run resumes when the same command is given again. Models trained with the same seed differ in nothing
-    but the method: initial weights and image order are the same. The model reference of a run is file:DIR, that of its
-    initial weights file:DIR@epoch=0. On several GPUs or machines: accelerate launch -m layercrit train ...
+    The same command resumes an interrupted run. Models trained with the same seed differ only in the method: initial
+    weights and order of images are the same. The folder is a model reference, file:DIR, and file:DIR@epoch=0 is the
+    model with its initial weights. For several GPUs or machines: accelerate launch -m layercrit train ...
     """
     given = [name for name in single if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     missing = [f"--{name}" for name in ("method", "arch", "data", "out") if single[name] is None]
     if study is not None and given:
         option = {"settings": "--set"}.get(given[0], f"--{given[0].replace('_', '-')}")
         raise click.UsageError(
-            f"{option} cannot be combined with --study: the study file says how its models are trained."
+            f"{option} cannot be combined with --study: the file defines how its models are trained."
         )
     if study is None and missing:
         raise click.UsageError(f"Missing {', '.join(missing)} (or give --study FILE).")
     if study is None and models:
-        raise click.UsageError(f"Unexpected {models[0]!r}: names of models need --study FILE.")
+        raise click.UsageError(f"Unexpected argument {models[0]!r}: names of models need --study.")
 
-    from layercrit.progress import Bar
+    from layercrit.progress_bar import Bar
     from layercrit.training import Options
 
     options = Options(keep_epochs=keep_epochs, device=device, n_workers=workers, trackers=trackers)
@@ -132,7 +132,7 @@ def train_command(
             )
     except KeyboardInterrupt:
         if leads:
-            click.echo("Run the same command again to resume; no more than the last minute is lost.", err=True)
+            click.echo("Run the same command again to resume; at most the last minute of training is lost.", err=True)
         raise
     if leads:
         report()
@@ -158,7 +158,7 @@ def _train_one(
     def report() -> None:
         if was_there:
             click.echo(f"{out} already contains this run; nothing was trained.")
-        top1 = f"top-1 accuracy {percent(trained.top1_accuracy)} on the {record['data']['n_test']} held-out images"
+        top1 = f"{percent(trained.top1_accuracy)} top-1 accuracy on {record['data']['n_test']} held-out images"
         epochs = f"{record['epochs']} epoch{'s' * (record['epochs'] != 1)}"
         click.echo(f"{record['method']}: {top1} after {epochs} ({duration(record['seconds'])}).")
         click.echo(f"Saved in {out}: model.safetensors, model.json, log.csv, epochs.", err=True)
@@ -185,7 +185,7 @@ def _train_models(study: str, names: tuple[str, ...], download: bool, options: A
         if rows:
             print_table(_table(["model", "method", "top-1 accuracy", "time"], rows, right=("top-1 accuracy", "time")))
         if found.failures:
-            click.echo(f"{len(found.failures)} model(s) could not be trained: {', '.join(found.failures)}", err=True)
+            click.echo(f"{len(found.failures)} could not be trained: {', '.join(found.failures)}.", err=True)
             sys.exit(1)
         click.echo(f"Next: layercrit study run {shlex.quote(study)}", err=True)
 

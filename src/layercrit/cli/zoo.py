@@ -108,7 +108,7 @@ def fetch_command(names: tuple[str, ...], everything: bool, given: tuple[Path, .
     An interrupted download resumes where it stopped. If one model fails, the others are still fetched.
     """
     from layercrit.models.zoo.fetching import fetch_entry, find_entries
-    from layercrit.progress import Bar
+    from layercrit.progress_bar import Bar
 
     if bool(names) == everything:
         raise click.UsageError("Name the models to fetch, or all of them with --all.")

@@ -1,1 +1,1 @@
-"""Run resets fast and exactly: one opened model, one probe set, every layer reset in turn."""
+"""Run resets fast and exactly: one opened model, one probe set, each layer reset in turn."""

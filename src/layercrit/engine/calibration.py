@@ -15,13 +15,13 @@ LAYER_TOLERANCE, MEAN_TOLERANCE = 0.02, 0.002  # error in criticality
 
 @dataclass(frozen=True)
 class Calibration:
-    """By how much a rough replay misses the criticalities of an exact one.
+    """How far the criticalities of a rough replay are from those of an exact one.
 
     Attributes:
         worst: largest error of a layer's criticality.
         mean: error of the mean criticality of these layers.
         n_layers: how many layers were reset, once each.
-        n_images: how many images were asked about.
+        n_images: how many images were used.
     """
 
     worst: float
@@ -36,8 +36,8 @@ class Calibration:
 
     def __str__(self) -> str:
         return (
-            f"error in criticality {self.worst:.4f} at most and {self.mean:.5f} in the mean of {self.n_layers} layers, "
-            f"on {self.n_images} images"
+            f"error in criticality {self.worst:.4f} at most and {self.mean:.5f} on average over {self.n_layers} layers "
+            f"and {self.n_images} images"
         )
 
 

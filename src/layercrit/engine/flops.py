@@ -1,4 +1,4 @@
-"""What a reset costs: the floating-point operations of a forward pass that depend on each layer."""
+"""The cost of a reset: the floating-point operations of a forward pass that depend on each layer."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ __all__ = ["count_flops"]
 
 
 def count_flops(network: nn.Module, layers: Sequence[Layer], images: Tensor) -> tuple[float, dict[str, float]]:
-    """Count the FLOPs of a forward pass, and which share of them a reset of each layer makes run anew.
+    """Count the FLOPs of a forward pass, and the share of them that must run again after a reset of each layer.
 
     One forward pass is watched; nothing is exported. Products and convolutions count, two FLOPs per multiply-add.
 
@@ -42,7 +42,7 @@ def count_flops(network: nn.Module, layers: Sequence[Layer], images: Tensor) -> 
 
 @contextlib.contextmanager
 def _in_single_operators() -> Iterator[None]:
-    """Inside, attention of torch's own modules is no single call, whose FLOPs torch does not know."""
+    """Inside, torch's attention modules do not use their fused call, whose FLOPs torch does not know."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -136,7 +136,7 @@ def speed_up(weight_graph: WeightGraph, dtype: torch.dtype, device: torch.device
     """Return a graph rewritten for speed: same function, other rounding.
 
     Batch normalisation is folded into the convolution before it (scale ``gamma / sqrt(var + eps)``), values that depend
-    on the image are held in ``dtype`` and channels-last order, and on a CPU a convolution, the residual sum and the
+    on the image are kept in ``dtype`` and channels-last order, and on a CPU a convolution, the residual sum and the
     activation after it become one oneDNN call with packed weights. What depends on weights alone is computed in
     float32 and cast last. Logits stay float32.
     """
@@ -246,7 +246,7 @@ def fused_residual_(
 
 
 def _hold_dtype(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
-    """Let every dynamic value that the network holds in float32 be held in ``dtype``, and drop layout promises."""
+    """Keep every dynamic value that is float32 in the network in ``dtype`` instead, and drop layout promises."""
     for node in weight_graph.dynamic_nodes():
         node.args = map_aggregate(node.args, lambda a: dtype if a is torch.float32 else a)
         node.kwargs = map_aggregate(node.kwargs, lambda a: dtype if a is torch.float32 else a)
@@ -400,7 +400,7 @@ def _fused_convolution_works(dtype: torch.dtype) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep all that the exporter says from the user: a failed export is answered by a slower backend, said once."""
+    """Hide what the exporter prints: after a failed export a slower backend is used, and one note says so."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,4 +1,4 @@
-"""Run the exported network node by node: all before the reset layer once a batch, and all after it anew."""
+"""Run the exported network node by node: what comes before the reset layer once per batch, the rest again."""
 
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,7 +101,7 @@ class GraphReplay(Replay):
         if images.shape != self._shape:
             raise ProtocolError(
                 f"The images have shape {tuple(images.shape)}, but the network was exported for {tuple(self._shape)}. "
-                "Fill up the last batch, or open another replay."
+                "Pad the last batch, or open another replay."
             )
         key = frozenset(prepared)
         if key not in self._schedules:

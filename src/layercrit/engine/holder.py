@@ -1,4 +1,4 @@
-"""The replay of one subject and one probe set: opened when it is needed, in batches that memory can hold."""
+"""The replay of one subject and one probe set: opened when needed, in batches that fit into memory."""
 
 import math
 import time
@@ -43,8 +43,8 @@ class ReplayHolder:
         dtype: what the protocol asks for.
         batch_size: what the protocol asks for.
         mode: the replay's mode, where an earlier session with the same protocol chose it.
-        notes: takes what differs from what may be expected.
-        say: is told when batches become smaller.
+        notes: the list to which notes for the user are added.
+        say: called with a message when batches become smaller.
     """
 
     mode: Mode
@@ -76,7 +76,7 @@ class ReplayHolder:
         return self._replay
 
     def run(self, work: Callable[[Replay], Result]) -> Result:
-        """Do some work; where memory runs out, do it again with half the batch size, and say so."""
+        """Do some work; if memory runs out, do it again with half the batch size, and say so."""
         while True:
             try:
                 return work(self.replay)
@@ -89,7 +89,7 @@ class ReplayHolder:
             if self.batch_size == 1:
                 raise LayercritError(
                     f"Out of memory on {self._subject.device} even with a batch of one image ({reason}). "
-                    "Close other programs, use a smaller network or another device (--device)."
+                    "Close other programs, or use a smaller network or another device (--device)."
                 )
             self.batch_size //= 2
             self._notes.append(f"out of memory: batch size halved to {self.batch_size}")
@@ -118,7 +118,7 @@ class ReplayHolder:
         return replay
 
     def _fastest(self, images: Tensor) -> Replay:
-        """Return a bfloat16 replay where it pays and its error is tolerable on one batch, else the float32 one."""
+        """Return a bfloat16 replay if it pays and its error on one batch is tolerable, else the float32 one."""
         subject = self._subject
         float32 = open_replay(subject.network, subject.layers, images, "float32")
         if not isinstance(float32, GraphReplay) or not multiplies_bfloat16(subject.device):
@@ -134,5 +134,5 @@ class ReplayHolder:
         if calibration.tolerable:
             self._notes.append(f"bfloat16: {calibration}")
             return bfloat16
-        self._notes.append(f"float32, for bfloat16 is too rough: {calibration}")
+        self._notes.append(f"float32, since bfloat16 is too inexact: {calibration}")
         return float32

@@ -1,4 +1,4 @@
-"""Which backend answers for a network: the fastest that gives the network's own logits.
+"""Choose the backend for a network: the fastest that reproduces the network's own logits.
 
 `GraphReplay` runs the exported network node by node. `RecordedReplay` runs the module itself, where every module call
 that ended before the reset layer was first used returns its recorded output. `PlainReplay` swaps the weights and runs
@@ -27,36 +27,37 @@ _BROKEN: dict[Mode, float] = {"float32": 1e-3, "bfloat16": 0.5}
 
 
 def open_replay(network: nn.Module, layers: Sequence[Layer], images: Tensor, mode: Mode) -> Replay:
-    """Return the fastest replay that gives the network's own logits, for its trained weights and for others.
+    """Return the fastest replay that reproduces the network's own logits, for its trained weights and for others.
 
     The exported graph must do so bit for bit for ``reference``, and up to rounding for the fast modes. (They differ
     where a network runs another kernel than the exporter writes down, as ``nn.MultiheadAttention`` does.)
 
     Args:
-        network: evaluation mode; takes normalised images, and its output is anything that `logits_of` understands.
+        network: in evaluation mode; it takes normalised images, and returns anything that `logits_of` understands.
         layers: what may be reset, in depth order.
         images: a batch of normalised images; its shape is the one that sweeps will have.
-        mode: one of `MODES`. Backends other than the exported graph know ``reference`` only.
+        mode: one of `MODES`. Backends other than the exported graph have ``reference`` only.
     """
     try:
         weight_graph = export_graph(network, images)
     except Exception as error:  # torch.export documents no base class for what it raises
         if is_out_of_memory(error):
             raise
-        reason = f"the network does not export ({first_line(error)})"
+        reason = f"the network cannot be exported ({first_line(error)})"
     else:
         whole = Layer("", "", tuple(name for name, _ in network.named_parameters()), (), 0)
         rounding = 0.0 if mode == "reference" else _ROUNDING
         if _agrees(GraphReplay(weight_graph, [whole]), PlainReplay(network, [whole]), images, rounding):
             return _in_mode(GraphReplay(weight_graph, layers), mode, images)
         reason = "the exported network does not reproduce the network's own logits"
-    recorded = RecordedReplay(network, layers, f"recorded outputs instead of a graph: {reason}")
-    plain = PlainReplay(network, layers, f"the plain way, no reuse: {reason}, and recorded outputs do not either")
+    recorded = RecordedReplay(network, layers, f"recorded outputs instead of an exported graph: {reason}")
+    both = f"{reason}, and recorded outputs do not reproduce them either"
+    plain = PlainReplay(network, layers, f"the plain backend, without reuse: {both}")
     return recorded if _agrees(recorded, plain, images) else plain
 
 
 def _agrees(replay: Replay, plain: PlainReplay, images: Tensor, rounding: float = 0.0) -> bool:
-    """Return whether a replay gives the plain way's logits, also when weights are moved a little.
+    """Return whether a replay gives the plain backend's logits, also when weights are moved a little.
 
     The trained weights alone would not do: a weight that the exporter took for a constant, or a value that the
     network keeps between calls, shows only when weights change.

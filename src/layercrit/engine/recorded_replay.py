@@ -1,4 +1,4 @@
-"""Run the module itself, where module calls that cannot differ return what they returned before."""
+"""Run the module itself, with module calls that cannot differ answered from a recording."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class _Call:
 
 
 class _DivergedError(Exception):
-    """The network called other modules than in the recorded pass."""
+    """The network did not call the same modules as in the recorded pass."""
 
 
 class RecordedReplay(PlainReplay):

@@ -1,4 +1,4 @@
-"""What answers for a network after resets: swapped weights, and what other backends must do as well."""
+"""The interface of backends that predict after resets, and the plain one, which swaps the weights."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +21,14 @@ Values = Mapping[str, Tensor]
 
 
 class Replay(ABC):
-    """One network, ready to answer for one batch shape what it predicts after each of many resets.
+    """One network, prepared to predict batches of one shape after each of many resets.
 
     Attributes:
         layers: the layers that can be reset, in depth order.
-        mode: ``reference`` (float32, the network's own operators, bit for bit the plain way), ``float32`` (folded and
-            fused) or ``bfloat16`` (likewise, stored and multiplied in bfloat16).
+        mode: ``reference`` (float32, the network's own operators, bit for bit the plain backend), ``float32`` (folded
+            and fused) or ``bfloat16`` (likewise, stored and multiplied in bfloat16).
         backend: ``exported graph``, ``recorded outputs`` or ``plain``.
-        note: one line that says why a slower backend or mode than asked was taken; empty if none was.
+        note: one line that says why the backend or mode is slower than requested; empty if it is not.
     """
 
     backend: str
@@ -61,7 +61,7 @@ class Replay(ABC):
 
 
 class PlainReplay(Replay):
-    """The plain way: swap the weights, run the whole network."""
+    """The plain backend: swap the weights, run the whole network."""
 
     backend = "plain"
 

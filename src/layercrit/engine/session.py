@@ -18,7 +18,7 @@ from layercrit.engine.subject import Subject
 from layercrit.errors import ModelError
 from layercrit.layers import Layer
 from layercrit.probes.probe_set import ProbeSet
-from layercrit.progress import Bar
+from layercrit.progress_bar import Bar
 from layercrit.protocol import MATCHED, Protocol
 from layercrit.statistics import ChanceLevel, fit_temperature
 
@@ -35,7 +35,7 @@ class Predictions:
     """What the trained network itself predicts.
 
     Attributes:
-        n_classes: how many classes it tells apart.
+        n_classes: how many classes it has.
         temperature: at which its mean entropy is ``matched_entropy``; None where there is none.
         matched_entropy: in nats.
         chance: mean cosine between predictions for different images, in [0, 1]; None for a single image.
@@ -73,8 +73,8 @@ class Session:
         subject: the network, its layers and what is drawn for them.
         probe_set: the images.
         predictions: what the trained network predicts.
-        notes: what differs from what may be expected.
-        holder: holds the replay that answers.
+        notes: what the user should know, in words.
+        holder: holds the replay.
 
     Args:
         protocol: how to measure.
@@ -82,7 +82,7 @@ class Session:
         probe_set: as above.
         distances: names of the distances to measure.
         use_labels: whether to use the labels of the probe set.
-        bar: shows how far it got.
+        bar: shows the progress.
         mode: the replay's mode, where an earlier session with the same protocol chose it.
         predictions: those of an earlier session with the same model, probe set and mode.
     """
@@ -145,7 +145,7 @@ class Session:
     # --- the trained network ----------------------------------------------------------------------------------------
 
     def _predict(self) -> Predictions:
-        """Ask the trained network about all images."""
+        """Run the trained network on all images."""
         n_images = self.probe_set.n_images
         first: list[Tensor] = []
         chance = ChanceLevel()
@@ -164,8 +164,8 @@ class Session:
             self._bar.predicted(start, n_images)
         if chance.value > _ALIKE:
             self.notes.append(
-                f"predictions hardly differ from image to image (mean cosine {chance.value:.4f}), as those of an "
-                "untrained network: criticality then says little"
+                f"predictions hardly differ from image to image (mean cosine {chance.value:.4f}), like those of an "
+                "untrained network: criticality then means little"
             )
         means = {name: _finite(np.concatenate(parts).mean(dtype=np.float64)) for name, parts in scores.items()}
         n_classes = first[0].shape[1]
@@ -173,7 +173,7 @@ class Session:
         temperature = fit_temperature(torch.cat(first)[:_TEMPERATURE_IMAGES], entropy)
         if math.isnan(temperature):
             self.notes.append(
-                "no temperature gives these predictions the entropy aimed at (are they constant?): "
+                "no temperature gives these predictions the target entropy (are they constant?): "
                 "nothing is temperature-matched"
             )
         return Predictions(
@@ -192,7 +192,7 @@ class Session:
         if bad:
             raise ModelError(
                 f"{self.subject.model.reference!r} itself predicts NaN or infinity for {len(bad)} of {len(logits)} "
-                f"images, the first is {self.probe_set.names[start + bad[0]]!r}. "
+                f"images; the first is {self.probe_set.names[start + bad[0]]!r}. "
                 "Check its normalisation (mean, std), or use --dtype float32 (dtype='float32')."
             )
         return logits

@@ -45,8 +45,8 @@ class Subject:
         device: where the network runs.
         network: in evaluation mode on that device; a copy where it was on another.
         layers: what is reset, in depth order.
-        random_trials: whether two trials differ.
-        n_trials: as many as were asked for, or one where all would be the same.
+        random_trials: whether trials differ.
+        n_trials: as many as were requested, or one if all would be the same.
     """
 
     def __init__(self, protocol: Protocol, model: Model, donor: nn.Module | str | Path | None) -> None:
@@ -78,7 +78,7 @@ class Subject:
 
     @property
     def donor_identity(self) -> str | None:
-        """What tells the donor's values, given the trial's seed: hash or initialiser; None where there is no donor."""
+        """What identifies the donor's values, given the trial's seed: hash or initialiser; None without a donor."""
         return self.donor_in_words if self._given_donor is None else self._given_donor.sha256
 
     @cached_property
@@ -87,7 +87,7 @@ class Subject:
         return count_flops(self.network, self.layers, self.normalise(self.model.black_image))
 
     def notes(self) -> list[str]:
-        """Say what differs from what may be expected."""
+        """Return what the user should know, in words."""
         notes = []
         if self.n_trials < self._protocol.trials:
             which = "with one given donor" if self._reset.random else f"of the reset {self._reset.name!r}"
@@ -136,6 +136,6 @@ class Subject:
             size = self.model.preprocessing
             raise ModelError(
                 f"{self.model.reference!r} cannot run on one image of {size.channels} channels, {size.height} x "
-                f"{size.width} pixels ({first_line(error)}). Give images of the size that the network takes, or name "
+                f"{size.width} pixels ({first_line(error)}). Give images of the size that the network takes, or set "
                 "that size: open_model(..., input_size=(channels, height, width)), or '?input_size=' in a reference."
             ) from error

@@ -1,4 +1,4 @@
-"""Trained networks: references, where they come from, and how their weights are read safely."""
+"""Trained networks: references, the sources they open from, and safe reading of weights."""
 
 from layercrit.models.model import Classifier, Model, logits_of
 from layercrit.models.references import open_model, without_weights

@@ -1,8 +1,8 @@
-"""Read weight files safely: no code of a file is ever run, and weights that do not fit are listed, not skipped.
+"""Read weight files safely: no code in a file is ever run, and weights that do not fit are listed, not skipped.
 
 A file is read into memory once, so its hash is that of exactly the bytes that were parsed. Before a pickle is loaded,
-its opcodes are scanned (nothing is executed) and every global outside a closed list of plain data refuses the file;
-then ``torch.load(weights_only=True)`` builds the tensors.
+its opcodes are scanned (nothing is executed), and the file is refused if it names any global outside an allow-list of
+plain data; then ``torch.load(weights_only=True)`` builds the tensors.
 """
 
 import difflib
@@ -33,8 +33,8 @@ class Checkpoint:
     """The weights of one file.
 
     Attributes:
-        path: The file.
-        tensors: Names to tensors on the CPU, as they stand in the file.
+        path: the file.
+        tensors: name -> tensor on the CPU, as in the file.
         sha256: SHA-256 of the file's bytes, hexadecimal.
     """
 
@@ -44,7 +44,7 @@ class Checkpoint:
 
 
 class _Inert:
-    """Stands where a file holds data that is no tensor: takes any arguments and state, keeps none, does nothing."""
+    """Stand-in for data that is not a tensor: accepts any arguments and state, keeps none, does nothing."""
 
     def __init__(self, *arguments: object) -> None:
         pass
@@ -61,12 +61,12 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
     If another has at least half as many, as a moving average of the weights has, the choice is left to ``key``.
 
     Args:
-        path: The file; a leading ``~`` is the home directory.
-        key: Which mapping to take, such as ``"state_dict_ema"``; nested keys are joined by dots.
+        path: the file; a leading ``~`` is the home directory.
+        key: which mapping to take, such as ``"state_dict_ema"``; nested keys are joined by dots.
 
     Raises:
-        CheckpointError: The file is missing, empty, cut off, not a weight file, would run code, or holds no weights or
-            several.
+        CheckpointError: the file is missing, empty, truncated, not a weight file, would run code, or contains no set
+            of weights or several.
     """
     path = Path(path).expanduser()
     data = _read_bytes(path)
@@ -76,7 +76,7 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise CheckpointError(
-                f"{path} holds {name!r} as a sparse, quantised or valueless tensor; expected plain values. "
+                f"{path} contains {name!r} as a sparse, quantised or meta tensor; expected plain values. "
                 "Save the weights of the dense float model."
             )
     return Checkpoint(path, {name: tensor.detach() for name, tensor in tensors.items()}, _sha256(data))
@@ -86,10 +86,10 @@ def foreign_globals(path: str | Path) -> list[str]:
     """List the functions and classes, beyond plain data, that unpickling a file would import, without running any.
 
     Returns:
-        Dotted names in alphabetical order; empty for a file of plain tensors and for ``.safetensors``.
+        dotted names in alphabetical order; empty for a file of plain tensors and for ``.safetensors``.
 
     Raises:
-        CheckpointError: The file is missing, empty, or not a weight file.
+        CheckpointError: the file is missing, empty, or not a weight file.
     """
     path = Path(path).expanduser()
     data = _read_bytes(path)
@@ -102,18 +102,18 @@ def fit_to(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source
     Wrapper prefixes are removed first: as long as all names of the file start with the same one of
     `WRAPPER_PREFIXES`, and not all expected names do, it is cut off. Two differences are allowed, since neither can
     change a prediction: ``num_batches_tracked``, absent from files before PyTorch 0.4.1 and unused in evaluation, may
-    be missing (the architecture's own value stands in), and floating-point tensors are cast to the expected precision.
+    be missing (the architecture's own value is used), and floating-point tensors are cast to the expected precision.
 
     Args:
-        tensors: The file's tensors by name.
-        expected: The architecture's ``state_dict()``.
-        source: Words for the file and architecture, with which an error begins.
+        tensors: the file's tensors by name.
+        expected: the architecture's ``state_dict()``.
+        source: the file and architecture in words; errors begin with it.
 
     Returns:
-        Tensors under the expected names, in the expected order, ready for ``load_state_dict(strict=True)``.
+        tensors under the expected names, in the expected order, ready for ``load_state_dict(strict=True)``.
 
     Raises:
-        CheckpointError: Names are missing or unexpected, or shapes or kinds of numbers differ; all are counted and the
+        CheckpointError: names are missing or unexpected, or shapes or number types differ; all are counted, and the
             first of each kind named.
     """
     tensors = _without_wrappers(tensors, expected)
@@ -128,7 +128,7 @@ def fit_to(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source
     differences = [
         _listing("missing", [f"{name!r}{_nearest(name, unexpected)}" for name in missing]),
         _listing("unexpected", [repr(name) for name in unexpected]),
-        _listing("of another shape or kind", differing),
+        _listing("of another shape or type", differing),
     ]
     if any(differences):
         raise CheckpointError(
@@ -165,13 +165,13 @@ def _read_bytes(path: Path) -> bytes:
         raise CheckpointError(f"There is no file {path}. {look_beside(path)}") from error
     except IsADirectoryError as error:
         inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:_LISTED]) or "nothing"
-        raise CheckpointError(f"{path} is a directory, expected one weight file. It holds: {inside}.") from error
+        raise CheckpointError(f"{path} is a directory; expected one weight file. It contains: {inside}.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
     if endless:
         raise CheckpointError(f"{path} is a device or a pipe, which might never end; expected a weight file.")
     if not data:
-        raise CheckpointError(f"{path} is empty (0 bytes): the download did not finish. Fetch it again.")
+        raise CheckpointError(f"{path} is empty (0 bytes): the download did not finish. Download it again.")
     shown = f"It is {len(data)} bytes long and begins with {data[:60]!r}."
     if data.startswith(b"version https://git-lfs"):
         raise CheckpointError(
@@ -180,7 +180,7 @@ def _read_bytes(path: Path) -> bytes:
     if data[:512].lstrip().startswith(b"<"):
         raise CheckpointError(
             f"{path} is a web page (HTML or XML), not a weight file. {shown} The server answered with a page, "
-            "as Google Drive does for large files: download it in a browser."
+            "as Google Drive does for large files. Download the file in a browser."
         )
     if data.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf")):
         raise CheckpointError(f"{path} is a compressed archive, not a weight file. {shown} Unpack it first.")
@@ -188,7 +188,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def look_beside(path: Path) -> str:
-    """Say what lies where a missing file was looked for."""
+    """Say what is in the directory of a missing file."""
     if not path.parent.is_dir():
         return f"The directory {path.parent} does not exist either."
     return f"In its directory: {near(path.name, sorted(entry.name for entry in path.parent.iterdir()))}"
@@ -204,8 +204,8 @@ def _parse_safetensors(path: Path, data: bytes) -> object:
         return safetensors.torch.load(data)
     except Exception as error:  # damaged bytes raise whatever the parser meets first
         raise CheckpointError(
-            f"{path} is damaged or cut off: it cannot be read as safetensors ({first_line(error)}). "
-            f"It is {len(data)} bytes long; fetch it again."
+            f"{path} is damaged or truncated: it cannot be read as safetensors ({first_line(error)}). "
+            f"It is {len(data)} bytes long. Download it again."
         ) from error
 
 
@@ -213,9 +213,9 @@ def _parse_torch(path: Path, data: bytes) -> object:
     foreign = [name for name in imports_of(path, data) if name not in INERT_GLOBALS]
     if foreign:
         raise CheckpointError(
-            f"{path} does not hold plain weights only: loading it would import and call {_shortened(foreign)}. "
+            f"{path} contains more than plain weights: loading it would import and call {_shortened(foreign)}. "
             "layercrit runs no code from a weight file, and a pickled module needs its author's code. If you trust "
-            "the file, load it where that code is installed and save model.state_dict(), best with safetensors."
+            "the file, load it where that code is installed, and save model.state_dict(), preferably with safetensors."
         )
     stand_ins: list[Any] = [(_Inert, name) for name in INERT_GLOBALS]
     try:
@@ -224,7 +224,7 @@ def _parse_torch(path: Path, data: bytes) -> object:
     except Exception as error:  # damaged or hostile bytes raise whatever the unpickler meets first
         raise CheckpointError(
             f"{path} cannot be read as weights written by torch.save ({first_line(error)}). It is {len(data)} bytes "
-            f"long and begins with {data[:16]!r}: damaged, cut off, or in another format. Fetch it again, or save "
+            f"long and begins with {data[:16]!r}: damaged, truncated, or in another format. Download it again, or save "
             "model.state_dict() with torch.save or safetensors."
         ) from error
 
@@ -236,19 +236,19 @@ def _choose(path: Path, content: object, key: str | None) -> dict[str, Tensor]:
     shown = ", ".join(f"{name or 'the whole file'!r} ({size} tensors)" for name, size in sizes.items())
     if not mappings:
         raise CheckpointError(
-            f"{path} holds no weights: expected a mapping from names to tensors and nothing else, at the top or "
-            f"nested. It holds {_describe(content)}."
+            f"{path} contains no weights: expected a mapping from names to tensors and nothing else, at the top level "
+            f"or nested. It contains {_describe(content)}."
         )
     if key is not None:
         if key not in mappings:
             named = near(key, filter(None, mappings))
-            raise CheckpointError(f"{path} has no weights under key {key!r}; it has: {shown}. {named}")
+            raise CheckpointError(f"{path} has no weights under key {key!r}. It has: {shown}. {named}")
         return mappings[key]
     most = max(sizes.values())
     rivals = [name for name, size in sizes.items() if size * 2 >= most]
     if len(rivals) > 1:
         raise CheckpointError(
-            f"{path} holds more than one set of weights: {shown}. Say which with key=, for example key={rivals[0]!r}."
+            f"{path} contains more than one set of weights: {shown}. Choose one with key=, such as key={rivals[0]!r}."
         )
     return mappings[rivals[0]]
 
@@ -271,7 +271,7 @@ def _tensor_mappings(content: object) -> dict[str, dict[str, Tensor]]:
 
 
 def _describe(content: object) -> str:
-    """Words for a file's content in which no weights were found."""
+    """Describe the content of a file in which no weights were found."""
     if not isinstance(content, Mapping):
         return f"one {type(content).__name__}"
     entries = [f"{name!r} ({type(value).__name__})" for name, value in list(content.items())[:_LISTED]]
@@ -305,7 +305,7 @@ def _words(tensor: Tensor) -> str:
 
 def _nearest(name: str, candidates: list[str]) -> str:
     matches = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-    return f" (near: {matches[0]!r})" if matches else ""
+    return f" (similar: {matches[0]!r})" if matches else ""
 
 
 def _listing(kind: str, entries: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Model sources that are libraries: timm, torchvision and transformers, with the image geometry each declares."""
+"""Models of timm, torchvision and transformers, with the image geometry that each library declares."""
 
 import math
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ ImageInput = tuple[tuple[float, ...], tuple[float, ...], Preprocessing]
 
 @model_source("timm")
 class _Timm(ModelSource):
-    """The weights that timm publishes, such as ``timm:resnet50.a1_in1k``."""
+    """Weights that timm publishes, such as ``timm:resnet50.a1_in1k``."""
 
     forms = ("timm:NAME",)
 
@@ -41,7 +41,7 @@ class _Timm(ModelSource):
             raise ModelError(f"timm has no weights {rest!r}. {near(rest, published)}")
         if options.get("pretrained", True) and not published:
             raise ModelError(
-                f"timm publishes no weights of {rest!r}: add '?pretrained=false' for an untrained network."
+                f"timm publishes no weights of {rest!r}. Add '?pretrained=false' for an untrained network."
             )
         return _timm_model(f"timm:{rest}", rest, None, options)
 
@@ -59,7 +59,7 @@ class _Timm(ModelSource):
 
 @model_source("hf-hub")
 class _TimmOnHub(ModelSource):
-    """A timm model of a Hugging Face repository."""
+    """A timm model in a Hugging Face repository."""
 
     forms = ("hf-hub:REPO",)
 
@@ -80,7 +80,7 @@ def _timm_model(reference: str, name: str, config: dict[str, Any] | None, option
 
     if elsewhere := options.keys() & {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}:
         raise ModelError(
-            f"{reference}: option {min(elsewhere)!r} would load other weights; use 'file:PATH?arch={reference}'."
+            f"{reference}: the option {min(elsewhere)!r} would load other weights. Use 'file:PATH?arch={reference}'."
         )
     pretrained = options.pop("pretrained", True)
     architecture = name.partition(".")[0]
@@ -104,8 +104,8 @@ def _timm_model(reference: str, name: str, config: dict[str, Any] | None, option
 def timm_input(network: nn.Module, options: Mapping[str, Any]) -> ImageInput:
     """Mean, standard deviation and geometry of timm's own evaluation transform.
 
-    That is ``create_transform(**resolve_model_data_config(network), is_training=False)``, as timm's model cards have
-    it: at the size of training, not at the larger test size that some weights also name.
+    That is ``create_transform(**resolve_model_data_config(network), is_training=False)``, as in timm's model cards:
+    at the training size, not at the larger test size that some weights also declare.
     """
     from timm.data import config as timm_config
 
@@ -118,8 +118,8 @@ def timm_input(network: nn.Module, options: Mapping[str, Any]) -> ImageInput:
     if config["crop_mode"] == "border" or (config["crop_mode"] == "center" and height != width):
         raise ModelError(
             f"timm prepares images for this network with crop mode {config['crop_mode']!r} at {height} x {width}, "
-            "which layercrit does not have. Build the network yourself and call open_model(network, mean=..., std=..., "
-            "input_size=...)."
+            "which layercrit does not support. Build the network yourself and call open_model(network, mean=..., "
+            "std=..., input_size=...)."
         )
     shape = Preprocessing(
         channels=options.get("in_chans", channels),
@@ -133,7 +133,7 @@ def timm_input(network: nn.Module, options: Mapping[str, Any]) -> ImageInput:
 
 @model_source("torchvision")
 class _Torchvision(ModelSource):
-    """The weights of torchvision; ``none`` for none, the default ones if left out."""
+    """Weights of torchvision: the default ones if left out, ``none`` for an untrained network."""
 
     forms = ("torchvision:NAME[:WEIGHTS]",)
 
@@ -200,7 +200,7 @@ class _Transformers(ModelSource):
         try:
             from transformers import AutoConfig, AutoModelForImageClassification
         except ImportError as error:
-            raise ModelError(f"hf:{rest} needs transformers: pip install 'layercrit[hf]'.") from error
+            raise ModelError(f"hf:{rest} requires transformers. Install it: pip install 'layercrit[hf]'.") from error
         folder = Path(rest).expanduser()
         where = str(folder) if folder.is_dir() else rest
         pretrained, seed = options.pop("pretrained", True), options.pop("seed", 0)
@@ -223,8 +223,8 @@ class _Transformers(ModelSource):
                 )
                 if report["missing_keys"]:
                     raise ModelError(
-                        f"hf:{rest} has no trained values of {sorted(report['missing_keys'])}; they would be random. "
-                        "Take a repository with an image classifier, or add '?pretrained=false'."
+                        f"hf:{rest} has no trained values for {sorted(report['missing_keys'])}; they would be random. "
+                        "Choose a repository with an image classifier, or add '?pretrained=false'."
                     )
             else:
                 network = build()
@@ -239,7 +239,7 @@ class _Transformers(ModelSource):
 
 
 def _hf_input(where: str, config: Any) -> ImageInput:
-    """Mean, standard deviation and geometry of a transformers image processor, checked against what it really does.
+    """Mean, standard deviation and geometry of a transformers image processor, checked against its output.
 
     A local folder without a processor: the configuration's image size, and pixels in [0, 1] without normalisation.
     """
@@ -292,13 +292,13 @@ def _check_hf_input(processor: Any, mean: tuple[float, ...], std: tuple[float, .
     # The two resample with different code, and agree to 0.003 grey levels where they mean the same.
     if theirs.shape != ours.shape or np.abs((theirs - ours) * np.reshape(std, (-1, 1, 1))).mean() > 0.1 / 255:
         raise ModelError(
-            f"{type(processor).__name__} prepares images in a way that layercrit does not have. Load the network "
+            f"{type(processor).__name__} prepares images in a way that layercrit does not support. Load the network "
             "yourself and call open_model(network, mean=..., std=..., input_size=...)."
         )
 
 
 def _in_hub_cache(repository: str | None, address: str | None) -> bool:
-    """Whether the cache holds a file of the name that a repository's or an address's weights have, whole or not."""
+    """Whether the weights of a repository or an address are cached, by the file's name; it may be incomplete."""
     from huggingface_hub import try_to_load_from_cache
 
     if repository:

@@ -1,4 +1,4 @@
-"""A trained network with what is needed to ask it about images."""
+"""A trained network with what is needed to show it images."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,18 +18,18 @@ __all__ = ["Classifier", "Model", "logits_of", "structure"]
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """One trained network and what is needed to ask it about images and to draw its weights anew.
+    """A trained network with what is needed to show it images and to draw fresh weights.
 
     Attributes:
-        reference: The model reference as given, such as ``"timm:resnet50.a1_in1k"``.
-        architecture: The architecture without weights, such as ``"timm:resnet50"``.
-        network: The trained network in evaluation mode.
-        mean: Mean subtracted from each channel, in units of pixels in [0, 1].
-        std: Divisor of each channel after that, in the same units.
-        preprocessing: How an image becomes the pixels the network expects.
-        build: Makes the network with its own initialiser's values, drawn from PyTorch's global generator; None when
+        reference: the model reference as given, such as ``"timm:resnet50.a1_in1k"``.
+        architecture: the architecture without weights, such as ``"timm:resnet50"``.
+        network: the trained network in evaluation mode.
+        mean: mean subtracted from each channel, in units of pixels in [0, 1].
+        std: divisor of each channel after that, in the same units.
+        preprocessing: how an image becomes the pixels the network expects.
+        build: makes the network with its own initialiser's values, drawn from PyTorch's global generator; None when
             only a finished network was given.
-        initialiser: Words for what ``build`` does.
+        initialiser: what ``build`` does, in words.
     """
 
     reference: str
@@ -59,10 +59,10 @@ class Model:
 
     @cached_property
     def n_classes(self) -> int:
-        """Number of classes, found by asking about one black image.
+        """Number of classes, found by running one black image.
 
         Raises:
-            ModelError: The network's output holds no logits.
+            ModelError: the network's output contains no logits.
         """
         with torch.inference_mode():
             return int(self.classifier(self.black_image.to(self.classifier.mean.device)).shape[1])
@@ -102,11 +102,11 @@ def logits_of(output: object) -> Tensor:
     """Find the logits ``(n_images, n_classes)`` in what a network returned.
 
     Args:
-        output: A tensor; an object with ``.logits``; a mapping, of which ``"logits"`` or else the first
+        output: a tensor; an object with ``.logits``; a mapping, of which ``"logits"`` or else the first
             two-dimensional tensor is taken; a tuple or list, of which the first two-dimensional tensor is taken.
 
     Raises:
-        ModelError: It is none of these, or holds fewer than two classes.
+        ModelError: it is none of these, or has fewer than two classes.
     """
     candidates: Iterable[object]
     if isinstance(output, Tensor):
@@ -119,17 +119,17 @@ def logits_of(output: object) -> Tensor:
         candidates = output
     else:
         raise ModelError(
-            f"The network returned {type(output).__name__}, expected logits (n_images, n_classes) as a tensor, in a "
+            f"The network returned {type(output).__name__}; expected logits (n_images, n_classes) as a tensor, in a "
             "tuple, list or mapping, or as .logits. Wrap it in a module that returns its logits."
         )
     for candidate in candidates:
         if isinstance(candidate, Tensor) and candidate.dim() == 2:
             if candidate.shape[1] < 2:
-                raise ModelError("The network returned one number an image, expected logits of at least 2 classes.")
+                raise ModelError("The network returned one number per image; expected logits of at least 2 classes.")
             return candidate
     shapes = [tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__ for c in candidates]
     raise ModelError(
-        f"The network returned {type(output).__name__} with {shapes}, expected logits of shape (n_images, n_classes). "
+        f"The network returned {type(output).__name__} with {shapes}; expected logits of shape (n_images, n_classes). "
         "Wrap it in a module that returns its logits."
     )
 

@@ -1,4 +1,4 @@
-"""Networks of the user's own: given as objects, or made by a function, ``py:package.module:factory``."""
+"""The user's own networks: given as objects, or made by a function, ``py:package.module:factory``."""
 
 import copy
 import difflib
@@ -27,10 +27,10 @@ _ONLY_GIVEN = "none: the network was given as an object"
 
 
 def given_model(network: nn.Module) -> Model:
-    """Return the model of a network that the caller holds: the network itself, or a copy where it is in training mode.
+    """Return the model of a network given as an object: the network itself, or a copy if it is in training mode.
 
     Raises:
-        ModelError: It is in training mode and cannot be copied.
+        ModelError: it is in training mode and cannot be copied.
     """
     name = f"module:{type(network).__module__}.{type(network).__qualname__}"
     if any(module.training for module in network.modules()):
@@ -38,14 +38,14 @@ def given_model(network: nn.Module) -> Model:
             network = copy.deepcopy(network).eval()
         except RuntimeError as error:
             raise ModelError(
-                f"{name} is in training mode and cannot be copied ({error}): call .eval() first."
+                f"{name} is in training mode and cannot be copied ({error}). Call .eval() first."
             ) from error
     build, initialiser = _rebuild(network)
     return _described(name, f"{name}-{structure(network)}", network, build, initialiser)
 
 
 def _rebuild(network: nn.Module) -> tuple[Callable[[], nn.Module] | None, str]:
-    """Find how the library that a network comes from builds it afresh, if it is one that can be asked."""
+    """Find how the library that a network comes from builds it anew, where it offers a way."""
     config = getattr(network, "config", None)
     if config is not None and hasattr(type(network), "_from_config"):  # transformers
         return partial(type(network), copy.deepcopy(config)), f"{type(network).__name__}(config)"
@@ -55,7 +55,7 @@ def _rebuild(network: nn.Module) -> tuple[Callable[[], nn.Module] | None, str]:
 def _described(
     reference: str, architecture: str, network: nn.Module, build: Callable[[], nn.Module] | None, initialiser: str
 ) -> Model:
-    """A model of any network: timm's own settings where it carries them, else plain pixels, 224 x 224."""
+    """A model of any network: with timm's own settings if it has them, else 224 x 224 pixels, not normalised."""
     if isinstance(getattr(network, "pretrained_cfg", None), dict):
         mean, std, shape = timm_input(network, {})
     else:
@@ -65,7 +65,7 @@ def _described(
 
 @model_source("py")
 class _Factories(ModelSource):
-    """What a function of yours returns; the current directory can be imported from."""
+    """The network that your own function returns; modules in the current directory can be imported."""
 
     forms = ("py:PACKAGE.MODULE:FACTORY",)
 
@@ -86,11 +86,14 @@ class _Factories(ModelSource):
             try:
                 signature.bind(**call.keywords)
             except TypeError as error:
-                raise ModelError(f"{name}{signature} cannot be called with {call.keywords}: {error}.") from error
+                raise ModelError(
+                    f"{name}{signature} cannot be called with {call.keywords} ({error}). Change the options of the "
+                    "reference."
+                ) from error
             with explained(name, options):
                 network = call()
         if not isinstance(network, nn.Module):
-            raise ModelError(f"{name} returned {type(network).__name__}, expected a torch.nn.Module.")
+            raise ModelError(f"{name} returned {type(network).__name__}; expected a torch.nn.Module.")
         architecture = f"{name}{written(options)}"
         if not switch and pretrained:
             return _described(name, architecture, network, None, _ONLY_GIVEN)
@@ -110,7 +113,7 @@ def _importing_from_here() -> Iterator[None]:
 
 
 def import_here(module: str) -> None:
-    """Import a module of the user's, from the current directory or among the installed ones."""
+    """Import a user's module, from the current directory or from the installed packages."""
     with _importing_from_here():
         importlib.import_module(module)
 
@@ -119,18 +122,18 @@ def _factory(rest: str) -> Callable[..., Any]:
     """Import ``package.module:name``."""
     module_name, colon, attribute = rest.partition(":")
     if not colon or not attribute:
-        raise ModelError(f"'py:{rest}' names no factory, expected py:package.module:factory.")
+        raise ModelError(f"'py:{rest}' names no function; expected py:package.module:factory.")
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise ModelError(f"'py:{rest}' cannot be imported: {error}.") from error
+            raise ModelError(f"'py:{rest}' cannot be imported ({error}). Install what it needs.") from error
         parent, _, last = error.name.rpartition(".")
         package = getattr(sys.modules.get(parent), "__path__", None) if parent else None
         matches = difflib.get_close_matches(last, [found.name for found in pkgutil.iter_modules(package)])
         raise ModelError(
-            f"'py:{rest}': there is no module {error.name!r}, neither in {Path.cwd()} nor among installed packages."
+            f"'py:{rest}': there is no module {error.name!r}, neither in {Path.cwd()} nor among the installed packages."
             + (f" {near(last, matches)}" if matches else "")
         ) from error
     except Exception as error:  # the user's own code, run by importing it
@@ -138,5 +141,7 @@ def _factory(rest: str) -> Callable[..., Any]:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         names = [name for name, value in vars(module).items() if callable(value)]
-        raise ModelError(f"'py:{rest}': {module_name} has no function or class {attribute!r}. {near(attribute, names)}")
+        raise ModelError(
+            f"'py:{rest}': the module {module_name} has no function or class {attribute!r}. {near(attribute, names)}"
+        )
     return factory  # type: ignore[no-any-return]

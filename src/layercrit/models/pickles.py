@@ -42,11 +42,11 @@ def imports_of(path: Path, data: bytes) -> list[str]:
     """List the functions and classes, beyond plain data, that unpickling a file would import, without running any.
 
     Args:
-        path: the file, for the texts of errors.
+        path: the file, for error messages.
         data: its bytes.
 
     Returns:
-        Dotted names in alphabetical order; none for a file of plain tensors.
+        dotted names in alphabetical order; none for a file of plain tensors.
 
     Raises:
         CheckpointError: it is a zip archive that ``torch.save`` did not write.
@@ -79,8 +79,8 @@ def _zipped_pickles(path: Path, data: bytes) -> list[bytes]:
             pickles = [] if compressed else [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
     except Exception as error:  # damaged bytes raise whatever the parser meets first
         raise CheckpointError(
-            f"{path} is damaged or cut off: it begins as a zip archive of torch.save but cannot be opened as one "
-            f"({first_line(error)}). It is {len(data)} bytes long; fetch it again."
+            f"{path} is damaged or truncated: it begins as a zip archive of torch.save but cannot be opened as one "
+            f"({first_line(error)}). It is {len(data)} bytes long. Download it again."
         ) from error
     if compressed:
         raise CheckpointError(
@@ -89,13 +89,13 @@ def _zipped_pickles(path: Path, data: bytes) -> list[bytes]:
     names = [member.filename.rpartition("/")[2] for member in members]
     if "constants.pkl" in names:
         raise CheckpointError(
-            f"{path} is a TorchScript archive: it holds a program, not weights only. If you trust it, load it with "
+            f"{path} is a TorchScript archive: it contains a program, not only weights. If you trust it, load it with "
             "torch.jit.load and save its state_dict()."
         )
     if "data.pkl" not in names:
         raise CheckpointError(
             f"{path} is a zip archive without a data.pkl, so torch.save did not write it. "
-            f"It holds: {', '.join(member.filename for member in members[:_LISTED]) or 'nothing'}."
+            f"It contains: {', '.join(member.filename for member in members[:_LISTED]) or 'nothing'}."
         )
     return pickles
 
@@ -104,7 +104,7 @@ def _globals_of(stream: io.BytesIO) -> list[str] | None:
     """The dotted names that the pickle at the stream's position would import, read from its opcodes alone.
 
     Returns:
-        The names in order of appearance; None where the bytes are not a whole pickle.
+        the names in order of appearance; None where the bytes are not a whole pickle.
     """
     names: list[str] = []
     memo: dict[object, str] = {}

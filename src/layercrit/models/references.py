@@ -1,4 +1,4 @@
-"""Open a trained network by reference, with its normalisation, its image geometry and a way to build it afresh.
+"""Open a trained network by reference, with its normalisation, its image geometry and a way to build it anew.
 
 A model reference is ``kind:name``, with options after a question mark: ``kind:name?option=value&option=value``. The
 kinds are those of `layercrit.models.sources.MODEL_SOURCES`.
@@ -14,8 +14,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
+import layercrit.models.file_source
 import layercrit.models.hubs
-import layercrit.models.weight_files
 import layercrit.models.zoo.source  # noqa: F401 - these register their kinds of references
 from layercrit.errors import ModelError
 from layercrit.models.model import Model
@@ -34,19 +34,19 @@ def open_model(
 ) -> Model:
     """Open a model, without changing any global random state or a given network.
 
-    A network given as an object is used as it is when in evaluation mode, and copied when in training mode. Unless it
-    is timm's and says otherwise, it is asked about 224 x 224 pixels in [0, 1] without normalisation.
+    A network given as an object is used as it is if in evaluation mode, and copied if in training mode. Unless it is
+    timm's and says otherwise, it gets 224 x 224 pixels in [0, 1] without normalisation.
 
     Args:
-        reference: A model reference (see the module), a network, or an opened model.
-        mean: Replaces the mean of each channel, in units of pixels in [0, 1].
-        std: Replaces the standard deviation of each channel.
-        input_size: Replaces ``(channels, height, width)``; images are then resized just so far that they cover it. A
+        reference: a model reference (see the module), a network, or an opened model.
+        mean: replaces the mean of each channel, in units of pixels in [0, 1].
+        std: replaces the standard deviation of each channel.
+        input_size: replaces ``(channels, height, width)``; images are then resized to just cover it. A
             mean or standard deviation that is the same for all channels is kept for the new number of channels.
 
     Raises:
-        ModelError: The reference is unknown, its weights are out of reach, or the arguments do not fit together.
-        CheckpointError: A weight file is unreadable, unsafe, or does not fit.
+        ModelError: the reference is unknown, its weights are not available, or the arguments do not fit together.
+        CheckpointError: a weight file is unreadable, unsafe, or does not fit.
     """
     if isinstance(reference, Model):
         model = reference
@@ -56,14 +56,14 @@ def open_model(
         model = open_reference(reference)
     else:
         raise ModelError(
-            f"A model was given as {type(reference).__name__}, expected a reference like 'timm:resnet50' or a network."
+            f"Expected a model reference such as 'timm:resnet50', or a network; got {type(reference).__name__}."
         )
     model = with_input(model, mean, std, input_size)
     channels = model.preprocessing.channels
     for name, values in (("mean", model.mean), ("std", model.std)):
         if len(values) != channels:
             raise ModelError(
-                f"{model.reference}: {name} has {len(values)} values {values}, expected one for each of {channels} "
+                f"{model.reference}: {name} has {len(values)} values {values}; expected one for each of {channels} "
                 f"channels. Give {name}= with {channels}, or input_size= with another number of channels."
             )
     if not all(math.isfinite(m) for m in model.mean) or not all(math.isfinite(s) and s > 0 for s in model.std):
@@ -74,20 +74,20 @@ def open_model(
     for name, parameter in model.network.named_parameters():
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             raise ModelError(
-                f"{model.reference}: {name!r} is {parameter.dtype}, expected torch.float32: call .float()."
+                f"{model.reference}: {name!r} is {parameter.dtype}; expected torch.float32. Call .float() first."
             )
     return model
 
 
 def without_weights(reference: str, keep: Collection[str] = ()) -> str:
-    """Return a reference to the same architecture, not trained; equal ones for models that differ in weights only.
+    """Return a reference to the untrained architecture, equal for models that differ only in their weights.
 
     Args:
-        reference: A model reference.
-        keep: Which of the options that go with the weights stay: ``seed``, ``mean``, ``std``, ``input_size``.
+        reference: a model reference.
+        keep: which of the options that belong to the weights to keep: ``seed``, ``mean``, ``std``, ``input_size``.
 
     Raises:
-        LayercritError: The reference is unknown, or a file's architecture is not said.
+        LayercritError: the reference is unknown, or a file's architecture is not given.
     """
     source, rest, options = parse(reference)
     name, options = source.architecture(rest, options)
@@ -97,20 +97,20 @@ def without_weights(reference: str, keep: Collection[str] = ()) -> str:
 
 
 def is_here(reference: str) -> bool:
-    """Whether opening a model downloads nothing; not whether its files are whole.
+    """Whether a model opens without a download; its files may still be incomplete.
 
     Raises:
-        ModelError: The reference is unknown.
+        ModelError: the reference is unknown.
     """
     source, rest, options = parse(reference)
     return not options.get("pretrained", True) or source.is_here(rest)
 
 
 def fetch(reference: str, progress: Progress | None = None) -> None:
-    """Bring the weights of a model to this machine, unless it has none, they are there, or opening it brings them.
+    """Download the weights of a model, unless it has none, they are cached, or opening it downloads them.
 
     Raises:
-        LayercritError: The reference is unknown, or its weights cannot be fetched.
+        LayercritError: the reference is unknown, or its weights cannot be fetched.
     """
     source, rest, options = parse(reference)
     if options.get("pretrained", True):

@@ -1,4 +1,4 @@
-"""Where models come from: the kinds of references, how one is read, and what the kinds share."""
+"""Model sources: the kinds of references, how a reference is read, and what the kinds have in common."""
 
 import ast
 from abc import ABC, abstractmethod
@@ -25,11 +25,11 @@ __all__ = [
 ]
 
 Progress = Callable[[str, int, int | None], object]
-"""Called with words for a file, the number of its bytes that have come, and of all where the server says so."""
+"""Called with the name of a file, how many bytes have arrived, and how many there are if the server says so."""
 
 
 class ModelSource(ABC):
-    """A kind of model references, ``kind:rest?options``; its docstring says in a line what it opens.
+    """A kind of model reference, ``kind:rest?options``; its docstring says in one line what it opens.
 
     Attributes:
         kind: what its references begin with; `model_source` sets it.
@@ -44,25 +44,25 @@ class ModelSource(ABC):
         """Return the model of a reference, whose ``reference`` is then replaced by the one asked for.
 
         Args:
-            rest: what stands between ``kind:`` and the question mark.
-            options: of the reference, to be consumed; with ``pretrained`` false, the weights are to be fresh, drawn
-                under ``seed``. ``mean``, ``std`` and ``input_size`` are dealt with outside.
+            rest: the text between ``kind:`` and the question mark.
+            options: the reference's options, to be consumed; with ``pretrained`` false, the weights are fresh, drawn
+                under ``seed``. The caller handles ``mean``, ``std`` and ``input_size``.
         """
 
     def architecture(self, rest: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Return ``kind:rest`` and the options of what models that differ in weights alone have in common."""
+        """Return ``kind:rest`` and options of the architecture, the same for models that differ only in weights."""
         return f"{self.kind}:{rest}", options
 
     def is_here(self, rest: str) -> bool:
-        """Whether the trained weights are on this machine, or never come from a network."""
+        """Whether the trained weights are cached, or never downloaded at all."""
         return True
 
     def fetch(self, rest: str, progress: Progress | None = None) -> None:  # noqa: B027 - most have nothing to do
-        """Bring the trained weights to this machine, where opening the model does not."""
+        """Download the trained weights, where opening the model does not do so."""
 
 
 class _Function(ModelSource):
-    """A function that opens models, for which nothing has to be fetched."""
+    """A function that opens models; nothing has to be downloaded for it."""
 
     def __init__(self, function: Callable[[str, dict[str, Any]], Model], kind: str) -> None:
         self.function, self.forms, self.__doc__ = function, (f"{kind}:NAME",), function.__doc__
@@ -71,8 +71,8 @@ class _Function(ModelSource):
         return self.function(rest, options)
 
 
-MODEL_SOURCES = Registry[ModelSource]("kind of models", ModelError, "layercrit.model_sources")
-"""The kinds of model references, filled by `model_source` and by installed plug-ins."""
+MODEL_SOURCES = Registry[ModelSource]("kind of model", ModelError, "layercrit.model_sources")
+"""All kinds of model references, filled by `model_source` and by installed plug-ins."""
 
 _Source = TypeVar("_Source", bound=Callable[[str, dict[str, Any]], Model] | type[ModelSource])
 
@@ -81,11 +81,11 @@ def model_source(kind: str) -> Callable[[_Source], _Source]:
     """Register what opens references ``kind:rest?options``: a function, or a class of `ModelSource`.
 
     A function gets ``rest`` and a dictionary of options, as `ModelSource.open` does, and returns a `Model`. Its models
-    are taken to be on this machine, and those whose options are the same but for weights and seed to be of one
-    architecture; a class can say otherwise.
+    are assumed to need no download, and to have the same architecture if their options differ only in weights and
+    seed; a class can say otherwise.
 
     Raises:
-        ModelError: The kind is taken by another function or class, or cannot be one.
+        ModelError: the name is taken by another function or class, or is not valid.
     """
 
     def register(source: _Source) -> _Source:
@@ -101,22 +101,22 @@ def open_reference(reference: str, extra: Mapping[str, Any] | None = None) -> Mo
     """Open a reference; ``extra`` options win over those of its text.
 
     Raises:
-        ModelError: It is none, or the model cannot be opened.
+        ModelError: it is not a reference, or the model cannot be opened.
     """
     source, rest, options = parse(reference)
     options |= extra or {}
     mean, std, input_size = (options.pop(name, None) for name in ("mean", "std", "input_size"))
     model = source.open(rest, options)
     if not isinstance(model, Model):
-        raise ModelError(f"The source of {source.kind!r} returned {type(model).__name__}, expected a layercrit Model.")
+        raise ModelError(f"The source of {source.kind!r} returned {type(model).__name__}; expected a layercrit Model.")
     return replace(with_input(model, mean, std, input_size), reference=reference)
 
 
 def parse(reference: str) -> tuple[ModelSource, str, dict[str, Any]]:
-    """Split a reference into what opens it, the text after its kind, and its options.
+    """Split a reference into the source that opens it, the text after its kind, and its options.
 
     Raises:
-        ModelError: It is none; the text offers near ones.
+        ModelError: it is not a reference; the message suggests near ones.
     """
     name, _, query = reference.partition("?")
     kind, _, rest = name.partition(":")
@@ -126,13 +126,13 @@ def parse(reference: str) -> tuple[ModelSource, str, dict[str, Any]]:
     for option in filter(None, query.split("&")):
         key, equals, value = option.partition("=")
         if not equals or not key.isidentifier() or key in options:
-            raise ModelError(f"{reference!r}: option {option!r} is not written as name=value, or given twice.")
+            raise ModelError(f"{reference!r}: the option {option!r} is not written as name=value, or is given twice.")
         options[key] = _literal(value)
     return MODEL_SOURCES[kind], rest, options
 
 
 def _unknown_reference(reference: str, name: str, kind: str) -> str:
-    text = f"{reference!r} is no model reference: expected kind:name, with a kind of {', '.join(MODEL_SOURCES)}."
+    text = f"{reference!r} is not a model reference: expected kind:name, with a kind of {', '.join(MODEL_SOURCES)}."
     if kind in MODEL_SOURCES:
         return text
     if ":" in name:
@@ -159,13 +159,13 @@ def with_input(model: Model, mean: object, std: object, input_size: object) -> M
     """Return the model with another normalisation and image size; None leaves each as it is.
 
     Raises:
-        ModelError: They are not written as `open_model` takes them.
+        ModelError: they are not of the form that `open_model` takes.
     """
     shape = model.preprocessing
     if input_size is not None:
         sizes = _numbers("input_size", input_size)
         if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ModelError(f"input_size is {input_size!r}, expected three whole numbers (channels, height, width).")
+            raise ModelError(f"input_size must be three whole numbers (channels, height, width); got {input_size!r}.")
         channels, height, width = (int(size) for size in sizes)
         squash = isinstance(shape.resize, tuple)
         resize = (height, width) if squash else max(height, width)
@@ -180,7 +180,7 @@ def with_input(model: Model, mean: object, std: object, input_size: object) -> M
 def _numbers(name: str, values: object) -> tuple[float, ...]:
     if isinstance(values, Sequence) and values and all(isinstance(v, int | float) for v in values):
         return tuple(values)
-    raise ModelError(f"{name} is {values!r}, expected a sequence of numbers.")
+    raise ModelError(f"{name} must be a sequence of numbers; got {values!r}.")
 
 
 @contextmanager
@@ -188,12 +188,12 @@ def explained(what: str, options: Mapping[str, Any], usual: Sequence[str] = ()) 
     """Turn any error of a library that opens ``what`` into a ModelError that says what to do.
 
     Args:
-        what: The reference, with which the text begins.
-        options: Options that were passed to the library.
-        usual: Options it is known to take, for near names.
+        what: the reference; the message begins with it.
+        options: options that were passed to the library.
+        usual: options it is known to take, for near names.
 
     Raises:
-        ModelError: The library raised; errors of layercrit itself pass unchanged.
+        ModelError: the library raised; errors of layercrit itself pass unchanged.
     """
     try:
         yield
@@ -201,10 +201,10 @@ def explained(what: str, options: Mapping[str, Any], usual: Sequence[str] = ()) 
         raise
     except OSError as error:
         raise ModelError(
-            f"{what}: its files were neither found on this machine nor fetched ({first_line(error)}). Open it once on "
+            f"{what}: its files are neither cached nor could they be downloaded ({first_line(error)}). Open it once on "
             "a machine with network access and copy the cache here (HF_HOME, else ~/.cache/huggingface; TORCH_HOME, "
-            "else ~/.cache/torch), or add '?pretrained=false' for an untrained network. HF_HUB_OFFLINE=1 saves waiting "
-            "for a network that is not there."
+            "else ~/.cache/torch), or add '?pretrained=false' for an untrained network. Offline, HF_HUB_OFFLINE=1 "
+            "avoids waiting for a connection."
         ) from error
     except Exception as error:  # a library raises what it likes at options and weights it does not know
         given = f" Options given: {options}." if options else ""
@@ -214,5 +214,5 @@ def explained(what: str, options: Mapping[str, Any], usual: Sequence[str] = ()) 
 
 
 def written(options: Mapping[str, Any]) -> str:
-    """Options as they stand in a reference, in alphabetical order."""
+    """Options as written in a reference, in alphabetical order."""
     return "?" + "&".join(f"{name}={options[name]}" for name in sorted(options)) if options else ""

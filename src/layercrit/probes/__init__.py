@@ -1,4 +1,4 @@
-"""Images a model is asked about: sources, how an image becomes pixels, and the probe set drawn from them."""
+"""The images that a model is shown: sources, preprocessing, and the probe set drawn from them."""
 
 from layercrit.probes.images import Preprocessing
 from layercrit.probes.probe_set import MEMORY_LIMIT, ProbeOptions, ProbeSet, Progress

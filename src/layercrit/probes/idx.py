@@ -1,4 +1,4 @@
-"""Images in IDX files, the format of MNIST and of the data sets made after it.
+"""Images in IDX files, the format of MNIST and its successors.
 
 A file begins with a magic number and the lengths of its axes, four bytes each with the most significant first; the
 pixels or labels follow, one byte each (Y. LeCun, C. Cortes, C. Burges, "The MNIST database of handwritten digits").
@@ -28,14 +28,14 @@ _BYTES_AT_ONCE = 2**20
 class IdxSource(ImageSource):
     """Grey images of an IDX file ``*-images-idx3-ubyte``, with or without ``.gz``.
 
-    Labels are those of the file beside it whose name has ``labels-idx1`` in place of ``images-idx3``, if there is one.
+    Labels come from the file beside it whose name has ``labels-idx1`` in place of ``images-idx3``, if there is one.
 
     Args:
-        path: The file of images, or a folder with the two parts of a data set, ``t10k-*`` to test and ``train-*``.
-        split: Which part of a folder: ``test`` or ``train``. None: ``test``.
+        path: the file of images, or a folder with the two parts of a data set, ``t10k-*`` to test and ``train-*``.
+        split: which part of a folder: ``test`` or ``train``. None: ``test``.
 
     Raises:
-        ProbeError: Nothing lies there, there is no such part, or the file is damaged or none of images.
+        ProbeError: there is no such file, folder or part, or the file is damaged or contains no images.
     """
 
     def __init__(self, path: str | Path, split: str | None = None) -> None:
@@ -43,7 +43,7 @@ class IdxSource(ImageSource):
         self._path = _file_of(Path(path).expanduser(), split)
         self._images = _read(self._path, 3)  # (n_images, height, width)
         if self._images.size == 0:
-            raise ProbeError(f"no images in '{self._path}': its axes have the lengths {self._images.shape}")
+            raise ProbeError(f"There are no images in '{self._path}': its shape is {self._images.shape}.")
         self._labels_path = _labels_beside(self._path)
         if self._labels_path is not None:
             self.label_origin = f"the file {self._labels_path.name}"
@@ -74,34 +74,34 @@ class IdxSource(ImageSource):
         labels = _read(self._labels_path, 1)
         if len(labels) != len(self):
             raise ProbeError(
-                f"'{self._labels_path}' holds {len(labels)} labels for the {len(self)} images of '{self._path.name}'; "
-                "fetch both again, or leave the labels out with use_labels=False (--no-labels)"
+                f"'{self._labels_path}' has {len(labels)} labels for the {len(self)} images of '{self._path.name}'. "
+                "Download both again, or ignore the labels with use_labels=False (--no-labels)."
             )
         return labels
 
 
 def _file_of(path: Path, split: str | None) -> Path:
-    """Return the file of images that a path means; of a packed file and its unpacked copy, the latter."""
+    """Return the file of images that a path names; of a compressed file and its uncompressed copy, the latter."""
     check_exists(path)
     if not path.is_dir():
         if split is not None:
-            raise ProbeError(f"'{path}' is one file, so it has no part {split!r}; give its folder, or no split")
+            raise ProbeError(f"'{path}' is a single file, so it has no part {split!r}. Give its folder, or no split.")
         return path
     if split not in (None, *_PARTS):
-        raise ProbeError(f"a folder of IDX files has no part {split!r}: it has 'test' and 'train'")
+        raise ProbeError(f"A folder of IDX files has no part {split!r}: it has 'test' and 'train'.")
     wanted = f"{_PARTS[split or 'test']}-{_IMAGES}"
     found = [path / name for name in (wanted, f"{wanted}.gz") if (path / name).is_file()]
     if not found:
         there = ", ".join(sorted(entry.name for entry in path.iterdir() if IdxSource.is_images(entry))) or "none"
         raise ProbeError(
-            f"the folder '{path}' has no file {wanted} or {wanted}.gz. Files of images in it: {there}. "
-            "To take another one, give its own path"
+            f"The folder '{path}' has no file {wanted} or {wanted}.gz. Files of images in it: {there}. "
+            "To use another file, give its path."
         )
     return found[0]
 
 
 def _labels_beside(images: Path) -> Path | None:
-    """Return the file of the labels that go with a file of images, packed like that or not."""
+    """Return the file of labels that goes with a file of images, compressed or not."""
     unpacked = images.with_name(images.name.removesuffix(".gz").removesuffix(_IMAGES) + _LABELS)
     packed = unpacked.with_name(f"{unpacked.name}.gz")
     paths = [packed, unpacked] if images.suffix == ".gz" else [unpacked, packed]
@@ -111,7 +111,7 @@ def _labels_beside(images: Path) -> Path | None:
 def _read(path: Path, n_axes: int) -> npt.NDArray[np.uint8]:
     """Return the bytes of an IDX file as an array of ``n_axes`` axes.
 
-    Its header is not believed: no more is held in memory than the file has, nor than one byte beyond the promised.
+    Its header is not trusted: no more is read than the file has, nor than one byte beyond what the header promises.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -120,12 +120,12 @@ def _read(path: Path, n_axes: int) -> npt.NDArray[np.uint8]:
             while piece := file.read(min(_BYTES_AT_ONCE, promised + 1 - len(content))):
                 content += piece
     except (OSError, EOFError, zlib.error) as error:  # what gzip raises on damaged files
-        raise ProbeError(f"cannot read '{path}': {error}. Fetch it again") from error
+        raise ProbeError(f"Cannot read '{path}' ({error}). Download it again.") from error
     if len(content) != promised:
-        found = f"holds only {len(content):,}" if len(content) < promised else "goes on after them"
+        found = f"has only {len(content):,}" if len(content) < promised else "has more"
         raise ProbeError(
             f"'{path}' is damaged: its header promises {' x '.join(map(str, shape))} = {promised:,} bytes, but it "
-            f"{found}. Fetch it again"
+            f"{found}. Download it again."
         )
     return np.frombuffer(content, np.uint8).reshape(shape)
 
@@ -136,7 +136,7 @@ def _lengths(path: Path, header: bytes, n_axes: int) -> tuple[int, ...]:
     if header[:4] != magic or len(header) != 4 + 4 * n_axes:
         what = "images" if n_axes == 3 else "labels"
         raise ProbeError(
-            f"'{path}' is no IDX file of {what}: it begins with {header[:4].hex(' ') or 'nothing'}, expected "
-            f"{magic.hex(' ')} and the lengths of its axes"
+            f"'{path}' is not an IDX file of {what}: it begins with {header[:4].hex(' ') or 'nothing'}; expected "
+            f"{magic.hex(' ')} and the lengths of its axes."
         )
     return tuple(int.from_bytes(header[start : start + 4]) for start in range(4, len(header), 4))

@@ -1,4 +1,4 @@
-"""How one image, as a file, bytes or an array, becomes the uint8 pixels a model is asked about."""
+"""From one image, given as a file, bytes or an array, to the uint8 pixels that a model is shown."""
 
 import io
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the uint8 array a model is asked about: convert, resize, crop.
+    """How an image becomes the uint8 array that a model is shown: convert, resize, crop.
 
     The bits are those of torchvision's ``ImageClassification`` preset and of timm's evaluation transform
     (``create_transform(is_training=False)``) before they turn pixels into floats. Their ``crop_pct`` is
@@ -36,16 +36,16 @@ class Preprocessing:
 
     Attributes:
         channels: 3 for RGB, 1 for grey.
-        height: Of the result, in pixels.
-        width: Of the result, in pixels.
-        resize: Length of the shorter side after resizing (the aspect ratio stays), or ``(height, width)`` to squash
+        height: of the result, in pixels.
+        width: of the result, in pixels.
+        resize: length of the shorter side after resizing (the aspect ratio stays), or ``(height, width)`` to squash
             the image to exactly that, or None for no resize.
         interpolation: Pillow's filter of that name, with its antialiasing.
-        crop: Whether to cut the centre of ``(height, width)`` out of the resized image; where the image is smaller,
-            black is added on both sides.
+        crop: whether to crop the central ``(height, width)`` of the resized image; a smaller image is padded with black
+            on both sides.
 
     Raises:
-        ProbeError: The settings contradict each other or are out of range.
+        ProbeError: the settings contradict each other or are out of range.
     """
 
     channels: int = 3
@@ -57,27 +57,27 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
-            raise ProbeError(f"channels is {self.channels}, expected 3 (RGB) or 1 (grey)")
+            raise ProbeError(f"channels must be 3 (RGB) or 1 (grey); got {self.channels}.")
         resize = self.resize if isinstance(self.resize, tuple) else (self.resize or 1,)
         if min(self.height, self.width, *resize) < 1 or self.resize == 0:
             raise ProbeError(
-                f"image sizes must be positive, got height {self.height}, width {self.width}, resize {self.resize}"
+                f"Image sizes must be positive; got height {self.height}, width {self.width}, resize {self.resize}."
             )
         if self.interpolation not in get_args(Interpolation):
             raise ProbeError(
-                f"unknown interpolation {self.interpolation!r}. {near(self.interpolation, get_args(Interpolation))}"
+                f"Unknown interpolation {self.interpolation!r}. {near(self.interpolation, get_args(Interpolation))}"
             )
         if not self.crop and self.resize not in (None, (self.height, self.width)):
             raise ProbeError(
-                f"without a crop, resize={self.resize} does not give {self.height} x {self.width} pixels; "
-                f"use resize=({self.height}, {self.width}), or crop=True"
+                f"Without a crop, resize={self.resize} does not give {self.height} x {self.width} pixels. "
+                f"Use resize=({self.height}, {self.width}), or crop=True."
             )
 
     def __call__(self, image: Image.Image) -> Pixels:
         """Return the pixels of ``image``, shape ``(channels, height, width)``.
 
         Raises:
-            ValueError: The image cannot be used: its pixels are floats or 32-bit integers, it has a size other than
+            ValueError: the image cannot be used: its pixels are floats or 32-bit integers, it has a size other than
                 the model's and nothing here changes it, or it would grow beyond ``PIL.Image.MAX_IMAGE_PIXELS``.
             OSError: Pillow finds the image damaged while it decodes it.
         """
@@ -86,7 +86,7 @@ class Preprocessing:
         return np.ascontiguousarray(self._cropped(pixels).transpose(2, 0, 1))  # (channels, height, width)
 
     def at_size(self, image: Image.Image) -> Pixels:
-        """Return the pixels of ``image``, already ``(height, width)``, with nothing but its channels adapted."""
+        """Return the pixels of ``image``, already ``(height, width)``, with only its channels converted."""
         pixels = np.asarray(self._converted(image)).reshape(self.height, self.width, self.channels)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (channels, height, width)
 
@@ -141,15 +141,15 @@ def _centre(length: int, wanted: int) -> tuple[slice, slice]:
 
 
 def open_image(encoded: bytes | Path) -> Image.Image:
-    """Decode an image file wholly, so that a damaged one is found here and not later.
+    """Decode a whole image file, so that damage shows here and not later.
 
     Args:
-        encoded: The bytes of a file in one of ``FORMATS`` (found by content, not by suffix), or its path. Of several
-            frames the first is taken.
+        encoded: the bytes of a file in one of ``FORMATS`` (found by content, not by suffix), or its path. Of several
+            frames, the first is used.
 
     Raises:
-        ValueError: The bytes are in none of these formats.
-        OSError: The file cannot be read, or is damaged or cut off.
+        ValueError: the bytes are in none of these formats.
+        OSError: the file cannot be read, or is damaged or cut off.
         PIL.Image.DecompressionBombError: It has more than twice ``PIL.Image.MAX_IMAGE_PIXELS`` pixels.
     """
     content = io.BytesIO(encoded if isinstance(encoded, bytes) else encoded.read_bytes())

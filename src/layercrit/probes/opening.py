@@ -8,26 +8,29 @@ import numpy.typing as npt
 import torch
 
 from layercrit.errors import ProbeError
-from layercrit.probes.archives import HuggingFaceSource, ParquetSource, TarSource, TorchvisionSource
+from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import SUFFIXES
+from layercrit.probes.parquet import ParquetSource
 from layercrit.probes.sources import ACCEPTED, ArraySource, FolderSource, ImageSource, check_exists
+from layercrit.probes.tar import TarSource
+from layercrit.probes.torchvision import TorchvisionSource
 
 __all__ = ["open_source"]
 
 
 def open_source(source: str | Path | npt.NDArray[Any] | torch.Tensor) -> ImageSource:
-    """Find out what ``source`` is, from its type, its suffix and what a folder holds.
+    """Find out what ``source`` is, from its type, its suffix or the contents of a folder, and open it.
 
     Raises:
-        ProbeError: Nothing lies there, nothing in it is an image, or it is of none of the kinds known here.
+        ProbeError: there is no such file or folder, it contains no image, or it is of an unknown kind.
     """
     if isinstance(source, np.ndarray | torch.Tensor):
         return ArraySource(source)
     if str(source).startswith("torchvision:"):
         return TorchvisionSource.from_text(str(source))
     if not isinstance(source, str | Path):
-        raise ProbeError(f"cannot read images from an object of type {type(source).__name__}. Accepted: {ACCEPTED}")
+        raise ProbeError(f"Cannot read images from an object of type {type(source).__name__}. Accepted: {ACCEPTED}.")
     path = Path(source).expanduser()
     if path.is_dir():
         return _open_folder(path)
@@ -44,7 +47,7 @@ def open_source(source: str | Path | npt.NDArray[Any] | torch.Tensor) -> ImageSo
     hint = " For a single image, give its folder." if suffix in SUFFIXES else ""
     if suffix == ".tgz" or ".tar" in path.suffixes:
         hint = " A compressed tar file cannot be read by offset: decompress it first."
-    raise ProbeError(f"cannot read images from '{path}': unknown type of file. Accepted: {ACCEPTED}.{hint}")
+    raise ProbeError(f"Cannot read images from '{path}': unknown file type. Accepted: {ACCEPTED}.{hint}")
 
 
 def _open_folder(path: Path) -> ImageSource:
@@ -55,7 +58,7 @@ def _open_folder(path: Path) -> ImageSource:
     if any(entry.is_dir() for entry in entries) or suffixes & set(SUFFIXES):
         return FolderSource(path)
     if {".parquet", ".tar"} <= suffixes:
-        raise ProbeError(f"'{path}' holds both .parquet and .tar files; say which, such as '{path / '*.tar'}'")
+        raise ProbeError(f"'{path}' contains both .parquet and .tar files. Choose one, such as '{path / '*.tar'}'.")
     if ".parquet" in suffixes:
         return ParquetSource(path)
     if ".tar" in suffixes:

@@ -1,4 +1,4 @@
-"""Where the pixels of a probe set lie: in memory, in a temporary file, or in a file that is kept."""
+"""Where the pixels of a probe set are stored: in memory, in a temporary file, or in a file that is kept."""
 
 import errno
 import math
@@ -22,13 +22,13 @@ class KeptPixels:
             images = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise ProbeError(
-                f"{path} cannot be read as images ({error}); delete it, and they are decoded anew"
+                f"{path} cannot be read as images ({error}). Delete it to have them decoded again."
             ) from error
         self.shape: tuple[int, ...] = images.shape
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ProbeError(
-                f"{path} holds {images.dtype} {self.shape}, expected uint8 (n_images, channels, height, width); "
-                "delete it, and the images are decoded anew"
+                f"{path} contains {images.dtype} {self.shape}; expected uint8 (n_images, channels, height, width). "
+                "Delete it to have the images decoded again."
             )
         self._images: Pixels = images
         self._path, self._offset = path, int(images.offset)
@@ -48,7 +48,7 @@ class KeptPixels:
 
 
 class PixelStore:
-    """uint8 images of one shape, in memory, or in a temporary file that goes when this object goes.
+    """uint8 images of one shape, in memory, or in a temporary file that is removed with this object.
 
     A pickled copy, as for another process, reads the same file and leaves its removal to the original.
     """
@@ -107,9 +107,9 @@ class PixelStore:
 
     def _disk_full(self) -> ProbeError:
         return ProbeError(
-            f"not enough space in '{tempfile.gettempdir()}' for {len(self)} images, which need "
-            f"{math.prod(self.shape) / 2**30:.3g} GiB; ask for fewer images (n_images), set TMPDIR to a larger disk, "
-            "or allow more in memory (memory_limit)"
+            f"There is not enough space in '{tempfile.gettempdir()}' for {len(self)} images, which need "
+            f"{math.prod(self.shape) / 2**30:.3g} GiB. Use fewer images (n_images), set TMPDIR to a larger disk, or "
+            "allow more in memory (memory_limit)."
         )
 
 

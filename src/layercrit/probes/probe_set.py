@@ -1,4 +1,4 @@
-"""Image sources -> probe set: the images a model is asked about, drawn by seed, decoded once, identified by a hash."""
+"""Image sources -> probe set: the images a model is shown, drawn by seed, decoded once, identified by a hash."""
 
 import hashlib
 import json
@@ -17,16 +17,14 @@ import torch
 from PIL import Image
 
 from layercrit.errors import ProbeError
-from layercrit.probes.archives import (
-    HuggingFaceSource,
-    ParquetSource,
-    TarSource,
-    TorchvisionSource,
-)
+from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.images import STANDARD, Pixels, Preprocessing, open_image
 from layercrit.probes.opening import open_source
+from layercrit.probes.parquet import ParquetSource
 from layercrit.probes.pixels import KeptPixels, PixelStore
 from layercrit.probes.sources import ArraySource, FolderSource, ImageSource, Item
+from layercrit.probes.tar import TarSource
+from layercrit.probes.torchvision import TorchvisionSource
 from layercrit.seeds import image_order_seed
 
 __all__ = ["MEMORY_LIMIT", "ProbeOptions", "ProbeSet", "Progress"]
@@ -38,7 +36,7 @@ Progress = Callable[[int, int], None]  # called with the number of images decode
 
 
 class ProbeOptions(TypedDict, total=False):
-    """What every way to a probe set can be told; meanings and defaults are those of ``ProbeSet.from_source``."""
+    """Options of every constructor of a probe set; meanings and defaults are those of ``ProbeSet.from_source``."""
 
     n_images: int | None
     seed: int
@@ -51,18 +49,18 @@ class ProbeOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class ProbeSet:
-    """Images as a model is asked about them, in the order of their draw.
+    """Images as a model is shown them, in the order in which they were drawn.
 
     Attributes:
-        preprocessing: How images became pixels.
-        source: Where the images come from, as the user named it.
-        seed: Of the draw.
-        sha256: Identity, over shape, pixels and labels; 64 hexadecimal digits.
+        preprocessing: how images became pixels.
+        source: where the images come from, as the user named it.
+        seed: the seed of the draw.
+        sha256: hash of shape, pixels and labels, 64 hexadecimal digits; it identifies the probe set.
         labels: ``(n_images,)`` int64, or None without labels.
-        label_origin: What the labels are, in words, or None without labels.
-        n_classes: How many classes the source counts, or None where it does not say or numbers them absolutely.
-        names: Where each image was found.
-        skipped: Name and reason of each image left out because it could not be read.
+        label_origin: what the labels are, in words, or None without labels.
+        n_classes: how many classes the source has; None where it does not say or labels are absolute numbers.
+        names: where each image was found.
+        skipped: name and reason of each image left out because it could not be read.
     """
 
     preprocessing: Preprocessing
@@ -83,9 +81,9 @@ class ProbeSet:
 
     @property
     def images(self) -> Pixels:
-        """All images, ``(n_images, channels, height, width)``, read-only; memory-mapped if they lie in a file.
+        """All images, ``(n_images, channels, height, width)``, read-only; memory-mapped if they are stored in a file.
 
-        Pages of a memory map that were touched count as memory of the process while the array lives: to go through all
+        Pages of a memory map that were read count as memory of the process while the array exists: to iterate over all
         images, use ``batch``.
         """
         return self._pixels.first(self.n_images)
@@ -94,10 +92,10 @@ class ProbeSet:
         """Return a copy of images ``start`` to ``stop`` (cut at the end), ``(n, channels, height, width)`` uint8.
 
         Raises:
-            ProbeError: The range is empty or begins outside the probe set.
+            ProbeError: the range is empty or begins outside the probe set.
         """
         if not 0 <= start < min(stop, self.n_images):
-            raise ProbeError(f"images {start} to {stop} asked of a probe set of {self.n_images} images")
+            raise ProbeError(f"There are no images {start} to {stop} in a probe set of {self.n_images} images.")
         return torch.from_numpy(self._pixels.read(start, min(stop, self.n_images)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,7 +117,7 @@ class ProbeSet:
         """Write ``images.npy``, ``(n_images, channels, height, width)`` uint8, and ``probe_set.json`` into a folder.
 
         Raises:
-            ProbeError: The folder cannot be written, for instance because the disk is full.
+            ProbeError: the folder cannot be written, for instance because the disk is full.
         """
         folder = Path(folder).expanduser()
         about = {
@@ -141,8 +139,8 @@ class ProbeSet:
             (folder / _ABOUT).write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise ProbeError(
-                f"the images cannot be written into {folder}: {error.strerror or error}; free some space, "
-                "or name another folder"
+                f"The images cannot be written to {folder} ({error.strerror or error}). Free some space, or name "
+                "another folder."
             ) from error
         return folder
 
@@ -151,11 +149,11 @@ class ProbeSet:
         """Read what `save` wrote, without decoding anything.
 
         Args:
-            folder: Where.
-            verify: Whether to make sure that pixels and labels still have their hash.
+            folder: the folder.
+            verify: whether to check that pixels and labels still have their hash.
 
         Raises:
-            ProbeError: There is no probe set in the folder, or it is damaged.
+            ProbeError: there is no probe set in the folder, or it is damaged.
         """
         folder = Path(folder).expanduser()
         try:
@@ -181,17 +179,17 @@ class ProbeSet:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ProbeError(
-                f"there is no whole probe set in {folder} ({error}); delete the folder, and it is made anew"
+                f"There is no complete probe set in {folder} ({error}). Delete the folder to have it made again."
             ) from error
         if verify and _digest(probe_set._pixels, probe_set.n_images, labels) != probe_set.sha256:
-            raise ProbeError(f"the images in {folder} were changed; delete the folder, and they are decoded anew")
+            raise ProbeError(f"The images in {folder} were changed. Delete the folder to have them decoded again.")
         return probe_set
 
     def check_labels(self, n_classes: int) -> None:
-        """Make sure that the labels can be those of a model with ``n_classes`` outputs; no labels are fine.
+        """Check that the labels can be those of a model with ``n_classes`` outputs; having none is fine.
 
         Raises:
-            ProbeError: A label is out of range, or the source counts another number of classes.
+            ProbeError: a label is out of range, or the source has another number of classes.
         """
         if self.labels is None:
             return
@@ -200,13 +198,13 @@ class ProbeSet:
             first = wrong[0]
             reason = f"label {self.labels[first]} of '{self.names[first]}' is not in 0 to {n_classes - 1}"
         elif self.n_classes not in (None, n_classes):
-            reason = f"the source counts {self.n_classes} classes, the model {n_classes}"
+            reason = f"the source has {self.n_classes} classes, the model {n_classes}"
         else:
             return
         raise ProbeError(
-            f"labels of '{self.source}' are unlike the model's classes: {reason}. The labels are {self.label_origin}. "
-            "Give the numbers of the model's classes (class folders may be named by these integers), or leave the "
-            "labels out: use_labels=False (--no-labels; labels = false in a study file)"
+            f"The labels of '{self.source}' do not match the model's classes: {reason}. The labels are "
+            f"{self.label_origin}. Label the images by the model's class numbers (class folders may be named by these "
+            "integers), or ignore the labels: use_labels=False (--no-labels; labels = false in a study file)."
         )
 
     @classmethod
@@ -223,26 +221,26 @@ class ProbeSet:
         n_threads: int | None = None,
         progress: Progress | None = None,
     ) -> "ProbeSet":
-        """Draw images from anything that holds some, and decode them.
+        """Draw images from any accepted source, and decode them.
 
-        The images of a source are put into an order that depends on their number and ``seed`` alone, and the first
-        ``n_images`` readable ones are taken: a smaller probe set is the beginning of a larger one. Pixels in an array
-        that have the model's size already are taken as they are; all else goes through ``preprocessing``.
+        The images of a source are put into an order that depends only on how many there are and on ``seed``, and the
+        first ``n_images`` readable ones are taken: a smaller probe set is the beginning of a larger one. Pixels in an
+        array that already have the model's size are used as they are; all else goes through ``preprocessing``.
 
         Args:
-            source: What ``open_source`` takes, or an opened source. A probe set is returned as it is, whatever the
+            source: what ``open_source`` takes, or an opened source. A probe set is returned as it is, whatever the
                 other settings, provided its images have the size that ``preprocessing`` asks for.
-            preprocessing: How an image becomes pixels.
-            n_images: How many images to draw; None, or more than there are, takes all.
-            seed: Of the draw.
-            use_labels: Whether to read labels where the source has some.
-            max_unreadable: Largest share, of the images tried, that may be left out as damaged; in [0, 1].
-            memory_limit: Bytes above which the images lie in a temporary file instead of in memory.
-            n_threads: That decode; None: one per processor, 8 at most. The result does not depend on it.
-            progress: Called in this thread with the number of images decoded, and of those wanted.
+            preprocessing: how an image becomes pixels.
+            n_images: how many images to draw; None, or more than there are, takes all.
+            seed: the seed of the draw.
+            use_labels: whether to read labels where the source has some.
+            max_unreadable: largest share of the images tried that may be skipped as unreadable, in [0, 1].
+            memory_limit: bytes above which the images are kept in a temporary file instead of in memory.
+            n_threads: threads that decode; None: one per processor, 8 at most. The result does not depend on it.
+            progress: called in this thread with the number of images decoded, and of those wanted.
 
         Raises:
-            ProbeError: A setting is out of range; there are no images; too many are unreadable; labels are wrong or
+            ProbeError: a setting is out of range; there are no images; too many are unreadable; labels are wrong or
                 given for some images only; or the disk is too small.
         """
         if isinstance(source, ProbeSet):
@@ -324,19 +322,19 @@ class ProbeSet:
         size, wanted = self._pixels.shape[1:], (preprocessing.channels, preprocessing.height, preprocessing.width)
         if size != wanted:
             raise ProbeError(
-                f"the probe set of '{self.source}' has images {size} (channels, height, width), but {wanted} is asked "
-                "for; make a probe set with the model's preprocessing"
+                f"The probe set of '{self.source}' has images of {size} (channels, height, width), but "
+                f"{wanted} are asked for. Make a probe set with the model's preprocessing."
             )
         return self
 
 
 def _check_settings(n_images: int | None, max_unreadable: float, n_threads: int | None) -> None:
     if n_images is not None and n_images < 1:
-        raise ProbeError(f"n_images is {n_images}, expected a positive number, or None for all images")
+        raise ProbeError(f"n_images must be a positive number, or None for all images; got {n_images}.")
     if not 0 <= max_unreadable <= 1:
-        raise ProbeError(f"max_unreadable is {max_unreadable}, expected a share in [0, 1]")
+        raise ProbeError(f"max_unreadable must be a share in [0, 1]; got {max_unreadable}.")
     if n_threads is not None and n_threads < 1:
-        raise ProbeError(f"n_threads is {n_threads}, expected a positive number, or None")
+        raise ProbeError(f"n_threads must be a positive number, or None; got {n_threads}.")
 
 
 def _order(n_items: int, seed: int) -> list[int]:
@@ -350,11 +348,11 @@ def _order(n_items: int, seed: int) -> list[int]:
 
 @dataclass
 class _Draw:
-    """The draw under way: decodes images in order, and counts those that cannot be read.
+    """A draw in progress: decodes images in order, and counts those that cannot be read.
 
     Attributes:
-        kept: Index in the source, and label, of each image in the store.
-        skipped: Name and reason of each unreadable image, in the order of the draw.
+        kept: index in the source, and label, of each image in the store.
+        skipped: name and reason of each unreadable image, in the order of the draw.
     """
 
     source: ImageSource
@@ -375,7 +373,7 @@ class _Draw:
             self._try(store, candidates)
             self._check_share(len(store), len(order))
         if not self.kept:
-            raise ProbeError(f"no images in '{self.source.description}' can be read: {self._examples()}")
+            raise ProbeError(f"No image in '{self.source.description}' can be read: {self._examples()}.")
 
     def _try(self, store: PixelStore, candidates: Sequence[int]) -> None:
         """Decode ``candidates`` behind the images in ``store``, and close the gaps that unreadable ones leave."""
@@ -417,8 +415,8 @@ class _Draw:
         if len(self.skipped) / n_tried > self.max_unreadable:
             raise ProbeError(
                 f"{len(self.skipped)} of {n_tried} images of '{self.source.description}' are unreadable, more than "
-                f"max_unreadable={self.max_unreadable:g} allows: {self._examples()}. Repair or remove them, or allow "
-                "more"
+                f"max_unreadable={self.max_unreadable:g} allows: {self._examples()}. Repair or remove them, or raise "
+                "max_unreadable."
             )
 
     def _examples(self) -> str:
@@ -448,7 +446,7 @@ def _labels(kept: Sequence[tuple[int, int | None]], source: ImageSource) -> npt.
     if missing:
         raise ProbeError(
             f"{len(missing)} of {len(kept)} images of '{source.description}' have no label, such as "
-            f"'{source.name(missing[0])}'; label all, or leave the labels out with use_labels=False (--no-labels)"
+            f"'{source.name(missing[0])}'. Label them all, or ignore the labels with use_labels=False (--no-labels)."
         )
     labels = np.array([label for _, label in kept], np.int64)
     labels.flags.writeable = False

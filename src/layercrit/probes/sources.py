@@ -1,4 +1,4 @@
-"""What a source of images is, and the two plain ones: a folder of files, and pixels in an array."""
+"""The interface of image sources, and the two simplest: a folder of files, and pixels in an array."""
 
 import operator
 import os
@@ -42,13 +42,13 @@ LABEL_KEYS = ("labels", "y")
 
 @dataclass(frozen=True)
 class Item:
-    """One image of a source, as it lies there.
+    """One image of a source, as it is stored there.
 
     Attributes:
-        index: Which image of the source.
-        content: A path or the bytes of an image file, a decoded image, uint8 pixels ``(height, width)`` or
+        index: its number in the source.
+        content: a path or the bytes of an image file, a decoded image, uint8 pixels ``(height, width)`` or
             ``(height, width, channels)``, or the exception that says why there is none.
-        label: The class, or None without one.
+        label: the class, or None without one.
     """
 
     index: int
@@ -60,9 +60,9 @@ class ImageSource(ABC):
     """A numbered list of images, in an order that depends on the data alone.
 
     Attributes:
-        description: The source as the user named it.
-        label_origin: What the labels are, in words; None without labels.
-        n_classes: How many classes the source counts; None where it does not say, or where its labels are the class
+        description: the source as the user named it.
+        label_origin: what the labels are, in words; None without labels.
+        n_classes: how many classes the source has; None where it does not say, or where its labels are the class
             numbers of ImageNet-1k or of the user.
     """
 
@@ -76,14 +76,14 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Return where image ``index`` lies, for people."""
+        """Return where image ``index`` is, in words."""
 
     @abstractmethod
     def read(self, indices: Sequence[int], use_labels: bool) -> Iterator[Item]:
         """Yield the images ``indices``, which ascend, without decoding them.
 
         Raises:
-            ProbeError: The source is damaged beyond single images, or labels are asked for that are not integers.
+            ProbeError: the source as a whole is damaged, or labels were asked for and are not integers.
         """
 
 
@@ -94,13 +94,13 @@ class FolderSource(ImageSource):
     ``ImageFolder``). What their names are decides the labels:
 
     - all integers: these integers;
-    - all WordNet ids of ImageNet-1k (``n01440764``): their number there, so that a part of ImageNet is labelled right;
+    - all WordNet ids of ImageNet-1k (``n01440764``): their number there, also in a subset of ImageNet;
     - else the position in the sorted list of class folders, also counting empty ones. A single folder is no class.
 
     Without class folders, or with images beside them, there are no labels.
 
     Raises:
-        ProbeError: There is no such folder, or no image in it.
+        ProbeError: there is no such folder, or no image in it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -110,8 +110,8 @@ class FolderSource(ImageSource):
         self._names = sorted(_image_names(self.root))
         if not self._names:
             raise ProbeError(
-                f"no images in the folder '{self.root}': no file below it has one of the suffixes "
-                f"{', '.join(SUFFIXES)}. Accepted: {ACCEPTED}"
+                f"There are no images in the folder '{self.root}': no file below it has one of the suffixes "
+                f"{', '.join(SUFFIXES)}. Accepted: {ACCEPTED}."
             )
         flat = any("/" not in name for name in self._names)
         classes = [] if flat else sorted(e.name for e in self.root.iterdir() if e.is_dir() and e.name[0] != ".")
@@ -140,7 +140,7 @@ def _image_names(folder: Path, prefix: str = "", above: frozenset[Path] = frozen
     try:
         entries = list(os.scandir(folder))
     except OSError as error:
-        raise ProbeError(f"cannot list the folder '{folder}': {error.strerror}") from error
+        raise ProbeError(f"Cannot list the folder '{folder}' ({error.strerror}). Check its permissions.") from error
     for entry in entries:
         if entry.name.startswith("."):
             continue
@@ -151,7 +151,7 @@ def _image_names(folder: Path, prefix: str = "", above: frozenset[Path] = frozen
 
 
 def _class_labels(classes: list[str]) -> tuple[dict[str, int], str | None, int | None]:
-    """Return the label of each class folder, what these labels are, and how many classes they count (or None)."""
+    """Return the label of each class folder, what these labels are, and the number of classes (or None)."""
     if classes and all(re.fullmatch(r"[0-9]{1,18}", name) for name in classes):
         return {name: int(name) for name in classes}, "the integers that name the class folders", None
     if classes and all(re.fullmatch(r"n\d{8}", name) for name in classes):
@@ -174,11 +174,11 @@ class ArraySource(ImageSource):
     and ``arr_0``, the labels (if any) under one of ``labels`` and ``y``.
 
     Args:
-        images: The array, the tensor, or the path of a ``.npy`` or ``.npz`` file.
-        labels: Integers ``(n_images,)``; they replace those of the file.
+        images: the array, the tensor, or the path of a ``.npy`` or ``.npz`` file.
+        labels: integers ``(n_images,)``; they replace those of the file.
 
     Raises:
-        ProbeError: The file is missing, damaged, pickled or without images, or shape or type are none of the above.
+        ProbeError: the file is missing, damaged, pickled or without images, or its shape or type is none of the above.
     """
 
     def __init__(
@@ -208,8 +208,8 @@ class ArraySource(ImageSource):
         labels = self._labels if use_labels else None
         if labels is not None and labels.shape != (len(self),):
             raise ProbeError(
-                f"labels of '{self.description}' have shape {labels.shape}, expected ({len(self)},), one per image; "
-                "give them so, or leave them out with use_labels=False (--no-labels)"
+                f"The labels of '{self.description}' have the shape {labels.shape}; expected ({len(self)},), one per "
+                "image. Reshape them, or ignore them with use_labels=False (--no-labels)."
             )
         for index in indices:
             label = None if labels is None else integer_label(labels[index], self.name(index))
@@ -227,29 +227,29 @@ def _load_numpy(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
             image_key, label_key = find_names(loaded.files, IMAGE_KEYS, LABEL_KEYS, f"'{path}'")
             return loaded[image_key], None if label_key is None else loaded[label_key]
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ProbeError(f"cannot read '{path}': {error}") from error
+        raise ProbeError(f"Cannot read '{path}' ({error}). If it is damaged, write it again.") from error
     except ProbeError:
         raise
     except ValueError as error:
         raise ProbeError(
-            f"cannot read '{path}': {error}. Pickled objects are refused, since loading them can run code; "
-            "save plain uint8 arrays with numpy.save or numpy.savez"
+            f"Cannot read '{path}' ({error}). Pickled objects are refused, since loading them can run code: save plain "
+            "uint8 arrays with numpy.save or numpy.savez."
         ) from error
 
 
 def _channels_last(images: npt.NDArray[Any], description: str) -> npt.NDArray[Any]:
     """Return a view of shape ``(n_images, height, width, channels)`` or ``(n_images, height, width)``."""
     if images.dtype != np.uint8 and images.dtype.kind != "f":
-        raise ProbeError(f"pixels of '{description}' are {images.dtype}, expected uint8 from 0 to 255")
+        raise ProbeError(f"The pixels of '{description}' are {images.dtype}; expected uint8 from 0 to 255.")
     if images.size == 0:
-        raise ProbeError(f"no images in '{description}': its shape is {images.shape}")
+        raise ProbeError(f"There are no images in '{description}': its shape is {images.shape}.")
     if images.ndim == 3 and images.shape[2] not in (1, 3):
         return images
     channel_axes = [axis for axis in (1, 3) if images.ndim == 4 and images.shape[axis] in (1, 3)]
     if len(channel_axes) != 1:
         raise ProbeError(
-            f"images of '{description}' have shape {images.shape}, expected (n_images, height, width), or with an axis "
-            "of 1 or 3 channels in second or last place; give the axes so, also for a single image"
+            f"The images of '{description}' have the shape {images.shape}; expected (n_images, height, width), or with "
+            "an axis of 1 or 3 channels in second or last place. Arrange the axes so, also for a single image."
         )
     images = np.moveaxis(images, channel_axes[0], 3)
     return images[..., 0] if images.shape[3] == 1 else images
@@ -269,46 +269,46 @@ def _as_uint8(pixels: npt.NDArray[Any], name: str) -> Pixels:
     # A division by 255 in the array's own precision is off by half a last digit, a product with 1/255 by one.
     if not (np.abs(levels / 255 - pixels) <= np.finfo(pixels.dtype).eps).all():
         raise ProbeError(
-            f"pixels of '{name}' are {pixels.dtype} from {pixels.min():.4g} to {pixels.max():.4g} and not multiples of "
-            "1/255 from 0 to 1, so they would be rounded; give uint8 from 0 to 255, before any normalisation"
+            f"The pixels of '{name}' are {pixels.dtype} from {pixels.min():.4g} to {pixels.max():.4g} and not "
+            "multiples of 1/255 from 0 to 1, so they would be rounded. Give uint8 from 0 to 255, not normalised."
         )
     return levels.astype(np.uint8)
 
 
 def check_exists(path: Path) -> None:
-    """Raise a ProbeError with the near names of the folder unless something lies at ``path``."""
+    """Raise a ProbeError that suggests near names unless ``path`` exists."""
     if path.exists():
         return
     if path.parent.is_dir():
         hint = near(path.name, sorted(entry.name for entry in path.parent.iterdir()))
     else:
         hint = f"The folder '{path.parent}' does not exist either."
-    raise ProbeError(f"no such file or folder: '{path}'. {hint} Nothing is downloaded. Accepted: {ACCEPTED}")
+    raise ProbeError(f"No such file or folder: '{path}'. {hint} Images are never downloaded. Accepted: {ACCEPTED}.")
 
 
 def find_names(
     present: Iterable[str], images: Sequence[str], labels: Sequence[str], where: str
 ) -> tuple[str, str | None]:
-    """Return which of the ``present`` names holds the images, and which the labels if any does.
+    """Return which of the ``present`` names is that of the images, and which that of the labels, if any.
 
     Args:
-        present: Keys of a file or columns of a table.
-        images: Names accepted for the images.
-        labels: Names accepted for the labels.
-        where: What has these names, for the error.
+        present: keys of a file or columns of a table.
+        images: names accepted for the images.
+        labels: names accepted for the labels.
+        where: what has these names, for the error.
 
     Raises:
-        ProbeError: None of the names for images is there, or several for one thing are.
+        ProbeError: none of the names for images is there, or there are several for images or for labels.
     """
     names = list(present)
     found_images = [name for name in images if name in names]
     found_labels = [name for name in labels if name in names]
     if len(found_images) != 1 or len(found_labels) > 1:
-        wrong = "no images" if not found_images else "more than one name for images or labels"
+        wrong = "are no images" if not found_images else "is more than one name for images or labels"
         raise ProbeError(
-            f"{wrong} in {where}: it has {', '.join(map(repr, names)) or 'nothing'}; expected one of "
+            f"There {wrong} in {where}: it has {', '.join(map(repr, names)) or 'nothing'}; expected one of "
             f"{', '.join(map(repr, images))} for the images and at most one of {', '.join(map(repr, labels))} "
-            "for the labels"
+            "for the labels."
         )
     return found_images[0], found_labels[0] if found_labels else None
 
@@ -317,7 +317,7 @@ def integer_label(value: object, name: str) -> int:
     """Return ``value`` as an integer, given as Python's, NumPy's or torch's.
 
     Raises:
-        ProbeError: It is none, or beyond 64 bits.
+        ProbeError: it is none, or beyond 64 bits.
     """
     try:
         number = operator.index(value)  # type: ignore[arg-type]  # which values have an index is the question
@@ -325,7 +325,7 @@ def integer_label(value: object, name: str) -> int:
         number = None
     if number is None or isinstance(value, bool | np.bool) or not -(2**63) <= number < 2**63:
         raise ProbeError(
-            f"labels must be integers, the numbers of the model's classes, but that of '{name}' is {value!r}; "
-            "give integers, or leave the labels out with use_labels=False (--no-labels)"
+            f"Labels must be integers, the model's class numbers, but that of '{name}' is {value!r}. Give integers, or "
+            "ignore the labels with use_labels=False (--no-labels)."
         )
     return number

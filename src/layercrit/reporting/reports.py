@@ -21,7 +21,7 @@ from layercrit.figures.heat_maps import difference_map, heat_map, spread_map
 from layercrit.figures.rankings import ranking
 from layercrit.figures.style import check_formats, save_figure
 from layercrit.layers import layer_labels
-from layercrit.progress import Bar
+from layercrit.progress_bar import Bar
 from layercrit.registry import Registry
 from layercrit.reporting.page import write_page
 from layercrit.study.tables import Study

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from layercrit.errors import StudyError, near
+from layercrit.models.file_source import weight_file
 from layercrit.models.sources import MODEL_SOURCES
-from layercrit.models.weight_files import weight_file
 from layercrit.models.zoo.fetching import find_entries
 
 _WILD = re.compile(r"[*?\[]")

@@ -38,9 +38,9 @@ from typing import Any, TypeVar
 from layercrit.declarations import Declaration, read_table
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.errors import LayercritError, StudyError, near
+from layercrit.models.file_source import weight_file
 from layercrit.models.own_networks import import_here
 from layercrit.models.references import without_weights
-from layercrit.models.weight_files import weight_file
 from layercrit.probes.images import STANDARD, Preprocessing
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import RESETS, get_reset

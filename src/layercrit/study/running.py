@@ -17,7 +17,7 @@ from layercrit.locks import hold
 from layercrit.machine import versions
 from layercrit.models.references import fetch
 from layercrit.probes.probe_set import ProbeSet
-from layercrit.progress import Bar
+from layercrit.progress_bar import Bar
 from layercrit.resets import RESETS
 from layercrit.seeds import probe_set_seed
 from layercrit.statistics import needed_trials

@@ -83,5 +83,5 @@ def train_models(
             failures[run.name] = str(error) if known else f"{type(error).__name__}: {error}"
             say(f"{run.name} failed: {failures[run.name]}")
         else:
-            say(f"{run.name}: top-1 accuracy {trained[run.name].top1_accuracy:.1%} on the held-out images.")
+            say(f"{run.name}: {trained[run.name].top1_accuracy:.1%} top-1 accuracy on the held-out images.")
     return TrainingReport(trained, failures)

@@ -24,7 +24,7 @@ from layercrit.models.own_networks import import_here
 from layercrit.models.references import open_model
 from layercrit.probes.images import Preprocessing
 from layercrit.probes.probe_set import ProbeSet
-from layercrit.progress import Bar
+from layercrit.progress_bar import Bar
 from layercrit.protocol import MATCHED
 from layercrit.resets import RESETS
 from layercrit.study.entries import ModelEntry

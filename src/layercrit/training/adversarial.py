@@ -1,8 +1,8 @@
-"""Adversarial training: each step on the images that fool the network most, within a small distance of the true ones.
+"""Adversarial training: each step is taken on images perturbed to raise the loss, within a small norm ball.
 
-The attack is our own, for the maintained libraries of attacks are made to evaluate: they wrap a finished classifier
-with an input range, a normalisation and a mode of their own. A training step needs the network as it is trained, on
-its device, and nothing left behind.
+The attack is our own because attack libraries are made for evaluation: they wrap a trained classifier with its input
+range, normalisation and mode. A training step needs the network as it is being trained, on its device, with no side
+effects.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,19 +30,19 @@ def attack(
     step_size: float,
     random_start: bool,
 ) -> Tensor:
-    """Return images near the given ones with a higher loss, by projected gradient descent on the negative loss.
+    """Return images perturbed to raise the loss, by projected gradient descent (PGD) on the negative loss.
 
-    Gradients are taken with respect to the images alone; those of parameters stay as they are.
+    Gradients are taken with respect to the images alone; gradients of parameters are left as they are.
 
     Args:
-        logits: makes logits ``(n_images, n_classes)`` of images in [0, 1].
+        logits: returns logits ``(n_images, n_classes)`` for images in [0, 1].
         images: ``(n_images, channels, height, width)``, in [0, 1].
         labels: classes ``(n_images,)``.
-        norm: ``l2`` or ``linf``, of a perturbation.
-        eps: largest norm of an image's perturbation, in units of pixels in [0, 1].
-        steps: how many gradients are followed.
-        step_size: norm of a step, in the same units.
-        random_start: whether to start at random within the ball, not at the images.
+        norm: ``l2`` or ``linf``.
+        eps: maximum norm of an image's perturbation, for pixels in [0, 1].
+        steps: number of gradient steps.
+        step_size: norm of a step, in the same unit.
+        random_start: whether to start at a random point of the ball instead of at the images.
 
     Returns:
         Images in [0, 1], of the same shape, without gradient.
@@ -51,8 +51,8 @@ def attack(
         TrainingError: the norm is unknown.
 
     Note:
-        Madry et al. 2018, arXiv 1706.06083, section 2.1, with the sign of the gradient for Linf, and its direction for
-        L2.
+        Madry et al. 2018, arXiv 1706.06083, section 2.1: steps along the sign of the gradient for Linf, along its
+        direction for L2.
     """
     if norm not in ("l2", "linf"):
         raise TrainingError(f"There is no attack in the norm {norm!r}. {near(norm, ('l2', 'linf'))}")
@@ -75,7 +75,7 @@ def _lengths(tensors: Tensor) -> Tensor:
 
 
 def _start(images: Tensor, norm: str, eps: float) -> Tensor:
-    """Return perturbations drawn uniformly from the ball."""
+    """Return perturbations sampled uniformly from the ball."""
     if norm == "linf":
         return eps * (2 * torch.rand_like(images) - 1)
     directions = torch.randn_like(images)
@@ -84,7 +84,7 @@ def _start(images: Tensor, norm: str, eps: float) -> Tensor:
 
 
 def _direction(gradient: Tensor, norm: str) -> Tensor:
-    """Return the perturbations of norm 1 that the loss rises with fastest; 0 where the gradient is 0."""
+    """Return the perturbations of norm 1 along which the loss rises fastest; 0 where the gradient is 0."""
     return gradient.sign() if norm == "linf" else gradient / _lengths(gradient)
 
 
@@ -96,10 +96,10 @@ def _projected(perturbations: Tensor, norm: str, eps: float) -> Tensor:
 
 
 class AttackedLearner(Supervised):
-    """Learning from attacked images, attacked anew in each step.
+    """Supervised learning on adversarial images, computed anew in each step.
 
     Attributes:
-        method: whose settings the attack has.
+        method: the method, whose settings define the attack.
     """
 
     def __init__(self, network: nn.Module, inputs: Inputs, method: "Adversarial") -> None:
@@ -107,11 +107,11 @@ class AttackedLearner(Supervised):
         self.method = method
 
     def forward(self, views: Sequence[Tensor], labels: Tensor, progress: float) -> Tensor:
-        """Return the loss of the first view's images, attacked."""
+        """Return the loss on adversarial images of the first view."""
         return self.loss(self.logits(self.attacked(views[0], labels)), labels)
 
     def attacked(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return attacked images, as `attack` does; the network is in evaluation mode meanwhile."""
+        """Return adversarial images, computed by `attack` with the network in evaluation mode."""
         how = self.method
         step_size = (how.step_size or 2 * how.eps / how.steps) * how.unit
         with _evaluating(self.network):
@@ -122,7 +122,7 @@ class AttackedLearner(Supervised):
 
 @contextmanager
 def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode, and each of its modules back into its own mode afterwards."""
+    """Put a network into evaluation mode, and restore the mode of each of its modules afterwards."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
@@ -134,57 +134,57 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Adversarial(Method):
-    """Training on attacked images (Madry et al. 2018, equation 2.1); defaults of Salman et al. 2020, appendix A.
+    """Training on adversarial images (Madry et al. 2018, equation 2.1); defaults of Salman et al. 2020, appendix A.
 
-    Salman et al. use 3 steps of two thirds of ``eps``, which is what ``step_size=0`` gives.
+    Salman et al. use 3 steps of size ``2 eps / 3``, which is the default ``step_size=0``.
 
     Attributes:
-        norm: of perturbations.
-        unit: of ``eps`` and ``step_size``, in units of pixels in [0, 1].
+        norm: of perturbations, ``l2`` or ``linf``.
+        unit: of ``eps`` and ``step_size``, for pixels in [0, 1].
     """
 
     norm: ClassVar[str]
     unit: ClassVar[float]
 
-    batch_size: int = setting(512, "images a step, over all processes", low=1)
-    schedule: str = setting("step", "of the learning rate", choices=("cosine", "step"))
-    eps: float = setting(0.0, "largest norm of a perturbation", low=0)
-    steps: int = setting(3, "of the attack, each costs as much as a plain training step", low=1)
-    step_size: float = setting(0.0, "of the attack, in the unit of eps; 0: 2 eps / steps", low=0)
-    random_start: bool = setting(True, "whether attacks start at random within the ball, not at the image")
+    batch_size: int = setting(512, "images per step, over all processes", low=1)
+    schedule: str = setting("step", "learning rate schedule", choices=("cosine", "step"))
+    eps: float = setting(0.0, "maximum norm of a perturbation", low=0)
+    steps: int = setting(3, "number of attack steps, each as costly as a standard training step", low=1)
+    step_size: float = setting(0.0, "step size of the attack, in the unit of eps; 0: 2 eps / steps", low=0)
+    random_start: bool = setting(True, "whether attacks start at a random point of the ball instead of at the image")
 
     def learner(self, network: nn.Module, inputs: Inputs) -> Learner:
-        """Return a learner that attacks each batch; without attack, as in plain training, where ``eps`` is 0."""
+        """Return a learner that trains on adversarial images, or on the images themselves if ``eps`` is 0."""
         return AttackedLearner(network, inputs, self) if self.eps else Supervised(network, inputs)
 
 
 @method(
     "robust_l2",
     category="adversarial_training",
-    changes="images attacked by PGD within an L2 ball",
+    changes="adversarial images by PGD within an L2 ball",
     paper="Madry et al. 2018, arXiv 1706.06083; models of Salman et al. 2020, arXiv 2007.08489",
 )
 @dataclass(frozen=True)
 class RobustL2(Adversarial):
-    """Attacks whose perturbation is short as a vector of all pixels; it grows with the number of pixels."""
+    """Attacks limited in the L2 norm over all pixels; the same ``eps`` means less change per pixel in larger images."""
 
     norm: ClassVar[str] = "l2"
     unit: ClassVar[float] = 1.0
 
-    eps: float = setting(0.5, "largest length of a perturbation, of pixels in [0, 1]; 0: plain training", low=0)
+    eps: float = setting(0.5, "maximum L2 norm of a perturbation, for pixels in [0, 1]; 0: standard training", low=0)
 
 
 @method(
     "robust_linf",
     category="adversarial_training",
-    changes="images attacked by PGD within an Linf ball",
+    changes="adversarial images by PGD within an Linf ball",
     paper="Madry et al. 2018, arXiv 1706.06083; models of Salman et al. 2020, arXiv 2007.08489",
 )
 @dataclass(frozen=True)
 class RobustLinf(Adversarial):
-    """Attacks that change every pixel a little."""
+    """Attacks limited in the change of each pixel."""
 
     norm: ClassVar[str] = "linf"
     unit: ClassVar[float] = 1 / 255
 
-    eps: float = setting(4.0, "largest change of a pixel, in 1/255; 0: plain training", low=0)
+    eps: float = setting(4.0, "maximum change of a pixel, in 1/255; 0: standard training", low=0)

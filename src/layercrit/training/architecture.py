@@ -1,4 +1,4 @@
-"""The network that a run begins with: an architecture made to fit the data, with weights of a seed."""
+"""The initial network of a run: an architecture adapted to the data, with weights drawn under a seed."""
 
 import torch
 from torch import nn
@@ -13,11 +13,11 @@ __all__ = ["fitted_architecture", "initial_network"]
 
 
 def fitted_architecture(architecture: str, inputs: Inputs) -> str:
-    """Return the architecture's reference with everything that the data decide: classes, channels, size, normalisation.
+    """Return the reference with the options that the data determine: classes, channels, input size, normalisation.
 
     Args:
-        architecture: a model reference; what it says of classes and channels itself stays.
-        inputs: what networks are given.
+        architecture: a model reference; its own options for classes and channels take precedence.
+        inputs: inputs and classes of the network.
     """
     name, _, query = architecture.partition("?")
     options = dict(part.partition("=")[::2] for part in query.split("&") if part)
@@ -34,27 +34,29 @@ def fitted_architecture(architecture: str, inputs: Inputs) -> str:
 
 
 def initial_network(architecture: str, seed: int, inputs: Inputs) -> nn.Module:
-    """Return the architecture with the weights of a seed, after it answered about images of the right size.
+    """Return the architecture with random initial weights, after a forward pass at the right image size.
 
     Raises:
-        ModelError: it cannot be opened, cannot take such images, or has another number of classes.
+        ModelError: it cannot be opened, does not accept such images, or has another number of classes.
     """
     if architecture.startswith(("file:", "zoo:")):
-        raise ModelError(f"{architecture!r} names weights; expected an architecture, such as timm:resnet18.")
+        raise ModelError(
+            f"{architecture!r} refers to trained weights; expected an architecture, such as timm:resnet18."
+        )
     fresh = seed_of("training", seed, "initial weights")
     network = open_model(f"{architecture}&pretrained=false&seed={fresh}").network
     image = torch.zeros(2, inputs.channels, inputs.height, inputs.width)
     try:
         with torch.no_grad():
             logits = logits_of(network(image))
-    except (RuntimeError, AssertionError, ValueError) as error:  # what networks raise at sizes they do not know
+    except (RuntimeError, AssertionError, ValueError) as error:  # what networks raise at unsupported sizes
         raise ModelError(
-            f"{architecture} cannot take images of {tuple(image.shape[1:])} (channels, height, width): "
-            f"{first_line(error)}. Give another --input-size, such as 3 224 224."
+            f"{architecture} does not accept images of {tuple(image.shape[1:])} (channels, height, width): "
+            f"{first_line(error)}. Try another --input-size, such as 3 224 224."
         ) from error
     if logits.shape[1] != inputs.n_classes:
         raise ModelError(
             f"{architecture} has {logits.shape[1]} classes, but the data have {inputs.n_classes}. "
-            f"Build it with {inputs.n_classes}, for instance by an option of its reference."
+            f"Set {inputs.n_classes} classes, for example by an option of the reference."
         )
     return network

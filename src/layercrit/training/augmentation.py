@@ -1,4 +1,4 @@
-"""Training on images that are changed at random: policies, mixtures, pictures mixed in, noise."""
+"""Data augmentation: policies of operations, mixtures of them, images mixed in, noise."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layercrit.training.methods import Inputs, Learner, Method, Supervised, Views, method, setting
-from layercrit.training.pictures import draw_pictures
+from layercrit.training.mixing_set import mixing_set
 
 __all__ = [
     "AugMix",
@@ -23,22 +23,22 @@ __all__ = [
     "RandAugment",
     "TrivialAugment",
     "consistency",
-    "mix_pictures",
+    "mix_images",
 ]
 
 
 @method(
     "autoaugment",
     category="augmentation",
-    changes="two operations of a policy that was searched for",
+    changes="pairs of operations from a learned policy",
     paper="Cubuk et al. 2019, arXiv 1805.09501",
 )
 @dataclass(frozen=True)
 class AutoAugment(Method):
-    """Policies found on other images (section 4), by torchvision."""
+    """Policies learned on other data sets (section 4), by torchvision."""
 
     epochs: int = setting(270, "passes over the training images", low=1)
-    policy: str = setting("imagenet", "on which the policy was found", choices=("imagenet", "cifar10", "svhn"))
+    policy: str = setting("imagenet", "data set the policy was learned on", choices=("imagenet", "cifar10", "svhn"))
 
     def augmentations(self, inputs: Inputs) -> list[Any]:
         """Return the policy."""
@@ -50,15 +50,15 @@ class AutoAugment(Method):
 @method(
     "randaugment",
     category="augmentation",
-    changes="some random operations of one strength",
+    changes="a few random operations of fixed strength",
     paper="Cubuk et al. 2020, arXiv 1909.13719",
 )
 @dataclass(frozen=True)
 class RandAugment(Method):
-    """Operations drawn at random (section 3), by torchvision."""
+    """Randomly chosen operations (section 3), by torchvision."""
 
     epochs: int = setting(270, "passes over the training images", low=1)
-    n_operations: int = setting(2, "applied one after another", low=1)
+    n_operations: int = setting(2, "number of operations applied in sequence", low=1)
     magnitude: int = setting(9, "strength of the operations", low=0, high=30)
 
     def augmentations(self, inputs: Inputs) -> list[Any]:
@@ -76,7 +76,7 @@ class RandAugment(Method):
 )
 @dataclass(frozen=True)
 class TrivialAugment(Method):
-    """One operation (section 3, the wide space of table 1), by torchvision; shifts are of up to 32 pixels."""
+    """One operation (section 3, the wide search space of table 1), by torchvision; translations of up to 32 pixels."""
 
     epochs: int = setting(270, "passes over the training images", low=1)
 
@@ -90,19 +90,19 @@ class TrivialAugment(Method):
 @method(
     "augmix",
     category="augmentation",
-    changes="mixtures of operations, and the same prediction for an image and two mixtures of it",
+    changes="mixtures of operations, with a loss for consistent predictions",
     paper="Hendrycks et al. 2020, arXiv 1912.02781",
 )
 @dataclass(frozen=True)
 class AugMix(Method):
-    """Mixtures by torchvision (algorithm 1), without the operations that tests of corruptions contain."""
+    """Mixtures by torchvision (algorithm 1), without operations that overlap with corruption benchmarks."""
 
     epochs: int = setting(180, "passes over the training images", low=1)
-    severity: int = setting(3, "largest strength of operations", low=1, high=10)
-    consistency: float = setting(12.0, "weight of the divergence between predictions", low=0)
+    severity: int = setting(3, "maximum strength of the operations", low=1, high=10)
+    consistency: float = setting(12.0, "weight of the Jensen-Shannon divergence between predictions", low=0)
 
     def views(self, inputs: Inputs) -> Views:
-        """Return what makes three views of one crop: itself and two mixtures."""
+        """Return a function that makes three views of one crop: the crop itself and two mixtures."""
         from torchvision import transforms
 
         crop = transforms.Compose(self.crops(inputs))
@@ -116,15 +116,15 @@ class AugMix(Method):
         return views
 
     def learner(self, network: nn.Module, inputs: Inputs) -> Learner:
-        """Return the learner that compares predictions."""
+        """Return the learner with the consistency loss."""
         return Consistent(network, inputs, self.consistency)
 
 
 class Consistent(Learner):
-    """Learning from labels of the first view, and from the agreement of all views (AugMix, equation 3).
+    """Supervised learning on the first view, with a consistency loss over all views (AugMix, equation 3).
 
     Attributes:
-        weight: of the agreement.
+        weight: of the consistency loss.
     """
 
     def __init__(self, network: nn.Module, inputs: Inputs, weight: float) -> None:
@@ -132,7 +132,7 @@ class Consistent(Learner):
         self.weight = weight
 
     def forward(self, views: Sequence[Tensor], labels: Tensor, progress: float) -> Tensor:
-        """Return the cross-entropy of the first view plus the weighted divergence between all."""
+        """Return the cross-entropy of the first view plus the weighted consistency loss of all views."""
         logits = torch.stack(self.logits(torch.cat(list(views))).chunk(len(views)))
         return F.cross_entropy(logits[0], labels) + self.weight * consistency(logits)
 
@@ -153,40 +153,40 @@ def consistency(logits: Tensor) -> Tensor:
 @method(
     "pixmix",
     category="augmentation",
-    changes="pictures of fractals and textures mixed into images",
+    changes="fractals and other generated images mixed in",
     paper="Hendrycks et al. 2022, arXiv 2112.05135",
 )
 @dataclass(frozen=True)
 class PixMix(Method):
-    """Rounds of mixing with drawn pictures or with the changed image itself (section 3).
+    """Rounds of mixing with an image of the mixing set or with the augmented image itself (section 3).
 
-    The paper's pictures are fractals and feature visualisations that others collected; those of
-    `layercrit.training.pictures` stand in for them. The changed image has one operation of torchvision's RandAugment.
+    The paper's mixing set consists of collected fractals and feature visualisations; `layercrit.training.mixing_set`
+    generates a substitute. The image itself is augmented by one operation of torchvision's RandAugment.
     """
 
-    rounds: int = setting(4, "most rounds of mixing", low=0)
-    beta: float = setting(4.0, "how little is mixed in: 1 much, larger is less", low=1)
+    rounds: int = setting(4, "maximum number of mixing rounds", low=0)
+    beta: float = setting(4.0, "mixing strength: the larger, the less is mixed in", low=1)
     magnitude: int = setting(9, "strength of the operations", low=0, high=30)
-    n_pictures: int = setting(48, "drawn once, always the same", low=1)
+    n_mixing_images: int = setting(48, "size of the mixing set, which is the same in every run", low=1)
 
     def views(self, inputs: Inputs) -> Views:
-        """Return what makes a view of an image, mixed."""
+        """Return a function that makes one mixed view of an image."""
         from torchvision import transforms
 
         crop = transforms.Compose(self.crops(inputs))
         operation = transforms.RandAugment(1, self.magnitude)
         tensor = transforms.PILToTensor()
-        # A half larger than the images, so that parts of them differ.
-        pictures = draw_pictures(self.n_pictures, inputs.channels, inputs.height * 3 // 2, inputs.width * 3 // 2)
-        picture_part = transforms.RandomCrop((inputs.height, inputs.width))
+        # 1.5 times the size of the images, so that random crops differ.
+        images = mixing_set(self.n_mixing_images, inputs.channels, inputs.height * 3 // 2, inputs.width * 3 // 2)
+        random_crop = transforms.RandomCrop((inputs.height, inputs.width))
 
         def views(image: Image.Image) -> Sequence[Tensor]:
             part = crop(image)
-            picture = picture_part(pictures[_below(self.n_pictures)])
+            mixed_in = random_crop(images[_below(self.n_mixing_images)])
             mixed = tensor(operation(part) if _below(2) else part) / 255
             for _ in range(_below(self.rounds + 1)):
-                other = tensor(operation(part)) if _below(2) else picture
-                mixed = mix_pictures(mixed, other / 255, self.beta)
+                other = tensor(operation(part)) if _below(2) else mixed_in
+                mixed = mix_images(mixed, other / 255, self.beta)
             return [(mixed * 255).round().to(torch.uint8)]
 
         return views
@@ -197,17 +197,17 @@ def _below(n: int) -> int:
     return int(torch.randint(n, ()))
 
 
-def mix_pictures(first: Tensor, second: Tensor, beta: float) -> Tensor:
-    """Return a random mixture of two pictures, by addition or by multiplication, cut to [0, 1].
+def mix_images(first: Tensor, second: Tensor, beta: float) -> Tensor:
+    """Return a random additive or multiplicative mixture of two images, clipped to [0, 1].
 
     With random weights a and b, pixels in [-1, 1] become ``a first + b second``, or pixels in [0, 2] become
-    ``first^a second^b``. Either a is nearly 1 and b nearly 0, or a is a little above 1 and b a little below 0, so that
-    the second picture is taken away.
+    ``first^a second^b``. Either a is just below 1 and b just above 0, or a is just above 1 and b just below 0, so that
+    the second image is subtracted.
 
     Args:
         first: values in [0, 1].
-        second: likewise, of the same shape.
-        beta: weights are a Beta(beta, 1) or Beta(1, beta) variable away from 0.
+        second: values in [0, 1], of the same shape.
+        beta: parameter of the weights' distribution: a differs from 1, and b from 0, by a Beta(1, beta) variable.
 
     Note:
         PixMix, appendix on mixing operations.
@@ -225,18 +225,18 @@ def mix_pictures(first: Tensor, second: Tensor, beta: float) -> Tensor:
 @method(
     "diffusionnoise",
     category="augmentation",
-    changes="noise as in the training of diffusion models",
+    changes="noise of random strength, as in training diffusion models",
     paper="Jaini, Clark & Geirhos 2024, arXiv 2309.16779",
 )
 @dataclass(frozen=True)
 class DiffusionNoise(Method):
-    """Each image fades into noise by a random share (appendix), drawn anew in each step.
+    """Each image is blended with noise at a random noise level (appendix), sampled anew in each step.
 
-    The shares follow the cosine of Nichol & Dhariwal 2021, arXiv 2102.09672, equation 17 without offset.
+    Noise levels follow the cosine schedule of Nichol & Dhariwal 2021, arXiv 2102.09672, equation 17 without offset.
     """
 
     largest_noise: float = setting(
-        1.0, "largest standard deviation of the noise, where images have 1; 1: nothing but noise", low=0, high=1
+        1.0, "maximum standard deviation of the noise, relative to that of the images; 1: pure noise", low=0, high=1
     )
 
     def learner(self, network: nn.Module, inputs: Inputs) -> Learner:
@@ -245,10 +245,10 @@ class DiffusionNoise(Method):
 
 
 class Noisy(Supervised):
-    """Learning from normalised images ``sqrt(abar) image + sqrt(1 - abar) noise``, with ``sqrt(abar) = cos(angle)``.
+    """Supervised learning on ``sqrt(abar) image + sqrt(1 - abar) noise``, normalised, with ``sqrt(abar) = cos(angle)``.
 
     Attributes:
-        largest_angle: up to which angles are drawn uniformly, one for each image.
+        largest_angle: upper limit of the angles, which are uniform and independent for each image.
     """
 
     def __init__(self, network: nn.Module, inputs: Inputs, largest_noise: float) -> None:

@@ -1,4 +1,4 @@
-"""Plain training, which every other method is compared with."""
+"""Standard training, which the other methods are compared with."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Which images come when, and as which views: by seeds that hold for every method alike, whoever loads them."""
+"""Order and views of the training images, by seeds that are the same for every method and number of workers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,16 +27,16 @@ _Key = tuple[int, int, int]  # epoch, position in it, image
 class Batches:
     """The batches of a phase of training.
 
-    The order of an epoch depends on the seed and the epoch alone, and so do the random numbers that the views at one
-    position of it are made with: they are the same for every method, batch size, number of processes and workers.
+    The order of images depends only on the seed and the epoch, and the random numbers of a view only on these and on
+    its position in that order: they are the same for every method, batch size, number of processes and of workers.
 
     Attributes:
         split: the images.
-        views: what makes views of an image.
+        views: function that makes views of an image.
         seed: of the run.
-        batch_size: images a step, over all processes.
-        repeats: how often each image of a batch stands in it.
-        n_workers: processes that make views; 0: this one.
+        batch_size: number of images per step, over all processes.
+        repeats: number of times that each image of a batch occurs in it.
+        n_workers: number of data loading processes; 0: load in this process.
     """
 
     split: Split
@@ -48,23 +48,23 @@ class Batches:
 
     @property
     def n_steps(self) -> int:
-        """How many batches an epoch has; images that do not fill one are left out of it."""
+        """Number of batches per epoch; the last images are left out if they do not fill a batch."""
         return len(self.split) // self.batch_size
 
     def order(self, epoch: int) -> list[int]:
-        """Return the images of an epoch, in order, each as often as it is repeated."""
+        """Return the positions of the images of an epoch, in order, each as often as it is repeated."""
         generator = torch.Generator().manual_seed(seed_of("training", self.seed, "order", epoch))
         order = torch.randperm(len(self.split), generator=generator)
         return order.repeat_interleave(self.repeats)[: self.n_steps * self.batch_size].tolist()
 
     def of_epoch(self, epoch: int, first_step: int = 0, process: int = 0, n_processes: int = 1) -> Iterator[Batch]:
-        """Yield the batches of an epoch, or one process's share of each.
+        """Yield the batches of an epoch, or the share of one process in each.
 
         Args:
-            epoch: which one; decides order and views.
-            first_step: batches before it are left out.
-            process: number of this process.
-            n_processes: every one gets each ``n_processes``-th image of a batch.
+            epoch: number of the epoch, which determines order and views.
+            first_step: number of batches to skip.
+            process: rank of this process.
+            n_processes: number of processes; each gets every ``n_processes``-th image of a batch.
         """
         order = self.order(epoch)
         keys = [
@@ -79,14 +79,14 @@ class _ViewsOfImages(Dataset[Batch | TrainingError]):
         self.split, self.views, self.seed = split, views, seed
 
     def __getitems__(self, keys: Sequence[_Key]) -> Batch | TrainingError:
-        """Return a batch, or why there is none: raised in another process it would come with that one's traceback."""
+        """Return a batch or the error: raised in a worker, it would come with the worker's traceback."""
         try:
             return self._batch(keys)
         except TrainingError as error:
             return error
 
     def _batch(self, keys: Sequence[_Key]) -> Batch:
-        """Return a batch; a seed for each of its images makes its views independent of how batches are cut."""
+        """Return a batch; a seed for each image makes its views independent of the batch size."""
         made = []
         with rng_untouched():
             for epoch, position, image in keys:
@@ -99,9 +99,9 @@ class _ViewsOfImages(Dataset[Batch | TrainingError]):
 def held_out_batches(
     split: Split, inputs: Inputs, batch_size: int, *, n_workers: int = 0, process: int = 0, n_processes: int = 1
 ) -> Iterator[Batch]:
-    """Yield all images of a split as they are asked about later: resized to cover the network's size, and its centre.
+    """Yield all images of a split as they are preprocessed for measuring: resized to the network's size, centre crop.
 
-    Of several processes every one gets each ``n_processes``-th batch.
+    Each of several processes gets every ``n_processes``-th batch.
     """
     resize = None if inputs.same_size else max(inputs.height, inputs.width)
     centre = Preprocessing(inputs.channels, inputs.height, inputs.width, resize)
@@ -115,11 +115,11 @@ def held_out_batches(
 def _loader(dataset: _ViewsOfImages, keys: Sequence[Sequence[_Key]], n_workers: int) -> Iterator[Batch]:
     batches = DataLoader(
         dataset,
-        batch_sampler=keys,  # type: ignore[arg-type]  # torch's annotation knows numbers only
+        batch_sampler=keys,  # type: ignore[arg-type]  # torch's annotation allows numbers only
         num_workers=n_workers,
         collate_fn=_as_made,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # by default a number would be drawn from the global one
+        generator=torch.Generator(),  # the default would draw a number from the global generator
     )
     for batch in batches:
         if isinstance(batch, TrainingError):

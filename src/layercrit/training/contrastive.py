@@ -1,4 +1,4 @@
-"""Self-supervised methods: pretraining without labels, with losses and heads of the package lightly."""
+"""Self-supervised methods: pretraining without labels, with the losses and heads of lightly."""
 
 import copy
 import math
@@ -28,8 +28,8 @@ class Siamese(Pretraining):
     """Two views of an image through one network and one projection head.
 
     Attributes:
-        head: from features to what is compared, ``(n_images, output_dim)``.
-        loss: of the two views' outputs.
+        head: the projection head, from features to ``(n_images, output_dim)``.
+        loss: computed from the two views' projections.
     """
 
     def __init__(
@@ -50,19 +50,19 @@ class Siamese(Pretraining):
 @method(
     "simclr",
     category="contrastive",
-    changes="two views of an image attract, all other images repel; then a linear head",
+    changes="two views of an image attract, other images repel; then a linear head",
     paper="Chen et al. 2020, arXiv 2002.05709",
 )
 @dataclass(frozen=True)
 class SimClr(SelfSupervised):
-    """Contrast between images (section 2 and appendix B.9, which suggests ``jitter=0.5`` and lr 1 to 1.5 for CIFAR)."""
+    """Contrastive learning (section 2; appendix B.9 suggests ``jitter=0.5`` and lr 1 to 1.5 for CIFAR)."""
 
     epochs: int = setting(1000, "of pretraining: passes over the training images", low=1)
-    temperature: float = setting(0.1, "by which similarities are divided", low=0.001)
+    temperature: float = setting(0.1, "temperature of the contrastive loss", low=0.001)
     head_epochs: int = setting(90, "of the linear head: passes over the training images", low=1)
 
     def learner(self, network: nn.Module, inputs: Inputs) -> Learner:
-        """Return a head of two layers with the normalised, temperature-scaled cross-entropy (equation 1)."""
+        """Return a learner with a two-layer head and the NT-Xent loss (equation 1)."""
         need_lightly()
         from lightly.loss import NTXentLoss
         from lightly.models.modules.heads import SimCLRProjectionHead
@@ -74,28 +74,30 @@ class SimClr(SelfSupervised):
 @method(
     "barlow_twins",
     category="contrastive",
-    changes="two views' outputs correlate, their components do not; then a linear head",
+    changes="two views' embeddings correlate, their components do not; then a linear head",
     paper="Zbontar et al. 2021, arXiv 2103.03230",
 )
 @dataclass(frozen=True)
 class BarlowTwins(SelfSupervised):
-    """Cross-correlation of two views towards the identity (section 2)."""
+    """Drives the cross-correlation matrix of two views towards the identity (section 2)."""
 
     colours: ClassVar[tuple[float, float, float, float]] = (0.4, 0.4, 0.2, 0.1)
     blurred: ClassVar[tuple[float, float]] = (1.0, 0.1)
     solarised: ClassVar[tuple[float, float]] = (0.0, 0.2)
 
     epochs: int = setting(1000, "of pretraining: passes over the training images", low=1)
-    batch_size: int = setting(2048, "images a step, over all processes", low=1)
-    lr: float = setting(1.6, "of pretraining: highest learning rate, at this batch size", low=0)
-    weight_decay: float = setting(1.5e-6, "of pretraining; not on biases and normalisation", low=0)
+    batch_size: int = setting(2048, "images per step, over all processes", low=1)
+    lr: float = setting(1.6, "of pretraining: peak learning rate, at this batch size", low=0)
+    weight_decay: float = setting(
+        1.5e-6, "of pretraining: weight decay, not applied to biases and normalisation", low=0
+    )
     hidden_dim: int = setting(8192, "width of the projection head's hidden layers", low=1)
     output_dim: int = setting(8192, "width of the projection head's output", low=2)
-    redundancy: float = setting(0.005, "weight of correlations between different components", low=0)
-    head_lr: float = setting(2.4, "of the linear head: highest learning rate, at this batch size", low=0)
+    redundancy: float = setting(0.005, "weight of the redundancy reduction term", low=0)
+    head_lr: float = setting(2.4, "of the linear head: peak learning rate, at this batch size", low=0)
 
     def learner(self, network: nn.Module, inputs: Inputs) -> Learner:
-        """Return a head of three layers with the loss of equation 1."""
+        """Return a learner with a three-layer head and the loss of equation 1."""
         need_lightly()
         from lightly.loss import BarlowTwinsLoss
         from lightly.models.modules.heads import BarlowTwinsProjectionHead
@@ -107,28 +109,28 @@ class BarlowTwins(SelfSupervised):
 @method(
     "vicreg",
     category="contrastive",
-    changes="two views' outputs agree, vary over images and do not correlate; then a linear head",
+    changes="two views' embeddings agree, vary over images and are decorrelated; then a linear head",
     paper="Bardes et al. 2022, arXiv 2105.04906",
 )
 @dataclass(frozen=True)
 class VicReg(SelfSupervised):
-    """Variance, invariance and covariance of two views (section 4)."""
+    """Variance-invariance-covariance regularisation of two views (section 4)."""
 
     colours: ClassVar[tuple[float, float, float, float]] = (0.4, 0.4, 0.2, 0.1)
     solarised: ClassVar[tuple[float, float]] = (0.1, 0.1)
 
     epochs: int = setting(1000, "of pretraining: passes over the training images", low=1)
-    batch_size: int = setting(2048, "images a step, over all processes", low=1)
-    lr: float = setting(1.6, "of pretraining: highest learning rate, at this batch size", low=0)
+    batch_size: int = setting(2048, "images per step, over all processes", low=1)
+    lr: float = setting(1.6, "of pretraining: peak learning rate, at this batch size", low=0)
     hidden_dim: int = setting(8192, "width of the projection head's hidden layers", low=1)
     output_dim: int = setting(8192, "width of the projection head's output", low=2)
-    invariance: float = setting(25.0, "weight of the distance between two views", low=0)
-    variance: float = setting(25.0, "weight of the variation over images", low=0)
-    covariance: float = setting(1.0, "weight of covariances between components", low=0)
-    head_lr: float = setting(0.16, "of the linear head: highest learning rate, at this batch size", low=0)
+    invariance: float = setting(25.0, "weight of the invariance term: distance between two views", low=0)
+    variance: float = setting(25.0, "weight of the variance term: variation over images", low=0)
+    covariance: float = setting(1.0, "weight of the covariance term: covariance between components", low=0)
+    head_lr: float = setting(0.16, "of the linear head: peak learning rate, at this batch size", low=0)
 
     def learner(self, network: nn.Module, inputs: Inputs) -> Learner:
-        """Return a head of three layers with the loss of equation 6."""
+        """Return a learner with a three-layer head and the loss of equation 6."""
         need_lightly()
         from lightly.loss import VICRegLoss
         from lightly.models.modules.heads import VICRegProjectionHead
@@ -138,19 +140,19 @@ class VicReg(SelfSupervised):
 
 
 def teacher_momentum(start: float, progress: float) -> float:
-    """Return how much of itself a teacher keeps at a step: from ``start`` along half a cosine to 1."""
+    """Return the momentum of a teacher's update, which rises from ``start`` to 1 along half a cosine."""
     return 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @method(
     "moco_v3",
     category="contrastive",
-    changes="a view tells the other view's output of a slower teacher from other images'; then a linear head",
+    changes="contrastive learning against a momentum encoder; then a linear head",
     paper="Chen et al. 2021, arXiv 2104.02057",
 )
 @dataclass(frozen=True)
 class MocoV3(SelfSupervised):
-    """Contrast with a momentum encoder; defaults of the authors' 300 epochs of ResNet-50."""
+    """Contrastive learning with a momentum encoder; defaults of the authors' 300-epoch ResNet-50."""
 
     colours: ClassVar[tuple[float, float, float, float]] = (0.4, 0.4, 0.2, 0.1)
     blurred: ClassVar[tuple[float, float]] = (1.0, 0.1)
@@ -160,12 +162,12 @@ class MocoV3(SelfSupervised):
     epochs: int = setting(300, "of pretraining: passes over the training images", low=1)
     hidden_dim: int = setting(4096, "width of the heads' hidden layers", low=1)
     output_dim: int = setting(256, "width of the heads' outputs", low=1)
-    temperature: float = setting(1.0, "by which similarities are divided", low=0.001)
-    teacher_momentum: float = setting(0.99, "what the teacher keeps of itself at a step; rises to 1", low=0, high=1)
+    temperature: float = setting(1.0, "temperature of the contrastive loss", low=0.001)
+    teacher_momentum: float = setting(0.99, "momentum of the teacher's update at the start; rises to 1", low=0, high=1)
     head_epochs: int = setting(90, "of the linear head: passes over the training images", low=1)
 
     def learner(self, network: nn.Module, inputs: Inputs) -> Learner:
-        """Return the network with its teacher."""
+        """Return a learner with the network and its momentum encoder."""
         return MomentumContrast(network, inputs, self)
 
 
@@ -173,10 +175,10 @@ class MomentumContrast(Pretraining):
     """MoCo v3 (algorithm 1).
 
     Attributes:
-        head: from features to ``(n_images, output_dim)``.
-        predictor: from the head's output to what is compared with the teacher's.
-        teacher: a copy of the network whose parameters follow.
-        teacher_head: likewise of the head.
+        head: the projection head, from features to ``(n_images, output_dim)``.
+        predictor: from the head's output to a prediction of the teacher's.
+        teacher: the momentum encoder, a moving average of the network.
+        teacher_head: a moving average of the head.
         settings: of the method.
     """
 
@@ -205,7 +207,7 @@ class MomentumContrast(Pretraining):
             return self.contrast(queries[0], keys[1]) + self.contrast(queries[1], keys[0])
 
     def contrast(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return the cross-entropy of finding each query's key among all, both ``(n_images, output_dim)``."""
+        """Return the InfoNCE loss of queries and their keys, both ``(n_images, output_dim)``."""
         from lightly.utils.dist import gather, rank, world_size
 
         queries, keys = F.normalize(queries), F.normalize(keys)
@@ -216,7 +218,7 @@ class MomentumContrast(Pretraining):
         return 2 * self.settings.temperature * F.cross_entropy(similarities, own)
 
     def after_step(self, progress: float) -> None:
-        """Move the teacher towards the network."""
+        """Update the teacher."""
         from lightly.models.utils import update_momentum
 
         kept = teacher_momentum(self.settings.teacher_momentum, progress)
@@ -225,10 +227,10 @@ class MomentumContrast(Pretraining):
 
 
 class Prototypes(nn.Module):
-    """Cosines between outputs and directions that are learnt.
+    """Cosine similarities of outputs to learned directions.
 
     Attributes:
-        weight: the directions, of any length, ``(n_prototypes, n_features)``.
+        weight: the directions, not normalised, ``(n_prototypes, n_features)``.
     """
 
     def __init__(self, n_features: int, n_prototypes: int) -> None:
@@ -236,8 +238,8 @@ class Prototypes(nn.Module):
         self.weight = nn.Parameter(torch.randn(n_prototypes, n_features))
 
     def forward(self, outputs: Tensor, learn: bool) -> Tensor:
-        """Return cosines ``(n_images, n_prototypes)``; without ``learn`` the prototypes' gradients are 0."""
-        # A gradient of 0 in place of none: processes that train together wait for every parameter's.
+        """Return cosine similarities ``(n_images, n_prototypes)``; gradients of prototypes are 0 without ``learn``."""
+        # Zero gradients instead of none: distributed training waits for the gradient of every parameter.
         weight = self.weight if learn else self.weight.detach() + 0 * self.weight
         return F.linear(F.normalize(outputs), F.normalize(weight))
 
@@ -245,20 +247,20 @@ class Prototypes(nn.Module):
 @method(
     "swav",
     category="contrastive",
-    changes="a view predicts the cluster of another; several small views; then a linear head",
+    changes="a view predicts the cluster assignment of another; multi-crop; then a linear head",
     paper="Caron et al. 2020, arXiv 2006.09882",
 )
 @dataclass(frozen=True)
 class Swav(MultiCrop):
-    """Swapped prediction of clusters; no queue, so a batch should hold as many images as prototypes at least."""
+    """Swapped prediction of cluster assignments, without a queue: use batches of at least ``n_prototypes`` images."""
 
-    temperature: float = setting(0.1, "by which similarities to prototypes are divided", low=0.001)
-    n_prototypes: int = setting(3000, "clusters", low=2)
-    frozen_epochs: float = setting(1.0, "for which the prototypes do not learn", low=0)
-    head_lr: float = setting(4.8, "of the linear head: highest learning rate, at this batch size", low=0)
+    temperature: float = setting(0.1, "temperature of the softmax over prototypes", low=0.001)
+    n_prototypes: int = setting(3000, "number of prototypes, i.e. clusters", low=2)
+    frozen_epochs: float = setting(1.0, "epochs at the start during which the prototypes are frozen", low=0)
+    head_lr: float = setting(4.8, "of the linear head: peak learning rate, at this batch size", low=0)
 
     def learner(self, network: nn.Module, inputs: Inputs) -> Learner:
-        """Return the network with its prototypes."""
+        """Return a learner with the network and its prototypes."""
         return SwappedPrediction(network, inputs, self)
 
 
@@ -266,9 +268,9 @@ class SwappedPrediction(Pretraining):
     """SwAV (section 3.1).
 
     Attributes:
-        head: from features to ``(n_images, output_dim)``.
-        prototypes: the clusters.
-        loss: of similarities to prototypes, large and small views apart.
+        head: the projection head, from features to ``(n_images, output_dim)``.
+        prototypes: the cluster centres.
+        loss: computed from the similarities to prototypes of large and of small views.
         settings: of the method.
     """
 
@@ -283,7 +285,7 @@ class SwappedPrediction(Pretraining):
         self.loss = SwaVLoss(settings.temperature, sinkhorn_gather_distributed=gathering())
 
     def forward(self, views: Sequence[Tensor], labels: Tensor, progress: float) -> Tensor:
-        """Return the loss of all views against the clusters of the first two."""
+        """Return the loss of all views with the cluster assignments of the first two as targets."""
         features = self.features(self.network, views)
         learn = progress * self.settings.epochs >= self.settings.frozen_epochs
         with full_precision(views):
@@ -296,43 +298,45 @@ class SwappedPrediction(Pretraining):
 @method(
     "dino",
     category="contrastive",
-    changes="views predict a slower teacher's soft classes; several small views; then a linear head",
+    changes="self-distillation from a momentum teacher; multi-crop; then a linear head",
     paper="Caron et al. 2021, arXiv 2104.14294",
 )
 @dataclass(frozen=True)
 class Dino(MultiCrop):
-    """Self-distillation without labels; the teacher is what is kept. Defaults of the authors' code for ResNet-50."""
+    """Self-distillation without labels; the teacher is kept. Defaults of the authors' code for ResNet-50."""
 
     colours: ClassVar[tuple[float, float, float, float]] = (0.4, 0.4, 0.2, 0.1)
     blurred: ClassVar[tuple[float, float]] = (1.0, 0.1)
     solarised: ClassVar[tuple[float, float]] = (0.0, 0.2)
 
-    optimizer: str = setting("sgd", "of pretraining: name of an optimizer of timm")
-    lr: float = setting(0.48, "of pretraining: highest learning rate, at this batch size", low=0)
-    weight_decay: float = setting(1e-4, "of pretraining; not on biases and normalisation", low=0)
-    head_norm: bool = setting(True, "BatchNorm in the projection head, where a convolutional network has it too")
-    bottleneck_dim: int = setting(256, "width of the projection head's output before the prototypes", low=1)
-    output_dim: int = setting(65536, "prototypes", low=2)
-    temperature: float = setting(0.1, "of the student", low=0.001)
-    teacher_temperature: float = setting(0.07, "of the teacher, after its rise", low=0.001)
-    first_teacher_temperature: float = setting(0.04, "of the teacher at the start", low=0.001)
-    teacher_warmup_epochs: float = setting(50.0, "over which the teacher's temperature rises", low=0)
-    teacher_momentum: float = setting(0.996, "what the teacher keeps of itself at a step; rises to 1", low=0, high=1)
-    center_momentum: float = setting(0.9, "what the centre of the teacher's outputs keeps at a step", low=0, high=1)
-    frozen_epochs: float = setting(1.0, "for which the prototypes do not learn", low=0)
-    head_lr: float = setting(0.016, "of the linear head: highest learning rate, at this batch size", low=0)
+    optimizer: str = setting("sgd", "of pretraining: name of an optimizer in timm")
+    lr: float = setting(0.48, "of pretraining: peak learning rate, at this batch size", low=0)
+    weight_decay: float = setting(1e-4, "of pretraining: weight decay, not applied to biases and normalisation", low=0)
+    head_norm: bool = setting(
+        True, "whether the projection head has BatchNorm, as the paper's has for convolutional networks"
+    )
+    bottleneck_dim: int = setting(256, "width of the projection head's bottleneck, before the prototypes", low=1)
+    output_dim: int = setting(65536, "number of prototypes", low=2)
+    temperature: float = setting(0.1, "temperature of the student", low=0.001)
+    teacher_temperature: float = setting(0.07, "temperature of the teacher after warmup", low=0.001)
+    first_teacher_temperature: float = setting(0.04, "temperature of the teacher at the start", low=0.001)
+    teacher_warmup_epochs: float = setting(50.0, "epochs over which the teacher's temperature rises", low=0)
+    teacher_momentum: float = setting(0.996, "momentum of the teacher's update at the start; rises to 1", low=0, high=1)
+    center_momentum: float = setting(0.9, "momentum of the centre of the teacher's outputs", low=0, high=1)
+    frozen_epochs: float = setting(1.0, "epochs at the start during which the prototypes are frozen", low=0)
+    head_lr: float = setting(0.016, "of the linear head: peak learning rate, at this batch size", low=0)
 
     def learner(self, network: nn.Module, inputs: Inputs) -> Learner:
-        """Return the network as teacher, with a student that learns."""
+        """Return a learner with the network as teacher and a trainable student."""
         return SelfDistillation(network, inputs, self)
 
 
 class DinoHead(nn.Module):
-    """From features to cosines with prototypes (appendix C).
+    """From features to cosine similarities to prototypes (appendix C).
 
     Attributes:
-        layers: three layers, from features to the bottleneck.
-        prototypes: of the last layer, whose weights have norm 1.
+        layers: the three layers from features to the bottleneck.
+        prototypes: the last layer, with weights of norm 1.
     """
 
     def __init__(self, n_features: int, settings: Dino) -> None:
@@ -349,26 +353,26 @@ class DinoHead(nn.Module):
         )
         for layer in self.layers.modules():
             if isinstance(layer, nn.Linear):
-                # The paper's 0.02 at its width of 2048; narrower, outputs near 0 would make the first steps too long.
+                # The paper's 0.02 at its width of 2048; narrower, tiny outputs would make the first steps too large.
                 nn.init.trunc_normal_(layer.weight, std=0.02 * (2048 / layer.in_features) ** 0.5)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
         self.prototypes = Prototypes(bottleneck, settings.output_dim)
 
     def forward(self, features: Tensor, learn: bool) -> Tensor:
-        """Return cosines ``(n_images, n_prototypes)`` for features ``(n_images, n_features)``."""
+        """Return similarities ``(n_images, n_prototypes)`` for features ``(n_images, n_features)``."""
         cosines: Tensor = self.prototypes(self.layers(features), learn)
         return cosines
 
 
 class SelfDistillation(Pretraining):
-    """DINO (algorithm 1). ``network`` is the teacher, whose features the paper uses; its parameters only follow.
+    """DINO (algorithm 1); ``network`` is the teacher, whose features the paper uses, and is not trained by gradients.
 
     Attributes:
-        student: the copy of the network that learns.
-        head: the student's, from features to ``(n_images, n_prototypes)``.
-        teacher_head: likewise the teacher's.
-        loss: holds the centre of the teacher's outputs.
+        student: a copy of the network, trained by gradients.
+        head: the student's head, from features to ``(n_images, n_prototypes)``.
+        teacher_head: the teacher's head, a moving average of the student's.
+        loss: includes the running centre of the teacher's outputs.
         settings: of the method.
     """
 
@@ -388,7 +392,7 @@ class SelfDistillation(Pretraining):
         )
 
     def forward(self, views: Sequence[Tensor], labels: Tensor, progress: float) -> Tensor:
-        """Return the cross-entropy of the student's views with the teacher's first two, other views than their own."""
+        """Return the cross-entropy of the student's views with the teacher's first two, over different views."""
         epoch = progress * self.settings.epochs
         learn = epoch >= self.settings.frozen_epochs
         features = self.features(self.student, views)
@@ -408,7 +412,7 @@ class SelfDistillation(Pretraining):
         return first + (last - first) * risen
 
     def after_step(self, progress: float) -> None:
-        """Move the teacher towards the student."""
+        """Update the teacher."""
         from lightly.models.utils import update_momentum
 
         kept = teacher_momentum(self.settings.teacher_momentum, progress)

@@ -1,4 +1,4 @@
-"""Images to train on and images held out: opened from disk, described, and read one by one."""
+"""Training images and held-out images: opened from disk, described, and read one at a time."""
 
 import hashlib
 import inspect
@@ -24,23 +24,23 @@ from layercrit.training.methods import Inputs
 
 __all__ = ["Split", "TrainingData", "open_training_data"]
 
-_HELD_OUT = 0.1  # share of the images, where a source has no part of its own for tests
+_HELD_OUT = 0.1  # share of the images, if a source has no test split
 _TEST_FOLDERS = ("val", "valid", "validation", "test")
-_TORCHVISION_SPLITS = ("train", "trainval"), ("test", "val", "valid")  # to learn from, and for tests
+_TORCHVISION_SPLITS = ("train", "trainval"), ("test", "val", "valid")  # for training, and for testing
 _LARGEST = 8 * 2**30  # bytes of decoded images in memory
-_KEPT = 2 * 2**30  # bytes of encoded ones in memory; more are read again from their shards
-_SAMPLE = 2000  # images that mean and standard deviation are taken from, where they must be decoded
-_GREY = ("1", "L", "I")  # how the names of Pillow's modes without colours begin
+_KEPT = 2 * 2**30  # bytes of encoded images in memory; the rest is read again from its shards
+_SAMPLE = 2000  # number of images for mean and standard deviation, if they must be decoded
+_GREY = ("1", "L", "I")  # prefixes of the names of Pillow's greyscale modes
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on damaged files
 
 
 class Split:
-    """Some labelled images: in memory where their source has decoded them or they are few, else read when asked for.
+    """Labelled images, kept in memory if they are decoded or few, else read when needed.
 
     Attributes:
         labels: classes ``(n_images,)``.
-        size: ``(height, width)`` of all images, or None where they differ.
-        channels: of the images given out; at first 1 if all are grey, else 3.
+        size: ``(height, width)`` of all images, or None if sizes differ.
+        channels: of the returned images; by default 1 if all images are greyscale, else 3.
     """
 
     def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
@@ -54,7 +54,7 @@ class Split:
             if isinstance(item.content, Exception):
                 raise TrainingError(f"The image {name} cannot be read: {item.content}")
             if item.label is None:
-                raise TrainingError(f"The image {name} has no label, and training needs one.")
+                raise TrainingError(f"The image {name} has no label; training needs labels.")
             content = _pixels(item.content) if isinstance(item.content, Image.Image) else item.content
             looks.add(content, name)
             if isinstance(content, bytes):
@@ -63,8 +63,8 @@ class Split:
                 n_bytes += content.nbytes if isinstance(content, np.ndarray) else len(content)
             if isinstance(content, np.ndarray) and n_bytes > _LARGEST:
                 raise TrainingError(
-                    f"The images of {source.description} take more than {_LARGEST / 2**30:.0f} GiB decoded. "
-                    "Give them as a folder of image files with a folder for each class."
+                    f"The images of {source.description} take more than {_LARGEST / 2**30:.0f} GiB when decoded. "
+                    "Provide them as image files with one folder per class."
                 )
             self._contents.append(None if isinstance(content, bytes) and n_bytes > _KEPT else content)
             labels.append(item.label)
@@ -75,7 +75,7 @@ class Split:
         return len(self._contents)
 
     def image(self, position: int) -> Image.Image:
-        """Return one image, in as many channels as `channels` says.
+        """Return one image, with `channels` channels.
 
         Raises:
             TrainingError: its file is missing or damaged.
@@ -97,7 +97,7 @@ class Split:
             ) from error
 
     def digest(self) -> str:
-        """Return a SHA-256 of labels and images; of those in a folder, of their names and sizes in bytes instead."""
+        """Return a SHA-256 of labels and images; for image files in folders, of their names and sizes in bytes."""
         hasher = hashlib.sha256(self.labels.tobytes() + self._encoded)
         for content in self._contents:
             if isinstance(content, np.ndarray):
@@ -107,14 +107,14 @@ class Split:
         return hasher.hexdigest()
 
     def sample(self) -> Iterator[Image.Image]:
-        """Yield images spread evenly: all of those in memory, a part of those that must be decoded."""
+        """Yield all images if they are decoded, else an evenly spaced sample."""
         decoded = bool(self._contents) and isinstance(self._contents[0], np.ndarray)
         for position in range(0, len(self), 1 if decoded else max(1, len(self) // _SAMPLE)):
             yield self.image(position)
 
 
 class _Looks:
-    """Finds out whether images have one size and are grey, opening no more files than it takes to know."""
+    """Finds out whether all images have the same size and are greyscale, opening as few files as possible."""
 
     def __init__(self) -> None:
         self.sizes: set[tuple[int, int]] = set()
@@ -142,7 +142,7 @@ class _Looks:
 
 
 def _pixels(image: Image.Image, channels: int | None = None) -> npt.NDArray[np.uint8]:
-    """Return ``(height, width)`` or ``(height, width, 3)`` of an image, by default as many channels as it has."""
+    """Return the pixels ``(height, width)`` or ``(height, width, 3)`` of an image; by default with its own channels."""
     channels = channels or (1 if image.mode.startswith(_GREY) else 3)
     pixels = Preprocessing(channels, image.height, image.width, None).at_size(image)
     return pixels[0] if channels == 1 else np.moveaxis(pixels, 0, 2)
@@ -150,15 +150,15 @@ def _pixels(image: Image.Image, channels: int | None = None) -> npt.NDArray[np.u
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Images for training, and others that no method sees.
+    """Training images, and held-out images that no method sees.
 
     Attributes:
-        source: what was opened, as given.
-        train: the images to learn from.
-        test: the images that accuracy is measured on.
-        test_origin: in words, where these come from.
-        inputs: what a network is given.
-        sha256: of both parts.
+        source: the source as given.
+        train: the training images.
+        test: the held-out images, on which accuracy is measured.
+        test_origin: origin of the held-out images, in words.
+        inputs: inputs and classes of the network.
+        sha256: of both splits.
     """
 
     source: str
@@ -183,19 +183,19 @@ class TrainingData:
 def open_training_data(
     source: str | Path, *, input_size: tuple[int, int, int] | None = None, download: bool = False
 ) -> TrainingData:
-    """Open images with labels for training.
+    """Open labelled images for training.
 
     Args:
-        source: a folder with the parts ``train`` and ``val`` (or ``valid``, ``validation``, ``test``), each with a
-            folder for each class; a folder of MNIST's IDX files; ``torchvision:NAME?root=PATH``; or anything else that
-            `open_source` takes, of which a tenth, drawn once and for all, is then held out.
-        input_size: channels, height and width of what networks are given; by default the images' own, where they all
-            have the same, else 3 x 224 x 224.
-        download: let torchvision fetch the data set.
+        source: a folder with the splits ``train`` and ``val`` (or ``valid``, ``validation``, ``test``), each with one
+            folder per class; a folder of MNIST's IDX files; ``torchvision:NAME?root=PATH``; or anything else that
+            `open_source` accepts, of which a fixed random tenth is held out.
+        input_size: channels, height and width of the network's input; by default the size of the images if they all
+            have the same size, else 3 x 224 x 224.
+        download: let torchvision download the data set.
 
     Raises:
         TrainingError: an image has no label or cannot be read, or there are fewer than two classes.
-        ProbeError: nothing can be read there.
+        ProbeError: the source cannot be read.
     """
     train_source, test_source, origin = _parts(str(source), download)
     if test_source is None:
@@ -212,28 +212,30 @@ def open_training_data(
 
 
 def _n_classes(source: str, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64], strict: bool) -> int:
-    """Return how many classes a network needs for these labels; ``strict``: every class must be there to learn from."""
+    """Return the number of classes; ``strict``: every class of the test images must have training images."""
     classes = np.unique(train)
     if len(classes) < 2:
-        raise TrainingError(f"All images of {source} have the class {classes.tolist()}: expected at least two classes.")
+        raise TrainingError(
+            f"The training images of {source} are all of class {classes[0]}; expected at least two classes."
+        )
     if (lowest := min(classes.min(), test.min())) < 0:
-        raise TrainingError(f"Labels of {source} must be 0 or more, but some are {lowest}.")
+        raise TrainingError(f"Labels of {source} must be 0 or larger; got {lowest}.")
     n_classes = int(max(classes.max(), test.max())) + 1
     if len(classes) < n_classes / 2:
         raise TrainingError(
-            f"{source} has {len(classes)} classes with numbers up to {n_classes - 1}: number them from 0 without gaps. "
-            "(Folders with ImageNet's names are numbered as there; rename those of a part of it.)"
+            f"{source} has {len(classes)} classes with labels up to {n_classes - 1}. Number them from 0 without gaps. "
+            "(Folders named by ImageNet's WordNet ids get ImageNet's labels: rename them for a subset.)"
         )
     if strict and (new := np.setdiff1d(test, classes)).size:
         raise TrainingError(
-            f"{source} has no images to learn from of {len(new)} class{'es' * (len(new) > 1)} that "
-            f"{'have' if len(new) > 1 else 'has'} images for tests, such as {new[0]}."
+            f"{source} has test images but no training images of {len(new)} class{'es' * (len(new) > 1)}, "
+            f"such as {new[0]}."
         )
     return n_classes
 
 
 def _parts(source: str, download: bool) -> tuple[ImageSource, ImageSource | None, str]:
-    """Return the images to learn from, those for tests if the source has a part for them, and where they come from."""
+    """Return training images, test images if the source has a test split, and the origin of the test images."""
     held_out = f"a tenth of {source}, held out"
     if source.startswith("torchvision:"):
         return _torchvision_parts(source, download) or (open_source(source), None, held_out)
@@ -253,7 +255,7 @@ def _parts(source: str, download: bool) -> tuple[ImageSource, ImageSource | None
 
 
 def _train_folder(folder: Path) -> Path | None:
-    """Return the folder ``train`` of a data set, unless it holds the images of a class of that name."""
+    """Return the folder ``train`` of a data set, unless it contains the images of a class of that name."""
     train = folder / "train"
     if not train.is_dir():
         return None
@@ -272,26 +274,26 @@ def _npz_parts(path: Path) -> tuple[ImageSource, ImageSource] | None:
                 return None
             images, labels = arrays["test_images"], arrays["test_labels"]
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
-        return None  # said by the source when it is opened
+        return None  # reported when the source is opened
     return ArraySource(path), ArraySource(images, labels)
 
 
 def _check_same_classes(train: Path, test: Path) -> None:
     if only := sorted(_folders(train) ^ _folders(test)):
         raise TrainingError(
-            f"{train} and {test} must have folders of the same names, one for each class; "
-            f"{len(only)} {'is' if len(only) == 1 else 'are'} in one of them only, such as {only[0]!r}."
+            f"{train} and {test} must contain the same folders, one per class; "
+            f"{len(only)} {'is' if len(only) == 1 else 'are'} in only one of them, such as {only[0]!r}."
         )
 
 
 def _torchvision_parts(source: str, download: bool) -> tuple[ImageSource, ImageSource, str] | None:
-    """Return the parts of a torchvision data set, or None where its class has none or the source names one."""
+    """Return the splits of a torchvision data set, or None if its class has none or the source names one."""
     from torchvision import datasets
 
     name, _, query = source.removeprefix("torchvision:").partition("?")
     options = dict(part.partition("=")[::2] for part in query.split("&"))
     if name not in datasets.__all__ or "root" not in options:
-        return None  # opening it says what is wrong
+        return None  # reported when it is opened
     cls = getattr(datasets, name)
     parameters = inspect.signature(cls).parameters
     keyword = next((keyword for keyword in ("split", "train") if keyword in parameters), None)
@@ -310,34 +312,34 @@ def _torchvision_parts(source: str, download: bool) -> tuple[ImageSource, ImageS
 
 
 def _first_split(source: str, splits: Sequence[str]) -> tuple[ImageSource, str]:
-    """Open the first of some parts that a torchvision class knows, and return its name, too."""
+    """Open the first of some splits that a torchvision class has, and return it with its name."""
     first: ProbeError | None = None
     for split in splits:
         try:
             return open_source(f"{source}&split={split}"), split
         except ProbeError as error:
-            if not isinstance(error.__cause__, ValueError):  # which torchvision raises at parts it does not know
+            if not isinstance(error.__cause__, ValueError):  # which torchvision raises for unknown splits
                 raise
             first = first or error
-    raise first or ProbeError(f"{source} has no parts.")
+    raise first or ProbeError(f"{source} has no splits.")
 
 
 def _fetch(cls: Any, root: str, parts: Sequence[Mapping[str, Any]]) -> None:
-    """Let torchvision's class fetch the files of some parts, those that it knows."""
+    """Let torchvision's class download the files of some splits, skipping those it does not have."""
     for part in parts:
         try:
             cls(str(Path(root).expanduser()), download=True, **part)
         except ValueError:
-            continue  # the class has no part of that name; if it has none of them, opening it says so
-        except Exception as error:  # whatever a server or a disk does
-            raise TrainingError(f"torchvision could not fetch {cls.__name__} to {root} ({error}).") from error
+            continue  # the class has no split of this name; if it has none, this is reported when it is opened
+        except Exception as error:  # a server or a disk may raise anything
+            raise TrainingError(f"torchvision could not download {cls.__name__} to {root} ({error}).") from error
 
 
 def _inputs(train: Split, test: Split, n_classes: int, input_size: tuple[int, int, int] | None) -> Inputs:
     own = train.size if train.size == test.size else None
     channels, height, width = input_size or (train.channels, *(own or (224, 224)))
     if channels not in (1, 3) or min(height, width) < 1:
-        raise TrainingError(f"input_size must be 1 or 3 channels, height and width; got {channels} {height} {width}.")
+        raise TrainingError(f"input_size must be channels (1 or 3), height and width; got {channels} {height} {width}.")
     train.channels = test.channels = channels
     total = np.zeros((2, channels))
     n_pixels = 0

@@ -1,4 +1,4 @@
-"""Train a model by a method: the loop that all methods share, interrupted and resumed at will."""
+"""Train a model by a method: the loop that all methods share, which can be interrupted and resumed."""
 
 import contextlib
 import dataclasses
@@ -33,11 +33,11 @@ TRACKERS = ("tensorboard", "wandb")
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What a training run left.
+    """The result of a training run.
 
     Attributes:
-        folder: where it lies.
-        record: what stands in its ``model.json``.
+        folder: of the run.
+        record: content of its ``model.json``.
     """
 
     folder: Path
@@ -50,7 +50,7 @@ class TrainedModel:
 
     @property
     def top1_accuracy(self) -> float:
-        """Share of held-out images that are classified right, in [0, 1]."""
+        """Top-1 accuracy on the held-out images, in [0, 1]."""
         return float(self.record["top1_accuracy"])
 
 
@@ -67,33 +67,37 @@ def train(
     progress: Callable[[TrainingProgress], Any] | None = None,
     say: Callable[[str], Any] | None = None,
 ) -> TrainedModel:
-    """Train a model, or go on with a run that was interrupted, with the result of an uninterrupted one.
+    """Train a model, or resume an interrupted run, with the same result as without the interruption.
 
-    Initial weights and the order of images depend on ``seed`` alone, so that models trained by several methods under
-    one seed differ in nothing but the method.
+    Initial weights and the order of images depend only on ``seed``, so that models trained by different methods with
+    the same seed differ only in the method.
 
     Args:
-        method: how, with its settings.
-        architecture: a model reference, whose weights are drawn anew.
-        data: what to learn from.
-        folder: where the run is kept (see `RunFolder`); a finished one is returned as it is.
-        seed: of weights, order and views.
-        precision: ``no`` for float32, or ``bf16`` or ``fp16``, in which products are computed.
-        weights_dtype: ``float32``, or ``float16`` to store matrices of the final weights in half the space; the
-            accuracy reported is that of the weights as stored.
+        method: the training method with its settings.
+        architecture: a model reference; its weights are initialised at random.
+        data: the images.
+        folder: where the run is saved (see `RunFolder`); a finished run is returned as it is.
+        seed: of initial weights, order of images and views.
+        precision: of mixed-precision training, ``bf16`` or ``fp16``; ``no``: float32.
+        weights_dtype: of the saved matrices, ``float32`` or ``float16``; the reported accuracy is that of the saved
+            weights.
         options: what the result does not depend on.
-        progress: is told how far the run is.
-        say: is told what happens besides.
+        progress: called with the progress of the run.
+        say: called with messages for the user.
 
     Raises:
-        TrainingError: the folder holds another run, a setting makes no sense, or the loss is no number any more.
+        TrainingError: the folder contains another run, an argument or a setting is invalid, or the loss is not finite.
         ModelError: the architecture cannot be opened or does not fit the images.
     """
-    if precision not in PRECISIONS or weights_dtype not in WEIGHTS_DTYPES:
-        raise TrainingError(
-            f"precision must be one of {', '.join(PRECISIONS)} and weights_dtype one of {', '.join(WEIGHTS_DTYPES)}; "
-            f"got {precision!r} and {weights_dtype!r}."
-        )
+    options = options or Options()
+    for name, values, known in (
+        ("precision", (precision,), PRECISIONS),
+        ("weights_dtype", (weights_dtype,), WEIGHTS_DTYPES),
+        ("trackers", options.trackers, TRACKERS),
+    ):
+        for value in values:
+            if value not in known:
+                raise TrainingError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
     run_folder = RunFolder(Path(folder).expanduser())
     about: dict[str, Any] = {
         "method": method.name,
@@ -107,7 +111,6 @@ def train(
     if (record := run_folder.finished()) is not None:
         _check_same_run(run_folder.path, record, about)
         return TrainedModel(run_folder.path, record)
-    options = options or Options()
     accelerator = make_accelerator(options.device, precision, options.trackers, run_folder.path)
     with (
         hold(run_folder.path, "training run") if accelerator.is_main_process else contextlib.nullcontext(),
@@ -190,11 +193,11 @@ def _finish(run: Run, network: nn.Module, initial_sha256: str) -> dict[str, Any]
 
 
 def _nobody(_: object) -> None:
-    """Listen to nothing."""
+    """Ignore what is reported."""
 
 
 def _check_same_run(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raise a TrainingError that says what is unlike, unless both are the same run."""
+    """Raise a TrainingError that lists the differences unless both are the same run."""
 
     def flat(about: Mapping[str, Any]) -> dict[str, Any]:
         plain = json.loads(json.dumps({name: about.get(name) for name in asked}))
@@ -204,13 +207,14 @@ def _check_same_run(folder: Path, there: Mapping[str, Any], asked: Mapping[str, 
     try:
         old, new = flat(there), flat(asked)
     except (KeyError, TypeError) as error:
-        raise TrainingError(f"{folder} holds something else than a training run. Name another --out.") from error
-    unlike = [
-        f"{name} {old.get(name)!r} there, {new.get(name)!r} asked for"
+        raise TrainingError(f"{folder} contains something other than a training run. Choose another --out.") from error
+    different = [
+        f"{name} is {old.get(name)!r}, but {new.get(name)!r} was requested"
         for name in {**old, **new}
         if old.get(name) != new.get(name)
     ]
-    if unlike:
+    if different:
         raise TrainingError(
-            f"{folder} holds another training run: {'; '.join(unlike[:5])}. Name another --out, or remove that folder."
+            f"{folder} contains another training run: {'; '.join(different[:5])}. Choose another --out, or remove the "
+            "folder."
         )

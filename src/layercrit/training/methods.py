@@ -1,4 +1,4 @@
-"""What a training method is: settings, how an image becomes views, how a batch becomes a loss; and their registry."""
+"""Training methods: settings, how an image becomes views and a batch becomes a loss; and their registry."""
 
 import dataclasses
 import typing
@@ -34,16 +34,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a network is trained on.
+    """Inputs and classes of a network in training.
 
     Attributes:
         channels: 1 or 3.
-        height: of what the network is given, in pixels.
-        width: likewise.
-        n_classes: how many classes there are.
-        mean: of the training images, a value for each channel, in units of pixels in [0, 1].
-        std: their standard deviation.
-        same_size: whether every image has the network's size already.
+        height: of the network's input, in pixels.
+        width: of the network's input, in pixels.
+        n_classes: number of classes.
+        mean: of the training images, per channel, for pixels in [0, 1].
+        std: standard deviation of the training images, per channel, for pixels in [0, 1].
+        same_size: whether all images already have the size of the network's input.
     """
 
     channels: int
@@ -56,14 +56,14 @@ class Inputs:
 
 
 Views = Callable[[Image.Image], Sequence[Tensor]]
-"""Turns an image into one or several views of it, uint8 ``(channels, height, width)``, by torch's global generator."""
+"""Makes one or more views of an image, uint8 ``(channels, height, width)``, with torch's global generator."""
 
 
 class Learner(nn.Module):
     """A network, and how a batch of views becomes a loss.
 
     Attributes:
-        network: the classifier that is trained; what else a method needs (a teacher, a projection head) is beside it.
+        network: the classifier that is trained; subclasses add other modules, such as a teacher or a projection head.
     """
 
     def __init__(self, network: nn.Module, inputs: Inputs) -> None:
@@ -73,7 +73,7 @@ class Learner(nn.Module):
         self.register_buffer("std", torch.tensor(inputs.std).view(-1, 1, 1), persistent=False)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Return what the network is given for ``images (n_images, channels, height, width)`` in [0, 1]."""
+        """Return normalised images for ``images (n_images, channels, height, width)`` in [0, 1]."""
         return (images - self.mean) / self.std  # type: ignore[operator]
 
     def logits(self, images: Tensor) -> Tensor:
@@ -84,18 +84,18 @@ class Learner(nn.Module):
         """Return the loss of a batch, a scalar.
 
         Args:
-            views: for each view of the images ``(n_images, channels, height, width)``, float32 in [0, 1].
-            labels: classes ``(n_images,)``; self-supervised methods do not look at them.
-            progress: share of the phase that is done, in [0, 1).
+            views: the batch once per view, ``(n_images, channels, height, width)``, float32 in [0, 1].
+            labels: classes ``(n_images,)``; self-supervised methods ignore them.
+            progress: finished share of the phase, in [0, 1).
         """
         raise NotImplementedError
 
     def after_step(self, progress: float) -> None:
-        """Do what follows a step of the optimiser, such as moving a teacher."""
+        """Called after each optimiser step, for example to update a teacher."""
 
 
 class Supervised(Learner):
-    """Learning from labels, from one view of each image."""
+    """Supervised learning on one view of each image."""
 
     def __init__(
         self, network: nn.Module, inputs: Inputs, loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
@@ -110,16 +110,16 @@ class Supervised(Learner):
 
 @dataclass(frozen=True)
 class Optimisation:
-    """How parameters follow gradients.
+    """Optimiser and learning rate schedule.
 
     Attributes:
-        optimizer: a name that timm knows (`timm.optim.list_optimizers`).
-        lr: highest learning rate, at the batch size in use.
-        momentum: of the optimizers that have one.
+        optimizer: name of an optimizer in timm (`timm.optim.list_optimizers`).
+        lr: peak learning rate, at the batch size in use.
+        momentum: of optimizers that have one.
         weight_decay: not applied to biases and normalisation.
-        schedule: ``cosine`` (to 0) or ``step`` (a tenth after each third of the epochs).
-        warmup_epochs: over which the learning rate rises linearly from 0.
-        clip_norm: largest norm of all gradients together; 0: no limit.
+        schedule: ``cosine`` (to 0) or ``step`` (divided by 10 after each third of the epochs).
+        warmup_epochs: number of epochs over which the learning rate rises linearly from 0.
+        clip_norm: maximum global norm of the gradients; 0: no clipping.
     """
 
     optimizer: str = "sgd"
@@ -138,10 +138,10 @@ class Phase:
     Attributes:
         name: such as ``training``, or ``pretraining`` and ``linear head``.
         epochs: passes over the training images.
-        views: makes `Views` for the given inputs.
-        learner: makes the learner around the network, which is changed in place.
-        optimisation: how parameters follow gradients.
-        labelled: whether the classifier learns in this phase, so that its accuracy means something.
+        views: returns `Views` for the given inputs.
+        learner: returns the learner for a network, which is trained in place.
+        optimisation: optimiser and learning rate schedule.
+        labelled: whether the classifier is trained in this phase, so that its accuracy is meaningful.
     """
 
     name: str
@@ -158,26 +158,26 @@ def setting(
     """Declare a setting of a method: a dataclass field with a meaning and a range.
 
     Args:
-        default: its value where nothing is said; its type is that of the annotation.
-        text: what it means, with its unit.
-        low: smallest value allowed.
-        high: largest value allowed.
-        choices: the only values allowed.
+        default: the default, of the annotated type.
+        text: its meaning, with its unit.
+        low: minimum.
+        high: maximum.
+        choices: the allowed values.
     """
     return field(default=default, metadata={"text": text, "low": low, "high": high, "choices": tuple(choices)})
 
 
 @dataclass(frozen=True)
 class Method:
-    """A training method; every one is a subclass that changes what its paper changes.
+    """A training method: each is a subclass that changes what its paper changes.
 
-    The fields are its settings. Registered by `method`, which adds the class variables.
+    The fields are its settings. Subclasses are registered by `method`, which sets the class variables.
 
     Attributes:
-        name: how it is called everywhere.
+        name: unique name.
         category: one of `CATEGORIES`.
-        changes: what it does unlike the baseline, in a few words.
-        paper: where it comes from.
+        changes: what differs from the baseline, in a few words.
+        paper: authors, year and identifier of its source.
     """
 
     name: ClassVar[str]
@@ -186,42 +186,44 @@ class Method:
     paper: ClassVar[str]
 
     epochs: int = setting(90, "passes over the training images", low=1)
-    batch_size: int = setting(256, "images a step, over all processes", low=1)
-    optimizer: str = setting("sgd", "name of an optimizer of timm")
-    lr: float = setting(0.1, "highest learning rate, at this batch size", low=0)
-    momentum: float = setting(0.9, "of the optimizers that have one", low=0, high=1)
-    weight_decay: float = setting(1e-4, "not on biases and normalisation", low=0)
-    schedule: str = setting("cosine", "of the learning rate", choices=("cosine", "step"))
-    warmup_epochs: float = setting(0.0, "over which the learning rate rises from 0", low=0)
-    clip_norm: float = setting(0.0, "largest norm of all gradients together; 0: no limit", low=0)
-    ema_decay: float = setting(0.0, "of the moving average of weights that is kept instead; 0: none", low=0, high=1)
-    repeats: int = setting(1, "views of each image in a batch, in place of other images", low=1)
+    batch_size: int = setting(256, "images per step, over all processes", low=1)
+    optimizer: str = setting("sgd", "name of an optimizer in timm")
+    lr: float = setting(0.1, "peak learning rate, at this batch size", low=0)
+    momentum: float = setting(0.9, "momentum of optimizers that have one", low=0, high=1)
+    weight_decay: float = setting(1e-4, "weight decay, not applied to biases and normalisation", low=0)
+    schedule: str = setting("cosine", "learning rate schedule", choices=("cosine", "step"))
+    warmup_epochs: float = setting(0.0, "epochs over which the learning rate rises from 0", low=0)
+    clip_norm: float = setting(0.0, "maximum global norm of the gradients; 0: no clipping", low=0)
+    ema_decay: float = setting(
+        0.0, "decay of an EMA of the weights, which is saved instead of them; 0: none", low=0, high=1
+    )
+    repeats: int = setting(1, "repeated augmentation: views of each image in a batch", low=1)
     crop: str = setting(
         "auto",
-        "shift: pad by an eighth and cut; resized: a part of random size and shape; auto: shift for images up to 64 "
-        "pixels that all have the network's size",
+        "shift: random crop after padding by an eighth; resized: random resized crop; auto: shift for images up to 64 "
+        "pixels that all have the size of the network's input",
         choices=("auto", "shift", "resized"),
     )
-    min_scale: float = setting(0.08, "smallest share of the area that a resized crop shows", low=0, high=1)
-    flip: float = setting(0.5, "share of images that are mirrored", low=0, high=1)
+    min_scale: float = setting(0.08, "minimum area of a resized crop, as a share of the image", low=0, high=1)
+    flip: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return the parts of a run, in order; one for methods that learn from labels throughout."""
+        """Return the phases of a run, in order; supervised methods have one."""
         return (Phase("training", self.epochs, self.views, self.learner, self.optimisation()),)
 
     def optimisation(self) -> Optimisation:
-        """Return the settings that concern the optimiser."""
+        """Return the settings of optimiser and schedule."""
         return Optimisation(**{one.name: getattr(self, one.name) for one in dataclasses.fields(Optimisation)})
 
     def views(self, inputs: Inputs) -> Views:
-        """Return what makes views of an image: one, cropped, mirrored, augmented, as uint8."""
+        """Return a function that makes one view of an image: cropped, flipped and augmented."""
         from torchvision import transforms
 
         whole = transforms.Compose([*self.crops(inputs), *self.augmentations(inputs), transforms.PILToTensor()])
         return lambda image: (whole(image),)
 
     def crops(self, inputs: Inputs) -> list[Any]:
-        """Return the transforms that cut out a part of the network's size and mirror it."""
+        """Return the transforms for a random crop of the network's input size and a random flip."""
         from torchvision import transforms
 
         size = (inputs.height, inputs.width)
@@ -233,15 +235,15 @@ class Method:
         return [cut, transforms.RandomHorizontalFlip(self.flip)] if self.flip else [cut]
 
     def augmentations(self, inputs: Inputs) -> list[Any]:
-        """Return the transforms of the cropped image that a method adds; none here."""
+        """Return the transforms that a method applies to the cropped image; none by default."""
         return []
 
     def learner(self, network: nn.Module, inputs: Inputs) -> Learner:
-        """Return the learner around a network."""
+        """Return the learner for a network."""
         return Supervised(network, inputs)
 
     def changed(self) -> dict[str, Any]:
-        """Return all settings as plain values, in order of their declaration."""
+        """Return all settings as plain values, in the order of declaration."""
         return dataclasses.asdict(self)
 
 
@@ -253,9 +255,9 @@ def method(name: str, *, category: str, changes: str, paper: str) -> Callable[[t
     """Register a training method.
 
     Args:
-        name: how it is called, such as ``augmix``.
+        name: unique name, such as ``augmix``.
         category: one of `CATEGORIES`.
-        changes: what it does unlike the baseline, in a few words.
+        changes: what differs from the baseline, in a few words.
         paper: authors, year and identifier of its source.
 
     Raises:
@@ -280,14 +282,14 @@ def method(name: str, *, category: str, changes: str, paper: str) -> Callable[[t
 
 
 def get_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
-    """Return a method with some of its settings changed.
+    """Return a method, with some of its settings changed.
 
     Args:
         name: of a registered method.
-        settings: values by name; texts, as a command line gives them, are read as the type of the setting.
+        settings: values by name; strings, as from the command line, are converted to the type of the setting.
 
     Raises:
-        TrainingError: the method or a setting is unknown, or a value is of another type or out of range.
+        TrainingError: the method or a setting is unknown, or a value has the wrong type or is out of range.
     """
     cls = METHODS.find(name)
     types = typing.get_type_hints(cls)

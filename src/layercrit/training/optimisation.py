@@ -1,4 +1,4 @@
-"""What moves the weights: timm's optimizers, schedules and moving averages, and accelerate's devices."""
+"""Optimizers, schedules and moving averages by timm; devices and processes by accelerate."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ __all__ = ["make_accelerator", "make_optimizer", "make_schedule", "moving_averag
 
 
 def make_accelerator(device: str, precision: str, trackers: Sequence[str], folder: Path) -> Any:
-    """Return accelerate's handle on devices, processes, number formats and trackers.
+    """Return accelerate's handle on devices, processes, mixed precision and trackers.
 
     Raises:
         TrainingError: a package is not installed.
@@ -27,7 +27,7 @@ def make_accelerator(device: str, precision: str, trackers: Sequence[str], folde
         from accelerate.state import AcceleratorState
     except ImportError as error:
         raise TrainingError(
-            "Training needs accelerate, which is not installed: pip install 'layercrit[train]'."
+            "Training needs accelerate, which is not installed. Run `pip install 'layercrit[train]'`."
         ) from error
     for name in ("tensorboard", "wandb"):
         if name in trackers and importlib.util.find_spec(name) is None:
@@ -35,7 +35,7 @@ def make_accelerator(device: str, precision: str, trackers: Sequence[str], folde
     find_device(device)
     shared = AcceleratorState._shared_state
     if shared and shared.get("_mixed_precision") not in (None, precision):
-        AcceleratorState._reset_state()  # of an earlier run of this process, in another number format
+        AcceleratorState._reset_state()  # of an earlier run in this process with another precision
     log_with, place = list(trackers) or None, str(folder / "tracking")
     return Accelerator(mixed_precision=precision, cpu=device == "cpu", log_with=log_with, project_dir=place)
 
@@ -50,10 +50,10 @@ def moving_average(network: nn.Module, decay: float) -> Any:
 
 
 def make_optimizer(learner: nn.Module, how: Optimisation) -> torch.optim.Optimizer:
-    """Return timm's optimizer of that name, without weight decay for biases and normalisation.
+    """Return timm's optimizer of a given name, without weight decay for biases and normalisation.
 
     Raises:
-        TrainingError: there is none of that name.
+        TrainingError: timm has no optimizer of this name.
     """
     from timm.optim._optim_factory import create_optimizer_v2, list_optimizers
 
@@ -66,7 +66,7 @@ def make_optimizer(learner: nn.Module, how: Optimisation) -> torch.optim.Optimiz
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, how: Optimisation, n_steps: int, steps_per_epoch: int) -> Any:
-    """Return timm's schedule, which is told the number of the step, counted within the phase."""
+    """Return timm's schedule, to be updated with the number of the step within the phase."""
     from timm.scheduler.cosine_lr import CosineLRScheduler
     from timm.scheduler.step_lr import StepLRScheduler
 

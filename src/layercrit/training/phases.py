@@ -18,7 +18,7 @@ from layercrit.training.runs import Run, TrainingProgress
 
 __all__ = ["PhaseOfRun"]
 
-_CHECK_EVERY = 20  # steps between looks at the loss, for each look waits for the device
+_CHECK_EVERY = 20  # steps between checks of the loss, because each check waits for the device
 
 
 class PhaseOfRun:
@@ -30,7 +30,7 @@ class PhaseOfRun:
         n_steps = run.steps // run.epochs
         with drawing(seed_of("training", run.seed, "learner", phase.name)):
             learner = phase.learner(network, inputs)
-        # channels last: convolutions are faster so on CPUs and GPUs alike
+        # channels last: convolutions are faster on CPUs and GPUs
         self.learner = learner.to(accelerator.device).to(memory_format=torch.channels_last)
         self.ema = moving_average(self.learner.network, run.method.ema_decay if phase.labelled else 0.0)
         optimizer = make_optimizer(self.learner, phase.optimisation)
@@ -39,11 +39,11 @@ class PhaseOfRun:
         repeats, n_workers = run.method.repeats, run.options.n_workers
         views = phase.views(inputs)
         self.batches = Batches(run.data.train, views, run.seed, run.batch_size, repeats, n_workers)
-        self.unchecked: list[Tensor] = []  # losses of the latest steps, not looked at yet
+        self.unchecked: list[Tensor] = []  # losses of the latest steps, not yet checked
         self.loss_sum = 0.0
 
     def go(self, state: Mapping[str, Any] | None) -> nn.Module:
-        """Train from the phase's start, or from a state within it, and return the network with its final weights."""
+        """Train from the start of the phase or from a saved state, and return the network with its final weights."""
         n_steps, first_epoch = self.batches.n_steps, self.first_step // self.batches.n_steps
         epoch, done, seconds = 0, 0, 0.0
         if state is not None:
@@ -58,7 +58,7 @@ class PhaseOfRun:
         return self.network()
 
     def network(self) -> nn.Module:
-        """Return the network whose weights count: the moving average where there is one."""
+        """Return the network with the weights to keep: the moving average if there is one."""
         network: nn.Module = self.ema.module if self.ema is not None else self.learner.network
         return network
 
@@ -75,12 +75,12 @@ class PhaseOfRun:
                 torch.cuda.manual_seed_all(seed)
             self._step(step - self.first_step, [to_device(view, device) for view in views], labels.to(device))
             if (step + 1) % _CHECK_EVERY == 0 or in_epoch + 1 == n_steps:
-                self._look(step + 1, in_epoch + 1)
+                self._check(step + 1, in_epoch + 1)
                 if in_epoch + 1 < n_steps and time.monotonic() - run.saved_at > run.options.save_seconds:
                     self._save(step + 1, time.monotonic() - started)
 
     def _step(self, step: int, views: list[Tensor], labels: Tensor) -> None:
-        """Move the weights once; ``step`` counts within the phase."""
+        """Take one optimisation step; ``step`` counts within the phase."""
         accelerator = self.run.accelerator
         progress = step / (self.phase.epochs * self.batches.n_steps)
         self.schedule.step_update(step)
@@ -95,11 +95,11 @@ class PhaseOfRun:
             self.ema.update(self.learner.network, step=step)
         self.unchecked.append(loss.detach().float())
 
-    def _look(self, steps_done: int, done_in_epoch: int) -> None:
-        """Look at the losses since the last time, and tell how far the run is.
+    def _check(self, steps_done: int, done_in_epoch: int) -> None:
+        """Check the losses since the last check, and report progress.
 
         Raises:
-            TrainingError: one is no finite number.
+            TrainingError: a loss is not finite.
         """
         run = self.run
         losses = run.accelerator.reduce(torch.stack(self.unchecked), "mean").tolist()
@@ -110,8 +110,8 @@ class PhaseOfRun:
                 epoch = (step - 1) // self.batches.n_steps + 1
                 raise TrainingError(
                     f"The loss became {loss} at step {step} of {run.steps}, in epoch {epoch}. "
-                    f"{run.folder.kept_state()} "
-                    "A lower lr, a longer warmup_epochs or a clip_norm may help: --set lr=..., in another --out."
+                    f"{run.folder.last_state()} "
+                    "Try a lower lr, more warmup_epochs or a clip_norm: --set lr=... with another --out."
                 )
         self.loss_sum += sum(losses)
         accuracy = run.history[-1]["top1_accuracy"] if run.history else None
@@ -120,7 +120,7 @@ class PhaseOfRun:
         run.progress(TrainingProgress(self.phase.name, epoch, run.epochs, steps_done, run.steps, mean, accuracy))
 
     def _end_epoch(self, epoch: int, started: float) -> None:
-        """Write down an epoch; ``epoch`` counts from 1, through all phases."""
+        """Record a finished epoch; ``epoch`` counts from 1, over all phases."""
         run = self.run
         n_steps = self.batches.n_steps
         seconds = time.monotonic() - started

@@ -1,4 +1,4 @@
-"""Training recipes: long schedules, other optimisers, mixed images and softened labels, all at once."""
+"""Training recipes: long schedules, other optimisers, mixed images and smoothed labels, all at once."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,29 +12,33 @@ from layercrit.training.methods import Inputs, Learner, Method, Views, method, s
 __all__ = ["A1", "A2", "A3", "C1", "B1k", "D", "Mixing", "Recipe", "TorchVision2", "binary_cross_entropy"]
 
 PRESENT = 0.2
-"""Share of a mixed image from which binary cross-entropy counts its class as present; timm's value for A1 to A3."""
+"""Binary cross-entropy counts a class as present above this share of a mixed image; timm's value for A1 to A3."""
 
 
 @dataclass(frozen=True)
 class Recipe(Method):
-    """What the recipes below have in common; each gives it values of its own.
+    """Settings that the recipes below share, each with its own values.
 
-    Learning rates are the published ones where they are known, at the published batch sizes; they must be lowered with
-    the batch size. None of the recipes drops residual branches at random, for that is a change of the architecture.
+    Learning rates are the published ones where known, for the published batch sizes; scale them down with the batch
+    size. No recipe uses stochastic depth, which would change the architecture.
     """
 
-    label_smoothing: float = setting(0.0, "share of a label that is spread over all classes", low=0, high=1)
-    mixup: float = setting(0.0, "beta parameter of averages of two images; 0: none", low=0)
-    cutmix: float = setting(0.0, "beta parameter of images with a part of another; 0: none", low=0)
+    label_smoothing: float = setting(0.0, "probability that is spread over all classes", low=0, high=1)
+    mixup: float = setting(0.0, "alpha of mixup; 0: none", low=0)
+    cutmix: float = setting(0.0, "alpha of CutMix; 0: none", low=0)
     loss: str = setting(
-        "cross_entropy", "of mixed labels; bce: each class for itself, present or not", choices=("cross_entropy", "bce")
+        "cross_entropy",
+        "loss on mixed labels; bce: binary cross-entropy for each class",
+        choices=("cross_entropy", "bce"),
     )
-    policy: str = setting("none", "random changes of the image", choices=("none", "rand", "trivial"))
-    magnitude: int = setting(7, "mean strength of the changes by the policy rand", low=0, high=10)
-    random_erasing: float = setting(0.0, "share of images that lose a rectangle", low=0, high=1)
+    policy: str = setting(
+        "none", "augmentation: none, RandAugment or TrivialAugment", choices=("none", "rand", "trivial")
+    )
+    magnitude: int = setting(7, "mean strength of RandAugment", low=0, high=10)
+    random_erasing: float = setting(0.0, "probability that a rectangle of an image is erased", low=0, high=1)
 
     def augmentations(self, inputs: Inputs) -> list[Any]:
-        """Return the policy's random changes, TrivialAugment of torchvision or RandAugment of timm."""
+        """Return the policy: torchvision's TrivialAugment or timm's RandAugment."""
         from timm.data.auto_augment import rand_augment_transform
         from torchvision import transforms
 
@@ -46,13 +50,13 @@ class Recipe(Method):
         changes = {
             "img_mean": tuple(colour) if len(colour) > 1 else colour[0],
             "translate_const": int(0.45 * min(inputs.height, inputs.width)),
-            # Posterising by strength 10 keeps no bits at all, which Pillow refuses.
+            # At strength 10 posterising would keep 0 bits, which Pillow refuses.
             "magnitude_max": 9.99,
         }
         return [rand_augment_transform(f"rand-m{self.magnitude}-mstd0.5-inc1", changes)]
 
     def views(self, inputs: Inputs) -> Views:
-        """Return what makes a view of an image; erased rectangles get the mean colour."""
+        """Return a function that makes one view of an image; erased rectangles get the mean colour."""
         from torchvision import transforms
 
         whole = super().views(inputs)
@@ -67,15 +71,15 @@ class Recipe(Method):
 
 
 def _mean_colour(inputs: Inputs) -> list[int]:
-    """Return the mean pixel, which fills what is missing; normalised it is 0."""
+    """Return the mean colour of the training images as a pixel, which is 0 after normalisation."""
     return [round(255 * mean) for mean in inputs.mean]
 
 
 class Mixing(Learner):
-    """Learning from images that are mixed within a batch, and from their mixed labels.
+    """Supervised learning on images mixed within a batch, with mixed labels.
 
     Each batch is mixed by mixup (Zhang et al. 2018, arXiv 1710.09412, eq. 1) or by CutMix (Yun et al. 2019,
-    arXiv 1905.04899, eq. 1), whichever a fair coin says where a recipe has both.
+    arXiv 1905.04899, eq. 1), chosen at random with equal probability if a recipe has both.
     """
 
     def __init__(self, network: nn.Module, inputs: Inputs, recipe: Recipe) -> None:
@@ -85,7 +89,7 @@ class Mixing(Learner):
         self.mix = _mixer(recipe.mixup, recipe.cutmix, inputs.n_classes)
 
     def mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mixed images of the same shape, and shares of the classes in them ``(n_images, n_classes)``."""
+        """Return mixed images of the same shape and their mixed labels ``(n_images, n_classes)``."""
         if self.mix is None:
             return images, F.one_hot(labels, self.n_classes).to(images.dtype)
         return self.mix(images, labels)  # type: ignore[no-any-return]
@@ -98,7 +102,7 @@ class Mixing(Learner):
 
 
 def _mixer(mixup: float, cutmix: float, n_classes: int) -> Callable[[Tensor, Tensor], Any] | None:
-    """Return what mixes a batch, or None where nothing does."""
+    """Return a function that mixes a batch, or None."""
     from torchvision.transforms import v2
 
     ways: list[Any] = []
@@ -110,15 +114,15 @@ def _mixer(mixup: float, cutmix: float, n_classes: int) -> Callable[[Tensor, Ten
 
 
 def binary_cross_entropy(logits: Tensor, shares: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the mean binary cross-entropy over images and classes, where both classes of a mixed image are present.
+    """Return the mean binary cross-entropy over images and classes; both classes of a mixed image count as present.
 
     Args:
         logits: ``(n_images, n_classes)``.
-        shares: of the classes in each image, likewise; more than `PRESENT` counts as present, the rest as absent.
+        shares: share of each class in each image ``(n_images, n_classes)``; more than `PRESENT` counts as present.
         label_smoothing: moves the targets 1 and 0 to ``1 - s + s / n_classes`` and ``s / n_classes``.
 
     Note:
-        Wightman et al. 2021, section 3: targets of 1, or 1 minus the smoothing, for every class that is mixed in.
+        Wightman et al. 2021, section 3: the target is 1, or 1 minus the smoothing, for every class that is mixed in.
     """
     present = (shares > PRESENT).to(logits.dtype)
     targets = present * (1 - label_smoothing) + label_smoothing / shares.shape[1]
@@ -133,7 +137,7 @@ def default(name: str, value: Any) -> Any:
 @method(
     "a1",
     category="training_recipes",
-    changes="LAMB, binary cross-entropy, mixup, CutMix, RandAugment, repeated images, smoothing, 600 epochs",
+    changes="LAMB, binary cross-entropy, mixup, CutMix, RandAugment, smoothing, repeated augmentation, 600 epochs",
     paper="Wightman et al. 2021, arXiv 2110.00476",
 )
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ class A1(Recipe):
 @method(
     "a2",
     category="training_recipes",
-    changes="as a1 with 300 epochs, less mixup, more weight decay, no smoothing",
+    changes="as a1 with 300 epochs, less mixup, more weight decay, no label smoothing",
     paper="Wightman et al. 2021, arXiv 2110.00476",
 )
 @dataclass(frozen=True)
@@ -173,12 +177,12 @@ class A2(A1):
 @method(
     "a3",
     category="training_recipes",
-    changes="as a2 with 100 epochs, a higher learning rate, weaker RandAugment, no repeated images",
+    changes="as a2 with 100 epochs, a higher learning rate, weaker RandAugment, no repeated augmentation",
     paper="Wightman et al. 2021, arXiv 2110.00476",
 )
 @dataclass(frozen=True)
 class A3(A2):
-    """timm's A3 (table 2), without its smaller training images."""
+    """timm's A3 (table 2), but trained at full resolution."""
 
     epochs: int = default("epochs", 100)
     lr: float = default("lr", 8e-3)
@@ -189,16 +193,16 @@ class A3(A2):
 @method(
     "b1k",
     category="training_recipes",
-    changes="RMSProp, RandAugment, random erasing, mixup, smoothing, averaged weights",
+    changes="RMSProp, RandAugment, random erasing, mixup, label smoothing, EMA of weights",
     paper="Wightman et al. 2021, arXiv 2110.00476, recipe B (timm's RA2)",
 )
 @dataclass(frozen=True)
 class B1k(Recipe):
-    """After timm's B1k, which is trained as EfficientNet is: RMSProp as in TensorFlow, RandAugment, averaged weights.
+    """After timm's B1k, an EfficientNet recipe: RMSProp as in TensorFlow, RandAugment, EMA of weights.
 
-    Simplified: a cosine in place of a staircase of the learning rate, rectangles of the mean colour in place of
-    noise, timm's default epsilon of RMSProp and with it a low learning rate. The optimiser and the kind of recipe are
-    those of timm's model card; the other values are our choice, in the manner of timm's examples of RandAugment.
+    Simplified: a cosine instead of a step schedule, erased rectangles of the mean colour instead of noise, timm's
+    default epsilon of RMSProp and hence a low learning rate. The optimiser and the kind of recipe are those of timm's
+    model card; the other values are our choice, modelled on timm's RandAugment examples.
     """
 
     epochs: int = default("epochs", 450)
@@ -217,15 +221,15 @@ class B1k(Recipe):
 @method(
     "c1",
     category="training_recipes",
-    changes="SGD with clipped gradients, RandAugment, mixup, CutMix, random erasing, smoothing",
+    changes="SGD with gradient clipping, RandAugment, mixup, CutMix, random erasing, label smoothing",
     paper="Wightman et al. 2021, arXiv 2110.00476, recipe C",
 )
 @dataclass(frozen=True)
 class C1(Recipe):
-    """After timm's C1: SGD with Nesterov's momentum, clipped gradients, a cosine with warmup.
+    """After timm's C1: SGD with Nesterov momentum, gradient clipping, cosine schedule with warmup.
 
-    Simplified: the gradients' common norm is limited, where the original limits it unit by unit, relative to the
-    weights. Optimiser, clipping and schedule are those of timm's model cards; the other values are our choice.
+    Simplified: gradients are clipped by their global norm, where the original uses adaptive gradient clipping.
+    Optimiser, clipping and schedule are those of timm's model cards; the other values are our choice.
     """
 
     epochs: int = default("epochs", 300)
@@ -249,9 +253,9 @@ class C1(Recipe):
 )
 @dataclass(frozen=True)
 class D(Recipe):
-    """After timm's D: an optimiser of Adam's family with binary cross-entropy.
+    """After timm's D: AdamW with binary cross-entropy.
 
-    Optimiser and loss are the recipe's; the other values are our choice, in the manner of a2 and of DeiT.
+    Optimiser and loss are the recipe's; the other values are our choice, modelled on a2 and DeiT.
     """
 
     epochs: int = default("epochs", 300)
@@ -270,15 +274,15 @@ class D(Recipe):
 @method(
     "tv2",
     category="training_recipes",
-    changes="TrivialAugment, mixup, CutMix, random erasing, smoothing, repeated images, averaged weights, 600 epochs",
+    changes="TrivialAugment, mixup, CutMix, random erasing, label smoothing, repeated augmentation, EMA, 600 epochs",
     paper="Vryniotis 2021, pytorch.org/blog/how-to-train-state-of-the-art-models-using-torchvision-latest-primitives",
 )
 @dataclass(frozen=True)
 class TorchVision2(Recipe):
-    """torchvision's newer recipe of ResNet-50 (the command in its classification references).
+    """torchvision's newer recipe for ResNet-50 (the command in its classification references).
 
-    Simplified: training images have the network's size, where the original trains on smaller ones; the average of
-    weights moves at each step, and in 32 of them as far as torchvision's does at every 32nd.
+    Simplified: training at full resolution, where the original trains on smaller images; the EMA of weights is updated
+    in each step, and 32 of these updates amount to the one that torchvision makes every 32 steps.
     """
 
     epochs: int = default("epochs", 600)

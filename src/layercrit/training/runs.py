@@ -25,7 +25,7 @@ from layercrit.training.methods import Learner, Method
 
 __all__ = ["Options", "Run", "RunFolder", "TrainingProgress"]
 
-_STATES = 2  # kept, so that one damaged in the writing leaves another
+_STATES = 2  # number of saved states, so that one is left if the latest was damaged while it was written
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class TrainingProgress:
 
 
 class RunFolder:
-    """Where a training run writes.
+    """The folder that a training run is saved in.
 
     ``model.safetensors`` and ``model.json`` are the final weights and their record, written last;
-    ``epochs/epoch-0000.safetensors`` the initial weights and so on; ``log.csv`` one row an epoch; ``state/`` what is
-    needed to go on after an interruption, removed at the end.
+    ``epochs/epoch-0000.safetensors`` the initial weights and so on; ``log.csv`` has one row per epoch; ``state/``
+    contains the states to resume from, and is removed at the end.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,7 +85,7 @@ class RunFolder:
         self._states = path / "state"
 
     def finished(self) -> dict[str, Any] | None:
-        """Return the record of a finished run, or None while there is none.
+        """Return the record of a finished run, or None if it is not finished.
 
         Raises:
             TrainingError: the record cannot be read.
@@ -97,16 +97,16 @@ class RunFolder:
             record["method"], record["top1_accuracy"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainingError(
-                f"{self.record} is no record of a training run ({error}). Name another --out."
+                f"{self.record} is not the record of a training run ({error}). Choose another --out."
             ) from error
         return record
 
     def save_epoch(self, epoch: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write the weights after ``epoch`` epochs; 0 are the initial ones."""
+        """Save the weights after ``epoch`` epochs; 0: the initial weights."""
         _write(self.path / "epochs" / f"epoch-{epoch:04d}.safetensors", _safetensors(tensors))
 
     def save_log(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write one row for each epoch so far."""
+        """Write ``log.csv``, with one row for each finished epoch."""
         text = io.StringIO()
         writer = csv.DictWriter(text, list(history[0]) if history else [])
         writer.writeheader()
@@ -114,9 +114,9 @@ class RunFolder:
         _write(self.path / "log.csv", text.getvalue().encode())
 
     def save_final(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the final weights and their record, remove what only an interrupted run needs; return the record.
+        """Save the final weights and their record, remove the saved states, and return the record.
 
-        The record is completed by the weight file's hash, ``sha256``.
+        The SHA-256 of the weight file is added to the record.
         """
         data = _safetensors(tensors)
         _write(self.weights, data)
@@ -128,11 +128,11 @@ class RunFolder:
     # --- states -----------------------------------------------------------------------------------------------------
 
     def save_state(self, state: Mapping[str, Any], step: int) -> None:
-        """Keep what is needed to go on from a step, and the state before it.
+        """Save a state to resume from, and delete all but the one before it.
 
         Args:
-            state: tensors, numbers, texts, and lists and dictionaries of them.
-            step: number of steps done in all.
+            state: tensors, numbers and strings, and lists and dictionaries of them.
+            step: number of steps done so far, over all phases.
         """
         content = io.BytesIO()
         torch.save(dict(state), content)
@@ -142,26 +142,26 @@ class RunFolder:
             old.unlink(missing_ok=True)
 
     def load_state(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """Return the latest state that is whole, if there is any, and in words what was wrong with later ones.
+        """Return the latest intact state, if there is one, and messages about damaged later ones.
 
-        Nothing in a state can run code: it is read with ``weights_only``.
+        A state cannot run code: it is read with ``weights_only``.
         """
         problems = []
         for path in self._state_files():
             try:
                 data = path.read_bytes()
                 if hashlib.sha256(data[32:]).digest() != data[:32]:
-                    problems.append(f"{path} is damaged or was cut off, so it is left out")
+                    problems.append(f"{path} is damaged or incomplete, so it is skipped")
                     continue
                 return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True), problems
-            except Exception as error:  # whatever unpickling says
-                problems.append(f"{path} cannot be read ({type(error).__name__}), so it is left out")
+            except Exception as error:  # unpickling may raise anything
+                problems.append(f"{path} cannot be read ({type(error).__name__}), so it is skipped")
         return None, problems
 
-    def kept_state(self) -> str:
-        """Say which state is kept, for an error."""
+    def last_state(self) -> str:
+        """Return a sentence about the latest saved state, for error messages."""
         files = self._state_files()
-        return f"The last good state is kept: {files[0]}." if files else "No state was kept yet."
+        return f"The last saved state is {files[0]}." if files else "No state was saved yet."
 
     def _state_files(self) -> list[Path]:
         """Return the states, latest first."""
@@ -244,16 +244,16 @@ class Run:
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
-    # copies, for tied tensors share their memory, which the format does not know
+    # copies, because the format does not support tied tensors, which share memory
     plain = torch.contiguous_format
     return save({name: tensor.detach().cpu().clone(memory_format=plain) for name, tensor in tensors.items()})
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file so that at any moment it is there as a whole or not at all.
+    """Write a file atomically.
 
     Raises:
-        TrainingError: the disk is full, or the folder cannot be written.
+        TrainingError: the file cannot be written, for example because the disk is full.
     """
     part = path.with_name(f".{path.name}.part")
     try:
@@ -265,7 +265,7 @@ def _write(path: Path, data: bytes) -> None:
         part.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)  # half a file would keep a full disk full
+            part.unlink(missing_ok=True)  # do not let a partial file fill the disk
         raise TrainingError(
-            f"{path} cannot be written ({error.strerror}). Run the same again when it can: training goes on."
+            f"{path} cannot be written ({error.strerror}). Fix this and run the same command again: training resumes."
         ) from error

@@ -1,4 +1,4 @@
-"""What self-supervised methods share: settings, views, the network without its classifier, and the linear head."""
+"""What self-supervised methods share: settings, views, features of the network, and the linear head."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 SMALL = 64
-"""Images up to so many pixels a side are seen like those of CIFAR: larger parts of them, without blur."""
+"""Largest side in pixels of images that are augmented like those of CIFAR: larger crops, no blur."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class SelfSupervised(Method):
     """Pretraining on two views of each image without labels, then a linear head on the frozen features.
 
     Attributes:
-        colours: changes of brightness, contrast, saturation and hue; the last two only for images in colour.
-        blurred: share of first and of second views that are blurred.
-        solarised: share of first and of second views whose bright pixels are inverted.
-        paper_scale: smallest share of a large image that a view shows.
-        small_scale: likewise of a small image.
+        colours: jitter of brightness, contrast, saturation and hue; the last two for colour images only.
+        blurred: probability that the first and the second view are blurred.
+        solarised: probability that the first and the second view are solarised.
+        paper_scale: minimum crop area of a large image, as a share of the image.
+        small_scale: minimum crop area of a small image, as a share of the image.
     """
 
     colours: ClassVar[tuple[float, float, float, float]] = (0.8, 0.8, 0.8, 0.2)
@@ -57,29 +57,29 @@ class SelfSupervised(Method):
     small_scale: ClassVar[float] = 0.2
 
     epochs: int = setting(800, "of pretraining: passes over the training images", low=1)
-    batch_size: int = setting(4096, "images a step, over all processes", low=1)
-    optimizer: str = setting("lars", "of pretraining: name of an optimizer of timm")
-    lr: float = setting(4.8, "of pretraining: highest learning rate, at this batch size", low=0)
-    weight_decay: float = setting(1e-6, "of pretraining; not on biases and normalisation", low=0)
-    warmup_epochs: float = setting(10.0, "of pretraining, over which the learning rate rises from 0", low=0)
+    batch_size: int = setting(4096, "images per step, over all processes", low=1)
+    optimizer: str = setting("lars", "of pretraining: name of an optimizer in timm")
+    lr: float = setting(4.8, "of pretraining: peak learning rate, at this batch size", low=0)
+    weight_decay: float = setting(1e-6, "of pretraining: weight decay, not applied to biases and normalisation", low=0)
+    warmup_epochs: float = setting(10.0, "of pretraining: epochs over which the learning rate rises from 0", low=0)
     min_scale: float = setting(
         0.0,
-        "smallest share of the area that a view shows; 0: the paper's, more for images up to 64 pixels",
+        "minimum crop area of a view, as a share of the image; 0: the paper's, or more for images up to 64 pixels",
         low=0,
         high=1,
     )
-    jitter: float = setting(1.0, "strength of the changes of colour, as a multiple of the paper's", low=0, high=2)
+    jitter: float = setting(1.0, "strength of colour jitter, relative to the paper's", low=0, high=2)
     blur: str = setting(
         "auto", "Gaussian blur of views; auto: for images larger than 64 pixels", choices=("auto", "on", "off")
     )
     hidden_dim: int = setting(2048, "width of the projection head's hidden layers", low=1)
     output_dim: int = setting(128, "width of the projection head's output", low=1)
     head_epochs: int = setting(100, "of the linear head: passes over the training images", low=1)
-    head_optimizer: str = setting("sgd", "of the linear head: name of an optimizer of timm")
-    head_lr: float = setting(1.6, "of the linear head: highest learning rate, at this batch size", low=0)
+    head_optimizer: str = setting("sgd", "of the linear head: name of an optimizer in timm")
+    head_lr: float = setting(1.6, "of the linear head: peak learning rate, at this batch size", low=0)
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return pretraining without labels, and the linear head, trained on plain crops and flips."""
+        """Return two phases: pretraining without labels, and a linear head trained on plain crops and flips."""
         plain = Method(crop=self.crop, flip=self.flip)
         head = Optimisation(self.head_optimizer, lr=self.head_lr, weight_decay=0.0)
         return (
@@ -88,11 +88,11 @@ class SelfSupervised(Method):
         )
 
     def learner(self, network: nn.Module, inputs: Inputs) -> Learner:
-        """Return what learns without labels around a network."""
+        """Return the learner for pretraining without labels."""
         raise NotImplementedError
 
     def views(self, inputs: Inputs) -> Views:
-        """Return what makes views of an image for pretraining: two, each cropped, mirrored and recoloured."""
+        """Return a function that makes two views of an image, each randomly cropped, flipped and colour-jittered."""
         need_lightly()
         size = (inputs.height, inputs.width)
         scale = (self.smallest_share(inputs), 1.0)
@@ -103,20 +103,20 @@ class SelfSupervised(Method):
         return lambda image: [make(image) for make in makers]
 
     def smallest_share(self, inputs: Inputs) -> float:
-        """Return the smallest share of an image's area that a view shows."""
+        """Return the minimum crop area of a view, as a share of the image."""
         return self.min_scale or (self.small_scale if _is_small(inputs) else self.paper_scale)
 
     def view(
         self, inputs: Inputs, size: tuple[int, int], scale: tuple[float, float], blurred: float, solarised: float
     ) -> Callable[[Any], Tensor]:
-        """Return what makes one view of an image, uint8 ``(channels, height, width)``.
+        """Return a function that makes one view of an image, uint8 ``(channels, height, width)``.
 
         Args:
             inputs: what the network is trained on.
             size: height and width of the view in pixels.
-            scale: smallest and largest share of the image's area that it shows.
-            blurred: share of views that are blurred, where images are.
-            solarised: share of views that are solarised.
+            scale: minimum and maximum crop area, as a share of the image.
+            blurred: probability of blur, if images are blurred at all.
+            solarised: probability of solarisation.
         """
         from lightly.transforms.gaussian_blur import GaussianBlur
         from lightly.transforms.solarize import RandomSolarization
@@ -144,34 +144,33 @@ class MultiCrop(SelfSupervised):
     paper_scale: ClassVar[float] = 0.14
     small_scale: ClassVar[float] = 0.3
 
-    n_local_views: int = setting(6, "small views of each image", low=0)
+    n_local_views: int = setting(6, "number of small views of each image", low=0)
     local_min_scale: float = setting(
         0.0,
-        "smallest share of the area that a small view shows; 0: 0.05, or 0.1 for images up to 64 pixels",
+        "minimum crop area of a small view, as a share of the image; 0: 0.05, or 0.1 for images up to 64 pixels",
         low=0,
         high=1,
     )
 
     def views(self, inputs: Inputs) -> Views:
-        """Return what makes views of an image: two large ones, then the small ones of `local_size`.
+        """Return a function that makes views of an image: two large ones, then small ones of `local_size`.
 
         Raises:
-            TrainingError: small views would show more of an image than large ones.
+            TrainingError: ``local_min_scale`` is larger than ``min_scale``.
         """
         large = super().views(inputs)
         highest = self.smallest_share(inputs)
         lowest = self.local_min_scale or (0.1 if _is_small(inputs) else 0.05)
         if lowest > highest:
             raise TrainingError(
-                f"{self.name}: small views show from local_min_scale={lowest} to min_scale={highest} of an image; "
-                "local_min_scale must not be larger than min_scale."
+                f"{self.name}: local_min_scale must not be larger than min_scale; got {lowest} and {highest}."
             )
         small = self.view(inputs, local_size(inputs), (lowest, highest), 0.5, 0.0)
         return lambda image: [*large(image), *(small(image) for _ in range(self.n_local_views))]
 
 
 def local_size(inputs: Inputs) -> tuple[int, int]:
-    """Return height and width of small views: 3/7 of the network's (96 of 224), but at least 16 pixels."""
+    """Return height and width of small views: 3/7 of the network's input (96 of 224), but at least 16 pixels."""
     height, width = (min(side, max(16, round(side * 3 / 7))) for side in (inputs.height, inputs.width))
     return height, width
 
@@ -181,26 +180,26 @@ def _is_small(inputs: Inputs) -> bool:
 
 
 def need_lightly() -> None:
-    """Raise a TrainingError where lightly is missing."""
+    """Raise a TrainingError if lightly is missing."""
     try:
         import lightly  # noqa: F401
     except ImportError as error:
         raise TrainingError(
-            "Self-supervised methods need the package lightly, which cannot be imported: pip install 'layercrit[train]'"
+            "Self-supervised methods need lightly, which is not installed. Run `pip install 'layercrit[train]'`."
         ) from error
 
 
 def find_classifier(network: nn.Module, n_classes: int) -> str:
-    """Return the name of the network's classifier, whose input are the features.
+    """Return the name of the network's classifier layer, whose input is taken as the features.
 
-    That is what timm calls its classifier, else the last linear layer with an output for each class.
+    It is the layer that timm names as the classifier, else the last linear layer with one output per class.
 
     Args:
-        network: a classifier of images.
-        n_classes: how many classes it tells apart.
+        network: an image classifier.
+        n_classes: number of its classes.
 
     Raises:
-        TrainingError: it has no such layer.
+        TrainingError: there is no such layer.
     """
     get_classifier = getattr(network, "get_classifier", None)
     named = get_classifier() if callable(get_classifier) else None
@@ -210,17 +209,17 @@ def find_classifier(network: nn.Module, n_classes: int) -> str:
         return next((name for name in fitting if linear[name] is named), fitting[-1])
     found = ", ".join(f"{name} ({part.out_features})" for name, part in linear.items()) or "none"
     raise TrainingError(
-        f"{type(network).__name__} has no linear layer with {n_classes} outputs, one for each class, so it is unknown "
-        f"what its features are. Linear layers and their outputs: {found}. Self-supervised methods need a network that "
-        "ends in torch.nn.Linear."
+        f"{type(network).__name__} has no linear layer with {n_classes} outputs, one per class, so its features cannot "
+        f"be found. Linear layers and their outputs: {found}. Self-supervised methods need a network that ends in "
+        "torch.nn.Linear."
     )
 
 
 def features_of(network: nn.Module, classifier: str, images: Tensor) -> Tensor:
-    """Return what the classifier is given, float32 ``(n_images, n_features)``, for normalised images.
+    """Return the input of the classifier layer, float32 ``(n_images, n_features)``, for normalised images.
 
     Raises:
-        TrainingError: the classifier is not asked, or about something of another shape.
+        TrainingError: the classifier layer is not called, or its input has another shape.
     """
     caught: list[Tensor] = []
     hook = network.get_submodule(classifier).register_forward_pre_hook(lambda _, given: caught.append(given[0]))
@@ -231,18 +230,18 @@ def features_of(network: nn.Module, classifier: str, images: Tensor) -> Tensor:
     if not caught or caught[-1].dim() != 2:
         given = f"{tuple(caught[-1].shape)}" if caught else "nothing"
         raise TrainingError(
-            f"The classifier {classifier!r} of {type(network).__name__} was given {given}, expected features "
-            "(n_images, n_features). Self-supervised methods need one vector of features for each image."
+            f"The input of the classifier {classifier!r} of {type(network).__name__} must have the shape "
+            f"(n_images, n_features); got {given}. Self-supervised methods need one feature vector per image."
         )
     return caught[-1].float()
 
 
 class Pretraining(Learner):
-    """Learning without labels; the classifier rests.
+    """Learning without labels; the classifier layer is not trained.
 
     Attributes:
-        classifier: its name in ``network``.
-        n_features: how many numbers describe an image.
+        classifier: name of the classifier layer in ``network``.
+        n_features: number of features per image.
     """
 
     def __init__(self, network: nn.Module, inputs: Inputs, sizes: Sequence[tuple[int, int]] = ()) -> None:
@@ -290,18 +289,18 @@ class Pretraining(Learner):
 
 @contextmanager
 def full_precision(views: Sequence[Tensor]) -> Iterator[None]:
-    """Compute inside in float32: exponentials of similarities are beyond half precision."""
+    """Compute inside in float32: exponentials of similarities overflow in half precision."""
     with torch.autocast(views[0].device.type, enabled=False):
         yield
 
 
 def gathering() -> bool:
-    """Return whether losses may compare images over processes; they do so once there are several."""
+    """Return whether losses can gather images from all processes, which they do if there are several."""
     return torch.distributed.is_available()
 
 
 class LinearHead(Supervised):
-    """Learning of the classifier alone; the rest of the network stays bit for bit, in evaluation mode."""
+    """Training of the classifier layer alone; the rest of the network is frozen and in evaluation mode."""
 
     def __init__(self, network: nn.Module, inputs: Inputs) -> None:
         super().__init__(network, inputs)
@@ -310,7 +309,7 @@ class LinearHead(Supervised):
         self.train()
 
     def train(self, mode: bool = True) -> "LinearHead":
-        """Set the mode, of which the network takes no notice."""
+        """Set the mode of everything but the network, which stays in evaluation mode."""
         super().train(mode)
         self.network.eval()
         return self

@@ -141,7 +141,7 @@ def test_address_of(monkeypatch):
     ],
 )
 def test_address_of__none(address):
-    with pytest.raises(ZooError, match="is no address of a file"):
+    with pytest.raises(ZooError, match="is not a file's address"):
         address_of(address)
 
 
@@ -183,7 +183,7 @@ def test_fetch__present_file_is_checked_and_not_fetched_again(server, tmp_path):
     [({"size": 5}, "has 3000000 bytes, expected 5"), ({"sha256": "abcd"}, f"has SHA-256 {SHA256}, expected abcd")],
 )
 def test_fetch__another_file_than_expected(server, tmp_path, expected, message):
-    with pytest.raises(ZooError, match=f"{message}.*It is not the file that was published"):
+    with pytest.raises(ZooError, match=f"{message}.*not, or no longer, the file that was published"):
         fetch(f"{server.url}/x", tmp_path / "file", **expected)
     assert left(tmp_path) == []
 
@@ -231,7 +231,7 @@ def test_fetch__many_breaks_with_progress_in_between_are_no_failure(server, tmp_
 
 def test_fetch__later_call_goes_on(server, tmp_path):
     server.drops = [1_000_000, 0, 0, 0, 0, 0]
-    with pytest.raises(ZooError, match=r"could not be fetched: .*4 times in a row; 1000000 bytes .* are kept"):
+    with pytest.raises(ZooError, match=r"could not be downloaded: .*4 times in a row; 1000000 bytes .* are kept"):
         fetch(f"{server.url}/x", tmp_path / "file")
     assert left(tmp_path) == ["file.part", "file.part.json"]
     server.drops, server.seen = [], []
@@ -297,7 +297,7 @@ def test_fetch__busy_server(server, tmp_path, status):
 
 
 def test_fetch__no_server(server, tmp_path):
-    with pytest.raises(ZooError, match=r"could not be fetched: URLError.*refused.*Check the network.*--from FILE"):
+    with pytest.raises(ZooError, match=r"could not be downloaded: URLError.*refused.*Check the network.*--from FILE"):
         fetch("http://127.0.0.1:1/x", tmp_path / "file")
     assert left(tmp_path) == []
 
@@ -332,14 +332,14 @@ def test_fetch__web_page_without_a_title(server, tmp_path):
 @pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://example.org/x", "data:text/plain,x"])
 def test_fetch__redirection_to_another_protocol(server, tmp_path, target):
     server.answers = [(302, {"Location": target}, b"")]
-    with pytest.raises(ZooError, match=r"answered 302|which is not fetched"):
+    with pytest.raises(ZooError, match=r"answered 302|which is refused"):
         fetch(f"{server.url}/x", tmp_path / "file")
     assert left(tmp_path) == []
 
 
 def test_redirects__not_from_https_to_http():
     request = downloads.urllib.request.Request("https://example.org/x")
-    with pytest.raises(ZooError, match=r"leads to http://example.org/y, which is not fetched"):
+    with pytest.raises(ZooError, match=r"redirects to http://example.org/y, which is refused"):
         downloads._Redirects().redirect_request(request, None, 302, "", {}, "http://example.org/y")
 
 
@@ -351,14 +351,14 @@ def test_fetch__endless_redirection(server, tmp_path):
 
 def test_fetch__no_room(server, tmp_path, monkeypatch):
     monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 65 * 2**20))
-    with pytest.raises(ZooError, match=r"has 0.07 GB left, too little for 0.00 GB more. Make room"):
+    with pytest.raises(ZooError, match=r"has 0.07 GB left, too little for 0.00 GB more. Free some space"):
         fetch(f"{server.url}/x", tmp_path / "file")
 
 
 def test_fetch__disk_full_while_writing(server, tmp_path, monkeypatch):
     full = Path("/dev/full").open("wb")  # noqa: SIM115 - fetch closes it
     monkeypatch.setattr(downloads._Part, "begin", lambda *_: full)
-    with pytest.raises(ZooError, match=r"The disk is full: .*file could not be written whole.*LAYERCRIT_CACHE"):
+    with pytest.raises(ZooError, match=r"The disk is full: .*file is incomplete.*LAYERCRIT_CACHE"):
         fetch(f"{server.url}/x", tmp_path / "file")
     assert len(server.seen) == 1
 

@@ -1,4 +1,4 @@
-"""Published checkpoints: what is known about them, and how they are fetched and read."""
+"""Published checkpoints: what is known about them, and how they are downloaded and read."""
 
 from layercrit.categories import CATEGORIES
 from layercrit.models.zoo.accuracy import AccuracyCheck, check_accuracy

@@ -19,15 +19,15 @@ _Z = 1.959963984540054  # normal quantile of two-sided 95 %
 
 @dataclass(frozen=True)
 class AccuracyCheck:
-    """The accuracy of an entry on labelled images beside the documented one.
+    """The accuracy of an entry on labelled images, next to the documented one.
 
     Attributes:
-        id: Of the entry.
-        n_images: How many images were asked about.
-        top1_accuracy: Share in [0, 1] of images whose label has the largest logit.
-        low: Lower end of the 95 % Wilson interval of ``top1_accuracy``.
-        high: Upper end.
-        documented_accuracy: See `ZooEntry`.
+        id: the entry's identifier.
+        n_images: how many images were classified.
+        top1_accuracy: share in [0, 1] of images whose label has the largest logit.
+        low: lower end of the 95 % Wilson interval of ``top1_accuracy``.
+        high: upper end.
+        documented_accuracy: see `ZooEntry`.
         verdict: "agrees" if the documented accuracy lies in the interval, else "differs"; "undocumented" without one.
     """
 
@@ -45,23 +45,23 @@ def check_accuracy(
 ) -> AccuracyCheck:
     """Compare the top-1 accuracy of an entry's weights on labelled images with the documented one.
 
-    The interval is Wilson's score interval (1927), which holds near 0 and 1 too.
+    The interval is Wilson's score interval (1927), which is valid near 0 and 1 too.
 
     Args:
-        entry: What to check; its weights must have been fetched.
-        images: Anything that `ProbeSet.from_source` takes, with labels.
-        n_images: How many to draw; None for all.
-        batch_size: How many to ask about at once.
-        device: Where the network runs.
+        entry: what to check; its weights must have been downloaded.
+        images: anything that `ProbeSet.from_source` takes, with labels.
+        n_images: how many to draw; None for all.
+        batch_size: how many to classify at once.
+        device: where the network runs.
 
     Raises:
-        LayercritError: The weights or the images cannot be used.
+        LayercritError: the weights or the images cannot be used.
     """
     model = open_entry(entry, {})
     probe_set = ProbeSet.from_source(images, model.preprocessing, n_images=n_images)
     if probe_set.labels is None:
         raise ZooError(
-            f"{probe_set.source} has no labels, so no accuracy can be computed. Give a folder with one folder for each "
+            f"{probe_set.source} has no labels, so no accuracy can be computed. Give a folder with one subfolder per "
             "class, named by WordNet id or number, or another source with labels."
         )
     probe_set.check_labels(model.n_classes)

@@ -1,8 +1,8 @@
-"""Fetch one file over the net: resumed where it broke off, checked, and put in its place only when it is whole.
+"""Download one file: resumed where it broke off, checked, and put in place only once complete.
 
 An address is ``https://...`` (or ``http://...``), ``hf:OWNER/REPOSITORY/FILE`` for the Hugging Face Hub, whose server
-``HF_ENDPOINT`` may replace, or ``gdrive:ID`` for Google Drive. The hub is asked over plain HTTPS like any other server:
-one road, with one way to resume and one way to check, and nothing stored twice in a second cache.
+``HF_ENDPOINT`` may replace, or ``gdrive:ID`` for Google Drive. The hub is accessed over plain HTTPS like any
+other server: one way to resume, one way to check, and nothing stored twice in a second cache.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ DRIVE = "https://drive.usercontent.google.com"
 """The server of Google Drive's files."""
 
 Progress = Callable[[int, int | None], object]
-"""Called with the number of bytes that have come, and of all bytes where the server says so."""
+"""Called with how many bytes have arrived, and how many there are if the server says so."""
 
 _PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds between attempts that brought nothing new
 _TIMEOUT = 60.0  # seconds without a byte after which a connection counts as dropped
@@ -46,11 +46,11 @@ _DROPPED = (urllib.error.URLError, http.client.HTTPException, ConnectionError, T
 
 @dataclass(frozen=True)
 class Fetched:
-    """A file that has been fetched.
+    """A file that has been downloaded.
 
     Attributes:
-        path: Where it lies.
-        size: In bytes.
+        path: where it is.
+        size: in bytes.
         sha256: SHA-256 of its bytes, hexadecimal.
     """
 
@@ -60,17 +60,17 @@ class Fetched:
 
 
 def cache_folder() -> Path:
-    """Return where files are kept: ``LAYERCRIT_CACHE``, else ``layercrit`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return the cache's folder: ``LAYERCRIT_CACHE``, else ``layercrit`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
     if given := os.environ.get("LAYERCRIT_CACHE"):
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "layercrit"
 
 
 def address_of(address: str) -> str:
-    """Return the URL of an address, as the module describes them.
+    """Return the URL of an address as the module describes.
 
     Raises:
-        ZooError: It is none, or leads out of the place that it names.
+        ZooError: it is not an address, or leads out of the repository that it names.
     """
     kind, _, rest = address.partition(":")
     parts = rest.split("/")
@@ -81,7 +81,7 @@ def address_of(address: str) -> str:
         return f"{DRIVE}/download?id={rest}&export=download"
     if kind in ("http", "https") and urllib.parse.urlsplit(address).hostname:
         return address
-    raise ZooError(f"{address!r} is no address of a file: expected https://..., hf:OWNER/REPOSITORY/FILE or gdrive:ID.")
+    raise ZooError(f"{address!r} is not a file's address: expected https://..., hf:OWNER/REPOSITORY/FILE or gdrive:ID.")
 
 
 def digest_of(path: Path) -> Fetched:
@@ -99,22 +99,22 @@ def fetch(
     sha256: str | None = None,
     progress: Progress | None = None,
 ) -> Fetched:
-    """Fetch a file, or check the one that is there already.
+    """Download a file, or check the one that exists already.
 
-    What has come is kept in ``PATH.part`` when the connection breaks, and this or a later call goes on from there, if
-    the server vouches that the file is still the same; otherwise it begins anew. Processes that fetch the same file at
-    once wait for each other.
+    When the connection breaks, what has arrived is kept in ``PATH.part``, and this or a later call resumes from there
+    if the server confirms that the file is still the same; otherwise it starts again. Processes that download the same
+    file at once wait for each other.
 
     Args:
-        address: See the module.
-        path: Where to put the file; its folder is made.
-        size: The expected size in bytes.
-        sha256: The expected SHA-256, or its first digits, hexadecimal.
-        progress: Called after every block.
+        address: see the module.
+        path: where to put the file; its folder is created.
+        size: the expected size in bytes.
+        sha256: the expected SHA-256, or its first digits, hexadecimal.
+        progress: called after every block.
 
     Raises:
-        ZooError: The address is wrong, the server does not give the file, it is a web page or another file than
-            expected, or it cannot be stored.
+        ZooError: the address is wrong, the server does not send the file, it is a web page or not the expected file,
+            or it cannot be stored.
     """
     path = Path(path)
     url = address_of(address)
@@ -141,17 +141,19 @@ def fetch(
 def _not_stored(path: Path, error: OSError) -> ZooError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ZooError(
-            f"The disk is full: {path} could not be written whole. Make room, or choose another place with "
-            "LAYERCRIT_CACHE, and start again; it goes on where it stopped."
+            f"The disk is full: {path} is incomplete. Free some space, or choose another folder with "
+            "LAYERCRIT_CACHE, and run again; the download resumes where it stopped."
         )
-    return ZooError(f"{path} cannot be written ({error.strerror or error}). Choose another place with LAYERCRIT_CACHE.")
+    return ZooError(
+        f"{path} cannot be written ({error.strerror or error}). Choose another folder with LAYERCRIT_CACHE."
+    )
 
 
 def check_file(fetched: Fetched, address: str, size: int | None, sha256: str | None) -> Fetched:
-    """Return a file if it has the expected size and hash; None stands for not known.
+    """Return a file if it has the expected size and hash; None means unknown.
 
     Raises:
-        ZooError: It is another file than expected.
+        ZooError: it is not the expected file.
     """
     if size is not None and fetched.size != size:
         wrong = f"has {fetched.size} bytes, expected {size}"
@@ -160,12 +162,12 @@ def check_file(fetched: Fetched, address: str, size: int | None, sha256: str | N
     else:
         return fetched
     raise ZooError(
-        f"The file from {address} {wrong}. It is not the file that was published, or no longer; it is not used."
+        f"The file from {address} {wrong}. It is not, or no longer, the file that was published, and is not used."
     )
 
 
 class _Part:
-    """The part of a file that has come so far, with what tells whether the server's file is still the same."""
+    """The part of a file that has arrived, with what tells whether the server's file is still the same."""
 
     def __init__(self, whole: Path) -> None:
         self.path = whole.with_name(f"{whole.name}.part")
@@ -177,7 +179,7 @@ class _Part:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def validator(self, address: str) -> str | None:
-        """What the server named the file by when this part came, where that can be used to resume."""
+        """The server's validator of the file when this part arrived, if it can be used to resume."""
         try:
             note = json.loads(self._note.read_text(encoding="utf-8"))
             return str(note["validator"]) if note["address"] == address and self.size else None
@@ -185,7 +187,7 @@ class _Part:
             return None
 
     def begin(self, address: str, validator: str | None) -> BinaryIO:
-        """Throw away what came and open an empty part."""
+        """Discard what arrived and open an empty part."""
         self.discard()
         if validator is not None:
             self._note.write_text(json.dumps({"address": address, "validator": validator}), encoding="utf-8")
@@ -198,7 +200,7 @@ class _Part:
 
 
 def _bring(part: _Part, address: str, url: str, progress: Progress | None) -> None:
-    """Fetch until the part is whole; an attempt that brought more than any before does not count as failed."""
+    """Download until the part is complete; an attempt that got further than any before does not count as failed."""
     failures, most = 0, part.size
     while True:
         try:
@@ -218,8 +220,8 @@ def _bring(part: _Part, address: str, url: str, progress: Progress | None) -> No
         most = max(most, part.size)
         if failures > len(_PAUSES):
             raise ZooError(
-                f"{address} could not be fetched: {_words(reason)}, {failures} times in a row; {part.size} bytes have "
-                f"come and are kept. Check the network and start again. Or fetch {url} by other means and use "
+                f"{address} could not be downloaded: {_words(reason)}, {failures} times in a row; {part.size} bytes "
+                f"have arrived and are kept. Check the network and run again. Or download {url} by other means and use "
                 "`layercrit zoo fetch ID --from FILE`."
             ) from reason
         time.sleep(_PAUSES[failures - 1])
@@ -228,8 +230,8 @@ def _bring(part: _Part, address: str, url: str, progress: Progress | None) -> No
 def _refused(address: str, url: str, error: urllib.error.HTTPError) -> ZooError:
     return ZooError(
         f"{address}: the server at {urllib.parse.urlsplit(url).netloc} answered {error.code} {error.reason}. The file "
-        f"may have moved, or may need a login: look at {url} in a browser, and use "
-        "`layercrit zoo fetch ID --from FILE` with what you get."
+        f"may have moved, or may need a login: open {url} in a browser, and pass the file that you get to "
+        "`layercrit zoo fetch ID --from FILE`."
     )
 
 
@@ -239,14 +241,14 @@ def _words(error: Exception) -> str:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirections to other servers, but not to other protocols and not from HTTPS to plain HTTP."""
+    """Follows redirects to other servers, but not to other protocols, nor from HTTPS to plain HTTP."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
         old, new = (urllib.parse.urlsplit(url).scheme for url in (req.full_url, newurl))
         if new not in ("http", "https") or (old == "https" and new == "http"):
-            raise ZooError(f"{req.full_url} leads to {newurl}, which is not fetched: it is not protected by HTTPS.")
+            raise ZooError(f"{req.full_url} redirects to {newurl}, which is refused: it is not protected by HTTPS.")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -258,11 +260,11 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _attempt(part: _Part, address: str, url: str, progress: Progress | None) -> None:
-    """Fetch what is missing over one connection.
+    """Download what is missing over one connection.
 
     Raises:
-        ConnectionError: The connection ended before the file did.
-        ZooError: The server answers with a web page.
+        ConnectionError: the connection ended before the file did.
+        ZooError: the server answers with a web page.
     """
     opener = _opener()
     validator = part.validator(address)
@@ -290,7 +292,7 @@ def _attempt(part: _Part, address: str, url: str, progress: Progress | None) -> 
 
 @contextlib.contextmanager
 def _over_the_net() -> Iterator[None]:
-    """Inside, whatever the operating system reports is about the connection, not about the disk."""
+    """Inside, any error of the operating system is about the connection, not about the disk."""
     try:
         yield
     except _DROPPED:
@@ -310,19 +312,19 @@ def _read(response: Any) -> bytes:
 
 
 def _continues(response: Any, part: _Part, validator: str | None) -> bool:
-    """Whether an answer is the rest of the file of which a part has come."""
+    """Whether a response is the rest of a file of which a part has arrived."""
     if response.status != http.HTTPStatus.PARTIAL_CONTENT:
         return False
     first = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     # A server that ignores If-Range sends the rest of another file, under another name for it.
     if first is None or int(first[1]) != part.size or _validator(response) not in (None, validator):
         part.discard()
-        raise ConnectionError("the server sent another part of the file than was asked for")
+        raise ConnectionError("the server sent a part of the file that was not requested")
     return True
 
 
 def _validator(response: Any) -> str | None:
-    """What a server names this state of a file by, fit to be asked for again (RFC 9110, section 13.1.5)."""
+    """A server's strong validator of this version of a file (RFC 9110, section 13.1.5)."""
     etag = response.headers.get("ETag")
     if etag and not etag.startswith("W/"):
         return str(etag)
@@ -334,8 +336,8 @@ def _check_room(path: Path, total: int | None, start: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if total is not None and total - start > free - _MARGIN:
         raise ZooError(
-            f"{path.parent} has {free / 1e9:.2f} GB left, too little for {(total - start) / 1e9:.2f} GB more. Make "
-            "room, or choose another place with LAYERCRIT_CACHE."
+            f"{path.parent} has {free / 1e9:.2f} GB left, too little for {(total - start) / 1e9:.2f} GB more. Free "
+            "some space, or choose another folder with LAYERCRIT_CACHE."
         )
 
 
@@ -344,7 +346,7 @@ def _is_page(response: Any) -> bool:
 
 
 def _refuse_page(path: Path, address: str) -> None:
-    """Refuse a web page that came under another type."""
+    """Refuse a web page that arrived under another content type."""
     with path.open("rb") as file:
         start = file.read(4096)
     if start[:512].lstrip().startswith(b"<"):
@@ -352,19 +354,19 @@ def _refuse_page(path: Path, address: str) -> None:
 
 
 def _page(address: str, content: bytes) -> ZooError:
-    """Say what a web page that came instead of a file is about."""
+    """Describe a web page that arrived instead of a file."""
     text = content.decode(errors="replace")
     title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
     named = html.unescape(title[1]).strip() if title else ""
     about = f", titled {named[:200]!r}" if named else f", which begins with {text[:80]!r}"
     return ZooError(
-        f"{address}: the server answered with a web page{about}, not with the file. Open the address in a browser, "
-        "and use `layercrit zoo fetch ID --from FILE` with what you get; or try again later, as quotas pass."
+        f"{address}: the server answered with a web page{about}, not with the file. Open the address in a browser "
+        "and pass the file that you get to `layercrit zoo fetch ID --from FILE`, or try again once the quota has reset."
     )
 
 
 class _Form(HTMLParser):
-    """The form of a page that leads to a file: where it is sent, and its hidden fields."""
+    """The form of a page that leads to a file: its action, and its hidden fields."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -388,7 +390,7 @@ def _confirmation(page: str, url: str, address: str) -> str:
     """Where Google Drive's page about files too large for its virus scan leads to.
 
     Raises:
-        ZooError: It is another page, as when a quota is used up.
+        ZooError: it is another page, as when a quota is used up.
     """
     form = _Form()
     with contextlib.suppress(AssertionError):  # which the parser raises at some malformed pages

@@ -1,4 +1,4 @@
-"""What the zoo declares about a published checkpoint, and how the declarations are read and checked."""
+"""The zoo's entries: what is declared about a published checkpoint, and how that is read and checked."""
 
 import fnmatch
 import json
@@ -42,10 +42,10 @@ class Citation:
     """The paper or page that describes how a model was trained.
 
     Attributes:
-        authors: Names, joined by "and".
-        title: Of the paper.
-        year: Of its first version.
-        arxiv: Its number there, or None.
+        authors: names, joined by "and".
+        title: the paper's title.
+        year: the year of its first version.
+        arxiv: its arXiv number, or None.
     """
 
     authors: str
@@ -54,7 +54,7 @@ class Citation:
     arxiv: str | None = None
 
     def bibtex(self, key: str) -> str:
-        """Return an entry for BibTeX under ``key``."""
+        """Return a BibTeX entry under ``key``."""
         lines = [f"author = {{{self.authors}}}", f"title = {{{self.title}}}", f"year = {{{self.year}}}"]
         if self.arxiv is not None:
             lines += [f"eprint = {{{self.arxiv}}}", "archivePrefix = {arXiv}"]
@@ -66,13 +66,13 @@ class ZooFile:
     """One published file, and how the names in it become those of the architecture; rules apply in this order.
 
     Attributes:
-        address: Where it is, as `layercrit.models.zoo.downloads` describes.
-        sha256: The first digits of its SHA-256, where the publisher states them.
-        key: Which mapping holds the weights; None: the one that `read_checkpoint` finds.
-        keep: Only names that begin with one of these stay; empty: all.
-        drop: Shell patterns; names that match one go.
-        strip: Prefixes, each cut off once where a name begins with it.
-        rename: Pairs of regular expression and replacement.
+        address: where it is, as `layercrit.models.zoo.downloads` describes.
+        sha256: the first digits of its SHA-256, where the publisher states them.
+        key: which mapping has the weights; None: the one that `read_checkpoint` finds.
+        keep: only names that begin with one of these are kept; empty: all.
+        drop: shell patterns; names that match one are dropped.
+        strip: prefixes, each cut off once where a name begins with it.
+        rename: pairs of regular expression and replacement.
     """
 
     address: Annotated[str, AfterValidator(_fetchable)]
@@ -87,7 +87,7 @@ class ZooFile:
         """Apply the rules to the tensors of the file.
 
         Raises:
-            CheckpointError: Two tensors get the same name.
+            CheckpointError: two tensors get the same name.
         """
         result: dict[str, Tensor] = {}
         origin: dict[str, str] = {}
@@ -100,13 +100,13 @@ class ZooFile:
             if new in result:
                 raise CheckpointError(
                     f"{self.address}: {origin[new]!r} and {name!r} would both be named {new!r}. "
-                    "The file is not laid out as it was when the zoo's rules were written."
+                    "The file's layout has changed since the zoo's rules were written."
                 )
             result[new], origin[new] = tensor, name
         return result
 
     def rules(self) -> list[str]:
-        """Return the rules in words, one sentence each; empty where the names stay as they are."""
+        """Return the rules in words, one phrase each; empty if names stay unchanged."""
         told = [f"take the mapping {self.key!r}"] if self.key is not None else []
         told += [f"keep only names that begin with {' or '.join(map(repr, self.keep))}"] if self.keep else []
         told += [f"drop names like {pattern!r}" for pattern in self.drop]
@@ -126,19 +126,19 @@ class ZooEntry:
     """One published checkpoint.
 
     Attributes:
-        id: Its identifier in the study's results.
-        label: Its name in the study's figures.
-        category: One of `CATEGORIES`.
+        id: its identifier in the study's results.
+        label: its name in the study's figures.
+        category: one of `CATEGORIES`.
         documented_accuracy: ImageNet-1k top-1 accuracy in [0, 1] as the study gives it; None where it gives none.
-        architecture: A model reference of the architecture.
-        mean: Mean of each channel, in units of pixels in [0, 1].
-        std: Standard deviation of each channel, in the same units.
-        preprocessing: How the study prepares images.
-        files: One, or the backbone's and the head's.
-        licence: What the publisher states, or "not stated".
-        citation: Who trained it, and how.
-        attack_norm: Of adversarial training: norm of the perturbations, ``l2`` or ``linf``; None of the others.
-        eps: The largest of them: of L2 in units of pixels in [0, 1], of Linf in 1/255 of that, as its authors give it.
+        architecture: a model reference of the architecture.
+        mean: mean of each channel, in units of pixels in [0, 1].
+        std: standard deviation of each channel, in the same units.
+        preprocessing: how the study prepares images.
+        files: one, or the backbone's and the head's.
+        licence: as the publisher states it, or "not stated".
+        citation: who trained it, and how.
+        attack_norm: norm of the perturbations of adversarial training, ``l2`` or ``linf``; None for other methods.
+        eps: their largest norm, as its authors give it: for L2 in units of pixels in [0, 1], for Linf in 1/255 of that.
     """
 
     __pydantic_config__ = STRICT
@@ -159,12 +159,12 @@ class ZooEntry:
 
     @property
     def path(self) -> Path:
-        """Where the converted weights are kept, whether they are there or not."""
+        """Where the converted weights are cached, whether they exist or not."""
         return cache_folder() / "zoo" / f"{self.id}.safetensors"
 
     @property
     def provenance_path(self) -> Path:
-        """Where it is written down what the converted weights were made from."""
+        """The record of what the converted weights were made from."""
         return cache_folder() / "zoo" / f"{self.id}.json"
 
 
@@ -175,14 +175,14 @@ def read_zoo(text: str) -> dict[str, ZooEntry]:
     """Read and check declarations in the form of ``zoo.toml``, which explains it.
 
     Raises:
-        ZooError: They are not TOML, or something in them is unknown, missing, or of the wrong kind.
+        ZooError: they are not TOML, or a key is unknown, missing, or of the wrong type.
     """
     try:
         declared = tomllib.loads(text)
         tables = {name: declared[name] for name in ("defaults", "families", "models")}
     except (tomllib.TOMLDecodeError, KeyError) as error:
         raise ZooError(
-            f"The zoo cannot be read: {error}. It needs the tables defaults, families and models."
+            f"The zoo cannot be read ({error}). It needs the tables defaults, families and models."
         ) from error
     entries = {}
     for name, table in tables["models"].items():
@@ -193,9 +193,9 @@ def read_zoo(text: str) -> dict[str, ZooEntry]:
             entries[name] = _entry(name, merged)
         except ValidationError as error:
             told = "; ".join(mistakes(error, ZooEntry.__dataclass_fields__))
-            raise ZooError(f"The zoo's model {name!r} is declared wrongly: {told}.") from error
+            raise ZooError(f"The zoo's entry {name!r} is not valid: {told}.") from error
         except (KeyError, TypeError, ValueError, re.error) as error:
-            raise ZooError(f"The zoo's model {name!r} is declared wrongly: {type(error).__name__}: {error}.") from error
+            raise ZooError(f"The zoo's entry {name!r} is not valid: {type(error).__name__}: {error}.") from error
     return entries
 
 

@@ -2,7 +2,7 @@
 
 What is known about a checkpoint is declared in ``zoo.toml``: where its files are, how their names become those of the
 architecture, how its images are normalised, its category, documented accuracy, licence and citation. `fetch_entry`
-brings the files, reads them without running any code (`layercrit.models.checkpoints`), and keeps the weights as
+downloads the files, reads them without running any code (`layercrit.models.checkpoints`), and keeps the weights as
 ``ID.safetensors`` with their provenance in ``ID.json``; ``zoo:ID`` opens these and nothing else, and never downloads.
 """
 
@@ -58,7 +58,7 @@ def find_entry(name: str) -> ZooEntry:
     """Return the entry of an identifier.
 
     Raises:
-        ZooError: There is none.
+        ZooError: there is no such entry.
     """
     if name not in ZOO:
         raise ZooError(f"The zoo has no model {name!r}. {near(name, ZOO)} `layercrit zoo list` shows all.")
@@ -69,7 +69,7 @@ def find_entries(pattern: str) -> list[ZooEntry]:
     """Return the entries whose identifier matches a shell pattern such as ``robust_*``, in the zoo's order.
 
     Raises:
-        ZooError: None does.
+        ZooError: no identifier matches.
     """
     found = [entry for name, entry in ZOO.items() if fnmatch.fnmatchcase(name, pattern)]
     if not found:
@@ -81,15 +81,15 @@ def open_zoo_file(entry: ZooEntry, paths: Sequence[str | Path]) -> dict[str, Ten
     """Read the published files of an entry, without running any code, as weights of its architecture.
 
     Args:
-        entry: What the files are.
-        paths: The files in the order of ``entry.files``.
+        entry: the entry whose files they are.
+        paths: the files in the order of ``entry.files``.
 
     Returns:
-        Tensors by the architecture's names, in its order, ready for ``load_state_dict(strict=True)``.
+        tensors by the architecture's names, in its order, ready for ``load_state_dict(strict=True)``.
 
     Raises:
-        CheckpointError: A file is unreadable or unsafe, the names or shapes do not match exactly after the rules, two
-            tensors have one name, or there are values that are not finite.
+        CheckpointError: a file is unreadable or unsafe, the names or shapes do not match exactly after the rules, two
+            tensors have one name, or a value is not finite.
     """
     return _converted(entry, _read(entry, paths))
 
@@ -98,8 +98,8 @@ def _read(entry: ZooEntry, paths: Sequence[str | Path]) -> list[Checkpoint]:
     if len(paths) != len(entry.files):
         wanted = "\n".join(f"  {file.address}" for file in entry.files)
         raise CheckpointError(
-            f"zoo:{entry.id} is made of {len(entry.files)} file(s), but {len(paths)} are given. Give, in this order, "
-            f"what is at\n{wanted}"
+            f"zoo:{entry.id} consists of {len(entry.files)} file(s), but {len(paths)} were given. Give the files "
+            f"from these addresses, in this order:\n{wanted}"
         )
     return [read_checkpoint(path, file.key) for path, file in zip(paths, entry.files, strict=True)]
 
@@ -111,20 +111,22 @@ def _converted(entry: ZooEntry, checkpoints: Sequence[Checkpoint]) -> dict[str, 
         tensors = file.renamed(checkpoint.tensors)
         if twice := sorted(joined.keys() & tensors.keys()):
             raise CheckpointError(
-                f"zoo:{entry.id}: {len(twice)} names are in more than one of its files, such as {twice[0]!r}; which "
-                "values are meant cannot be known. Check the order of the files."
+                f"zoo:{entry.id}: {len(twice)} names are in more than one of its files, such as {twice[0]!r}, so it is "
+                "unclear which values to use. Check the order of the files."
             )
         joined |= tensors
     source = f"zoo:{entry.id} from {', '.join(str(checkpoint.path) for checkpoint in checkpoints)}"
     fitted = fit_to(joined, _untrained(entry, {}).network.state_dict(), f"{source} for {entry.architecture}")
     broken = [name for name, tensor in fitted.items() if not tensor.isfinite().all()]
     if broken:
-        raise CheckpointError(f"{source}: {len(broken)} tensors hold NaN or infinite values, such as {broken[0]!r}.")
+        raise CheckpointError(
+            f"{source}: {len(broken)} tensors contain NaN or infinity, such as {broken[0]!r}. Download the files again."
+        )
     return fitted
 
 
 def _untrained(entry: ZooEntry, options: Mapping[str, Any]) -> Model:
-    """The entry's architecture with fresh weights, asked about images as the entry says."""
+    """The entry's architecture with fresh weights, and with the entry's normalisation and image geometry."""
     model = open_reference(entry.architecture, {**options, "pretrained": False})
     return replace(
         model, reference=f"zoo:{entry.id}", mean=entry.mean, std=entry.std, preprocessing=entry.preprocessing
@@ -139,23 +141,23 @@ def is_fetched(entry: ZooEntry) -> bool:
 def fetch_entry(
     entry: ZooEntry, *, given: Sequence[str | Path] | None = None, progress: Progress | None = None
 ) -> Path:
-    """Bring an entry's weights into the cache, unless they are there already, whole.
+    """Download and convert an entry's weights, unless they are cached intact.
 
-    The SHA-256 of each published file is written down the first time, and enforced from then on. Files that were
-    downloaded are removed once they are converted or refused; what has come of a broken download stays.
+    The SHA-256 of each published file is recorded the first time, and enforced from then on. Downloaded files
+    are removed once they are converted or refused; the part of an interrupted download is kept.
 
     Args:
-        entry: What to fetch.
-        given: Files that were downloaded by other means, in the order of ``entry.files``; the net is not used, and
-            weights in the cache are replaced.
-        progress: Called while bytes come.
+        entry: what to download.
+        given: files that were downloaded by other means, in the order of ``entry.files``; works offline, and replaces
+            cached weights.
+        progress: called as bytes arrive.
 
     Returns:
-        The converted file.
+        the converted file.
 
     Raises:
-        ZooError: A file cannot be fetched, or is not the one it was the first time.
-        CheckpointError: See `open_zoo_file`.
+        ZooError: a file cannot be downloaded, or is not the one it was the first time.
+        CheckpointError: see `open_zoo_file`.
     """
     raw = entry.path.parent / "raw" / entry.id
     try:
@@ -171,8 +173,8 @@ def fetch_entry(
                 shutil.rmtree(raw, ignore_errors=True)
     except OSError as error:
         raise ZooError(
-            f"{entry.path.parent} cannot be written ({error.strerror or error}). Make room, or choose another place "
-            "with LAYERCRIT_CACHE."
+            f"{entry.path.parent} cannot be written ({error.strerror or error}). Free some space, or choose another "
+            "folder with LAYERCRIT_CACHE."
         ) from error
     return entry.path
 
@@ -187,7 +189,7 @@ def _fetched(entry: ZooEntry, folder: Path, hashes: Sequence[str | None], progre
 
 
 def _convert(entry: ZooEntry, paths: Sequence[Path], hashes: Sequence[str | None]) -> None:
-    """Read the published files and keep what they hold; each file appears at once and whole, the provenance last."""
+    """Convert the published files and store the result; each file is moved into place complete, the provenance last."""
     checkpoints = _read(entry, paths)
     sources = []
     for file, checkpoint, expected in zip(entry.files, checkpoints, hashes, strict=True):
@@ -198,8 +200,8 @@ def _convert(entry: ZooEntry, paths: Sequence[Path], hashes: Sequence[str | None
             if not entry.provenance_path.exists():
                 raise
             raise ZooError(
-                f"{error} It may also be that the file used the first time was wrong: its hash stands in "
-                f"{entry.provenance_path}. To begin anew, delete that file and fetch again."
+                f"{error} Or the file used the first time was wrong: its hash is in "
+                f"{entry.provenance_path}. To start over, delete that file and run again."
             ) from error
         sources.append({**asdict(file), "size": fetched.size, "sha256": fetched.sha256})
     tensors = _converted(entry, checkpoints)
@@ -224,7 +226,7 @@ def _convert(entry: ZooEntry, paths: Sequence[Path], hashes: Sequence[str | None
 
 
 def _provenance(entry: ZooEntry) -> dict[str, Any] | None:
-    """What was written down when the entry was fetched; None where nothing was, or where it is unreadable."""
+    """What was recorded when the entry was downloaded; None if nothing was, or if it is unreadable."""
     try:
         provenance = json.loads(entry.provenance_path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -240,7 +242,7 @@ def _expected_hashes(entry: ZooEntry) -> list[str | None]:
 
 
 def _damage(entry: ZooEntry) -> str | None:
-    """Say what is wrong with the converted weights in the cache; None if nothing is."""
+    """Say what is wrong with the cached weights; None if nothing is."""
     try:
         _stored(entry)
     except CheckpointError as error:
@@ -249,28 +251,28 @@ def _damage(entry: ZooEntry) -> str | None:
 
 
 def _stored(entry: ZooEntry) -> dict[str, Tensor]:
-    """The converted weights in the cache, checked against the hash that was written down beside them."""
+    """The cached weights, checked against the hash that was recorded with them."""
     checkpoint = read_checkpoint(entry.path)
     expected = (_provenance(entry) or {}).get("sha256")
     if checkpoint.sha256 != expected:
         raise CheckpointError(
-            f"{entry.path} is not what was written there: its SHA-256 is {checkpoint.sha256}, "
-            f"{entry.provenance_path.name} says {expected}. Fetch it again with `layercrit zoo fetch {entry.id}`."
+            f"{entry.path} has changed since it was written: its SHA-256 is {checkpoint.sha256}, "
+            f"{entry.provenance_path.name} says {expected}. Download it again with `layercrit zoo fetch {entry.id}`."
         )
     return checkpoint.tensors
 
 
 def open_entry(entry: ZooEntry, options: dict[str, Any]) -> Model:
-    """Open a fetched entry, or with ``pretrained`` false its architecture with fresh weights.
+    """Open a downloaded entry, or with ``pretrained`` false its architecture with fresh weights.
 
     Raises:
-        ModelError: The weights are not on this machine.
-        CheckpointError: They are not those that were fetched.
+        ModelError: the weights are not cached.
+        CheckpointError: they have changed since they were downloaded.
     """
     pretrained = options.pop("pretrained", True)
     if pretrained and not is_fetched(entry):
         raise ModelError(
-            f"The weights of zoo:{entry.id} are not on this machine ({entry.path}). Fetch them with "
+            f"The weights of zoo:{entry.id} are not downloaded ({entry.path}). Download them with "
             f"`layercrit zoo fetch {entry.id}`, or add '?pretrained=false' for an untrained network."
         )
     model = _untrained(entry, options)

@@ -11,7 +11,7 @@ from layercrit.models.zoo.fetching import fetch_entry, find_entry, is_fetched, o
 
 @model_source("zoo")
 class _Zoo(ModelSource):
-    """Published weights of the zoo, fetched before (`layercrit zoo fetch`)."""
+    """Published weights of the zoo, downloaded beforehand (`layercrit zoo fetch`)."""
 
     forms = ("zoo:ID",)
 

@@ -1,4 +1,4 @@
-"""Weight files as models: which file is meant, and of which architecture its weights are."""
+"""Weight files as models: which file a path means, and which architecture its weights belong to."""
 
 import json
 import re
@@ -17,7 +17,7 @@ _EPOCH = re.compile(r"epoch-(\d+)\.safetensors")  # weights that a training run 
 
 @model_source("file")
 class _WeightFiles(ModelSource):
-    """A weight file for an architecture, or what a training run ended with, or had after N epochs."""
+    """A weight file for an architecture, or the weights of a training run, final or after N epochs."""
 
     forms = ("file:PATH?arch=REFERENCE", "file:FOLDER", "file:FOLDER@epoch=N")
 
@@ -37,20 +37,20 @@ class _WeightFiles(ModelSource):
 
 
 def weight_file(path: str | Path) -> Path:
-    """Return the file that is meant where a weight file may be named.
+    """Return the weight file that a path means.
 
-    What lies there under the very name goes first: a file is itself, and a folder means the one ``.safetensors`` file
-    in it, such as the final weights of a training run. ``FOLDER@epoch=5`` means the weights that the training run in
-    that folder had after 5 epochs, and ``@epoch=0`` those that it began with: ``FOLDER/epochs/epoch-0005.safetensors``.
+    A path that exists comes first: a file is itself, and a folder means the one ``.safetensors`` file in it, such as
+    the final weights of a training run. ``FOLDER@epoch=5`` means the weights of the training run in that folder after
+    5 epochs, and ``@epoch=0`` its initial weights: ``FOLDER/epochs/epoch-0005.safetensors``.
 
     Args:
-        path: A file, a folder, or ``FOLDER@epoch=N``; a leading ``~`` is the home directory.
+        path: a file, a folder, or ``FOLDER@epoch=N``; a leading ``~`` is the home directory.
 
     Returns:
-        The file. Whether there is one is for `read_checkpoint` to find out, unless it is one of an epoch.
+        the file. Whether it exists is left to `read_checkpoint`, unless it is that of an epoch.
 
     Raises:
-        CheckpointError: The training run has kept no such epoch, or has no final weights yet.
+        CheckpointError: the training run did not keep that epoch, or has no final weights yet.
     """
     path = Path(path).expanduser()
     try:
@@ -61,20 +61,20 @@ def weight_file(path: str | Path) -> Path:
         inside = sorted(path.glob("*.safetensors"))
         if not inside and (kept := _epochs_of(path)):
             raise CheckpointError(
-                f"{path} holds no final weights: training has not finished. Train on, or name one of the epochs that "
-                f"it has kept, such as {path}@epoch={max(kept)}."
+                f"{path} has no final weights yet: training has not finished. Finish it, or name one of the epochs "
+                f"that it kept, such as {path}@epoch={max(kept)}."
             )
         return inside[0] if len(inside) == 1 else path
     folder, of_epoch, number = str(path).rpartition("@epoch=")
     if exists or not of_epoch:
         return path
     if not Path(folder).is_dir():
-        raise CheckpointError(f"There is no folder {folder} of a training run. {look_beside(Path(folder))}")
+        raise CheckpointError(f"There is no training folder {folder}. {look_beside(Path(folder))}")
     kept = _epochs_of(Path(folder))
     if re.fullmatch(r"[0-9]{1,9}", number) and int(number) in kept:
         return kept[int(number)]
-    listed = ", ".join(map(str, sorted(kept))) or "none: it is no folder of a training run"
-    raise CheckpointError(f"{folder} has not kept the weights of epoch {number!r}. Epochs that it has: {listed}.")
+    listed = ", ".join(map(str, sorted(kept))) or "none, it is not the folder of a training run"
+    raise CheckpointError(f"{folder} did not keep the weights of epoch {number!r}. Epochs that it kept: {listed}.")
 
 
 def _epochs_of(folder: Path) -> dict[int, Path]:
@@ -84,9 +84,9 @@ def _epochs_of(folder: Path) -> dict[int, Path]:
 
 
 def record_file(weights: Path) -> Path:
-    """Return the JSON file that tells where weights come from, in ``"arch"`` their architecture; it may be missing.
+    """Return the JSON file that records where weights come from, their architecture as ``"arch"``; it may be missing.
 
-    It has the name of the weight file and lies beside it; that of a training run's epochs is the run's ``model.json``.
+    It has the name of the weight file and lies beside it; for epochs of a training run, it is the run's ``model.json``.
     """
     beside = weights.with_suffix(".json")
     of_run = _EPOCH.fullmatch(weights.name) and weights.parent.name == "epochs" and not beside.exists()
@@ -97,7 +97,10 @@ def _architecture(rest: str, path: Path, options: dict[str, Any]) -> str:
     """Take the reference of the architecture out of the options, or else out of the record of the file."""
     architecture = str(options.pop("arch", None) or _recorded_architecture(path))
     if architecture.startswith("file:"):
-        raise ModelError(f"file:{rest} names {architecture!r} as its architecture, expected one without weights.")
+        raise ModelError(
+            f"file:{rest} names {architecture!r} as its architecture; expected one without weights, such as "
+            "'timm:resnet50'."
+        )
     return architecture
 
 
@@ -109,11 +112,11 @@ def _recorded_architecture(path: Path) -> object:
     except (OSError, ValueError, KeyError, TypeError) as error:
         of_epoch = record.parent != path.parent
         instead = (
-            f"wait until training has finished, which then writes {record}"
+            f"wait for training to finish and write {record}"
             if of_epoch and not record.exists()
             else f'put a {record.name} with an entry "arch" {f"into {record.parent}" if of_epoch else "beside it"}'
         )
         raise ModelError(
-            f"file:{path} comes without its architecture: add '?arch=timm:NAME' (or another reference), or {instead} "
+            f"file:{path} does not say its architecture. Add '?arch=timm:NAME' (or another reference), or {instead} "
             f"({first_line(error)})."
         ) from error

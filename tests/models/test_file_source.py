@@ -3,7 +3,7 @@ import torch
 
 from layercrit.errors import CheckpointError
 from layercrit.models.checkpoints import read_checkpoint
-from layercrit.models.weight_files import record_file, weight_file
+from layercrit.models.file_source import record_file, weight_file
 from training_runs import write_run
 
 
@@ -27,7 +27,7 @@ def test_weight_file__the_one_file_of_a_folder(run, tmp_path):
     assert weight_file(run) == weight_file(f"{run}/") == run / "model.safetensors"
     (run / "other.safetensors").touch()
     assert weight_file(run) == run, "which of the two is not said"
-    with pytest.raises(CheckpointError, match="is a directory, expected one weight file"):
+    with pytest.raises(CheckpointError, match="is a directory; expected one weight file"):
         read_checkpoint(weight_file(run))
     assert weight_file(tmp_path) == tmp_path
 
@@ -55,26 +55,24 @@ def test_weight_file__what_has_that_very_name_goes_first(run):
 
 @pytest.mark.parametrize("number", ["6", "-1", "last", "", "5.0", "\u0665", "9" * 200])
 def test_weight_file__no_such_epoch(run, number):
-    with pytest.raises(CheckpointError, match=r"run has not kept the weights of epoch '.*it has: 0, 5, 12345\.$"):
+    with pytest.raises(CheckpointError, match=r"run did not keep the weights of epoch '.*it kept: 0, 5, 12345\.$"):
         weight_file(f"{run}@epoch={number}")
 
 
 def test_weight_file__no_training_run(run, tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"no folder .*/runn of a training run\. In its dir.*Did you mean 'run'\?"
-    ):
+    with pytest.raises(CheckpointError, match=r"no training folder .*/runn\. In its dir.*Did you mean 'run'\?"):
         weight_file(tmp_path / "runn@epoch=0")
     with pytest.raises(
-        CheckpointError, match=r"epoch '0'\. Epochs that it has: none: it is no folder of a training run"
+        CheckpointError, match=r"epoch '0'\. Epochs that it kept: none, it is not the folder of a training run"
     ):
         weight_file(f"{tmp_path}@epoch=0")
-    with pytest.raises(CheckpointError, match=r"There is no folder .*model.safetensors of a training run"):
+    with pytest.raises(CheckpointError, match=r"There is no training folder .*model.safetensors"):
         weight_file(run / "model.safetensors@epoch=0")
 
 
 def test_weight_file__a_run_that_has_not_finished(run):
     (run / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"run holds no final weights: .* such as .*/run@epoch=12345\."):
+    with pytest.raises(CheckpointError, match=r"run has no final weights yet.* such as .*/run@epoch=12345\."):
         weight_file(run)
     assert weight_file(f"{run}@epoch=5").is_file()
 

@@ -1,29 +1,27 @@
-"""Pictures drawn by formulas: clouds, interfering waves and Julia sets, in random colours."""
+"""The mixing set of PixMix: generated images of fractal noise, interfering waves and Julia sets in random colours."""
 
 import math
 
 import torch
 from torch import Tensor
 
-__all__ = ["draw_pictures"]
+__all__ = ["mixing_set"]
 
 
-def draw_pictures(n_pictures: int, channels: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Return pictures, uint8 ``(n_pictures, channels, height, width)``; kinds take turns.
+def mixing_set(n_images: int, channels: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Return generated images, uint8 ``(n_images, channels, height, width)``, of each kind in turn.
 
     Args:
-        n_pictures: how many.
+        n_images: number of images.
         channels: 1 or 3.
         height: in pixels.
-        width: likewise.
-        seed: of all that is random about them; the same seed gives the same pictures.
+        width: in pixels.
+        seed: of everything random about them; the same seed gives the same images.
     """
     generator = torch.Generator().manual_seed(seed)
-    kinds = (_clouds, _waves, _julia)
-    pictures = [
-        _coloured(kinds[i % len(kinds)](height, width, generator), channels, generator) for i in range(n_pictures)
-    ]
-    return torch.stack(pictures)
+    kinds = (_fractal_noise, _waves, _julia)
+    images = [_coloured(kinds[i % len(kinds)](height, width, generator), channels, generator) for i in range(n_images)]
+    return torch.stack(images)
 
 
 def _uniform(low: float, high: float, generator: torch.Generator) -> float:
@@ -37,18 +35,18 @@ def _grid(height: int, width: int) -> tuple[Tensor, Tensor]:
     return (2 * x - width + 1) / longer, (2 * y - height + 1) / longer
 
 
-def _clouds(height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Return noise whose amplitudes fall with a random power of the frequency, a fractal ``(height, width)``."""
+def _fractal_noise(height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Return noise ``(height, width)`` whose amplitude falls with a random power of the frequency."""
     white = torch.fft.rfft2(torch.randn(height, width, generator=generator))
     frequencies = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
     frequencies[0, 0] = math.inf
     power = _uniform(0.8, 2.0, generator)
-    clouds: Tensor = torch.fft.irfft2(white * frequencies**-power, s=(height, width))
-    return clouds
+    noise: Tensor = torch.fft.irfft2(white * frequencies**-power, s=(height, width))
+    return noise
 
 
 def _waves(height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Return plane waves bent by one another ``(height, width)``."""
+    """Return plane waves ``(height, width)``, each distorted by those before it."""
     x, y = _grid(height, width)
     total = torch.zeros(height, width)
     for _ in range(6):
@@ -58,11 +56,11 @@ def _waves(height: int, width: int, generator: torch.Generator) -> Tensor:
 
 
 def _julia(height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Return how soon points escape from z -> z^2 + c, smoothly ``(height, width)``, for a random c."""
+    """Return the root of the escape time under z -> z^2 + c ``(height, width)``, for a random c."""
     x, y = _grid(height, width)
     zoom, angle = _uniform(0.7, 1.4, generator), _uniform(0, 2 * math.pi, generator)
     z = torch.complex(zoom * x, zoom * y)
-    # On this curve, a little outside the main cardioid of the Mandelbrot set, Julia sets are richest.
+    # c lies a little outside the main cardioid of the Mandelbrot set, where Julia sets have the most detail.
     half = 1.05 * complex(math.cos(angle), math.sin(angle)) / 2
     c = half - half * half
     escape = torch.zeros(height, width)
@@ -75,7 +73,7 @@ def _julia(height: int, width: int, generator: torch.Generator) -> Tensor:
 
 
 def _coloured(values: Tensor, channels: int, generator: torch.Generator) -> Tensor:
-    """Return values ``(height, width)`` as a picture, uint8 ``(channels, height, width)``, in waves of colour."""
+    """Return values ``(height, width)`` as an image, uint8 ``(channels, height, width)``, by a periodic colour map."""
     span = values.max() - values.min()
     shares = (values - values.min()) / span.clamp_min(1e-6)
     turns = torch.tensor([_uniform(0.5, 2.0, generator) for _ in range(channels)]).view(-1, 1, 1)

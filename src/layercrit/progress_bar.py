@@ -5,7 +5,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 class Bar:
-    """The progress bar on stderr: drawn on a terminal only, and silent where nobody asked for it."""
+    """The progress bar on stderr: shown on a terminal only, and silent unless it was asked for."""
 
     def __init__(self, shown: bool) -> None:
         self._shown = shown
@@ -35,21 +35,21 @@ class Bar:
         self._progress.update(self._task, description="decoding", completed=n, total=wanted)
 
     def predicted(self, n: int, n_images: int) -> None:
-        """Show how many images the trained network was asked about."""
+        """Show how many images the trained network has classified."""
         self._show("predicting", n, n_images)
 
     def measured(self, done: float, total: float) -> None:
-        """Show how much of the resets is done."""
+        """Show what share of the resets is done."""
         self._show("measuring", done, total)
 
     def fetched(self, name: str, done: int, total: int | None) -> None:
-        """Show how many bytes of a file have come, in a bar without length where its size is not known."""
+        """Show how many bytes of a file have arrived, in a bar without length if its size is unknown."""
         amount = f"{done / 1e6:.0f}" if total is None else f"{done / 1e6:.0f} of {total / 1e6:.0f}"
         self._progress.update(self._task, description=f"{name} {amount} MB", completed=done, total=total)
 
     def drawn(self, name: str, done: int, wanted: int) -> None:
-        """Show which figure is being drawn."""
-        self._progress.update(self._task, description=f"drawing {name}", completed=done, total=wanted)
+        """Show which figure is being plotted."""
+        self._progress.update(self._task, description=f"plotting {name}", completed=done, total=wanted)
 
     def trained(
         self, name: str, *, phase: str, epoch: int, epochs: int, step: int, steps: int, loss: float,

@@ -1,0 +1,110 @@
+"""Images in Parquet shards, as Hugging Face and others publish them."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layercrit.errors import ProbeError
+from layercrit.probes.shards import IMAGE_COLUMNS, LABEL_COLUMNS, shards_of, stored_bytes
+from layercrit.probes.sources import ImageSource, Item, find_names, integer_label
+
+__all__ = ["ParquetSource"]
+
+BATCH_ROWS = 64  # Parquet rows in memory at once: a row group can hold gigabytes
+
+
+class ParquetSource(ImageSource):
+    """Parquet shards with a column ``image`` (or ``img``) and, if there are labels, ``label`` (or ``labels``).
+
+    An image is the bytes of a file or, as Hugging Face writes it, a struct with ``bytes``. Only the row groups with a
+    wanted image are read, a few rows at a time.
+
+    Args:
+        path: a file, a folder of ``*.parquet`` files, or a pattern such as ``test-{0..3}.parquet`` or ``*.parquet``.
+
+    Raises:
+        ProbeError: a shard is missing, damaged or lacks such a column, or all shards are empty.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.description = str(path)
+        self._groups: list[tuple[Path, int]] = []  # (shard, number of the row group in it)
+        starts = [0]  # the first row of each row group, counted through all shards
+        columns: set[tuple[str, str | None]] = set()
+        for shard in shards_of(path, ".parquet"):
+            try:
+                with pq.ParquetFile(shard) as file:
+                    metadata, names = file.metadata, file.schema_arrow.names
+            except (OSError, pa.ArrowException) as error:
+                raise ProbeError(
+                    f"Cannot read '{shard}' as Parquet ({error}). If it is damaged, download it again."
+                ) from error
+            columns.add(find_names(names, IMAGE_COLUMNS, LABEL_COLUMNS, f"'{shard}'"))
+            for group in range(metadata.num_row_groups):
+                self._groups.append((shard, group))
+                starts.append(starts[-1] + metadata.row_group(group).num_rows)
+        if len(columns) > 1:
+            raise ProbeError(
+                f"The shards of '{path}' differ in their columns: {sorted(map(str, columns))}. Give all of them the "
+                "same columns for images and labels."
+            )
+        self._image_column, self._label_column = columns.pop()
+        self._starts = np.array(starts)
+        if len(self) == 0:
+            raise ProbeError(f"There are no images in '{path}': it has no rows.")
+        self.label_origin = None if self._label_column is None else f"column '{self._label_column}'"
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def name(self, index: int) -> str:
+        """Return the shard, the row group and the row in it."""
+        position = self._position(index)
+        shard, group = self._groups[position]
+        return f"{shard.name}[group {group}, row {index - self._starts[position]}]"
+
+    def read(self, indices: Sequence[int], use_labels: bool) -> Iterator[Item]:
+        """Yield encoded images; each row group is read once."""
+        label_column = self._label_column if use_labels else None
+        for position, members in groupby(indices, self._position):
+            start = int(self._starts[position])
+            wanted = list(members)
+            rows = self._rows(position, [index - start for index in wanted], label_column)
+            for index, (content, label) in zip(wanted, rows, strict=True):
+                number = None if label is None else integer_label(label, self.name(index))
+                yield Item(index, stored_bytes(content), number)
+
+    def _position(self, index: int) -> int:
+        """Return which row group, counted through all shards, contains row ``index``."""
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
+
+    def _rows(self, position: int, rows: list[int], label_column: str | None) -> Iterator[tuple[Any, Any]]:
+        """Yield image and label of some ascending ``rows`` of one row group."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        shard, group = self._groups[position]
+        columns = [column for column in (self._image_column, label_column) if column is not None]
+        waiting, end = iter(rows), 0
+        row = next(waiting, None)
+        try:
+            # Streamed page by page, so that a row group need not lie in memory whole.
+            with pq.ParquetFile(shard, pre_buffer=False, buffer_size=2**20) as file:
+                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
+                    start, end = end, end + batch.num_rows
+                    while row is not None and row < end:
+                        values = [batch.column(column)[row - start].as_py() for column in columns]
+                        yield values[0], values[1] if label_column is not None else None
+                        row = next(waiting, None)
+                    if row is None:
+                        return
+        except (OSError, pa.ArrowException) as error:
+            raise ProbeError(
+                f"Cannot read row group {group} of '{shard}' ({error}). If it is damaged, download it again."
+            ) from error

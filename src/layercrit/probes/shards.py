@@ -1,0 +1,58 @@
+"""Shards: the files that a folder, a name or a pattern stands for, and what a row of a table holds."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from layercrit.errors import ProbeError
+from layercrit.probes.sources import ACCEPTED, check_exists
+
+__all__ = ["IMAGE_COLUMNS", "LABEL_COLUMNS", "shards_of", "stored_bytes"]
+
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "labels")
+
+
+def shards_of(path: str | Path, suffix: str) -> list[Path]:
+    """Return the sorted files that ``path`` names: one file, the files of a folder, or those that match a pattern."""
+    plain = Path(path).expanduser()
+    if plain.is_dir():
+        found = _visible(plain.glob("*" + suffix))
+    else:
+        found = [file for pattern in _braces(str(plain)) for file in _matching(Path(pattern))]
+    if not found:
+        raise ProbeError(f"There are no images: no {suffix} file matches '{path}'. Accepted: {ACCEPTED}.")
+    return found
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """Return the file named ``pattern``, or the sorted files that match its ``*``, ``?`` and ``[]``."""
+    if not pattern.is_file() and set(str(pattern)) & set("*?["):
+        return _visible(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
+    check_exists(pattern)
+    return [pattern]
+
+
+def _visible(files: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in files if not file.name.startswith("."))
+
+
+def _braces(pattern: str) -> list[str]:
+    """Expand ``{a,b}`` and ``{000..009}`` as a shell does."""
+    group = re.search(r"\{([^{}]*)\}", pattern)
+    if group is None:
+        return [pattern]
+    limits = re.fullmatch(r"(\d+)\.\.(\d+)", group[1])
+    if limits is None:
+        choices = group[1].split(",")
+    else:
+        choices = [str(i).zfill(len(limits[1])) for i in range(int(limits[1]), int(limits[2]) + 1)]
+    return [
+        whole for choice in choices for whole in _braces(pattern[: group.start()] + choice + pattern[group.end() :])
+    ]
+
+
+def stored_bytes(value: object) -> bytes | Exception:
+    """Return the bytes of an image in a table, which may be wrapped in a struct, or replaced by a path."""
+    stored = value.get("bytes") if isinstance(value, dict) else value
+    return stored if isinstance(stored, bytes) else ValueError("the row holds no bytes of an image file")

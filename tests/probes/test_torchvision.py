@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from layercrit.errors import ProbeError
+from layercrit.probes.torchvision import TorchvisionSource
+from packed_images import IMAGES, items_of
+from photographs import write_fashion_mnist
+
+
+def test_torchvision_source__fashion_mnist(tmp_path: Path) -> None:
+    images, labels = write_fashion_mnist(tmp_path)
+    for source in [
+        TorchvisionSource("FashionMNIST", tmp_path),
+        TorchvisionSource.from_text(f"torchvision:FashionMNIST?root={tmp_path}&split=test"),
+        TorchvisionSource.from_text(f"torchvision:FashionMNIST?root={tmp_path}"),
+    ]:
+        assert [np.asarray(image).tolist() for image, _ in items_of(source)] == images.tolist()
+        assert [label for _, label in items_of(source)] == labels
+        assert [label for _, label in items_of(source, use_labels=False)] == [None] * 6
+        assert (source.n_classes, source.label_origin) == (10, "the targets of torchvision's FashionMNIST")
+    train = TorchvisionSource("FashionMNIST", tmp_path, "train")
+    assert [label for _, label in items_of(train)] == [0, 1, 2, 3, 4, 5]
+    assert train.name(3) == "FashionMNIST/train[3]"
+
+
+def test_torchvision_source__a_damaged_image_is_given_as_its_error(tmp_path: Path) -> None:
+    root = tmp_path / "SUN397"
+    for number, name in enumerate(("abbey", "airport")):
+        (root / "a" / name).mkdir(parents=True)
+        (root / "a" / name / "sun_x.jpg").write_bytes(IMAGES[number][: 500 if number else None])
+    (root / "ClassName.txt").write_text("/a/abbey\n/a/airport\n")
+    items = items_of(TorchvisionSource("SUN397", tmp_path))
+    assert sorted((isinstance(content, OSError), label) for content, label in items) == [(False, 0), (True, None)]
+
+
+def test_torchvision_source__files_are_not_decoded(tmp_path: Path) -> None:
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jpg").write_bytes(IMAGES[number])
+        (tmp_path / name / "y.jpg").write_bytes(b"no image")
+    source = TorchvisionSource("ImageFolder", tmp_path)
+    files = [tmp_path / name / file for name in ("cat", "dog") for file in ("x.jpg", "y.jpg")]
+    assert items_of(source) == list(zip(files, [0, 0, 1, 1], strict=True))
+    assert items_of(source, use_labels=False) == [(file, None) for file in files]
+    assert [(item.index, item.content) for item in source.read([1, 2], True)] == [(1, files[1]), (2, files[2])]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("torchvision:FashionMINST?root={}", "torchvision has no data set 'FashionMINST'.*Did you mean 'FashionMNIST'"),
+        ("torchvision:FakeData?root={}", "torchvision has no data set 'FakeData' that reads a folder"),
+        (
+            "torchvision:MNIST",
+            "Cannot read 'torchvision:MNIST': expected 'torchvision:NAME.root=PATH', optionally with '&split",
+        ),
+        ("torchvision:MNIST?root={}&download=1", "Cannot read .*: expected 'torchvision:NAME"),
+        ("torchvision:MNIST?root={}", "cannot open MNIST in '.*Dataset not found.*never downloaded"),
+        ("torchvision:MNIST?root={}/none", "No such file or folder: '.*none'"),
+        ("torchvision:MNIST?root={}&split=val", "MNIST has no split 'val': it has 'train' and 'test'"),
+        ("torchvision:STL10?root={}&split=val", "cannot open STL10 .*Unknown value 'val' for argument split"),
+        ("torchvision:SUN397?root={}&split=test", "SUN397 has no split 'test': it has no splits"),
+        ("torchvision:DatasetFolder?root={}", "cannot open DatasetFolder .*loader"),
+    ],
+)
+def test_torchvision_source__not_there(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ProbeError, match=message):
+        TorchvisionSource.from_text(text.format(tmp_path))
+
+
+def test_torchvision_source__never_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        pytest.fail("a download was tried")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    for name in ("CIFAR10", "MNIST", "SVHN", "STL10", "Food101", "Flowers102", "OxfordIIITPet"):
+        with pytest.raises(ProbeError, match=f"cannot open {name} in"):
+            TorchvisionSource(name, tmp_path)
+
+
+def test_torchvision_source__no_classification(tmp_path: Path) -> None:
+    voc = tmp_path / "VOCdevkit" / "VOC2012"
+    for name, content in [
+        ("JPEGImages/1.jpg", IMAGES[0]),
+        ("Annotations/1.xml", b"<annotation><object><name>cat</name></object></annotation>"),
+        ("ImageSets/Main/train.txt", b"1"),
+    ]:
+        (voc / name).parent.mkdir(parents=True)
+        (voc / name).write_bytes(content)
+    source = TorchvisionSource("VOCDetection", tmp_path)
+    assert len(items_of(source, use_labels=False)) == 1
+    with pytest.raises(ProbeError, match=r"Labels must be integers.*VOCDetection\[0\]"):
+        items_of(source)
+
+
+def test_torchvision_source__no_images(tmp_path: Path) -> None:
+    (tmp_path / "MovingMNIST").mkdir()
+    np.save(tmp_path / "MovingMNIST" / "mnist_test_seq.npy", np.zeros((20, 2, 64, 64), np.uint8))
+    with pytest.raises(ProbeError, match=r"MovingMNIST.*' does not return pairs of image and label"):
+        items_of(TorchvisionSource("MovingMNIST", tmp_path))
