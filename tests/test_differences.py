@@ -326,7 +326,7 @@ def test_differences__alpha_and_words(small):
         "(Benjamini-Hochberg)."
     )
     each = differences(small, alpha=0.5, family="pair")
-    assert "at the family-wise error rate 0.5 of each pair by itself (Holm)" in each.sentence()
+    assert "at the family-wise error rate 0.5 within each pair (Holm)" in each.sentence()
     assert list(found.summary().columns) == [
         "first",
         "second",

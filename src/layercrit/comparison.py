@@ -240,7 +240,7 @@ def compare(
 
 
 def _left_out(study: _Study, names: Sequence[str]) -> set[str]:
-    """Return the models that a list of categories and models stands for."""
+    """Return the models in a list of categories and models."""
     of_category = {str(name): list(models) for name, models in study.models.groupby("category")["model"]}
     models = set(study.models["model"])
     found: set[str] = set()
@@ -340,7 +340,7 @@ def _models(
     difference: pd.DataFrame | None,
     depth: pd.DataFrame,
 ) -> tuple[pd.DataFrame, str, list[str]]:
-    """Return the table of models, which accuracy it holds, and notes about that."""
+    """Return the table of models, which accuracy is in it, and notes about that."""
     about = study.models.set_index("model").loc[criticality.index]
     kind, accuracy = accuracy_of(about)
     whole = criticality.notna() & matched.notna()
@@ -381,11 +381,11 @@ def accuracy_of(models: pd.DataFrame) -> tuple[str, pd.Series]:
 
 
 def about_models(study: _Study, comparison: Comparison) -> pd.DataFrame:
-    """Return one row per compared model, for figures and tables, with all that is known of it.
+    """Return one row per compared model, for figures and tables, with everything known about it.
 
     Columns are those of `Comparison.models`, ``model`` (its name), ``low`` and ``high`` (limits of its mean; NaN where
     not all of its layers are compared), ``chance``, ``attack_norm`` and ``eps``. The order is that of the study, but
-    for adversarially trained models, which stand by norm and eps among themselves.
+    for adversarially trained models, which are sorted by norm and eps among themselves.
 
     Args:
         study: the one that was compared.

@@ -32,7 +32,7 @@ class Contrasts:
         low: lower confidence limit; NaN where there is no interval.
         high: upper confidence limit; NaN where there is no interval.
         p_value: of the two-sided test that the sum is 0; NaN where nothing can be tested, also where nothing varies.
-        covers: what the intervals hold for when it is sampled anew.
+        covers: what the intervals hold for: new trials, new images, both or nothing.
     """
 
     mean: Array
@@ -54,14 +54,15 @@ def crossed_contrasts(
 
     The weighted sum d[r, x] of the models' distances in each trial and image is analysed: the effects that a draw or an
     image has on all models alike cancel. As in `layercrit.statistics.estimate`, trials and images are two crossed
-    random effects; if there is only one trial or one image, Student's t of the other is used.
+    random effects. With means over images only, or a reset that is not random, Student's t of the other effect is used;
+    one trial of a random reset gives no interval.
 
     Args:
         distances: ``(n_models, n_trials, n_images)``; trial r is the same draw and image x the same image in all. One
-            image column holds means over images: the interval is then for new trials on the same images.
+            image stands for means over images: the interval is then for new trials on the same images.
         weights: ``(n_contrasts, n_models)``; 1 and -1 for the difference of two models.
         level: confidence level, between 0 and 1.
-        random_trials: whether the reset draws at random; if not, trials are averaged, and images alone vary.
+        random_trials: whether the reset is random; if not, trials are averaged, and only images vary.
         upper: the largest possible distance; limits are clipped to it on both sides of 0.
 
     Raises:

@@ -52,7 +52,7 @@ class Differences:
         table: one row per pair and layer, pair by pair, layers in depth order: ``first``, ``second``, ``layer``,
             ``stage``, ``depth``, ``difference`` (first minus second, in [-1, 1]), ``low`` and ``high`` (its confidence
             limits), ``p_value`` (two-sided; NaN where nothing can be tested), ``p_holm`` and ``p_bh`` (adjusted within
-            the family), ``covers`` (what may be drawn anew), ``significant`` (``p_holm`` of at most alpha) and
+            the family), ``covers`` (what intervals hold for), ``significant`` (``p_holm`` of at most alpha) and
             ``significant_bh``.
         alpha: level of the tests.
         family: which p-values were adjusted together: ``all``, or those of each ``pair``.
@@ -82,7 +82,7 @@ class Differences:
     def sentence(self) -> str:
         """Say how many differences are significant."""
         to = f" to {self.baseline}" if self.baseline else ""
-        of = "" if self.family == "all" else " of each pair by itself"
+        of = "" if self.family == "all" else " within each pair"
         return (
             f"{self.table['significant'].sum():,} of {self.table['p_value'].count():,} differences{to} are significant "
             f"at the family-wise error rate {self.alpha:g}{of} (Holm), {self.table['significant_bh'].sum():,} at "
@@ -228,7 +228,7 @@ class _Sample:
         means: of each trial, ``(n_trials,)``.
         keys: of its cells.
         trials: their numbers.
-        seeds: what they were drawn under; None where that is not known.
+        seeds: of their draws; None where they are not known.
         images: number and hash of the images; None where the hash is not known.
         random: whether the reset is.
         every_image: whether the distances of single images are known.
@@ -285,7 +285,7 @@ def _over_trials(
     quantity: str,
     level: float,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the differences of one layer for new trials, and what a reader has to know of them."""
+    """Return the differences of one layer for new trials, and notes about them."""
     usable = usable & np.array([len(sample.means) > 0 and bool(np.isfinite(sample.means).all()) for sample in samples])
     weights = _weights(sides, usable)
     values, notes = _nothing(len(weights)), []

@@ -113,7 +113,7 @@ def test_report__who_the_study_leaves_out(study, leave_out, n_models):
             1,
             "Error: The model 'x' is not compared, so it has no profile. Known: 'a', 'b'",
         ),
-        (["--out", f"study/{FILE}"], 1, "cannot be written to (Not a directory). Name another place with --out."),
+        (["--out", f"study/{FILE}"], 1, "cannot be written to (Not a directory). Name another folder with --out."),
         (["--figure", "ranking"], 2, "No such option"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -84,7 +84,7 @@ def test_run__again_says_what_was_there_and_retry_tries_again(ran, here, tmp_pat
     folder, _ = ran
     again = call("run", folder.parent / "small.toml", "--out", folder)
     assert again.exit_code == 1
-    known = f"0 cells measured, {2 * N_LAYERS} were there already"
+    known = f"0 cells measured, {2 * N_LAYERS} were already there"
     assert known in again.stdout
     assert f"Saved in {folder}; next: `layercrit compare {folder}`." in again.stdout
     table = again.stdout.splitlines()
@@ -112,7 +112,7 @@ def test_run__names_the_folder_like_the_file(here, tmp_path, monkeypatch):
     assert call("run", "files/study.toml").exit_code == 0
     assert load_study("study").models["model"].to_list() == ["m0"]
     again = call("run", "study/study.toml")  # that of a study that was started before
-    assert f"{N_LAYERS} were there already" in again.stdout
+    assert f"{N_LAYERS} were already there" in again.stdout
     assert f"Saved in {tmp_path / 'study'};" in again.stdout
 
 

@@ -205,7 +205,7 @@ def test_train_study__trains_those_named_then_the_rest(here, call):
     code, out, err = call("train", "--study", "small.toml", "--device", "cpu", "--workers", "0", "--keep-epochs", "1")
     assert code == 0, err
     table = [line.split() for line in out.splitlines()]
-    assert table[0] == ["model", "method", "top-1 accuracy", "time"]
+    assert table[0] == ["model", "method", "top-1", "accuracy", "time"]
     for name, row in (("b plain", table[1][1:]), ("smooth", table[2])):
         record = json.loads((here / "models" / name / "model.json").read_text())
         assert row[1:3] == ["baseline", f"{100 * record['top1_accuracy']:.1f}%"]

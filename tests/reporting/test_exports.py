@@ -157,7 +157,7 @@ def test_export__unknown_format(imported, tmp_path):
 
 def test_export__replaces_files_only_when_asked(imported, tmp_path):
     (tmp_path / "layers.csv").write_text("mine")
-    with pytest.raises(StudyError, match=r"holds layers\.csv already.*--overwrite"):
+    with pytest.raises(StudyError, match=r"already contains layers\.csv.*--overwrite"):
         export(imported, "csv", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["layers.csv"]
     assert (tmp_path / "layers.csv").read_text() == "mine"

@@ -614,7 +614,7 @@ def test_write_page__same_study_same_bytes(study, path, tmp_path):
 
 def test_write_page__a_place_that_cannot_be_written(study, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StudyError, match=r"cannot be written \(.+\)\. Name another place"):
+    with pytest.raises(StudyError, match=r"cannot be written \(.+\)\. Name another folder"):
         write_page(study, compare(study), tmp_path / "file" / "report.html")
 
 

@@ -182,7 +182,7 @@ def test_report__something_else_is_in_its_place(study, tmp_path, place):
         taken.mkdir()
     else:
         taken.write_text("precious")
-    with pytest.raises(StudyError, match=r"cannot be written.*Name another place with --out"):
+    with pytest.raises(StudyError, match=r"cannot be written.*Name another folder with --out"):
         report(study, tmp_path / "out", figures=["ranking"], formats=["png"])
     assert taken.is_dir() or taken.read_text() == "precious"
 
@@ -213,7 +213,7 @@ def test_report__unknown_format_leaves_nothing_behind(study, tmp_path):
         ({"leave_out": ["augmentatoin"]}, "category 'augmentatoin'.*Did you mean 'augmentation'"),
         ({"reset": "rerandomise"}, "no reset 'rerandomise'. Did you mean 'rerandomize'"),
         ({"profiles": ["mix", "pgd"]}, "The model 'pgd' is not compared, so it has no profile. Did you mean 'pgd"),
-        ({"profiles": ["mix"], "leave_out": ["augmentation"]}, "No model 'mix' is compared"),
+        ({"profiles": ["mix"], "leave_out": ["augmentation"]}, "The model 'mix' is not compared"),
         ({"leave_out": ["baseline", "augmentation", "adversarial_training"]}, "No model .* is left to compare"),
     ],
 )
@@ -269,7 +269,7 @@ def test_report__no_layer_whose_cells_are_all_ok(tmp_path):
     result = report(study, formats=["png"])
     assert result.figures == {}
     assert set(result.left_out) == set(FIGURES)
-    assert all("all its cells ok" in reason for reason in result.left_out.values())
+    assert all("only cells that are ok" in reason for reason in result.left_out.values())
     assert result.page.is_file()
     with pytest.raises(StudyError, match="No layer of any model has only cells that are ok"):
         report(study, figures=["ranking"])

@@ -354,9 +354,9 @@ def test_per_image__is_what_was_kept(random):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": "c", "layer": "fc"}, "no model 'c' measured"),
-        ({"model": "a", "layer": "fd"}, "no layer 'fd' measured. Did you mean 'fc'"),
-        ({"model": "a", "layer": "fc", "distance": "l2"}, "No distances 'l2' were kept. Did you mean 'l1'"),
+        ({"model": "c", "layer": "fc"}, "no measured model 'c'"),
+        ({"model": "a", "layer": "fd"}, "no measured layer 'fd'. Did you mean 'fc'"),
+        ({"model": "a", "layer": "fc", "distance": "l2"}, "No per-image distances 'l2' were kept. Did you mean 'l1'"),
         ({"model": "a", "layer": "fc", "reset": "zero"}, "no reset 'zero'"),
     ],
 )

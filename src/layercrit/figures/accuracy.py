@@ -62,7 +62,7 @@ def criticality_against_accuracy(
         title: shown above the figure.
 
     Raises:
-        ProtocolError: a table lacks a column, that of models is empty or holds a model twice, or no model has both
+        ProtocolError: a table lacks a column, that of models is empty or contains a model twice, or no model has both
             numbers.
     """
     check_models(models, ("model", "label", "category", "accuracy", "criticality"))

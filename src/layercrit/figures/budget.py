@@ -49,7 +49,7 @@ def criticality_against_budget(
     `layercrit.figures.style.save_figure`.
 
     Args:
-        models: one row per model: ``model`` (its name), ``label`` (not drawn), ``category`` (or None; decides colour
+        models: one row per model: ``model`` (its name), ``label`` (not shown), ``category`` (or None; decides colour
             and marker), ``attack_norm`` (``l2``, ``linf`` or any text; None: not known), ``eps`` (the budget, in
             whatever unit), ``criticality`` (mean over layers, in [0, 1]), ``low`` and ``high`` (its confidence limits;
             NaN: no bar).
@@ -57,7 +57,7 @@ def criticality_against_budget(
         title: shown above the figure.
 
     Raises:
-        ProtocolError: the table is empty, lacks a column or holds a model twice, no model has a budget, or the
+        ProtocolError: the table is empty, lacks a column or contains a model twice, no model has a budget, or the
             baseline is unknown.
     """
     check_models(models, _REQUIRED)
@@ -125,7 +125,7 @@ def _draw_panel(axes: "Axes", panel: "pd.DataFrame", size: float, rotation: int)
 
 
 def _draw_models(axes: "Axes", own: "pd.DataFrame", budgets: Sequence[float], color: str, marker: str) -> None:
-    """Draw the models of one category and norm, and the line through the means of their budgets."""
+    """Plot the models of one category and norm, and the line through the means of their budgets."""
     if own.empty:
         return
     means = own.groupby("eps")["criticality"].mean()

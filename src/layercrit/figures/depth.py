@@ -57,8 +57,8 @@ def criticality_over_depth(
     `layercrit.figures.style.save_figure`.
 
     Args:
-        values: models x layers, criticality in [0, 1]; NaN: not measured. The index holds names of models, the columns
-            those of layers in depth order.
+        values: models x layers, criticality in [0, 1]; NaN: not measured. The index has the names of models, the
+            columns those of layers in depth order.
         models: one row per model of ``values``: ``model`` (its name), ``label`` (None: its name) and ``category`` (or
             None; decides the colour).
         stages: layer name -> its stage; stages are named below and separated by lines. None: no stages.
@@ -67,8 +67,8 @@ def criticality_over_depth(
         title: shown above the figure.
 
     Raises:
-        ProtocolError: a table is empty, lacks a column or holds a name twice, the two differ in their models, a value
-            is outside of [0, 1], no value is known, or the baseline is unknown.
+        ProtocolError: a table is empty, lacks a column or contains a name twice, the two differ in their models, a
+            value is outside of [0, 1], no value is known, or the baseline is unknown.
     """
     check_models(models, ("model", "label", "category"))
     check_values(values, models)
@@ -143,7 +143,7 @@ def _prepare_panel(axes: "Axes", head: str, n_layers: int, stages: Sequence[str 
 
 
 def _draw_category(axes: "Axes", own: npt.NDArray[np.float64], category: Category) -> None:
-    """Draw the mean over the models of one category, ``(n_models, n_layers)``, and the band around it."""
+    """Plot the mean over the models of one category, ``(n_models, n_layers)``, and the band around it."""
     known = np.isfinite(own)
     counts = known.sum(axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -96,7 +96,7 @@ def heat_map(
     `layercrit.figures.style.save_figure`.
 
     Args:
-        values: models x layers, in [0, 1]; NaN: not measured. The index holds names of models, the columns those of
+        values: models x layers, in [0, 1]; NaN: not measured. The index has the names of models, the columns those of
             layers in depth order.
         models: one row per model of ``values``: ``model`` (its name), ``label`` (None: its name), ``category`` (or
             None) and ``accuracy``, a share in [0, 1] (NaN: not known).
@@ -106,7 +106,7 @@ def heat_map(
         stages: layer name -> its stage; a thin gap separates different stages. None: no gaps.
 
     Raises:
-        ProtocolError: a table is empty, lacks a column or holds a name twice, the two differ in their models, or a
+        ProtocolError: a table is empty, lacks a column or contains a name twice, the two differ in their models, or a
             value is outside of [0, 1].
     """
     _check(values, models, "shares", 0)
@@ -303,7 +303,7 @@ def _layer_size(width: float) -> float:
 
 
 def _category_labels(categories: Sequence[Category]) -> list[str]:
-    """Return what stands beside each strip, on several lines where there are rows enough.
+    """Return the text next to each strip, on several lines if it has enough rows.
 
     Without any category there are no strips.
     """
@@ -317,7 +317,7 @@ def _category_labels(categories: Sequence[Category]) -> list[str]:
 
 
 def _draw_values(axes: "Axes", grid: _Grid, squares: tuple[Squares, Squares, Squares], scale: Scale) -> None:
-    """Draw the squares, and the means of models and of layers."""
+    """Plot the squares, and the means of models and of layers."""
     width, height = grid.square
     x, y = np.meshgrid(grid.lefts, grid.bottoms)
     below = np.full(len(grid.lefts), grid.bottoms[-1] - _GAP - _LAYER_MEANS_HEIGHT)
@@ -329,7 +329,7 @@ def _draw_values(axes: "Axes", grid: _Grid, squares: tuple[Squares, Squares, Squ
 
 
 def _draw_about_models(axes: "Axes", grid: _Grid, categories: Sequence[Category], ordered: "pd.DataFrame") -> None:
-    """Draw names, accuracies and categories at the left, and the heads of the columns."""
+    """Plot names, accuracies and categories at the left, and the heads of the columns."""
     from matplotlib.patches import Rectangle
 
     categories_end, strips, names, accuracies, means = grid.columns
@@ -359,7 +359,7 @@ def _draw_about_models(axes: "Axes", grid: _Grid, categories: Sequence[Category]
 
 
 def _draw_layers(axes: "Axes", grid: _Grid, layers: Sequence[str]) -> None:
-    """Draw the names of the layers, below their means."""
+    """Plot the names of the layers, below their means."""
     means = grid.bottoms[-1] - _GAP - _LAYER_MEANS_HEIGHT
     _right(axes, grid.lefts[0] - _GAP, means + _LAYER_MEANS_HEIGHT / 2, _LAYER_MEANS, fontsize=_NOTE_SIZE)
     for name, left in zip(layers, grid.lefts, strict=True):
@@ -380,7 +380,7 @@ def _right(axes: "Axes", x: float, y: float, text: str, **style: Any) -> None:
 
 
 def _band_width(title: str | None, quantity: str, missing: bool) -> float:
-    """Return the width of what stands above the heat map."""
+    """Return the width of what is above the heat map."""
     parts = [text_width(quantity, _NOTE_SIZE) + _GAP + _BAR_WIDTH + 0.1]
     if missing:
         parts.append(_PATCH_WIDTH + _GAP + text_width("not measured", _NOTE_SIZE) + 0.2)
@@ -388,7 +388,7 @@ def _band_width(title: str | None, quantity: str, missing: bool) -> float:
 
 
 def _draw_band(figure: "Figure", axes: "Axes", scale: Scale, title: str | None, quantity: str, missing: bool) -> None:
-    """Draw title and colour bar."""
+    """Plot title and colour bar."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle

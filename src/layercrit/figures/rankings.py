@@ -51,8 +51,8 @@ def ranking(models: "pd.DataFrame", *, baseline: str | None = None, title: str |
         title: shown above the figure.
 
     Raises:
-        ProtocolError: the table is empty, lacks a column or holds a model twice, no model has a mean, or the baseline
-            is unknown.
+        ProtocolError: the table is empty, lacks a column or contains a model twice, no model has a mean, or the
+            baseline is unknown.
     """
     check_models(models, ("model", "label", "category", "criticality", "low", "high"))
     line = baseline_mean(models, baseline)

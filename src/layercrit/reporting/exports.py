@@ -83,7 +83,7 @@ def export(study: Study, format: str, path: str | Path | None = None, *, overwri
         The files.
 
     Raises:
-        StudyError: the format is unknown or cannot hold the study, a file is there already, or the folder cannot be
+        StudyError: the format is unknown or cannot represent the study, a file already exists, or the folder cannot be
             written.
     """
     chosen = FORMATS.find(format)

@@ -35,7 +35,7 @@ _CAUTIONS = (
     ),
 )  # fmt: skip
 _SCRIPTS = ("data", "texts", "plots", "heatmap", "differences", "page")  # each imports from those before it
-# Where something lies on this machine is nobody's business: of absolute paths only the last name is shown.
+# The page may be published, and where files are on this machine is private: of absolute paths only the name is shown.
 _FOLDERS = re.compile(r"""(?<![\w/.])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'"<>|:;,()]+[\\/])+(?=[^\\/\s])""")
 _NO_MATCHED = (
     "This study has no temperature-matched values and no chance level: its results were published as means over "
@@ -73,7 +73,7 @@ def write_page(study: Study, comparison: Comparison, path: str | Path) -> Path:
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     except OSError as error:
-        raise StudyError(f"{path} cannot be written ({error.strerror}). Name another place with --out.") from error
+        raise StudyError(f"{path} cannot be written ({error.strerror}). Name another folder with --out.") from error
     return path
 
 

@@ -174,7 +174,7 @@ def _tables(study: Study, comparison: Comparison, profiles: Sequence[str] | None
 
 
 def _file_names(models: Iterable[str]) -> dict[str, str]:
-    """Return model -> what stands for it in names of files, no two alike even where capitals count as small letters."""
+    """Return model -> its name in file names, all different even on file systems that ignore case."""
     plain = {name: re.sub(r"[^\w.=+-]", "-", name).encode()[:_LONGEST].decode(errors="ignore") for name in models}
     found: dict[str, str] = {}
     taken = set[str]()

@@ -1,8 +1,8 @@
 """Run the tasks of a study on workers: here local processes; other executors have the same interface.
 
 A worker is told once how to start and then runs one task after the other, sending messages as parts of a task are
-finished. Every task ends in exactly one `Finished` or `Failed`: an exception fails only its own task, and so does a
-task that keeps crashing its worker.
+finished. Every task ends in exactly one `Finished` or `Failed`: an exception fails only its own task, and so do
+repeated deaths of its worker.
 """
 
 import bisect

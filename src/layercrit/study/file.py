@@ -71,7 +71,7 @@ class StudyFile:
         name: the study's name.
         models: the models, in order.
         source: where the images come from.
-        n_images: how many to draw.
+        n_images: how many images to draw.
         labels: whether to use labels.
         preprocessing: how images become the pixels that every model gets.
         protocol: the settings of all measurements; its ``reset`` is the first of ``resets``.

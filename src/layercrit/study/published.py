@@ -410,5 +410,5 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[Any, A
         beside.write_text(stream.getvalue(), encoding="utf-8", newline="")
         beside.replace(path)
     except OSError as error:
-        raise StudyError(f"{path} cannot be written ({error.strerror}). Name another place.") from error
+        raise StudyError(f"{path} cannot be written ({error.strerror}). Name another one.") from error
     return path

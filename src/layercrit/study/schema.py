@@ -50,7 +50,7 @@ class ImagesTable(Declaration):
     source: str
     """source of the images, anything that `layercrit measure --images` takes; relative to this file"""
     n_images: int = Field(DEFAULTS.n_images, ge=1)
-    """how many to draw from the source"""
+    """how many images to draw from the source"""
     labels: bool = True
     """whether to use labels where there are some"""
     input_size: Annotated[list[int], Field(min_length=3, max_length=3), expected("[channels, height, width]")] = Field(
@@ -135,7 +135,7 @@ class TrainingTable(Declaration):
     epochs: _Epochs | None = None
     """passes over the training images; default: as many as each method says"""
     seed: _Seed = 0
-    """seed of the initial weights and of everything drawn in training"""
+    """seed of the initial weights and of all random numbers in training"""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """mixed precision of training; no: float32"""
     weights_dtype: Literal["float32", "float16"] = "float32"
@@ -189,7 +189,7 @@ class ModelTable(Declaration):
     epochs: _Epochs | None = None
     """passes over the training images"""
     seed: _Seed | None = None
-    """seed of the initial weights and of everything drawn in training"""
+    """seed of the initial weights and of all random numbers in training"""
 
 
 TABLES: dict[str, type[Declaration]] = {

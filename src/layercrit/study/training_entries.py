@@ -27,7 +27,7 @@ class TrainingRun:
         data: source of the training images.
         folder: where the run writes.
         epochs: passes over the training images; None: as many as the method says.
-        seed: of the initial weights and of everything drawn in training.
+        seed: of the initial weights and of all random numbers in training.
         precision: ``no`` for float32, ``bf16`` or ``fp16``.
         weights_dtype: how the final weights are stored, ``float32`` or ``float16``.
     """

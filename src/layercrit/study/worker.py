@@ -39,7 +39,7 @@ _SECONDS_BETWEEN_PARTS = 1.0
 
 @dataclass(frozen=True)
 class Job:
-    """What a task of a study is about."""
+    """The payload of a task: one trial of one reset of a model."""
 
     model: ModelEntry
     reset: str
@@ -80,7 +80,7 @@ class _Opened:
         study: the study.
         probe_set: its images.
         reset: its name.
-        subject: the network, asked about the study's pixels, with its layers and draws.
+        subject: the network, for the study's pixels, with its layers and draws.
         record: what is known of the model; keeps what an earlier session with the same weights, images and settings
             found.
     """
@@ -313,7 +313,7 @@ def _cells(
 
 
 def _open_model(entry: ModelEntry, size: Preprocessing) -> tuple[Model, list[str]]:
-    """Return a model that is asked about pixels of this size, and what its own evaluation does in another way."""
+    """Return a model for pixels of this size, and a note if its own evaluation uses others."""
     shape = (size.channels, size.height, size.width)
     own = open_model(entry.reference, input_size=None if size.channels == 3 else shape)
     model = replace(open_model(own, input_size=shape), preprocessing=size)
