@@ -448,7 +448,7 @@ def test_split__a_file_that_went_away(tmp_path):
 
 def test_split__too_large_for_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_LARGEST", 1000)
-    with pytest.raises(TrainingError, match=r"take more than 0 GiB decoded\. Give them as a folder"):
+    with pytest.raises(TrainingError, match=r"take more than 0 GiB when decoded\. Provide them as image files"):
         open_training_data(write_images(tmp_path / "x.npz"))
 
 
