@@ -415,7 +415,7 @@ def test_select_layers__a_group_stands_where_its_first_layer_is_used():
         ({"patterns": "fd"}, r"No layer matches 'fd'\. Did you mean 'fc'"),
         ({"patterns": "stem,body.7.*"}, r"No layer matches 'body\.7\.\*'\. Did you mean 'body\.1\.conv2' or"),
         ({"patterns": "body.1.gamma"}, r"No layer of type conv, linear matches 'body.1.gamma'; 1 of type other would"),
-        ({"patterns": "n*"}, r"1 of type norm would: add the type with --types \(types=\.\.\.\)"),
+        ({"patterns": "n*"}, r"1 of type norm would\. Add the type with --types \(types=\.\.\.\)"),
         ({"patterns": []}, r"the list of patterns is empty\. Give '\*' for all layers"),
         ({"group": "blocks"}, r"Unknown group 'blocks'\. Did you mean 'block'"),
     ],

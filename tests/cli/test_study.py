@@ -237,7 +237,7 @@ def test_status__while_another_process_runs_it(tmp_path):
     measured(tmp_path, cells("a"))
     with hold(tmp_path):
         lines = call("status", tmp_path).stdout.splitlines()
-    assert lines[-1].startswith("run by process ")
+    assert lines[-1].startswith("running: process ")
 
 
 def test_status__no_study_yet(tmp_path):

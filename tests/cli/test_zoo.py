@@ -170,7 +170,7 @@ def test_fetch__changed_file_is_refused_the_second_time(tmp_path, cache, hub):
     (cache / "robust_resnet50_l2_eps3.safetensors").unlink()
     changed = {**state, "fc.bias": torch.ones(1000)}
     WRITERS["robust"](folder, changed)[0].rename(folder / "resnet50_l2_eps3.ckpt")
-    assert "It is not the file that was published, or no longer" in error_of(run("fetch", "robust_resnet50_l2_eps3"))
+    assert "It is not, or no longer, the file that was published" in error_of(run("fetch", "robust_resnet50_l2_eps3"))
     WRITERS["robust"](folder, state)[0].rename(folder / "resnet50_l2_eps3.ckpt")
     assert run("fetch", "robust_resnet50_l2_eps3").exit_code == 0
 
@@ -194,7 +194,7 @@ def test_usage(arguments, text):
 def test_fetch__errors():
     assert "Did you mean 'resnet50_dino'" in error_of(run("fetch", "resnet50_dinno"))
     assert "There is no file" in error_of(run("fetch", ENTRY, "--from", "nowhere.pth"))
-    assert "made of 2 file(s), but 1 are given" in error_of(run("fetch", "resnet50_swav", "--from", "nowhere.pth"))
+    assert "consists of 2 file(s), but 1 were given" in error_of(run("fetch", "resnet50_swav", "--from", "nowhere.pth"))
 
 
 # check

@@ -133,7 +133,8 @@ def test_open_replay__fast_modes_are_near_the_plain_way(name, mode):
     if mode == "float32":  # also where a reset moves logits little, it is that reset which moves them
         for n in expected:
             moved = float((expected[n] - expected[None]).abs().max())
-            assert n is None or float((got[n] - expected[n]).abs().max()) <= 0.02 * moved, n
+            rounding = 4 * torch.finfo(torch.float32).eps * float(expected[n].abs().max())  # differs between processors
+            assert n is None or float((got[n] - expected[n]).abs().max()) <= 0.02 * moved + rounding, n
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -66,7 +66,7 @@ def test_predictions__without_labels_have_no_accuracy(network):
 
 def test_predictions__of_an_earlier_session_are_not_asked_for_again(network, monkeypatch):
     first = open_session(network)
-    monkeypatch.setattr(Session, "_logits", lambda *_: pytest.fail("the network was asked"))
+    monkeypatch.setattr("layercrit.engine.predictions._logits", lambda *_, **__: pytest.fail("the network was asked"))
 
     second = open_session(network, mode="float32", predictions=first.predictions)
 

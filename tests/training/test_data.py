@@ -318,7 +318,9 @@ def fakes(monkeypatch):
 @pytest.mark.parametrize("name", FAKES)
 def test_open_training_data__downloads_only_when_asked(tmp_path, fakes, name):
     source = f"torchvision:{name}?root={tmp_path}"
-    with pytest.raises(ProbeError, match=r"cannot open Fake\w* below '.*': Dataset not found.*Nothing is downloaded"):
+    with pytest.raises(
+        ProbeError, match=r"cannot open Fake\w* in '.*' \(Dataset not found.*Images are never downloaded"
+    ):
         open_training_data(source)
     assert fakes == []
     data = open_training_data(source, download=True)
@@ -354,8 +356,8 @@ def test_open_training_data__torchvision_cannot_fetch(tmp_path, fakes, monkeypat
     [
         ("torchvision:FashionMINST?root={}", "Did you mean 'FashionMNIST'"),
         ("torchvision:CIFAR10", "expected 'torchvision:NAME.root=PATH'"),
-        ("torchvision:CIFAR10?root={}", "cannot open CIFAR10 below '.*': Dataset not found"),
-        ("torchvision:Flowers102?root={}", "cannot open Flowers102 below '.*': Dataset not found"),
+        ("torchvision:CIFAR10?root={}", "cannot open CIFAR10 in '.*' \\(Dataset not found"),
+        ("torchvision:Flowers102?root={}", "cannot open Flowers102 in '.*' \\(Dataset not found"),
         ("torchvision:Fake?root={}&split=tset", "Unknown value 'tset' for argument split"),
     ],
 )
@@ -455,12 +457,12 @@ def test_split__too_large_for_memory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("stripse.npz", r"no such file or folder.*Did you mean 'stripes\.npz'"),
+        ("stripse.npz", r"No such file or folder.*Did you mean 'stripes\.npz'"),
         ("empty", r"no images in the folder"),
-        ("broken.npz", r"cannot read '.*broken\.npz'"),
+        ("broken.npz", r"Cannot read '.*broken\.npz'"),
         ("array.npz", r"labels|no label"),
         ("mnist", r"no file train-images-idx3-ubyte"),
-        ("text.txt", r"unknown type of file"),
+        ("text.txt", r"unknown file type"),
     ],
 )
 def test_open_training_data__nothing_to_train_on(tmp_path, name, text):
