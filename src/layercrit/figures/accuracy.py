@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 from layercrit.errors import ProtocolError
 from layercrit.figures.categories import categories_of, check_models, labels_of, shown
-from layercrit.figures.label_places import label_places
 from layercrit.figures.parts import (
     FRAME_COLOR,
     MARGIN,
@@ -19,6 +18,7 @@ from layercrit.figures.parts import (
     handles_of,
     percent_axis,
 )
+from layercrit.figures.point_labels import label_places
 from layercrit.figures.style import figure_style, text_width
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from layercrit.errors import ProbeError
-from layercrit.probes.shards import IMAGE_COLUMNS, LABEL_COLUMNS, stored_bytes
+from layercrit.probes.image_columns import IMAGE_COLUMNS, LABEL_COLUMNS, stored_bytes
 from layercrit.probes.sources import ImageSource, Item, check_exists, find_names, integer_label
 
 __all__ = ["HuggingFaceSource"]

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from layercrit.errors import ProbeError
-from layercrit.probes.shards import IMAGE_COLUMNS, LABEL_COLUMNS, shards_of, stored_bytes
+from layercrit.probes.image_columns import IMAGE_COLUMNS, LABEL_COLUMNS, stored_bytes
+from layercrit.probes.shards import shards_of
 from layercrit.probes.sources import ImageSource, Item, find_names, integer_label
 
 __all__ = ["ParquetSource"]

@@ -1,4 +1,4 @@
-"""Shards: the files that a folder, a name or a pattern stands for, and what a row of a table holds."""
+"""Shards: the files that a folder, a name or a pattern stands for."""
 
 import re
 from collections.abc import Iterable
@@ -7,10 +7,7 @@ from pathlib import Path
 from layercrit.errors import ProbeError
 from layercrit.probes.sources import ACCEPTED, check_exists
 
-__all__ = ["IMAGE_COLUMNS", "LABEL_COLUMNS", "shards_of", "stored_bytes"]
-
-IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("label", "labels")
+__all__ = ["shards_of"]
 
 
 def shards_of(path: str | Path, suffix: str) -> list[Path]:
@@ -50,9 +47,3 @@ def _braces(pattern: str) -> list[str]:
     return [
         whole for choice in choices for whole in _braces(pattern[: group.start()] + choice + pattern[group.end() :])
     ]
-
-
-def stored_bytes(value: object) -> bytes | Exception:
-    """Return the bytes of an image in a table, which may be wrapped in a struct, or replaced by a path."""
-    stored = value.get("bytes") if isinstance(value, dict) else value
-    return stored if isinstance(stored, bytes) else ValueError("the row holds no bytes of an image file")
