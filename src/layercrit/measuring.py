@@ -26,7 +26,7 @@ from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, MATCHED, Protocol
 from layercrit.resets import get_reset
-from layercrit.restoring import rng_untouched, untouched
+from layercrit.restoring import rng_untouched, undisturbed, untouched
 from layercrit.seeds import probe_set_seed
 
 __all__ = ["Measurement", "measure"]
@@ -114,7 +114,7 @@ def measure(
     )
     get_reset(reset)
     names = distance_names(distances)
-    with rng_untouched(), Bar(progress) as bar:
+    with undisturbed(), rng_untouched(), Bar(progress) as bar:
         opened = open_model(model, input_size=_size_of(images)) if isinstance(model, nn.Module) else open_model(model)
         with untouched(opened.network), large_blocks_stay():
             subject = Subject(protocol, opened, donor)

@@ -21,10 +21,12 @@ from layercrit.errors import ModelError
 from layercrit.models.model import Model
 from layercrit.models.own_networks import given_model
 from layercrit.models.sources import Progress, open_reference, parse, with_input, written
+from layercrit.restoring import undisturbed
 
 __all__ = ["fetch", "is_here", "open_model", "without_weights"]
 
 
+@undisturbed()
 def open_model(
     reference: str | nn.Module | Model,
     *,
