@@ -83,4 +83,4 @@ class PlainReplay(Replay):
     def run(self, values: Values, images: Tensor) -> Tensor:
         """Return the logits of one forward pass with some values in place of the trained ones."""
         with torch.no_grad(), holding(self.network, values):
-            return logits_of(self.network(images))
+            return logits_of(self.network(images.clone()))  # its own: some networks write to their input

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from layercrit.distances import measure_distances
+from layercrit.engine.dependence import check_dependence
 from layercrit.engine.holder import ReplayHolder
 from layercrit.engine.predictions import Predictions, predict, scores_of
 from layercrit.engine.replay import Mode, Replay
@@ -84,6 +85,7 @@ class Session:
             say=bar.say,
         )
         self._bar = bar
+        check_dependence(subject.network, subject.normalise(probe_set.batch(0, 4)), subject.model.reference)
         if predictions is None:
             predictions = predict(
                 self.holder, probe_set, self.labels, model=subject.model.reference, notes=self.notes, bar=bar
