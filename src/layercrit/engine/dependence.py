@@ -32,14 +32,14 @@ _MIXED = (
 )
 
 
-def check_dependence(network: nn.Module, images: Tensor, model: str) -> None:
+def check_dependence(plain: PlainReplay, images: Tensor, model: str) -> None:
     """Make sure that a network predicts the same for an image whenever it is asked and whatever is beside it.
 
     Otherwise what a reset does could not be told from chance, or would depend on the batch size. Of four images, 14
     forward passes are run.
 
     Args:
-        network: in evaluation mode.
+        plain: runs the network as it is.
         images: normalised images, ``(n_images, channels, height, width)``, of which the first four are used; fewer are
             filled up with their mirror images and negatives.
         model: the model's reference, for errors.
@@ -49,7 +49,6 @@ def check_dependence(network: nn.Module, images: Tensor, model: str) -> None:
     """
     batch = torch.cat([images, images.flip(-1), -images, -images.flip(-1)])[: 2 * _COMPARED]
     asked = batch[:_COMPARED]
-    plain = PlainReplay(network, [])
     first = plain.logits(batch)[:_COMPARED]
     for other, tolerance, how in (
         (batch, _ROUNDING, "when it is asked again"),
@@ -58,7 +57,7 @@ def check_dependence(network: nn.Module, images: Tensor, model: str) -> None:
     ):
         moved = _distance(first, plain.logits(other)[:_COMPARED])
         if moved > tolerance:
-            name, module = _where(network, batch, other)
+            name, module = _where(plain, batch, other)
             no_statistics = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None
             reason = _CHANCE if other is batch else _STATISTICS if no_statistics else _MIXED
             raise ModelError(
@@ -73,20 +72,20 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
 
 
-def _where(network: nn.Module, batch: Tensor, other: Tensor) -> tuple[str, nn.Module]:
+def _where(plain: PlainReplay, batch: Tensor, other: Tensor) -> tuple[str, nn.Module]:
     """Return the name of the first module that gets the same for the compared images and returns something else."""
-    names = {module: f"{name!r} ({type(module).__name__})" for name, module in network.named_modules()}
+    names = {module: f"{name!r} ({type(module).__name__})" for name, module in plain.network.named_modules()}
     for (module, given, made), (called, given_then, made_then) in zip(
-        _calls(network, batch), _calls(network, other), strict=False
+        _calls(plain, batch), _calls(plain, other), strict=False
     ):
         if module is not called:
             break  # it does not even call the same modules
         if _alike(given, given_then) and not _alike(made, made_then):
             return names[module], module
-    return f"the forward of {type(network).__name__} itself", network
+    return f"the forward of {type(plain.network).__name__} itself", plain.network
 
 
-def _calls(network: nn.Module, images: Tensor) -> list[tuple[nn.Module, list[Tensor], list[Tensor]]]:
+def _calls(plain: PlainReplay, images: Tensor) -> list[tuple[nn.Module, list[Tensor], list[Tensor]]]:
     """Return every call of a module in the order in which they end: the module, what it was given and returned."""
     calls = []
 
@@ -96,8 +95,8 @@ def _calls(network: nn.Module, images: Tensor) -> list[tuple[nn.Module, list[Ten
         calls.append((module, given, _compared(output)))
         return output
 
-    with calls_answered(network, call):
-        PlainReplay(network, []).run({}, images)
+    with calls_answered(plain.network, call):
+        plain.logits(images)
     return calls
 
 
