@@ -41,13 +41,13 @@ def check_dependence(plain: PlainReplay, images: Tensor, model: str) -> None:
     Args:
         plain: runs the network as it is.
         images: normalised images, ``(n_images, channels, height, width)``, of which the first four are used; fewer are
-            filled up with their mirror images and negatives.
+            filled up with fainter ones and negatives of them.
         model: the model's reference, for errors.
 
     Raises:
         ModelError: predictions change; it names the module in which they do.
     """
-    batch = torch.cat([images, images.flip(-1), -images, -images.flip(-1)])[: 2 * _COMPARED]
+    batch = torch.cat([images * factor for factor in (1, -0.5, 0.25, -0.125)])[: 2 * _COMPARED]
     asked = batch[:_COMPARED]
     first = plain.logits(batch)[:_COMPARED]
     for other, tolerance, how in (
