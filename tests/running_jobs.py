@@ -37,6 +37,11 @@ def small_network():
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
+def batch_statistics():
+    """The same with a normalisation that has no running statistics."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 3))
+
+
 LAYERS = ["1", "3", "5"]
 
 

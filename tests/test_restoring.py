@@ -2,6 +2,8 @@
 
 import contextlib
 import random
+import threading
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from small_subjects import (
     QUIET,
     SIZE,
     assert_same_cells,
+    fresh,
     photographs,
     registered,
     small_network,
@@ -175,3 +178,122 @@ def test_measure__weights_changed_since_are_seen():
     second = measure(network, probe_set, **QUIET)
     assert (second.cells["cosine"] < first.cells["cosine"]).all()
     assert first.record["model"]["sha256"] != second.record["model"]["sha256"]
+
+
+# the settings of the process
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+SETTINGS = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+    "meta": lambda: default_device("meta"),
+    "within meta": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+}
+
+
+def settings_now():
+    return (
+        torch.is_autocast_enabled("cpu"),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.is_inference_mode_enabled(),
+        torch.is_grad_enabled(),
+    )
+
+
+@pytest.mark.parametrize("mode", ["float32", "reference"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_measure__is_not_disturbed_by_the_callers_settings(name, mode):
+    network, probe_set = small_network(), photographs(5)
+    quiet = QUIET | {"dtype": mode}
+    expected = measure(network, probe_set, **quiet)
+    assert (expected.cells["cosine"] > 0.01).any()
+    with SETTINGS[name]():
+        before = settings_now()
+        found = measure(network, probe_set, **quiet)
+        assert settings_now() == before
+    assert_same_cells(found, expected, atol=0)
+    assert found.record["notes"] == expected.record["notes"]
+
+
+def test_measure__several_settings_are_as_they_were_after_an_error():
+    network = two_layers()
+    with contextlib.ExitStack() as stack:
+        for enter in SETTINGS.values():
+            stack.enter_context(enter())
+        before = settings_now()
+        with pytest.raises(LayerError):
+            measure(network, PIXELS, layers="nothing*", **QUIET)
+        assert settings_now() == before
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_open_model__is_not_disturbed_by_the_callers_settings(name):
+    reference = "timm:test_resnet?pretrained=false&num_classes=5&seed=3"
+    expected = open_model(reference).network.state_dict()
+    with SETTINGS[name]():
+        found = open_model(reference).network.state_dict()
+    assert all(torch.equal(found[key], value) and found[key].dtype == value.dtype for key, value in expected.items())
+
+
+def test_measure__a_network_made_in_inference_mode_is_measured_outside_it():
+    expected = measure(small_network(), photographs(5), **QUIET)
+    with torch.inference_mode():
+        network = small_network()
+    assert_same_cells(measure(network, photographs(5), **QUIET), expected, atol=1e-5)
+
+
+class Busy(Troubled):
+    """Notes which thread runs it; not to be exported, so that resets are written to its own weights."""
+
+    def __init__(self):
+        super().__init__(writes=True)
+        self.threads = []
+
+    def forward(self, images):
+        self.threads.append(threading.get_ident())
+        return super().forward(images)
+
+
+def test_measure__of_two_threads_on_one_network_one_waits():
+    network, probe_set = fresh(Busy, 0).eval(), photographs(4)
+    expected = [measure(network, probe_set, seed=seed, **QUIET) for seed in (0, 1)]
+    assert not np.array_equal(expected[0].cells["cosine"], expected[1].cells["cosine"])
+    before = state_of(network)
+    network.threads.clear()
+    found, together = {}, threading.Barrier(2)
+
+    def work(seed):
+        together.wait()
+        found[seed] = measure(network, probe_set, seed=seed, **QUIET)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(list(groupby(network.threads))) == 2, "the two took turns within their measurements"
+    for seed in (0, 1):
+        assert_same_cells(found[seed], expected[seed], atol=0)
+    assert_same_state(network, before)

@@ -29,7 +29,7 @@ from layercrit.probes.sources import ArraySource, ImageSource
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, MATCHED, Protocol
 from layercrit.resets import get_reset
-from layercrit.restoring import rng_untouched, untouched
+from layercrit.restoring import rng_untouched, undisturbed, untouched
 from layercrit.seeds import probe_set_seed
 
 __all__ = ["Measurement", "measure"]
@@ -117,7 +117,7 @@ def measure(
     )
     get_reset(reset)
     names = distance_names(distances)
-    with rng_untouched(), Bar(progress) as bar:
+    with undisturbed(), rng_untouched(), Bar(progress) as bar:
         source = images if isinstance(images, ProbeSet) else open_source(images)
         opened = _with_input_of(source, model)
         with untouched(opened.network), large_blocks_stay():

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import chain
@@ -10,6 +11,31 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+_DEVICES_WITH_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+_one_at_a_time = threading.RLock()
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Compute as in a process that has just started, one thread at a time; the caller's settings are then as before.
+
+    Outside there may be autocast (which caches casts of the trained weights, so that no reset shows), inference mode,
+    gradients switched off, or another default dtype or device. Other threads wait: the random generators and the
+    default dtype are the whole process's, and a reset writes to the network that another thread may have opened.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_one_at_a_time)
+        for device in _DEVICES_WITH_AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.inference_mode(False))  # which switches gradients on, too
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if torch.get_default_dtype() != torch.float32:
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+        yield
 
 
 @contextlib.contextmanager
@@ -32,8 +58,9 @@ def untouched(network: nn.Module) -> Iterator[None]:
             _refill(module._parameters, parameters)
             _refill(module._buffers, buffers)
         for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
-        with torch.no_grad():
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+        with torch.inference_mode():  # writes to tensors that were made in inference mode, too
             for tensor, value in values:
                 if not torch.equal(tensor, value):
                     tensor.copy_(value)

@@ -97,6 +97,18 @@ def test_worker__plans_and_measures_a_trial(prepare):
     assert planned.record["n_parameters"] == 12 * 8 + 8 + 8 * 8 + 8 + 8 * 3 + 3
 
 
+def test_worker__is_not_disturbed_by_settings_of_its_process(prepare):
+    """As a module that the study imports may leave them."""
+    study, work = prepare()
+    expected = ask(work, study)[-1].cells
+    study, work = prepare()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+        found = ask(work, study)[-1].cells
+    assert [cell.key for cell in found] == [cell.key for cell in expected]
+    assert [cell.means for cell in found] == [cell.means for cell in expected]
+    assert all(cell.means["cosine"] > 0 for cell in found)
+
+
 def test_worker__what_is_known_is_planned_only(prepare, tmp_path):
     study, work = prepare()
     first = ask(work, study)

@@ -46,6 +46,13 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_train__is_not_disturbed_by_the_callers_settings(data, tmp_path):
+    run(data, tmp_path / "one")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        run(data, tmp_path / "other")
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "other"))
+
+
 class PowerCutError(Exception):
     """Training ended in the middle."""
 

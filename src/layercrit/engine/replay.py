@@ -86,4 +86,5 @@ class PlainReplay(Replay):
     def run(self, values: Values, images: Tensor) -> Tensor:
         """Return the logits of one forward pass with some values in place of the trained ones."""
         with torch.no_grad(), holding(self.network, values):
-            return self._read_logits(self.network(images))
+            # an input of its own, for some networks write to theirs
+            return self._read_logits(self.network(images.clone()))

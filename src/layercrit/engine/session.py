@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 
 from layercrit.distances import measure_distances
+from layercrit.engine.dependence import check_dependence
 from layercrit.engine.holder import ReplayHolder
 from layercrit.engine.predictions import Predictions, predict, scores_of
-from layercrit.engine.replay import Mode, Replay
+from layercrit.engine.replay import Mode, PlainReplay, Replay
 from layercrit.engine.subject import Subject
 from layercrit.layers import Layer
 from layercrit.probes.probe_set import ProbeSet
@@ -84,6 +85,8 @@ class Session:
             say=bar.say,
         )
         self._bar = bar
+        plain = PlainReplay(subject.network, [], read_logits=subject.model.read_logits)
+        check_dependence(plain, subject.normalise(probe_set.batch(0, 4)), subject.model.reference)
         if predictions is None:
             predictions = predict(
                 self.holder, probe_set, self.labels, model=subject.model.reference, notes=self.notes, bar=bar

@@ -23,10 +23,12 @@ from layercrit.models.model import Model
 from layercrit.models.outputs import Output
 from layercrit.models.own_networks import given_model
 from layercrit.models.sources import Progress, open_reference, parse, with_input, with_output, written
+from layercrit.restoring import undisturbed
 
 __all__ = ["fetch", "is_here", "open_model", "without_weights"]
 
 
+@undisturbed()
 def open_model(
     reference: str | nn.Module | Model,
     *,

@@ -19,6 +19,7 @@ from layercrit.models.model import Classifier
 from layercrit.models.references import is_here, open_model, without_weights
 from layercrit.probes.opening import open_source
 from layercrit.resets import RESETS
+from layercrit.restoring import undisturbed
 from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
 from layercrit.study.file import StudyFile
@@ -74,6 +75,7 @@ class StudyPlan:
         }
 
 
+@undisturbed()
 def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
     """Estimate what a study will cost. Each architecture is built and run on a black image; nothing is measured.
 

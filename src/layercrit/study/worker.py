@@ -28,6 +28,7 @@ from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.protocol import MATCHED
 from layercrit.resets import RESETS
+from layercrit.restoring import undisturbed
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import Place, Task, Work
 from layercrit.study.file import StudyFile
@@ -233,7 +234,7 @@ class _Worker:
 
     def __call__(self, task: Task) -> Iterator[Planned | Progressed | Measured]:
         job: Job = task.payload
-        with large_blocks_stay():
+        with undisturbed(), large_blocks_stay():  # the study's own imports may have changed settings of the process
             opened = self._open(job)
             plan = opened.plan(job.model.name, job.trial)
             with Store(self._folder) as store:

@@ -16,7 +16,7 @@ from layercrit.errors import TrainingError
 from layercrit.locks import hold
 from layercrit.machine import versions
 from layercrit.models.checkpoints import hash_tensors
-from layercrit.restoring import rng_untouched
+from layercrit.restoring import rng_untouched, undisturbed
 from layercrit.training.architecture import fitted_architecture, initial_network
 from layercrit.training.data import TrainingData
 from layercrit.training.methods import Method
@@ -54,6 +54,7 @@ class TrainedModel:
         return float(self.record["top1_accuracy"])
 
 
+@undisturbed()
 def train(
     method: Method,
     architecture: str,

@@ -11,6 +11,7 @@ from layercrit.machine import choose_batch_size, find_device
 from layercrit.models.zoo.entries import ZooEntry
 from layercrit.models.zoo.fetching import open_entry
 from layercrit.probes.probe_set import ProbeSet
+from layercrit.restoring import undisturbed
 
 __all__ = ["AccuracyCheck", "check_accuracy"]
 
@@ -40,6 +41,7 @@ class AccuracyCheck:
     verdict: str
 
 
+@undisturbed()
 def check_accuracy(
     entry: ZooEntry, images: Any, *, n_images: int | None = 10_000, batch_size: int | str = "auto", device: str = "auto"
 ) -> AccuracyCheck:
