@@ -30,6 +30,7 @@ class Model:
         build: makes the network with its own initialiser's values, drawn from PyTorch's global generator; None when
             only a finished network was given.
         initialiser: what ``build`` does, in words.
+        notes: sentences for the user about how it was opened, shown with the result.
     """
 
     reference: str
@@ -40,6 +41,7 @@ class Model:
     preprocessing: Preprocessing
     build: Callable[[], nn.Module] | None
     initialiser: str
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def sha256(self) -> str:

@@ -127,7 +127,7 @@ def parse(reference: str) -> tuple[ModelSource, str, dict[str, Any]]:
         key, equals, value = option.partition("=")
         if not equals or not key.isidentifier() or key in options:
             raise ModelError(f"{reference!r}: the option {option!r} is not written as name=value, or is given twice.")
-        options[key] = _literal(value)
+        options[key] = value if key == "prefix" else _literal(value)  # such as 1., which is no number there
     return MODEL_SOURCES[kind], rest, options
 
 
