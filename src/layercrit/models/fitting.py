@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layercrit.errors import CheckpointError, near
 from layercrit.models.checkpoints import Checkpoint
-from layercrit.models.renames import BESIDE, RENAMES
+from layercrit.models.renames import BESIDE, RENAMES, Renames
 from layercrit.wrappers import wrapper_of
 
 __all__ = ["Fit", "fit", "fit_to"]
@@ -126,7 +126,7 @@ def _reading(
     """Find how the names are to be read: under the first format and prefix that have all names of the network."""
     needed = {name for name in expected if not _is_counter(name)}
     closest, most = None, len(needed) // 2
-    for format_ in RENAMES:
+    for format_ in (Renames(of=""), *RENAMES):
         names = format_.new_names(tensors)
         counts = _prefixes(names, needed)
         covering = [_Reading(names, format_.of, start) for start, count in counts.items() if count == len(needed)]
@@ -283,11 +283,14 @@ def _shortened(entries: Sequence[str], count: int | None = None) -> str:
 
 def _grouped(names: Iterable[str], reading: _Reading) -> list[str]:
     """Names by what they begin with up to where the network's prefix ends or differs: ``'teacher.' (122 tensors)``."""
-    kept = set(reading.names.values())
-    counts: Counter[str] = Counter()
+    kept, own = set(reading.names.values()), reading.prefix.split(".")
+    groups: dict[str, list[str]] = {}
     for name in names:
-        parts, own = name.split("."), reading.prefix.split(".")
+        parts = name.split(".")
         same = next((i for i, (part, mine) in enumerate(zip(parts, own, strict=False)) if part != mine), len(own))
-        group = f"{'.'.join(parts[: same + 1])}." if same + 1 < len(parts) else name
-        counts[group if name in kept else f"...{parts[-1]}"] += 1
-    return [repr(group) if count == 1 else f"{group!r} ({count} tensors)" for group, count in counts.items()]
+        group = ".".join(parts[: same + 1]) + "."
+        groups.setdefault(group if name in kept else f"...{parts[-1]}", []).append(name)
+    return [
+        repr(members[0]) if len(members) == 1 else f"{group!r} ({len(members)} tensors)"
+        for group, members in groups.items()
+    ]

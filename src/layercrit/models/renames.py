@@ -45,7 +45,6 @@ class Renames:
 
 
 RENAMES = (
-    Renames("the file itself"),
     # torchvision before 0.3; a module's name cannot contain a dot any more.
     Renames("DenseNet of old", ((r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),)),
     # microsoft/Swin-Transformer: timm moves patch merging to the beginning of the next stage, and computes the masks.
