@@ -152,6 +152,15 @@ class Study:
         )
 
     @property
+    def warnings(self) -> list[str]:
+        """What puts the numbers of a model in doubt, such as an accuracy no better than guessing, in words."""
+        return [
+            f"{model}: {text}"
+            for model, record in zip(self.models["model"], self.models["record"], strict=True)
+            for text in record.get("warnings", [])
+        ]
+
+    @property
     def level(self) -> float:
         """Confidence level of the intervals."""
         return float(self.record.get("protocol", {}).get("level", 0.95))

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from layercrit.errors import TrainingError
-from layercrit.models.model import logits_of
+from layercrit.models.outputs import logits_of
 from layercrit.training.batches import held_out_batches, to_device
 from layercrit.training.data import TrainingData
 from layercrit.training.methods import Learner, Method
