@@ -7,7 +7,8 @@ import timm
 import torch
 from torch import Tensor
 
-from layercrit.models.checkpoints import fit_to, read_checkpoint
+from layercrit.models.checkpoints import read_checkpoint
+from layercrit.models.fitting import fit_to
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
 

@@ -12,7 +12,7 @@ from typing import Any
 # Former module -> where its names are now.
 FORMER = {
     "archives": ("probes.hugging_face", "probes.parquet", "probes.tar", "probes.torchvision", "probes.opening"),
-    "checkpoints": ("models.checkpoints", "models.file_source", "models.pickles"),
+    "checkpoints": ("models.checkpoints", "models.fitting", "models.file_source", "models.pickles"),
     "downloads": ("models.zoo.downloads",),
     "executors": ("study.executors",),
     "exports": ("reporting.exports",),

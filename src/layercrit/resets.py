@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from layercrit.errors import ModelError, ProtocolError
 from layercrit.layers import Layer
-from layercrit.models.checkpoints import fit_to, hash_tensors, read_checkpoint
+from layercrit.models.checkpoints import hash_tensors, read_checkpoint
 from layercrit.models.file_source import weight_file
+from layercrit.models.fitting import fit
 from layercrit.models.model import Model
 from layercrit.registry import Registry, summary_of
 from layercrit.seeds import drawing, layer_seed, seed_of
@@ -236,8 +237,9 @@ def given_donor(
         )
     if not isinstance(donor, nn.Module):
         checkpoint = read_checkpoint(weight_file(donor))
-        values = fit_to(checkpoint.tensors, model.network.state_dict(), f"{donor} for {model.reference}")
-        return Donor(values, f"given: the file {donor}, SHA-256 {checkpoint.sha256}", hash_tensors(values))
+        fitted = fit(checkpoint, model.network.state_dict(), f"{donor} for {model.reference}")
+        origin = " ".join([f"given: the file {donor}, SHA-256 {checkpoint.sha256}", *fitted.notes])
+        return Donor(fitted.tensors, origin, hash_tensors(fitted.tensors))
     values = _parameters(donor)
     if unlike := _unlike(values, model, {name for layer in layers for name in layer.parameters}):
         wanted = tuple(model.network.get_parameter(unlike[0]).shape)

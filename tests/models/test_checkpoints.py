@@ -1,15 +1,26 @@
 import argparse
 import collections
+import contextlib
+import dataclasses
+import datetime
+import decimal
+import enum
+import fractions
 import functools
 import gzip
 import hashlib
 import io
 import os
+import pathlib
 import pickle
 import random
+import sys
 import tarfile
 import types
+import typing
+import uuid
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dill
@@ -22,12 +33,7 @@ from torch._weights_only_unpickler import _get_allowed_globals
 
 from layercrit.errors import CheckpointError
 from layercrit.models import pickles
-from layercrit.models.checkpoints import (
-    fit_to,
-    foreign_globals,
-    hash_tensors,
-    read_checkpoint,
-)
+from layercrit.models.checkpoints import foreign_globals, hash_tensors, read_checkpoint
 
 
 class Net(nn.Module):
@@ -137,32 +143,142 @@ def test_read_checkpoint__never_takes_an_optimiser_state(tmp_path):
     assert same(read_checkpoint(path).tensors, state)
 
 
+class Mode(enum.Enum):
+    FAST = "fast"
+
+
+@dataclasses.dataclass
+class Options:
+    """Of a training script: its code is not there where the file is read."""
+
+    lr: float = 0.1
+    mode: Mode = Mode.FAST
+
+    def __setstate__(self, state):
+        raise AssertionError("the code of the file's author was run")
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    lr: float = 0.1
+
+
+class Config(dict):
+    """A dictionary with attributes, as yacs, EasyDict and mmengine have."""
+
+    def __init__(self, entries):
+        super().__init__(entries)
+        self.frozen = True
+
+
+class Path313:
+    """What a path is pickled as under Python 3.13."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def __reduce__(self):
+        return type(self), self.parts
+
+
+Path313.__module__, Path313.__qualname__ = "pathlib._local", "PosixPath"
+
+
+class History(list):
+    pass
+
+
+Shape = collections.namedtuple("Shape", "height width")
+
+BESIDE = {
+    "namespace": argparse.Namespace(lr=0.1, data=Path("/data"), mode=Mode.FAST),
+    "simple-namespace": types.SimpleNamespace(a=1),
+    "paths-of-3.13": Path313("/", "data"),
+    "paths": [Path("/data"), pathlib.PureWindowsPath("c:/data"), pathlib.PurePosixPath("a")],
+    "enum": Mode.FAST,
+    "times": [datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC), datetime.date(2024, 1, 1), datetime.timedelta(1)],
+    "numbers": [decimal.Decimal("0.1"), fractions.Fraction(1, 3), uuid.UUID(int=5), 1 + 2j, range(3), slice(1, 2)],
+    "containers": [
+        collections.defaultdict(list, a=[1]),
+        collections.deque([1, 2], maxlen=3),
+        frozenset({1}),
+        Shape(32, 32),
+        History([1, 2]),
+    ],
+    "numpy": [np.float64(76.1), np.arange(5.0), np.float32, np.dtype("int8"), np.random.RandomState(1), np.bool_(True)],
+    "types": [int, type(None), typing.Any, int | None, list[int]],
+    "dataclass": Options(),
+    "slotted": Slotted(),
+    "config": Config({"lr": 0.1, "model": Config({"name": "resnet50", "sizes": [1, 2]})}),
+    "functions-of-torch": {
+        "act": nn.functional.relu,
+        "make": functools.partial(nn.functional.gelu, approximate="tanh"),
+    },
+}
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_read_checkpoint__inert_stand_ins_for_data_beside_the_weights(tmp_path, state, zipped):
-    content = {
-        "args": argparse.Namespace(lr=0.1, data=Path("/data")),
-        "more": types.SimpleNamespace(a=1),
-        "acc": np.float64(76.1),
-        "curve": np.arange(5.0),
-        "optimizer": {"lr": np.float32(0.1)},
-        "state_dict": state,
-    }
+@pytest.mark.parametrize("name", BESIDE)
+def test_read_checkpoint__stand_ins_for_objects_beside_the_weights(tmp_path, state, name, zipped, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pathlib._local", types.SimpleNamespace(PosixPath=Path313))
+    content = {"hyper_parameters": {"x": BESIDE[name]}, "acc": np.float64(76.1), "state_dict": state}
     path = saved(tmp_path / "w.pth", content, _use_new_zipfile_serialization=zipped)
     allowed = set(torch.serialization.get_safe_globals())
     assert same(read_checkpoint(path).tensors, state)
-    assert "argparse.Namespace" in foreign_globals(path)
+    assert any(found.endswith("multiarray.scalar") for found in foreign_globals(path))
     assert set(torch.serialization.get_safe_globals()) == allowed
-
-
-def test_read_checkpoint__inert_names_are_never_imported_code():
-    """Each stand-in replaces a class of data: none of the names may be a plain torch name, which torch would build."""
-    assert not any(pickles._PLAIN_GLOBAL.fullmatch(name) for name in pickles.INERT_GLOBALS)
 
 
 def test_plain_globals__cover_all_that_torch_allows_and_no_module():
     assert [name for name in _get_allowed_globals() if not pickles._PLAIN_GLOBAL.fullmatch(name)] == []
     for name in ("torch.nn.modules.linear.Linear", "torch.load", "torch.hub.load", "builtins.eval", "os.system"):
         assert not pickles._PLAIN_GLOBAL.fullmatch(name)
+        assert not pickles.is_data(name)
+
+
+def test_read_checkpoint__classes_of_networks_among_the_options(tmp_path, state):
+    options = {"norm_layer": nn.BatchNorm2d, "make": functools.partial(nn.LayerNorm, eps=1e-6), "act": nn.GELU()}
+    path = saved(tmp_path / "w.pth", {"hyper_parameters": options, "state_dict": state})
+    assert same(read_checkpoint(path).tensors, state)
+
+
+def test_read_checkpoint__two_threads_do_not_share_stand_ins(tmp_path, state):
+    path = saved(tmp_path / "w.pth", {"options": Options(), "state_dict": state})
+    with ThreadPoolExecutor(4) as threads:
+        assert all(same(one.tensors, state) for one in threads.map(read_checkpoint, [path] * 12))
+
+
+# Entries that are no tensors
+
+
+def test_read_checkpoint__odd_entries_are_named(tmp_path, state):
+    odd = {"epoch": 3, "config": Config({"lr": 0.1}), "optimizer": {"lr": 0.1}, "fc._extra_state": None, 7: "seven"}
+    checkpoint = read_checkpoint(saved(tmp_path / "w.pth", {**state, **odd}))
+    assert same(checkpoint.tensors, state)
+    assert checkpoint.odd == {
+        "epoch": "int",
+        "config": "OrderedDict",
+        "optimizer": "dict",
+        "fc._extra_state": "NoneType",
+        "7": "str",
+    }
+    assert read_checkpoint(saved(tmp_path / "w.pth", state)).odd == {}
+
+
+def test_read_checkpoint__odd_entries_that_hold_weights_are_rivals(tmp_path, state):
+    averaged = {name: tensor + 1 for name, tensor in state.items()}
+    path = saved(tmp_path / "w.pth", {**state, "ema": averaged})
+    with pytest.raises(CheckpointError, match="more than one set"):
+        read_checkpoint(path)
+    assert same(read_checkpoint(path, "ema").tensors, averaged)
+
+
+def test_read_checkpoint__a_few_numbers_are_no_rival(tmp_path):
+    """A network of two tensors beside two scores."""
+    small = nn.Linear(2, 2).state_dict()
+    scores = {"loss": torch.tensor(0.5), "accuracy": torch.tensor(0.9)}
+    path = saved(tmp_path / "w.pth", {"model": small, "scores": scores, **scores})
+    assert same(read_checkpoint(path).tensors, small)
 
 
 # Several sets of weights
@@ -186,6 +302,18 @@ def test_read_checkpoint__average_of_parameters_only_is_a_rival_too(tmp_path, st
     path = saved(tmp_path / "w.pth", {"model": state, "model_ema": averaged})
     with pytest.raises(CheckpointError, match="more than one set"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("network", [Net(), nn.Sequential(Net())], ids=["whole", "nested"])
+def test_read_checkpoint__whole_network_beside_weights_is_a_rival(tmp_path, state, network):
+    """Its values cannot be read, but it may be what the user means."""
+    averaged = {name: tensor + 1 for name, tensor in state.items()}
+    path = saved(tmp_path / "w.pth", {"model": network, "ema": averaged, "epoch": 3})
+    with pytest.raises(CheckpointError, match=r"more than one set.*'model' \(.*tensors\), 'ema' \(9.*key='ema'"):
+        read_checkpoint(path)
+    assert same(read_checkpoint(path, key="ema").tensors, averaged)
+    with pytest.raises(CheckpointError, match="no weights under key 'model'"):
+        read_checkpoint(path, key="model")
 
 
 def test_read_checkpoint__key_of_a_bare_file(tmp_path, state):
@@ -244,7 +372,7 @@ NAMED = {
     "module-legacy": "test_checkpoints.Net",
     "linear": "torch.nn.modules.linear.Linear",
     "function": "numpy.savez",
-    "partial": "functools.partial",
+    "partial": "io.open",
     "lambda-dill": "dill._dill._create_function",
     "protocol-4": "io.open",
     "protocol-5-legacy": "io.open",
@@ -283,6 +411,96 @@ def test_hostile_files__do_run_code_without_restriction(tmp_path, marker, state)
         marker.unlink()
 
 
+class Gadget:
+    """A class of a third party that acts when it is called, made, filled or given a state."""
+
+    def __new__(cls, *arguments):
+        made = super().__new__(cls)
+        made.path = arguments and arguments[0]
+        return made
+
+    def act(self, *_):
+        Path(self.path).touch()
+
+    __init__ = __setstate__ = __setitem__ = append = extend = act
+
+
+class Called(Gadget):
+    def __reduce__(self):
+        return Gadget, (self.path,)
+
+
+class Built(Gadget):
+    def __reduce_ex__(self, protocol):
+        return Gadget, (self.path,), {"a": 1}
+
+
+class Filled(Gadget):
+    def __reduce_ex__(self, protocol):
+        return Gadget, (self.path,), None, iter([1, 2]), iter([("a", 1)])
+
+
+def gadget(kind, marker):
+    made = kind.__new__(kind, str(marker))
+    assert not marker.exists()
+    return made
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("kind", [Called, Built, Filled])
+def test_read_checkpoint__objects_of_others_do_not_act(tmp_path, marker, state, kind, zipped):
+    content = {"x": gadget(kind, marker), "state_dict": state}
+    path = saved(tmp_path / "w.pth", content, _use_new_zipfile_serialization=zipped)
+    with torch.serialization.safe_globals([Gadget]), contextlib.suppress(CheckpointError):
+        assert same(read_checkpoint(path).tensors, state)
+        assert kind is not Filled, "with entries of both kinds, there is no stand-in for it"
+    assert not marker.exists(), "the file's code was run"
+    with contextlib.suppress(Exception):
+        torch.load(path, weights_only=False)
+    assert marker.exists(), "the test proves something only if the object would act"
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"cbuiltins\ngetattr\n(cpathlib\nPosixPath\nVtouch\ntR(V%s\ntR.",  # what getattr returned is called
+        b"cfunctools\npartial\n(cpathlib\nPosixPath\nV%s\ntR)R.",
+        b"cfunctools\nreduce\n(cbuiltins\ngetattr\n(Va\nVb\nttR.",
+        b"c__main__\nGadget\n(V%s\ntR.",
+        b"ctorch.hub\nload\n(V%s\ntR.",
+        b"csubprocess\nPopen\n(V%s\ntR.",
+        b"ccode\nInteractiveConsole\n)R.",
+    ],
+    ids=["getattr", "partial", "reduce", "class", "torch", "popen", "console"],
+)
+def test_read_checkpoint__nothing_named_is_imported_or_called(tmp_path, marker, pickled):
+    path = tmp_path / "w.pth"
+    path.write_bytes(pickled % str(marker).encode() if b"%s" in pickled else pickled)
+    before = set(sys.modules)
+    with pytest.raises(CheckpointError):
+        read_checkpoint(path)
+    assert not marker.exists()
+    assert not {"code", "torch.hub.load"} & (set(sys.modules) - before)
+
+
+class Hiding:
+    """Pickled as an ordered dictionary with attributes in place of its methods."""
+
+    def __init__(self, entries):
+        self.entries = entries
+
+    def __reduce__(self):
+        attributes = dict.fromkeys(["items", "values", "keys", "get", "__iter__", "__len__"], 7)
+        return collections.OrderedDict, (), attributes, None, iter(self.entries.items())
+
+
+def test_read_checkpoint__attributes_that_hide_methods(tmp_path, state):
+    path = saved(tmp_path / "w.pth", Hiding({"state_dict": Hiding(state), "x": 1}))
+    assert same(read_checkpoint(path).tensors, state)
+    with pytest.raises(CheckpointError, match="contains no weights"):
+        read_checkpoint(saved(tmp_path / "w.pth", Hiding({"x": 1})))
+
+
 def test_read_checkpoint__classes_allowed_for_torch_elsewhere_are_refused_as_well(tmp_path, marker, state):
     path = hostile_files(tmp_path, marker, state)["zip"]
     with torch.serialization.safe_globals([open]), pytest.raises(CheckpointError, match=r"io\.open"):
@@ -293,7 +511,7 @@ def test_read_checkpoint__classes_allowed_for_torch_elsewhere_are_refused_as_wel
 def test_read_checkpoint__stand_ins_cannot_be_called_into_tensors(tmp_path, state):
     """A stand-in that poses as a weight is no tensor, so nothing is taken for weights."""
     path = saved(tmp_path / "w.pth", {name: argparse.Namespace(data=tensor) for name, tensor in state.items()})
-    with pytest.raises(CheckpointError, match=r"contains no weights.*'conv.weight' \(_Inert\)"):
+    with pytest.raises(CheckpointError, match=r"contains no weights.*'conv.weight' \(argparse.Namespace\)"):
         read_checkpoint(path)
 
 
@@ -477,85 +695,6 @@ def test_foreign_globals__not_a_weight_file(tmp_path):
     path.write_bytes(b"<html>")
     with pytest.raises(CheckpointError, match="web page"):
         foreign_globals(path)
-
-
-# Matching names
-
-
-@pytest.mark.parametrize(
-    "prefix",
-    ["", "module.", "model.", "_orig_mod.", "network.", "backbone.", "module.model.", "module._orig_mod.model."],
-)
-def test_fit_to__wrappers(state, prefix):
-    wrapped = {prefix + name: tensor for name, tensor in reversed(state.items())}
-    assert same(fit_to(wrapped, state, "w.pth"), state)
-
-
-def test_fit_to__prefix_that_only_some_names_have_stays(state):
-    names = list(state)
-    partly = {("module." if name == names[0] else "") + name: tensor for name, tensor in state.items()}
-    with pytest.raises(CheckpointError, match=r"1 missing: 'conv.weight' \(similar: 'module.conv.weight'\)"):
-        fit_to(partly, state, "w.pth")
-
-
-def test_fit_to__prefix_that_belongs_to_the_architecture_stays(state):
-    expected = {f"model.{name}": tensor for name, tensor in state.items()}
-    assert same(fit_to({f"module.{name}": tensor for name, tensor in expected.items()}, expected, "w.pth"), expected)
-
-
-def test_fit_to__loads_strictly(state):
-    network = Net()
-    assert network.load_state_dict(fit_to(state, network.state_dict(), "w.pth"), strict=True)
-    assert same(network.state_dict(), state)
-
-
-def test_fit_to__returns_copies(state):
-    fitted = fit_to(state, state, "w.pth")
-    fitted["fc.bias"].add_(1)
-    assert not torch.equal(fitted["fc.bias"], state["fc.bias"])
-
-
-def test_fit_to__differences_are_listed(state):
-    other = dict(state)
-    other["head.weight"], other["extra"] = other.pop("fc.weight"), torch.zeros(1)
-    other["fc.bias"] = torch.zeros(7)
-    with pytest.raises(CheckpointError) as caught:
-        fit_to(other, state, "w.pth for timm:net")
-    assert str(caught.value) == (
-        "w.pth for timm:net: the weights do not fit. 1 missing: 'fc.weight' (similar: 'head.weight'). "
-        "2 unexpected: 'head.weight', 'extra'. "
-        "1 of another shape or type: 'fc.bias' is (7,) float32 in the file, (5,) float32 expected. "
-        "Check the architecture and its options (such as num_classes), or rename the tensors first."
-    )
-
-
-def test_fit_to__long_differences_are_counted(state):
-    many = {f"layer{i}": torch.zeros(1) for i in range(20)}
-    with pytest.raises(CheckpointError, match=r"9 missing: .*20 unexpected: 'layer0', .*'layer7' and 12 more\."):
-        fit_to(many, {**state, "x": torch.zeros(1)}, "w.pth")
-
-
-def test_fit_to__empty(state):
-    with pytest.raises(CheckpointError, match="8 missing"):
-        fit_to({}, state, "w.pth")
-
-
-def test_fit_to__old_files_without_num_batches_tracked(state):
-    old = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-    assert same(fit_to(old, state, "w.pth"), state)
-
-
-def test_fit_to__precision_is_that_of_the_architecture(state):
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        other = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
-        fitted = fit_to(other, state, "w.pth")
-        assert [t.dtype for t in fitted.values()] == [t.dtype for t in state.values()]
-        assert torch.equal(fitted["fc.weight"], state["fc.weight"].to(dtype).to(torch.float32))
-
-
-def test_fit_to__integers_are_no_weights(state):
-    with pytest.raises(CheckpointError, match=r"'fc.bias' is \(5,\) int64 in the file, \(5,\) float32 expected"):
-        fit_to({**state, "fc.bias": torch.zeros(5, dtype=torch.int64)}, state, "w.pth")
 
 
 # Hashes

@@ -1,10 +1,24 @@
+import argparse
+import datetime
+import enum
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
-from layercrit.errors import CheckpointError
+from cifar_networks import IMAGES, MEAN, STD, WEIGHTS, needs_real_files
+from layercrit import open_model
+from layercrit.errors import CheckpointError, ModelError
 from layercrit.models.checkpoints import read_checkpoint
 from layercrit.models.file_source import record_file, weight_file
+from layercrit.resets import get_reset, given_donor
 from training_runs import write_run
+
+FAMILY = Path(str(files("layercrit"))) / "family"
+SMALL = "py:layercrit.demo:small_resnet?mean=(0.286,)&std=(0.353,)&input_size=(1,28,28)"
 
 
 @pytest.fixture
@@ -92,3 +106,165 @@ def test_record_file(run, tmp_path):
     assert record_file(epoch.with_name("best.safetensors")) == epoch.with_name("best.json")
     epoch.with_suffix(".json").touch()
     assert record_file(epoch) == epoch.with_suffix(".json")
+
+
+# Files as training scripts write them: the network that opens is the trained one, bit for bit and by its accuracy
+
+
+class Schedule(enum.Enum):
+    COSINE = "cosine"
+
+
+def under(prefix, state):
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+def untrained(state):
+    return {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+
+
+def averaged(state):
+    """As ``torch.optim.swa_utils.AveragedModel`` saves it."""
+    return {**under("module.", state), "n_averaged": torch.tensor(3)}
+
+
+def lightning(state):
+    return {
+        "epoch": 5,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": {
+            **under("model.", state),
+            "criterion.weight": torch.ones(10),
+            "train_acc.total": torch.tensor(9),
+        },
+        "optimizer_states": [{"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}],
+        "hyper_parameters": {
+            "root": Path("/data"),
+            "args": argparse.Namespace(schedule=Schedule.COSINE, started=datetime.datetime(2024, 1, 1)),
+            "norm_layer": torch.nn.BatchNorm2d,
+        },
+    }
+
+
+WRITTEN = {
+    "plain": (lambda s: s, "", 0),
+    "counters-as-floats": (lambda s: {name: tensor.float() for name, tensor in s.items()}, "", 0),
+    "average": (averaged, "", 1),
+    "lightning": (lightning, "", 1),
+    "compiled-in-parallel": (lambda s: {"model": under("module._orig_mod.", s), "step": np.float64(3)}, "", 0),
+    "fsdp-inside": (
+        lambda s: {f"_fsdp_wrapped_module.{name.replace('.', '._orig_mod.', 1)}": tensor for name, tensor in s.items()},
+        "",
+        1,
+    ),
+    "timm-average": (lambda s: {"state_dict": untrained(s), "state_dict_ema": s}, "&key=state_dict_ema", 0),
+    "teacher": (lambda s: {**under("student.", untrained(s)), **under("teacher.", s)}, "&prefix=teacher.", 1),
+    "numbered": (lambda s: {"model": {**under("0.", untrained(s)), **under("1.", s)}}, "&prefix=1.", 1),
+    "bare-beside-average": (lambda s: {**s, **under("ema.", untrained(s))}, "&prefix=", 1),
+    "odd-entries": (lambda s: {**s, "epoch": 3, "config": {"lr": 0.1}}, "", 1),
+}
+
+
+def trained(name="baseline"):
+    return safetensors.torch.load_file(FAMILY / name / "model.safetensors")
+
+
+def accuracy(model, path=FAMILY / "fashion-mnist-test.npz", n_images=500):
+    """Share of right answers, of the network that was opened."""
+    data = np.load(path)
+    images = torch.from_numpy(data["images"][:n_images])
+    images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        return float((model.classifier(images).argmax(1).numpy() == data["labels"][:n_images]).mean())
+
+
+def same_network(model, state):
+    opened = model.network.state_dict()
+    return opened.keys() == state.keys() and all(torch.equal(opened[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_file__opens_as_the_trained_network(tmp_path, name):
+    write, options, n_notes = WRITTEN[name]
+    state = trained()
+    torch.save(write(state), tmp_path / "w.pth")
+    model = open_model(f"file:{tmp_path}/w.pth?arch={SMALL}{options}")
+    assert same_network(model, state)
+    assert accuracy(model) == accuracy(open_model(f"file:{FAMILY / 'baseline'}")) > 0.85
+    assert len(model.notes) == n_notes, model.notes
+    assert not model.network.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_file__weights_in_half_precision(tmp_path, dtype):
+    state = trained()
+    torch.save({name: tensor.to(dtype) for name, tensor in state.items() if "num_" not in name}, tmp_path / "w.pth")
+    model = open_model(f"file:{tmp_path}/w.pth?arch={SMALL}")
+    rounded = {name: tensor.to(dtype).float() for name, tensor in state.items() if "num_" not in name}
+    assert all(torch.equal(model.network.state_dict()[name], tensor) for name, tensor in rounded.items())
+    assert accuracy(model) == pytest.approx(accuracy(open_model(f"file:{FAMILY / 'baseline'}")), abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["timm-average", "teacher", "numbered", "bare-beside-average"])
+def test_file__several_networks_are_not_chosen_among(tmp_path, name):
+    torch.save(WRITTEN[name][0](trained()), tmp_path / "w.pth")
+    with pytest.raises(CheckpointError):
+        open_model(f"file:{tmp_path}/w.pth?arch={SMALL}")
+
+
+def test_file__the_other_network_is_the_other_one(tmp_path):
+    other = trained("simclr")
+    torch.save({**under("student.", trained()), **under("teacher.", other)}, tmp_path / "w.pth")
+    model = open_model(f"file:{tmp_path}/w.pth?arch={SMALL}&prefix=teacher")
+    assert same_network(model, other)
+    assert accuracy(model) == accuracy(open_model(f"file:{FAMILY / 'simclr'}"))
+
+
+def test_given_donor__files_with_something_beside_the_network(tmp_path):
+    torch.save(averaged(trained("simclr")), tmp_path / "w.pth")
+    donor = given_donor(tmp_path / "w.pth", get_reset("rewind"), open_model(f"file:{FAMILY / 'baseline'}"), [])
+    assert all(torch.equal(donor.values[name], tensor) for name, tensor in trained("simclr").items())
+    assert "left over beside the network 'module.', and not used: 'n_averaged'" in donor.origin
+
+
+@needs_real_files
+@pytest.mark.parametrize("wrap", [None, averaged, lightning], ids=["published", "average", "lightning"])
+def test_file__published_network(tmp_path, wrap, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    path, published = WEIGHTS, read_checkpoint(WEIGHTS).tensors
+    published = {name.removeprefix("module."): tensor for name, tensor in published.items()}
+    if wrap is not None:
+        path = tmp_path / "w.pth"
+        torch.save(wrap(published), path)
+    model = open_model(f"file:{path}?arch=py:cifar_networks:ResNet20", mean=MEAN, std=STD, input_size=(3, 32, 32))
+    opened = model.network.state_dict()
+    assert all(torch.equal(opened[name], tensor) for name, tensor in published.items())
+    assert accuracy(model, IMAGES, 2000) == pytest.approx(0.83, abs=0.01)
+
+
+# Paths with a question mark
+
+
+@pytest.mark.parametrize("name", ["what?.pth", "a?b=c.pth", "why?/w.pth"])
+@pytest.mark.parametrize("options", ["", f"?arch={SMALL}"])
+def test_file__question_mark_in_a_path(tmp_path, name, options):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    torch.save(trained(), path)
+    for reference in (f"file:{path}{options}", f"{path}{options}"):
+        with pytest.raises((ModelError, CheckpointError), match=r"question mark.*options.*(rename|link)") as caught:
+            open_model(reference)
+        assert str(path.relative_to(tmp_path)).partition("/")[0] in str(caught.value)
+    link = tmp_path / "link.pth"
+    link.symlink_to(path)
+    assert same_network(open_model(f"file:{link}?arch={SMALL}"), trained())
+
+
+def test_file__question_mark_hint_only_where_it_is_the_reason(tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+        open_model(f"file:{tmp_path}/missing.pth?arch={SMALL}")
+    assert "question mark" not in str(caught.value)
+    torch.save(trained(), tmp_path / "w.pth")
+    with pytest.raises(ModelError) as caught:
+        open_model(f"file:{tmp_path}/w.pth?arch")
+    assert "question mark" not in str(caught.value)

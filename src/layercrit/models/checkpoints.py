@@ -1,17 +1,18 @@
-"""Read weight files safely: no code in a file is ever run, and weights that do not fit are listed, not skipped.
+"""Read weight files safely: no code in a file is ever run.
 
 A file is read into memory once, so its hash is that of exactly the bytes that were parsed. Before a pickle is loaded,
-its opcodes are scanned (nothing is executed), and the file is refused if it names any global outside an allow-list of
-plain data; then ``torch.load(weights_only=True)`` builds the tensors.
+its opcodes are scanned (nothing is executed), and the file is refused if it would call anything but classes of data;
+then ``torch.load(weights_only=True)`` builds the tensors, and inert stand-ins in place of all other objects.
 """
 
-import difflib
 import hashlib
 import io
 import stat
+import threading
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,9 @@ import torch
 from torch import Tensor
 
 from layercrit.errors import CheckpointError, first_line, near
-from layercrit.models.pickles import INERT_GLOBALS, imports_of
-from layercrit.wrappers import WRAPPER_PREFIXES
+from layercrit.models.pickles import Inert, imports_of, is_data, is_inert, stand_in
 
-__all__ = ["Checkpoint", "fit_to", "foreign_globals", "hash_tensors", "look_beside", "read_checkpoint"]
+__all__ = ["Checkpoint", "foreign_globals", "hash_tensors", "look_beside", "read_checkpoint"]
 
 _LISTED = 8  # names shown of each kind of difference
 
@@ -36,29 +36,22 @@ class Checkpoint:
         path: the file.
         tensors: name -> tensor on the CPU, as in the file.
         sha256: SHA-256 of the file's bytes, hexadecimal.
+        odd: entries between the tensors that are none: name -> type, such as ``{"epoch": "int"}``.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     sha256: str
-
-
-class _Inert:
-    """Stand-in for data that is not a tensor: accepts any arguments and state, keeps none, does nothing."""
-
-    def __init__(self, *arguments: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
+    odd: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
     """Read the weights of a ``.safetensors`` file or of a file written by ``torch.save`` (zip or legacy format).
 
-    The weights are found by type: of all mappings from names to tensors and nothing else, at any depth of nested
-    mappings with string keys (so optimiser states, keyed by integers, are not entered), the one with the most tensors.
-    If another has at least half as many, as a moving average of the weights has, the choice is left to ``key``.
+    The weights are found by type: of all mappings from names to tensors, at any depth of nested mappings with string
+    keys (so optimiser states, keyed by integers, are not entered), the one with the most tensors. Most of its entries
+    must be tensors; those that are not are kept as `Checkpoint.odd`. If another has at least half as many tensors, as a
+    moving average of the weights or a whole pickled network has, the choice is left to ``key``.
 
     Args:
         path: the file; a leading ``~`` is the home directory.
@@ -72,14 +65,16 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
     data = _read_bytes(path)
     is_safetensors = path.suffix == ".safetensors" or _starts_like_safetensors(data)
     content = _parse_safetensors(path, data) if is_safetensors else _parse_torch(path, data)
-    tensors = _choose(path, content, key)
+    chosen = _choose(path, content, key)
+    tensors = {name: value for name, value in chosen.items() if isinstance(name, str) and isinstance(value, Tensor)}
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise CheckpointError(
                 f"{path} contains {name!r} as a sparse, quantised or meta tensor; expected plain values. "
                 "Save the weights of the dense float model."
             )
-    return Checkpoint(path, {name: tensor.detach() for name, tensor in tensors.items()}, _sha256(data))
+    odd = {str(name): _kind(value) for name, value in chosen.items() if name not in tensors}
+    return Checkpoint(path, {name: tensor.detach() for name, tensor in tensors.items()}, _sha256(data), odd)
 
 
 def foreign_globals(path: str | Path) -> list[str]:
@@ -93,52 +88,7 @@ def foreign_globals(path: str | Path) -> list[str]:
     """
     path = Path(path).expanduser()
     data = _read_bytes(path)
-    return [] if _starts_like_safetensors(data) else imports_of(path, data)
-
-
-def fit_to(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Match the tensors of a file with those of an architecture: every name and every shape, nothing left over.
-
-    Wrapper prefixes are removed first: as long as all names of the file start with the same one of
-    `WRAPPER_PREFIXES`, and not all expected names do, it is cut off. Two differences are allowed, since neither can
-    change a prediction: ``num_batches_tracked``, absent from files before PyTorch 0.4.1 and unused in evaluation, may
-    be missing (the architecture's own value is used), and floating-point tensors are cast to the expected precision.
-
-    Args:
-        tensors: the file's tensors by name.
-        expected: the architecture's ``state_dict()``.
-        source: the file and architecture in words; errors begin with it.
-
-    Returns:
-        tensors under the expected names, in the expected order, ready for ``load_state_dict(strict=True)``.
-
-    Raises:
-        CheckpointError: names are missing or unexpected, or shapes or number types differ; all are counted, and the
-            first of each kind named.
-    """
-    tensors = _without_wrappers(tensors, expected)
-    untracked = {n for n in expected if n not in tensors and n.rpartition(".")[2] == "num_batches_tracked"}
-    missing = [name for name in expected if name not in tensors and name not in untracked]
-    unexpected = [name for name in tensors if name not in expected]
-    differing = [
-        f"{name!r} is {_words(tensors[name])} in the file, {_words(value)} expected"
-        for name, value in expected.items()
-        if name in tensors and not _compatible(tensors[name], value)
-    ]
-    differences = [
-        _listing("missing", [f"{name!r}{_nearest(name, unexpected)}" for name in missing]),
-        _listing("unexpected", [repr(name) for name in unexpected]),
-        _listing("of another shape or type", differing),
-    ]
-    if any(differences):
-        raise CheckpointError(
-            f"{source}: the weights do not fit. {' '.join(filter(None, differences))} "
-            "Check the architecture and its options (such as num_classes), or rename the tensors first."
-        )
-    return {
-        name: (value if name in untracked else tensors[name]).detach().to(dtype=value.dtype, copy=True)
-        for name, value in expected.items()
-    }
+    return [] if _starts_like_safetensors(data) else list(imports_of(path, data))
 
 
 def hash_tensors(named: Mapping[str, Tensor]) -> str:
@@ -210,109 +160,132 @@ def _parse_safetensors(path: Path, data: bytes) -> object:
 
 
 def _parse_torch(path: Path, data: bytes) -> object:
-    foreign = [name for name in imports_of(path, data) if name not in INERT_GLOBALS]
-    if foreign:
-        raise CheckpointError(
-            f"{path} contains more than plain weights: loading it would import and call {_shortened(foreign)}. "
-            "layercrit runs no code from a weight file, and a pickled module needs its author's code. If you trust "
-            "the file, load it where that code is installed, and save model.state_dict(), preferably with safetensors."
-        )
-    stand_ins: list[Any] = [(_Inert, name) for name in INERT_GLOBALS]
+    named = imports_of(path, data)
+    if acting := [name for name in named if not is_inert(name)]:
+        raise _more_than_weights(path, acting)
+    objects = [name for name in named if not is_data(name)]
     try:
-        with torch.serialization.safe_globals(stand_ins):
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with _allowing_only([(stand_in(name, use), name) for name, use in named.items()]):
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged or hostile bytes raise whatever the unpickler meets first
+        if objects:
+            raise _more_than_weights(path, objects) from error
         raise CheckpointError(
             f"{path} cannot be read as weights written by torch.save ({first_line(error)}). It is {len(data)} bytes "
             f"long and begins with {data[:16]!r}: damaged, truncated, or in another format. Download it again, or save "
             "model.state_dict() with torch.save or safetensors."
         ) from error
+    if objects and all(isinstance(found, Inert) for found in _tensor_mappings(content).values()):
+        raise _more_than_weights(path, objects)
+    return content
 
 
-def _choose(path: Path, content: object, key: str | None) -> dict[str, Tensor]:
+_LOADING = threading.Lock()
+
+
+@contextmanager
+def _allowing_only(stand_ins: list[Any]) -> Iterator[None]:
+    """Inside, torch takes the stand-ins for the classes that a file names, and none that was allowed elsewhere."""
+    with _LOADING:  # torch keeps one list for the whole process
+        before = torch.serialization.get_safe_globals()
+        torch.serialization.clear_safe_globals()
+        try:
+            torch.serialization.add_safe_globals(stand_ins)
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(before)
+
+
+def _more_than_weights(path: Path, names: list[str]) -> CheckpointError:
+    shown = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+    return CheckpointError(
+        f"{path} contains more than plain weights: loading it would import and call {shown}. "
+        "layercrit runs no code from a weight file, and a pickled module needs its author's code. If you trust "
+        "the file, load it where that code is installed, and save model.state_dict(), preferably with safetensors."
+    )
+
+
+def _choose(path: Path, content: object, key: str | None) -> Mapping[object, object]:
     """Pick the weights among the mappings of a file; the rule is documented at `read_checkpoint`."""
     mappings = _tensor_mappings(content)
-    sizes = {name: len(tensors) for name, tensors in mappings.items()}
-    shown = ", ".join(f"{name or 'the whole file'!r} ({size} tensors)" for name, size in sizes.items())
-    if not mappings:
+    sizes = {name: _n_tensors(value) for name, value in mappings.items()}
+    shown = ", ".join(
+        f"{name or 'the whole file'!r} ({f'{value.origin}, ' if isinstance(value, Inert) else ''}{sizes[name]} tensors)"
+        for name, value in mappings.items()
+    )
+    readable = {name: value for name, value in mappings.items() if isinstance(value, Mapping)}
+    if not readable:
         raise CheckpointError(
-            f"{path} contains no weights: expected a mapping from names to tensors and nothing else, at the top level "
-            f"or nested. It contains {_describe(content)}."
+            f"{path} contains no weights: expected a mapping from names to tensors, at the top level or nested. It "
+            f"contains {_describe(content)}."
         )
     if key is not None:
-        if key not in mappings:
-            named = near(key, filter(None, mappings))
+        if key not in readable:
+            named = near(key, filter(None, readable))
             raise CheckpointError(f"{path} has no weights under key {key!r}. It has: {shown}. {named}")
-        return mappings[key]
+        return readable[key]
     most = max(sizes.values())
     rivals = [name for name, size in sizes.items() if size * 2 >= most]
-    if len(rivals) > 1:
+    if len(rivals) > 1 or rivals[0] not in readable:
+        first = next((name for name in rivals if name in readable), max(readable, key=lambda name: sizes[name]))
         raise CheckpointError(
-            f"{path} contains more than one set of weights: {shown}. Choose one with key=, such as key={rivals[0]!r}."
+            f"{path} contains more than one set of weights: {shown}. Choose one with key=, such as key={first!r}."
         )
-    return mappings[rivals[0]]
+    return readable[rivals[0]]
 
 
-def _tensor_mappings(content: object) -> dict[str, dict[str, Tensor]]:
-    """All mappings from names to tensors and nothing else, by their dotted path; the outermost first."""
-    found: dict[str, dict[str, Tensor]] = {}
+def _tensor_mappings(content: object) -> dict[str, Mapping[object, object] | Inert]:
+    """All mappings of which most entries are named tensors, by their dotted path; the outermost first.
+
+    Whole networks that were pickled are among them as their stand-ins: they have tensors, which cannot be read.
+    """
+    found: dict[str, Mapping[object, object] | Inert] = {}
     pending: deque[tuple[str, object]] = deque([("", content)])
     seen: set[int] = set()  # a pickle can hold a mapping that contains itself
     while pending:
         path, value = pending.popleft()
-        if not isinstance(value, Mapping) or id(value) in seen or not all(isinstance(name, str) for name in value):
+        if id(value) in seen:
             continue
         seen.add(id(value))
-        if value and all(isinstance(item, Tensor) for item in value.values()):
-            found[path] = dict(value)
-        else:
-            pending.extend((f"{path}.{name}" if path else name, item) for name, item in value.items())
+        if isinstance(value, Inert) and not is_data(value.origin) and _n_tensors(value):
+            found[path] = value
+        if not isinstance(value, dict):
+            continue
+        items = dict.items(value)  # a file may have given the object another attribute `items`
+        tensors = [item for name, item in items if isinstance(name, str) and isinstance(item, Tensor)]
+        if 2 * len(tensors) > len(items) and any(tensor.dim() for tensor in tensors):
+            found[path] = dict(items)
+        if all(isinstance(name, str) for name, _ in items):
+            pending.extend((f"{path}.{name}" if path else name, item) for name, item in items)
     return found
+
+
+def _n_tensors(value: object) -> int:
+    """The number of tensors in a mapping; of an object, at any depth of what it was made of."""
+    if isinstance(value, Mapping):
+        return sum(isinstance(item, Tensor) for item in value.values())
+    pending, seen, n_tensors = [value], {id(value)}, 0
+    while pending:
+        inside = pending.pop()
+        n_tensors += isinstance(inside, Tensor)
+        if isinstance(inside, Inert):
+            parts: list[object] = inside.held
+        else:
+            parts = list(dict.values(inside)) if isinstance(inside, dict) else []
+            parts += inside if isinstance(inside, list | tuple) else []
+        pending += [part for part in parts if id(part) not in seen]
+        seen.update(map(id, parts))
+    return n_tensors
+
+
+def _kind(value: object) -> str:
+    return value.origin if isinstance(value, Inert) else type(value).__name__
 
 
 def _describe(content: object) -> str:
     """Describe the content of a file in which no weights were found."""
-    if not isinstance(content, Mapping):
-        return f"one {type(content).__name__}"
-    entries = [f"{name!r} ({type(value).__name__})" for name, value in list(content.items())[:_LISTED]]
+    if not isinstance(content, dict):
+        return f"one {_kind(content)}"
+    entries = [f"{name!r} ({_kind(value)})" for name, value in list(dict.items(content))[:_LISTED]]
     return f"a mapping of {len(content)}: {', '.join(entries)}{', ...' if len(content) > _LISTED else ''}"
-
-
-def _without_wrappers(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cut off the wrapper prefixes; the rule is documented at `fit_to`."""
-    stripped = dict(tensors)
-    while stripped:
-        shared = [
-            prefix
-            for prefix in WRAPPER_PREFIXES
-            if all(name.startswith(prefix) for name in stripped)
-            and not all(name.startswith(prefix) for name in expected)
-        ]
-        if not shared:
-            break
-        stripped = {name.removeprefix(shared[0]): tensor for name, tensor in stripped.items()}
-    return stripped
-
-
-def _compatible(tensor: Tensor, value: Tensor) -> bool:
-    same_kind = tensor.dtype == value.dtype or (tensor.is_floating_point() and value.is_floating_point())
-    return tensor.shape == value.shape and same_kind
-
-
-def _words(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _nearest(name: str, candidates: list[str]) -> str:
-    matches = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-    return f" (similar: {matches[0]!r})" if matches else ""
-
-
-def _listing(kind: str, entries: list[str]) -> str:
-    """One sentence that counts differences of a kind and shows the first; empty when there are none."""
-    return f"{len(entries)} {kind}: {_shortened(entries)}." if entries else ""
-
-
-def _shortened(entries: list[str]) -> str:
-    more = f" and {len(entries) - _LISTED} more" if len(entries) > _LISTED else ""
-    return ", ".join(entries[:_LISTED]) + more

@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from layercrit.errors import CheckpointError, ModelError, first_line
-from layercrit.models.checkpoints import fit_to, look_beside, read_checkpoint
+from layercrit.models.checkpoints import look_beside, read_checkpoint
+from layercrit.models.fitting import fit
 from layercrit.models.model import Model
 from layercrit.models.sources import ModelSource, model_source, open_reference, parse
 
@@ -23,15 +25,16 @@ class _WeightFiles(ModelSource):
 
     def open(self, rest: str, options: dict[str, Any]) -> Model:
         path = weight_file(rest)
-        key = options.pop("key", None)
+        key, prefix = options.pop("key", None), options.pop("prefix", None)
         checkpoint = read_checkpoint(path, None if key is None else str(key))
         model = open_reference(_architecture(rest, path, options), {**options, "pretrained": False})
-        tensors = fit_to(checkpoint.tensors, model.network.state_dict(), f"{path} for {model.architecture}")
-        model.network.load_state_dict(tensors)
-        return model
+        fitted = fit(checkpoint, model.network.state_dict(), f"{path} for {model.architecture}", prefix)
+        model.network.load_state_dict(fitted.tensors)
+        return replace(model, notes=(*model.notes, *fitted.notes))
 
     def architecture(self, rest: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        options.pop("key", None)
+        for of_weights in ("key", "prefix"):
+            options.pop(of_weights, None)
         source, rest, own = parse(_architecture(rest, weight_file(rest), options))
         return source.architecture(rest, own | options)
 

@@ -1,15 +1,23 @@
-"""What a pickled weight file would import, read from its opcodes alone: nothing is executed."""
+"""What a pickled weight file names beside tensors, read from its opcodes alone: nothing is executed.
 
+Training scripts leave options, paths, enums and whole configurations beside the weights. None of their classes is
+ever imported: each gets a stand-in that does nothing. Functions that a file would call, as ``os.system``, are refused.
+"""
+
+import _compat_pickle
 import io
 import pickletools
 import re
+import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from layercrit.errors import CheckpointError, first_line
 
-__all__ = ["INERT_GLOBALS", "imports_of"]
+__all__ = ["Inert", "imports_of", "is_data", "is_inert", "stand_in"]
 
 # What torch itself writes into a file of plain tensors; none of it runs code that a file's author can choose.
 _PLAIN_GLOBAL = re.compile(
@@ -19,45 +27,96 @@ _PLAIN_GLOBAL = re.compile(
     r"|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|torch\.serialization\._get_layout"
 )
 
-# Data that training scripts leave beside the weights: command-line options, metrics and paths.
-INERT_GLOBALS = (
-    "argparse.Namespace",
-    "types.SimpleNamespace",
-    "pathlib.Path",
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "numpy.core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct",
+# Data of the standard library and of numpy, and how they are put together; and functions that options of networks name.
+_DATA_GLOBAL = re.compile(
+    r"argparse\.Namespace|types\.(SimpleNamespace|GenericAlias|UnionType|MappingProxyType)|pathlib(\._\w+)?\.(Pure)?(Posix|Windows)?Path"
+    r"|collections\.(defaultdict|deque|ChainMap|UserDict|UserList)|functools\.(partial|reduce)|enum\.\w+"
+    r"|builtins\.(object|type|int|float|bool|str|bytes|tuple|list|dict|frozenset|range|slice|getattr|Ellipsis)"
+    r"|copyreg\._reconstructor|typing\.\w+|_?operator\.(getitem|or_)"
+    r"|datetime\.\w+|zoneinfo\.[\w.]+|decimal\.Decimal|fractions\.Fraction|uuid\.(UUID|SafeUUID)|random\.Random"
+    r"|numpy\.(dtype|ndarray|bool_?|u?int\d*|float\d*|complex\d*|str_|bytes_|datetime64|timedelta64)"
+    r"|numpy\._?core\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)|numpy\.random\._pickle\.\w+"
+    r"|torch\.(nn\.(functional|init)|_C\._nn)\.\w+|torch\.(strided|\w+_format|channels_last\w*)|pandas\.[\w.]+"
 )
+
+_CLASS = re.compile(r"(\w+\.)+_*[A-Z]\w*")  # PEP 8: classes alone begin with a capital letter
 
 _LEGACY_PICKLES = 5  # a legacy file holds: magic number, version, system, the object, storage keys; raw bytes follow
 _LISTED = 8  # members of an archive that are shown
 
 
-def imports_of(path: Path, data: bytes) -> list[str]:
-    """List the functions and classes, beyond plain data, that unpickling a file would import, without running any.
+class Inert:
+    """Stand-in for an object that is not a tensor: keeps what the object was made of, and does nothing with it.
+
+    Attributes:
+        origin: the dotted name of the class or function that it stands for.
+        held: the arguments and states that it was given.
+    """
+
+    origin = ""
+    held: list[object]
+
+    def __new__(cls, *arguments: object) -> "Inert":  # noqa: D102 - the class says it
+        made = super().__new__(cls)
+        made.held = list(arguments)
+        return made
+
+    def __setstate__(self, state: object) -> None:
+        self.held.append(state)
+
+
+def is_data(name: str) -> bool:
+    """Whether a dotted name is that of data known to be beside weights, such as ``pathlib.PosixPath``."""
+    return _DATA_GLOBAL.fullmatch(name) is not None
+
+
+def is_inert(name: str) -> bool:
+    """Whether objects of a dotted name get a stand-in: known data, and classes that are not the standard library's.
+
+    Nothing that is named is imported either way. Functions, and classes of the standard library that can act, such as
+    ``subprocess.Popen``, are not: a file that calls them is no longer one of weights and options.
+    """
+    return is_data(name) or (
+        _CLASS.fullmatch(name) is not None and name.partition(".")[0] not in sys.stdlib_module_names
+    )
+
+
+def stand_in(name: str, use: str) -> type:
+    """Return the class that stands for a dotted name.
+
+    Args:
+        name: the class or function that the file names.
+        use: what the file fills its objects as, from `imports_of`: ``"mapping"``, ``"list"``, or else ``"object"``.
+    """
+    made: Any = {"mapping": OrderedDict, "list": list}.get(use)
+    if made is None:
+        return type(name.rpartition(".")[2], (Inert,), {"origin": name})
+    # torch fills only its own mappings and plain lists, so an object that is filled like one is one.
+    return type(name.rpartition(".")[2], (), {"__new__": lambda cls, *arguments: made()})
+
+
+def imports_of(path: Path, data: bytes) -> dict[str, str]:
+    """Find the functions and classes, beyond plain data, that unpickling a file would import, without running any.
 
     Args:
         path: the file, for error messages.
         data: its bytes.
 
     Returns:
-        dotted names in alphabetical order; none for a file of plain tensors.
+        dotted name -> ``"mapping"`` or ``"list"`` if the file fills its objects with entries, else ``"object"``; in
+        alphabetical order, and empty for a file of plain tensors.
 
     Raises:
         CheckpointError: it is a zip archive that ``torch.save`` did not write.
     """
-    found: set[str] = set()
+    found: dict[str, str] = {}
     for stream in _pickle_streams(path, data):
-        names = _globals_of(stream)
-        if names is None:  # no pickle, or no longer one: torch.load, restricted as well, says what is wrong
+        try:
+            uses = _uses(stream)
+        except (ValueError, IndexError):  # no pickle, or no longer one: torch.load, restricted too, says what is wrong
             break
-        found.update(names)
-    return sorted(name for name in found if not _PLAIN_GLOBAL.fullmatch(name))
+        found |= {name: use for name, use in uses.items() if found.get(name, "object") == "object"}
+    return {str(name): found[name] for name in sorted(found) if not _PLAIN_GLOBAL.fullmatch(name)}
 
 
 def _pickle_streams(path: Path, data: bytes) -> Iterator[io.BytesIO]:
@@ -100,31 +159,63 @@ def _zipped_pickles(path: Path, data: bytes) -> list[bytes]:
     return pickles
 
 
-def _globals_of(stream: io.BytesIO) -> list[str] | None:
-    """The dotted names that the pickle at the stream's position would import, read from its opcodes alone.
+class _Of(str):
+    """On the simulated stack: a global by its dotted name, or an object made with it; a plain ``str`` is a text."""
 
-    Returns:
-        the names in order of appearance; None where the bytes are not a whole pickle.
+
+_MARK = _Of("(")
+_MAKES = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ"}
+_FILLS = {"SETITEM": "mapping", "SETITEMS": "mapping", "APPEND": "list", "APPENDS": "list"}
+_LEAVES_FIRST = {*_MAKES, *_FILLS, "BUILD", "ADDITEMS", "DUP", "MEMOIZE"}  # what they leave is, or is of, the lowest
+
+
+def _uses(stream: io.BytesIO) -> dict[str, str]:
+    """Follow the pickle at the stream's position on a stack of names; `imports_of` says what is returned.
+
+    Raises:
+        ValueError, IndexError: the bytes are not a whole pickle.
     """
-    names: list[str] = []
-    memo: dict[object, str] = {}
-    pushed = ["?", "?"]  # the last two strings pushed: what STACK_GLOBAL takes as module and name
-    try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name in ("GLOBAL", "INST"):
-                names.append(str(argument).replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":
-                names.append(".".join(pushed))
-            elif opcode.name.startswith("EXT"):
-                names.append(f"copyreg.extension_{argument}")
-            elif opcode.name == "MEMOIZE":
-                memo[len(memo)] = pushed[-1]
-            elif opcode.name.endswith("PUT"):
-                memo[argument] = pushed[-1]
-            elif opcode.name.endswith("GET"):
-                pushed = [pushed[-1], memo.get(argument, "?")]
-            elif isinstance(argument, str):
-                pushed = [pushed[-1], argument]
-    except (ValueError, IndexError):
-        return None
-    return names
+    uses: dict[str, str] = {}
+    memo: dict[object, str | None] = {}
+    stack: list[str | None] = []  # names, texts and marks; None for everything else
+    for opcode, argument, _ in pickletools.genops(stream):
+        operation, taken = opcode.name, _take(stack, opcode)
+        made: str | None = argument if isinstance(argument, str) else None
+        if operation in ("GLOBAL", "INST"):
+            made = _named(uses, *str(argument).split(" ", 1))
+        elif operation == "STACK_GLOBAL":
+            made = _named(uses, *(text or "?" for text in taken))
+        elif operation.startswith("EXT"):
+            made = _named(uses, "copyreg", f"extension_{argument}")
+        elif operation == "MARK":
+            made = _MARK
+        elif operation in _LEAVES_FIRST:
+            made = taken[0]
+        elif operation.endswith("GET"):
+            made = memo.get(argument)
+        if operation.endswith("PUT"):
+            memo[argument] = stack[-1]
+        elif operation == "MEMOIZE":
+            memo[len(memo)] = made
+        elif operation in _FILLS and taken[0] in uses and isinstance(taken[0], _Of):
+            uses[taken[0]] = _FILLS[operation]
+        stack += [made] * len(opcode.stack_after)
+    return uses
+
+
+def _take(stack: list[str | None], opcode: pickletools.OpcodeInfo) -> list[str | None]:
+    """Take off the stack what an opcode takes, lowest first, without the mark."""
+    wanted, above = opcode.stack_before, []
+    if pickletools.markobject in wanted:
+        while (top := stack.pop()) is not _MARK:
+            above.append(top)
+        wanted = wanted[: wanted.index(pickletools.markobject)]
+    return [stack.pop() for _ in wanted][::-1] + above[::-1]
+
+
+def _named(uses: dict[str, str], module: str, name: str) -> _Of:
+    """Note a global, under the name that it has in Python 3."""
+    module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+    dotted = _Of(f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}")
+    uses.setdefault(dotted, "object")
+    return dotted

@@ -123,6 +123,11 @@ def parse(reference: str) -> tuple[ModelSource, str, dict[str, Any]]:
     """
     name, _, query = reference.partition("?")
     kind, _, rest = name.partition(":")
+    if query and (path := _path_cut_at_its_question_mark(reference)):
+        raise ModelError(
+            f"{reference!r}: the path {path!r} contains a question mark, with which the options of a reference begin. "
+            "Rename it, or make a link to it that has none."
+        )
     if kind not in MODEL_SOURCES or not rest:
         raise ModelError(_unknown_reference(reference, name, kind))
     options: dict[str, Any] = {}
@@ -130,8 +135,22 @@ def parse(reference: str) -> tuple[ModelSource, str, dict[str, Any]]:
         key, equals, value = option.partition("=")
         if not equals or not key.isidentifier() or key in options:
             raise ModelError(f"{reference!r}: the option {option!r} is not written as name=value, or is given twice.")
-        options[key] = _literal(value)
+        options[key] = value if key == "prefix" else _literal(value)  # such as 1., which is no number there
     return MODEL_SOURCES[kind], rest, options
+
+
+def _path_cut_at_its_question_mark(reference: str) -> str | None:
+    """The file or folder with a question mark in its name that a reference means, if there is one."""
+    text = reference.removeprefix("file:")
+    marks = [place for place, letter in enumerate(text) if letter == "?"]
+    try:
+        if not marks or Path(text[: marks[0]]).expanduser().exists():
+            return None
+        whole = (Path(text[:end]).expanduser() for end in [*marks[1:], len(text)])
+        places = (place for path in whole for place in (path, *path.parents))
+        return next((str(place) for place in places if "?" in str(place) and place.exists()), None)
+    except (OSError, ValueError, RuntimeError):  # no path: too long, a null character, a home that is not known
+        return None
 
 
 def _unknown_reference(reference: str, name: str, kind: str) -> str:

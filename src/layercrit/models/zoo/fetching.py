@@ -24,7 +24,8 @@ from torch import Tensor
 import layercrit.models.hubs  # noqa: F401 - it registers the kinds of references that name the architectures
 from layercrit.errors import CheckpointError, ModelError, ZooError, near
 from layercrit.machine import versions
-from layercrit.models.checkpoints import Checkpoint, fit_to, read_checkpoint
+from layercrit.models.checkpoints import Checkpoint, read_checkpoint
+from layercrit.models.fitting import fit_to
 from layercrit.models.model import Model
 from layercrit.models.sources import Progress, open_reference
 from layercrit.models.zoo.downloads import Fetched, check_file, fetch
