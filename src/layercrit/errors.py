@@ -64,6 +64,15 @@ def near(name: str, known: Iterable[str], limit: int = 5) -> str:
     return f"Known: {shown}{more}." if names else "None is known."
 
 
+def shown(value: object) -> str:
+    """Return how Python writes a value, short enough to quote."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "an integer of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def first_line(error: Exception) -> str:
     """Return the type of an error and the first line of its message, short enough to quote."""
     lines = str(error).strip().splitlines()

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from layercrit.errors import StudyError
+from layercrit.foreign_files import read_json
 
 __all__ = ["hold", "holder"]
 
@@ -62,7 +63,7 @@ def holder(folder: Path) -> str | None:
     except OSError:
         return None  # a folder that cannot be written is run by nobody
     try:
-        about = json.loads((folder / _HOLDER).read_text(encoding="utf-8"))
+        about = read_json(folder / _HOLDER)
         return f"process {about['process']} on {about['machine']}, since {about['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -2,9 +2,11 @@
 
 import contextlib
 import math
+import os
 import platform
 import re
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -55,6 +57,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out; torch has no class of its own for this on the CPU."""
     said = isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
     return said or isinstance(error, MemoryError)
+
+
+def available_memory() -> int | None:
+    """Return the bytes of memory that this process may still take; None where the system does not say."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        limits.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container, or a job of a cluster
+        with contextlib.suppress(OSError, ValueError):  # the latter where it has no limit: "max"
+            limits.append(int((Path("/sys/fs/cgroup") / file).read_text(encoding="ascii")))
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # what systems without it raise
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits, default=None)
 
 
 def versions() -> dict[str, str]:

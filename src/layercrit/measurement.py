@@ -15,6 +15,7 @@ import pandas as pd
 from layercrit.cell_columns import CELL_COLUMNS, PER_IMAGE
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError, first_line
+from layercrit.foreign_files import read_json
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.protocol import MATCHED
 from layercrit.statistics import Estimate, estimate, estimate_mean_over_layers
@@ -161,7 +162,7 @@ class Measurement:
                 "Give the folder that `layercrit measure --out` wrote."
             )
         try:
-            record = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
+            record = read_json(folder / "measurement.json")
             if record["format"] != _FORMAT:
                 raise LayercritError(
                     f"The measurement in {folder} has format {record['format']}; this version reads {_FORMAT}. "

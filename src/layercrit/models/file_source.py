@@ -1,12 +1,12 @@
 """Weight files as models: which file a path means, and which architecture its weights belong to."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from layercrit.errors import CheckpointError, ModelError, first_line
+from layercrit.foreign_files import read_json
 from layercrit.models.checkpoints import look_beside, read_checkpoint
 from layercrit.models.fitting import fit
 from layercrit.models.model import Model
@@ -111,7 +111,7 @@ def _recorded_architecture(path: Path) -> object:
     """The entry ``"arch"`` of the JSON file that goes with a weight file."""
     record = record_file(path)
     try:
-        return json.loads(record.read_text(encoding="utf-8"))["arch"]
+        return read_json(record)["arch"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         of_epoch = record.parent != path.parent
         instead = (

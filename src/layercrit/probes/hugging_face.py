@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from layercrit.errors import ProbeError
+from layercrit.foreign_files import open_regular, read_json
 from layercrit.probes.image_columns import IMAGE_COLUMNS, LABEL_COLUMNS, stored_bytes
 from layercrit.probes.sources import ImageSource, Item, check_exists, find_names, integer_label
 
@@ -37,8 +38,9 @@ class HuggingFaceSource(ImageSource):
                 f"Reading '{folder}' requires the datasets library. Install it: pip install 'layercrit[hf]'."
             ) from error
         try:
+            _check_data_files(folder)
             dataset = datasets.load_from_disk(str(folder)).with_format(None)
-        except (OSError, ValueError, LookupError) as error:  # the last where no row was saved
+        except Exception as error:  # on damaged files, the library raises errors of any type
             raise ProbeError(
                 f"Cannot read the data set '{folder}' ({error!r}). Save it again with Dataset.save_to_disk."
             ) from error
@@ -79,3 +81,12 @@ class HuggingFaceSource(ImageSource):
             label = row[self._label_column] if use_labels and self._label_column is not None else None
             number = None if label is None else integer_label(label, self.name(index))
             yield Item(index, stored_bytes(row[self._image_column]), number)
+
+
+def _check_data_files(folder: Path) -> None:
+    """Check what the library takes on trust: that the JSON can be parsed, and the data are files in the folder."""
+    read_json(folder / "dataset_info.json")
+    for name in (file["filename"] for file in read_json(folder / "state.json")["_data_files"]):
+        if name != Path(name).name:
+            raise ValueError(f"its file {name!r} is not in its folder")
+        open_regular(folder / name).close()

@@ -6,6 +6,7 @@ pixels or labels follow, one byte each (Y. LeCun, C. Cortes, C. Burges, "The MNI
 
 import gzip
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from layercrit.errors import ProbeError
+from layercrit.foreign_files import open_regular
+from layercrit.probes.bounds import DEFLATED, check_room
 from layercrit.probes.sources import ImageSource, Item, check_exists
 
 __all__ = ["IdxSource"]
@@ -114,20 +117,28 @@ def _read(path: Path, n_axes: int) -> npt.NDArray[np.uint8]:
     Its header is not trusted: no more is read than the file has, nor than one byte beyond what the header promises.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with open_regular(path) as stored, gzip.open(stored) if path.suffix == ".gz" else stored as file:
             shape = _lengths(path, file.read(4 + 4 * n_axes), n_axes)
             promised, content = math.prod(shape), bytearray()
+            possible = os.fstat(stored.fileno()).st_size * (DEFLATED if file is not stored else 1)
+            if promised > max(possible, _BYTES_AT_ONCE):  # a smaller promise is compared with what is read
+                raise _damaged(path, shape, f"cannot have more than {possible:,}")
+            check_room(promised, f"'{path}'", "Save its images with numpy.save: a .npy file is read in place.")
             while piece := file.read(min(_BYTES_AT_ONCE, promised + 1 - len(content))):
                 content += piece
     except (OSError, EOFError, zlib.error) as error:  # what gzip raises on damaged files
         raise ProbeError(f"Cannot read '{path}' ({error}). Download it again.") from error
     if len(content) != promised:
         found = f"has only {len(content):,}" if len(content) < promised else "has more"
-        raise ProbeError(
-            f"'{path}' is damaged: its header promises {' x '.join(map(str, shape))} = {promised:,} bytes, but it "
-            f"{found}. Download it again."
-        )
+        raise _damaged(path, shape, found)
     return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _damaged(path: Path, shape: tuple[int, ...], found: str) -> ProbeError:
+    return ProbeError(
+        f"'{path}' is damaged: its header promises {' x '.join(map(str, shape))} = {math.prod(shape):,} bytes, but it "
+        f"{found}. Download it again."
+    )
 
 
 def _lengths(path: Path, header: bytes, n_axes: int) -> tuple[int, ...]:

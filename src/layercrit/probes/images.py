@@ -10,8 +10,21 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from layercrit.errors import ProbeError, near
+from layercrit.foreign_files import read_regular
+from layercrit.probes.bounds import LARGEST_IMAGE
 
-__all__ = ["FORMATS", "STANDARD", "SUFFIXES", "Interpolation", "Pixels", "Preprocessing", "open_image"]
+__all__ = [
+    "FORMATS",
+    "STANDARD",
+    "SUFFIXES",
+    "Interpolation",
+    "Pixels",
+    "Preprocessing",
+    "decoded",
+    "decoded_bytes",
+    "open_image",
+    "read_header",
+]
 
 Pixels = npt.NDArray[np.uint8]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -78,7 +91,8 @@ class Preprocessing:
 
         Raises:
             ValueError: the image cannot be used: its pixels are floats or 32-bit integers, it has a size other than
-                the model's and nothing here changes it, or it would grow beyond ``PIL.Image.MAX_IMAGE_PIXELS``.
+                the model's and nothing here changes it, or it would grow beyond ``PIL.Image.MAX_IMAGE_PIXELS``
+                or ``LARGEST_IMAGE`` bytes.
             OSError: Pillow finds the image damaged while it decodes it.
         """
         resized = self._resized(self._converted(image))
@@ -109,7 +123,7 @@ class Preprocessing:
         else:
             longer = int(self.resize * max(image.size) / min(image.size))  # rounded down, as torchvision does
             height, width = (longer, self.resize) if image.height >= image.width else (self.resize, longer)
-        if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
+        if height * width > min(LARGEST_IMAGE // 4, Image.MAX_IMAGE_PIXELS or LARGEST_IMAGE):
             raise ValueError(f"{image.height} x {image.width} pixels would be resized to {height} x {width}")
         if (width, height) == image.size:
             return image
@@ -140,6 +154,42 @@ def _centre(length: int, wanted: int) -> tuple[slice, slice]:
     return slice(0, length), slice(start, start + length)
 
 
+def read_header(encoded: bytes | Path) -> Image.Image:
+    """Return what ``open_image`` does, with its pixels not decoded yet.
+
+    Raises:
+        ValueError: it is in none of ``FORMATS``, or takes more than ``LARGEST_IMAGE`` bytes as a file or decoded.
+        OSError: the file cannot be read, or is no regular file.
+        PIL.Image.DecompressionBombError: It has more than twice ``PIL.Image.MAX_IMAGE_PIXELS`` pixels.
+    """
+    content = encoded if isinstance(encoded, bytes) else read_regular(encoded, LARGEST_IMAGE)
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:
+        # Pillow's own text holds a memory address, which would differ from run to run.
+        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
+    if (n_bytes := decoded_bytes(image)) > LARGEST_IMAGE:  # where the user has raised Pillow's own limit
+        raise ValueError(f"{image.width} x {image.height} pixels would take {n_bytes:,} bytes, over {LARGEST_IMAGE:,}")
+    return image
+
+
+def decoded_bytes(image: Image.Image) -> int:
+    """Return how many bytes the pixels of an image take in Pillow, decoded or not."""
+    return image.width * image.height * (1 if image.mode in ("1", "L", "P") else 4)  # of which RGB leaves one unused
+
+
+def decoded(image: Image.Image) -> Image.Image:
+    """Return an image of ``read_header`` with its pixels decoded.
+
+    Raises:
+        OSError: it is damaged or truncated.
+    """
+    image.load()
+    # What a transparent colour is does not matter without alpha; kept, converting it warns.
+    image.info.pop("transparency", None)
+    return image
+
+
 def open_image(encoded: bytes | Path) -> Image.Image:
     """Decode a whole image file, so that damage shows here and not later.
 
@@ -148,17 +198,8 @@ def open_image(encoded: bytes | Path) -> Image.Image:
             frames, the first is used.
 
     Raises:
-        ValueError: the bytes are in none of these formats.
-        OSError: the file cannot be read, or is damaged or truncated.
+        ValueError: the bytes are in none of these formats, or take more than ``LARGEST_IMAGE`` as a file or decoded.
+        OSError: the file cannot be read, is no regular file, or is damaged or truncated.
         PIL.Image.DecompressionBombError: It has more than twice ``PIL.Image.MAX_IMAGE_PIXELS`` pixels.
     """
-    content = io.BytesIO(encoded if isinstance(encoded, bytes) else encoded.read_bytes())
-    try:
-        image = Image.open(content, formats=FORMATS)
-    except UnidentifiedImageError:
-        # Pillow's own text holds a memory address, which would differ from run to run.
-        raise ValueError(f"not an image in one of the formats {', '.join(FORMATS)}") from None
-    image.load()
-    # What a transparent colour is does not matter without alpha; kept, converting it warns.
-    image.info.pop("transparency", None)
-    return image
+    return decoded(read_header(encoded))

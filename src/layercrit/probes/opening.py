@@ -12,7 +12,7 @@ from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import SUFFIXES
 from layercrit.probes.parquet import ParquetSource
-from layercrit.probes.sources import ACCEPTED, ArraySource, FolderSource, ImageSource, check_exists
+from layercrit.probes.sources import ACCEPTED, ArraySource, FolderSource, ImageSource, check_exists, is_folder
 from layercrit.probes.tar import TarSource
 from layercrit.probes.torchvision import TorchvisionSource
 
@@ -31,8 +31,11 @@ def open_source(source: str | Path | npt.NDArray[Any] | torch.Tensor) -> ImageSo
         return TorchvisionSource.from_text(str(source))
     if not isinstance(source, str | Path):
         raise ProbeError(f"Cannot read images from an object of type {type(source).__name__}. Accepted: {ACCEPTED}.")
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:  # of a user who is not known
+        raise ProbeError(f"Cannot read '{source}' ({error}). Give the path without '~'.") from error
+    if is_folder(path):
         return _open_folder(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":

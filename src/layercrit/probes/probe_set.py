@@ -7,8 +7,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import RLock
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -17,8 +19,9 @@ import torch
 from PIL import Image
 
 from layercrit.errors import ProbeError
+from layercrit.foreign_files import read_json
 from layercrit.probes.hugging_face import HuggingFaceSource
-from layercrit.probes.images import STANDARD, Pixels, Preprocessing, open_image
+from layercrit.probes.images import STANDARD, Pixels, Preprocessing, decoded, decoded_bytes, read_header
 from layercrit.probes.opening import open_source
 from layercrit.probes.parquet import ParquetSource
 from layercrit.probes.pixels import KeptPixels, PixelStore
@@ -32,6 +35,7 @@ __all__ = ["MEMORY_LIMIT", "ProbeOptions", "ProbeSet", "Progress"]
 MEMORY_LIMIT = 2**30  # bytes
 _IMAGES, _ABOUT = "images.npy", "probe_set.json"
 _IMAGES_AT_ONCE = 256
+_LARGE = 2**28  # bytes of an image, decoded, or of files read ahead
 Progress = Callable[[int, int], None]  # called with the number of images decoded so far, and of those wanted
 
 
@@ -157,7 +161,7 @@ class ProbeSet:
         """
         folder = Path(folder).expanduser()
         try:
-            about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+            about = read_json(folder / _ABOUT)
             settings = about["preprocessing"]
             resize = settings["resize"]
             labels = None if about["labels"] is None else np.array(about["labels"], np.int64)
@@ -401,11 +405,14 @@ class _Draw:
     def _decoded(self, indices: Sequence[int]) -> Iterator[tuple[Item, Pixels | str]]:
         """Yield images in order with their pixels, or with the reason why there are none."""
         waiting: deque[tuple[Item, Future[Pixels | str]]] = deque()
+        n_bytes, one_large = 0, RLock()
         with ThreadPoolExecutor(self.n_threads, thread_name_prefix="layercrit-decode") as pool:
             for item in self.source.read(indices, self.use_labels):
-                waiting.append((item, pool.submit(_pixels_or_reason, item.content, self.preprocessing)))
-                if len(waiting) > 4 * self.n_threads:
+                waiting.append((item, pool.submit(_pixels_or_reason, item.content, self.preprocessing, one_large)))
+                n_bytes += _encoded_bytes(item)
+                while len(waiting) > 4 * self.n_threads or (n_bytes > _LARGE and waiting):
                     done, future = waiting.popleft()
+                    n_bytes -= _encoded_bytes(done)
                     yield done, future.result()
             for done, future in waiting:
                 yield done, future.result()
@@ -424,15 +431,33 @@ class _Draw:
         return "; ".join(self.skipped[:3]) + more
 
 
-def _pixels_or_reason(content: Path | bytes | Image.Image | Pixels | Exception, model: Preprocessing) -> Pixels | str:
-    """Return the pixels ``(channels, height, width)`` of one image, or why it has none."""
+def _encoded_bytes(item: Item) -> int:
+    return len(item.content) if isinstance(item.content, bytes) else 0
+
+
+def _pixels_or_reason(
+    content: Path | bytes | Image.Image | Pixels | Exception, model: Preprocessing, one_large: RLock
+) -> Pixels | str:
+    """Return the pixels ``(channels, height, width)`` of one image, or why it has none.
+
+    Args:
+        content: the image.
+        model: how it becomes pixels.
+        one_large: held while a large image is decoded, so that many of them do not fill the memory.
+    """
     if isinstance(content, Exception):
         return f"{content}"
     try:
         if isinstance(content, np.ndarray):
             image = Image.fromarray(content)
             return model.at_size(image) if content.shape[:2] == (model.height, model.width) else model(image)
-        return model(content if isinstance(content, Image.Image) else open_image(content))
+        if isinstance(content, Image.Image):
+            return model(content)
+        n_bytes = len(content) if isinstance(content, bytes) else content.stat().st_size
+        with one_large if n_bytes > _LARGE else nullcontext():
+            image = read_header(content)
+            with one_large if decoded_bytes(image) > _LARGE else nullcontext():
+                return model(decoded(image))
     except MemoryError:
         raise
     except Exception as error:  # decoders answer damaged files with errors of almost any type

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from layercrit.errors import ProbeError
-from layercrit.probes.sources import ACCEPTED, check_exists
+from layercrit.probes.sources import ACCEPTED, check_exists, is_folder
 
 __all__ = ["shards_of"]
 
@@ -13,12 +13,14 @@ __all__ = ["shards_of"]
 def shards_of(path: str | Path, suffix: str) -> list[Path]:
     """Return the sorted files that ``path`` names: one file, the files of a folder, or those that match a pattern."""
     plain = Path(path).expanduser()
-    if plain.is_dir():
+    if is_folder(plain):
         found = _visible(plain.glob("*" + suffix))
     else:
         found = [file for pattern in _braces(str(plain)) for file in _matching(Path(pattern))]
     if not found:
         raise ProbeError(f"There are no images: no {suffix} file matches '{path}'. Accepted: {ACCEPTED}.")
+    for file in found:
+        check_exists(file)  # and is neither a pipe, which would wait, nor a device
     return found
 
 
@@ -26,7 +28,6 @@ def _matching(pattern: Path) -> list[Path]:
     """Return the file named ``pattern``, or the sorted files that match its ``*``, ``?`` and ``[]``."""
     if not pattern.is_file() and set(str(pattern)) & set("*?["):
         return _visible(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
-    check_exists(pattern)
     return [pattern]
 
 

@@ -3,8 +3,6 @@
 import operator
 import os
 import re
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +14,10 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from layercrit.errors import ProbeError, near
+from layercrit.errors import ProbeError, near, shown
+from layercrit.foreign_files import kind_of_special
 from layercrit.probes.images import SUFFIXES, Pixels
+from layercrit.probes.numpy_files import explained, unpacked
 
 __all__ = [
     "ACCEPTED",
@@ -28,6 +28,7 @@ __all__ = [
     "check_exists",
     "find_names",
     "integer_label",
+    "is_folder",
 ]
 
 ACCEPTED = (
@@ -144,10 +145,18 @@ def _image_names(folder: Path, prefix: str = "", above: frozenset[Path] = frozen
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if is_folder(entry):
             yield from _image_names(Path(entry), f"{prefix}{entry.name}/", above | {real})
         elif entry.name.lower().endswith(SUFFIXES):
             yield prefix + entry.name
+
+
+def is_folder(path: Path | os.DirEntry[str]) -> bool:
+    """Return whether there is a folder; a link to itself, a name that no file can have or a closed folder is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _class_labels(classes: list[str]) -> tuple[dict[str, int], str | None, int | None]:
@@ -219,22 +228,14 @@ class ArraySource(ImageSource):
 def _load_numpy(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
     """Return the images and the labels, if any, of a ``.npy`` or ``.npz`` file."""
     check_exists(path)
-    try:
+    with explained(path):
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return loaded, None
         with loaded:
             image_key, label_key = find_names(loaded.files, IMAGE_KEYS, LABEL_KEYS, f"'{path}'")
-            return loaded[image_key], None if label_key is None else loaded[label_key]
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ProbeError(f"Cannot read '{path}' ({error}). If it is damaged, write it again.") from error
-    except ProbeError:
-        raise
-    except ValueError as error:
-        raise ProbeError(
-            f"Cannot read '{path}' ({error}). Pickled objects are refused, since loading them can run code: save plain "
-            "uint8 arrays with numpy.save or numpy.savez."
-        ) from error
+            labels = None if label_key is None else unpacked(loaded, label_key, path)
+            return unpacked(loaded, image_key, path), labels
 
 
 def _channels_last(images: npt.NDArray[Any], description: str) -> npt.NDArray[Any]:
@@ -276,14 +277,35 @@ def _as_uint8(pixels: npt.NDArray[Any], name: str) -> Pixels:
 
 
 def check_exists(path: Path) -> None:
-    """Raise a ProbeError that suggests near names unless ``path`` exists."""
-    if path.exists():
-        return
-    if path.parent.is_dir():
-        hint = near(path.name, sorted(entry.name for entry in path.parent.iterdir()))
+    """Raise a ProbeError unless ``path`` is a file or a folder; where there is none, it suggests near names."""
+    try:
+        special = kind_of_special(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        hint = _near_names(path)
+    except (OSError, ValueError) as error:  # no permission, a link to itself, a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise ProbeError(f"Cannot read '{path}' ({reason}). Check the path and its permissions.") from error
     else:
-        hint = f"The folder '{path.parent}' does not exist either."
+        if special is not None:
+            raise ProbeError(
+                f"'{path}' is {special}, which cannot be read twice or by position. Save the images as files, and give "
+                "the path of the file or folder."
+            )
+        return
     raise ProbeError(f"No such file or folder: '{path}'. {hint} Images are never downloaded. Accepted: {ACCEPTED}.")
+
+
+def _near_names(path: Path) -> str:
+    """Return a sentence on what there is in place of ``path``."""
+    before, mark, _ = str(path).partition("?")
+    if mark and Path(before).exists():
+        return f"'{before}' exists: to read it, leave out the '?' and what follows."
+    if not is_folder(path.parent):
+        return f"The folder '{path.parent}' does not exist either."
+    try:
+        return near(path.name, sorted(entry.name for entry in path.parent.iterdir()))
+    except OSError:
+        return ""
 
 
 def find_names(
@@ -325,7 +347,7 @@ def integer_label(value: object, name: str) -> int:
         number = None
     if number is None or isinstance(value, bool | np.bool) or not -(2**63) <= number < 2**63:
         raise ProbeError(
-            f"Labels must be integers, the model's class numbers, but that of '{name}' is {value!r}. Give integers, or "
-            "ignore the labels with use_labels=False (--no-labels)."
+            f"Labels must be integers, the model's class numbers, but that of '{name}' is {shown(value)}. Give "
+            "integers, or ignore the labels with use_labels=False (--no-labels)."
         )
     return number

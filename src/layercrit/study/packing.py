@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from layercrit.foreign_files import parse_json
+
 __all__ = ["pack", "unpack"]
 
 
@@ -29,7 +31,7 @@ def unpack(data: bytes) -> dict[str, npt.NDArray[np.float32]]:
         ValueError: the bytes are damaged.
     """
     end = 4 + int.from_bytes(data[:4], "little")
-    header = json.loads(data[4:end])
+    header = parse_json(data[4:end])
     try:
         planes = np.frombuffer(zlib.decompress(data[end:]), np.uint8).reshape(4, -1)
     except zlib.error as error:

@@ -3,8 +3,6 @@
 import hashlib
 import inspect
 import io
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.npyio import NpzFile
 from PIL import Image
 
 from layercrit.errors import ProbeError, TrainingError
+from layercrit.foreign_files import open_regular
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import FORMATS, Preprocessing, open_image
+from layercrit.probes.numpy_files import explained, unpacked
 from layercrit.probes.opening import open_source
 from layercrit.probes.sources import ArraySource, ImageSource
 from layercrit.seeds import seed_of
@@ -126,9 +127,10 @@ class _Looks:
             self.n_grey += content.ndim == 2
         elif len(self.sizes) < 2:
             try:
-                with Image.open(
-                    io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS
-                ) as image:
+                with (
+                    io.BytesIO(content) if isinstance(content, bytes) else open_regular(content) as file,
+                    Image.open(file, formats=FORMATS) as image,
+                ):
                     self.sizes.add((image.height, image.width))
                     self.n_grey += image.mode.startswith(_GREY)
             except _UNREADABLE as error:
@@ -268,13 +270,14 @@ def _folders(path: Path) -> set[str]:
 
 
 def _npz_parts(path: Path) -> tuple[ImageSource, ImageSource] | None:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
+    with explained(path):
+        arrays = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(arrays, NpzFile):
+            return None
+        with arrays:
             if not {"test_images", "test_labels"} <= set(arrays.files):
                 return None
-            images, labels = arrays["test_images"], arrays["test_labels"]
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error):
-        return None  # reported when the source is opened
+            images, labels = (unpacked(arrays, key, path) for key in ("test_images", "test_labels"))
     return ArraySource(path), ArraySource(images, labels)
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from layercrit.errors import TrainingError
+from layercrit.foreign_files import read_json
 from layercrit.models.outputs import logits_of
 from layercrit.training.batches import held_out_batches, to_device
 from layercrit.training.data import TrainingData
@@ -93,7 +94,7 @@ class RunFolder:
         if not (self.record.is_file() and self.weights.is_file()):
             return None
         try:
-            record: dict[str, Any] = json.loads(self.record.read_text(encoding="utf-8"))
+            record: dict[str, Any] = read_json(self.record)
             record["method"], record["top1_accuracy"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainingError(

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock
 
 from layercrit.errors import ZooError
+from layercrit.foreign_files import read_json
 
 __all__ = ["DRIVE", "Fetched", "address_of", "cache_folder", "check_file", "digest_of", "fetch"]
 
@@ -181,7 +182,7 @@ class _Part:
     def validator(self, address: str) -> str | None:
         """The server's validator of the file when this part arrived, if it can be used to resume."""
         try:
-            note = json.loads(self._note.read_text(encoding="utf-8"))
+            note = read_json(self._note)
             return str(note["validator"]) if note["address"] == address and self.size else None
         except (OSError, ValueError, KeyError, TypeError):
             return None

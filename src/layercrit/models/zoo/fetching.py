@@ -23,6 +23,7 @@ from torch import Tensor
 
 import layercrit.models.hubs  # noqa: F401 - it registers the kinds of references that name the architectures
 from layercrit.errors import CheckpointError, ModelError, ZooError, near
+from layercrit.foreign_files import read_json
 from layercrit.machine import versions
 from layercrit.models.checkpoints import Checkpoint, read_checkpoint
 from layercrit.models.fitting import fit_to
@@ -229,7 +230,7 @@ def _convert(entry: ZooEntry, paths: Sequence[Path], hashes: Sequence[str | None
 def _provenance(entry: ZooEntry) -> dict[str, Any] | None:
     """What was recorded when the entry was downloaded; None if nothing was, or if it is unreadable."""
     try:
-        provenance = json.loads(entry.provenance_path.read_text(encoding="utf-8"))
+        provenance = read_json(entry.provenance_path)
     except (OSError, ValueError):
         return None
     return provenance if isinstance(provenance, dict) else None
