@@ -1,7 +1,7 @@
 """Measure one model on one probe set: which layers do its decisions depend on?"""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -22,6 +22,7 @@ from layercrit.machine import versions
 from layercrit.measurement import Measurement
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
+from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, MATCHED, Protocol
@@ -49,7 +50,8 @@ def measure(
     dtype: str = DEFAULTS.dtype,
     device: str = DEFAULTS.device,
     level: float = DEFAULTS.level,
-    use_labels: bool = True,
+    labels: LabelsGiven = "auto",
+    classes: str | Path | Sequence[str] | None = None,
     progress: bool = True,
     on_trial: Callable[[Callable[[], Measurement]], object] | None = None,
 ) -> Measurement:
@@ -78,7 +80,9 @@ def measure(
             bfloat16 where that is fast and, on a first batch, exact enough, else float32 (see `Protocol`).
         device: ``auto`` (a GPU if there is one), or any name that torch knows.
         level: confidence level of intervals, between 0 and 1.
-        use_labels: whether to use labels that the images come with, for accuracy and loss.
+        labels: labels for accuracy and loss: ``"auto"``: those that the images come with; ``"none"``; a file of labels,
+            a column, or an array: see `ProbeSet.from_source`.
+        classes: the names of classes in the order of the model's outputs, or a text file with one per line.
         progress: whether to show a progress bar on a terminal.
         on_trial: called after every finished trial with a function without arguments, which builds and returns the
             measurement of the trials up to that one: call it when you want to save them, now or later.
@@ -123,10 +127,11 @@ def measure(
                 opened.preprocessing,
                 n_images=protocol.n_images,
                 seed=probe_set_seed(protocol.seed),
-                use_labels=use_labels,
+                labels=labels,
+                classes=classes,
                 progress=bar.decoded,
             )
-            session = Session(protocol, subject, probe_set, names, use_labels, bar)
+            session = Session(protocol, subject, probe_set, names, are_wanted(labels), bar)
             return _Measuring(started, protocol, session).run(on_trial)
 
 
