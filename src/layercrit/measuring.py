@@ -1,7 +1,7 @@
 """Measure one model on one probe set: which layers do its decisions depend on?"""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -23,9 +23,9 @@ from layercrit.measurement import Measurement
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
 from layercrit.probes.image_sizes import common_size
-from layercrit.probes.opening import open_source
+from layercrit.probes.labelling import LabelsGiven, are_wanted, open_images
 from layercrit.probes.probe_set import ProbeSet
-from layercrit.probes.sources import ArraySource, ImageSource
+from layercrit.probes.sources import ArraySource
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, MATCHED, Protocol
 from layercrit.resets import get_reset
@@ -52,7 +52,8 @@ def measure(
     dtype: str = DEFAULTS.dtype,
     device: str = DEFAULTS.device,
     level: float = DEFAULTS.level,
-    use_labels: bool = True,
+    labels: LabelsGiven = "auto",
+    classes: str | Path | Sequence[str] | None = None,
     progress: bool = True,
     on_trial: Callable[[Callable[[], Measurement]], object] | None = None,
 ) -> Measurement:
@@ -81,7 +82,9 @@ def measure(
             bfloat16 where that is fast and, on a first batch, exact enough, else float32 (see `Protocol`).
         device: ``auto`` (a GPU if there is one), or any name that torch knows.
         level: confidence level of intervals, between 0 and 1.
-        use_labels: whether to use labels that the images come with, for accuracy and loss.
+        labels: labels for accuracy and loss: ``"auto"``: those that the images come with; ``"none"``; a file of labels,
+            a column, or an array: see `ProbeSet.from_source`.
+        classes: the names of classes in the order of the model's outputs, or a text file with one per line.
         progress: whether to show a progress bar on a terminal.
         on_trial: called after every finished trial with a function without arguments, which builds and returns the
             measurement of the trials up to that one: call it when you want to save them, now or later.
@@ -118,20 +121,20 @@ def measure(
     get_reset(reset)
     names = distance_names(distances)
     with undisturbed(), rng_untouched(), Bar(progress) as bar:
-        source = images if isinstance(images, ProbeSet) else open_source(images)
-        opened = _with_input_of(source, model)
+        opened = _with_input_of(images, labels, model)
         with untouched(opened.network), large_blocks_stay():
             subject = Subject(protocol, opened, donor)
             bar.say(_intention(subject, protocol))
             probe_set = ProbeSet.from_source(
-                source,
+                images,
                 opened.preprocessing,
                 n_images=protocol.n_images,
                 seed=probe_set_seed(protocol.seed),
-                use_labels=use_labels,
+                labels=labels,
+                classes=classes,
                 progress=bar.decoded,
             )
-            session = Session(protocol, subject, probe_set, names, use_labels, bar)
+            session = Session(protocol, subject, probe_set, names, are_wanted(labels), bar)
             return _Measuring(started, protocol, session).run(on_trial)
 
 
@@ -249,20 +252,22 @@ def distance_names(distances: str | Iterable[str] | None) -> list[str]:
     return names
 
 
-def _with_input_of(source: ImageSource | ProbeSet, model: str | Model | nn.Module) -> Model:
+def _with_input_of(images: Any, labels: LabelsGiven, model: str | Model | nn.Module) -> Model:
     """Open a model for the size of the images where it declares none, and note which of its input are defaults.
 
     A network given as an object gets an array or a probe set in the size that its images have, whatever it declares.
     """
     opened = open_model(model)
     size, about_size = None, "a default"
-    if isinstance(source, ProbeSet):
-        size = source.preprocessing.height, source.preprocessing.width
-        channels, about_size = source.preprocessing.channels, "that of the probe set"
-    elif "input_size" in opened.undeclared or isinstance(source, ArraySource):
-        size, channels = common_size(source), opened.preprocessing.channels
+    as_they_are = isinstance(model, nn.Module) and isinstance(images, ProbeSet | np.ndarray | torch.Tensor)
+    if isinstance(images, ProbeSet):
+        size = images.preprocessing.height, images.preprocessing.width
+        channels, about_size = images.preprocessing.channels, "that of the probe set"
+    elif as_they_are or "input_size" in opened.undeclared:
+        source = open_images(images, labels)
+        size = common_size(source)
+        channels = source.channels if as_they_are and isinstance(source, ArraySource) else opened.preprocessing.channels
         about_size = "the size of all images" if size else "a default, as the images differ in size"
-    as_they_are = isinstance(model, nn.Module) and isinstance(source, ArraySource | ProbeSet)
     if size and (as_they_are or "input_size" in opened.undeclared):
         sized = open_model(opened, input_size=(channels, *size))
         height, width = size

@@ -14,6 +14,7 @@ from layercrit.probes.images import Preprocessing
 from layercrit.probes.opening import open_source
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.probes.sources import FolderSource
+from packed_images import n_classes_of
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
@@ -45,22 +46,22 @@ def test_idx_source__images_and_labels(packed_images: str, packed_labels: str, t
     path = write(tmp_path / (IMAGES + packed_images), idx(images))
     write(tmp_path / (LABELS + packed_labels), idx([3, 1, 4, 1, 5, 255]))
     source = IdxSource(path)
-    items = list(source.read([0, 2, 5], use_labels=True))
-    assert (len(source), source.description, source.n_classes) == (6, str(path), None)
-    assert source.label_origin == f"the file {LABELS}{packed_labels}"
-    assert [(item.index, item.label) for item in items] == [(0, 3), (2, 4), (5, 255)]
-    assert all(type(item.label) is int for item in items)
+    items, labels = list(source.read([0, 2, 5])), source.labels()
+    assert (len(source), source.description, n_classes_of(source)) == (6, str(path), None)
+    assert labels is not None
+    assert labels.classes.origin == f"the file {LABELS}{packed_labels}"
+    assert [item.index for item in items] == [0, 2, 5]
+    assert labels.numbers == [3, 1, 4, 1, 5, 255]
+    assert all(type(label) is int for label in labels.numbers)
     for item in items:
         assert np.array_equal(item.content, images[item.index])
     assert source.name(5) == f"{path.name}[5]"
-    assert [item.label for item in source.read(range(6), use_labels=False)] == [None] * 6
 
 
 def test_idx_source__without_labels(tmp_path: Path) -> None:
     write(tmp_path / LABELS, idx([1, 2, 3]))  # those of another file
     source = IdxSource(write(tmp_path / "mine-images-idx3-ubyte", idx(pixels(3))))
-    assert source.label_origin is None
-    assert [item.label for item in source.read(range(3), use_labels=True)] == [None] * 3
+    assert source.labels() is None
 
 
 def test_idx_source__parts_of_a_folder(tmp_path: Path) -> None:
@@ -106,10 +107,10 @@ def test_idx_source__fashion_mnist_of_debian() -> None:
     test, train = IdxSource(DEBIAN), IdxSource(DEBIAN, "train")
     assert (len(test), len(train)) == (10_000, 60_000)
     for source, per_class in ((test, 1_000), (train, 6_000)):
-        items = list(source.read(range(len(source)), use_labels=True))
-        assert np.bincount([item.label for item in items]).tolist() == [per_class] * 10
+        items = list(source.read(range(len(source))))
+        assert np.bincount(source.labels().numbers).tolist() == [per_class] * 10
         assert {item.content.shape for item in items} == {(28, 28)}
-    values = np.stack([item.content for item in train.read(range(60_000), use_labels=False)])
+    values = np.stack([item.content for item in train.read(range(60_000))])
     # The mean and standard deviation by which Fashion-MNIST is normalised everywhere.
     assert (values.mean() / 255, values.std() / 255) == pytest.approx((0.2860, 0.3530), abs=1e-4)
 
@@ -184,7 +185,7 @@ def test_idx_source__a_header_that_lies_takes_no_memory(promised: int, tmp_path:
     [
         (
             idx([1, 2]),
-            r"t10k-labels-idx1-ubyte' has 2 labels for the 3 images of 't10k-images-idx3-ubyte'.*no-labels",
+            r"t10k-labels-idx1-ubyte' has 2 labels for the 3 images of 't10k-images-idx3-ubyte'.*--labels none",
         ),
         (idx([1, 2, 3, 4]), r"has 4 labels for the 3 images"),
         (idx(pixels(3)), r"is not an IDX file of labels: it begins with 00 00 08 03; expected 00 00 08 01"),
@@ -195,8 +196,8 @@ def test_idx_source__wrong_labels(labels: bytes, message: str, tmp_path: Path) -
     path = write(tmp_path / IMAGES, idx(pixels(3)))
     write(tmp_path / LABELS, labels)
     with pytest.raises(ProbeError, match=message):
-        list(IdxSource(path).read([0], use_labels=True))
-    assert len(list(IdxSource(path).read(range(3), use_labels=False))) == 3
+        IdxSource(path).labels()
+    assert len(list(IdxSource(path).read(range(3)))) == 3
 
 
 def test_idx_source__no_such_part(tmp_path: Path) -> None:

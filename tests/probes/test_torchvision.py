@@ -5,7 +5,7 @@ import pytest
 
 from layercrit.errors import ProbeError
 from layercrit.probes.torchvision import TorchvisionSource
-from packed_images import IMAGES, items_of
+from packed_images import IMAGES, items_of, n_classes_of, origin_of
 from photographs import write_fashion_mnist
 
 
@@ -19,7 +19,7 @@ def test_torchvision_source__fashion_mnist(tmp_path: Path) -> None:
         assert [np.asarray(image).tolist() for image, _ in items_of(source)] == images.tolist()
         assert [label for _, label in items_of(source)] == labels
         assert [label for _, label in items_of(source, use_labels=False)] == [None] * 6
-        assert (source.n_classes, source.label_origin) == (10, "the targets of torchvision's FashionMNIST")
+        assert (n_classes_of(source), origin_of(source)) == (10, "the targets of torchvision's FashionMNIST")
     train = TorchvisionSource("FashionMNIST", tmp_path, "train")
     assert [label for _, label in items_of(train)] == [0, 1, 2, 3, 4, 5]
     assert train.name(3) == "FashionMNIST/train[3]"
@@ -32,7 +32,7 @@ def test_torchvision_source__a_damaged_image_is_given_as_its_error(tmp_path: Pat
         (root / "a" / name / "sun_x.jpg").write_bytes(IMAGES[number][: 500 if number else None])
     (root / "ClassName.txt").write_text("/a/abbey\n/a/airport\n")
     items = items_of(TorchvisionSource("SUN397", tmp_path))
-    assert sorted((isinstance(content, OSError), label) for content, label in items) == [(False, 0), (True, None)]
+    assert sorted((isinstance(content, OSError), label) for content, label in items) == [(False, 0), (True, 1)]
 
 
 def test_torchvision_source__files_are_not_decoded(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_torchvision_source__files_are_not_decoded(tmp_path: Path) -> None:
     files = [tmp_path / name / file for name in ("cat", "dog") for file in ("x.jpg", "y.jpg")]
     assert items_of(source) == list(zip(files, [0, 0, 1, 1], strict=True))
     assert items_of(source, use_labels=False) == [(file, None) for file in files]
-    assert [(item.index, item.content) for item in source.read([1, 2], True)] == [(1, files[1]), (2, files[2])]
+    assert [(item.index, item.content) for item in source.read([1, 2])] == [(1, files[1]), (2, files[2])]
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,13 @@ class Split:
         self._encoded = b""  # a hash of the bytes of all files
         labels, n_bytes = [], 0
         looks = _Looks()
-        for item in source.read(self._indices, True):
+        stored = source.labels()
+        for item in source.read(self._indices):
             name = source.name(item.index)
+            label = None if stored is None else stored.numbers[item.index]
             if isinstance(item.content, Exception):
                 raise TrainingError(f"The image {name} cannot be read: {item.content}")
-            if item.label is None:
+            if label is None:
                 raise TrainingError(f"The image {name} has no label; training needs labels.")
             content = _pixels(item.content) if isinstance(item.content, Image.Image) else item.content
             looks.add(content, name)
@@ -68,7 +70,7 @@ class Split:
                     "Provide them as image files with one folder per class."
                 )
             self._contents.append(None if isinstance(content, bytes) and n_bytes > _KEPT else content)
-            labels.append(item.label)
+            labels.append(label)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.size, self.channels = looks.size(), 1 if looks.all_grey(len(labels)) else 3
 
@@ -84,7 +86,7 @@ class Split:
         content, index = self._contents[position], self._indices[position]
         try:
             if content is None:
-                (item,) = self._source.read([index], False)
+                (item,) = self._source.read([index])
                 content = item.content
             if isinstance(content, Exception):
                 raise content
