@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from layercrit.computed_weights import buffers_of_weights
 from layercrit.errors import LayerError, near
 from layercrit.restoring import holding
 from layercrit.watchers import FirstUses
@@ -68,6 +69,7 @@ class Layer:
         shape: shape of the largest of them, such as ``(out_channels, in_channels, height, width)``.
         n_parameters: how many numbers a reset replaces.
         depth: position in the order in which the network first uses the layers, from 0.
+        buffers: names of the buffers that a reset replaces with them, as the vectors of spectral normalisation.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Layer:
     shape: tuple[int, ...]
     n_parameters: int
     depth: int = 0
+    buffers: tuple[str, ...] = ()
 
 
 def find_layers(network: nn.Module, images: Tensor) -> list[Layer]:
@@ -206,7 +209,7 @@ def _layers_of(name: str, module: nn.Module, types: Mapping[str, str]) -> list[L
         return []
     kind = _type_of(module, multiplies=not types.keys().isdisjoint(own))
     if kind != "other":
-        return [_layer(name or type(module).__name__, kind, own)]
+        return [_layer(name or type(module).__name__, kind, own, prefix, module)]
     units: dict[str, dict[str, nn.Parameter]] = {}
     for parameter in own:
         # a weight and its bias are one layer: attention's `in_proj_weight` and `in_proj_bias` are `in_proj`
@@ -215,7 +218,7 @@ def _layers_of(name: str, module: nn.Module, types: Mapping[str, str]) -> list[L
         unit = parameter if weight.isdisjoint(own) else stem or type(module).__name__
         units.setdefault(unit, {})[parameter] = own[parameter]
     return [
-        _layer(unit, next((types[parameter] for parameter in members if parameter in types), "other"), members)
+        _layer(unit, next((types[p] for p in members if p in types), "other"), members, prefix, module)
         for unit, members in units.items()
     ]
 
@@ -232,9 +235,12 @@ def _type_of(module: nn.Module, multiplies: bool) -> str:
     return "other"
 
 
-def _layer(name: str, kind: str, members: dict[str, nn.Parameter]) -> Layer:
+def _layer(name: str, kind: str, members: dict[str, nn.Parameter], prefix: str, module: nn.Module) -> Layer:
     largest = max(members.values(), key=lambda p: (p.ndim > 1, p.numel()))
-    return Layer(name, kind, tuple(members), tuple(largest.shape), sum(p.numel() for p in members.values()))
+    n_parameters = sum(p.numel() for p in members.values())
+    buffers = buffers_of_weights(module, [parameter.removeprefix(prefix) for parameter in members])
+    of_network = tuple(f"{prefix}{buffer}" for buffer in buffers)
+    return Layer(name, kind, tuple(members), tuple(largest.shape), n_parameters, buffers=of_network)
 
 
 def _check_types(types: Iterable[str]) -> set[str]:
@@ -300,6 +306,7 @@ def _merge(layers: Sequence[Layer], group_name: Callable[[str, set[str]], str], 
                 shape=max((layer.shape for layer in group), key=lambda s: (len(s) > 1, torch.Size(s).numel())),
                 n_parameters=sum(layer.n_parameters for layer in group),
                 depth=group[0].depth,
+                buffers=tuple(dict.fromkeys(b for layer in group for b in layer.buffers)),
             )
         )
     return merged

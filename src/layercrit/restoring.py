@@ -1,6 +1,7 @@
 """Leave a model and the random state of the process as they were found."""
 
 import contextlib
+import copy
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -50,7 +51,8 @@ def untouched(network: nn.Module) -> Iterator[None]:
     flags = [(p, p.requires_grad) for p in network.parameters()]
     values = [(t, t.detach().clone()) for t in chain(network.parameters(), network.buffers())]
     try:
-        yield
+        with attributes_kept(network):  # tensors that a forward computes from the weights, such as weight_norm's
+            yield
     finally:
         for module, training, forward, parameters, buffers in modules:
             module.training = training
@@ -81,25 +83,27 @@ def rng_untouched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def holding(network: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Load values into parameters, and put back afterwards, bit for bit, these and what a forward does to buffers.
+    """Load values, and put back afterwards, bit for bit, what they replace and what a forward does to buffers.
 
     Values are written in place: everything that refers to a parameter (a tied weight, a module registered under two
     names, ``nn.LSTM``) sees them, unlike with ``torch.func.functional_call``, which replaces the tensors by name.
 
     Args:
         network: the network. A forward pass inside may write to its buffers or replace them.
-        values: parameter name -> value. Of parameters that are tied to each other, the first name given counts.
+        values: name of a parameter or buffer -> value. Of parameters that are tied to each other, the first name given
+            counts.
     """
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    drawn = {id(parameters[name]): (parameters[name], value) for name, value in reversed(list(values.items()))}
+    tensors: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
+    tensors |= dict(network.named_buffers(remove_duplicate=False))
+    drawn = {id(tensors[name]): (tensors[name], value) for name, value in reversed(list(values.items()))}
     modules = [module for module in network.modules() if not isinstance(module, torch.jit.ScriptModule)]
     registered = [(module, dict(module._buffers)) for module in modules]
     with torch.inference_mode():  # writes to tensors that were made in inference mode, too
-        before = [(tensor, tensor.clone()) for tensor in (*network.buffers(), *(p for p, _ in drawn.values()))]
+        before = [(tensor, tensor.clone()) for tensor in (*network.buffers(), *(t for t, _ in drawn.values()))]
     try:
         with torch.inference_mode():
-            for parameter, value in drawn.values():
-                parameter.copy_(value)
+            for tensor, value in drawn.values():
+                tensor.copy_(value)
         yield
     finally:
         for module, buffers in registered:
@@ -107,6 +111,12 @@ def holding(network: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
         with torch.inference_mode():
             for tensor, value in before:
                 tensor.copy_(value)
+
+
+def copied(network: nn.Module) -> nn.Module:
+    """Return a deep copy, also of a network that keeps tensors which its forward computed from parameters."""
+    computed = [t for m in network.modules() for t in m.__dict__.values() if isinstance(t, Tensor) and not t.is_leaf]
+    return copy.deepcopy(network, {id(tensor): tensor.detach().clone() for tensor in computed})
 
 
 @contextlib.contextmanager

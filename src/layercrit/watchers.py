@@ -111,17 +111,17 @@ class Influence(_Watcher):  # type: ignore[no-untyped-call]
 
 
 class ParameterReads(_Watcher):  # type: ignore[no-untyped-call]
-    """Notes when each parameter is first read, be it by an operator on parameters alone.
+    """Notes when each parameter or buffer is first read, be it by an operator on parameters alone.
 
     Attributes:
         first_read: id of a parameter -> the time before it was first read.
 
     Args:
-        parameters: those to watch.
+        parameters: those to watch; buffers, too.
         time: the clock; others may advance it too.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], time: Callable[[], int]) -> None:
+    def __init__(self, parameters: Iterable[Tensor], time: Callable[[], int]) -> None:
         super().__init__()
         self._parameters = {id(p) for p in parameters}
         self._time = time

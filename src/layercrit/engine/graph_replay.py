@@ -143,10 +143,11 @@ class GraphReplay(Replay):
         return cache[node]
 
     def _plan_suffix(self, layer: Layer) -> _Suffix:
+        reset = (*layer.parameters, *layer.buffers)
         sources = {
-            node: next(name for name in layer.parameters if name in names)
+            node: next(name for name in reset if name in names)
             for node, names in self._weight_graph.names.items()
-            if not set(names).isdisjoint(layer.parameters)
+            if not set(names).isdisjoint(reset)
         }
         changed = set(sources)
         for node in self._nodes:

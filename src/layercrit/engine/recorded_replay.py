@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class _Recording:
         self.network, self.run = network, run
         self.calls: list[_Call] = []
         self.tick = count(1).__next__
-        self.reads = ParameterReads(network.parameters(), self.tick)
+        self.reads = ParameterReads(chain(network.parameters(), network.buffers()), self.tick)
 
     def record(self, images: Tensor) -> Tensor:
         def call(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -70,9 +70,11 @@ class _Recording:
             return self.run({}, images)
 
     def replay(self, layer: Layer, values: Values, images: Tensor) -> Tensor:
-        parameters = dict(self.network.named_parameters(remove_duplicate=False))
-        # a parameter that was not seen to be read: nothing is reused
-        first_read = min(self.reads.first_read.get(id(parameters[name]), 0) for name in layer.parameters)
+        tensors: dict[str, Tensor] = dict(self.network.named_parameters(remove_duplicate=False))
+        tensors |= dict(self.network.named_buffers(remove_duplicate=False))
+        # one that was not seen to be read: nothing is reused
+        reset = (*layer.parameters, *layer.buffers)
+        first_read = min(self.reads.first_read.get(id(tensors[name]), 0) for name in reset)
         upcoming = 0
 
         def call(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -86,6 +86,7 @@ class Session:
             say=bar.say,
         )
         self._bar = bar
+        subject.check_draws()
         plain = PlainReplay(subject.network, [], read_logits=subject.model.read_logits)
         check_dependence(plain, subject.normalise(probe_set.batch(0, 4)), subject.model.reference)
         if predictions is None:

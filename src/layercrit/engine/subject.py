@@ -1,6 +1,5 @@
 """The network under measurement: where it runs, which of its layers are reset, and to what."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +18,8 @@ from layercrit.machine import find_device
 from layercrit.models.model import Classifier, Model
 from layercrit.models.outputs import are_probabilities, missing_head
 from layercrit.protocol import Protocol
-from layercrit.resets import donor_values, draw_values, get_reset, given_donor
+from layercrit.resets import check_draws, donor_values, draw_values, get_reset, given_donor, own_initialiser
+from layercrit.restoring import copied
 from layercrit.seeds import trial_seed
 from layercrit.statistics import needed_trials
 
@@ -30,7 +30,7 @@ class Change:
 
     Attributes:
         layer: the layer.
-        values: parameter name -> new value, on the device of the network.
+        values: name of a parameter or buffer -> new value, on the device of the network.
         delta_norm: Euclidean norm of new minus trained values; 0 where the reset changes nothing.
     """
 
@@ -56,7 +56,7 @@ class Subject:
         self.device = find_device(protocol.device)
         self.network = model.network.eval()
         if any(t.device != self.device for t in chain(self.network.parameters(), self.network.buffers())):
-            self.network = copy.deepcopy(self.network).to(self.device)
+            self.network = copied(self.network).to(self.device)
         self._classifier = Classifier(self.network, model.mean, model.std)
         self.model, self._notes_of_output = self._with_clear_output(model)
         self.layers = select_layers(
@@ -77,7 +77,7 @@ class Subject:
             return self._given_donor.origin
         if self._reset.donor is None:
             return None
-        return "each module's own reset_parameters" if self.model.build is None else self.model.initialiser
+        return own_initialiser(self.model, self.layers)
 
     @property
     def donor_identity(self) -> str | None:
@@ -120,14 +120,23 @@ class Subject:
         for layer in self.layers if layers is None else layers:
             values = draw_values(self._reset, layer, self.model.network, donor, seed)
             squares = [
-                (value.double() - self.model.network.get_parameter(name).detach().cpu().double()).square().sum()
-                for name, value in values.items()
+                (values[name].double() - self.model.network.get_parameter(name).detach().cpu().double()).square().sum()
+                for name in layer.parameters
             ]
             yield Change(
                 layer,
                 {name: value.to(self.device) for name, value in values.items()},
                 float(torch.stack(squares).sum().sqrt()),
             )
+
+    def check_draws(self) -> None:
+        """Make sure that a reset to fresh values draws them; see `layercrit.resets.check_draws`.
+
+        Raises:
+            ModelError: it does not.
+        """
+        if self._reset.donor == "initialiser" and self._given_donor is None:
+            check_draws(self.model, self.layers)
 
     def _with_clear_output(self, model: Model) -> tuple[Model, list[str]]:
         """Return the model with its output checked, and notes on it.

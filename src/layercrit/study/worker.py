@@ -203,7 +203,7 @@ class _Opened:
     def _key(self, layer: Layer, trial: int) -> str:
         """Name the content of a cell: equal keys mean equal numbers, up to rounding."""
         seed = self.subject.seed(trial)
-        return _hash({**self._content(), "layer": [layer.name, *layer.parameters], "seed": seed})
+        return _hash({**self._content(), "layer": [layer.name, *layer.parameters, *layer.buffers], "seed": seed})
 
     def _content(self) -> dict[str, Any]:
         """Return what all cells of this model and reset have in common."""
