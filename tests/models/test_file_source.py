@@ -150,7 +150,7 @@ WRITTEN = {
     "plain": (lambda s: s, "", 0),
     "counters-as-floats": (lambda s: {name: tensor.float() for name, tensor in s.items()}, "", 0),
     "average": (averaged, "", 1),
-    "lightning": (lightning, "", 1),
+    "lightning": (lightning, "", 2),
     "compiled-in-parallel": (lambda s: {"model": under("module._orig_mod.", s), "step": np.float64(3)}, "", 0),
     "fsdp-inside": (
         lambda s: {f"_fsdp_wrapped_module.{name.replace('.', '._orig_mod.', 1)}": tensor for name, tensor in s.items()},

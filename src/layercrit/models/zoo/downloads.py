@@ -363,7 +363,9 @@ def _open(opener: urllib.request.OpenerDirector, url: str, headers: dict[str, st
     try:
         with _over_the_net():
             return opener.open(request, timeout=_TIMEOUT)
-    except ValueError as error:  # ours has been checked
+    except ZooError:
+        raise
+    except ValueError as error:  # our own address has been checked, so it is that of a redirection
         raise ZooError(f"{shown(url)} redirects to an address that cannot exist.") from error
 
 
