@@ -10,7 +10,7 @@ import io
 import stat
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,12 +37,14 @@ class Checkpoint:
         tensors: name -> tensor on the CPU, as in the file.
         sha256: SHA-256 of the file's bytes, hexadecimal.
         odd: entries between the tensors that are none: name -> type, such as ``{"epoch": "int"}``.
+        objects: classes of other packages whose objects the file holds anywhere, by dotted name; none was imported.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     sha256: str
     odd: Mapping[str, str] = field(default_factory=dict)
+    objects: tuple[str, ...] = ()
 
 
 def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
@@ -64,7 +66,7 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
     path = Path(path).expanduser()
     data = _read_bytes(path)
     is_safetensors = path.suffix == ".safetensors" or _starts_like_safetensors(data)
-    content = _parse_safetensors(path, data) if is_safetensors else _parse_torch(path, data)
+    content, objects = (_parse_safetensors(path, data), ()) if is_safetensors else _parse_torch(path, data)
     chosen = _choose(path, content, key)
     tensors = {name: value for name, value in chosen.items() if isinstance(name, str) and isinstance(value, Tensor)}
     for name, tensor in tensors.items():
@@ -74,7 +76,7 @@ def read_checkpoint(path: str | Path, key: str | None = None) -> Checkpoint:
                 "Save the weights of the dense float model."
             )
     odd = {str(name): _kind(value) for name, value in chosen.items() if name not in tensors}
-    return Checkpoint(path, {name: tensor.detach() for name, tensor in tensors.items()}, _sha256(data), odd)
+    return Checkpoint(path, {name: tensor.detach() for name, tensor in tensors.items()}, _sha256(data), odd, objects)
 
 
 def foreign_globals(path: str | Path) -> list[str]:
@@ -159,11 +161,12 @@ def _parse_safetensors(path: Path, data: bytes) -> object:
         ) from error
 
 
-def _parse_torch(path: Path, data: bytes) -> object:
+def _parse_torch(path: Path, data: bytes) -> tuple[object, tuple[str, ...]]:
+    """The content of a file, and the classes of other packages that its stand-ins are for."""
     named = imports_of(path, data)
     if acting := [name for name in named if not is_inert(name)]:
         raise _more_than_weights(path, acting)
-    objects = [name for name in named if not is_data(name)]
+    objects = tuple(name for name in named if not is_data(name))
     try:
         with _allowing_only([(stand_in(name, use), name) for name, use in named.items()]):
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -177,7 +180,7 @@ def _parse_torch(path: Path, data: bytes) -> object:
         ) from error
     if objects and all(isinstance(found, Inert) for found in _tensor_mappings(content).values()):
         raise _more_than_weights(path, objects)
-    return content
+    return content, objects
 
 
 _LOADING = threading.Lock()
@@ -197,7 +200,7 @@ def _allowing_only(stand_ins: list[Any]) -> Iterator[None]:
             torch.serialization.add_safe_globals(before)
 
 
-def _more_than_weights(path: Path, names: list[str]) -> CheckpointError:
+def _more_than_weights(path: Path, names: Sequence[str]) -> CheckpointError:
     shown = ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
     return CheckpointError(
         f"{path} contains more than plain weights: loading it would import and call {shown}. "

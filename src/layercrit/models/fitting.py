@@ -91,6 +91,8 @@ def fit(checkpoint: Checkpoint, expected: Mapping[str, Tensor], source: str, pre
     if told:
         where = f" beside the network {reading.prefix!r}" if reading.prefix else ""
         notes.append(f"{source}: left over{where}, and not used: {_shortened(told)}.")
+    if checkpoint.objects:
+        notes.append(f"{source}: objects beside the weights were not loaded: {_shortened(checkpoint.objects)}.")
     return Fit(tensors, tuple(notes))
 
 

@@ -1,5 +1,7 @@
 """Downloads from a real server on this machine that drops, changes, refuses and confirms like those in the world."""
 
+import base64
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -35,6 +37,7 @@ class Server(ThreadingHTTPServer):
         headers: Sent with every file.
         ranges: Whether ranges are answered.
         honest: Whether If-Range is looked at.
+        endless: Whether the body never ends; its length is then not announced.
         drops: How many bytes each of the next answers sends before the connection ends.
         answers: Status, headers and body of the next answers, instead of the file.
         seen: Path and headers of all requests.
@@ -45,7 +48,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.headers, self.ranges, self.honest = CONTENT, {"ETag": '"one"'}, True, True
-        self.drops, self.answers, self.seen = [], [], []
+        self.drops, self.answers, self.seen, self.endless = [], [], [], False
 
     @property
     def url(self):
@@ -69,9 +72,21 @@ class Handler(BaseHTTPRequestHandler):
         if start >= len(server.content) and start:
             self.answer(416, {}, b"")
             return
+        if server.endless:
+            self.pour(206 if start else 200, {"Content-Range": f"bytes {start}-"} if start else {})
+            return
         body = server.content[start:]
         extra = {"Content-Range": f"bytes {start}-{len(server.content) - 1}/{len(server.content)}"} if start else {}
         self.answer(206 if start else 200, {**server.headers, **extra}, body)
+
+    def pour(self, status, headers):
+        self.send_response(status)
+        for name, value in {**self.server.headers, **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            while True:
+                self.wfile.write(CONTENT)
 
     def answer(self, status, headers, body):
         self.send_response(status)
@@ -367,6 +382,172 @@ def test_fetch__place_that_cannot_be_written(server, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ZooError, match=r"cannot be written \(File exists\)"):
         fetch(f"{server.url}/x", tmp_path / "file" / "below")
+
+
+# Bodies without an end, or without a beginning
+
+
+@pytest.mark.parametrize("size", [1_000_000, None], ids=["known-size", "unknown-size"])
+def test_fetch__endless_body_is_stopped(server, tmp_path, size, monkeypatch):
+    monkeypatch.setattr(downloads, "_UNDECLARED", 2_000_000)
+    server.endless, calls = True, []
+    with pytest.raises(ZooError, match=f"goes on sending after {size or 2_000_000} bytes"):
+        fetch(f"{server.url}/x", tmp_path / "file", size=size, progress=lambda done, _: calls.append(done))
+    assert left(tmp_path) == []
+    assert len(server.seen) == 1
+    assert max(calls) <= (size or 2_000_000)
+
+
+def test_fetch__endless_rest_of_a_file(server, tmp_path):
+    server.drops = [1_000_000, 0, 0, 0, 0]
+    with pytest.raises(ZooError):
+        fetch(f"{server.url}/x", tmp_path / "file")
+    server.endless, server.drops = True, []
+    with pytest.raises(ZooError, match="goes on sending after 3000000 bytes"):
+        fetch(f"{server.url}/x", tmp_path / "file", size=len(CONTENT))
+    assert left(tmp_path) == []
+
+
+def test_fetch__endless_body_leaves_room_on_the_disk(server, tmp_path, monkeypatch):
+    free = 64 * 2**20 + 500_000
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, free))
+    monkeypatch.setattr(downloads, "_BLOCK", 600_000)
+    server.endless = True
+    with pytest.raises(ZooError, match="Free some space"):
+        fetch(f"{server.url}/x", tmp_path / "file")
+    assert len(server.seen) == 1
+
+
+def test_fetch__another_size_is_refused_before_the_download(server, tmp_path):
+    calls = []
+    with pytest.raises(ZooError, match="has 3000000 bytes, expected 5"):
+        fetch(f"{server.url}/x", tmp_path / "file", size=5, progress=lambda *numbers: calls.append(numbers))
+    assert calls == []
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Length": None}], ids=["length-0", "no-length"])
+def test_fetch__empty_answer_is_no_success(server, tmp_path, headers):
+    server.content, server.headers = b"", {**server.headers, **headers}
+    with pytest.raises(ZooError, match="is empty"):
+        fetch(f"{server.url}/x", tmp_path / "file")
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("status", [202, 204, 205])
+def test_fetch__answers_without_a_file(server, tmp_path, status):
+    server.answers = [(status, {}, b"" if status != 202 else b"soon")]
+    with pytest.raises(ZooError, match=f"answered {status}"):
+        fetch(f"{server.url}/x", tmp_path / "file")
+    assert left(tmp_path) == []
+
+
+def test_fetch__empty_file_of_before_is_fetched_again(server, tmp_path):
+    (tmp_path / "file").touch()
+    assert fetch(f"{server.url}/x", tmp_path / "file").path.read_bytes() == CONTENT
+
+
+def test_fetch__length_of_thousands_of_digits(server, tmp_path):
+    server.answers = [(200, {"Content-Length": "9" * 5000}, CONTENT[:10])]
+    assert fetch(f"{server.url}/x", tmp_path / "file").size == 10, "it says nothing, as no length does"
+
+
+# Addresses that cannot be, and secrets in addresses
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("https://exam ple.org/x", r"contains ' '.*%20"),
+        ("http:// example.org/x", "contains ' '"),
+        ("https://example.org/my weights.pth", r"contains ' '.*%20"),
+        ("https://example.org/ü.pth", r"contains 'ü'.*%C3%BC"),
+        ("https://example.org/a\nb", r"contains '\\n'"),
+        ("https://example.org:abc/x", "names no server"),
+        ("https://example.org:99999/x", "names no server"),
+        ("https://a..b/x", "names no server"),
+        ("https://[::1/x", "names no server"),
+        (f"https://{'a' * 64}.org/x", "names no server"),
+        ("https://user:hunter2@/x", "names no server"),
+        ("file:///etc/passwd", "does not begin with https"),
+        ("ftp://example.org/x", "does not begin with https"),
+        ("example.org/x", "does not begin with https"),
+    ],
+)
+def test_fetch__impossible_address_is_no_network_fault(tmp_path, address, reason, monkeypatch):
+    monkeypatch.setattr(downloads.time, "sleep", lambda _: pytest.fail("it was tried"))
+    with pytest.raises(ZooError, match=f"is not a file's address: it {reason}") as caught:
+        fetch(address, tmp_path / "file")
+    assert "network" not in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("endpoint", ["huggingface.co", "ftp://mirror.example", "https://mir ror", "//u:hunter2@m"])
+def test_fetch__impossible_endpoint(tmp_path, endpoint, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(ZooError, match=r"HF_ENDPOINT is .*Expected https://SERVER") as caught:
+        fetch("hf:a/b/c", tmp_path / "file")
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["http://a..b/x", "http://127.0.0.1:abc/x", "http://[x/"])
+def test_fetch__redirection_to_an_impossible_address(server, tmp_path, target):
+    server.answers = [(302, {"Location": target}, b"")]
+    with pytest.raises(ZooError, match=r"redirects to .*(which is refused: it names no server|cannot exist)"):
+        fetch(f"{server.url}/x", tmp_path / "file")
+    assert len(server.seen) == 1
+
+
+def with_login(server):
+    return server.url.replace("//", "//user:hunter2%21@")
+
+
+def test_fetch__login_goes_to_its_server_only(server, tmp_path):
+    server.answers = [(302, {"Location": f"{server.url}/elsewhere"}, b"")]
+    assert fetch(f"{with_login(server)}/x", tmp_path / "file").sha256 == SHA256
+    first, second = (headers.get("Authorization") for _, headers in server.seen)
+    assert base64.b64decode(first.removeprefix("Basic ")) == b"user:hunter2!"
+    assert second is None
+
+
+FAULTS = {
+    "refused": lambda s: s.answers.append((403, {}, b"")),
+    "page": lambda s: s.answers.append((200, {"Content-Type": "text/html"}, b"<title>Sign in</title>")),
+    "empty": lambda s: s.answers.append((200, {}, b"")),
+    "no-content": lambda s: s.answers.append((204, {}, b"")),
+    "dropped": lambda s: s.drops.extend([1000, 0, 0, 0, 0, 0]),
+    "busy": lambda s: s.answers.extend([(503, {}, b"")] * 9),
+    "redirected": lambda s: s.answers.append((302, {"Location": "ftp://user:hunter2%21@example.org/x"}, b"")),
+    "nowhere": lambda s: s.answers.append((302, {"Location": "http://user:hunter2%21@a..b/x?token=hunter2"}, b"")),
+    "endless": lambda s: setattr(s, "endless", True),
+}
+
+
+@pytest.mark.parametrize("query", ["", "?token=hunter2&x=1", "?X-Amz-Signature=hunter2"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fetch__passwords_are_never_shown_nor_stored(server, tmp_path, fault, query):
+    FAULTS[fault](server)
+    with pytest.raises(ZooError) as caught:
+        fetch(f"{with_login(server)}/x{query}", tmp_path / "file", size=len(CONTENT), sha256=SHA256)
+    assert "hunter2" not in str(caught.value)
+    assert "127.0.0.1" in str(caught.value), "the server itself is named"
+    assert not any(b"hunter2" in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_fetch__passwords_are_not_shown_where_there_is_no_server(tmp_path):
+    with pytest.raises(ZooError) as caught:
+        fetch("http://user:hunter2@127.0.0.1:1/x", tmp_path / "file")
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(ZooError) as caught:
+        fetch("user:hunter2@example.org/x", tmp_path / "file")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_fetch__resumes_behind_a_login(server, tmp_path):
+    server.drops = [1_000_000]
+    assert fetch(f"{with_login(server)}/x", tmp_path / "file").sha256 == SHA256
+    assert ranges(server) == [None, "bytes=1000000-"]
 
 
 # Google Drive

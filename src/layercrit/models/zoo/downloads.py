@@ -5,6 +5,7 @@ An address is ``https://...`` (or ``http://...``), ``hf:OWNER/REPOSITORY/FILE`` 
 other server: one way to resume, one way to check, and nothing stored twice in a second cache.
 """
 
+import base64
 import contextlib
 import errno
 import hashlib
@@ -29,7 +30,7 @@ from filelock import FileLock
 from layercrit.errors import ZooError
 from layercrit.foreign_files import read_json
 
-__all__ = ["DRIVE", "Fetched", "address_of", "cache_folder", "check_file", "digest_of", "fetch"]
+__all__ = ["DRIVE", "Fetched", "address_of", "cache_folder", "check_file", "digest_of", "fetch", "shown"]
 
 DRIVE = "https://drive.usercontent.google.com"
 """The server of Google Drive's files."""
@@ -41,6 +42,8 @@ _PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds between attempts that brought nothing 
 _TIMEOUT = 60.0  # seconds without a byte after which a connection counts as dropped
 _BLOCK = 1 << 20
 _MARGIN = 64 * 2**20  # bytes of disk left free
+_UNDECLARED = 8 * 2**30  # bytes after which a file whose size nobody has said counts as endless
+_SECRET = re.compile(r"([?&][^=&#]*(?:token|secret|passw|signature|credential|api_?key)[^=&#]*=)[^&#]+", re.IGNORECASE)
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP answers that may be another one a little later
 _DROPPED = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
@@ -71,7 +74,7 @@ def address_of(address: str) -> str:
     """Return the URL of an address as the module describes.
 
     Raises:
-        ZooError: it is not an address, or leads out of the repository that it names.
+        ZooError: it is not an address, leads out of the repository that it names, or is none that can exist.
     """
     kind, _, rest = address.partition(":")
     parts = rest.split("/")
@@ -80,9 +83,35 @@ def address_of(address: str) -> str:
         return f"{endpoint.rstrip('/')}/{'/'.join(parts[:2])}/resolve/main/{'/'.join(parts[2:])}"
     if kind == "gdrive" and re.fullmatch(r"[\w-]+", rest):
         return f"{DRIVE}/download?id={rest}&export=download"
-    if kind in ("http", "https") and urllib.parse.urlsplit(address).hostname:
+    fault = _fault_of(address)
+    if fault is None:
         return address
-    raise ZooError(f"{address!r} is not a file's address: expected https://..., hf:OWNER/REPOSITORY/FILE or gdrive:ID.")
+    hidden = re.sub(r"^([a-z][\w+.-]*://)?.*@", r"\1", shown(address))  # whatever may be a password, as this is no URL
+    raise ZooError(
+        f"{hidden!r} is not a file's address: it {fault}. Expected https://..., hf:OWNER/REPOSITORY/FILE or gdrive:ID."
+    )
+
+
+def _fault_of(url: str) -> str | None:
+    """Say why no server can have a URL; None if one can."""
+    try:
+        split = urllib.parse.urlsplit(url)
+        host, _ = split.hostname, split.port
+        if host:
+            host.encode("idna")
+    except ValueError:  # UnicodeError, at a host that no name server would take, is one
+        return "names no server that can exist"
+    if split.scheme not in ("http", "https"):
+        return "does not begin with https://"
+    beyond = url.partition("//")[2].partition("/")[2]  # a server's name may have other letters than ASCII
+    if strange := re.search(r"[\x00-\x20\x7f]", url) or re.search(r"[^\x21-\x7e]", beyond):
+        return f"contains {strange[0]!r}, to be written as {urllib.parse.quote(strange[0], errors='replace')}"
+    return None if host and re.fullmatch(r"[\w.:%-]+", host) else "names no server"
+
+
+def shown(address: str) -> str:
+    """Return an address for messages and records: without user name and password, and with tokens masked."""
+    return _SECRET.sub(r"\1***", re.sub(r"//[^/?#\s]*@", "//", address))
 
 
 def digest_of(path: Path) -> Fetched:
@@ -114,18 +143,19 @@ def fetch(
         progress: called after every block.
 
     Raises:
-        ZooError: the address is wrong, the server does not send the file, it is a web page or not the expected file,
-            or it cannot be stored.
+        ZooError: the address is wrong, the server does not send the file, it is empty, endless, a web page or not the
+            expected file, or it cannot be stored.
     """
-    path = Path(path)
-    url = address_of(address)
+    path, url = Path(path), address_of(address)
+    if fault := _fault_of(url):
+        raise ZooError(f"HF_ENDPOINT is {shown(os.environ['HF_ENDPOINT'])!r}: it {fault}. Expected https://SERVER.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f"{path.name}.lock")):
-            if path.exists():
+            if path.exists() and path.stat().st_size:
                 return check_file(digest_of(path), address, size, sha256)
             part = _Part(path)
-            _bring(part, address, url, progress)
+            _bring(part, address, url, size, progress)
             try:
                 _refuse_page(part.path, address)
                 fetched = check_file(digest_of(part.path), address, size, sha256)
@@ -151,11 +181,16 @@ def _not_stored(path: Path, error: OSError) -> ZooError:
 
 
 def check_file(fetched: Fetched, address: str, size: int | None, sha256: str | None) -> Fetched:
-    """Return a file if it has the expected size and hash; None means unknown.
+    """Return a file if it has the expected size and hash; None means unknown, but no file is empty.
 
     Raises:
         ZooError: it is not the expected file.
     """
+    if not fetched.size:
+        raise ZooError(
+            f"The file from {shown(address)} is empty: the server answered without one. Try again later, or open "
+            "the address in a browser and pass the file that you get to `layercrit zoo fetch ID --from FILE`."
+        )
     if size is not None and fetched.size != size:
         wrong = f"has {fetched.size} bytes, expected {size}"
     elif sha256 is not None and not fetched.sha256.startswith(sha256.lower()):
@@ -163,7 +198,8 @@ def check_file(fetched: Fetched, address: str, size: int | None, sha256: str | N
     else:
         return fetched
     raise ZooError(
-        f"The file from {address} {wrong}. It is not, or no longer, the file that was published, and is not used."
+        f"The file from {shown(address)} {wrong}. It is not, or no longer, the file that was published, and is not "
+        "used."
     )
 
 
@@ -183,7 +219,7 @@ class _Part:
         """The server's validator of the file when this part arrived, if it can be used to resume."""
         try:
             note = read_json(self._note)
-            return str(note["validator"]) if note["address"] == address and self.size else None
+            return str(note["validator"]) if note["address"] == shown(address) and self.size else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -191,7 +227,7 @@ class _Part:
         """Discard what arrived and open an empty part."""
         self.discard()
         if validator is not None:
-            self._note.write_text(json.dumps({"address": address, "validator": validator}), encoding="utf-8")
+            self._note.write_text(json.dumps({"address": shown(address), "validator": validator}), encoding="utf-8")
         return self.path.open("wb")
 
     def discard(self) -> None:
@@ -200,12 +236,12 @@ class _Part:
         self._note.unlink(missing_ok=True)
 
 
-def _bring(part: _Part, address: str, url: str, progress: Progress | None) -> None:
+def _bring(part: _Part, address: str, url: str, size: int | None, progress: Progress | None) -> None:
     """Download until the part is complete; an attempt that got further than any before does not count as failed."""
     failures, most = 0, part.size
     while True:
         try:
-            _attempt(part, address, url, progress)
+            _attempt(part, address, url, size, progress)
             return
         except urllib.error.HTTPError as error:
             error.close()
@@ -221,18 +257,18 @@ def _bring(part: _Part, address: str, url: str, progress: Progress | None) -> No
         most = max(most, part.size)
         if failures > len(_PAUSES):
             raise ZooError(
-                f"{address} could not be downloaded: {_words(reason)}, {failures} times in a row; {part.size} bytes "
-                f"have arrived and are kept. Check the network and run again. Or download {url} by other means and use "
-                "`layercrit zoo fetch ID --from FILE`."
+                f"{shown(address)} could not be downloaded: {_words(reason)}, {failures} times in a row; {part.size} "
+                f"bytes have arrived and are kept. Check the network and run again. Or download {shown(url)} by other "
+                "means and use `layercrit zoo fetch ID --from FILE`."
             ) from reason
         time.sleep(_PAUSES[failures - 1])
 
 
 def _refused(address: str, url: str, error: urllib.error.HTTPError) -> ZooError:
     return ZooError(
-        f"{address}: the server at {urllib.parse.urlsplit(url).netloc} answered {error.code} {error.reason}. The file "
-        f"may have moved, or may need a login: open {url} in a browser, and pass the file that you get to "
-        "`layercrit zoo fetch ID --from FILE`."
+        f"{shown(address)}: the server at {urllib.parse.urlsplit(shown(url)).netloc} answered {error.code} "
+        f"{shown(str(error.reason))}. The file may have moved, or may need a login: open {shown(url)} in a browser, "
+        "and pass the file that you get to `layercrit zoo fetch ID --from FILE`."
     )
 
 
@@ -247,10 +283,12 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        old, new = (urllib.parse.urlsplit(url).scheme for url in (req.full_url, newurl))
-        if new not in ("http", "https") or (old == "https" and new == "http"):
-            raise ZooError(f"{req.full_url} redirects to {newurl}, which is refused: it is not protected by HTTPS.")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        redirects = f"{shown(req.full_url)} redirects to {shown(newurl)}, which is refused: it"
+        if fault := _fault_of(newurl):
+            raise ZooError(f"{redirects} {fault}.")
+        if req.type == "https" and newurl.startswith("http:"):
+            raise ZooError(f"{redirects} is not protected by HTTPS.")
+        return super().redirect_request(req, fp, code, msg, headers, _without_login(newurl)[0])
 
 
 def _opener() -> urllib.request.OpenerDirector:
@@ -260,12 +298,12 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def _attempt(part: _Part, address: str, url: str, progress: Progress | None) -> None:
+def _attempt(part: _Part, address: str, url: str, size: int | None, progress: Progress | None) -> None:
     """Download what is missing over one connection.
 
     Raises:
         ConnectionError: the connection ended before the file did.
-        ZooError: the server answers with a web page.
+        ZooError: the server answers with a web page or another file, or does not end.
     """
     opener = _opener()
     validator = part.validator(address)
@@ -278,17 +316,32 @@ def _attempt(part: _Part, address: str, url: str, progress: Progress | None) -> 
     with response:
         if _is_page(response):
             raise _page(address, _read(response))
-        start = part.size if _continues(response, part, validator) else 0
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length is not None and length.isdecimal() else None
-        _check_room(part.path, total, start)
+        start = part.size if _continues(response, part, validator, address) else 0
+        total = _total(response, start)
+        if total is not None:
+            check_file(Fetched(part.path, total, ""), address, size, None)  # before anything is downloaded for nothing
+            _check_room(part.path, total, start)
         with part.path.open("ab") if start else part.begin(address, _validator(response)) as file:
             while block := _read(response):
+                if file.tell() + len(block) > (most := size or total or _UNDECLARED):
+                    part.discard()
+                    raise ZooError(
+                        f"{shown(address)}: the server goes on sending after {most} bytes, the most that was expected. "
+                        "It is not the file that was published, and is not used."
+                    )
+                if total is None:
+                    _check_room(part.path, file.tell() + len(block), file.tell())
                 file.write(block)
                 if progress is not None:
                     progress(file.tell(), total)
     if total is not None and part.size < total:
         raise ConnectionError(f"the connection ended after {part.size} of {total} bytes")
+
+
+def _total(response: Any, start: int) -> int | None:
+    """The size of the whole file as the server states it; None if it does not."""
+    rest = re.fullmatch(r"\d{1,18}", response.headers.get("Content-Length", ""))
+    return start + int(rest[0]) if rest else None
 
 
 @contextlib.contextmanager
@@ -303,8 +356,25 @@ def _over_the_net() -> Iterator[None]:
 
 
 def _open(opener: urllib.request.OpenerDirector, url: str, headers: dict[str, str]) -> Any:
-    with _over_the_net():
-        return opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT)  # noqa: S310
+    bare, login = _without_login(url)
+    request = urllib.request.Request(bare, headers=headers)  # noqa: S310
+    if login:  # for this server alone, not for those that it redirects to
+        encoded = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {encoded}")
+    try:
+        with _over_the_net():
+            return opener.open(request, timeout=_TIMEOUT)
+    except ZooError:
+        raise
+    except ValueError as error:  # our own address has been checked, so it is that of a redirection
+        raise ZooError(f"{shown(url)} redirects to an address that cannot exist.") from error
+
+
+def _without_login(url: str) -> tuple[str, str]:
+    """Split a URL into one without user name and password, and these."""
+    split = urllib.parse.urlsplit(url)
+    login, at, server = split.netloc.rpartition("@")
+    return (split._replace(netloc=server).geturl(), login) if at else (url, "")
 
 
 def _read(response: Any) -> bytes:
@@ -312,10 +382,16 @@ def _read(response: Any) -> bytes:
         return bytes(response.read(_BLOCK))
 
 
-def _continues(response: Any, part: _Part, validator: str | None) -> bool:
+def _continues(response: Any, part: _Part, validator: str | None, address: str) -> bool:
     """Whether a response is the rest of a file of which a part has arrived."""
-    if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+    if response.status == http.HTTPStatus.OK:
         return False
+    if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+        raise ZooError(
+            f"{shown(address)}: the server answered {response.status} {response.reason}, without a file. Try again "
+            "later, or open the address in a browser and pass the file that you get to `layercrit zoo fetch ID --from "
+            "FILE`."
+        )
     first = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     # A server that ignores If-Range sends the rest of another file, under another name for it.
     if first is None or int(first[1]) != part.size or _validator(response) not in (None, validator):
@@ -361,8 +437,9 @@ def _page(address: str, content: bytes) -> ZooError:
     named = html.unescape(title[1]).strip() if title else ""
     about = f", titled {named[:200]!r}" if named else f", which begins with {text[:80]!r}"
     return ZooError(
-        f"{address}: the server answered with a web page{about}, not with the file. Open the address in a browser "
-        "and pass the file that you get to `layercrit zoo fetch ID --from FILE`, or try again once the quota has reset."
+        f"{shown(address)}: the server answered with a web page{about}, not with the file. Open the address in a "
+        "browser and pass the file that you get to `layercrit zoo fetch ID --from FILE`, or try again once the quota "
+        "has reset."
     )
 
 

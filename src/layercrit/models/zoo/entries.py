@@ -28,7 +28,8 @@ _Positive = Annotated[float, Field(gt=0)]
 
 
 def _fetchable(address: str) -> str:
-    address_of(address)
+    if "@" in address_of(address).partition("//")[2].partition("/")[0]:
+        raise ValueError("an address must have no user name and password; they would be shown and stored")
     return address
 
 

@@ -167,7 +167,7 @@ def fetch_entry(
         with FileLock(entry.path.with_suffix(".lock")):
             if given is None and is_fetched(entry) and _damage(entry) is None:
                 return entry.path
-            hashes = _expected_hashes(entry)
+            hashes = [known or file.sha256 for known, file in zip(_recorded(entry, "sha256"), entry.files, strict=True)]
             paths = [Path(path) for path in given] if given is not None else _fetched(entry, raw, hashes, progress)
             try:
                 _convert(entry, paths, hashes)
@@ -183,10 +183,12 @@ def fetch_entry(
 
 def _fetched(entry: ZooEntry, folder: Path, hashes: Sequence[str | None], progress: Progress | None) -> list[Path]:
     paths = []
-    for number, (file, sha256) in enumerate(zip(entry.files, hashes, strict=True)):
+    sizes = _recorded(entry, "size")
+    for number, (file, sha256, size) in enumerate(zip(entry.files, hashes, sizes, strict=True)):
         words = entry.id if len(entry.files) == 1 else f"{entry.id} ({number + 1} of {len(entry.files)})"
         report = None if progress is None else lambda done, total, words=words: progress(words, done, total)
-        paths.append(fetch(file.address, folder / str(number), sha256=sha256, progress=report).path)
+        size = size if isinstance(size, int) else None  # the record may have been edited
+        paths.append(fetch(file.address, folder / str(number), size=size, sha256=sha256, progress=report).path)
     return paths
 
 
@@ -236,11 +238,11 @@ def _provenance(entry: ZooEntry) -> dict[str, Any] | None:
     return provenance if isinstance(provenance, dict) else None
 
 
-def _expected_hashes(entry: ZooEntry) -> list[str | None]:
-    """The hash of each published file: as it was the first time, else as its publisher states it."""
-    first = (_provenance(entry) or {}).get("files", [])
-    known = {file.get("address"): file.get("sha256") for file in first if isinstance(file, dict)}
-    return [known.get(file.address, file.sha256) for file in entry.files]
+def _recorded(entry: ZooEntry, key: str) -> list[Any]:
+    """What was recorded of each published file the first time; None where nothing was."""
+    files = (_provenance(entry) or {}).get("files", [])
+    known = {file.get("address"): file.get(key) for file in files if isinstance(file, dict)}
+    return [known.get(file.address) for file in entry.files]
 
 
 def _damage(entry: ZooEntry) -> str | None:
