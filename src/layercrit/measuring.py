@@ -115,7 +115,8 @@ def measure(
     get_reset(reset)
     names = distance_names(distances)
     with rng_untouched(), Bar(progress) as bar:
-        opened = open_model(model, input_size=_size_of(images)) if isinstance(model, nn.Module) else open_model(model)
+        size = _size_of(images, model) if isinstance(model, nn.Module) else None
+        opened = open_model(model, input_size=size)
         with untouched(opened.network), large_blocks_stay():
             subject = Subject(protocol, opened, donor)
             probe_set = ProbeSet.from_source(
@@ -241,11 +242,17 @@ def distance_names(distances: str | Iterable[str] | None) -> list[str]:
     return names
 
 
-def _size_of(images: Any) -> tuple[int, int, int] | None:
-    """Return (channels, height, width) of images given as a probe set, a tensor or an array; else None."""
+def _size_of(images: Any, network: nn.Module) -> tuple[int, int, int] | None:
+    """Return (channels, height, width) of images given as a probe set, a tensor or an array; else None.
+
+    Grey images without an axis of channels have as many as the network's first convolution takes, 1 where it has none.
+    """
     if isinstance(images, ProbeSet):
         return images.preprocessing.channels, images.preprocessing.height, images.preprocessing.width
     shape: tuple[int, ...] = tuple(getattr(images, "shape", ()))
+    if len(shape) == 3 and shape[2] not in (1, 3):
+        first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+        return (3 if first is not None and first.in_channels == 3 else 1), shape[1], shape[2]
     if len(shape) != 4:
         return None
     if shape[1] in (1, 3):
