@@ -82,6 +82,7 @@ class Measurement:
             "level": self.record["protocol"]["level"],
             "covers": "nothing" if mean is None else mean.covers,
             **{key: self.record["predictions"][key] for key in ("chance", "temperature", "top1_accuracy")},
+            "guessing_accuracy": self.record["predictions"].get("guessing_accuracy"),
             "n_layers": len(whole),
             "n_layers_in_mean": sum(whole),
             "left_out": [name for name, counts in zip(statuses.index, whole, strict=True) if not counts],
@@ -90,6 +91,7 @@ class Measurement:
             "cells": {str(status): int(n) for status, n in self.cells["status"].value_counts().items()},
             "backend": self.record["backend"],
             "dtype": self.record["dtype"],
+            "warnings": list(self.record.get("warnings", [])),
             "notes": list(self.record["notes"]),
         }
 

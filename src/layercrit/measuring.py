@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,10 @@ from layercrit.machine import versions
 from layercrit.measurement import Measurement
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
+from layercrit.probes.image_sizes import common_size
+from layercrit.probes.opening import open_source
 from layercrit.probes.probe_set import ProbeSet
+from layercrit.probes.sources import ArraySource, ImageSource
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, MATCHED, Protocol
 from layercrit.resets import get_reset
@@ -115,12 +118,13 @@ def measure(
     get_reset(reset)
     names = distance_names(distances)
     with rng_untouched(), Bar(progress) as bar:
-        size = _size_of(images, model) if isinstance(model, nn.Module) else None
-        opened = open_model(model, input_size=size)
+        source = images if isinstance(images, ProbeSet) else open_source(images)
+        opened = _with_input_of(source, model)
         with untouched(opened.network), large_blocks_stay():
             subject = Subject(protocol, opened, donor)
+            bar.say(_intention(subject, protocol))
             probe_set = ProbeSet.from_source(
-                images,
+                source,
                 opened.preprocessing,
                 n_images=protocol.n_images,
                 seed=probe_set_seed(protocol.seed),
@@ -212,6 +216,8 @@ class _Measuring:
                 "donor": subject.donor_in_words,
                 "mean": list(model.mean),
                 "std": list(model.std),
+                "undeclared": list(model.undeclared),
+                "output": model.output_in_words,
                 "n_classes": n_classes,
                 "n_parameters": sum(p.numel() for p in subject.network.parameters()),
             },
@@ -225,6 +231,7 @@ class _Measuring:
             "dtype": session.holder.mode,
             "device": str(subject.device),
             "threads": torch.get_num_threads(),
+            "warnings": session.predictions.warnings(),
             "notes": list(session.notes),
             "versions": versions(),
             "seconds_opening": round(session.holder.seconds_opening, 3),
@@ -242,19 +249,37 @@ def distance_names(distances: str | Iterable[str] | None) -> list[str]:
     return names
 
 
-def _size_of(images: Any, network: nn.Module) -> tuple[int, int, int] | None:
-    """Return (channels, height, width) of images given as a probe set, a tensor or an array; else None.
+def _with_input_of(source: ImageSource | ProbeSet, model: str | Model | nn.Module) -> Model:
+    """Open a model for the size of the images where it declares none, and note which of its input are defaults.
 
-    Grey images without an axis of channels have as many as the network's first convolution takes, 1 where it has none.
+    A network given as an object gets an array or a probe set in the size that its images have, whatever it declares.
     """
-    if isinstance(images, ProbeSet):
-        return images.preprocessing.channels, images.preprocessing.height, images.preprocessing.width
-    shape: tuple[int, ...] = tuple(getattr(images, "shape", ()))
-    if len(shape) == 3 and shape[2] not in (1, 3):
-        first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
-        return (3 if first is not None and first.in_channels == 3 else 1), shape[1], shape[2]
-    if len(shape) != 4:
-        return None
-    if shape[1] in (1, 3):
-        return shape[1], shape[2], shape[3]
-    return (shape[3], shape[1], shape[2]) if shape[3] in (1, 3) else None
+    opened = open_model(model)
+    size, about_size = None, "a default"
+    if isinstance(source, ProbeSet):
+        size = source.preprocessing.height, source.preprocessing.width
+        channels, about_size = source.preprocessing.channels, "that of the probe set"
+    elif "input_size" in opened.undeclared or isinstance(source, ArraySource):
+        size, channels = common_size(source), opened.preprocessing.channels
+        about_size = "the size of all images" if size else "a default, as the images differ in size"
+        if isinstance(source, ArraySource) and not any(isinstance(m, nn.Conv2d) for m in opened.network.modules()):
+            channels = source.n_channels  # no convolution says how many the network takes
+    as_they_are = isinstance(model, nn.Module) and isinstance(source, ArraySource | ProbeSet)
+    if size and (as_they_are or "input_size" in opened.undeclared):
+        sized = open_model(opened, input_size=(channels, *size))
+        height, width = size
+        unchanged = replace(sized.preprocessing, resize=height if height == width else size)  # images of this size are
+        opened = replace(sized, preprocessing=unchanged, undeclared=opened.undeclared)
+    note = opened.undeclared_in_words(about_size)
+    return replace(opened, notes=(*opened.notes, note)) if note else opened
+
+
+def _intention(subject: Subject, protocol: Protocol) -> str:
+    """Say what will be measured, before it takes its time."""
+    model, size = subject.model, subject.model.preprocessing
+    resized = "" if size.resize is None else f", resized to {size.resize} ({size.interpolation})"
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (model.mean, model.std))
+    return (
+        f"{model.reference}: {len(subject.layers)} layers, {subject.n_trials} trials, {protocol.n_images:,} images at "
+        f"most, of {size.channels} x {size.height} x {size.width} pixels{resized}; mean {mean}; std {std}"
+    )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
+from scipy.special import bdtrc, stdtrit
 
 from layercrit.errors import ProtocolError
 
@@ -207,6 +207,21 @@ def _two_way(values: npt.NDArray[np.float64], level: float) -> tuple[float, floa
 def _t_quantile(level: float, df: float) -> float:
     """Return how many standard errors the interval reaches to either side of the mean."""
     return float(stdtrit(df, 0.5 + level / 2))
+
+
+def p_of_guessing(n_right: int, n_images: int, share: float) -> float:
+    """Return the probability that guessing names at least ``n_right`` of ``n_images`` right (exact binomial).
+
+    Args:
+        n_right: how many images were named right.
+        n_images: of how many.
+        share: the probability of guessing one image right, in [0, 1].
+
+    Example:
+        >>> round(p_of_guessing(n_right=2, n_images=3, share=0.5), 3)
+        0.5
+    """
+    return 1.0 if n_right == 0 else float(bdtrc(n_right - 1, n_images, share))
 
 
 def fit_temperature(logits: "Tensor", entropy: float) -> float:

@@ -1,7 +1,5 @@
-import collections
 import contextlib
 import random
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ from torchvision import transforms
 
 from layercrit.errors import CheckpointError, ModelError
 from layercrit.models.checkpoints import hash_tensors
-from layercrit.models.model import Classifier, Model, logits_of, structure
+from layercrit.models.model import Classifier, Model, structure
 from layercrit.models.sources import explained, written
 from layercrit.probes.images import Preprocessing
 from layercrit.seeds import drawing
@@ -104,66 +102,6 @@ def test_model__sha256_is_that_of_the_state():
     before = model_of(network).sha256
     network.running_mean[0] = 1
     assert model_of(network).sha256 != before
-
-
-# Outputs
-
-
-@dataclass
-class Output:
-    logits: object
-    hidden: object = None
-
-
-Named = collections.namedtuple("Named", "aux logits")
-LOGITS = torch.arange(6.0).reshape(2, 3)
-OTHER = torch.ones(2, 4)
-MAP = torch.ones(2, 3, 4, 4)
-
-
-@pytest.mark.parametrize(
-    "output",
-    [
-        LOGITS,
-        (LOGITS, OTHER),
-        [LOGITS],
-        (MAP, LOGITS),
-        (None, {"not": "looked into"}, LOGITS),
-        {"logits": LOGITS},
-        {"aux": OTHER, "logits": LOGITS},
-        {"out": LOGITS},
-        {"hidden": MAP, "out": LOGITS, "aux": OTHER},
-        collections.OrderedDict(logits=LOGITS),
-        Output(LOGITS),
-        Output(LOGITS, hidden=OTHER),
-        Named(OTHER, LOGITS),
-    ],
-    ids=lambda output: type(output).__name__,
-)
-def test_logits_of__accepts(output):
-    assert logits_of(output) is LOGITS
-
-
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        (MAP, r"returned Tensor with \[\(2, 3, 4, 4\)\]; expected logits of shape \(n_images, n_classes\)"),
-        (torch.ones(3), r"returned Tensor with \[\(3,\)\]"),
-        ((MAP, None), r"returned tuple with \[\(2, 3, 4, 4\), 'NoneType'\]"),
-        ((), r"returned tuple with \[\]"),
-        ({"features": MAP}, r"returned dict with"),
-        ({"logits": MAP, "aux": OTHER}, r"returned dict with \[\(2, 3, 4, 4\)\]"),
-        (Output(None), "returned Output with"),
-        (None, "returned NoneType; expected logits .* as a tensor, in a tuple, list or mapping, or as .logits"),
-        (3.5, "returned float"),
-        (np.ones((2, 3)), "returned ndarray"),
-        (torch.ones(2, 1), "one number per image; expected logits of at least 2 classes"),
-    ],
-    ids=["map", "vector", "tuple", "empty", "dict", "logits-map", "object", "none", "float", "numpy", "one-class"],
-)
-def test_logits_of__refuses(output, message):
-    with pytest.raises(ModelError, match=message):
-        logits_of(output)
 
 
 # Helpers of sources

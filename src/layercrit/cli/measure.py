@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from layercrit.cli.printing import number, percent, plain, print_table
+from layercrit.cli.printing import number, percent, plain, print_table, print_warnings
 from layercrit.cli.registered import ModelCommand, RegisteredOption
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, DTYPES
@@ -226,6 +226,7 @@ def _show(measurement: "Measurement", as_json: bool, folder: Path) -> None:
         rows = json.loads(table.to_json(orient="records", double_precision=15))
         click.echo(json.dumps({**summary, "layers": rows, "folder": str(folder)}, allow_nan=False))
         return
+    print_warnings(summary["warnings"])
     print_table(_layer_table(table, summary))
     for line in _summary_lines(summary):
         click.echo(line)
@@ -271,7 +272,9 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
     if summary["chance"] is not None:
         lines.append(f"an unrelated prediction would give {1 - summary['chance']:.3f}, not 1")
     if summary["top1_accuracy"] is not None:
-        lines.append(f"top-1 accuracy before any reset {100 * summary['top1_accuracy']:.1f}%")
+        guessing = summary["guessing_accuracy"]
+        than = "" if guessing is None else f"; guessing would give {100 * guessing:.1f}%"
+        lines.append(f"top-1 accuracy before any reset {100 * summary['top1_accuracy']:.1f}%{than}")
     bad = {status: n for status, n in summary["cells"].items() if status != "ok"}
     if bad:
         counts = ", ".join(f"{n} {status}" for status, n in bad.items())

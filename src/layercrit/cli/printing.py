@@ -1,8 +1,11 @@
 """How tables and numbers are printed on a terminal."""
 
+from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["duration", "number", "percent", "plain", "print_table"]
+import click
+
+__all__ = ["duration", "number", "percent", "plain", "print_table", "print_warnings"]
 
 
 def duration(seconds: float) -> str:
@@ -28,6 +31,12 @@ def plain(text: str) -> Any:
     from rich.text import Text
 
     return Text(text)
+
+
+def print_warnings(warnings: Iterable[str], err: bool = False) -> None:
+    """Print what puts the numbers below it in doubt."""
+    for text in warnings:
+        click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {text}.\n", err=err)
 
 
 def print_table(table: Any) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from layercrit.cli.printing import print_warnings
 from layercrit.cli.registered import RegisteredOption
 
 # Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
@@ -71,8 +72,10 @@ def report_command(
     from layercrit.reporting.reports import report
     from layercrit.study.tables import load_study
 
+    study = load_study(folder)
+    print_warnings(study.warnings, err=True)
     written = report(
-        load_study(folder),
+        study,
         out,
         figures=None if figures == ["all"] else figures,
         formats=formats,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from layercrit.cli.printing import duration, number, percent, plain, print_table
+from layercrit.cli.printing import duration, number, percent, plain, print_table, print_warnings
 from layercrit.errors import StudyError
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
@@ -106,6 +106,7 @@ def status_command(folder: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(status, allow_nan=False))
         return
+    print_warnings(found.warnings)
     _show_progress(found.progress())
     left = f", about {duration(status['seconds_left'])} left" if status["seconds_left"] else ""
     known = " planned so far" if status["not_opened"] else ""
@@ -193,6 +194,7 @@ def _show_means(found: "Study") -> None:
 
     level = f"{100 * found.level:g}%"
     means = found.by_model()
+    print_warnings(found.warnings)
     table = Table(
         title=plain(found.record.get("name", found.folder.name)), title_justify="left", box=None, pad_edge=False
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from layercrit.cli.printing import number, percent, plain, print_table
+from layercrit.cli.printing import number, percent, plain, print_table, print_warnings
 from layercrit.cli.registered import RegisteredOption
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
@@ -92,7 +92,9 @@ def compare_command(
     from layercrit.study.tables import load_study
 
     names = [name for name in leave_out if name] if leave_out else None
-    comparison = compare(load_study(folder), baseline=baseline, leave_out=names, reset=reset)
+    study = load_study(folder)
+    comparison = compare(study, baseline=baseline, leave_out=names, reset=reset)
+    print_warnings(study.warnings, err=True)
     if comparison.caution:
         click.echo(f"note: {comparison.caution}", err=True)
     if as_json:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from layercrit.models.model import logits_of
+from layercrit.models.outputs import logits_of
 from layercrit.restoring import attributes_kept
 
 __all__ = ["WeightGraph", "export_graph", "speed_up"]
@@ -79,27 +79,30 @@ class WeightGraph:
 class _Logits(nn.Module):
     """The network with its output reduced to the logits, which is what the graph is to compute."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, read_logits: Callable[[object], Tensor]) -> None:
         super().__init__()
-        self.network = network
+        self.network, self._read_logits = network, read_logits
 
     def forward(self, images: Tensor) -> Tensor:
-        return logits_of(self.network(images))
+        return self._read_logits(self.network(images))
 
 
-def export_graph(network: nn.Module, images: Tensor) -> WeightGraph:
+def export_graph(
+    network: nn.Module, images: Tensor, read_logits: Callable[[object], Tensor] = logits_of
+) -> WeightGraph:
     """Export a network for a fixed batch shape.
 
     Args:
-        network: the network in evaluation mode; its output is anything that `logits_of` understands.
+        network: the network in evaluation mode.
         images: example input, normalised, ``(n_images, channels, height, width)``.
+        read_logits: takes the logits out of what the network returns.
 
     Raises:
         Exception: whatever ``torch.export`` raises for a network it cannot follow, for instance one whose control flow
             depends on the image. The caller takes a slower backend.
     """
     with torch.no_grad(), _quiet(), attributes_kept(network):
-        program = torch.export.export(_Logits(network), (images,)).run_decompositions({})
+        program = torch.export.export(_Logits(network, read_logits), (images,)).run_decompositions({})
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise RuntimeError("the network writes to its own buffers or to its input")

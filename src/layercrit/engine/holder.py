@@ -109,7 +109,10 @@ class ReplayHolder:
         if self._wanted == "auto":
             replay = self._fastest(images)
         else:
-            replay = open_replay(self._subject.network, self._subject.layers, images, cast(Mode, self._wanted))
+            mode = cast(Mode, self._wanted)
+            replay = open_replay(
+                self._subject.network, self._subject.layers, images, mode, self._subject.model.read_logits
+            )
         self.mode = self._wanted = replay.mode
         self.backend = replay.backend
         if replay.note and replay.note not in self._notes:
@@ -120,7 +123,7 @@ class ReplayHolder:
     def _fastest(self, images: Tensor) -> Replay:
         """Return a bfloat16 replay if it pays and its error on one batch is tolerable, else the float32 one."""
         subject = self._subject
-        float32 = open_replay(subject.network, subject.layers, images, "float32")
+        float32 = open_replay(subject.network, subject.layers, images, "float32", subject.model.read_logits)
         if not isinstance(float32, GraphReplay) or not multiplies_bfloat16(subject.device):
             return float32
         flops, after = subject.flops

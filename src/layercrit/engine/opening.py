@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from layercrit.engine.graph import export_graph
 from layercrit.engine.graph_replay import GraphReplay
 from layercrit.engine.recorded_replay import RecordedReplay
-from layercrit.engine.replay import Mode, PlainReplay, Replay
+from layercrit.engine.replay import Mode, PlainReplay, ReadLogits, Replay
 from layercrit.errors import first_line
 from layercrit.layers import Layer
 from layercrit.machine import is_out_of_memory
+from layercrit.models.outputs import logits_of
 
 __all__ = ["open_replay", "reopen"]
 
@@ -26,20 +27,23 @@ _ROUNDING = 1e-4
 _BROKEN: dict[Mode, float] = {"float32": 1e-3, "bfloat16": 0.5}
 
 
-def open_replay(network: nn.Module, layers: Sequence[Layer], images: Tensor, mode: Mode) -> Replay:
+def open_replay(
+    network: nn.Module, layers: Sequence[Layer], images: Tensor, mode: Mode, read_logits: ReadLogits = logits_of
+) -> Replay:
     """Return the fastest replay that reproduces the network's own logits, for its trained weights and for others.
 
     The exported graph must do so bit for bit for ``reference``, and up to rounding for the fast modes. (They differ
     where a network runs another kernel than the exporter writes down, as ``nn.MultiheadAttention`` does.)
 
     Args:
-        network: in evaluation mode; it takes normalised images, and returns anything that `logits_of` understands.
+        network: in evaluation mode; it takes normalised images.
         layers: what may be reset, in depth order.
         images: a batch of normalised images; its shape is the one that sweeps will have.
         mode: one of `MODES`. Backends other than the exported graph have ``reference`` only.
+        read_logits: takes the logits out of what the network returns.
     """
     try:
-        weight_graph = export_graph(network, images)
+        weight_graph = export_graph(network, images, read_logits)
     except Exception as error:  # torch.export documents no base class for what it raises
         if is_out_of_memory(error):
             raise
@@ -47,12 +51,14 @@ def open_replay(network: nn.Module, layers: Sequence[Layer], images: Tensor, mod
     else:
         whole = Layer("", "", tuple(name for name, _ in network.named_parameters()), (), 0)
         rounding = 0.0 if mode == "reference" else _ROUNDING
-        if _agrees(GraphReplay(weight_graph, [whole]), PlainReplay(network, [whole]), images, rounding):
+        if _agrees(
+            GraphReplay(weight_graph, [whole]), PlainReplay(network, [whole], read_logits=read_logits), images, rounding
+        ):
             return _in_mode(GraphReplay(weight_graph, layers), mode, images)
         reason = "the exported network does not reproduce the network's own logits"
-    recorded = RecordedReplay(network, layers, f"recorded outputs instead of an exported graph: {reason}")
+    recorded = RecordedReplay(network, layers, f"recorded outputs instead of an exported graph: {reason}", read_logits)
     both = f"{reason}, and recorded outputs give other logits"
-    plain = PlainReplay(network, layers, f"the plain backend, without reuse: {both}")
+    plain = PlainReplay(network, layers, f"the plain backend, without reuse: {both}", read_logits)
     return recorded if _agrees(recorded, plain, images) else plain
 
 

@@ -15,13 +15,14 @@ from layercrit.engine.replay import Replay
 from layercrit.errors import ModelError
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
-from layercrit.statistics import ChanceLevel, fit_temperature
+from layercrit.statistics import ChanceLevel, fit_temperature, p_of_guessing
 
 __all__ = ["MATCHED_ENTROPY", "Predictions", "predict", "scores_of"]
 
 MATCHED_ENTROPY = 0.1  # of the largest possible entropy, ln(n_classes): what the matched temperature aims at
 _ALIKE = 0.99  # mean cosine between predictions for different images from which a network knows no images apart
 _TEMPERATURE_IMAGES = 512
+_SURELY = 0.05  # level of the test that a network is better than guessing
 _COLUMN_OF_SCORE = {"loss": "loss", "top1": "top1_accuracy", "top5": "top5_accuracy"}
 
 
@@ -36,6 +37,9 @@ class Predictions:
         chance: mean cosine between predictions for different images, in [0, 1]; None for a single image.
         top1_accuracy: share of images whose label is the most probable class; None without labels.
         loss: mean cross-entropy in nats; None without labels.
+        guessing_accuracy: top-1 accuracy of guessing: always the largest class of the images, or any one of the
+            classes; None without labels.
+        p_guessing: probability that guessing is as accurate as the network or more; None without labels.
     """
 
     n_classes: int
@@ -44,6 +48,19 @@ class Predictions:
     chance: float | None
     top1_accuracy: float | None
     loss: float | None
+    guessing_accuracy: float | None = None
+    p_guessing: float | None = None
+
+    def warnings(self) -> list[str]:
+        """Return what puts the whole measurement in doubt, in words; empty if nothing does."""
+        if self.p_guessing is None or self.p_guessing <= _SURELY:
+            return []
+        return [
+            f"top-1 accuracy {self.top1_accuracy:.1%} is no better than guessing ({self.guessing_accuracy:.1%}; exact "
+            f"binomial test, p = {self.p_guessing:.2g}), so these numbers may not be about what the network learned. "
+            "Check that the labels are the model's class numbers, that image size and normalisation (mean, std) are "
+            "those of its training, and that its weights are trained"
+        ]
 
 
 def predict(
@@ -106,7 +123,22 @@ def predict(
         chance=_finite(chance.value),
         top1_accuracy=means.get("top1_accuracy"),
         loss=means.get("loss"),
+        **_against_guessing(means.get("top1_accuracy"), labels, n_classes),
     )
+
+
+def _against_guessing(
+    accuracy: float | None, labels: npt.NDArray[np.int64] | None, n_classes: int
+) -> dict[str, float | None]:
+    """Compare a top-1 accuracy with that of guessing."""
+    if accuracy is None or labels is None:
+        return {}
+    counts = np.unique(labels, return_counts=True)[1]
+    # images of one class only do not tell a network that knows it from one that always names it
+    largest = counts.max() / len(labels) if len(counts) > 1 else 0.0
+    share = max(1 / n_classes, float(largest))
+    p = p_of_guessing(round(accuracy * len(labels)), len(labels), share)
+    return {"guessing_accuracy": share, "p_guessing": p}
 
 
 def scores_of(logits: Tensor, labels: npt.NDArray[np.int64] | None, start: int) -> dict[str, Tensor]:

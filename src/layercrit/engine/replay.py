@@ -1,7 +1,7 @@
 """The interface of backends that predict after resets, and the plain one, which swaps the weights."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from layercrit.layers import Layer
-from layercrit.models.model import logits_of
+from layercrit.models.outputs import logits_of
 from layercrit.restoring import holding
 
-__all__ = ["MODES", "Mode", "PlainReplay", "Replay", "Values"]
+__all__ = ["MODES", "Mode", "PlainReplay", "ReadLogits", "Replay", "Values"]
 
 Mode = Literal["reference", "float32", "bfloat16"]
 MODES = ("reference", "float32", "bfloat16")
 
 Values = Mapping[str, Tensor]
+ReadLogits = Callable[[object], Tensor]  # takes the logits out of what a network returned
 
 
 class Replay(ABC):
@@ -65,9 +66,11 @@ class PlainReplay(Replay):
 
     backend = "plain"
 
-    def __init__(self, network: nn.Module, layers: Sequence[Layer], note: str = "") -> None:
+    def __init__(
+        self, network: nn.Module, layers: Sequence[Layer], note: str = "", read_logits: ReadLogits = logits_of
+    ) -> None:
         super().__init__(layers, "reference", note)
-        self.network = network
+        self.network, self._read_logits = network, read_logits
 
     @override
     def prepare(self, layer: Layer, values: Values) -> Values:
@@ -83,4 +86,4 @@ class PlainReplay(Replay):
     def run(self, values: Values, images: Tensor) -> Tensor:
         """Return the logits of one forward pass with some values in place of the trained ones."""
         with torch.no_grad(), holding(self.network, values):
-            return logits_of(self.network(images))
+            return self._read_logits(self.network(images))

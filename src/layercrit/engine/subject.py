@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -16,6 +17,7 @@ from layercrit.errors import LayercritError, ModelError, first_line
 from layercrit.layers import Group, Layer, find_layers, select_layers
 from layercrit.machine import find_device
 from layercrit.models.model import Classifier, Model
+from layercrit.models.outputs import are_probabilities, missing_head
 from layercrit.protocol import Protocol
 from layercrit.resets import donor_values, draw_values, get_reset, given_donor
 from layercrit.seeds import trial_seed
@@ -41,7 +43,7 @@ class Subject:
     """The network under measurement.
 
     Attributes:
-        model: as opened.
+        model: as opened; where its outputs turned out to be probabilities, ``probabilities`` says so.
         device: where the network runs.
         network: in evaluation mode on that device; a copy where it was on another.
         layers: what is reset, in depth order.
@@ -56,6 +58,7 @@ class Subject:
         if any(t.device != self.device for t in chain(self.network.parameters(), self.network.buffers())):
             self.network = copy.deepcopy(self.network).to(self.device)
         self._classifier = Classifier(self.network, model.mean, model.std)
+        self.model, self._notes_of_output = self._with_clear_output(model)
         self.layers = select_layers(
             self._all_layers(), types=protocol.types, patterns=protocol.layers, group=cast(Group, protocol.group)
         )
@@ -88,7 +91,7 @@ class Subject:
 
     def notes(self) -> list[str]:
         """Return what the user should know, in words."""
-        notes = []
+        notes = [*self.model.notes, *self._notes_of_output]
         if self.n_trials < self._protocol.trials:
             which = "with one given donor" if self._reset.random else f"of the reset {self._reset.name!r}"
             notes.append(f"one trial instead of {self._protocol.trials}: all trials {which} are the same")
@@ -126,10 +129,46 @@ class Subject:
                 float(torch.stack(squares).sum().sqrt()),
             )
 
+    def _with_clear_output(self, model: Model) -> tuple[Model, list[str]]:
+        """Return the model with its output checked, and notes on it.
+
+        Raises:
+            ModelError: it seems to have no classification head.
+        """
+        black = model.black_image
+        noise = torch.randint(0, 256, (2, *black.shape[1:]), generator=torch.Generator().manual_seed(0))
+        with self._explained(), torch.no_grad():
+            logits = model.read_logits(self.network(self.normalise(torch.cat([black, noise.to(torch.uint8)]))))
+            n_classes = logits.shape[1]
+            reason = missing_head(self.network, self.normalise(black), n_classes) if model.output is None else None
+        if reason is not None:
+            raise ModelError(
+                f"{model.reference!r} seems to have no classification head ({reason}), so that its {n_classes} outputs "
+                "would be features, not logits. Open it with its head; if these are logits, say so: output='logits' "
+                "(open_model(..., output='logits'), or '?output=logits' in a reference)."
+            )
+        if model.probabilities and not are_probabilities(logits.exp()):
+            raise ModelError(
+                f"{model.reference!r} does not return probabilities: output='probabilities' was asked for, but its "
+                "outputs are not non-negative with a sum of 1. Leave it out."
+            )
+        if model.probabilities or not are_probabilities(logits):
+            return model, []
+        return replace(model, probabilities=True), [
+            "the model's outputs are probabilities (non-negative, with a sum of 1), as after a softmax: their "
+            "logarithms are taken as logits"
+        ]
+
     def _all_layers(self) -> list[Layer]:
         """Find the layers on a black image, so that a wrong setting shows before any image is decoded."""
-        try:
+        with self._explained():
             return find_layers(self.network, self.normalise(self.model.black_image))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say what to do where the network cannot run on an image of its size."""
+        try:
+            yield
         except LayercritError:
             raise
         except Exception as error:  # a network's own code raises what it likes

@@ -228,29 +228,38 @@ class _Transformers(ModelSource):
                     )
             else:
                 network = build()
-            mean, std, shape = _hf_input(where, config)
+            given = _hf_input(where, config)
+            mean, std, shape = given or _hf_undeclared(config)
         name = type(network).__name__
         initialiser = f"transformers.AutoModelForImageClassification.from_config ({name})"
         architecture = f"hf:{name}-{structure(network)}"
-        return Model(f"hf:{rest}", architecture, network.eval(), mean, std, shape, build, initialiser)
+        return Model(
+            f"hf:{rest}", architecture, network.eval(), mean, std, shape, build, initialiser,
+            undeclared=() if given else ("mean", "std"),
+        )  # fmt: skip
 
     def is_here(self, rest: str) -> bool:
         return Path(rest).expanduser().is_dir() or _in_hub_cache(rest, None)
 
 
-def _hf_input(where: str, config: Any) -> ImageInput:
+def _hf_undeclared(config: Any) -> ImageInput:
+    """The configuration's image size, and pixels in [0, 1] without normalisation."""
+    channels, side = getattr(config, "num_channels", 3), getattr(config, "image_size", 224)
+    height, width = (side, side) if isinstance(side, int) else side
+    shape = Preprocessing(channels=channels, height=height, width=width, resize=max(height, width))
+    return (0.0,) * channels, (1.0,) * channels, shape
+
+
+def _hf_input(where: str, config: Any) -> ImageInput | None:
     """Mean, standard deviation and geometry of a transformers image processor, checked against its output.
 
-    A local folder without a processor: the configuration's image size, and pixels in [0, 1] without normalisation.
+    None for a local folder without a processor.
     """
     import transformers
 
     folder = Path(where)
     if folder.is_dir() and not any((folder / f"{name}_config.json").exists() for name in ("preprocessor", "processor")):
-        channels, side = getattr(config, "num_channels", 3), getattr(config, "image_size", 224)
-        height, width = (side, side) if isinstance(side, int) else side
-        shape = Preprocessing(channels=channels, height=height, width=width, resize=max(height, width))
-        return (0.0,) * channels, (1.0,) * channels, shape
+        return None
     auto: Any = transformers.AutoImageProcessor
     processor = auto.from_pretrained(where, trust_remote_code=False)
     settings = processor.to_dict()

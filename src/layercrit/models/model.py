@@ -1,7 +1,7 @@
 """A trained network with what is needed to show it images."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -9,11 +9,14 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from layercrit.errors import ModelError
 from layercrit.models.checkpoints import hash_tensors
+from layercrit.models.outputs import Output, logits_of, reader_of
 from layercrit.probes.images import Preprocessing
 
-__all__ = ["Classifier", "Model", "logits_of", "structure"]
+__all__ = ["INPUT", "Classifier", "Model", "structure"]
+
+INPUT = ("input_size", "mean", "std")
+"""What a model should say about its input, and what a reference's options replace."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,10 @@ class Model:
         build: makes the network with its own initialiser's values, drawn from PyTorch's global generator; None when
             only a finished network was given.
         initialiser: what ``build`` does, in words.
+        output: which part of the network's output are the logits, as `open_model` takes it; None: it leaves no choice.
+        probabilities: whether that part are probabilities, whose logarithms then stand for logits.
+        undeclared: which of `INPUT` neither the model nor the user has said, so that they are defaults.
+        notes: what a reader of results has to know about how it was opened, in words.
     """
 
     reference: str
@@ -40,6 +47,10 @@ class Model:
     preprocessing: Preprocessing
     build: Callable[[], nn.Module] | None
     initialiser: str
+    output: Output | None = None
+    probabilities: bool = False
+    undeclared: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def sha256(self) -> str:
@@ -49,7 +60,41 @@ class Model:
     @cached_property
     def classifier(self) -> "Classifier":
         """The network from uint8 images to logits; it shares the parameters of ``network``."""
-        return Classifier(self.network, self.mean, self.std).eval()
+        return Classifier(self.network, self.mean, self.std, self.read_logits).eval()
+
+    @cached_property
+    def read_logits(self) -> Callable[[object], Tensor]:
+        """What takes the logits ``(n_images, n_classes)`` out of what the network returns."""
+        return reader_of(self.output, self.probabilities)
+
+    @property
+    def output_in_words(self) -> str:
+        """Which part of the network's output are the logits, as text that is equal for equal choices."""
+        name = f"{self.output.__module__}.{self.output.__qualname__}" if callable(self.output) else str(self.output)
+        return f"{'logits' if self.output is None else name}{', probabilities' if self.probabilities else ''}"
+
+    def undeclared_in_words(self, about_size: str = "") -> str | None:
+        """Return which of the model's input settings are defaults, and how to set them; None if all are declared.
+
+        Args:
+            about_size: why the image size is what it is, in words.
+        """
+        if not self.undeclared:
+            return None
+        size = self.preprocessing
+        why = f" ({about_size})" if about_size else ""
+        scaled = set(self.mean) == {0.0} and set(self.std) == {1.0}
+        values = {
+            "input_size": f"{size.height} x {size.width} pixels{why}",
+            "mean": "mean 0" if scaled else f"mean {self.mean}",
+            "std": "std 1, that is, no normalisation" if scaled else f"std {self.std}",
+        }
+        shown = ", ".join(values[name] for name in INPUT if name in self.undeclared)
+        options = "&".join(f"{name}=..." for name in INPUT if name in self.undeclared)
+        return (
+            f"the model does not declare its input; a default was used: {shown}. Give what it was trained with: "
+            f"'?{options}' in the reference, or open_model(..., {options.replace('&', ', ')})"
+        )
 
     @property
     def black_image(self) -> Tensor:
@@ -77,9 +122,15 @@ class Classifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        read_logits: Callable[[object], Tensor] = logits_of,
+    ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self._read_logits = network, read_logits
         device = next((t.device for t in chain(network.parameters(), network.buffers())), torch.device("cpu"))
         for name, values in (("mean", mean), ("std", std)):
             shaped = torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)  # (1, channels, 1, 1)
@@ -87,7 +138,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``(n_images, n_classes)`` of uint8 images ``(n_images, channels, height, width)``."""
-        return logits_of(self.network(self.normalise(images)))
+        return self._read_logits(self.network(self.normalise(images)))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Return what the network is given for uint8 images ``(n_images, channels, height, width)``, float32.
@@ -96,42 +147,6 @@ class Classifier(nn.Module):
         """
         pixels = images.to(torch.float32).div(255)
         return pixels.sub(self.mean).div(self.std)
-
-
-def logits_of(output: object) -> Tensor:
-    """Find the logits ``(n_images, n_classes)`` in what a network returned.
-
-    Args:
-        output: a tensor; an object with ``.logits``; a mapping, of which ``"logits"`` or else the first
-            two-dimensional tensor is taken; a tuple or list, of which the first two-dimensional tensor is taken.
-
-    Raises:
-        ModelError: it is none of these, or has fewer than two classes.
-    """
-    candidates: Iterable[object]
-    if isinstance(output, Tensor):
-        candidates = [output]
-    elif hasattr(output, "logits"):
-        candidates = [output.logits]
-    elif isinstance(output, Mapping):
-        candidates = [output["logits"]] if "logits" in output else output.values()
-    elif isinstance(output, tuple | list):
-        candidates = output
-    else:
-        raise ModelError(
-            f"The network returned {type(output).__name__}; expected logits (n_images, n_classes) as a tensor, in a "
-            "tuple, list or mapping, or as .logits. Wrap it in a module that returns its logits."
-        )
-    for candidate in candidates:
-        if isinstance(candidate, Tensor) and candidate.dim() == 2:
-            if candidate.shape[1] < 2:
-                raise ModelError("The network returned one number per image; expected logits of at least 2 classes.")
-            return candidate
-    shapes = [tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__ for c in candidates]
-    raise ModelError(
-        f"The network returned {type(output).__name__} with {shapes}; expected logits of shape (n_images, n_classes). "
-        "Wrap it in a module that returns its logits."
-    )
 
 
 def structure(network: nn.Module) -> str:

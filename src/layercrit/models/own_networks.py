@@ -16,7 +16,7 @@ from torch import nn
 
 from layercrit.errors import ModelError, first_line, near
 from layercrit.models.hubs import timm_input
-from layercrit.models.model import Model, structure
+from layercrit.models.model import INPUT, Model, structure
 from layercrit.models.sources import ModelSource, explained, model_source, written
 from layercrit.probes.images import Preprocessing
 from layercrit.seeds import drawing
@@ -58,9 +58,11 @@ def _described(
     """A model of any network: with timm's own settings if it has them, else 224 x 224 pixels, not normalised."""
     if isinstance(getattr(network, "pretrained_cfg", None), dict):
         mean, std, shape = timm_input(network, {})
-    else:
-        mean, std, shape = (0.0,) * 3, (1.0,) * 3, Preprocessing()
-    return Model(reference, architecture, network.eval(), mean, std, shape, build, initialiser)
+        return Model(reference, architecture, network.eval(), mean, std, shape, build, initialiser)
+    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = 1 if first is not None and first.in_channels == 1 else 3
+    mean, std, shape = (0.0,) * channels, (1.0,) * channels, Preprocessing(channels=channels)
+    return Model(reference, architecture, network.eval(), mean, std, shape, build, initialiser, undeclared=INPUT)
 
 
 @model_source("py")

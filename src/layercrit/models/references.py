@@ -3,9 +3,10 @@
 A model reference is ``kind:name``, with options after a question mark: ``kind:name?option=value&option=value``. The
 kinds are those of `layercrit.models.sources.MODEL_SOURCES`.
 
-Options of every kind: ``mean``, ``std`` and ``input_size`` (see `open_model`), ``pretrained=false`` for fresh weights
-and ``seed`` (default 0), under which those are drawn, so that equal references give equal weights. All other options
-are passed on to the library's constructor, as ``num_classes=10`` is. Values are Python literals or plain words.
+Options of every kind: ``mean``, ``std``, ``input_size`` and ``output`` (see `open_model`), ``pretrained=false`` for
+fresh weights and ``seed`` (default 0), under which those are drawn, so that equal references give equal weights. All
+other options are passed on to the library's constructor, as ``num_classes=10`` is. Values are Python literals or plain
+words.
 """
 
 import math
@@ -19,8 +20,9 @@ import layercrit.models.hubs
 import layercrit.models.zoo.source  # noqa: F401 - these register their kinds of references
 from layercrit.errors import ModelError
 from layercrit.models.model import Model
+from layercrit.models.outputs import Output
 from layercrit.models.own_networks import given_model
-from layercrit.models.sources import Progress, open_reference, parse, with_input, written
+from layercrit.models.sources import Progress, open_reference, parse, with_input, with_output, written
 
 __all__ = ["fetch", "is_here", "open_model", "without_weights"]
 
@@ -31,11 +33,14 @@ def open_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     input_size: tuple[int, int, int] | None = None,
+    output: Output | None = None,
 ) -> Model:
     """Open a model, without changing any global random state or a given network.
 
-    A network given as an object is used as it is if in evaluation mode, and copied if in training mode. Unless it is
-    timm's and says otherwise, it gets 224 x 224 pixels in [0, 1] without normalisation.
+    A network given as an object is used as it is if in evaluation mode, and copied if in training mode. What it does
+    not declare of its input is a default, listed in ``undeclared`` and said beside each result: pixels in [0, 1]
+    without normalisation; and 224 x 224 of them, but in `layercrit.measure` the size that all images have, if they
+    have one.
 
     Args:
         reference: a model reference (see the module), a network, or an opened model.
@@ -43,6 +48,9 @@ def open_model(
         std: replaces the standard deviation of each channel.
         input_size: replaces ``(channels, height, width)``; images are then resized to just cover it. A
             mean or standard deviation that is the same for all channels is kept for the new number of channels.
+        output: which part of what the network returns are its logits ``(n_images, n_classes)``: a position in a tuple
+            or list, a name in a mapping or of an attribute (``logits``: a tensor as it is), a function that returns
+            them, or ``probabilities`` if a softmax is part of the network. Needed where that is not clear.
 
     Raises:
         ModelError: the reference is unknown, its weights are not available, or the arguments do not fit together.
@@ -58,7 +66,7 @@ def open_model(
         raise ModelError(
             f"Expected a model reference such as 'timm:resnet50', or a network; got {type(reference).__name__}."
         )
-    model = with_input(model, mean, std, input_size)
+    model = with_output(with_input(model, mean, std, input_size), output)
     channels = model.preprocessing.channels
     for name, values in (("mean", model.mean), ("std", model.std)):
         if len(values) != channels:
@@ -84,14 +92,15 @@ def without_weights(reference: str, keep: Collection[str] = ()) -> str:
 
     Args:
         reference: a model reference.
-        keep: which of the options that belong to the weights to keep: ``seed``, ``mean``, ``std``, ``input_size``.
+        keep: which of the options that belong to the weights to keep: ``seed``, ``mean``, ``std``, ``input_size``,
+            ``output``.
 
     Raises:
         LayercritError: the reference is unknown, or a file's architecture is not given.
     """
     source, rest, options = parse(reference)
     name, options = source.architecture(rest, options)
-    of_weights = {"seed", "mean", "std", "input_size"} - set(keep)
+    of_weights = {"seed", "mean", "std", "input_size", "output"} - set(keep)
     options = {option: value for option, value in options.items() if option not in of_weights}
     return f"{name}{written({**options, 'pretrained': False})}"
 

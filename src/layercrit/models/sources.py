@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from layercrit.errors import LayercritError, ModelError, first_line, near
 from layercrit.models.model import Model
+from layercrit.models.outputs import PROBABILITIES, Output, reader_of
 from layercrit.registry import Registry
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "open_reference",
     "parse",
     "with_input",
+    "with_output",
     "written",
 ]
 
@@ -46,7 +48,7 @@ class ModelSource(ABC):
         Args:
             rest: the text between ``kind:`` and the question mark.
             options: the reference's options, to be consumed; with ``pretrained`` false, the weights are fresh, drawn
-                under ``seed``. The caller handles ``mean``, ``std`` and ``input_size``.
+                under ``seed``. The caller handles ``mean``, ``std``, ``input_size`` and ``output``.
         """
 
     def architecture(self, rest: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -105,11 +107,12 @@ def open_reference(reference: str, extra: Mapping[str, Any] | None = None) -> Mo
     """
     source, rest, options = parse(reference)
     options |= extra or {}
-    mean, std, input_size = (options.pop(name, None) for name in ("mean", "std", "input_size"))
+    mean, std, input_size, output = (options.pop(name, None) for name in ("mean", "std", "input_size", "output"))
     model = source.open(rest, options)
     if not isinstance(model, Model):
         raise ModelError(f"The source of {source.kind!r} returned {type(model).__name__}; expected a layercrit Model.")
-    return replace(with_input(model, mean, std, input_size), reference=reference)
+    model = with_output(with_input(model, mean, std, input_size), output)
+    return replace(model, reference=reference)
 
 
 def parse(reference: str) -> tuple[ModelSource, str, dict[str, Any]]:
@@ -156,7 +159,7 @@ def _literal(text: str) -> Any:
 
 
 def with_input(model: Model, mean: object, std: object, input_size: object) -> Model:
-    """Return the model with another normalisation and image size; None leaves each as it is.
+    """Return the model with a normalisation and image size that somebody chose; None leaves each as it is.
 
     Raises:
         ModelError: they are not of the form that `open_model` takes.
@@ -174,7 +177,23 @@ def with_input(model: Model, mean: object, std: object, input_size: object) -> M
     stds = model.std if std is None else _numbers("std", std)
     if input_size is not None:
         means, stds = (v[:1] * shape.channels if len(set(v)) == 1 else v for v in (means, stds))
-    return replace(model, mean=means, std=stds, preprocessing=shape)
+    given = {"mean": mean, "std": std, "input_size": input_size}
+    undeclared = tuple(name for name in model.undeclared if given[name] is None)
+    return replace(model, mean=means, std=stds, preprocessing=shape, undeclared=undeclared)
+
+
+def with_output(model: Model, output: Output | None) -> Model:
+    """Return the model with another choice of what its logits are; None leaves it as it is.
+
+    Raises:
+        ModelError: it is not of the form that `open_model` takes.
+    """
+    if output is None:
+        return model
+    if output == PROBABILITIES:
+        return replace(model, probabilities=True)
+    reader_of(output)
+    return replace(model, output=output)
 
 
 def _numbers(name: str, values: object) -> tuple[float, ...]:

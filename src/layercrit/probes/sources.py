@@ -205,6 +205,11 @@ class ArraySource(ImageSource):
         if self._labels is not None:
             self.label_origin = "stored with the images"
 
+    @property
+    def n_channels(self) -> int:
+        """How many channels the images have: 1 or 3."""
+        return 1 if self._images.ndim == 3 else 3
+
     def __len__(self) -> int:
         return len(self._images)
 

@@ -92,7 +92,7 @@ def _filled(study: Study, comparison: Comparison) -> str:
         policy=html.escape(policy, quote=True).replace("&#x27;", "'"),
         style=(web / "page.css").read_text(encoding="utf-8"),
         facts=html.escape(_facts(study, comparison)),
-        cautions=_cautions(comparison),
+        cautions=_cautions(study, comparison),
         about_differences=html.escape(_about_differences(study, comparison)),
         correlations=_correlations(comparison),
         methods=_methods(study, comparison),
@@ -141,8 +141,9 @@ def _facts(study: Study, comparison: Comparison) -> str:
     )
 
 
-def _cautions(comparison: Comparison) -> str:
-    parts = [f"<p><strong>{html.escape(claim)}</strong> {html.escape(text)}</p>" for claim, text in _CAUTIONS]
+def _cautions(study: Study, comparison: Comparison) -> str:
+    parts = [f"<p><strong>Warning:</strong> {html.escape(text)}.</p>" for text in study.warnings]
+    parts += [f"<p><strong>{html.escape(claim)}</strong> {html.escape(text)}</p>" for claim, text in _CAUTIONS]
     if comparison.models["criticality_matched"].isna().all():
         parts.append(f"<p>{html.escape(_NO_MATCHED)}</p>")
     return f'<aside aria-label="Cautions">{"".join(parts)}</aside>'
@@ -199,7 +200,7 @@ def _methods(study: Study, comparison: Comparison) -> str:
         ("layercrit", metadata.version("layercrit")),
     ]
     listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in about)
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(_notes(comparison)))
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(_notes(study, comparison)))
     return (
         f"<p>{html.escape(_DEFINITION)}</p>"
         + (f"<ul>{notes}</ul>" if notes else "")
@@ -208,8 +209,9 @@ def _methods(study: Study, comparison: Comparison) -> str:
     )
 
 
-def _notes(comparison: Comparison) -> Iterable[str]:
-    return map(_plain, [*comparison.notes, *([comparison.caution] if comparison.caution else [])])
+def _notes(study: Study, comparison: Comparison) -> Iterable[str]:
+    of_models = [f"{', '.join(models)}: {text}" for text, models in study.notes_of_models.items()]
+    return map(_plain, [*comparison.notes, *([comparison.caution] if comparison.caution else []), *of_models])
 
 
 def _hashes(study: Study, comparison: Comparison) -> str:

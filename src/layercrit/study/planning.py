@@ -135,8 +135,8 @@ def _architecture(study: StudyFile, entry: ModelEntry, known: dict[str, _Archite
 
 def _built(study: StudyFile, reference: str) -> _Architecture:
     size, protocol = study.preprocessing, study.protocol
-    still = {"mean": (0.0,) * size.channels, "std": (1.0,) * size.channels}  # what a model's own are costs nothing
-    model = open_model(reference, **still, input_size=(size.channels, size.height, size.width))
+    zeros, ones = (0.0,) * size.channels, (1.0,) * size.channels  # what a model's own are costs nothing
+    model = open_model(reference, mean=zeros, std=ones, input_size=(size.channels, size.height, size.width))
     network = model.network
     normalise = Classifier(network, model.mean, model.std).normalise
     black = model.black_image

@@ -121,6 +121,7 @@ class _Opened:
         return {
             **kept,
             **about,
+            "warnings": Predictions(**kept["predictions"]).warnings() if "predictions" in kept else [],
             "notes": list(dict.fromkeys([*kept.get("notes", []), *notes])),
             "n_images": self.probe_set.n_images,
             "flops_per_image": self._flops,
@@ -161,6 +162,7 @@ class _Opened:
             "dtype": session.holder.replay.mode,
             "backend": session.holder.backend,
             "predictions": asdict(session.predictions),
+            "warnings": session.predictions.warnings(),
         }
         return session
 
@@ -209,7 +211,13 @@ class _Opened:
             "labels": self.study.labels and self.probe_set.labels is not None,
             "dtype": self.record["dtype"],
             "distances": sorted(self.study.distances),
+            **self._content_of_output(),
         }
+
+    def _content_of_output(self) -> dict[str, Any]:
+        """Return which output was chosen, if any: those that leave no choice keep the keys they always had."""
+        model = self.subject.model
+        return {"output": model.output_in_words} if model.output is not None or model.probabilities else {}
 
 
 class _Worker:
@@ -317,6 +325,8 @@ def _open_model(entry: ModelEntry, size: Preprocessing) -> tuple[Model, list[str
     shape = (size.channels, size.height, size.width)
     own = open_model(entry.reference, input_size=None if size.channels == 3 else shape)
     model = replace(open_model(own, input_size=shape), preprocessing=size)
+    if undeclared := replace(model, undeclared=own.undeclared).undeclared_in_words("the study's input_size"):
+        return model, [undeclared]
     if own.preprocessing == size:
         return model, []
     return model, [f"its own evaluation differs from the study's pixels: {_in_words(own.preprocessing)}"]

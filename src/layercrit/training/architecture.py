@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from layercrit.errors import ModelError, first_line
-from layercrit.models.model import logits_of
+from layercrit.models.outputs import logits_of
 from layercrit.models.references import open_model
 from layercrit.seeds import seed_of
 from layercrit.training.methods import Inputs

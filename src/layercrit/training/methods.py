@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from layercrit.categories import CATEGORIES
 from layercrit.errors import TrainingError, near
-from layercrit.models.model import logits_of
+from layercrit.models.outputs import logits_of
 from layercrit.registry import Registry
 
 __all__ = [

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from layercrit.errors import TrainingError
 from layercrit.foreign_files import read_json
-from layercrit.models.model import logits_of
+from layercrit.models.outputs import logits_of
 from layercrit.training.batches import held_out_batches, to_device
 from layercrit.training.data import TrainingData
 from layercrit.training.methods import Learner, Method
