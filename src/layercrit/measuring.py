@@ -266,7 +266,10 @@ def _with_input_of(images: Any, labels: LabelsGiven, model: str | Model | nn.Mod
     elif as_they_are or "input_size" in opened.undeclared:
         source = open_images(images, labels)
         size = common_size(source)
-        channels = source.channels if as_they_are and isinstance(source, ArraySource) else opened.preprocessing.channels
+        channels = opened.preprocessing.channels
+        says_channels = any(isinstance(module, nn.Conv2d) for module in opened.network.modules())
+        if isinstance(source, ArraySource) and (as_they_are or not says_channels):
+            channels = source.n_channels
         about_size = "the size of all images" if size else "a default, as the images differ in size"
     if size and (as_they_are or "input_size" in opened.undeclared):
         sized = open_model(opened, input_size=(channels, *size))

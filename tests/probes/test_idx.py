@@ -140,7 +140,10 @@ def lying(*lengths: int) -> bytes:
         ),
         (lying(1, 5, 4), r"is damaged: its header promises 1 x 5 x 4 = 20 bytes, but it has more"),
         (lying(2, 5, 4) + b"\n", r"promises 2 x 5 x 4 = 40 bytes, but it has more"),
-        (lying(2**32 - 1, 2**32 - 1, 2**32 - 1), r"promises 4294967295 x .* bytes, but it cannot have more than [\d,]+\."),
+        (
+            lying(2**32 - 1, 2**32 - 1, 2**32 - 1),
+            r"promises 4294967295 x .* bytes, but it cannot have more than [\d,]+\.",
+        ),
         (lying(0, 5, 4)[:-40], r"no images in '.*': its shape is \(0, 5, 4\)"),
         (lying(7, 0, 4)[:-40], r"no images in '.*': its shape is \(7, 0, 4\)"),
     ],

@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,11 +107,19 @@ class _Factories(ModelSource):
 def _importing_from_here() -> Iterator[None]:
     """Inside, modules of the current directory can be imported, as under ``python -m``."""
     before = list(sys.path)
-    sys.path.insert(0, str(Path.cwd()))
+    with suppress(FileNotFoundError):  # where it was deleted, so no module is in it
+        sys.path.insert(0, str(Path.cwd()))
     try:
         yield
     finally:
         sys.path[:] = before
+
+
+def _here() -> str:
+    try:
+        return str(Path.cwd())
+    except FileNotFoundError:
+        return "the current folder, which was deleted,"
 
 
 def import_here(module: str) -> None:
@@ -135,7 +143,7 @@ def _factory(rest: str) -> Callable[..., Any]:
         package = getattr(sys.modules.get(parent), "__path__", None) if parent else None
         matches = difflib.get_close_matches(last, [found.name for found in pkgutil.iter_modules(package)])
         raise ModelError(
-            f"'py:{rest}': there is no module {error.name!r}, neither in {Path.cwd()} nor among the installed packages."
+            f"'py:{rest}': there is no module {error.name!r}, neither in {_here()} nor among the installed packages."
             + (f" {near(last, matches)}" if matches else "")
         ) from error
     except Exception as error:  # the user's own code, run by importing it

@@ -163,6 +163,8 @@ def read_header(encoded: bytes | Path) -> Image.Image:
         PIL.Image.DecompressionBombError: It has more than twice ``PIL.Image.MAX_IMAGE_PIXELS`` pixels.
     """
     content = encoded if isinstance(encoded, bytes) else read_regular(encoded, LARGEST_IMAGE)
+    if len(content) > LARGEST_IMAGE:
+        raise ValueError(f"it has {len(content):,} bytes, more than {LARGEST_IMAGE:,}")
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:

@@ -53,9 +53,9 @@ def unpacked(arrays: NpzFile, key: str, path: Path) -> npt.NDArray[Any]:
     if (most := _MOST.get(member.compress_type)) is not None:
         check_unpacking(member.file_size, min(member.compress_size, path.stat().st_size), most)
     with packed.open(name) as file:
-        if npy.read_magic(file) != (1, 0):  # type: ignore[no-untyped-call]
+        if npy.read_magic(file) != (1, 0):
             raise ValueError(f"'{key}' is no plain array")
-        shape, _, dtype = npy.read_array_header_1_0(file)  # type: ignore[no-untyped-call]
+        shape, _, dtype = npy.read_array_header_1_0(file)
         promised, there = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
     if promised != there and not dtype.hasobject:
         raise ValueError(f"'{key}' promises {shape} {dtype} = {promised:,} bytes, but contains {there:,}")

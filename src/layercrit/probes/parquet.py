@@ -16,7 +16,8 @@ from layercrit.probes.sources import ImageSource, Item, find_names
 
 __all__ = ["ParquetSource"]
 
-BATCH_ROWS = 64  # Parquet rows in memory at once: a row group can hold gigabytes
+BATCH_ROWS = 64  # rows in memory at once, at most: a row group can hold gigabytes
+BATCH_BYTES = 2**28  # and what they may take where values repeat or compress well
 
 
 class ParquetSource(ImageSource):
@@ -125,7 +126,8 @@ class ParquetSource(ImageSource):
         try:
             # Streamed page by page, so that a row group need not lie in memory whole.
             with pq.ParquetFile(shard, pre_buffer=False, buffer_size=2**20) as file:
-                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column]):
+                n_rows = _rows_at_once(file.metadata.row_group(group), column)
+                for batch in file.iter_batches(n_rows, row_groups=[group], columns=[column]):
                     start, end = end, end + batch.num_rows
                     while row is not None and row < end:
                         yield batch.column(column)[row - start].as_py()
@@ -136,3 +138,18 @@ class ParquetSource(ImageSource):
             raise ProbeError(
                 f"Cannot read row group {group} of '{shard}' ({error}). If it is damaged, download it again."
             ) from error
+
+
+def _rows_at_once(group: Any, column: str) -> int:
+    """Return how many rows of a row group to read at once, by what its metadata say of a column.
+
+    Bytes that cannot be compressed, as those of images, are in the file for each row. But a value of a dictionary is
+    there once for any number of rows, and a value of zeros takes next to nothing. No value is larger than all of these.
+    """
+    larger = 0
+    for chunk in (group.column(number) for number in range(group.num_columns)):
+        if chunk.path_in_schema.partition(".")[0] == column:
+            dictionary = chunk.data_page_offset - (chunk.dictionary_page_offset or chunk.data_page_offset)
+            incompressible = 0.9 * (chunk.total_compressed_size - dictionary)
+            larger += max(0, int(chunk.total_uncompressed_size - incompressible))
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, larger)))

@@ -20,6 +20,7 @@ from PIL import Image
 
 from layercrit.errors import ProbeError
 from layercrit.foreign_files import read_json
+from layercrit.probes.bounds import check_room
 from layercrit.probes.classes import Classes, Labels
 from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.images import STANDARD, Pixels, Preprocessing, decoded, decoded_bytes, read_header
@@ -36,6 +37,7 @@ __all__ = ["MEMORY_LIMIT", "ProbeOptions", "ProbeSet", "Progress"]
 MEMORY_LIMIT = 2**30  # bytes
 _IMAGES, _ABOUT = "images.npy", "probe_set.json"
 _IMAGES_AT_ONCE = 256
+_BYTES_OF_ORDER = 64  # for each image of a source, drawn or not
 _LARGE = 2**28  # bytes of an image, decoded, or of files read ahead
 Progress = Callable[[int, int], None]  # called with the number of images decoded so far, and of those wanted
 
@@ -291,6 +293,11 @@ class ProbeSet:
             return source._fitting(preprocessing)
         _check_settings(n_images, max_unreadable, n_threads)
         opened, found, notes = open_labelled(source, labels, classes)
+        check_room(
+            _BYTES_OF_ORDER * len(opened),
+            f"The order of the {len(opened):,} images of '{opened.description}'",
+            "Give a part of them, such as one shard.",
+        )
         n_wanted = len(opened) if n_images is None else min(n_images, len(opened))
         shape = (n_wanted, preprocessing.channels, preprocessing.height, preprocessing.width)
         store = PixelStore(shape, memory_limit)

@@ -271,13 +271,13 @@ class ArraySource(ImageSource):
         self._images = _channels_last(array, self.description)
         self._labels = stored if labels is None else as_numpy(labels)
 
+    @property
+    def n_channels(self) -> int:
+        """How many channels the images have: 1 or 3."""
+        return 1 if self._images.ndim == 3 else 3
+
     def __len__(self) -> int:
         return len(self._images)
-
-    @property
-    def channels(self) -> int:
-        """How many channels the images have, 1 or 3."""
-        return 3 if self._images.ndim == 4 else 1
 
     def name(self, index: int) -> str:
         """Return the name of the file or array and the position in it."""
