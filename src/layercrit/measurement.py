@@ -135,9 +135,9 @@ class Measurement:
                 self.to_pandas().to_csv(new / "layers.csv", index=False)
                 text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
                 (new / "measurement.json").write_text(text + "\n", encoding="utf-8")
+                _move(new, folder)  # before the figure, so that nothing that goes wrong with it loses the numbers
                 save_figure(self.plot(), new / "criticality")
-                for file in sorted(new.iterdir()):
-                    file.replace(folder / file.name)
+                _move(new, folder)
         except OSError as error:
             raise LayercritError(
                 f"The measurement cannot be written to {folder} ({error.strerror or error}). "
@@ -199,6 +199,11 @@ class Measurement:
         wanted = [name for name in distances if name not in ("cosine", MATCHED)]
         wanted += ["loss", "top1_accuracy", "top5_accuracy", "recovered_accuracy"]
         return [name for name in wanted if name in self.cells.columns]
+
+
+def _move(files: Path, folder: Path) -> None:
+    for file in sorted(files.iterdir()):
+        file.replace(folder / file.name)
 
 
 def _check_together(record: Mapping[str, Any], cells: pd.DataFrame) -> None:
