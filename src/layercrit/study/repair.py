@@ -42,7 +42,7 @@ def repair_study(folder: str | Path) -> tuple[int, Path]:
                 damaged.execute("SELECT count(*) FROM sqlite_master")  # without its schema nothing can be read
                 damaged.text_factory = lambda text: text.decode(errors="surrogateescape")
                 n_kept = store.take_rows({table: _rows(damaged, table) for table in COLUMNS})
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise StudyError(
                 f"Nothing of {folder / FILE} can be read ({error}). Restore the file, or start over in another folder."
             ) from error
@@ -67,7 +67,7 @@ def _rows(connection: sqlite3.Connection, table: str) -> Iterator[tuple[Any, ...
     while misses < _MISSES:
         try:
             found = connection.execute(f"{query} WHERE rowid = ?", (last + 1,)).fetchone()
-        except sqlite3.DatabaseError:
+        except (sqlite3.DatabaseError, UnicodeDecodeError):
             found = None
         last, misses = last + 1, 0 if found else misses + 1
         if found:
@@ -77,5 +77,5 @@ def _rows(connection: sqlite3.Connection, table: str) -> Iterator[tuple[Any, ...
 def _until_damage(connection: sqlite3.Connection, query: str) -> Iterator[tuple[Any, ...]]:
     try:
         yield from connection.execute(query)
-    except sqlite3.DatabaseError:
+    except (sqlite3.DatabaseError, UnicodeDecodeError):
         return

@@ -297,13 +297,15 @@ class Store:
 
         Columns are those of `PlanRow`, of `CellRow` without ``per_image``, and one for each mean.
         """
-        measured = {}
-        for values in self._sound("cells", "WHERE key IN (SELECT key FROM plan)", more=("run",)):
+        position = {row.model: place for place, row in enumerate(self.models())}
+        plan = [row for row in self.plan() if row.model in position]
+        planned, measured = {row.key for row in plan}, {}
+        for values in self._sound("cells", more=("run",)):  # joined here, since an index may be damaged, too
             cell = dict(zip(("run", *COLUMNS["cells"]), values, strict=True))
             del cell["per_image"]
-            measured[cell["key"]] = cell
-        position = {row.model: place for place, row in enumerate(self.models())}
-        plan = [row for row in self.plan() if row.key in measured and row.model in position]
+            if cell["key"] in planned:
+                measured[cell["key"]] = cell
+        plan = [row for row in plan if row.key in measured]
         plan.sort(key=lambda row: (position[row.model], row.reset, row.depth, row.trial))
         found = [{**measured[row.key], **vars(row)} for row in plan]
         rows = [[cell[name] for name in (*_CELL_COLUMNS, "means")] for cell in found]
@@ -373,10 +375,12 @@ class Store:
 
     def drop_damaged(self) -> None:
         """Delete all damaged rows, so that what was in them is measured anew; `damaged` says which they were."""
+        with self._explained():
+            self._connection.execute("REINDEX")
         for table in COLUMNS:
             if table == "plan":  # which has no row numbers, and of which a run makes the rest again
-                if len(list(self._sound("plan"))) < self._rows("SELECT count(*) FROM plan")[0][0]:
-                    self.clear_plan()
+                if len(list(self._sound("plan"))) < self._rows("SELECT count(*) FROM plan NOT INDEXED")[0][0]:
+                    self._connection.execute("DELETE FROM plan")
                 continue
             kept = {row[0] for row in self._sound(table, more=("rowid",))}
             numbers = {number for (number,) in self._rows(f"SELECT rowid FROM {table}")}  # noqa: S608
@@ -439,7 +443,7 @@ class Store:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # also SQLite's own texts about damage may be damaged
             raise StudyError(
                 f"{self.path} cannot be used ({error}). If the disk is full, free some space; if the file is damaged, "
                 f"`layercrit study repair {self.path.parent}` keeps what can be read, or restore it, or start over in "
