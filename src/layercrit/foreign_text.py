@@ -1,8 +1,14 @@
 """Text from outside, such as names, labels and errors of others: what it must not do to a terminal or a spreadsheet."""
 
+import csv
 import re
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["guarded", "unguarded", "visible"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["guarded", "unguarded", "visible", "write_csv"]
 
 # Spreadsheets take a cell that begins so for a formula. The apostrophe that guards it is itself guarded where it stands
 # before such a cell, so that reading what was written gives the text back.
@@ -29,3 +35,10 @@ def guarded(text: str) -> str:
 def unguarded(cell: str) -> str:
     """Return the text of which `guarded` made a cell; other cells are returned as they are."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def write_csv(table: "pd.DataFrame", path: Path) -> None:
+    """Write a table as CSV: texts guarded and in quotes, so that a name such as ``0.10`` is told from a number."""
+    texts = table.select_dtypes(include=["object", "string"])
+    safe = texts.map(lambda cell: guarded(cell) if isinstance(cell, str) else cell)
+    table.assign(**{str(name): safe[name] for name in safe}).to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)

@@ -15,6 +15,7 @@ import pandas as pd
 from layercrit.cell_columns import CELL_COLUMNS, PER_IMAGE
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError, first_line
+from layercrit.foreign_text import write_csv
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.protocol import MATCHED
 from layercrit.statistics import Estimate, estimate, estimate_mean_over_layers
@@ -132,7 +133,7 @@ class Measurement:
             with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
                 new = Path(scratch)
                 cells.to_parquet(new / "cells.parquet", index=False, compression="zstd")
-                self.to_pandas().to_csv(new / "layers.csv", index=False)
+                write_csv(self.to_pandas(), new / "layers.csv")
                 text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
                 (new / "measurement.json").write_text(text + "\n", encoding="utf-8")
                 _move(new, folder)  # before the figure, so that nothing that goes wrong with it loses the numbers

@@ -91,7 +91,10 @@ function byColumn(column, ascending) {
 function asCsv({ columns, rows }) {
   const field = (value) => {
     if (!known(value)) return "";
-    return /[",\r\n]/.test(value) ? `"${String(value).replace(/"/g, '""')}"` : String(value);
+    if (typeof value !== "string") return String(value);
+    // spreadsheets take a cell that begins so for a formula; numbers are not touched
+    const safe = /^'*[=+\-@\t\r]/.test(value) ? `'${value}` : value;
+    return /[",\r\n]/.test(safe) ? `"${safe.replace(/"/g, '""')}"` : safe;
   };
   const lines = [columns.map(({ name }) => name), ...rows.map((row) => columns.map(({ of }) => of(row)))];
   return lines.map((line) => `${line.map(field).join(",")}\r\n`).join("");
