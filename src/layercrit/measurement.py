@@ -136,8 +136,12 @@ class Measurement:
                 write_csv(self.to_pandas(), new / "layers.csv")
                 text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
                 (new / "measurement.json").write_text(text + "\n", encoding="utf-8")
-                _move(new, folder)  # before the figure, so that nothing that goes wrong with it loses the numbers
-                save_figure(self.plot(), new / "criticality")
+                try:
+                    save_figure(self.plot(), new / "criticality")
+                except Exception as error:
+                    if not isinstance(error, OSError):  # what goes wrong with the picture must not lose the numbers
+                        _move(new, folder)
+                    raise
                 _move(new, folder)
         except OSError as error:
             raise LayercritError(
