@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from layercrit.comparison import Comparison, compare
 from layercrit.errors import StudyError
+from layercrit.foreign_text import write_csv
 from layercrit.reporting.findings import describe_family
 from layercrit.reporting.reports import report
 from layercrit.study.file import read_study_file
@@ -142,8 +143,8 @@ def run_demo(folder: Path, say: Callable[[str], Any] = print) -> DemoResult:
     comparison = compare(study)
     findings = describe_family(comparison, _budgets(study))
     (folder / "findings.txt").write_text(findings + "\n", encoding="utf-8")
-    study.by_model().to_csv(folder / "models.csv", index=False)
-    study.to_pandas().to_csv(folder / "layers.csv", index=False)
+    write_csv(study.by_model(), folder / "models.csv")
+    write_csv(study.to_pandas(), folder / "layers.csv")
     say("Plotting the figures and writing the page ...")
     report(study, folder)
     return DemoResult(study, comparison, findings, folder)

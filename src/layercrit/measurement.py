@@ -16,6 +16,7 @@ from layercrit.cell_columns import CELL_COLUMNS, PER_IMAGE
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError, first_line
 from layercrit.foreign_files import read_json
+from layercrit.foreign_text import write_csv
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.protocol import MATCHED
 from layercrit.statistics import Estimate, estimate, estimate_mean_over_layers
@@ -135,12 +136,16 @@ class Measurement:
             with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
                 new = Path(scratch)
                 cells.to_parquet(new / "cells.parquet", index=False, compression="zstd")
-                self.to_pandas().to_csv(new / "layers.csv", index=False)
+                write_csv(self.to_pandas(), new / "layers.csv")
                 text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
                 (new / "measurement.json").write_text(text + "\n", encoding="utf-8")
-                save_figure(self.plot(), new / "criticality")
-                for file in sorted(new.iterdir()):
-                    file.replace(folder / file.name)
+                try:
+                    save_figure(self.plot(), new / "criticality")
+                except Exception as error:
+                    if not isinstance(error, OSError):  # what goes wrong with the picture must not lose the numbers
+                        _move(new, folder)
+                    raise
+                _move(new, folder)
         except OSError as error:
             raise LayercritError(
                 f"The measurement cannot be written to {folder} ({error.strerror or error}). "
@@ -202,6 +207,11 @@ class Measurement:
         wanted = [name for name in distances if name not in ("cosine", MATCHED)]
         wanted += ["loss", "top1_accuracy", "top5_accuracy", "recovered_accuracy"]
         return [name for name in wanted if name in self.cells.columns]
+
+
+def _move(files: Path, folder: Path) -> None:
+    for file in sorted(files.iterdir()):
+        file.replace(folder / file.name)
 
 
 def _check_together(record: Mapping[str, Any], cells: pd.DataFrame) -> None:

@@ -387,6 +387,11 @@ def test_page__a_model_against_itself(page):
     page.select_option("#second", label="Base")
     assert "Choose two different ones" in page.inner_text("#compare-said")
     assert not page.locator("#compare-plot").is_visible()
+    buttons = page.locator("[data-of=compare]")
+    assert [buttons.nth(i).is_disabled() for i in range(2)] == [True, True], "there is nothing to download"
+    page.select_option("#second", label="Mix")
+    assert [buttons.nth(i).is_disabled() for i in range(2)] == [False, False]
+    assert "svg" in download(page, "svg", "compare")
 
 
 def test_page__says_how_many_differences_to_the_baseline_are_significant(page, study):
@@ -492,6 +497,29 @@ def test_page__texts_from_outside_run_nothing_and_are_shown_as_they_are(browser,
         assert "<script>" in page.locator("#map-plot g.ytick").first.text_content()
         assert HOSTILE in download(page, "csv", "models").replace('""', '"')
         assert "<script" not in download(page, "svg", "map")
+
+
+@pytest.mark.parametrize("text", ["\U0001f9ea" * 30, "=1+1", "-x", "\udcff" * 3, "__proto__"], ids=ascii)
+def test_page__names_of_any_characters_can_be_downloaded(browser, tmp_path, text):
+    """An emoji is two characters of JavaScript, and half of one cannot be saved; a formula is guarded."""
+    names = [text, "other"]
+    cells = [{"model": name, "layer": layer, "trial": trial, "cosine": 0.1 + 0.2 * trial}
+             for name in names[1:] for layer in (text, "fc") for trial in range(2)]  # fmt: skip
+    models = [ModelRow(names[1], "py:x", text, text, 0.5)]
+    if "\udcff" in text:  # SQLite takes none, but a study's folder may be called so
+        cells = [cell | {"layer": "fc", "stage": cell["layer"].replace("\udcff", "")} for cell in cells[::2]]
+        models = [ModelRow(names[1], "py:x", None, None, 0.5)]
+    study = measured(tmp_path, cells, models=models, record={"name": text.replace("\udcff", "x")})
+    study.record["name"] = text
+    with opened_page(browser, write_page(study, compare(study), tmp_path / "r.html")) as page:
+        assert page.inner_text("h1") == (r"\udcff" * 3 if "\udcff" in text else text)
+        for picture in ("map", "layer", "model"):
+            assert ElementTree.fromstring(download(page, "svg", picture)).tag.endswith("svg")
+        if text[0] in "=-":
+            assert f"'{text}" in download(page, "csv", "model")
+            fields = [field for row in csv.reader(io.StringIO(download(page, "csv", "models"))) for field in row]
+            assert f"'{text}" in fields
+            assert not [field for field in fields if field[:1] in ("=", "-", "+", "@")]
 
 
 def test_page__tells_nothing_of_where_files_lie(tmp_path):

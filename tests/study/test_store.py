@@ -67,7 +67,7 @@ def pragma(path, name):
 
 def test_store__is_marked_as_a_studys(store):
     assert pragma(store.path, "application_id") == int.from_bytes(b"lcrt")
-    assert pragma(store.path, "user_version") == SCHEMA == 3
+    assert pragma(store.path, "user_version") == SCHEMA == 4
     assert pragma(store.path, "journal_mode") == "wal"
 
 
@@ -122,13 +122,13 @@ def test_store__newer_file(tmp_path):
     Store(tmp_path, create=True).close()
     with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as connection:
         connection.execute(f"PRAGMA user_version = {SCHEMA + 1}")
-    with pytest.raises(StudyError, match=r"has schema version 4, but .* up to 3\. Install the newer"):
+    with pytest.raises(StudyError, match=r"has schema version 5, but .* up to 4\. Install the newer"):
         Store(tmp_path)
 
 
 def test_store__file_of_the_first_schema(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_MIGRATIONS", store_module._MIGRATIONS[:1])
+        patch.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:1])
         patch.setattr(store_module, "SCHEMA", 1)
         Store(tmp_path, create=True).close()
     with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as connection:
@@ -157,7 +157,7 @@ def test_store__older_file_is_migrated(tmp_path, monkeypatch):
         filled(store)
         before = store.cells()
     step = "ALTER TABLE models ADD COLUMN note TEXT; UPDATE models SET note = 'of ' || model;"
-    monkeypatch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS, step))
+    monkeypatch.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS, step))
     monkeypatch.setattr(store_module, "SCHEMA", SCHEMA + 1)
     for _ in range(2):
         with Store(tmp_path) as store:
@@ -172,7 +172,7 @@ def test_store__failing_migration_changes_nothing(tmp_path, monkeypatch):
     Store(tmp_path, create=True).close()
     step = "ALTER TABLE models ADD COLUMN note TEXT; UPDATE missing SET x = 1;"
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_MIGRATIONS", (*store_module._MIGRATIONS, step))
+        patch.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS, step))
         patch.setattr(store_module, "SCHEMA", SCHEMA + 1)
         with pytest.raises(StudyError, match="no such table: missing"):
             Store(tmp_path)
@@ -189,8 +189,10 @@ def test_store__no_sqlite_file(tmp_path):
 def test_store__damaged_file(tmp_path):
     with Store(tmp_path, create=True) as store:
         filled(store, layers=[f"layer{n}" for n in range(200)])
+        roots = [page for (page,) in store._rows("SELECT rootpage FROM sqlite_master WHERE rootpage > 0")]
     content = bytearray((tmp_path / FILE).read_bytes())
-    content[4096:] = b"\x55" * len(content[4096:])  # all but the first page, which has the schema
+    for page in roots:  # all tables, but not the schema
+        content[4096 * (page - 1) : 4096 * page] = b"\x55" * 4096
     (tmp_path / FILE).write_bytes(content)
     with Store(tmp_path) as store:
         for read in (store.cells, store.models, store.plan, store.runs, lambda: store.known(["a"])):
@@ -571,3 +573,170 @@ def test_failures__in_the_order_of_the_study(store):
     with store.transaction():
         store.drop_failures("a")
     assert store.failures() == rows[:5]
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+DAMAGE = {
+    "a mean": "UPDATE cells SET means = replace(means, '0.25', '0.75') WHERE key = 'a/fc/rerandomize/1'",
+    "a number": "UPDATE cells SET delta_norm = delta_norm + 1 WHERE key = 'a/fc/rerandomize/1'",
+    "no JSON": "UPDATE cells SET means = 'x' || means WHERE key = 'a/fc/rerandomize/1'",
+    "no UTF-8": "UPDATE cells SET status = CAST(x'6fff' AS TEXT) WHERE key = 'a/fc/rerandomize/1'",
+    "another type": "UPDATE cells SET n_images = 'three' WHERE key = 'a/fc/rerandomize/1'",
+    "a seed": "UPDATE cells SET seed = '-7' WHERE key = 'a/fc/rerandomize/1'",
+    "values of images": "UPDATE cells SET per_image = substr(per_image, 2) WHERE key = 'a/fc/rerandomize/1'",
+    "a plan": "UPDATE plan SET depth = 9 WHERE key = 'a/fc/rerandomize/1'",
+}
+
+
+def damaged(folder, statement, *, sealed=True):
+    """Fill a store and change it as a disk does. Not ``sealed``: its rows are of before there were checksums."""
+    with Store(folder, create=True) as store:
+        filled(store)
+        with store.transaction():
+            store.put_cells([cell("with", per_image={"cosine": np.ones(3, np.float32)})])
+            store._connection.execute(
+                "UPDATE cells SET per_image = (SELECT per_image FROM cells WHERE key = 'with'), "
+                "checksum = NULL WHERE key = 'a/fc/rerandomize/1'"
+            )
+            columns = ", ".join(store_module.COLUMNS["cells"])
+            store._connection.execute(
+                f"UPDATE cells SET checksum = checksum({columns}) WHERE key = 'a/fc/rerandomize/1'"
+            )
+        before = store.cells()
+        assert len(before) == 8
+        if not sealed:
+            for table in store_module.COLUMNS:
+                store._connection.execute(f"UPDATE {table} SET checksum = NULL")
+        store._connection.execute(statement)
+    return before
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damaged__row_is_left_out_and_named_and_the_rest_is_as_it_was(tmp_path, what):
+    before = damaged(tmp_path, DAMAGE[what])
+    with Store(tmp_path) as store:
+        after = store.cells()
+        named = list(store.damaged)
+        known = store.known(before["key"])
+    pd.testing.assert_frame_equal(after, before[before["key"] != "a/fc/rerandomize/1"].reset_index(drop=True))
+    assert len(named) == 1
+    for part in ("a", "fc", "rerandomize", "1"):
+        assert part in named[0]
+    assert ("a/fc/rerandomize/1" in known) == (what == "a plan")
+
+
+@pytest.mark.parametrize("what", ["no JSON", "no UTF-8", "another type", "a seed", "values of images"])
+def test_damaged__rows_of_before_there_were_checksums(tmp_path, what):
+    before = damaged(tmp_path, DAMAGE[what], sealed=False)
+    with Store(tmp_path) as store:
+        assert set(store.cells()["key"]) == set(before["key"]) - {"a/fc/rerandomize/1"}
+
+
+@pytest.mark.parametrize("table", store_module.COLUMNS)
+def test_damaged__no_table_is_trusted(tmp_path, table):
+    column = {"meta": "value", "runs": "record", "parts": "seconds", "failures": "error"}.get(table, "key")
+    column = {"models": "label", "cells": "seconds"}.get(table, column)
+    with Store(tmp_path, create=True) as store:
+        filled(store, models=["a"], layers=["fc"], trials=1)
+        with store.transaction():
+            store.put_meta("study", {"name": "x"})
+            store.put_run("now", {})
+            store.put_part("task", part(0, 1))
+            store.put_failure(FailureRow("a", "zero", 0, "error", "details", "now"))
+        store._connection.execute(f"UPDATE {table} SET {column} = 'other'")
+
+        def read():
+            store.damaged.clear()
+            found = [store.cells(), store.meta("study"), store.runs(), store.parts("task"), store.failures()]
+            return found, list(store.damaged)
+
+        assert len(read()[1]) == 1
+        with store.transaction():
+            store.drop_damaged()
+        assert read()[1] == [], "what was damaged is gone, so that it can be made anew"
+        with store.transaction():
+            filled_again = [ModelRow("a", "file:a")]
+            store.put_models(filled_again)
+            store.put_plan([plan_row("a", "fc")])
+            store.put_cells([cell("a/fc/rerandomize/0")])
+        assert len(store.cells()) == 1
+
+
+def test_copy_cells__leaves_damaged_ones(tmp_path):
+    before = damaged(tmp_path / "one", DAMAGE["a mean"])
+    with Store(tmp_path / "one") as one, Store(tmp_path / "two", create=True) as two:
+        two.copy_cells(one)
+        assert two.known(before["key"]) == set(before["key"]) - {"a/fc/rerandomize/1"}
+
+
+# --- a disk that cannot be written ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """No file can be written, as far as a store can tell; SQLite itself would notice on such a disk."""
+    monkeypatch.setattr(store_module, "_is_writable", lambda path: False)
+
+
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith("-shm")}
+
+
+def test_read_only__opens_and_touches_nothing(tmp_path, request):
+    with Store(tmp_path, create=True) as store:
+        filled(store)
+        before = store.cells()
+    there = content_of(tmp_path)
+    request.getfixturevalue("read_only")
+    with Store(tmp_path) as store:
+        pd.testing.assert_frame_equal(store.cells(), before)
+        with pytest.raises(StudyError, match="readonly"), store.transaction():
+            store.put_meta("x", 1)
+    assert content_of(tmp_path) == there
+
+
+def test_read_only__what_stands_in_the_log_alone_is_read(tmp_path, request, writing):
+    process = writing(3)
+    while process.stdout.readline().strip() != "inside":
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / f"{FILE}-wal").stat().st_size > 0
+    (tmp_path / f"{FILE}-shm").unlink()  # as on a disk to which the study was copied
+    there = content_of(tmp_path)
+    request.getfixturevalue("read_only")
+    with Store(tmp_path) as store:
+        assert store.cells()["key"].to_list() == ["x0", "y0", "x1", "y1", "x2", "y2"]
+    assert content_of(tmp_path) == there
+
+
+def test_read_only__a_file_of_an_older_schema(tmp_path, request, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:3])
+        patch.setattr(store_module, "SCHEMA", 3)
+        Store(tmp_path, create=True).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as connection:
+        connection.execute("INSERT INTO models (model, position, reference) VALUES ('a', 0, 'file:a')")
+        connection.commit()
+    there = content_of(tmp_path)
+    request.getfixturevalue("read_only")
+    with Store(tmp_path) as store:
+        assert store.models() == [ModelRow("a", "file:a")]
+    assert content_of(tmp_path) == there
+
+
+def test_store__on_a_disk_without_a_write_ahead_log(tmp_path, monkeypatch):
+    class Refusing(sqlite3.Connection):
+        def execute(self, query, *values):
+            if query == "PRAGMA journal_mode = WAL":
+                raise sqlite3.OperationalError("locking protocol")
+            return super().execute(query, *values)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *given, **options: connect(*given, factory=Refusing, **options))
+    with Store(tmp_path, create=True) as store:
+        filled(store)
+        assert store._rows("PRAGMA journal_mode") == [("delete",)]
+        with Store(tmp_path) as reader:
+            assert len(reader.cells()) == 8

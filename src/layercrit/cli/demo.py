@@ -1,10 +1,12 @@
 """The command that measures the bundled family of networks."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import click
 
+from layercrit.cli.printing import say
 from layercrit.cli.tables import show_comparison
 
 __all__ = ["demo_command"]
@@ -22,19 +24,19 @@ def demo_command(out: Path, as_json: bool) -> None:
     """
     from layercrit.demo import run_demo
 
-    result = run_demo(out, say=lambda line: click.echo(line, err=True))
+    result = run_demo(out, say=partial(say, err=True))
     if as_json:
         click.echo(json.dumps({**result.comparison.to_dict(), "findings": result.findings}, allow_nan=False))
     else:
         show_comparison(result.comparison)
         click.echo(f"\n{result.findings}\n")
     files = ", ".join(sorted(path.name for path in out.iterdir() if path.is_file()))
-    click.echo(f"Saved in {out}: {files}; figures in {out / 'figures'}.", err=True)
-    click.echo(f"Open {out / 'report.html'} in a browser. The same, step by step:", err=True)
+    say(f"Saved in {out}: {files}; figures in {out / 'figures'}.", err=True)
+    say(f"Open {out / 'report.html'} in a browser. The same, step by step:", err=True)
     for command in (
         f"layercrit study run {out / 'fashion.toml'} --out {out / 'study'}",
         f"layercrit compare {out / 'study'}",
         f"layercrit report {out / 'study'} --model pixmix",
         f"layercrit measure file:{out / 'models' / 'baseline'} --images {out / 'fashion-mnist-test.npz'} --trials 5",
     ):
-        click.echo(f"  {command}", err=True)
+        say(f"  {command}", err=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from layercrit.cli.printing import number, percent, plain, print_table, print_warnings
+from layercrit.cli.printing import bar, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, DTYPES
@@ -125,8 +125,10 @@ def measure_command(model: str, images: str, out: Path | None, overwrite: bool, 
     except BaseException:
         saver.save_what_is_finished()
         raise
-    _show(measurement, as_json, folder)
-    saver.save(measurement)
+    try:
+        saver.save(measurement)  # before anything is printed, since that may fail
+    finally:
+        _show(measurement, as_json, folder)
 
 
 @click.command("layers", cls=ModelCommand)
@@ -152,7 +154,7 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
         rows = [{**vars(layer), "flops_after": after[layer.name]} for layer in found]
         click.echo(json.dumps({"model": model, "layers": rows}, allow_nan=False))
         return
-    table = Table(title=model, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=plain(model), title_justify="left", box=None, pad_edge=False)
     for column in ("depth", "layer", "type", "shape", "parameters", "after"):
         table.add_column(column, justify="left" if column in ("layer", "type", "shape") else "right")
     for layer in found:
@@ -162,7 +164,7 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
     print_table(table)
     total = sum(layer.n_parameters for layer in found)
     passes = f"one trial of all layers costs {sum(after.values()):.1f} forward passes"
-    click.echo(f"{len(found)} layers, {total:,} parameters; {passes}")
+    say(f"{len(found)} layers, {total:,} parameters; {passes}")
 
 
 @click.command("show")
@@ -175,8 +177,11 @@ def show_command(folder: Path, as_json: bool) -> None:
 
     measurement = Measurement.load(folder)
     _show(measurement, as_json, folder)
-    for path in save_figure(measurement.plot(), folder / "criticality"):
-        click.echo(str(path), err=True)
+    try:
+        for path in save_figure(measurement.plot(), folder / "criticality"):
+            say(path, err=True)
+    except OSError as error:
+        say(f"note: no figure was plotted, since {folder} cannot be written ({error.strerror})", err=True)
 
 
 class _Saver:
@@ -201,10 +206,10 @@ class _Saver:
         except LayercritError as error:
             elsewhere = Path(tempfile.mkdtemp(prefix="layercrit-"))
             measurement.save(elsewhere)
-            raise LayercritError(f"{error}\nThe measurement is saved in {elsewhere} instead.") from error
+            raise LayercritError(f"{error}\n  The measurement is saved in {elsewhere} instead.") from error
         if not quietly:
             files = ", ".join(sorted(path.name for path in self.folder.iterdir() if path.is_file()))
-            click.echo(f"Saved in {self.folder}: {files}", err=True)
+            say(f"Saved in {self.folder}: {files}", err=True)
 
     def save_what_is_finished(self) -> None:
         """Save the trials that were finished before an interruption."""
@@ -212,7 +217,7 @@ class _Saver:
             measurement = self.unsaved()
             trials = measurement.cells["trial"].nunique()
             self.save(measurement, quietly=True)
-            click.echo(f"Stopped; {trials} finished trial(s) are saved in {self.folder}.", err=True)
+            say(f"Stopped; {trials} finished trial(s) are saved in {self.folder}.", err=True)
 
 
 def _folder_for(model: str, out: Path | None, overwrite: bool) -> Path:
@@ -240,15 +245,14 @@ def _show(measurement: "Measurement", as_json: bool, folder: Path) -> None:
     print_warnings(summary["warnings"])
     print_table(_layer_table(table, summary))
     for line in _summary_lines(summary):
-        click.echo(line)
+        say(line)
 
 
 def _layer_table(table: "pd.DataFrame", summary: dict[str, Any]) -> Any:
     from rich.table import Table
-    from rich.text import Text
 
     level = f"{100 * summary['level']:g}%"
-    shown = Table(title=summary["model"], title_justify="left", box=None, pad_edge=False)
+    shown = Table(title=plain(summary["model"]), title_justify="left", box=None, pad_edge=False)
     shown.add_column("layer", no_wrap=True)
     shown.add_column("type")
     shown.add_column("criticality", justify="right")
@@ -258,11 +262,13 @@ def _layer_table(table: "pd.DataFrame", summary: dict[str, Any]) -> Any:
         shown.add_column(column, justify="left" if column == "status" else "right")
     for row in table.to_dict("records"):
         interval = "-" if row["low"] != row["low"] else f"{row['low']:.3f} - {row['high']:.3f}"
-        cells = [Text(row["layer"]), row["type"], number(row["criticality"]), interval, _bar(row["criticality"])]
+        cells = [plain(row["layer"]), plain(row["type"]), number(row["criticality"]), interval, bar(row["criticality"])]
         cells += [number(row["criticality_matched"]), percent(row.get("top1_agreement"))]
         if "top1_accuracy" in table:
             cells.append(percent(row["top1_accuracy"]))
-        shown.add_row(*cells, Text(row["status"], style="" if row["status"] == "ok" else "yellow"))
+        status = plain(row["status"])
+        status.stylize("" if row["status"] == "ok" else "yellow")
+        shown.add_row(*cells, status)
     return shown
 
 
@@ -296,10 +302,3 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
         f"{summary['dtype']}, {summary['backend']} backend"
     )
     return [*lines, *(f"note: {note}" for note in summary["notes"])]
-
-
-def _bar(value: float, width: int = 20) -> str:
-    if value != value:
-        return ""
-    eighths = round(8 * width * min(1.0, max(0.0, value)))
-    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]

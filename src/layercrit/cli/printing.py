@@ -1,11 +1,44 @@
-"""How tables and numbers are printed on a terminal."""
+"""How texts, tables and numbers are printed on a terminal."""
 
+import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-__all__ = ["duration", "number", "percent", "plain", "print_table", "print_warnings"]
+from layercrit.foreign_text import visible
+
+if TYPE_CHECKING:
+    from layercrit.study.tables import Study
+
+__all__ = [
+    "bar",
+    "duration",
+    "number",
+    "percent",
+    "plain",
+    "print_table",
+    "print_warnings",
+    "say",
+    "say_damaged",
+    "visible_lines",
+]
+
+_LISTED = 10  # damaged rows that are named
+
+
+def say(line: object = "", *, err: bool = False) -> None:
+    """Print one line, on stderr if asked: what names in it would do to the terminal is shown instead."""
+    click.echo(visible(line), err=err)
+
+
+def visible_lines(text: str) -> str:
+    """Return the text of an error for a terminal.
+
+    Only those of its line breaks stay that an indent follows, as in our own lists, so that no name in it can pass for a
+    line of its own.
+    """
+    return "\n  ".join(map(visible, text.split("\n  ")))
 
 
 def duration(seconds: float) -> str:
@@ -26,24 +59,55 @@ def percent(value: float | None) -> str:
     return "-" if value is None or value != value else f"{100 * value:.1f}%"
 
 
-def plain(text: str) -> Any:
-    """Return text that rich shows as it is: names may contain what rich would read as markup."""
+def bar(value: float, width: int = 20) -> str:
+    """Return a share in [0, 1] as a bar of at most ``width`` characters that stdout can write; nothing for NaN."""
+    if value != value:
+        return ""
+    share = min(1.0, max(0.0, value))
+    try:
+        "█▏▎▍▌▋▊▉".encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return "#" * round(width * share)
+    eighths = round(8 * width * share)
+    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
+
+
+def plain(text: object) -> Any:
+    """Return text that rich shows as it is: names may contain what rich or the terminal would act upon."""
     from rich.text import Text
 
-    return Text(text)
+    return Text(visible(text))
+
+
+def say_damaged(study: "Study") -> None:
+    """Say on stderr which rows of a study's file are damaged."""
+    for row in study.damaged[:_LISTED]:
+        say(f"damaged and left out: {row}", err=True)
+    if more := study.damaged[_LISTED:]:
+        say(f"damaged and left out: {len(more)} more rows", err=True)
+    if study.damaged:
+        say(
+            "`layercrit study run` measures what is damaged anew; a study that was imported or merged is to be made "
+            "again.",
+            err=True,
+        )
 
 
 def print_warnings(warnings: Iterable[str], err: bool = False) -> None:
     """Print what puts the numbers below it in doubt."""
     for text in warnings:
-        click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {text}.\n", err=err)
+        click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {visible(text)}.\n", err=err)
 
 
 def print_table(table: Any) -> None:
     """Print a rich table on stdout; nothing is cut off in a file or a pipe."""
     from rich.console import Console
 
-    console = Console()
+    class OnStdout(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # the error that rich handles, which the command line reports itself
+
+    console = OnStdout()
     if not console.is_terminal:
-        console = Console(width=200)
+        console = OnStdout(width=200)
     console.print(table)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from layercrit.cli.printing import print_warnings
+from layercrit.cli.printing import print_warnings, say, say_damaged
 from layercrit.cli.registered import RegisteredOption
 
 # Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
@@ -72,10 +72,11 @@ def report_command(
     from layercrit.reporting.reports import report
     from layercrit.study.tables import load_study
 
-    study = load_study(folder)
-    print_warnings(study.warnings, err=True)
+    found = load_study(folder)
+    print_warnings(found.warnings, err=True)
+    say_damaged(found)
     written = report(
-        study,
+        found,
         out,
         figures=None if figures == ["all"] else figures,
         formats=formats,
@@ -90,9 +91,9 @@ def report_command(
         click.echo(json.dumps({"page": str(written.page), "figures": listed, "left_out": written.left_out}))
         return
     for name, reason in written.left_out.items():
-        click.echo(f"note: no figure {name}: {reason}", err=True)
+        say(f"note: no figure {name}: {reason}", err=True)
     for paths in written.figures.values():
         for path in paths:
-            click.echo(str(path))
-    click.echo(str(written.page))
-    click.echo(f"Open {written.page} in a browser.", err=True)
+            say(path)
+    say(written.page)
+    say(f"Open {written.page} in a browser.", err=True)

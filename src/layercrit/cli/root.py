@@ -1,12 +1,22 @@
 """The command line as a whole: its commands, and how errors are reported."""
 
+import contextlib
+import errno
+import io
+import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 
 from layercrit.cli.demo import demo_command
 from layercrit.cli.measure import layers_command, measure_command, show_command
+from layercrit.cli.printing import visible_lines
 from layercrit.cli.report import report_command
 from layercrit.cli.study import study
 from layercrit.cli.tables import compare_command, export_command, import_command
@@ -19,7 +29,42 @@ __all__ = ["cli", "main"]
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+# What ends a command from outside, beside Ctrl-C: schedulers and time limits, and a terminal that is closed.
+_ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+class _Ended(KeyboardInterrupt):
+    """A signal that ends the command; what is finished is kept as after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class _ReaderGoneError(Exception):
+    """Nobody reads what is printed any more, as behind ``| head``; click would end with another exit code."""
+
+
+class _Commands(click.Group):
+    def make_context(self, *given: Any, **options: Any) -> click.Context:
+        with _reader_watched():
+            return super().make_context(*given, **options)
+
+    def invoke(self, context: click.Context) -> Any:
+        with _reader_watched():
+            return super().invoke(context)
+
+
+@contextlib.contextmanager
+def _reader_watched() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _ReaderGoneError from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="layercrit")
 @click.option("--traceback", "show_traceback", is_flag=True, help="Show the traceback of an error, for a bug report.")
 def cli(show_traceback: bool) -> None:
@@ -49,28 +94,101 @@ for command in (
 
 def main() -> None:
     """Run the command line; every error is reported in one clear message and a non-zero exit code."""
-    debug = "--traceback" in sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no error
+    with _signals_end_like_ctrl_c():
+        code = _run("--traceback" in sys.argv[1:])
+    _flush()
+    sys.exit(code)
+
+
+def _run(debug: bool) -> int:
+    """Run the command, and return the exit code."""
     try:
-        sys.exit(cli(standalone_mode=False))  # None, or the code that a command or an option such as --help exits with
+        return cli(standalone_mode=False) or 0  # None, or the code that a command or an option such as --help ends with
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted.", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone, as `head` does
-        sys.exit(141)
+        with contextlib.redirect_stderr(io.StringIO()) as shown:
+            error.show()
+        for line in shown.getvalue().splitlines():
+            _print(line)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort) as error:
+        ended = next((one for one in (error, error.__cause__) if isinstance(one, _Ended)), None)
+        _print("Interrupted." if ended is None else f"Ended by {signal.Signals(ended.number).name}.")
+        return 130 if ended is None else 128 + ended.number
+    except _ReaderGoneError:
+        return 141
     except LayercritError as error:
-        _complain(str(error), debug)
-        sys.exit(1)
+        return _complain(str(error), debug, 1)
     except Exception as error:
-        _complain(f"{type(error).__name__}: {error}\nThis is a bug in layercrit. Run again with "
-                  "`layercrit --traceback ...` and report what it prints.", debug)  # fmt: skip
-        sys.exit(70)
+        if (text := _of_surroundings(error)) is not None:
+            return _complain(text, debug, 1)
+        return _complain(f"{type(error).__name__}: {error}\n  This is a bug in layercrit. Run again with "
+                         "`layercrit --traceback ...` and report what it prints.", debug, 70)  # fmt: skip
 
 
-def _complain(text: str, debug: bool) -> None:
+@contextlib.contextmanager
+def _signals_end_like_ctrl_c() -> Iterator[None]:
+    """Let signals that end a command raise, so that it keeps what is finished and leaves the terminal as it was."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _ENDING}
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        for one in _ENDING:  # they often come twice, and the second must not stop the saving
+            signal.signal(one, signal.SIG_IGN)
+        raise _Ended(number)
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, end)
+    yield
+    if signal.getsignal(signal.SIGTERM) is end:  # else one was sent, and may be sent again until the process ends
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _of_surroundings(error: Exception) -> str | None:
+    """Return what is wrong with the disk or the current folder, where that is what an error is about."""
+    if isinstance(error, FileNotFoundError) and not _here():
+        return "The current folder does not exist any more. Change to another one, such as `cd ~`, and run again."
+    if isinstance(error, OSError) and error.errno in _FULL:
+        what = "What the command prints" if error.filename is None else error.filename
+        return (
+            f"{what} cannot be written ({error.strerror}). Free some space, or let it go elsewhere. What was saved "
+            "before is kept."
+        )
+    return None
+
+
+def _here() -> bool:
+    try:
+        return os.path.isdir(os.getcwd())  # noqa: PTH109, PTH112
+    except OSError:
+        return False
+
+
+def _complain(text: str, debug: bool, code: int) -> int:
+    """Print an error, and return the exit code."""
     if debug:
-        traceback.print_exc()
-    click.echo(f"Error: {text}", err=True)
+        _print(traceback.format_exc().replace("\n", "\n  "))
+    _print(f"Error: {text}")
+    return code
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError):  # stderr may be full or closed as well
+        click.echo(visible_lines(text), err=True)
+
+
+def _flush() -> None:
+    """Write what is left of the output; what cannot be written is dropped, else Python would fail at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+                os.dup2(nowhere.fileno(), stream.fileno())

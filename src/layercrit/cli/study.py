@@ -6,8 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from layercrit.cli.printing import duration, number, percent, plain, print_table, print_warnings
+from layercrit.cli.printing import (
+    duration,
+    number,
+    percent,
+    plain,
+    print_table,
+    print_warnings,
+    say,
+    say_damaged,
+    visible_lines,
+)
 from layercrit.errors import StudyError
+from layercrit.foreign_text import visible
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
@@ -56,9 +67,7 @@ def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, 
     try:
         report = run_study(read, folder, n_workers=workers, retry=retry)
     except KeyboardInterrupt:
-        click.echo(
-            f"Stopped. What has been measured is kept in {folder}; run the same command again to resume.", err=True
-        )
+        say(f"Stopped. What has been measured is kept in {folder}; run the same command again to resume.", err=True)
         raise
     found = load_study(folder)
     if as_json:
@@ -66,13 +75,13 @@ def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, 
     else:
         _show_means(found)
         go_on = f"; next: `layercrit compare {folder}`" if len(found.cells) else ""
-        click.echo(
+        say(
             f"{report.n_measured} cells measured, {report.n_known} were already there ({duration(report.seconds)}). "
             f"Saved in {folder}{go_on}."
         )
     if report.failures:
         _show_failures(report.failures)
-        click.echo("Fix the causes, then run again with --retry.", err=True)
+        say("Fix the causes, then run again with --retry.", err=True)
         raise click.exceptions.Exit(1)
 
 
@@ -110,8 +119,9 @@ def status_command(folder: Path, as_json: bool) -> None:
     _show_progress(found.progress())
     left = f", about {duration(status['seconds_left'])} left" if status["seconds_left"] else ""
     known = " planned so far" if status["not_opened"] else ""
-    click.echo(f"{status['n_done']} of {status['n_planned']} cells{known} are done{left}")
-    click.echo(f"running: {status['run_by']}" if status["run_by"] else "not running")
+    say(f"{status['n_done']} of {status['n_planned']} cells{known} are done{left}")
+    say(f"running: {status['run_by']}" if status["run_by"] else "not running")
+    say_damaged(found)
     if found.failures:
         _show_failures(found.failures)
 
@@ -127,8 +137,18 @@ def merge_command(folders: tuple[Path, ...], out: Path) -> None:
 
     merged = merge_studies(folders, out)
     for note in merged.record["notes"]:
-        click.echo(f"note: {note}", err=True)
-    click.echo(f"{len(merged.models)} models, {len(merged.cells)} cells. Saved in {out}.")
+        say(f"note: {note}", err=True)
+    say(f"{len(merged.models)} models, {len(merged.cells)} cells. Saved in {out}.")
+
+
+@study.command("repair")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+def repair_command(folder: Path) -> None:
+    """Save what can be read of a study whose file SQLite calls malformed; the damaged file is kept beside it."""
+    from layercrit.study.repair import repair_study
+
+    n_kept, damaged = repair_study(folder)
+    say(f"{n_kept} cells kept; the damaged file is {damaged}. Next: `layercrit study run {folder}`.")
 
 
 @study.command("example")
@@ -183,6 +203,7 @@ def _status(found: "Study") -> dict[str, Any]:
         "n_planned": int(progress["n_planned"].sum()),
         "n_done": int(progress["n_done"].sum()),
         "not_opened": int((progress["state"] == "not opened").sum()),
+        "damaged": list(found.damaged),
         "failures": [vars(failure) for failure in found.failures],
         "seconds_left": found.seconds_left(),
         "run_by": holder(found.folder),
@@ -238,18 +259,18 @@ def _show_plan(found: "StudyPlan") -> None:
     if table.row_count:
         print_table(table)
     total, done = int(found.models["n_cells"].sum()), int(found.models["n_done"].sum())
-    click.echo(f"{len(found.models)} models, {total:,} cells, {total - done:,} left, {found.n_images:,} images each")
+    say(f"{len(found.models)} models, {total:,} cells, {total - done:,} left, {found.n_images:,} images each")
     if found.flops:
         ratio = found.flops_plain / found.flops
-        click.echo(f"{found.flops:.3g} FLOPs left; without reuse {found.flops_plain:.3g}, {ratio:.1f} times as many")
-        click.echo(
+        say(f"{found.flops:.3g} FLOPs left; without reuse {found.flops_plain:.3g}, {ratio:.1f} times as many")
+        say(
             f"at most about {duration(found.seconds)} on this machine with one worker, timed on one forward pass in "
             "float32; fused and bfloat16 replays usually take a third to a half of that"
         )
     if found.images_mistake:
-        click.echo(f"the images cannot be used: {found.images_mistake}", err=True)
+        click.echo(visible_lines(f"the images cannot be used: {found.images_mistake}"), err=True)
     for row in found.models[found.models["mistake"] != ""].to_dict("records"):
-        click.echo(f"cannot be planned: {row['model']}: {row['mistake']}", err=True)
+        click.echo(visible_lines(f"cannot be planned: {visible(row['model'])}: {row['mistake']}"), err=True)
 
 
 def _show_progress(progress: "pd.DataFrame") -> None:
@@ -273,10 +294,10 @@ def _show_failures(failures: "list[FailureRow] | tuple[FailureRow, ...]") -> Non
     trials: dict[tuple[str, str, str], list[int]] = {}
     for failure in failures:
         trials.setdefault((failure.model, failure.reset, failure.error), []).append(failure.trial)
-    click.echo(f"{len(failures)} trial(s) failed:", err=True)
+    say(f"{len(failures)} trial(s) failed:", err=True)
     for (model, reset, error), numbers in trials.items():
         which = f"trial{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
-        click.echo(f"  {model}, {reset}, {which}: {error}", err=True)
+        click.echo(visible_lines(f"  {visible(model)}, {visible(reset)}, {which}: {error}"), err=True)
 
 
 def _size(n_bytes: int) -> str:

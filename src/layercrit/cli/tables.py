@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from layercrit.cli.printing import number, percent, plain, print_table, print_warnings
+from layercrit.cli.printing import number, percent, plain, print_table, print_warnings, say, say_damaged
 from layercrit.cli.registered import RegisteredOption
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
@@ -39,10 +39,10 @@ def import_command(results: Path, layout: str, models: Path | None, out: Path) -
     from layercrit.study.published import import_published
 
     study = import_published(results, out, models)
-    click.echo(f"{len(study.models)} models, {len(study.cells)} cells from {study.record['origin']['source']}")
+    say(f"{len(study.models)} models, {len(study.cells)} cells from {study.record['origin']['source']}")
     for note in study.record["notes"]:
-        click.echo(f"note: {note}", err=True)
-    click.echo(f"Saved in {out}. Next: `layercrit compare {out}`.", err=True)
+        say(f"note: {note}", err=True)
+    say(f"Saved in {out}. Next: `layercrit compare {out}`.", err=True)
 
 
 @click.command("export")
@@ -63,8 +63,10 @@ def export_command(folder: Path, name: str, out: Path | None, overwrite: bool) -
     from layercrit.reporting.exports import export
     from layercrit.study.tables import load_study
 
-    for path in export(load_study(folder), name, out, overwrite=overwrite):
-        click.echo(str(path))
+    study = load_study(folder)
+    say_damaged(study)
+    for path in export(study, name, out, overwrite=overwrite):
+        say(path)
 
 
 @click.command("compare")
@@ -93,10 +95,11 @@ def compare_command(
 
     names = [name for name in leave_out if name] if leave_out else None
     study = load_study(folder)
-    comparison = compare(study, baseline=baseline, leave_out=names, reset=reset)
     print_warnings(study.warnings, err=True)
+    say_damaged(study)
+    comparison = compare(study, baseline=baseline, leave_out=names, reset=reset)
     if comparison.caution:
-        click.echo(f"note: {comparison.caution}", err=True)
+        say(f"note: {comparison.caution}", err=True)
     if as_json:
         click.echo(json.dumps(comparison.to_dict(), allow_nan=False))
         return
@@ -106,23 +109,23 @@ def compare_command(
 def show_comparison(comparison: "Comparison") -> None:
     """Print the models, most critical first, categories, and correlations."""
     print_table(_ranking(comparison))
-    click.echo()
+    say()
     if len(comparison.categories):
         print_table(_categories(comparison))
-        click.echo()
+        say()
     correlations = _correlations(comparison)
     if correlations.row_count:
         print_table(correlations)
-        click.echo()
+        say()
     against = f"differences are relative to {comparison.baseline}" if comparison.baseline else "no baseline"
-    click.echo(
+    say(
         f"{len(comparison.models)} models, {len(comparison.layers)} layers, {comparison.origin['trials']} trials, "
         f"reset {comparison.reset}; {against}"
     )
     if comparison.left_out:
-        click.echo(f"left out: {', '.join(comparison.left_out)}")
+        say(f"left out: {', '.join(comparison.left_out)}")
     for note in comparison.notes:
-        click.echo(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _table(title: str, names: tuple[str, ...], numbers: tuple[str, ...]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from layercrit.cli.printing import duration, percent, plain, print_table
+from layercrit.cli.printing import duration, percent, plain, print_table, say
 
 __all__ = ["methods_command", "train_command"]
 
@@ -132,7 +132,7 @@ def train_command(
             )
     except KeyboardInterrupt:
         if leads:
-            click.echo("Run the same command again to resume; at most the last minute of training is lost.", err=True)
+            say("Run the same command again to resume; at most the last minute of training is lost.", err=True)
         raise
     if leads:
         report()
@@ -157,13 +157,13 @@ def _train_one(
 
     def report() -> None:
         if was_there:
-            click.echo(f"{out} already contains this run; nothing was trained.")
+            say(f"{out} already contains this run; nothing was trained.")
         top1 = f"{percent(trained.top1_accuracy)} top-1 accuracy on {record['data']['n_test']} held-out images"
         epochs = f"{record['epochs']} epoch{'s' * (record['epochs'] != 1)}"
-        click.echo(f"{record['method']}: {top1} after {epochs} ({duration(record['seconds'])}).")
-        click.echo(f"Saved in {out}: model.safetensors, model.json, log.csv, epochs.", err=True)
+        say(f"{record['method']}: {top1} after {epochs} ({duration(record['seconds'])}).")
+        say(f"Saved in {out}: model.safetensors, model.json, log.csv, epochs.", err=True)
         reference = shlex.quote(trained.reference)
-        click.echo(f"Next: layercrit measure {reference} --images SOURCE", err=True)
+        say(f"Next: layercrit measure {reference} --images SOURCE", err=True)
 
     return report
 
@@ -185,9 +185,9 @@ def _train_models(study: str, names: tuple[str, ...], download: bool, options: A
         if rows:
             print_table(_table(["model", "method", "top-1 accuracy", "time"], rows, right=("top-1 accuracy", "time")))
         if found.failures:
-            click.echo(f"{len(found.failures)} could not be trained: {', '.join(found.failures)}.", err=True)
+            say(f"{len(found.failures)} could not be trained: {', '.join(found.failures)}.", err=True)
             sys.exit(1)
-        click.echo(f"Next: layercrit study run {shlex.quote(study)}", err=True)
+        say(f"Next: layercrit study run {shlex.quote(study)}", err=True)
 
     return report
 

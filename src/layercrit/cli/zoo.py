@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from layercrit.cli.printing import say, visible_lines
 from layercrit.errors import LayercritError, ZooError
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
@@ -56,7 +57,7 @@ def list_command(pattern: str, category: str | None, as_json: bool) -> None:
         accuracy = _percent(entry.documented_accuracy)
         table.add_row(plain(entry.id), entry.category, plain(entry.label), accuracy, entry.licence, fetched)
     print_table(table)
-    click.echo(f"{len(entries)} models")
+    say(f"{len(entries)} models")
 
 
 @zoo.command("show")
@@ -82,11 +83,11 @@ def show_command(name: str, as_json: bool) -> None:
         "weights": f"{entry.path} ({'fetched' if is_fetched(entry) else 'not fetched'})",
     }
     for fact, value in facts.items():
-        click.echo(f"{fact:<13} {value}")
+        say(f"{fact:<13} {value}")
     for file in entry.files:
-        click.echo(f"file          {file.address}")
+        say(f"file          {file.address}")
         for rule in file.rules() or ["names stay as they are"]:
-            click.echo(f"              - {rule}")
+            say(f"              - {rule}")
     click.echo(f"\n{entry.citation.bibtex(entry.id)}")
 
 
@@ -125,9 +126,9 @@ def fetch_command(names: tuple[str, ...], everything: bool, given: tuple[Path, .
             if len(entries) == 1:
                 raise
             failures.append(entry.id)
-            click.echo(f"{entry.id}: {error}", err=True)
+            click.echo(visible_lines(f"{entry.id}: {error}"), err=True)
         else:
-            click.echo(f"{entry.id}: {path}")
+            say(f"{entry.id}: {path}")
     if failures:
         raise ZooError(
             f"{len(failures)} of {len(entries)} models could not be fetched, see above: {', '.join(failures)}."

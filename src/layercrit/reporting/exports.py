@@ -11,6 +11,7 @@ import pandas as pd
 
 from layercrit.comparison import accuracy_of
 from layercrit.errors import StudyError
+from layercrit.foreign_text import write_csv
 from layercrit.registry import Registry, summary_of
 from layercrit.study.published import write_models, write_published
 from layercrit.study.tables import Study
@@ -153,7 +154,7 @@ def _parquet(study: Study, folder: Path) -> None:
 def _csv(study: Study, folder: Path) -> None:
     """Tables of cells, layers and models as CSV."""
     for name, table in _tables(study).items():
-        table.to_csv(folder / f"{name}.csv", index=False)
+        write_csv(table, folder / f"{name}.csv")
 
 
 @export_format("published-csv", ["results.csv", "models.csv"])

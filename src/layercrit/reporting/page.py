@@ -1,6 +1,7 @@
 """One self-contained HTML page of a study: figures to explore, tables, and how it was measured."""
 
 import base64
+import contextlib
 import gzip
 import hashlib
 import html
@@ -70,9 +71,12 @@ def write_page(study: Study, comparison: Comparison, path: str | Path) -> Path:
     beside = path.with_name(f".writing-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
+        # what is no character, as in a file name that is no UTF-8, is shown as Python and JSON write it
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         beside.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)  # a partial file fills the disk
         raise StudyError(f"{path} cannot be written ({error.strerror}). Name another folder with --out.") from error
     return path
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layercrit.errors import StudyError, near
+from layercrit.foreign_text import unguarded
 from layercrit.models.file_source import weight_file
 from layercrit.models.sources import MODEL_SOURCES
 from layercrit.models.zoo.fetching import find_entries
@@ -80,7 +81,7 @@ def _rows_of_table(
         mistakes.append(f"{name}: unknown column {column!r}. {near(column, sorted(columns))}")
     for row in reader:
         place = f"{name} line {reader.line_num}"
-        values: dict[str, Any] = {key: text for key, text in row.items() if key in columns and text}
+        values: dict[str, Any] = {key: unguarded(text) for key, text in row.items() if key in columns and text}
         if None in row:
             mistakes.append(
                 f"{place}: more values than columns. Put quotation marks around a reference that has commas"

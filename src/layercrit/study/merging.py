@@ -117,6 +117,7 @@ def _record(studies: Sequence[Study], name: str) -> dict[str, Any]:
     records = [study.record for study in studies]
     protocols = [record.get("protocol", {}) for record in records]
     notes = [note for record in records for note in record.get("notes", [])]
+    notes += [f"{study.folder}: {row} is damaged and left out." for study in studies for row in study.damaged]
     differing = sorted(key for key in {*chain(*protocols)} - {*_NO_DIFFERENCE} if _differ(protocols, key))
     if differing:
         notes.append(f"The merged studies differ in their protocol ({', '.join(differing)}).")

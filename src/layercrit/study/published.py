@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 
 from layercrit.errors import StudyError, near
+from layercrit.foreign_text import guarded, unguarded
 from layercrit.layers import Layer, find_layers, stages_of
 from layercrit.models.references import open_model, without_weights
 from layercrit.models.zoo.fetching import ZOO
@@ -34,6 +35,8 @@ measured cells."""
 
 MODEL_COLUMNS = ("model_id", "category", "label", "imagenet_top1_percent")
 """Columns of the table of models beside it."""
+
+_NAMES = ("layer", "model_id", "category", "label")  # the columns that are no numbers
 
 _RESET = "rerandomize"  # what the published code does; its table does not say so
 _MODULE_PREFIX = "model."  # what the published code has before the names of layers
@@ -173,7 +176,8 @@ def _texts(path: Path, data: bytes, columns: Sequence[str]) -> pd.DataFrame:
             )
     if not rows:
         raise StudyError(f"{path} has a header but no rows. If the file is truncated, download it again.")
-    return pd.DataFrame.from_dict(rows, orient="index", columns=header)
+    texts = pd.DataFrame.from_dict(rows, orient="index", columns=header)
+    return texts.assign(**{column: texts[column].map(unguarded) for column in _NAMES if column in texts})
 
 
 def _check_header(path: Path, header: Sequence[str], columns: Sequence[str]) -> None:
@@ -404,7 +408,7 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[Any, A
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: guarded(text) if key in _NAMES else text for key, text in row.items()} for row in rows)
     beside = path.with_name(f".writing-{path.name}")
     try:
         beside.write_text(stream.getvalue(), encoding="utf-8", newline="")

@@ -119,6 +119,7 @@ class _Run:
         probe_set = self._probe_set()
         about = _about(self.study, probe_set)
         with self.store.transaction():
+            self.store.drop_damaged()
             changed = self.store.meta("study", {}).get("measured") != about["measured"]
             if changed:
                 self.store.clear_plan()
@@ -129,6 +130,8 @@ class _Run:
             self.store.put_meta("study", about)
             self.number = self.store.put_run(_now(), {"versions": versions(), "machine": platform.node()})
         _write(self.folder / "study.toml", self.study.to_toml())
+        for row in self.store.damaged:
+            self.bar.say(f"damaged on the disk, so made anew: {row}")
 
     def _probe_set(self) -> ProbeSet:
         """Return the images as an earlier run decoded them, or decode them now."""

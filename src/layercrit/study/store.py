@@ -14,9 +14,11 @@
 import contextlib
 import json
 import math
+import os
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from layercrit.errors import StudyError
+from layercrit.study.migrations import MIGRATIONS, statements
 from layercrit.study.packing import pack, unpack
+from layercrit.study.rows import COLUMNS, CellRow, FailureRow, ModelRow, PartRow, PlanRow, checksum, is_sound
 
 __all__ = ["ABOUT_LAYER", "FILE", "CellRow", "FailureRow", "ModelRow", "PartRow", "PlanRow", "Store", "mean_names"]
 
@@ -35,152 +39,18 @@ _CELL_COLUMNS = ("model", "layer", *ABOUT_LAYER, "reset", "trial", "seed", "stat
                  "seconds", "finished", "run", "raw")  # fmt: skip
 _MAGIC = 0x6C637274  # "lcrt": tells a study's file from other SQLite files
 
-# One step per schema version, applied in order to files that are older. A released step is never edited.
-_MIGRATIONS = (
-    """
-    CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-    CREATE TABLE models (
-        model TEXT PRIMARY KEY, position INTEGER NOT NULL, reference TEXT NOT NULL, category TEXT, label TEXT,
-        documented_accuracy REAL, record TEXT
-    );
-    CREATE TABLE plan (
-        model TEXT NOT NULL, layer TEXT NOT NULL, reset TEXT NOT NULL, trial INTEGER NOT NULL, key TEXT NOT NULL,
-        type TEXT, stage TEXT, depth INTEGER NOT NULL, n_parameters INTEGER, flops_after REAL,
-        PRIMARY KEY (model, reset, trial, layer)
-    ) WITHOUT ROWID;
-    CREATE INDEX plan_by_key ON plan (key);
-    CREATE TABLE runs (run INTEGER PRIMARY KEY, started TEXT NOT NULL, record TEXT NOT NULL);
-    CREATE TABLE cells (
-        key TEXT PRIMARY KEY, status TEXT NOT NULL, seed TEXT, delta_norm REAL, n_images INTEGER, means TEXT NOT NULL,
-        per_image BLOB, raw TEXT, seconds REAL, finished TEXT, run INTEGER REFERENCES runs (run)
-    );
-    CREATE TABLE parts (
-        task TEXT NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL, seconds REAL NOT NULL, data BLOB NOT NULL,
-        PRIMARY KEY (task, start)
-    );
-    CREATE TABLE failures (
-        model TEXT NOT NULL, reset TEXT NOT NULL, trial INTEGER NOT NULL, error TEXT NOT NULL, details TEXT NOT NULL,
-        at TEXT NOT NULL, PRIMARY KEY (model, reset, trial)
-    );
-    """,
-    """
-    ALTER TABLE plan ADD COLUMN shape TEXT;
-    ALTER TABLE models ADD COLUMN attack_norm TEXT;
-    ALTER TABLE models ADD COLUMN eps REAL;
-    """,
-    # the backend was called a road
-    """
-    UPDATE models SET record = json_set(
-        json_remove(record, '$.road'), '$.backend',
-        CASE json_extract(record, '$.road') WHEN 'graph' THEN 'exported graph' WHEN 'recorded' THEN 'recorded outputs'
-            ELSE 'plain' END
-    ) WHERE json_extract(record, '$.road') IS NOT NULL;
-    """,
-)
-SCHEMA = len(_MIGRATIONS)
-
-
-@dataclass(frozen=True)
-class ModelRow:
-    """One model of a study.
-
-    Attributes:
-        model: its name in tables and figures, unique in the study.
-        reference: its model reference, or for imported results the words under which they were published.
-        category: of its training method, such as those of `layercrit.categories.CATEGORIES`, or None.
-        label: its name in figures, or None: its name.
-        documented_accuracy: top-1 accuracy as its authors give it, a share in [0, 1], or None.
-        record: what is known since it was opened (hash, architecture, number format, predictions, notes), or None.
-        attack_norm: norm of the perturbations that it was trained to withstand, such as ``l2`` or ``linf``, or None.
-        eps: the largest of them, in the units in which its authors give it, or None.
-    """
-
-    model: str
-    reference: str
-    category: str | None = None
-    label: str | None = None
-    documented_accuracy: float | None = None
-    record: Mapping[str, Any] | None = None
-    attack_norm: str | None = None
-    eps: float | None = None
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """One cell that a study is about; columns as in `layercrit.measurement.CELL_COLUMNS`, and its stage and key.
-
-    ``shape`` is that of the layer's largest parameter, such as ``64x3x7x7``.
-    """
-
-    model: str
-    layer: str
-    reset: str
-    trial: int
-    key: str
-    type: str | None
-    stage: str | None
-    depth: int
-    n_parameters: int | None
-    flops_after: float | None
-    shape: str | None = None
-
-
-@dataclass(frozen=True)
-class CellRow:
-    """What was measured in one cell.
-
-    Attributes:
-        key: name of its content.
-        status: as in `layercrit.measurement.CELL_COLUMNS`.
-        seed: of the trial, in [0, 2^64); None where it was not published.
-        delta_norm: Euclidean norm of the new minus the trained values; None where it was not published.
-        n_images: how many images the means are over.
-        means: name of a distance or score -> mean over images; NaN where the cell is not ok.
-        per_image: name of a distance or score -> one value an image ``(n_images,)``, float32; None where only means
-            were published.
-        raw: the published row as it stood, for a lossless export; None for measured cells.
-        seconds: the trial's time divided by its layers.
-        finished: when, ISO 8601.
-    """
-
-    key: str
-    status: str
-    seed: int | None
-    delta_norm: float | None
-    n_images: int | None
-    means: Mapping[str, float]
-    per_image: Mapping[str, npt.NDArray[np.float32]] | None = None
-    raw: Mapping[str, Any] | None = None
-    seconds: float | None = None
-    finished: str | None = None
-
-
-@dataclass(frozen=True)
-class PartRow:
-    """A batch of a trial under way: images ``start`` to ``stop``, name -> values ``(n_layers, n_images)``, float32."""
-
-    start: int
-    stop: int
-    seconds: float
-    values: Mapping[str, npt.NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class FailureRow:
-    """What could not be measured: one trial of one reset of one model, and why."""
-
-    model: str
-    reset: str
-    trial: int
-    error: str
-    details: str = field(repr=False)
-    at: str
+SCHEMA = len(MIGRATIONS)
 
 
 class Store:
     """The SQLite file of a study's folder; a context manager that closes it.
 
-    Any number of processes may read while one writes. What is put into it is put inside a `transaction`.
+    Any number of processes may read while one writes. What is put into it is put inside a `transaction`. A study that
+    cannot be written, as on read-only media, can be read. Rows that were damaged on the disk are left out.
+
+    Attributes:
+        path: of the file.
+        damaged: which damaged rows were met so far, in words.
 
     Raises:
         StudyError: there is none, it is damaged or not a study's, a newer version of layercrit wrote it, or the disk is
@@ -198,14 +68,40 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StudyError(f"{self.path} cannot be created ({error.strerror}). Name another folder.") from error
-        with self._explained():
-            # transactions are written out below: the module's own begin them where it guesses
-            self._connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-            try:
-                self._open()
-            except BaseException:
-                self._connection.close()
+        self.damaged: dict[str, None] = {}  # used as a set with an order
+        self._cleared_up = contextlib.ExitStack()
+        with self._explained(), contextlib.ExitStack() as unless_opened:
+            unless_opened.callback(self.close)
+            if _is_writable(self.path):
+                self._connect(self.path)
+            else:
+                self._connect_read_only()
+            unless_opened.pop_all()
+
+    def _connect(self, path: Path, how: str = "") -> None:
+        """Open a file, the study's own or a copy, and bring it to the current schema."""
+        self._uri = f"{path.absolute().as_uri()}{how}"
+        # transactions are written out below: the module's own begin them where it guesses
+        self._connection = sqlite3.connect(self._uri, timeout=60, isolation_level=None, uri=True)
+        self._cleared_up.callback(self._connection.close)
+        self._connection.text_factory = lambda text: text.decode(errors="surrogateescape")
+        self._connection.create_function("checksum", -1, checksum, deterministic=True)
+        self._open()
+
+    def _connect_read_only(self) -> None:
+        """Open a file that cannot be written, or a copy where SQLite would have to write to read it."""
+        logs = [log for suffix in ("-wal", "-journal") if (log := Path(f"{self.path}{suffix}")).exists()]
+        try:
+            # without a log nobody is writing it, so it needs no locks, which could not be made here
+            self._connect(self.path, "?mode=ro" if logs else "?mode=ro&immutable=1")
+        except (sqlite3.OperationalError, StudyError) as error:  # there is a log to be read first, or an old schema
+            if not isinstance(error.__cause__ or error, sqlite3.OperationalError):
                 raise
+            self._cleared_up.close()
+            scratch = Path(self._cleared_up.enter_context(tempfile.TemporaryDirectory(prefix="layercrit-")))
+            for file in (self.path, *logs):
+                shutil.copyfile(file, scratch / file.name)
+            self._connect(scratch / self.path.name)
 
     def _open(self) -> None:
         (magic,) = self._connection.execute("PRAGMA application_id").fetchone()
@@ -220,12 +116,14 @@ class Store:
             )
         if version == SCHEMA:
             return
-        # readers go on while a cell is committed
-        self._connection.execute("PRAGMA journal_mode = WAL")
+        try:
+            self._connection.execute("PRAGMA journal_mode = WAL")  # readers go on while a cell is committed
+        except sqlite3.OperationalError:  # a network file system lacks the shared memory that it needs
+            self._connection.execute("PRAGMA journal_mode = DELETE")
         with self.transaction():
             (version,) = self._connection.execute("PRAGMA user_version").fetchone()  # another process was faster?
-            for step in _MIGRATIONS[version:]:
-                for statement in filter(str.strip, step.split(";")):
+            for step in MIGRATIONS[version:]:
+                for statement in statements(step):
                     self._connection.execute(statement)
             self._connection.execute(f"PRAGMA application_id = {_MAGIC}")
             self._connection.execute(f"PRAGMA user_version = {SCHEMA}")
@@ -238,7 +136,7 @@ class Store:
 
     def close(self) -> None:
         """Close the file; what was committed is in it."""
-        self._connection.close()
+        self._cleared_up.close()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -257,13 +155,12 @@ class Store:
 
     def put_meta(self, name: str, value: Any) -> None:
         """Remember a fact, any plain data."""
-        self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, _json(value)))
+        self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, NULL)", (name, _json(value)))
 
     def meta(self, name: str, default: Any = None) -> Any:
         """Return a fact."""
-        with self._explained():
-            row = self._connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-        return default if row is None else json.loads(row[0])
+        rows = list(self._sound("meta", "WHERE name = ?", [name]))
+        return json.loads(rows[0][1]) if rows else default
 
     def put_run(self, started: str, record: Mapping[str, Any]) -> int:
         """Remember where and with what cells are being measured; return the run's number."""
@@ -275,7 +172,7 @@ class Store:
 
     def runs(self) -> list[dict[str, Any]]:
         """Return what `put_run` remembered, in order."""
-        rows = self._rows("SELECT run, started, record FROM runs ORDER BY run")
+        rows = self._sound("runs", "ORDER BY run", more=("run",))
         return [{"run": run, "started": started, **json.loads(record)} for run, started, record in rows]
 
     # --- models and plan --------------------------------------------------------------------------------------------
@@ -313,12 +210,13 @@ class Store:
 
     def models(self) -> list[ModelRow]:
         """Return the models in the order of the study."""
-        names = [name for name in ModelRow.__dataclass_fields__ if name != "record"]
-        rows = self._rows(f"SELECT record, {', '.join(names)} FROM models ORDER BY position")  # noqa: S608
-        return [
-            ModelRow(**dict(zip(names, values, strict=True)), record=None if record is None else json.loads(record))
-            for record, *values in rows
-        ]
+        found = []
+        for row in self._sound("models", "ORDER BY position"):
+            values = dict(zip(COLUMNS["models"], row, strict=True))
+            del values["position"]
+            record = values.pop("record")
+            found.append(ModelRow(**values, record=None if record is None else json.loads(record)))
+        return found
 
     def put_plan(self, rows: Iterable[PlanRow]) -> None:
         """Add cells to the plan; one that is planned already gets the new key."""
@@ -338,15 +236,14 @@ class Store:
 
     def plan(self) -> list[PlanRow]:
         """Return the planned cells, by model, reset, trial and depth."""
-        columns = ", ".join(PlanRow.__dataclass_fields__)
-        return [PlanRow(*row) for row in self._rows(f"SELECT {columns} FROM plan ORDER BY model, reset, trial, depth")]  # noqa: S608
+        return [PlanRow(*row) for row in self._sound("plan", "ORDER BY model, reset, trial, depth")]
 
     # --- cells ------------------------------------------------------------------------------------------------------
 
     def put_cells(self, cells: Iterable[CellRow], run: int | None = None) -> None:
         """Add finished cells; one that is there already is left as it is."""
         self._connection.executemany(
-            "INSERT OR IGNORE INTO cells VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR IGNORE INTO cells VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
             [
                 (
                     cell.key,
@@ -367,16 +264,20 @@ class Store:
 
     def copy_cells(self, other: "Store") -> None:
         """Add all cells of another study, with the runs they come from; cells that are there already are left."""
+        sound = json.dumps([row[0] for row in other._sound("cells")])
         with self._explained():
-            self._connection.execute("ATTACH DATABASE ? AS other", (str(other.path),))
+            self._connection.execute("ATTACH DATABASE ? AS other", (other._uri,))
         try:
             with self.transaction():
                 (offset,) = self._connection.execute("SELECT coalesce(max(run), 0) FROM runs").fetchone()
-                self._connection.execute("INSERT INTO runs SELECT run + ?, started, record FROM other.runs", (offset,))
+                self._connection.execute(
+                    "INSERT INTO runs SELECT run + ?, started, record, NULL FROM other.runs", (offset,)
+                )
                 self._connection.execute(
                     "INSERT OR IGNORE INTO cells SELECT key, status, seed, delta_norm, n_images, means, per_image, "
-                    "raw, seconds, finished, run + ? FROM other.cells",
-                    (offset,),
+                    "raw, seconds, finished, run + ?, NULL FROM other.cells "
+                    "WHERE key IN (SELECT value FROM json_each(?))",
+                    (offset, sound),
                 )
         finally:
             self._connection.execute("DETACH DATABASE other")
@@ -388,7 +289,7 @@ class Store:
         for start in range(0, len(wanted), 500):  # SQLite limits the number of parameters
             some = wanted[start : start + 500]
             marks = ", ".join("?" * len(some))
-            found.update(key for (key,) in self._rows(f"SELECT key FROM cells WHERE key IN ({marks})", some))  # noqa: S608
+            found.update(row[0] for row in self._sound("cells", f"WHERE key IN ({marks})", some))
         return found
 
     def cells(self) -> pd.DataFrame:
@@ -396,11 +297,18 @@ class Store:
 
         Columns are those of `PlanRow`, of `CellRow` without ``per_image``, and one for each mean.
         """
-        columns = ", ".join(_CELL_COLUMNS)
-        rows = self._rows(
-            f"SELECT {columns}, means FROM plan JOIN models USING (model) JOIN cells USING (key) "  # noqa: S608
-            "ORDER BY position, reset, depth, trial"
-        )
+        position = {row.model: place for place, row in enumerate(self.models())}
+        plan = [row for row in self.plan() if row.model in position]
+        planned, measured = {row.key for row in plan}, {}
+        for values in self._sound("cells", more=("run",)):  # joined here, since an index may be damaged, too
+            cell = dict(zip(("run", *COLUMNS["cells"]), values, strict=True))
+            del cell["per_image"]
+            if cell["key"] in planned:
+                measured[cell["key"]] = cell
+        plan = [row for row in plan if row.key in measured]
+        plan.sort(key=lambda row: (position[row.model], row.reset, row.depth, row.trial))
+        found = [{**measured[row.key], **vars(row)} for row in plan]
+        rows = [[cell[name] for name in (*_CELL_COLUMNS, "means")] for cell in found]
         table = pd.DataFrame(rows, columns=[*_CELL_COLUMNS, "means"])
         means = pd.DataFrame([json.loads(text) for text in table.pop("means")], index=table.index, dtype=np.float64)
         # from the rows: where only some are None, the table has NaN in their place
@@ -427,15 +335,14 @@ class Store:
     def put_part(self, task: str, part: PartRow) -> None:
         """Keep one batch of a trial that is under way; ``task`` is a hash of the cells it will make."""
         self._connection.execute(
-            "INSERT OR REPLACE INTO parts VALUES (?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO parts VALUES (?, ?, ?, ?, ?, NULL)",
             (task, part.start, part.stop, part.seconds, pack(part.values)),
         )
 
     def parts(self, task: str) -> list[PartRow]:
         """Return the batches of a trial that follow each other without a gap from the first image on."""
-        rows = self._rows("SELECT start, stop, seconds, data FROM parts WHERE task = ? ORDER BY start", [task])
         found: list[PartRow] = []
-        for start, stop, seconds, data in rows:
+        for _, start, stop, seconds, data in self._sound("parts", "WHERE task = ? ORDER BY start", [task]):
             if start != (found[-1].stop if found else 0):
                 break
             found.append(PartRow(start, stop, seconds, _unpacked(data)))
@@ -448,7 +355,7 @@ class Store:
     def put_failure(self, failure: FailureRow) -> None:
         """Remember what could not be measured."""
         self._connection.execute(
-            "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?, ?, ?)", tuple(vars(failure).values())
+            "INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?, ?, ?, NULL)", tuple(vars(failure).values())
         )
 
     def drop_failures(self, model: str, reset: str | None = None, trial: int | None = None) -> None:
@@ -460,13 +367,73 @@ class Store:
 
     def failures(self) -> list[FailureRow]:
         """Return what could not be measured, in the order of the study."""
-        return [
-            FailureRow(*row)
-            for row in self._rows(
-                "SELECT failures.model, reset, trial, error, details, at FROM failures JOIN models USING (model) "
-                "ORDER BY position, reset, trial"
+        position = {row.model: place for place, row in enumerate(self.models())}
+        found = [FailureRow(*row) for row in self._sound("failures") if row[0] in position]
+        return sorted(found, key=lambda row: (position[row.model], row.reset, row.trial))
+
+    # --- damage -----------------------------------------------------------------------------------------------------
+
+    def drop_damaged(self) -> None:
+        """Delete all damaged rows, so that what was in them is measured anew; `damaged` says which they were."""
+        with self._explained():
+            self._connection.execute("REINDEX")
+        for table in COLUMNS:
+            if table == "plan":  # which has no row numbers, and of which a run makes the rest again
+                if len(list(self._sound("plan"))) < self._rows("SELECT count(*) FROM plan NOT INDEXED")[0][0]:
+                    self._connection.execute("DELETE FROM plan")
+                continue
+            kept = {row[0] for row in self._sound(table, more=("rowid",))}
+            numbers = {number for (number,) in self._rows(f"SELECT rowid FROM {table}")}  # noqa: S608
+            self._connection.executemany(
+                f"DELETE FROM {table} WHERE rowid = ?",  # noqa: S608
+                [(number,) for number in numbers - kept],
             )
-        ]
+
+    def take_rows(self, tables: Mapping[str, Iterable[tuple[Any, ...]]]) -> int:
+        """Add the sound ones of some tables' rows, and return how many cells those are.
+
+        Args:
+            tables: name -> (number of the run or None, the columns `COLUMNS`, the checksum) of each row.
+        """
+        with self.transaction():
+            for table, rows in tables.items():
+                columns = COLUMNS[table]
+                named = [*(["run"] if table in ("cells", "runs") else []), *columns]
+                marks = ", ".join("?" * len(named))
+                self._connection.executemany(
+                    f"INSERT OR IGNORE INTO {table} ({', '.join(named)}) VALUES ({marks})",  # noqa: S608
+                    (row[len(columns) + 1 - len(named) : -1] for row in rows if is_sound(table, row[1:-1], row[-1])),
+                )
+        return int(self._rows("SELECT count(*) FROM cells")[0][0])
+
+    def _sound(
+        self, table: str, which: str = "", values: Sequence[object] = (), *, more: Sequence[str] = ()
+    ) -> Iterator[tuple[Any, ...]]:
+        """Yield the rows of a table that are as they were written: ``more`` columns, and those of `COLUMNS`.
+
+        What is damaged is remembered under `damaged`.
+        """
+        columns = COLUMNS[table]
+        query = f"SELECT {', '.join([*more, *columns])}, checksum FROM {table} {which}"  # noqa: S608
+        with self._explained():
+            for *row, known in self._connection.execute(query, values):
+                if is_sound(table, row[len(more) :], known):
+                    yield tuple(row)
+                else:
+                    self.damaged[self._in_words(table, dict(zip(columns, row[len(more) :], strict=True)))] = None
+
+    def _in_words(self, table: str, row: Mapping[str, Any]) -> str:
+        """Say what a damaged row is about, as far as it can be told."""
+        if table == "cells":
+            with contextlib.suppress(sqlite3.Error, UnicodeEncodeError):
+                found = self._connection.execute(
+                    "SELECT model, layer, reset, trial FROM plan WHERE key = ?", (row["key"],)
+                )
+                for model, layer, reset, trial in found:
+                    return f"the cell of {model}, {layer}, {reset}, trial {trial}"
+        names = [name for name in ("name", "model", "layer", "reset", "trial", "task", "start", "started", "key")
+                 if name in row]  # fmt: skip
+        return f"a row of the table {table} ({', '.join(f'{name} {str(row[name])[:40]}' for name in names[:4])})"
 
     def _rows(self, query: str, values: Sequence[object] = ()) -> list[Any]:
         with self._explained():
@@ -476,11 +443,16 @@ class Store:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # also SQLite's own texts about damage may be damaged
             raise StudyError(
                 f"{self.path} cannot be used ({error}). If the disk is full, free some space; if the file is damaged, "
-                "restore it or start over in another folder."
+                f"`layercrit study repair {self.path.parent}` keeps what can be read, or restore it, or start over in "
+                "another folder."
             ) from error
+
+
+def _is_writable(path: Path) -> bool:
+    return os.access(path if path.exists() else path.parent, os.W_OK) and os.access(path.parent, os.W_OK)
 
 
 def mean_names(cells: pd.DataFrame) -> list[str]:

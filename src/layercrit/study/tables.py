@@ -42,6 +42,7 @@ class Study:
         planned: model -> how many cells it has; models that were not opened yet are missing.
         record: everything else worth keeping, as plain data: name, protocol, probe set, baseline, origin.
         runs: when, where and with which versions cells were measured.
+        damaged: which rows of the study's file are damaged and so left out, in words.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class Study:
     planned: Mapping[str, int]
     record: Mapping[str, Any]
     runs: tuple[Mapping[str, Any], ...]
+    damaged: tuple[str, ...] = ()
 
     @property
     def resets(self) -> list[str]:
@@ -241,6 +243,7 @@ def load_study(folder: str | Path) -> Study:
             planned=status.planned(store.plan(), record, models["record"]),
             record=record,
             runs=tuple(store.runs()),
+            damaged=tuple(store.damaged),  # by the reads above
         )
 
 

@@ -60,6 +60,7 @@ export function drawCompare() {
   else if (first === second) problem = "Choose two different ones.";
   const rows = problem ? null : differences(block, first, second);
   for (const part of ["plot", "details", "notes"]) $(`compare-${part}`).hidden = !rows;
+  for (const button of document.querySelectorAll('[data-of="compare"]')) button.disabled = !rows;
   if (!rows) {
     $("compare-said").textContent = problem || "This pair is not in the page: compute it with `layercrit.differences`.";
     return;

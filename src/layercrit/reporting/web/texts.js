@@ -7,8 +7,12 @@ const NONE = "\u2013";
 // Plotly reads some tags and formulas in texts; names from outside are shown as they are.
 export const escaped = (text) =>
   String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/\$/g, "&#36;");
-export const short = (text, length = 40) =>
-  text.length > length ? `${text.slice(0, length / 2 + 1)}\u2026${text.slice(3 - length / 2)}` : text;
+// Of characters, since halves of one make a picture that cannot be saved.
+export const short = (text, length = 40) => {
+  const all = [...text];
+  if (all.length <= length) return text;
+  return `${all.slice(0, length / 2 + 1).join("")}\u2026${all.slice(3 - length / 2).join("")}`;
+};
 
 export const signed = (value, digits) => {
   if (!known(value)) return NONE;
@@ -91,7 +95,10 @@ function byColumn(column, ascending) {
 function asCsv({ columns, rows }) {
   const field = (value) => {
     if (!known(value)) return "";
-    return /[",\r\n]/.test(value) ? `"${String(value).replace(/"/g, '""')}"` : String(value);
+    if (typeof value !== "string") return String(value);
+    // spreadsheets take a cell that begins so for a formula; numbers are not touched
+    const safe = /^'*[=+\-@\t\r]/.test(value) ? `'${value}` : value;
+    return /[",\r\n]/.test(safe) ? `"${safe.replace(/"/g, '""')}"` : safe;
   };
   const lines = [columns.map(({ name }) => name), ...rows.map((row) => columns.map(({ of }) => of(row)))];
   return lines.map((line) => `${line.map(field).join(",")}\r\n`).join("");

@@ -1,0 +1,205 @@
+"""What holds for every command: what it prints is harmless, and what ends it early is said and loses nothing."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from layercrit.cli import root
+from layercrit.cli.measure import _Saver
+from layercrit.cli.root import main
+from layercrit.measurement import Measurement
+
+LAYERCRIT = Path(sys.executable).parent / "layercrit"
+MODEL = "timm:test_resnet?pretrained=false&num_classes=7"
+HOSTILE = "\x1b[31mred\x07\nError: no\u202eterces"
+SHOWN = r"\x1b[31mred\x07\nError: no\u202eterces"
+
+
+def call(monkeypatch, *arguments):
+    """Run the command line in this process, and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["layercrit", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """A file of images in the current folder, which is empty else."""
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    np.savez("images.npz", images=pixels)
+    return "images.npz"
+
+
+@pytest.fixture
+def as_before():
+    """Signals have their handlers again after the test."""
+    before = {number: signal.getsignal(number) for number in root._ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A saved measurement of a network whose layers have hostile names."""
+    from torch import nn
+
+    import layercrit
+
+    network = nn.Sequential()
+    network.add_module("flat", nn.Flatten())
+    network.add_module(HOSTILE, nn.Linear(12, 4))
+    network.add_module("=1+1", nn.Linear(4, 3))
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=3.0)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 3, 2, 2), dtype=np.uint8)
+    result = layercrit.measure(network.eval(), pixels, trials=2, progress=False)
+    return result.save(tmp_path_factory.mktemp("measured") / "result")
+
+
+# --- what cannot be printed -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8"])
+def test_output__any_encoding_can_be_printed_to(measured, monkeypatch, encoding):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert call(monkeypatch, "show", measured) == 0
+    printed = stdout.buffer.getvalue().decode(encoding)
+    mean = Measurement.load(measured).summary()["criticality"]["mean"]
+    assert f"mean criticality {mean:.3f}" in printed
+    assert ("█" in printed) == (encoding == "utf-8"), "bars are of characters that the encoding has"
+    assert ("##" in printed) == (encoding != "utf-8")
+
+
+class Broken(io.TextIOWrapper):
+    """A stream that fails when it is written to."""
+
+    def __init__(self, error):
+        super().__init__(io.BytesIO(), encoding="utf-8")
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(28, "No space left on device"), 1),
+        (BrokenPipeError(32, "Broken pipe"), 141),
+        (OSError(5, "Input/output error"), 1),
+        (UnicodeEncodeError("ascii", "x", 0, 1, "a stream of somebody's own"), 70),
+    ],
+    ids=["full", "closed pipe", "broken device", "unknown"],
+)
+def test_measure__is_saved_before_it_is_printed(images, monkeypatch, capsys, error, code):
+    monkeypatch.setattr(sys, "stdout", Broken(error))
+    assert call(monkeypatch, "measure", MODEL, "--images", images, "--trials", "1", "--out", "result") == code
+    assert Measurement.load("result").summary()["n_images"] == 8
+    assert "Saved in result" in capsys.readouterr().err
+
+
+def test_measure__its_tables_are_saved_where_the_figure_cannot_be_plotted(images, monkeypatch, capsys):
+    monkeypatch.setattr(Measurement, "plot", lambda self: 1 / 0)
+    assert call(monkeypatch, "measure", MODEL, "--images", images, "--trials", "1", "--out", "result") == 70
+    assert Measurement.load("result").summary()["n_images"] == 8
+    assert "mean criticality" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["methods"]])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
+def test_output__to_a_full_device_and_to_nobody(arguments, tmp_path):
+    with Path("/dev/full").open("w") as full:
+        told = subprocess.run([LAYERCRIT, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert told.returncode == 1
+    assert told.stderr.startswith("Error: What the command prints cannot be written (No space left on device)")
+    assert told.stderr.count("\n") == 1, "Python has nothing to add at its end"
+    reader, writer = os.pipe()
+    os.close(reader)
+    told = subprocess.run([LAYERCRIT, *arguments], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(writer)
+    assert (told.returncode, told.stderr) == (141, "")
+
+
+# --- texts from outside ---------------------------------------------------------------------------------------------
+
+
+def test_show__names_do_nothing_to_the_terminal(measured, monkeypatch, capsys):
+    assert call(monkeypatch, "show", measured) == 0
+    printed = capsys.readouterr().out
+    assert SHOWN in printed
+    assert not {"\x1b", "\x07", "\u202e"} & set(printed)
+    assert not [line for line in printed.splitlines() if line.startswith("Error")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["show", HOSTILE], 1), ([HOSTILE], 2), (["measure", HOSTILE, "--images", "x"], 1), (["study", HOSTILE], 2)],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_errors__do_nothing_to_the_terminal(arguments, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *arguments) == code
+    printed = capsys.readouterr().err
+    assert "\\x1b[31mred" in printed
+    assert not {"\x1b", "\x07", "\u202e"} & set(printed)
+    assert sum(line.startswith("Error") for line in printed.splitlines()) == 1
+
+
+# --- what ends a command --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("as_before")
+@pytest.mark.parametrize("number", root._ENDING, ids=lambda number: number.name)
+def test_measure__a_signal_keeps_finished_trials(images, monkeypatch, capsys, number):
+    keep, save = _Saver.keep, Measurement.save
+
+    def keep_then_end(self, so_far):
+        keep(self, so_far)
+        if so_far().cells["trial"].nunique() == 2:
+            os.kill(os.getpid(), number)
+
+    def save_while_asked_again(self, folder):
+        os.kill(os.getpid(), number)  # schedulers repeat themselves
+        return save(self, folder)
+
+    monkeypatch.setattr(_Saver, "keep", keep_then_end)
+    monkeypatch.setattr(Measurement, "save", save_while_asked_again)
+    arguments = ["measure", MODEL, "--images", images, "--trials", "50", "--out", "result"]
+    assert call(monkeypatch, *arguments) == 128 + number
+    printed = capsys.readouterr().err
+    assert f"Ended by {number.name}." in printed
+    assert "Traceback" not in printed
+    assert 2 <= Measurement.load("result").summary()["n_trials"] < 50
+
+
+@pytest.mark.usefixtures("as_before")
+def test_signals__ignored_before_stay_ignored(measured, monkeypatch):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    load = Measurement.load
+
+    def hang_up(folder):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return load(folder)
+
+    monkeypatch.setattr(Measurement, "load", hang_up)
+    assert call(monkeypatch, "show", measured) == 0
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handlers are those of before"
+
+
+@pytest.mark.parametrize("arguments", [["measure", MODEL, "--images", "x.npz"], ["study", "run", "study.toml"]])
+def test_errors__a_folder_that_is_gone_is_no_bug(arguments, tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert call(monkeypatch, *arguments) == 1
+    assert "bug" not in capsys.readouterr().err
