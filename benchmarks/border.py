@@ -3,8 +3,8 @@
     python benchmarks/border.py                            # a bundled network, 3 trials: the least favourable case
     python benchmarks/border.py --model timm:resnet18?pretrained=false --images FOLDER
 
-Each check is timed, in seconds of CPU, inside the measurement that it belongs to. The smaller the network, the larger their share, since
-they run a fixed number of images. The closing line has the share of all of them.
+Each check is timed, in seconds of CPU, inside the measurement that it belongs to. The smaller the network, the larger
+their share, since they run a fixed number of images. The closing line has the share of all of them.
 """
 
 import argparse
