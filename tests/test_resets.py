@@ -1,17 +1,24 @@
 import hashlib
 import json
+import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from layercrit.errors import CheckpointError, ModelError, ProtocolError
 from layercrit.layers import find_layers
+from layercrit.measuring import measure
 from layercrit.models.references import open_model
-from layercrit.resets import RESETS, donor_values, draw_values, get_reset, given_donor, reset
+from layercrit.resets import RESETS, check_draws, donor_values, draw_values, get_reset, given_donor, reset
+from layercrit.restoring import holding
+from small_subjects import PIXELS, QUIET, fresh
 from training_runs import write_run
 
 
@@ -316,3 +323,236 @@ def test_given_donor__a_file_with_other_names_is_refused(tmp_path):
     save_file({"conv.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=r"other.safetensors for .*: the weights do not fit. 8 missing"):
         given_donor(tmp_path / "other.safetensors", get_reset("rewind"), open_model(net), [])
+
+
+# weights that a module computes from other tensors
+
+
+def pruned(module):
+    return prune.l1_unstructured(module, "weight", 0.3)
+
+
+def normed_twice(module):
+    return parametrizations.spectral_norm(parametrizations.weight_norm(module))
+
+
+COMPUTED = {
+    "weight_norm": weight_norm,
+    "parametrized weight_norm": parametrizations.weight_norm,
+    "pruned": pruned,
+    "spectral_norm": spectral_norm,
+    "parametrized spectral_norm": parametrizations.spectral_norm,
+    "normed twice": normed_twice,
+    "orthogonal": parametrizations.orthogonal,
+}
+SPECTRAL = [name for name in COMPUTED if "spectral" in name or "twice" in name]
+
+
+def computed(name, seed=1):
+    """Two layers for `PIXELS` whose weights are computed; trained a little, so that they keep what autograd needs."""
+
+    def build():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            how = COMPUTED[name]
+            return nn.Sequential(nn.Flatten(), how(nn.Linear(12, 8)), nn.ReLU(), how(nn.Linear(8, 3)))
+
+    def build_trained():
+        network = build()
+        optimizer = torch.optim.SGD(network.parameters(), 1.0)
+        for _ in range(20):
+            optimizer.zero_grad()
+            F.cross_entropy(network(PIXELS / 255), torch.arange(6) % 3).backward()
+            optimizer.step()
+        network(PIXELS / 255)
+        return network.eval()
+
+    return build, fresh(build_trained, seed)
+
+
+def effective_weight(network, name, values):
+    with torch.no_grad(), holding(network, values):
+        network(PIXELS / 255)
+        return network.get_submodule(name).weight.detach().clone()
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "parametrized weight_norm", "pruned"])
+def test_measure__a_module_whose_weights_are_computed_is_reset_as_the_architecture_is(name):
+    build, network = computed(name)
+    given = open_model(network, input_size=(3, 2, 2))
+    by_reference = replace(given, build=lambda: build().eval(), initialiser="build()")
+    found, expected = (measure(model, PIXELS, trials=3, **QUIET).cells for model in (given, by_reference))
+    np.testing.assert_array_equal(found["cosine"], expected["cosine"])
+    assert (found["cosine"] > 0.01).all()
+    assert (found["status"] == "ok").all()
+
+
+@pytest.mark.parametrize("mode", ["reference", "float32"])
+@pytest.mark.parametrize("name", COMPUTED)
+def test_measure__a_computed_weight_is_that_of_the_donor(name, mode):
+    """The slow way: a copy of the network with what a module draws, in parameters and buffers."""
+    _, network = computed(name)
+    model = open_model(network, input_size=(3, 2, 2))
+    cells = measure(model, PIXELS, trials=1, dtype=mode, **QUIET).cells
+    found, seed = cells.set_index("layer")["cosine"], int(cells["seed"][0])
+    layers = find_layers(network, PIXELS[:1] / 255)
+    donor = donor_values(model, layers, seed)
+    with torch.no_grad():
+        clean = network(PIXELS / 255).softmax(1)
+    for layer in layers:
+        values = draw_values(get_reset("rerandomize"), layer, network, donor, seed)
+        with torch.no_grad(), holding(network, values):
+            after = network(PIXELS / 255).softmax(1)
+        expected = 1 - F.cosine_similarity(clean, after).mean()
+        assert found[layer.name] == pytest.approx(float(expected), abs=1e-5)
+        assert found[layer.name] > 0.001
+
+
+@pytest.mark.parametrize("how", ["rerandomize", "permute"])
+@pytest.mark.parametrize("by_reference", [False, True], ids=["module", "reference"])
+@pytest.mark.parametrize("name", SPECTRAL)
+def test_draw_values__after_a_reset_the_spectral_norm_is_1(name, by_reference, how):
+    build, network = computed(name)
+    with torch.no_grad():  # as far from what is drawn as a trained network's vectors can be
+        for buffer in network.buffers():
+            buffer.copy_(F.normalize(torch.arange(float(buffer.numel())), dim=0))
+    model = open_model(network, input_size=(3, 2, 2))
+    if by_reference:
+        model = replace(model, build=build, initialiser="build()")
+    layers = find_layers(network, PIXELS[:1] / 255)
+    donor = donor_values(model, layers, 3) if how == "rerandomize" else {}
+    for layer in layers:
+        values = draw_values(get_reset(how), layer, network, donor, 3)
+        assert set(layer.buffers) <= set(values)
+        norm = torch.linalg.matrix_norm(effective_weight(network, layer.name, values), 2)
+        assert float(norm) == pytest.approx(1, abs=0.01)
+
+
+def test_draw_values__an_orthogonal_weight_stays_orthogonal_and_is_drawn():
+    _, network = computed("orthogonal")
+    (layer, _) = find_layers(network, PIXELS[:1] / 255)
+    drawn = []
+    for seed in (3, 4):
+        donor = donor_values(open_model(network), [layer], seed)
+        values = draw_values(get_reset("rerandomize"), layer, network, donor, seed)
+        drawn.append(effective_weight(network, "1", values))
+        torch.testing.assert_close(drawn[-1] @ drawn[-1].T, torch.eye(8), atol=1e-5, rtol=0)
+    assert (drawn[0] - drawn[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_measure__leaves_computed_weights_as_they_were(name):
+    _, network = computed(name)
+    before = {layer: network.get_submodule(layer).weight.detach().clone() for layer in ("1", "3")}
+    with torch.no_grad():
+        logits = network(PIXELS / 255)
+    measure(network, PIXELS, types="all", **QUIET)
+    for layer, weight in before.items():
+        assert torch.equal(network.get_submodule(layer).weight, weight)
+    with torch.no_grad():
+        assert torch.equal(network(PIXELS / 255), logits)
+
+
+# initialisers that draw nothing, or not all
+
+
+class Halved(nn.Linear):
+    """Its initialiser makes new values from the trained ones."""
+
+    def reset_parameters(self):
+        if hasattr(self, "bias"):
+            nn.init.uniform_(self.bias)
+            self.weight.data.mul_(0.5)
+
+
+class HalfDrawn(nn.Linear):
+    """Its initialiser forgets the bias."""
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight)
+
+
+class LowRank(nn.Module):
+    """Adds a product of two matrices that have no initialiser of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(8, 1)), nn.Parameter(torch.ones(1, 12))
+
+    def forward(self, weight):
+        return weight + self.a @ self.b
+
+
+def adapted():
+    layer = nn.Linear(12, 8)
+    parametrize.register_parametrization(layer, "weight", LowRank())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (lambda: Halved(12, 8), "'1.weight' (Halved)"),
+        (lambda: HalfDrawn(12, 8), "'1.bias' (HalfDrawn)"),
+        (adapted, "1.parametrizations.weight.0 (LowRank)"),
+    ],
+    ids=["halved", "half drawn", "adapted"],
+)
+def test_measure__a_parameter_that_its_initialiser_does_not_draw_is_named(build, named):
+    network = nn.Sequential(nn.Flatten(), build(), nn.ReLU(), nn.Linear(8, 3)).eval()
+    finished = []
+    with pytest.raises(ModelError) as caught:
+        measure(network, PIXELS, on_trial=finished.append, **QUIET)
+    assert named in str(caught.value)
+    assert not finished
+    donor = fresh(lambda: nn.Sequential(nn.Flatten(), build(), nn.ReLU(), nn.Linear(8, 3)), 2)
+    found = measure(network, PIXELS, layers="3", donor=donor, **QUIET)
+    assert list(found.cells["status"]) == ["ok"], "the way out"
+
+
+def own_seed():
+    torch.manual_seed(0)
+    return network()
+
+
+def partly_trained():
+    """As a factory that loads a trained backbone whatever it is asked for."""
+    net = network()
+    nn.init.xavier_uniform_(net[4].weight)
+    return net
+
+
+def one_and_the_same(cache=[]):  # noqa: B006 - it is to be kept
+    if not cache:
+        cache.append(network())
+    return cache[0]
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [(own_seed, "'0.weight'"), (partly_trained, "'0.weight'"), (one_and_the_same, "'0.weight'")],
+)
+def test_check_draws__a_factory_that_draws_nothing_is_refused(build, named):
+    trained = network()
+    with torch.no_grad():
+        trained[0].weight.add_(1)
+    model = replace(open_model(trained, input_size=(3, 4, 4)), build=build, initialiser="my_factory()")
+    pixels = torch.randint(0, 256, (6, 3, 4, 4), dtype=torch.uint8)
+    with pytest.raises(ModelError) as caught:
+        measure(model, pixels, **QUIET)
+    assert f"my_factory() of {model.reference!r} gives {named} the same values" in str(caught.value)
+    if build is partly_trained:
+        assert (measure(model, pixels, layers="4", **QUIET).cells["status"] == "ok").all(), "the way out"
+
+
+def test_check_draws__what_is_constant_or_not_trained_need_not_be_drawn():
+    def build():
+        net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.LayerNorm(2), nn.Linear(2, 2), nn.Conv2d(3, 3, 1), nn.Linear(2, 2))
+        net[0].weight.requires_grad_(False).copy_(torch.arange(81.0).view(3, 3, 3, 3))  # a filter by hand
+        nn.init.zeros_(net[2].weight)
+        nn.init.dirac_(net[3].weight)
+        return net
+
+    with torch.no_grad():
+        model = replace(open_model(build()), build=build, initialiser="build()")
+    assert check_draws(model, find_layers(model.network, torch.rand(1, 3, 4, 4))) is None
