@@ -16,7 +16,7 @@ from layercrit.wrappers import wrapper_of
 __all__ = ["Fit", "fit", "fit_to"]
 
 _LISTED = 8  # names shown of each kind of difference
-_COMPARED = 2000  # unexpected names that are searched for one like a missing name
+_COMPARED = 500  # unexpected names that are searched for one like a missing name
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ def _reading(
     """Find how the names are to be read: under the first format and prefix that have all names of the network."""
     needed = {name for name in expected if not _is_counter(name)}
     closest, most = None, len(needed) // 2
-    for format_ in (Renames(of=""), *RENAMES):
+    lines = "\n".join(tensors)
+    for format_ in (Renames(of=""), *(other for other in RENAMES if other.applies_to(lines))):
         names = format_.new_names(tensors)
         counts = _prefixes(names, needed)
         covering = [_Reading(names, format_.of, start) for start, count in counts.items() if count == len(needed)]

@@ -205,12 +205,20 @@ def _uses(stream: io.BytesIO) -> dict[str, str]:
 
 def _take(stack: list[str | None], opcode: pickletools.OpcodeInfo) -> list[str | None]:
     """Take off the stack what an opcode takes, lowest first, without the mark."""
-    wanted, above = opcode.stack_before, []
+    wanted = opcode.stack_before
+    if not wanted:
+        return []
+    above: list[str | None] = []
+    n_below = len(wanted)
     if pickletools.markobject in wanted:
+        n_below = wanted.index(pickletools.markobject)
         while (top := stack.pop()) is not _MARK:
             above.append(top)
-        wanted = wanted[: wanted.index(pickletools.markobject)]
-    return [stack.pop() for _ in wanted][::-1] + above[::-1]
+    if n_below > len(stack):
+        raise IndexError("the pickle takes more than it has made")
+    below = stack[len(stack) - n_below :]
+    del stack[len(stack) - n_below :]
+    return below + above[::-1]
 
 
 def _named(uses: dict[str, str], module: str, name: str) -> _Of:

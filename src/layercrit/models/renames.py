@@ -29,6 +29,11 @@ class Renames:
     rename: tuple[tuple[str, str], ...] = ()
     drop: str = ""
 
+    def applies_to(self, names: str) -> bool:
+        """Whether a name would change or be dropped; the names are given as lines, which is quick to search."""
+        patterns = [pattern for pattern, _ in self.rename] + [f"^(?:{self.drop})$"] * bool(self.drop)
+        return any(re.search(pattern, names, re.MULTILINE) for pattern in patterns)
+
     def new_names(self, names: Iterable[str]) -> dict[str, str]:
         """Return new name -> name in the file, without those that are dropped; empty if two would be the same."""
         result: dict[str, str] = {}

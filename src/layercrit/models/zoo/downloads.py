@@ -42,7 +42,7 @@ _PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds between attempts that brought nothing 
 _TIMEOUT = 60.0  # seconds without a byte after which a connection counts as dropped
 _BLOCK = 1 << 20
 _MARGIN = 64 * 2**20  # bytes of disk left free
-_UNDECLARED = 8 * 2**30  # bytes after which a file whose size nobody has said counts as endless
+_UNDECLARED = 4 * 2**30  # bytes after which a file whose size nobody has said counts as endless
 _SECRET = re.compile(r"([?&][^=&#]*(?:token|secret|passw|signature|credential|api_?key)[^=&#]*=)[^&#]+", re.IGNORECASE)
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP answers that may be another one a little later
 _DROPPED = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
