@@ -1,9 +1,11 @@
+import errno
 import json
 import os
 import platform
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from layercrit.locks import hold, holder
 
 HOLD = """
 import sys
+from pathlib import Path
 from pathlib import Path
 from layercrit.locks import hold
 with hold(Path(sys.argv[1])):
@@ -95,3 +98,37 @@ def test_holder__held_by_somebody_who_says_nothing(tmp_path, text):
         written = tmp_path / "running.json"
         written.unlink() if text is None else written.write_text(text)
         assert holder(tmp_path) == "another process"
+
+
+@pytest.fixture(params=["ENOSYS", "EOPNOTSUPP", "ENOLCK", "filelock 3.13"])
+def without_flock(request, monkeypatch):
+    """A file system that knows no locks, as it shows."""
+
+    def refuse(self, *_, **options):
+        lock_file = Path(self.lock_file)
+        lock_file.touch()
+        if request.param == "filelock 3.13":
+            raise NotImplementedError("FileSystem does not appear to support flock; use SoftFileLock instead")
+        raise OSError(getattr(errno, request.param), "no locks here")
+
+    monkeypatch.setattr("layercrit.locks.FileLock.acquire", refuse)
+
+
+@pytest.mark.usefixtures("without_flock")
+def test_hold__on_a_file_system_without_locks(tmp_path):
+    for _ in range(2):
+        with hold(tmp_path):
+            assert f"process {os.getpid()} " in holder(tmp_path)
+            with pytest.raises(StudyError, match=r"is being run by process .*delete .*\.lock-soft"), hold(tmp_path):
+                pass
+        assert holder(tmp_path) is None
+    assert not (tmp_path / ".lock-soft").exists()
+
+
+def test_hold__other_errors_of_locks_are_told(tmp_path, monkeypatch):
+    def refuse(self, *_, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("layercrit.locks.FileLock.acquire", refuse)
+    with pytest.raises(StudyError, match=r"cannot be used \(Input/output error\)"), hold(tmp_path):
+        pass

@@ -1,6 +1,7 @@
 """Locks on the folders of studies and training runs: one process writes at a time."""
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from layercrit.errors import StudyError
 from layercrit.foreign_files import read_json
@@ -16,7 +17,9 @@ from layercrit.foreign_files import read_json
 __all__ = ["hold", "holder"]
 
 _LOCK = ".lock"  # released when the process that holds it ends, however it ends
+_SOFT_LOCK = ".lock-soft"  # its being there is the lock: for file systems that know no other
 _HOLDER = "running.json"  # who that is
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextlib.contextmanager
@@ -28,12 +31,13 @@ def hold(folder: Path, what: str = "study") -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK)
-        lock.acquire(timeout=1)  # `holder` takes it for a moment
+        lock = _acquired(folder, timeout=1)  # `holder` takes it for a moment
     except Timeout as error:
+        left = folder / _SOFT_LOCK
         raise StudyError(
             f"The {what} in {folder} is being run by {holder(folder) or 'another process'}. Wait for it, or stop it."
             + " Watch it with `layercrit study status`." * (what == "study")
+            + f" If it was killed, delete {left}, which its file system cannot do itself." * left.exists()
         ) from error
     except OSError as error:
         raise StudyError(f"The folder {folder} cannot be used ({error.strerror}). Name another with --out.") from error
@@ -54,10 +58,9 @@ def holder(folder: Path) -> str | None:
     """Say which process runs the study in a folder; None if none does."""
     if not (folder / _LOCK).exists():
         return None
-    lock = FileLock(folder / _LOCK)
     try:
-        with lock.acquire(timeout=0):
-            return None
+        _acquired(folder, timeout=0).release()
+        return None
     except Timeout:
         pass
     except OSError:
@@ -67,3 +70,26 @@ def holder(folder: Path) -> str | None:
         return f"process {about['process']} on {about['machine']}, since {about['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+
+
+def _acquired(folder: Path, timeout: float) -> BaseFileLock:
+    """Return the folder's lock, acquired: a soft one where its file system has no locks, as some of networks.
+
+    Raises:
+        Timeout: another process holds it.
+        OSError: the folder cannot be written.
+    """
+    lock: BaseFileLock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=timeout)
+        return lock
+    except Timeout:
+        raise
+    except NotImplementedError:  # from older versions of filelock
+        pass
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    lock = SoftFileLock(folder / _SOFT_LOCK)
+    lock.acquire(timeout=timeout)
+    return lock
