@@ -17,7 +17,7 @@ from PIL import Image
 from layercrit.errors import ProbeError, near, shown
 from layercrit.foreign_files import kind_of_special
 from layercrit.probes.images import SUFFIXES, Pixels
-from layercrit.probes.numpy_files import explained, unpacked
+from layercrit.probes.numpy_files import opened, unpacked
 
 __all__ = [
     "ACCEPTED",
@@ -135,10 +135,10 @@ class FolderSource(ImageSource):
 
 def _image_names(folder: Path, prefix: str = "", above: frozenset[Path] = frozenset()) -> Iterator[str]:
     """Yield the paths of all images below ``folder``, each with ``prefix``, with forward slashes."""
-    real = folder.resolve()
-    if real in above:  # a link back to a folder it lies in would be followed for ever
-        return
     try:
+        real = folder.resolve()
+        if real in above:  # a link back to a folder it lies in would be followed for ever
+            return
         entries = list(os.scandir(folder))
     except OSError as error:
         raise ProbeError(f"Cannot list the folder '{folder}' ({error.strerror}). Check its permissions.") from error
@@ -233,14 +233,12 @@ class ArraySource(ImageSource):
 def _load_numpy(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
     """Return the images and the labels, if any, of a ``.npy`` or ``.npz`` file."""
     check_exists(path)
-    with explained(path):
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+    with opened(path) as loaded:
         if isinstance(loaded, np.ndarray):
             return loaded, None
-        with loaded:
-            image_key, label_key = find_names(loaded.files, IMAGE_KEYS, LABEL_KEYS, f"'{path}'")
-            labels = None if label_key is None else unpacked(loaded, label_key, path)
-            return unpacked(loaded, image_key, path), labels
+        image_key, label_key = find_names(loaded.files, IMAGE_KEYS, LABEL_KEYS, f"'{path}'")
+        labels = None if label_key is None else unpacked(loaded, label_key, path)
+        return unpacked(loaded, image_key, path), labels
 
 
 def _channels_last(images: npt.NDArray[Any], description: str) -> npt.NDArray[Any]:
