@@ -492,3 +492,22 @@ def test_available_memory__is_that_of_this_machine() -> None:
 def test_labels__an_integer_of_5000_digits_in_an_array() -> None:
     with pytest.raises(ProbeError):
         ProbeSet.from_array(pieces(2, 8), SMALL, [10**5000, 1])
+
+
+@unix
+def test_source__where_the_current_folder_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = image_folder(tmp_path / "images", 3)
+    plain = images_of(opened(folder))
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert images_of(opened(folder)) == plain
+    for source in (".", "images", "x.npz", "*.tar"):
+        with pytest.raises(ProbeError):
+            opened(source)
+
+
+@pytest.mark.parametrize("pattern", ["x-{0..99999999999}.tar", "x-{0..%s}.tar" % ("9" * 5000)])
+def test_shards__a_range_without_end(pattern: str, tmp_path: Path) -> None:
+    with no_more_memory_than(2**24), pytest.raises(ProbeError):
+        opened(tmp_path / pattern)
