@@ -18,6 +18,8 @@ from layercrit.probes.image_sizes import common_size
 from layercrit.probes.opening import open_source
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.statistics import p_of_guessing
+from photographs import pieces
+from tiny_networks import seeded
 
 QUIET = {"trials": 1, "progress": False}
 
@@ -225,3 +227,41 @@ def test_command__says_defaults_and_warnings_beside_the_table(tmp_path, monkeypa
     assert "2 layers, 1 trials" in result.stderr
     record = json.loads((tmp_path / "out" / "measurement.json").read_text())
     assert len(record["warnings"]) == len(record["summary"]["warnings"]) == 1
+
+
+def small_network(channels, convolution):
+    with seeded(3):
+        first = [nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU()] if convolution else []
+        return nn.Sequential(*first, nn.Flatten(), nn.Linear((4 if convolution else channels) * 64, 3)).eval()
+
+
+@pytest.mark.parametrize("convolution", [True, False], ids=["convolution", "none"])
+@pytest.mark.parametrize("kind", ["array", "tensor", "npy", "npz", "floats", "channels last"])
+def test_measure__grey_images_without_an_axis_of_channels_are_those_with_one(kind, convolution, tmp_path):
+    network, images = small_network(1, convolution), pieces(12, 8)[..., 0]  # (n_images, height, width)
+    np.save(tmp_path / "x.npy", images)
+    np.savez(tmp_path / "x.npz", images=images)
+    given = {
+        "array": images,
+        "tensor": torch.from_numpy(images.copy()),
+        "npy": tmp_path / "x.npy",
+        "npz": tmp_path / "x.npz",
+        "floats": images.astype(np.float32) / 255,
+        "channels last": images[..., None],
+    }[kind]
+    settings = {"trials": 2, "progress": False, "device": "cpu"}
+    expected = measure(network, images[:, None], **settings)
+    sized = open_model(network, input_size=(1, 8, 8))
+    for model in (network, sized):
+        found = measure(model, given, **settings)
+        assert found.per_image["cosine"].tolist() == expected.per_image["cosine"].tolist()
+        assert found.record["probe_set"]["sha256"] == expected.record["probe_set"]["sha256"]
+    assert (expected.per_image["cosine"] > 1e-3).any()
+
+
+def test_measure__grey_images_for_a_network_of_three_channels_are_three_times_the_same():
+    network, images = small_network(3, True), pieces(12, 8)[..., 0]
+    settings = {"trials": 2, "progress": False, "device": "cpu"}
+    grey = measure(network, images, **settings)
+    coloured = measure(network, np.repeat(images[..., None], 3, axis=3), **settings)
+    assert grey.per_image["cosine"].tolist() == coloured.per_image["cosine"].tolist()

@@ -650,3 +650,12 @@ def test_open_model__leaves_random_states_alone(nets, reference):
     else:
         open_model(reference)
     assert states() == before
+
+
+def test_open_model__a_function_where_the_current_folder_was_deleted(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ModelError, match="deleted"):
+        open_model("py:nothing_of_this_name:network")
+    assert open_model("py:small_subjects:small_network").network is not None

@@ -10,6 +10,8 @@ from layercrit.probes.sources import ACCEPTED, check_exists, is_folder
 
 __all__ = ["shards_of"]
 
+_MOST = 10**6  # shards of one range
+
 
 def shards_of(path: str | Path, suffix: str, split: str | None = None, *, inside: bool = False) -> list[Path]:
     """Return the sorted files that ``path`` names: one file, the files of a folder, or those that match a pattern.
@@ -43,7 +45,7 @@ def shards_of(path: str | Path, suffix: str, split: str | None = None, *, inside
 
 def _matching(pattern: Path) -> list[Path]:
     """Return the file named ``pattern``, or the sorted files that match its ``*``, ``?`` and ``[]``."""
-    if not pattern.is_file() and set(str(pattern)) & set("*?["):
+    if set(str(pattern)) & set("*?[") and not pattern.is_file():
         return _visible(Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor))))
     return [pattern]
 
@@ -57,9 +59,11 @@ def _braces(pattern: str) -> list[str]:
     group = re.search(r"\{([^{}]*)\}", pattern)
     if group is None:
         return [pattern]
-    limits = re.fullmatch(r"(\d+)\.\.(\d+)", group[1])
+    limits = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", group[1])
     if limits is None:
         choices = group[1].split(",")
+    elif int(limits[2]) - int(limits[1]) > _MOST:
+        raise ProbeError(f"'{{{group[1]}}}' stands for more than {_MOST:,} files. Give a smaller range, or use '*'.")
     else:
         choices = [str(i).zfill(len(limits[1])) for i in range(int(limits[1]), int(limits[2]) + 1)]
     return [

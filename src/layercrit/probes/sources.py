@@ -18,7 +18,7 @@ from layercrit.probes.classes import Classes, Kind, Labels, as_numpy, class_numb
 from layercrit.probes.image_columns import unused_columns
 from layercrit.probes.images import SUFFIXES, Pixels
 from layercrit.probes.label_files import notes_on_files
-from layercrit.probes.numpy_files import explained, unpacked
+from layercrit.probes.numpy_files import opened, unpacked
 from layercrit.probes.parts import chosen_part, level_of_parts, part_named, same_part, words_of
 
 __all__ = [
@@ -204,10 +204,10 @@ def _folder_at(name: str, level: int) -> str:
 
 def _image_names(folder: Path, prefix: str = "", above: frozenset[Path] = frozenset()) -> Iterator[str]:
     """Yield the paths of all images below ``folder``, each with ``prefix``, with forward slashes."""
-    real = folder.resolve()
-    if real in above:  # a link back to a folder it lies in would be followed for ever
-        return
     try:
+        real = folder.resolve()
+        if real in above:  # a link back to a folder it lies in would be followed for ever
+            return
         entries = list(os.scandir(folder))
     except OSError as error:
         raise ProbeError(f"Cannot list the folder '{folder}' ({error.strerror}). Check its permissions.") from error
@@ -327,16 +327,14 @@ def _load_numpy(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, list[str]]:
     """Return the images and the labels, if any, of a ``.npy`` or ``.npz`` file, and the keys of its other arrays."""
     check_exists(path)
-    with explained(path):
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+    with opened(path) as loaded:
         if isinstance(loaded, np.ndarray):
             chosen_part([], split, str(path))
             return loaded, None, []
-        with loaded:
-            image_key, label_key = _keys(loaded.files, split, key, path)
-            others = [name for name in loaded.files if name not in (image_key, label_key)]
-            labels = None if label_key is None else unpacked(loaded, label_key, path)
-            return unpacked(loaded, image_key, path), labels, others
+        image_key, label_key = _keys(loaded.files, split, key, path)
+        others = [name for name in loaded.files if name not in (image_key, label_key)]
+        labels = None if label_key is None else unpacked(loaded, label_key, path)
+        return unpacked(loaded, image_key, path), labels, others
 
 
 def _keys(names: Sequence[str], split: str | None, key: str | None, path: Path) -> tuple[str, str | None]:

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.npyio import NpzFile
 from PIL import Image
 
 from layercrit.errors import ProbeError, TrainingError
 from layercrit.foreign_files import open_regular
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import FORMATS, Preprocessing, open_image
-from layercrit.probes.numpy_files import explained, unpacked
+from layercrit.probes.numpy_files import opened, unpacked
 from layercrit.probes.opening import open_source
 from layercrit.probes.sources import ArraySource, ImageSource
 from layercrit.seeds import seed_of
@@ -272,14 +271,10 @@ def _folders(path: Path) -> set[str]:
 
 
 def _npz_parts(path: Path) -> tuple[ImageSource, ImageSource] | None:
-    with explained(path):
-        arrays = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(arrays, NpzFile):
+    with opened(path) as arrays:
+        if isinstance(arrays, np.ndarray) or not {"test_images", "test_labels"} <= set(arrays.files):
             return None
-        with arrays:
-            if not {"test_images", "test_labels"} <= set(arrays.files):
-                return None
-            images, labels = (unpacked(arrays, key, path) for key in ("test_images", "test_labels"))
+        images, labels = (unpacked(arrays, key, path) for key in ("test_images", "test_labels"))
     return ArraySource(path), ArraySource(images, labels)
 
 
