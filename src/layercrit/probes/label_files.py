@@ -73,23 +73,30 @@ def read_labels(given: str | Path, names: Sequence[str]) -> list[Any]:
 
 def notes_on_files(folder: Path) -> list[str]:
     """Return a note on a file in a folder, or beside it, that looks like the labels of its images; none without any."""
-    own = words_of(folder.absolute().name)
+    folder = folder.absolute()
     try:
-        inside = sorted(entry.name for entry in os.scandir(folder) if _sounds_like_labels(entry.name))
-        beside = sorted(entry.name for entry in os.scandir(folder.absolute().parent))
+        inside, beside = ([Path(entry.path) for entry in os.scandir(place)] for place in (folder, folder.parent))
     except OSError:
         return []
-    stems = {name: words_of(Path(name).stem) for name in beside if name.lower().endswith(LABEL_SUFFIXES)}
-    named_after = [name for name, words in stems.items() if words[: len(own)] == own or words == ["labels"]]
-    found = [folder / name for name in inside] + [folder.parent / name for name in named_after]
-    return [
-        f"the file '{path}' looks like labels and is not used; to use it, give --labels {path}" for path in found[:1]
+    found = [path for path in inside if _sounds_like_labels(path)]
+    found += [path for path in beside if path.stem.lower() in (folder.name.lower(), "labels") and _may_be_labels(path)]
+    found += [
+        path for path in beside if path.stem.lower().startswith(folder.name.lower()) and _sounds_like_labels(path)
     ]
+    best = min(found, key=lambda path: (not like_labels(path.stem), found.index(path)), default=None)
+    if best is None:
+        return []
+    return [f"the file '{best}' looks like labels and is not used; to use it, give --labels {best}"]
 
 
-def _sounds_like_labels(name: str) -> bool:
-    known = any(word in _OTHER_WORDS for word in words_of(name)) or part_named(name) is not None or like_labels(name)
-    return known and name.lower().endswith(LABEL_SUFFIXES)
+def _may_be_labels(path: Path) -> bool:
+    return path.suffix.lower() in LABEL_SUFFIXES and (path.suffix.lower() != ".npy" or like_labels(path.stem))
+
+
+def _sounds_like_labels(path: Path) -> bool:
+    words = words_of(path.stem)
+    known = any(word in _OTHER_WORDS for word in words) or part_named(path.stem) is not None or like_labels(path.stem)
+    return known and _may_be_labels(path)
 
 
 def _read(file: Path, column: str | None, names: Sequence[str]) -> _Content:
