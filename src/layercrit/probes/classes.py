@@ -203,6 +203,8 @@ def names_in_order(classes: str | Path | Sequence[str]) -> tuple[list[str], str]
     else:
         path, where = Path(classes).expanduser(), f"'{classes}'"
         try:
+            if path.exists() and not path.is_file():
+                raise OSError("it is no file")
             names = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ProbeError(
