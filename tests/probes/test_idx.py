@@ -215,3 +215,52 @@ def test_idx_source__no_such_part(tmp_path: Path) -> None:
         IdxSource(path, "train")
     with pytest.raises(ProbeError, match=r"No such file or folder: .*Did you mean 'train-images"):
         IdxSource(tmp_path / "train-image-idx3-ubyte.gz")
+
+
+# --- several data sets in one folder --------------------------------------------------------------------------------
+
+
+def write_emnist(folder: Path) -> Path:
+    """Files as EMNIST's archive has them, with other numbers of images in each; its letters are numbered from 1."""
+    for data, n_classes in (("letters", 26), ("digits", 10)):
+        for part, n_images in (("test", n_classes), ("train", 2 * n_classes)):
+            labels = np.arange(n_images) % n_classes + (data == "letters")
+            write(folder / f"emnist-{data}-{part}-images-idx3-ubyte.gz", idx(pixels(n_images)))
+            write(folder / f"emnist-{data}-{part}-labels-idx1-ubyte.gz", idx(labels))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("split", "n_images"),
+    [("letters", 26), ("letters-train", 52), ("emnist-digits-test", 10), ("digits", 10), ("train-digits", 20)],
+)
+def test_idx_source__one_data_set_of_several(split: str, n_images: int, tmp_path: Path) -> None:
+    source = open_source(f"{write_emnist(tmp_path)}?split={split}")
+    labels = source.labels()
+    assert len(source) == n_images
+    assert labels is not None
+    assert labels.classes.values == tuple(range(1, 27) if "letters" in split else range(10))
+
+
+def test_idx_source__the_test_part_of_the_only_data_set(tmp_path: Path) -> None:
+    for path in write_emnist(tmp_path).glob("*letters*"):
+        path.unlink()
+    assert len(open_source(tmp_path)) == 10
+
+
+def test_idx_source__several_data_sets_and_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ProbeError, match=r"has several data sets: .*\?split=emnist-digits-test'"):
+        open_source(write_emnist(tmp_path))
+    with pytest.raises(ProbeError, match=r"has no part 'bymerge'.*emnist-letters-test-images-idx3-ubyte\.gz"):
+        open_source(f"{tmp_path}?split=bymerge")
+
+
+def test_idx_source__letters_numbered_from_one(tmp_path: Path) -> None:
+    size = Preprocessing(1, 5, 4, None)
+    letters = f"{write_emnist(tmp_path)}?split=letters"
+    with pytest.raises(ProbeError, match=r"label 26 of .* is not in 0 to 25"):
+        ProbeSet.from_source(letters, size, n_images=3).labels_for(26)
+    right = ProbeSet.from_source(letters, size, classes=[str(number) for number in range(1, 27)])
+    labels, _ = right.labels_for(26)
+    assert labels is not None
+    assert labels.tolist() == [int(name[:-1].rpartition("[")[2]) for name in right.names]

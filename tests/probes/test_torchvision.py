@@ -1,3 +1,4 @@
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,52 @@ def test_torchvision_source__no_images(tmp_path: Path) -> None:
     np.save(tmp_path / "MovingMNIST" / "mnist_test_seq.npy", np.zeros((20, 2, 64, 64), np.uint8))
     with pytest.raises(ProbeError, match=r"MovingMNIST.*' does not return pairs of image and label"):
         items_of(TorchvisionSource("MovingMNIST", tmp_path))
+
+
+# Parts that torchvision's classes name in their own way
+
+
+def test_torchvision_source__emnist_is_its_test_part(tmp_path: Path) -> None:
+    raw = tmp_path / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, n_images in (("test", 6), ("train", 9)):
+        images = np.full((n_images, 28, 28), n_images, np.uint8)
+        labels = bytes(number % 5 + 1 for number in range(n_images))
+        for name, axes, content in (
+            ("images-idx3", images.shape, images.tobytes()),
+            ("labels-idx1", (n_images,), labels),
+        ):
+            header = struct.pack(f">{len(axes) + 1}I", 0x800 + len(axes), *axes)
+            (raw / f"emnist-letters-{part}-{name}-ubyte").write_bytes(header + content)
+    for split, n_images in (("letters", 6), ("letters-test", 6), ("letters-train", 9)):
+        source = TorchvisionSource("EMNIST", tmp_path, split)
+        labels = source.labels()
+        assert len(source) == n_images
+        assert np.asarray(items_of(source)[0][0])[0, 0] == n_images
+        assert labels is not None
+        assert labels.numbers == [number % 5 + 1 for number in range(n_images)]
+    with pytest.raises(ProbeError, match="has no part 'val': it has 'test', 'train'"):
+        TorchvisionSource("EMNIST", tmp_path, "letters-val")
+    with pytest.raises(ProbeError, match=r"Valid values are .*'letters'"):
+        TorchvisionSource("EMNIST", tmp_path)
+
+
+def test_torchvision_source__inaturalist_is_not_its_training_part(tmp_path: Path) -> None:
+    for part, n_images in (("2021_valid", 2), ("2021_train", 3)):
+        for number in range(n_images):
+            folder = tmp_path / part / f"{number:05}_Animalia_Chordata_Aves_Piciformes_Picidae_Picus_{number}"
+            folder.mkdir(parents=True)
+            (folder / "x.jpg").write_bytes(IMAGES[number])
+    for split, n_images in ((None, 2), ("2021_valid", 2), ("2021_train", 3)):
+        source = TorchvisionSource("INaturalist", tmp_path, split)
+        assert [label for _, label in items_of(source)] == list(range(n_images))
+
+
+def test_torchvision_source__labels_need_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fashion_mnist(tmp_path)
+    source = TorchvisionSource("FashionMNIST", tmp_path)
+    monkeypatch.setattr(type(source._dataset), "__getitem__", lambda *_: pytest.fail("an image was decoded"))
+    labels = source.labels()
+    assert labels is not None
+    assert labels.numbers == [6, 7, 8, 9, 0, 1]
+    assert labels.names[9] == "Ankle boot"

@@ -66,7 +66,7 @@ class Classes:
         from_one = self.kind == "names" and self.values == tuple(range(1, last + 1)) and last > 1
         if from_one and n_classes != last + 1:
             return f"{self.origin} begin at 1, and end at {last}, while the model's {n_classes} outputs count from 0"
-        if first < 0 or last >= n_classes:
+        if self.kind != "positions" and (first < 0 or last >= n_classes):
             return f"label {first if first < 0 else last} of the source is not in 0 to {n_classes - 1}"
         known = len(self.values) if self.kind == "imagenet" and n_classes != _IMAGENET else self.n_classes
         if known not in (None, n_classes):
@@ -203,6 +203,8 @@ def names_in_order(classes: str | Path | Sequence[str]) -> tuple[list[str], str]
     else:
         path, where = Path(classes).expanduser(), f"'{classes}'"
         try:
+            if path.exists() and not path.is_file():
+                raise OSError("it is no file")
             names = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ProbeError(

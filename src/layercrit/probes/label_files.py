@@ -50,12 +50,14 @@ def read_labels(given: str | Path, names: Sequence[str]) -> list[Any]:
     """
     path, _, column = str(given).partition("?column=")
     file = Path(path).expanduser()
+    if file.exists() and not file.is_file():
+        raise ProbeError(f"'{path}' is no file of labels, but a folder or a device. Expected {_EXPECTED}.")
     try:
         content = _read(file, column or None, names)
     except FileNotFoundError as error:
         there = sorted(entry.name for entry in file.parent.iterdir()) if file.parent.is_dir() else []
         raise ProbeError(f"No such file of labels: '{path}'. {near(file.name, there)}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         if isinstance(error, ProbeError):
             raise
         raise ProbeError(f"Cannot read the labels in '{path}' ({error}). Expected {_EXPECTED}.") from error
@@ -73,23 +75,34 @@ def read_labels(given: str | Path, names: Sequence[str]) -> list[Any]:
 
 def notes_on_files(folder: Path) -> list[str]:
     """Return a note on a file in a folder, or beside it, that looks like the labels of its images; none without any."""
-    own = words_of(folder.absolute().name)
+    folder = folder.absolute()
     try:
-        inside = sorted(entry.name for entry in os.scandir(folder) if _sounds_like_labels(entry.name))
-        beside = sorted(entry.name for entry in os.scandir(folder.absolute().parent))
+        inside, beside = (
+            sorted(entry.name for entry in os.scandir(place) if entry.name.lower().endswith(LABEL_SUFFIXES))
+            for place in (folder, folder.parent)
+        )
     except OSError:
         return []
-    stems = {name: words_of(Path(name).stem) for name in beside if name.lower().endswith(LABEL_SUFFIXES)}
-    named_after = [name for name, words in stems.items() if words[: len(own)] == own or words == ["labels"]]
-    found = [folder / name for name in inside] + [folder.parent / name for name in named_after]
-    return [
-        f"the file '{path}' looks like labels and is not used; to use it, give --labels {path}" for path in found[:1]
-    ]
+    own = folder.name.lower()
+    found = [folder / name for name in inside if _sounds_like_labels(name)]
+    for name in beside:
+        stem, suffix = Path(name.lower()).stem, Path(name.lower()).suffix
+        if (
+            stem == "labels"
+            or (stem == own and suffix != ".npy")
+            or (stem.startswith(own) and _sounds_like_labels(name))
+        ):
+            found.append(folder.parent / name)
+    if not found:
+        return []
+    best = min(found, key=lambda path: not like_labels(path.stem))
+    return [f"the file '{best}' looks like labels and is not used; to use it, give --labels {best}"]
 
 
 def _sounds_like_labels(name: str) -> bool:
-    known = any(word in _OTHER_WORDS for word in words_of(name)) or part_named(name) is not None or like_labels(name)
-    return known and name.lower().endswith(LABEL_SUFFIXES)
+    stem = Path(name).stem
+    listed = any(word in _OTHER_WORDS for word in words_of(stem)) or part_named(stem) is not None
+    return like_labels(stem) or (listed and not name.lower().endswith(".npy"))
 
 
 def _read(file: Path, column: str | None, names: Sequence[str]) -> _Content:

@@ -234,7 +234,7 @@ class ProbeSet:
     def _check_labels(self, labels: npt.NDArray[np.int64], classes: Classes, n_classes: int) -> None:
         wrong = np.flatnonzero((labels < 0) | (labels >= n_classes))
         reason = classes.mistake(n_classes)
-        if len(wrong) and classes.kind != "names":
+        if len(wrong) and classes.kind in ("numbers", "imagenet"):
             reason = f"label {labels[wrong[0]]} of '{self.names[wrong[0]]}' is not in 0 to {n_classes - 1}"
         if reason is None:
             return

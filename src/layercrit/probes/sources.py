@@ -229,7 +229,7 @@ def is_folder(path: Path | os.DirEntry[str]) -> bool:
 
 
 class ArraySource(ImageSource):
-    """Pixels in an array, a tensor, or a NumPy file.
+    """Pixels in an array, a tensor, or a NumPy file; ``keys`` are those of an ``.npz`` file that it takes.
 
     Shapes: ``(n_images, height, width)`` grey, ``(n_images, height, width, channels)`` or
     ``(n_images, channels, height, width)`` with 1 or 3 channels. Pixels: uint8, or floats that are multiples of 1/255
@@ -257,11 +257,11 @@ class ArraySource(ImageSource):
         split: str | None = None,
         key: str | None = None,
     ) -> None:
-        stored, self._file = None, None
+        stored, self._file, self.keys = None, None, list[str]()
         if isinstance(images, str | Path):
             self.description, self._prefix = str(images) + (f"?split={split}" if split else ""), Path(images).name
             self._file = Path(images).expanduser()
-            array, stored, self._other_keys = _load_numpy(self._file, split, key)
+            array, stored, self.keys, self._other_keys = _load_numpy(self._file, split, key)
             parts = sorted({part for key in self._other_keys if (part := _part_of_key(key, _IMAGE_WORDS))})
             if parts and split is None:
                 self.notes = (f"'{images}' has other parts: {', '.join(parts)}; such as '{images}?split={parts[-1]}'",)
@@ -324,17 +324,18 @@ def labels_of_array(values: npt.NDArray[Any], origin: str, source: ImageSource) 
 
 def _load_numpy(
     path: Path, split: str | None, key: str | None
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, list[str]]:
-    """Return the images and the labels, if any, of a ``.npy`` or ``.npz`` file, and the keys of its other arrays."""
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, list[str], list[str]]:
+    """Return images, labels (if any) and their keys of a ``.npy`` or ``.npz`` file, and the keys of other arrays."""
     check_exists(path)
     with opened(path) as loaded:
         if isinstance(loaded, np.ndarray):
             chosen_part([], split, str(path))
-            return loaded, None, []
+            return loaded, None, [], []
         image_key, label_key = _keys(loaded.files, split, key, path)
-        others = [name for name in loaded.files if name not in (image_key, label_key)]
+        keys = [key for key in (image_key, label_key) if key is not None]
+        others = [name for name in loaded.files if name not in keys]
         labels = None if label_key is None else unpacked(loaded, label_key, path)
-        return unpacked(loaded, image_key, path), labels, others
+        return unpacked(loaded, image_key, path), labels, keys, others
 
 
 def _keys(names: Sequence[str], split: str | None, key: str | None, path: Path) -> tuple[str, str | None]:

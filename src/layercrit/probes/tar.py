@@ -130,7 +130,7 @@ class TarSource(ImageSource):
         if self._column == FOLDERS:
             folders = [name.split("/")[self._depth : -1] for _, name, _, _ in self._images]
             return labels_of([names[0] if names else None for names in folders], "the members' folders", self.name)
-        if not self._texts:
+        if not self._texts and self._column is None:
             return None
         values: list[Any] = []
         for shard, images in groupby(self._images, lambda image: image[0]):

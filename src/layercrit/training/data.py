@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from layercrit.errors import ProbeError, TrainingError
 from layercrit.foreign_files import open_regular
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import FORMATS, Preprocessing, open_image
-from layercrit.probes.numpy_files import opened, unpacked
 from layercrit.probes.opening import open_source
+from layercrit.probes.parts import without_split
 from layercrit.probes.sources import ArraySource, ImageSource
 from layercrit.seeds import seed_of
 from layercrit.training.methods import Inputs
@@ -252,9 +253,7 @@ def _parts(source: str, download: bool) -> tuple[ImageSource, ImageSource | None
                 return open_source(train), None, held_out
             _check_same_classes(train, tests[0])
             return open_source(train), open_source(tests[0]), f"its folder '{tests[0].name}'"
-    if folder.suffix == ".npz" and folder.is_file() and (parts := _npz_parts(folder)) is not None:
-        return *parts, "its arrays 'test_images' and 'test_labels'"
-    return open_source(source), None, held_out
+    return _named_parts(source) or (open_source(source), None, held_out)
 
 
 def _train_folder(folder: Path) -> Path | None:
@@ -270,12 +269,16 @@ def _folders(path: Path) -> set[str]:
     return {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
 
 
-def _npz_parts(path: Path) -> tuple[ImageSource, ImageSource] | None:
-    with opened(path) as arrays:
-        if isinstance(arrays, np.ndarray) or not {"test_images", "test_labels"} <= set(arrays.files):
-            return None
-        images, labels = (unpacked(arrays, key, path) for key in ("test_images", "test_labels"))
-    return ArraySource(path), ArraySource(images, labels)
+def _named_parts(source: str) -> tuple[ImageSource, ImageSource, str] | None:
+    """Return the parts ``train`` and ``test`` (or ``val``) of arrays in a file or of shards; None without both."""
+    if without_split(source)[1] is not None:
+        return None
+    for name in ("test", "val"):
+        with suppress(ProbeError):  # what is wrong with the source is reported when it is opened as a whole
+            train, test = open_source(source, split="train"), open_source(source, split=name)
+            arrays = " and ".join(map(repr, test.keys)) if isinstance(test, ArraySource) else ""
+            return train, test, f"its arrays {arrays}" if arrays else f"its part '{name}'"
+    return None
 
 
 def _check_same_classes(train: Path, test: Path) -> None:
