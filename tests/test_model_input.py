@@ -98,13 +98,13 @@ def test_measure__what_is_declared_is_no_default(tmp_path):
     assert shown_size(found) == (3, 16, 16)
     assert opened.undeclared == ()
     assert found.record["model"]["undeclared"] == []
-    assert not any("declare" in note for note in found.record["notes"])
+    assert not any("does not say" in note for note in found.record["notes"])
 
 
 def test_measure__only_what_is_missing_is_a_default(tmp_path):
     folder = folder_of(tmp_path / "images", [(20, 30)] * 4)
     found = measure(open_model(TwoLayers().eval(), input_size=(3, 16, 16)), folder, **QUIET)
-    (note,) = (note for note in found.record["notes"] if "declare" in note)
+    (note,) = (note for note in found.record["notes"] if "does not say" in note)
     assert "pixels" not in note
     assert "mean=...&std=..." in note
 
@@ -129,6 +129,10 @@ def test_open_model__a_factory_and_a_transformers_folder_without_processor_decla
     given = open_model(f"hf:{tmp_path / 'hf'}", mean=MEAN, std=STD)
     assert (given.undeclared, given.mean) == ((), MEAN)
     assert open_model("timm:test_resnet?pretrained=false").undeclared == ()
+    torch.save(open_model("timm:test_resnet?pretrained=false").network.state_dict(), tmp_path / "weights.pth")
+    reference = f"file:{tmp_path / 'weights.pth'}?arch=timm:test_resnet"
+    assert open_model(reference).undeclared == ("mean", "std"), "timm's are those of its own weights"
+    assert open_model(f"{reference}&mean=(0.1,0.1,0.1)").undeclared == ("std",)
     assert open_model("torchvision:resnet18:none").undeclared == ()
 
 

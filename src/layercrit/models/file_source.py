@@ -9,7 +9,7 @@ from layercrit.errors import CheckpointError, ModelError, first_line
 from layercrit.foreign_files import read_json
 from layercrit.models.checkpoints import look_beside, read_checkpoint
 from layercrit.models.fitting import fit
-from layercrit.models.model import Model
+from layercrit.models.model import INPUT, Model
 from layercrit.models.sources import ModelSource, model_source, open_reference, parse
 
 __all__ = ["record_file", "weight_file"]
@@ -27,10 +27,14 @@ class _WeightFiles(ModelSource):
         path = weight_file(rest)
         key, prefix = options.pop("key", None), options.pop("prefix", None)
         checkpoint = read_checkpoint(path, None if key is None else str(key))
-        model = open_reference(_architecture(rest, path, options), {**options, "pretrained": False})
+        architecture = _architecture(rest, path, options)
+        model = open_reference(architecture, {**options, "pretrained": False})
         fitted = fit(checkpoint, model.network.state_dict(), f"{path} for {model.architecture}", prefix)
         model.network.load_state_dict(fitted.tensors)
-        return replace(model, notes=(*model.notes, *fitted.notes))
+        # a library's mean and std of an architecture are those of its own weights, not of this file
+        unsaid = {*model.undeclared, "mean", "std"} - parse(architecture)[2].keys()
+        undeclared = tuple(name for name in INPUT if name in unsaid)
+        return replace(model, undeclared=undeclared, notes=(*model.notes, *fitted.notes))
 
     def architecture(self, rest: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         for of_weights in ("key", "prefix"):

@@ -92,7 +92,7 @@ class Model:
         shown = ", ".join(values[name] for name in INPUT if name in self.undeclared)
         options = "&".join(f"{name}=..." for name in INPUT if name in self.undeclared)
         return (
-            f"the model does not declare its input; a default was used: {shown}. Give what it was trained with: "
+            f"the model does not say all of its input; defaults: {shown}. Give what it was trained with: "
             f"'?{options}' in the reference, or open_model(..., {options.replace('&', ', ')})"
         )
 
