@@ -16,6 +16,8 @@ __all__ = [
     "near",
 ]
 
+_COMPARED = 5_000  # names that a wrong one is compared with, which takes a second
+
 
 class LayercritError(Exception):
     """Base class of every error that layercrit raises on purpose."""
@@ -56,7 +58,8 @@ class ZooError(LayercritError, ValueError):
 def near(name: str, known: Iterable[str], limit: int = 5) -> str:
     """Return a sentence that suggests the known names nearest to ``name``, or lists the first few if none is near."""
     names = list(dict.fromkeys(known))
-    matches = difflib.get_close_matches(name, names, n=limit, cutoff=0.5)
+    alike = sorted(names, key=lambda other: abs(len(other) - len(name)))[:_COMPARED]
+    matches = difflib.get_close_matches(name, alike, n=limit, cutoff=0.5)
     if matches:
         return "Did you mean " + " or ".join(repr(match) for match in matches) + "?"
     shown = ", ".join(repr(known_name) for known_name in names[:limit])

@@ -71,7 +71,8 @@ class Measurement:
 
         ``criticality`` and ``criticality_matched`` are means over the layers whose cells are all ok, the others are
         ``left_out``; None where no layer is left or no temperature matched. ``chance`` is the mean cosine between
-        predictions of different images: an unrelated prediction has criticality ``1 - chance``.
+        predictions of different images: an unrelated prediction has criticality ``1 - chance``. ``unreadable`` are the
+        images that were left out because they could not be read, with the reasons.
         """
         statuses = self.cells.groupby("layer", sort=False)["status"].agg(list)
         whole = [all(status == "ok" for status in of_layer) for of_layer in statuses]
@@ -89,6 +90,7 @@ class Measurement:
             "left_out": [name for name, counts in zip(statuses.index, whole, strict=True) if not counts],
             "n_trials": int(self.cells["trial"].nunique()),
             "n_images": self.record["probe_set"]["n_images"],
+            "unreadable": list(self.record["probe_set"].get("skipped", [])),
             "cells": {str(status): int(n) for status, n in self.cells["status"].value_counts().items()},
             "backend": self.record["backend"],
             "dtype": self.record["dtype"],

@@ -3,6 +3,8 @@
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from layercrit.foreign_text import visible
+
 
 class Bar:
     """The progress bar on stderr: shown on a terminal only, and silent unless it was asked for."""
@@ -11,7 +13,7 @@ class Bar:
         self._shown = shown
         console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
@@ -45,11 +47,11 @@ class Bar:
     def fetched(self, name: str, done: int, total: int | None) -> None:
         """Show how many bytes of a file have arrived, in a bar without length if its size is unknown."""
         amount = f"{done / 1e6:.0f}" if total is None else f"{done / 1e6:.0f} of {total / 1e6:.0f}"
-        self._progress.update(self._task, description=f"{name} {amount} MB", completed=done, total=total)
+        self._progress.update(self._task, description=f"{visible(name)} {amount} MB", completed=done, total=total)
 
     def drawn(self, name: str, done: int, wanted: int) -> None:
         """Show which figure is being plotted."""
-        self._progress.update(self._task, description=f"plotting {name}", completed=done, total=wanted)
+        self._progress.update(self._task, description=f"plotting {visible(name)}", completed=done, total=wanted)
 
     def trained(
         self, name: str, *, phase: str, epoch: int, epochs: int, step: int, steps: int, loss: float,
@@ -57,13 +59,13 @@ class Bar:
     ) -> None:  # fmt: skip
         """Show how many steps of a training run are done, with the loss and the latest accuracy."""
         right = "" if accuracy is None else f" accuracy {accuracy:.1%}"
-        text = f"{name} {phase} epoch {epoch}/{epochs} loss {loss:.3f}{right}".lstrip()
+        text = f"{visible(name)} {phase} epoch {epoch}/{epochs} loss {loss:.3f}{right}".lstrip()
         self._progress.update(self._task, description=text, completed=step, total=steps)
 
     def say(self, line: str) -> None:
         """Print a line above the bar; without a terminal, on stderr as it is."""
         if self._shown:
-            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._progress.console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
 
     def _show(self, description: str, done: float, total: float) -> None:
         if self._progress.tasks[0].description != description:

@@ -219,6 +219,12 @@ def test_printable__replaces_what_cannot_be_drawn() -> None:
     assert printable(7) == "7"
 
 
+def test_printable__letters_that_the_font_lacks_stay_apart():
+    assert printable("é Ж ع") == "é Ж ع", "which the font has"
+    assert printable("層1") == r"\u5c641"
+    assert len({printable(name) for name in ("層", "畳", "한", "क", "🧪")}) == 5
+
+
 @pytest.mark.parametrize("dpi", [72, 100, 200, 1000])
 def test_text_width__is_that_of_the_drawn_text(dpi: int) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -505,3 +505,28 @@ def test_figures__each_says_in_a_line_what_it_shows():
     ]  # fmt: skip
     for name, draw in FIGURES.items():
         assert re.fullmatch(r"[A-Z].+\.", draw.__doc__ or ""), name
+
+
+SCRIPTS = {
+    "Chinese": "层",
+    "Japanese": "畳み込み",
+    "Korean": "합성곱",
+    "Arabic": "طبقة",
+    "Hindi": "परत",
+    "emoji": "🧪🔬",
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_report__names_in_any_script(tmp_path, script):
+    """No figure warns of signs that its font lacks; names differ in the figures where they differ."""
+    text = SCRIPTS[script]
+    cells = [{"model": model, "layer": layer, "trial": trial, "stage": text, "cosine": 0.1 + 0.2 * trial}
+             for model in (text, 2 * text) for layer in (f"{text}.0", f"{text}.1") for trial in range(2)]  # fmt: skip
+    models = [ModelRow(name, f"py:{text}", text, f"{name} label", 0.5 + 0.1 * n, None, "l2", 1.0 + n)
+              for n, name in enumerate((text, text + text))]  # fmt: skip
+    study = measured(tmp_path, cells, models=models, record={"name": text, "baseline": text})
+    found = report(study, formats=["png", "svg", "pdf"])
+    assert {"criticality", "depth", "accuracy", "ranking", "profile", "budget"} <= set(found.figures)
+    assert text in found.page.read_text(encoding="utf-8")

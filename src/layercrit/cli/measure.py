@@ -297,6 +297,8 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
         counts = ", ".join(f"{n} {status}" for status, n in bad.items())
         left = summary["n_layers"] - summary["n_layers_in_mean"]
         lines.append(f"left out: {counts} of {sum(summary['cells'].values())} cells; {left} layers are not in the mean")
+    if unreadable := summary["unreadable"]:
+        lines.append(f"left out: {len(unreadable)} unreadable image(s), such as {unreadable[0]}")
     lines.append(
         f"{summary['n_layers']} layers, {summary['n_trials']} trials, {summary['n_images']} images; "
         f"{summary['dtype']}, {summary['backend']} backend"

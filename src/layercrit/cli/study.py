@@ -79,6 +79,7 @@ def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, 
             f"{report.n_measured} cells measured, {report.n_known} were already there ({duration(report.seconds)}). "
             f"Saved in {folder}{go_on}."
         )
+    _say_unreadable(found)
     if report.failures:
         _show_failures(report.failures)
         say("Fix the causes, then run again with --retry.", err=True)
@@ -121,6 +122,7 @@ def status_command(folder: Path, as_json: bool) -> None:
     known = " planned so far" if status["not_opened"] else ""
     say(f"{status['n_done']} of {status['n_planned']} cells{known} are done{left}")
     say(f"running: {status['run_by']}" if status["run_by"] else "not running")
+    _say_unreadable(found)
     say_damaged(found)
     if found.failures:
         _show_failures(found.failures)
@@ -237,6 +239,11 @@ def _show_means(found: "Study") -> None:
         )
     if table.row_count:
         print_table(table)
+
+
+def _say_unreadable(found: "Study") -> None:
+    if unreadable := found.record.get("probe_set", {}).get("skipped"):
+        say(f"left out: {len(unreadable)} unreadable image(s), such as {unreadable[0]}", err=True)
 
 
 def _show_plan(found: "StudyPlan") -> None:

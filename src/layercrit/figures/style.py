@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,30 @@ def figure_style() -> Iterator[None]:
 
 
 def printable(text: object) -> str:
-    """Replace what no font has and XML forbids, such as control characters; a line break would spoil the layout."""
-    return "".join(character if character.isprintable() else " " for character in str(text))
+    r"""Return text on one line of characters that the font has.
+
+    What XML forbids, such as control characters, becomes a space. Letters of scripts that the font lacks are written as
+    in Python, such as ``\u540d``: boxes in their places would make all names alike.
+    """
+    return "".join(
+        " " if not character.isprintable() else character if ord(character) in _signs() else _code(character)
+        for character in str(text)
+    )
+
+
+@cache
+def _signs() -> frozenset[int]:
+    """Return the characters that the font has, both as normal and as bold."""
+    from matplotlib.font_manager import FontProperties, findfont
+    from matplotlib.ft2font import FT2Font
+
+    family = _STYLE["font.family"]
+    normal, bold = (FT2Font(findfont(FontProperties(family=family, weight=weight))) for weight in ("normal", "bold"))
+    return frozenset(normal.get_charmap().keys() & bold.get_charmap().keys())
+
+
+def _code(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:

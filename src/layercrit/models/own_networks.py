@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from layercrit.errors import ModelError, first_line, near
@@ -33,6 +34,7 @@ def given_model(network: nn.Module) -> Model:
         ModelError: it is in training mode and cannot be copied.
     """
     name = f"module:{type(network).__module__}.{type(network).__qualname__}"
+    _check_plain(name, network)  # before anything else is asked of it
     if any(module.training for module in network.modules()):
         try:
             network = copy.deepcopy(network).eval()
@@ -50,6 +52,26 @@ def _rebuild(network: nn.Module) -> tuple[Callable[[], nn.Module] | None, str]:
     if config is not None and hasattr(type(network), "_from_config"):  # transformers
         return partial(type(network), copy.deepcopy(config)), f"{type(network).__name__}(config)"
     return None, _ONLY_GIVEN
+
+
+def _check_plain(name: str, network: nn.Module) -> None:
+    """Make sure that a network's parameters are tensors that torch lets us exchange.
+
+    Raises:
+        ModelError: it is of TorchScript, or quantised.
+    """
+    for place, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{name} is a TorchScript module{f' at {place!r}' * bool(place)}: its layers cannot be reset. Give the "
+                "network from which it was made, with its weights: network.load_state_dict(script.state_dict())."
+            )
+    for key, value in network.state_dict().items():
+        if not isinstance(value, torch.Tensor) or value.is_quantized:
+            raise ModelError(
+                f"{name} keeps {key!r} as {type(value).__name__}, not as plain numbers, like a quantised network: its "
+                "layers cannot be reset. Give the network before it was quantised."
+            )
 
 
 def _described(
@@ -96,6 +118,7 @@ class _Factories(ModelSource):
                 network = call()
         if not isinstance(network, nn.Module):
             raise ModelError(f"{name} returned {type(network).__name__}; expected a torch.nn.Module.")
+        _check_plain(name, network)
         architecture = f"{name}{written(options)}"
         if not switch and pretrained:
             return _described(name, architecture, network, None, _ONLY_GIVEN)
