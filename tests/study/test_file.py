@@ -384,7 +384,7 @@ def test_mistakes__all_at_once(tmp_path):
         [images]
         n_images = 0
         input_size = [3, 224]
-        labels = "yes"
+        labels = 3
         [protocol]
         trials = 0
         seed = true
@@ -406,7 +406,7 @@ def test_mistakes__all_at_once(tmp_path):
         "[study] unknown key 'nme'. Did you mean 'name'?",
         found[3],
         "[images] n_images must be at least 1; got 0",
-        "[images] labels must be true or false; got 'yes'",
+        "[images] labels must be true, false, a file or a column; got 3",
         "[images] input_size must be [channels, height, width]; got [3, 224]",
         "[protocol] trials must be a whole number of at least 1; got 0.",
         "[protocol] unknown layer type 'linar'. Did you mean 'linear'?",
@@ -449,7 +449,7 @@ def test_mistakes__values_of_a_wrong_type_are_nothing_worse(tmp_path, value):
     """Whatever stands in a study file, reading it ends well or with a StudyError."""
     keys = {
         "study": ["name", "baseline", "leave_out", "imports"],
-        "images": ["source", "n_images", "labels", "input_size", "resize", "interpolation"],
+        "images": ["source", "n_images", "labels", "classes", "input_size", "resize", "interpolation"],
         "protocol": [field.name for field in fields(Protocol)] + ["resets", "distances"],
         "models": ["reference", "list", "name", "category", "label", "accuracy", "donor", "eps"],
     }

@@ -78,7 +78,7 @@ def test_study_schema__accepts_all_keys_and_resolved_files(tmp_path):
         (["images", "resize"], [8]),
         (["images", "interpolation"], "bilinar"),
         (["images", "n_images"], 0),
-        (["images", "labels"], "yes"),
+        (["images", "labels"], 3),
         (["protocol", "trials"], 0),
         (["protocol", "seed"], True),
         (["protocol", "level"], 95),

@@ -74,7 +74,6 @@ class StudyFile:
         source: where the images come from.
         n_images: how many images to draw.
         labels: whether to use labels; or the file or the column that has them.
-        classes: the file with the names of classes in the order of the models' outputs, or None.
         preprocessing: how images become the pixels that every model gets.
         protocol: the settings of all measurements; its ``reset`` is the first of ``resets``.
         resets: names of the resets.
@@ -83,6 +82,7 @@ class StudyFile:
         leave_out: names of models or categories that comparisons leave out.
         imports: modules to import first.
         training: how the study trains its own models, or None without a table ``[training]``.
+        classes: the file with the names of classes in the order of the models' outputs, or None.
     """
 
     name: str
@@ -90,7 +90,6 @@ class StudyFile:
     source: str
     n_images: int
     labels: bool | str
-    classes: str | None
     preprocessing: Preprocessing
     protocol: Protocol
     resets: tuple[str, ...]
@@ -99,6 +98,7 @@ class StudyFile:
     leave_out: tuple[str, ...]
     imports: tuple[str, ...]
     training: Training | None = None
+    classes: str | None = None
 
     def untrained(self) -> list[str]:
         """Return the names of the models whose training has not finished."""
