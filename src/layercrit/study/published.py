@@ -286,9 +286,8 @@ def _layers_of_zoo(models: Iterable[str]) -> dict[str, dict[str, Layer]]:
     of_architecture: dict[str, dict[str, Layer]] = {}
     for entry in (ZOO[name] for name in models if name in ZOO):
         if entry.architecture not in of_architecture:
-            with torch.device("meta"):  # shapes are wanted, and no numbers
-                network = open_model(without_weights(entry.architecture)).network
-                found = find_layers(network, torch.zeros(1, len(entry.mean), *_ANY_SIZE))
+            network = open_model(without_weights(entry.architecture)).network.to("meta")  # for shapes, not numbers
+            found = find_layers(network, torch.zeros(1, len(entry.mean), *_ANY_SIZE, device="meta"))
             of_architecture[entry.architecture] = {_MODULE_PREFIX + layer.name: layer for layer in found}
     return {name: of_architecture[ZOO[name].architecture] for name in models if name in ZOO}
 
