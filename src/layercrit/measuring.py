@@ -264,8 +264,10 @@ def _with_input_of(source: ImageSource | ProbeSet, model: str | Model | nn.Modul
         about_size = "the size of all images" if size else "a default, as the images differ in size"
     as_they_are = isinstance(model, nn.Module) and isinstance(source, ArraySource | ProbeSet)
     if size and (as_they_are or "input_size" in opened.undeclared):
-        undeclared = opened.undeclared
-        opened = replace(open_model(opened, input_size=(channels, *size)), undeclared=undeclared)
+        sized = open_model(opened, input_size=(channels, *size))
+        height, width = size
+        unchanged = replace(sized.preprocessing, resize=height if height == width else size)  # images of this size are
+        opened = replace(sized, preprocessing=unchanged, undeclared=opened.undeclared)
     note = opened.undeclared_in_words(about_size)
     return replace(opened, notes=(*opened.notes, note)) if note else opened
 

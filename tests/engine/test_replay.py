@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from functools import cache, partial
 from types import MethodType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -261,8 +262,8 @@ def test_open_replay__says_in_one_line_which_slower_backend_it_takes(build, back
 def test_open_replay__a_weight_that_the_graph_took_for_a_constant_is_found(monkeypatch):
     made = case(UsedTwice, *IMAGES)
 
-    def forgetful(network: nn.Module, images: Tensor) -> graph.WeightGraph:
-        weight_graph = export_graph(network, images)
+    def forgetful(*asked: Any) -> graph.WeightGraph:
+        weight_graph = export_graph(*asked)
         lost = next(node for node, names in weight_graph.names.items() if "norm.bias" in names)
         weight_graph.names[lost] = ("a constant",)
         return weight_graph

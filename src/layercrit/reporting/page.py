@@ -200,7 +200,7 @@ def _methods(study: Study, comparison: Comparison) -> str:
         ("layercrit", metadata.version("layercrit")),
     ]
     listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in about)
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(_notes(comparison)))
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(_notes(study, comparison)))
     return (
         f"<p>{html.escape(_DEFINITION)}</p>"
         + (f"<ul>{notes}</ul>" if notes else "")
@@ -209,8 +209,9 @@ def _methods(study: Study, comparison: Comparison) -> str:
     )
 
 
-def _notes(comparison: Comparison) -> Iterable[str]:
-    return map(_plain, [*comparison.notes, *([comparison.caution] if comparison.caution else [])])
+def _notes(study: Study, comparison: Comparison) -> Iterable[str]:
+    of_models = [f"{', '.join(models)}: {text}" for text, models in study.notes_of_models.items()]
+    return map(_plain, [*comparison.notes, *([comparison.caution] if comparison.caution else []), *of_models])
 
 
 def _hashes(study: Study, comparison: Comparison) -> str:

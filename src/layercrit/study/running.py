@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -109,7 +110,7 @@ class _Run:
         self.number = 0
         self.expected: dict[str, float] = {}  # task name -> cells, as far as its model was opened
         self.opened: set[str] = set()  # tasks whose model was opened
-        self.said: set[tuple[str, str]] = set()  # failures that were printed, once for each model
+        self.said: set[tuple[str, str]] = set()  # what was printed, once for each model, or with "" once for all
         self.done: dict[str, float] = {}  # task name -> cells, parts of them while under way
 
     def begin(self, retry: bool) -> None:
@@ -199,6 +200,7 @@ class _Run:
                 self.expected[name] = self.done[name]
             case Message(content=Planned(record, plan, n_known)):
                 self._put_record(job.model.name, record)
+                self._say_about(job.model.name, record)
                 self.store.clear_plan(*where)
                 self.store.put_plan(plan)
                 self.expected[name], self.done[name] = len(plan), n_known
@@ -210,11 +212,21 @@ class _Run:
                 self.done[name] += n_layers * (part.stop - part.start) / self._n_images
             case Message(content=Measured(task, cells, record)):
                 self._put_record(job.model.name, record)
+                self._say_about(job.model.name, record)
                 self.store.put_cells(cells, self.number)
                 self.store.drop_parts(task)
                 self.store.drop_failures(*where)
                 self.report.n_measured += len(cells)
                 self.done[name] = self.expected[name]
+
+    def _say_about(self, model: str, record: Mapping[str, Any]) -> None:
+        """Say what puts a model's numbers in doubt, and each note for the first model that has it."""
+        about = [(model, f"warning: {text}") for text in record["warnings"]]
+        about += [("", f"note: {text}") for text in record["notes"]]
+        for said in about:
+            if said not in self.said:
+                self.said.add(said)
+                self.bar.say(f"{model}: {said[1]}")
 
     def _put_record(self, model: str, record: dict[str, Any]) -> None:
         """Keep what is known of a model; where its weights or other content changed, its cells are others, too."""

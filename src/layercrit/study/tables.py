@@ -161,6 +161,15 @@ class Study:
         ]
 
     @property
+    def notes_of_models(self) -> dict[str, list[str]]:
+        """What readers should know of single models, such as defaults of their input: text -> these models."""
+        found: dict[str, list[str]] = {}
+        for model, record in zip(self.models["model"], self.models["record"], strict=True):
+            for text in record.get("notes", []):
+                found.setdefault(text, []).append(model)
+        return found
+
+    @property
     def level(self) -> float:
         """Confidence level of the intervals."""
         return float(self.record.get("protocol", {}).get("level", 0.95))
