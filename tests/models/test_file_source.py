@@ -161,6 +161,7 @@ WRITTEN = {
     "teacher": (lambda s: {**under("student.", untrained(s)), **under("teacher.", s)}, "&prefix=teacher.", 1),
     "numbered": (lambda s: {"model": {**under("0.", untrained(s)), **under("1.", s)}}, "&prefix=1.", 1),
     "bare-beside-average": (lambda s: {**s, **under("ema.", untrained(s))}, "&prefix=", 1),
+    "bare-with-average-inside": (lambda s: {**s, "ema": untrained(s)}, "&key=", 1),
     "odd-entries": (lambda s: {**s, "epoch": 3, "config": {"lr": 0.1}}, "", 1),
 }
 
@@ -205,7 +206,9 @@ def test_file__weights_in_half_precision(tmp_path, dtype):
     assert accuracy(model) == pytest.approx(accuracy(open_model(f"file:{FAMILY / 'baseline'}")), abs=0.02)
 
 
-@pytest.mark.parametrize("name", ["timm-average", "teacher", "numbered", "bare-beside-average"])
+@pytest.mark.parametrize(
+    "name", ["timm-average", "teacher", "numbered", "bare-beside-average", "bare-with-average-inside"]
+)
 def test_file__several_networks_are_not_chosen_among(tmp_path, name):
     torch.save(WRITTEN[name][0](trained()), tmp_path / "w.pth")
     with pytest.raises(CheckpointError):
@@ -255,6 +258,8 @@ def test_file__question_mark_in_a_path(tmp_path, name, options):
         with pytest.raises((ModelError, CheckpointError), match=r"question mark.*options.*(rename|link)") as caught:
             open_model(reference)
         assert str(path.relative_to(tmp_path)).partition("/")[0] in str(caught.value)
+    with pytest.raises(ModelError, match="question mark"):
+        open_model(f"hf:{path}{options}")
     link = tmp_path / "link.pth"
     link.symlink_to(path)
     assert same_network(open_model(f"file:{link}?arch={SMALL}"), trained())

@@ -323,6 +323,7 @@ def test_model_source__a_taken_kind_is_refused():
                 "timm:resnet50?pretrained=false&seed=3",
                 "file:no/such.pth?arch=timm:resnet50",
                 "file:no/such.pth?key=ema&arch=timm:resnet50.a3_in1k&mean=(0,0,0)",
+                "file:no/such.pth?prefix=1.&arch=timm:resnet50.a3_in1k",
                 "zoo:resnet50.a1_in1k",
                 "zoo:resnet50_dino?mean=(0,0,0)",
                 "file:no/such.pth?arch=zoo:resnet50_dino",

@@ -51,7 +51,7 @@ class Renames:
 
 RENAMES = (
     # torchvision before 0.3; a module's name cannot contain a dot any more.
-    Renames("DenseNet of old", ((r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),)),
+    Renames("an old DenseNet", ((r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2."),)),
     # microsoft/Swin-Transformer: timm moves patch merging to the beginning of the next stage, and computes the masks.
     Renames(
         "the official Swin Transformer",
@@ -77,10 +77,13 @@ RENAMES = (
         ),
     ),
     # Wrappers around parts of a network, whose names stand in between: torch.compile, FSDP, activation checkpointing.
-    Renames("wrapped parts", ((r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+", r"\1"),)),
+    Renames(
+        "a network with wrapped parts",
+        ((r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+", r"\1"),),
+    ),
     # torch.nn.utils.weight_norm in front of torch.nn.utils.parametrizations.weight_norm
     Renames(
-        "weight normalisation of old",
+        "the old weight normalisation",
         (
             (r"(^|\.)weight_g$", r"\1parametrizations.weight.original0"),
             (r"(^|\.)weight_v$", r"\1parametrizations.weight.original1"),

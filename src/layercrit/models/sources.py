@@ -123,7 +123,8 @@ def parse(reference: str) -> tuple[ModelSource, str, dict[str, Any]]:
     """
     name, _, query = reference.partition("?")
     kind, _, rest = name.partition(":")
-    if query and (path := _path_cut_at_its_question_mark(reference)):
+    named = reference.removeprefix(f"{kind}:") if kind in MODEL_SOURCES else reference
+    if query and (path := _path_cut_at_its_question_mark(named)):
         raise ModelError(
             f"{reference!r}: the path {path!r} contains a question mark, with which the options of a reference begin. "
             "Rename it, or make a link to it that has none."
@@ -139,9 +140,8 @@ def parse(reference: str) -> tuple[ModelSource, str, dict[str, Any]]:
     return MODEL_SOURCES[kind], rest, options
 
 
-def _path_cut_at_its_question_mark(reference: str) -> str | None:
-    """The file or folder with a question mark in its name that a reference means, if there is one."""
-    text = reference.removeprefix("file:")
+def _path_cut_at_its_question_mark(text: str) -> str | None:
+    """The file or folder with a question mark in its name that a reference without its kind means, if there is one."""
     marks = [place for place, letter in enumerate(text) if letter == "?"]
     try:
         if not marks or Path(text[: marks[0]]).expanduser().exists():

@@ -533,6 +533,10 @@ def refused(marker, state):
             lambda: torch_bytes({"state_dict": nn.Linear(3, 3).state_dict()}),
             "missing.*2 unexpected",
         ),
+        "odd-entry": (
+            lambda: torch_bytes({"state_dict": {**weights, "epoch": 3}}),
+            r"1 entries .* no tensors, such as 'epoch' \(int\)",
+        ),
         "same-name-twice": (
             lambda: torch_bytes({"state_dict": {**weights, "fc.bias": bias}}),
             "would both be named 'fc.bias'",

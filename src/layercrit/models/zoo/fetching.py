@@ -110,6 +110,12 @@ def _converted(entry: ZooEntry, checkpoints: Sequence[Checkpoint]) -> dict[str, 
     """Join the files by the entry's rules and match them with the architecture; `open_zoo_file` says what raises."""
     joined: dict[str, Tensor] = {}
     for file, checkpoint in zip(entry.files, checkpoints, strict=True):
+        if checkpoint.odd:
+            shown = ", ".join(f"{name!r} ({kind})" for name, kind in [*checkpoint.odd.items()][:5])
+            raise CheckpointError(
+                f"zoo:{entry.id}: {len(checkpoint.odd)} entries between the weights of {checkpoint.path} are no "
+                f"tensors, such as {shown}. The file's layout has changed since the zoo's rules were written."
+            )
         tensors = file.renamed(checkpoint.tensors)
         if twice := sorted(joined.keys() & tensors.keys()):
             raise CheckpointError(
