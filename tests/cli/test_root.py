@@ -41,7 +41,7 @@ def images(tmp_path, monkeypatch):
 @pytest.fixture
 def as_before():
     """Signals have their handlers again after the test."""
-    before = {number: signal.getsignal(number) for number in root._ENDING}
+    before = {number: signal.getsignal(number) for number in (*root._ENDING, signal.SIGCHLD)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -180,6 +180,30 @@ def test_measure__a_signal_keeps_finished_trials(images, monkeypatch, capsys, nu
     assert f"Ended by {number.name}." in printed
     assert "Traceback" not in printed
     assert 2 <= Measurement.load("result").summary()["n_trials"] < 50
+
+
+@pytest.mark.usefixtures("as_before")
+def test_signals__to_workers_as_well_end_the_command_all_the_same(measured, monkeypatch, capsys):
+    """Schedulers end whole groups of processes, and torch raises in the main one when a worker of its dies."""
+
+    def lose_worker(number, frame):
+        raise RuntimeError("DataLoader worker is killed by signal: Terminated.")
+
+    def train(folder):
+        both = [signal.SIGTERM, signal.SIGCHLD]
+        signal.signal(signal.SIGCHLD, lose_worker)
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        for number in both:
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)  # where both are raised
+        try:
+            (n for n in range(10**9))
+        finally:
+            list(range(1000))
+
+    monkeypatch.setattr(Measurement, "load", train)
+    assert call(monkeypatch, "show", measured) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.strip() == "Ended by SIGTERM."
 
 
 @pytest.mark.usefixtures("as_before")

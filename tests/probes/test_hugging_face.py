@@ -77,3 +77,20 @@ def test_hugging_face_source__labels_that_are_no_integers(tmp_path: Path) -> Non
     source = HuggingFaceSource(save_dataset(tmp_path / "x", 1, datasets.Value("float32"), image=rows, label=[1.5]))
     with pytest.raises(ProbeError, match=r"Labels must be integers.*'x\[0\]' is 1.5"):
         items_of(source)
+
+
+@pytest.mark.parametrize("file", ["state.json", "dataset_info.json"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "null", "3", "{}", '{"_data_files": 3}', '{"features": [1]}', "[" * 10**5],
+    ids=lambda text: text[:20],
+)
+def test_open__files_of_other_content_are_no_bug(tmp_path, file, content):
+    folder = save_dataset(tmp_path / "x")
+    (folder / file).write_text(content)
+    try:
+        source = HuggingFaceSource(folder)
+    except ProbeError as error:
+        assert "Save it again" in str(error) or "columns" in str(error)  # noqa: PT017
+    else:
+        assert items_of(source, [1])[0][0] == IMAGES[1]

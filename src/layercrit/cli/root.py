@@ -139,6 +139,8 @@ def _signals_end_like_ctrl_c() -> Iterator[None]:
     def end(number: int, _: FrameType | None) -> NoReturn:
         for one in _ENDING:  # they often come twice, and the second must not stop the saving
             signal.signal(one, signal.SIG_IGN)
+        if hasattr(signal, "SIGCHLD"):  # of torch's data loaders, whose workers may have been sent the signal as well
+            signal.signal(signal.SIGCHLD, lambda *_: None)
         raise _Ended(number)
 
     for number, handler in before.items():
