@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from labelled_images import (
+    BASELINE,
     LABELS,
     N_IMAGES,
     NAMES,
@@ -27,6 +28,8 @@ from labelled_images import (
     write_pngs,
 )
 from layercrit.errors import ProbeError
+from layercrit.measuring import measure
+from layercrit.models.references import open_model
 from layercrit.probes.images import Preprocessing
 from layercrit.probes.probe_set import ProbeSet
 from packed_images import write_tar
@@ -594,3 +597,19 @@ def test_keys_of_what_was_right_stay(tmp_path: Path) -> None:
     assert ProbeSet.from_folder(folder, SIZE).sha256 == ProbeSet.from_array(PIXELS, SIZE).sha256
     assert ProbeSet.from_folder(folder, SIZE, labels=folder / "labels.csv").sha256 == same[0].sha256
     assert notes_of(PIXELS) == notes_of(PIXELS, labels=LABELS) == ""
+
+
+def test_measure__labels_depend_on_the_outputs(tmp_path: Path) -> None:
+    folder = write_pngs(tmp_path / "x", "{wordnet}/{number}.png", wordnet=IMAGENETTE)
+    settings: dict[str, Any] = {"layers": "fc", "trials": 1, "dtype": "float32", "progress": False}
+    found = measure(BASELINE, folder, **settings)
+    assert found.record["predictions"]["top1_accuracy"] > 0.85
+    assert any("in sorted order" in note for note in found.record["notes"])
+    assert found.record["probe_set"]["labels"]
+    other = "timm:test_resnet?pretrained=false&num_classes=1001&input_size=(3,32,32)"
+    unlabelled = measure(other, folder, **settings)
+    assert unlabelled.record["predictions"]["top1_accuracy"] is None
+    assert any("1001 outputs" in note for note in unlabelled.record["notes"])
+    assert not unlabelled.record["probe_set"]["labels"]
+    probe_set = ProbeSet.from_folder(folder, open_model(BASELINE).preprocessing)
+    assert measure(BASELINE, probe_set, labels="none", **settings).record["predictions"]["top1_accuracy"] is None

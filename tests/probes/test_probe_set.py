@@ -704,6 +704,20 @@ def test_load__without_labels_and_every_preprocessing(model: Preprocessing, tmp_
     assert ProbeSet.load(loaded.save(tmp_path / "again")).sha256 == probe_set.sha256
 
 
+def test_load__what_was_saved_before_labels_were_judged_as_a_whole(folder: Path, tmp_path: Path) -> None:
+    kept = ProbeSet.from_folder(folder, SMALL).save(tmp_path / "kept")
+    about = json.loads((kept / "probe_set.json").read_text())
+    del about["classes"], about["notes"]
+    former = about | {"label_origin": "positions of the sorted class folders", "n_classes": 4}
+    (kept / "probe_set.json").write_text(json.dumps(former))
+    loaded = ProbeSet.load(kept)
+    assert np.array_equal(loaded.labels_for(4)[0], loaded.labels)
+    with pytest.raises(ProbeError, match="the source has 4 classes, the model 5"):
+        loaded.labels_for(5)
+    (kept / "probe_set.json").write_text(json.dumps(former | {"labels": None, "label_origin": None}))
+    assert ProbeSet.load(kept, verify=False).labels_for(5) == (None, [])
+
+
 def test_load__is_a_probe_set_like_any_other(tmp_path: Path) -> None:
     loaded = ProbeSet.load(saved(tmp_path, labels=range(6)))
     assert ProbeSet.from_source(loaded, TAKEN) is loaded

@@ -17,7 +17,12 @@ from layercrit.probes.sources import ImageSource, labels_of_array
 __all__ = ["LabelsGiven", "are_wanted", "is_label_file", "open_images", "open_labelled"]
 
 LabelsGiven = str | Path | npt.ArrayLike | torch.Tensor
-"""``"auto"``: those of the source; ``"none"``; the path of a file; a column of a table; or labels ``(n_images,)``."""
+"""Which labels images get.
+
+``"auto"``: those that the source comes with, if any; ``"none"``; the path of a file of labels, whose name ends in .csv,
+.tsv, .txt, .json, .jsonl or .npy; the name of a column of a table, a key of an ``.npz`` file, or of an archive a suffix
+of members, a key of JSON or ``folders``; or the labels of all images, ``(n_images,)``, ``(n_images, 1)`` or one-hot.
+"""
 
 
 def open_labelled(

@@ -273,9 +273,7 @@ class ProbeSet:
             preprocessing: how an image becomes pixels.
             n_images: how many images to draw; None, or more than there are, takes all.
             seed: the seed of the draw.
-            labels: ``"auto"``: those that the source comes with, if any; ``"none"``; the path of a file of labels (its
-                name ends in .csv, .tsv, .txt, .json, .jsonl or .npy); the name of a column of a table, a key of an
-                ``.npz`` file or a suffix of members of an archive; or the labels, ``(n_images,)``, of all its images.
+            labels: ``"auto"``, ``"none"``, a file, a column, or an array; see `LabelsGiven`.
             classes: the names of classes in the order of the model's outputs, or a text file with one per line: folders
                 or labels with these names get these numbers.
             max_unreadable: largest share of the images tried that may be skipped as unreadable, in [0, 1].
@@ -288,9 +286,7 @@ class ProbeSet:
                 given for some images only; or the disk is too small.
         """
         if isinstance(source, ProbeSet):
-            if classes is not None or not (isinstance(labels, str) and labels in ("auto", "none")):
-                raise ProbeError("A probe set has its labels: give labels and classes when it is made.")
-            return source._fitting(preprocessing)
+            return source._fitting(preprocessing, labels, classes)
         _check_settings(n_images, max_unreadable, n_threads)
         opened, found, notes = open_labelled(source, labels, classes)
         check_room(
@@ -371,7 +367,9 @@ class ProbeSet:
         """Draw from a data set of torchvision on disk; ``TorchvisionSource`` says what the arguments mean."""
         return cls.from_source(TorchvisionSource(name, root, split), preprocessing, **options)
 
-    def _fitting(self, preprocessing: Preprocessing) -> "ProbeSet":
+    def _fitting(self, preprocessing: Preprocessing, labels: LabelsGiven, classes: object) -> "ProbeSet":
+        if classes is not None or not (isinstance(labels, str) and labels in ("auto", "none")):
+            raise ProbeError("A probe set has its labels: give labels and classes when it is made.")
         size, wanted = self._pixels.shape[1:], (preprocessing.channels, preprocessing.height, preprocessing.width)
         if size != wanted:
             raise ProbeError(

@@ -118,12 +118,10 @@ class TarSource(ImageSource):
         folders = {tuple(name.split("/")[self._depth : -1][:1]) for _, name, _, _ in self._images}
         if not found and () not in folders and len(folders) > 1:
             found = [FOLDERS]
-        what = (
-            "the members' folders look"
-            if found == [FOLDERS]
-            else f"{', '.join(map(repr, found))} beside the images looks"
-        )
-        return [f"{what} like labels and are not used; to use them, give --labels {found[0]}"] if found else []
+        if not found:
+            return []
+        what = "the members' folders" if found == [FOLDERS] else f"{found[0]!r} beside the images"
+        return [f"{what}: looks like labels and is not used; to use it, give --labels {found[0]}"]
 
     @cached_property
     def _labels(self) -> Labels | None:
