@@ -19,9 +19,20 @@ def items_of(
     source: ImageSource, indices: list[int] | None = None, use_labels: bool = True
 ) -> list[tuple[Any, int | None]]:
     wanted = list(range(len(source))) if indices is None else indices
-    items = list(source.read(wanted, use_labels))
+    items = list(source.read(wanted))
     assert [item.index for item in items] == wanted
-    return [(item.content, item.label) for item in items]
+    labels = source.labels() if use_labels else None
+    return [(item.content, None if labels is None else labels.numbers[item.index]) for item in items]
+
+
+def origin_of(source: ImageSource) -> str | None:
+    labels = source.labels()
+    return None if labels is None else labels.classes.origin
+
+
+def n_classes_of(source: ImageSource) -> int | None:
+    labels = source.labels()
+    return None if labels is None else labels.classes.n_classes
 
 
 def write_parquet(

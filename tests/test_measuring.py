@@ -434,7 +434,7 @@ def test_measure__labels_can_be_left_alone(how, tmp_path):
     model = open_model(two_layers(), input_size=(3, 2, 2))
     probe_set = ProbeSet.from_source(tmp_path / "images.npz", model.preprocessing)
     images = probe_set if how == "probe set" else tmp_path / "images.npz"
-    found = measure(model, images, use_labels=False, **QUIET)
+    found = measure(model, images, labels="none", **QUIET)
     assert "loss" not in found.cells
     assert found.record["predictions"]["top1_accuracy"] is None
     with pytest.raises(ProbeError, match=r"do not match the model's classes: label 10\d .* is not in 0 to 2"):

@@ -31,7 +31,7 @@ FORMER = {
     "replay": ("engine.replay", "engine.graph_replay", "engine.recorded_replay", "engine.opening"),
     "running": ("study.running",),
     "session": ("engine.session", "engine.predictions"),
-    "sources": ("probes.sources",),
+    "sources": ("probes.sources", "probes.classes"),
     "store": ("study.store", "study.packing"),
     "study_figures": ("figures",),
     "studyfile": ("study.file", "study.entries", "study.training_entries"),

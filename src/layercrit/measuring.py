@@ -1,7 +1,7 @@
 """Measure one model on one probe set: which layers do its decisions depend on?"""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -23,6 +23,7 @@ from layercrit.measurement import Measurement
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
 from layercrit.probes.image_sizes import common_size
+from layercrit.probes.labelling import LabelsGiven, are_wanted, column_of
 from layercrit.probes.opening import open_source
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.probes.sources import ArraySource, ImageSource
@@ -52,7 +53,8 @@ def measure(
     dtype: str = DEFAULTS.dtype,
     device: str = DEFAULTS.device,
     level: float = DEFAULTS.level,
-    use_labels: bool = True,
+    labels: LabelsGiven = "auto",
+    classes: str | Path | Sequence[str] | None = None,
     progress: bool = True,
     on_trial: Callable[[Callable[[], Measurement]], object] | None = None,
 ) -> Measurement:
@@ -81,7 +83,9 @@ def measure(
             bfloat16 where that is fast and, on a first batch, exact enough, else float32 (see `Protocol`).
         device: ``auto`` (a GPU if there is one), or any name that torch knows.
         level: confidence level of intervals, between 0 and 1.
-        use_labels: whether to use labels that the images come with, for accuracy and loss.
+        labels: labels for accuracy and loss: ``"auto"``: those that the images come with; ``"none"``; a file of labels,
+            a column, or an array: see `ProbeSet.from_source`.
+        classes: the names of classes in the order of the model's outputs, or a text file with one per line.
         progress: whether to show a progress bar on a terminal.
         on_trial: called after every finished trial with a function without arguments, which builds and returns the
             measurement of the trials up to that one: call it when you want to save them, now or later.
@@ -118,7 +122,9 @@ def measure(
     get_reset(reset)
     names = distance_names(distances)
     with rng_untouched(), Bar(progress) as bar:
-        source = images if isinstance(images, ProbeSet) else open_source(images)
+        column = column_of(labels)
+        opened_before = isinstance(images, ImageSource | ProbeSet)
+        source = images if opened_before else open_source(images, column=column)
         opened = _with_input_of(source, model)
         with untouched(opened.network), large_blocks_stay():
             subject = Subject(protocol, opened, donor)
@@ -128,10 +134,11 @@ def measure(
                 opened.preprocessing,
                 n_images=protocol.n_images,
                 seed=probe_set_seed(protocol.seed),
-                use_labels=use_labels,
+                labels=labels if opened_before or column is None else "auto",  # of that column
+                classes=classes,
                 progress=bar.decoded,
             )
-            session = Session(protocol, subject, probe_set, names, use_labels, bar)
+            session = Session(protocol, subject, probe_set, names, are_wanted(labels), bar)
             return _Measuring(started, protocol, session).run(on_trial)
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from labelled_images import BASELINE, LABELS, NAMES, write_classes, write_pngs
 from layercrit.cli.root import cli, main
 from layercrit.errors import LayercritError
 from layercrit.protocol import Protocol
@@ -235,3 +236,32 @@ def test_layers__downloads_nothing(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert len(json.loads(result.stdout)["layers"]) > 10
+
+
+def test_measure__labels_and_classes(tmp_path):
+    write_pngs(tmp_path / "images")
+    lines = [f"{number:03}.png,{NAMES[label]}" for number, label in enumerate(LABELS)]
+    (tmp_path / "images" / "labels.csv").write_text("\n".join(lines))
+    write_classes(tmp_path / "classes.txt")
+    short = ("--layers", "fc", "--trials", "1", "--dtype", "float32")
+    given = ("--labels", "images/labels.csv", "--classes", "classes.txt", "--out", "given", "--json")
+    result = run("measure", BASELINE, "--images", "images", *short, *given, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["top1_accuracy"] > 0.85
+    result = run("measure", BASELINE, "--images", "images", *short, "--out", "auto", cwd=tmp_path)
+    assert "note: the file" in result.stdout
+    assert str(tmp_path / "images" / "labels.csv") in result.stdout
+    assert "accuracy" not in result.stdout
+
+
+def test_measure__folders_numbered_from_one(tmp_path):
+    write_pngs(tmp_path / "dev", "{one}/{number}.png", one=range(1, 11))
+    few = ("measure", BASELINE, "--images", "dev", "--n-images", "5", "--layers", "fc", "--trials", "1", "--out", "out")
+    result = run(*few, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "--classes" in result.stderr
+    assert not (tmp_path / "out" / "measurement.json").exists()
+    for ignored in (("--no-labels",), ("--labels", "none", "--overwrite")):
+        result = run(*few, *ignored, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "accuracy" not in result.stdout

@@ -6,14 +6,14 @@ import pytest
 
 from layercrit.errors import ProbeError
 from layercrit.probes.hugging_face import HuggingFaceSource
-from packed_images import IMAGES, items_of, save_dataset
+from packed_images import IMAGES, items_of, n_classes_of, origin_of, save_dataset
 
 
 def test_hugging_face_source__images_and_labels(tmp_path: Path) -> None:
     source = HuggingFaceSource(save_dataset(tmp_path / "cats"))
     assert items_of(source) == [(IMAGES[number], number % 3) for number in range(5)]
     assert items_of(source, [1, 4], use_labels=False) == [(IMAGES[1], None), (IMAGES[4], None)]
-    assert (source.n_classes, source.label_origin, source.name(2)) == (3, "column 'label'", "cats[2]")
+    assert (n_classes_of(source), origin_of(source), source.name(2)) == (3, "column 'label'", "cats[2]")
 
 
 def test_hugging_face_source__columns_by_type(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_hugging_face_source__encoded_bytes_without_image_type(tmp_path: Path) -
     datasets.Dataset.from_dict({"img": IMAGES[:2], "labels": [5, 6]}).save_to_disk(tmp_path / "x")
     source = HuggingFaceSource(tmp_path / "x")
     assert items_of(source) == [(IMAGES[0], 5), (IMAGES[1], 6)]
-    assert source.n_classes is None
+    assert n_classes_of(source) is None
 
 
 @pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
@@ -74,6 +74,6 @@ def test_hugging_face_source__without_the_library(tmp_path: Path, monkeypatch: p
 
 def test_hugging_face_source__labels_that_are_no_integers(tmp_path: Path) -> None:
     rows = [{"bytes": IMAGES[0], "path": None}]
-    source = HuggingFaceSource(save_dataset(tmp_path / "x", 1, datasets.Value("string"), image=rows, label=["cat"]))
-    with pytest.raises(ProbeError, match=r"Labels must be integers.*'x\[0\]' is 'cat'"):
+    source = HuggingFaceSource(save_dataset(tmp_path / "x", 1, datasets.Value("float32"), image=rows, label=[1.5]))
+    with pytest.raises(ProbeError, match=r"Labels must be integers.*'x\[0\]' is 1.5"):
         items_of(source)

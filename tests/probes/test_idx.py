@@ -14,6 +14,7 @@ from layercrit.probes.images import Preprocessing
 from layercrit.probes.opening import open_source
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.probes.sources import FolderSource
+from packed_images import n_classes_of
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 IMAGES, LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
@@ -45,22 +46,22 @@ def test_idx_source__images_and_labels(packed_images: str, packed_labels: str, t
     path = write(tmp_path / (IMAGES + packed_images), idx(images))
     write(tmp_path / (LABELS + packed_labels), idx([3, 1, 4, 1, 5, 255]))
     source = IdxSource(path)
-    items = list(source.read([0, 2, 5], use_labels=True))
-    assert (len(source), source.description, source.n_classes) == (6, str(path), None)
-    assert source.label_origin == f"the file {LABELS}{packed_labels}"
-    assert [(item.index, item.label) for item in items] == [(0, 3), (2, 4), (5, 255)]
-    assert all(type(item.label) is int for item in items)
+    items, labels = list(source.read([0, 2, 5])), source.labels()
+    assert (len(source), source.description, n_classes_of(source)) == (6, str(path), None)
+    assert labels is not None
+    assert labels.classes.origin == f"the file {LABELS}{packed_labels}"
+    assert [item.index for item in items] == [0, 2, 5]
+    assert labels.numbers == [3, 1, 4, 1, 5, 255]
+    assert all(type(label) is int for label in labels.numbers)
     for item in items:
         assert np.array_equal(item.content, images[item.index])
     assert source.name(5) == f"{path.name}[5]"
-    assert [item.label for item in source.read(range(6), use_labels=False)] == [None] * 6
 
 
 def test_idx_source__without_labels(tmp_path: Path) -> None:
     write(tmp_path / LABELS, idx([1, 2, 3]))  # those of another file
     source = IdxSource(write(tmp_path / "mine-images-idx3-ubyte", idx(pixels(3))))
-    assert source.label_origin is None
-    assert [item.label for item in source.read(range(3), use_labels=True)] == [None] * 3
+    assert source.labels() is None
 
 
 def test_idx_source__parts_of_a_folder(tmp_path: Path) -> None:
@@ -106,10 +107,10 @@ def test_idx_source__fashion_mnist_of_debian() -> None:
     test, train = IdxSource(DEBIAN), IdxSource(DEBIAN, "train")
     assert (len(test), len(train)) == (10_000, 60_000)
     for source, per_class in ((test, 1_000), (train, 6_000)):
-        items = list(source.read(range(len(source)), use_labels=True))
-        assert np.bincount([item.label for item in items]).tolist() == [per_class] * 10
+        items = list(source.read(range(len(source))))
+        assert np.bincount(source.labels().numbers).tolist() == [per_class] * 10
         assert {item.content.shape for item in items} == {(28, 28)}
-    values = np.stack([item.content for item in train.read(range(60_000), use_labels=False)])
+    values = np.stack([item.content for item in train.read(range(60_000))])
     # The mean and standard deviation by which Fashion-MNIST is normalised everywhere.
     assert (values.mean() / 255, values.std() / 255) == pytest.approx((0.2860, 0.3530), abs=1e-4)
 
@@ -187,7 +188,7 @@ def test_idx_source__a_header_that_lies_takes_no_memory(promised: int, tmp_path:
     [
         (
             idx([1, 2]),
-            r"t10k-labels-idx1-ubyte' has 2 labels for the 3 images of 't10k-images-idx3-ubyte'.*no-labels",
+            r"t10k-labels-idx1-ubyte' has 2 labels for the 3 images of 't10k-images-idx3-ubyte'.*--labels none",
         ),
         (idx([1, 2, 3, 4]), r"has 4 labels for the 3 images"),
         (idx(pixels(3)), r"is not an IDX file of labels: it begins with 00 00 08 03; expected 00 00 08 01"),
@@ -198,8 +199,8 @@ def test_idx_source__wrong_labels(labels: bytes, message: str, tmp_path: Path) -
     path = write(tmp_path / IMAGES, idx(pixels(3)))
     write(tmp_path / LABELS, labels)
     with pytest.raises(ProbeError, match=message):
-        list(IdxSource(path).read([0], use_labels=True))
-    assert len(list(IdxSource(path).read(range(3), use_labels=False))) == 3
+        IdxSource(path).labels()
+    assert len(list(IdxSource(path).read(range(3)))) == 3
 
 
 def test_idx_source__no_such_part(tmp_path: Path) -> None:
@@ -214,3 +215,52 @@ def test_idx_source__no_such_part(tmp_path: Path) -> None:
         IdxSource(path, "train")
     with pytest.raises(ProbeError, match=r"No such file or folder: .*Did you mean 'train-images"):
         IdxSource(tmp_path / "train-image-idx3-ubyte.gz")
+
+
+# --- several data sets in one folder --------------------------------------------------------------------------------
+
+
+def write_emnist(folder: Path) -> Path:
+    """Files as EMNIST's archive has them, with other numbers of images in each; its letters are numbered from 1."""
+    for data, n_classes in (("letters", 26), ("digits", 10)):
+        for part, n_images in (("test", n_classes), ("train", 2 * n_classes)):
+            labels = np.arange(n_images) % n_classes + (data == "letters")
+            write(folder / f"emnist-{data}-{part}-images-idx3-ubyte.gz", idx(pixels(n_images)))
+            write(folder / f"emnist-{data}-{part}-labels-idx1-ubyte.gz", idx(labels))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("split", "n_images"),
+    [("letters", 26), ("letters-train", 52), ("emnist-digits-test", 10), ("digits", 10), ("train-digits", 20)],
+)
+def test_idx_source__one_data_set_of_several(split: str, n_images: int, tmp_path: Path) -> None:
+    source = open_source(f"{write_emnist(tmp_path)}?split={split}")
+    labels = source.labels()
+    assert len(source) == n_images
+    assert labels is not None
+    assert labels.classes.values == tuple(range(1, 27) if "letters" in split else range(10))
+
+
+def test_idx_source__the_test_part_of_the_only_data_set(tmp_path: Path) -> None:
+    for path in write_emnist(tmp_path).glob("*letters*"):
+        path.unlink()
+    assert len(open_source(tmp_path)) == 10
+
+
+def test_idx_source__several_data_sets_and_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ProbeError, match=r"has several data sets: .*\?split=emnist-digits-test'"):
+        open_source(write_emnist(tmp_path))
+    with pytest.raises(ProbeError, match=r"has no part 'bymerge'.*emnist-letters-test-images-idx3-ubyte\.gz"):
+        open_source(f"{tmp_path}?split=bymerge")
+
+
+def test_idx_source__letters_numbered_from_one(tmp_path: Path) -> None:
+    size = Preprocessing(1, 5, 4, None)
+    letters = f"{write_emnist(tmp_path)}?split=letters"
+    with pytest.raises(ProbeError, match=r"label 26 of .* is not in 0 to 25"):
+        ProbeSet.from_source(letters, size, n_images=3).labels_for(26)
+    right = ProbeSet.from_source(letters, size, classes=[str(number) for number in range(1, 27)])
+    labels, _ = right.labels_for(26)
+    assert labels is not None
+    assert labels.tolist() == [int(name[:-1].rpartition("[")[2]) for name in right.names]

@@ -7,7 +7,7 @@ import pytest
 
 from layercrit.errors import ProbeError
 from layercrit.probes.parquet import ParquetSource
-from packed_images import IMAGES, items_of, write_parquet
+from packed_images import IMAGES, items_of, origin_of, write_parquet
 
 
 @pytest.mark.parametrize("struct_column", [True, False])
@@ -16,7 +16,7 @@ def test_parquet_source__all_rows(struct_column: bool, tmp_path: Path) -> None:
     assert items_of(source) == [(image, number) for number, image in enumerate(IMAGES)]
     assert items_of(source, use_labels=False) == [(image, None) for image in IMAGES]
     assert source.name(4) == "x.parquet[group 1, row 1]"
-    assert source.label_origin == "column 'label'"
+    assert origin_of(source) == "column 'label'"
 
 
 @pytest.mark.parametrize("row_group_size", [1, 2, 7, 10])
@@ -31,7 +31,7 @@ def test_parquet_source__rows_of_several_batches_of_one_group(tmp_path: Path) ->
     source = ParquetSource(write_parquet(tmp_path / "x.parquet", row_group_size=1000, image=numbers))
     wanted = [0, 63, 64, 65, 200, 999]
     assert items_of(source, wanted) == [(numbers[index], None) for index in wanted]
-    assert source.label_origin is None
+    assert origin_of(source) is None
 
 
 def test_parquet_source__only_needed_row_groups_are_read(tmp_path: Path) -> None:
@@ -92,8 +92,8 @@ def test_parquet_source__unusable_columns(columns: dict[str, Any], message: str,
 
 
 def test_parquet_source__labels_that_are_no_integers(tmp_path: Path) -> None:
-    source = ParquetSource(write_parquet(tmp_path / "x.parquet", image=IMAGES[:2], label=["cat", "dog"]))
-    with pytest.raises(ProbeError, match=r"Labels must be integers.*x.parquet\[group 0, row 0\]' is 'cat'"):
+    source = ParquetSource(write_parquet(tmp_path / "x.parquet", image=IMAGES[:2], label=["1.5", "2"]))
+    with pytest.raises(ProbeError, match=r"Labels must be integers.*x.parquet\[group 0, row 0\]' is '1.5'"):
         items_of(source)
     assert len(items_of(source, use_labels=False)) == 2
 

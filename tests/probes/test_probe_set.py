@@ -88,7 +88,8 @@ def test_probe_set__images_are_the_preprocessed_files(folder: Path) -> None:
         assert label == "abcd".index(name[0])
     assert probe_set.skipped == ()
     assert probe_set.source == str(folder)
-    assert probe_set.n_classes == 4
+    assert probe_set.classes is not None
+    assert probe_set.classes.n_classes == 4
 
 
 def test_probe_set__fewer_images_are_the_beginning_of_more(folder: Path) -> None:
@@ -219,7 +220,7 @@ def test_probe_set__number_of_threads(folder: Path) -> None:
 def test_probe_set__options_are_those_of_from_source() -> None:
     parameters = inspect.signature(ProbeSet.from_source).parameters
     keywords = [name for name, parameter in parameters.items() if parameter.kind == parameter.KEYWORD_ONLY]
-    assert keywords == list(ProbeOptions.__annotations__)
+    assert {*keywords} == ProbeOptions.__required_keys__ | ProbeOptions.__optional_keys__
 
 
 # Unreadable images
@@ -248,9 +249,9 @@ def test_probe_set__stops_early_when_all_is_unreadable(tmp_path: Path) -> None:
     read: list[int] = []
 
     class Counted(FolderSource):
-        def read(self, indices: Any, use_labels: bool) -> Any:
+        def read(self, indices: Any) -> Any:
             read.extend(indices)
-            return super().read(indices, use_labels)
+            return super().read(indices)
 
     with pytest.raises(
         ProbeError, match=r"10 of 20 images .* are unreadable.*: not an image in one of the formats BMP"
@@ -342,7 +343,7 @@ def test_probe_set__arrays_with_labels(tmp_path: Path) -> None:
     ):
         assert probe_set.labels is not None
         assert probe_set.labels.tolist() == [int(name[-2]) * 10 for name in probe_set.names]
-    assert ProbeSet.from_array(pieces(6), TAKEN, [0.5] * 6, use_labels=False).labels is None
+    assert ProbeSet.from_array(pieces(6), TAKEN, "none").labels is None
 
 
 def test_probe_set__is_not_changed_with_its_array() -> None:
@@ -420,10 +421,10 @@ def test_probe_set__own_source() -> None:
         def name(self, index: int) -> str:
             return f"level {index}"
 
-        def read(self, indices: Any, use_labels: bool) -> Any:
+        def read(self, indices: Any) -> Any:
             assert list(indices) == sorted(indices)
             for index in indices:
-                yield probes.Item(index, Image.new("L", (8, 8), index), None)
+                yield probes.Item(index, Image.new("L", (8, 8), index))
 
     probe_set = ProbeSet.from_source(Grey(), Preprocessing(1, 8, 8, None))
     assert [f"level {level}" for level in probe_set.images[:, 0, 0, 0]] == list(probe_set.names)
@@ -443,7 +444,7 @@ def test_from_source__probe_set_is_returned_as_it_is(folder: Path) -> None:
 
 
 def test_sha256__is_the_hash_of_shape_pixels_and_labels(folder: Path) -> None:
-    for options in ({}, {"memory_limit": 0}, {"use_labels": False}):
+    for options in ({}, {"memory_limit": 0}, {"labels": "none"}):
         probe_set = ProbeSet.from_folder(folder, SMALL, **options)
         assert probe_set.sha256 == twin_hash(probe_set)
 
@@ -614,59 +615,59 @@ def test_probe_set__other_errors_of_the_disk_pass(temporary: Path) -> None:
 # Labels
 
 
-def test_check_labels__in_range() -> None:
+def test_labels_for__in_range() -> None:
     probe_set = ProbeSet.from_array(pieces(3), TAKEN, [0, 4, 2])
-    probe_set.check_labels(5)
-    probe_set.check_labels(1000)
+    probe_set.labels_for(5)
+    probe_set.labels_for(1000)
     with pytest.raises(
         ProbeError, match=r"do not match the model's classes: label 4 of 'array.*\[1\]' is not in 0 to 3"
     ):
-        probe_set.check_labels(4)
+        probe_set.labels_for(4)
 
 
-def test_check_labels__negative() -> None:
-    with pytest.raises(ProbeError, match=r"label -1 of .* is not in 0 to 9.*use_labels=False \(--no-labels;"):
-        ProbeSet.from_array(pieces(2), TAKEN, [0, -1]).check_labels(10)
+def test_labels_for__negative() -> None:
+    with pytest.raises(ProbeError, match=r"label -1 of .* is not in 0 to 9.*labels='none' \(--labels none;"):
+        ProbeSet.from_array(pieces(2), TAKEN, [0, -1]).labels_for(10)
 
 
-def test_check_labels__none() -> None:
-    ProbeSet.from_array(pieces(2), TAKEN).check_labels(1)
+def test_labels_for__none() -> None:
+    ProbeSet.from_array(pieces(2), TAKEN).labels_for(1)
 
 
-def test_check_labels__class_folders_unlike_the_model(folder: Path) -> None:
+def test_labels_for__class_folders_unlike_the_model(folder: Path) -> None:
     probe_set = ProbeSet.from_folder(folder, SMALL)
-    probe_set.check_labels(4)
+    probe_set.labels_for(4)
     message = (
         r"labels of '.*folder' do not match the model's classes: the source has 4 classes, the model 1000. "
-        r"The labels are positions of the sorted class folders. Label the images by.*named by these integers"
+        r"The labels are positions of the sorted class folders. Name the classes in a file.*named by these integers"
     )
     with pytest.raises(ProbeError, match=message):
-        probe_set.check_labels(1000)
-    ProbeSet.from_folder(folder, SMALL, use_labels=False).check_labels(1000)
+        probe_set.labels_for(1000)
+    ProbeSet.from_folder(folder, SMALL, labels="none").labels_for(1000)
 
 
 @pytest.mark.parametrize("names", [["n01440764", "n02124075"], ["3", "285"]])
-def test_check_labels__absolute_class_folders(names: list[str], tmp_path: Path) -> None:
+def test_labels_for__absolute_class_folders(names: list[str], tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.png").write_bytes(encoded(piece(0), "PNG"))
     probe_set = ProbeSet.from_folder(tmp_path, SMALL)
-    probe_set.check_labels(1000)
+    probe_set.labels_for(1000)
     with pytest.raises(ProbeError, match=r"label 285 of .* is not in 0 to 199"):
-        probe_set.check_labels(200)
+        probe_set.labels_for(200)
 
 
 def test_probe_set__labels_for_some_images_only(tmp_path: Path) -> None:
     table = pa.table({"image": [encoded(piece(number)) for number in range(4)], "label": [1, None, 2, None]})
     pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(ProbeError, match=r"2 of 4 images of '.*' have no label, such as 'x.parquet.*use_labels=False"):
+    with pytest.raises(ProbeError, match=r"2 of 4 images of '.*' have no label, such as 'x.parquet.*labels='none'"):
         ProbeSet.from_parquet(tmp_path / "x.parquet", SMALL)
-    assert ProbeSet.from_parquet(tmp_path / "x.parquet", SMALL, use_labels=False).labels is None
+    assert ProbeSet.from_parquet(tmp_path / "x.parquet", SMALL, labels="none").labels is None
 
 
 def test_probe_set__without_labels_has_no_origin_of_labels(folder: Path) -> None:
-    probe_set = ProbeSet.from_folder(folder, SMALL, use_labels=False)
-    assert (probe_set.labels, probe_set.label_origin, probe_set.n_classes) == (None, None, None)
+    probe_set = ProbeSet.from_folder(folder, SMALL, labels="none")
+    assert (probe_set.labels, probe_set.classes) == (None, None)
 
 
 # Saved and loaded
@@ -699,7 +700,7 @@ def test_load__what_was_saved(memory_limit: int, folder: Path, tmp_path: Path) -
 def test_load__without_labels_and_every_preprocessing(model: Preprocessing, tmp_path: Path) -> None:
     probe_set = ProbeSet.from_array(pieces(3), model)
     loaded = ProbeSet.load(probe_set.save(tmp_path))
-    assert (loaded.preprocessing, loaded.labels, loaded.label_origin) == (model, None, None)
+    assert (loaded.preprocessing, loaded.labels, loaded.classes) == (model, None, None)
     assert ProbeSet.load(loaded.save(tmp_path / "again")).sha256 == probe_set.sha256
 
 

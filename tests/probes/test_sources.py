@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from layercrit.errors import ProbeError
-from layercrit.probes.sources import ArraySource, FolderSource, ImageSource, integer_label
+from layercrit.probes.classes import integer_label
+from layercrit.probes.sources import ArraySource, FolderSource, ImageSource
+from packed_images import n_classes_of, origin_of
 from photographs import encoded, piece, pieces
 
 rng = np.random.default_rng
@@ -24,9 +26,10 @@ def make_folder(root: Path, names: Iterable[str]) -> Path:
 
 
 def all_of(source: ImageSource, use_labels: bool = True) -> list[tuple[str, int | None]]:
-    items = list(source.read(range(len(source)), use_labels))
+    items = list(source.read(range(len(source))))
     assert [item.index for item in items] == list(range(len(source)))
-    return [(source.name(item.index), item.label) for item in items]
+    labels = source.labels() if use_labels else None
+    return [(source.name(item.index), None if labels is None else labels.numbers[item.index]) for item in items]
 
 
 # Folders
@@ -35,14 +38,14 @@ def all_of(source: ImageSource, use_labels: bool = True) -> list[tuple[str, int 
 def test_folder_source__flat_has_no_labels(tmp_path: Path) -> None:
     source = FolderSource(make_folder(tmp_path, ["b.jpg", "a.JPEG", "c.png", "a10.webp", "a2.tif"]))
     assert all_of(source) == [(name, None) for name in ["a.JPEG", "a10.webp", "a2.tif", "b.jpg", "c.png"]]
-    assert (source.label_origin, source.n_classes) == (None, None)
+    assert (origin_of(source), n_classes_of(source)) == (None, None)
 
 
 def test_folder_source__class_folders_in_sorted_order(tmp_path: Path) -> None:
     source = FolderSource(make_folder(tmp_path, ["owl/1.jpg", "cat/2.jpg", "cat/deep/er/3.jpg", "Zebra/1.jpg"]))
     assert all_of(source) == [("Zebra/1.jpg", 0), ("cat/2.jpg", 1), ("cat/deep/er/3.jpg", 1), ("owl/1.jpg", 2)]
-    assert source.label_origin == "positions of the sorted class folders"
-    assert source.n_classes == 3
+    assert origin_of(source) == "positions of the sorted class folders"
+    assert n_classes_of(source) == 3
     assert {label for _, label in all_of(source, use_labels=False)} == {None}
 
 
@@ -59,7 +62,7 @@ def test_folder_source__an_empty_class_folder_counts(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     source = FolderSource(tmp_path)
     assert [label for _, label in all_of(source)] == [0, 2]
-    assert source.n_classes == 3
+    assert n_classes_of(source) == 3
 
 
 def test_folder_source__wordnet_ids_are_numbers_of_imagenet(tmp_path: Path) -> None:
@@ -68,28 +71,28 @@ def test_folder_source__wordnet_ids_are_numbers_of_imagenet(tmp_path: Path) -> N
         make_folder(tmp_path, [f"{n}/1.JPEG" for n in ["n15075141", "n01440764", "n02124075", "n01443537"]])
     )
     assert [label for _, label in all_of(source)] == [0, 1, 285, 999]
-    assert source.label_origin == "ImageNet-1k's numbers of the class folders"
-    assert source.n_classes is None
+    assert origin_of(source) == "ImageNet-1k's numbers of the class folders"
+    assert n_classes_of(source) is None
 
 
 def test_folder_source__other_wordnet_ids_are_positions(tmp_path: Path) -> None:
     source = FolderSource(make_folder(tmp_path, ["n01440764/1.jpg", "n00000001/1.jpg"]))
     assert all_of(source) == [("n00000001/1.jpg", 0), ("n01440764/1.jpg", 1)]
-    assert source.n_classes == 2
+    assert n_classes_of(source) == 2
 
 
 def test_folder_source__integers_are_themselves(tmp_path: Path) -> None:
     source = FolderSource(make_folder(tmp_path, ["10/1.jpg", "2/1.jpg", "007/1.jpg"]))
     assert all_of(source) == [("007/1.jpg", 7), ("10/1.jpg", 10), ("2/1.jpg", 2)]
-    assert source.label_origin == "the integers that name the class folders"
-    assert source.n_classes is None
+    assert origin_of(source) == "the integers that name the class folders"
+    assert n_classes_of(source) is None
 
 
 @pytest.mark.parametrize("names", [["a/1.jpg", "b/1.jpg", "1.jpg"], ["images/1.jpg", "images/2.jpg"]])
 def test_folder_source__mixed_or_single_folder_has_no_labels(names: list[str], tmp_path: Path) -> None:
     source = FolderSource(make_folder(tmp_path, names))
     assert {label for _, label in all_of(source)} == {None}
-    assert source.label_origin is None
+    assert origin_of(source) is None
 
 
 def test_folder_source__leaves_out_hidden_and_other_files(tmp_path: Path) -> None:
@@ -133,7 +136,7 @@ def test_folder_source__a_file_is_no_folder(tmp_path: Path) -> None:
 
 
 def pixels_of(source: ImageSource) -> list[np.ndarray]:
-    return [np.asarray(item.content) for item in source.read(range(len(source)), True)]
+    return [np.asarray(item.content) for item in source.read(range(len(source)))]
 
 
 def test_array_source__axes() -> None:
@@ -212,7 +215,7 @@ def test_array_source__keys_of_npz(image_key: str, label_key: str | None, tmp_pa
     assert np.array_equal(pixels_of(source), content[image_key])
     expected = [None] * 3 if label_key is None else [7, 5, 6]
     assert all_of(source) == [(f"x.npz[{i}]", label) for i, label in enumerate(expected)]
-    assert source.label_origin == (None if label_key is None else "stored with the images")
+    assert origin_of(source) == (None if label_key is None else "stored with the images")
 
 
 def test_array_source__npy_is_mapped(tmp_path: Path) -> None:
@@ -288,11 +291,11 @@ def test_array_source__missing_file(tmp_path: Path) -> None:
         ArraySource(tmp_path / "probe.npy")
 
 
-@pytest.mark.parametrize("labels", [[1, 2], [[1], [2], [3]], 5])
+@pytest.mark.parametrize("labels", [[1, 2], [[1, 2], [3, 4], [5, 6]], 5])
 def test_array_source__labels_of_wrong_shape(labels: Any) -> None:
     source = ArraySource(pieces(3), labels)
     with pytest.raises(
-        ProbeError, match=r"labels of '.*' have the shape \(.*\); expected \(3,\), one per image.*no-labels"
+        ProbeError, match=r"labels of '.*' have the shape \(.*\); expected \(3,\), one per image.*--labels none"
     ):
         all_of(source)
     assert [label for _, label in all_of(source, use_labels=False)] == [None] * 3
@@ -309,5 +312,5 @@ def test_integer_label__integers(value: object) -> None:
 
 @pytest.mark.parametrize("value", [3.0, "3", None, True, np.bool(True), np.float32(3), 2**63, np.array([3, 4]), b"3"])
 def test_integer_label__others(value: object) -> None:
-    with pytest.raises(ProbeError, match=r"Labels must be integers.* that of 'cat.jpg' is .*use_labels=False"):
+    with pytest.raises(ProbeError, match=r"Labels must be integers.* that of 'cat.jpg' is .*labels='none'"):
         integer_label(value, "cat.jpg")

@@ -1,3 +1,4 @@
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 
 from layercrit.errors import ProbeError
 from layercrit.probes.torchvision import TorchvisionSource
-from packed_images import IMAGES, items_of
+from packed_images import IMAGES, items_of, n_classes_of, origin_of
 from photographs import write_fashion_mnist
 
 
@@ -19,7 +20,7 @@ def test_torchvision_source__fashion_mnist(tmp_path: Path) -> None:
         assert [np.asarray(image).tolist() for image, _ in items_of(source)] == images.tolist()
         assert [label for _, label in items_of(source)] == labels
         assert [label for _, label in items_of(source, use_labels=False)] == [None] * 6
-        assert (source.n_classes, source.label_origin) == (10, "the targets of torchvision's FashionMNIST")
+        assert (n_classes_of(source), origin_of(source)) == (10, "the targets of torchvision's FashionMNIST")
     train = TorchvisionSource("FashionMNIST", tmp_path, "train")
     assert [label for _, label in items_of(train)] == [0, 1, 2, 3, 4, 5]
     assert train.name(3) == "FashionMNIST/train[3]"
@@ -32,7 +33,7 @@ def test_torchvision_source__a_damaged_image_is_given_as_its_error(tmp_path: Pat
         (root / "a" / name / "sun_x.jpg").write_bytes(IMAGES[number][: 500 if number else None])
     (root / "ClassName.txt").write_text("/a/abbey\n/a/airport\n")
     items = items_of(TorchvisionSource("SUN397", tmp_path))
-    assert sorted((isinstance(content, OSError), label) for content, label in items) == [(False, 0), (True, None)]
+    assert sorted((isinstance(content, OSError), label) for content, label in items) == [(False, 0), (True, 1)]
 
 
 def test_torchvision_source__files_are_not_decoded(tmp_path: Path) -> None:
@@ -44,7 +45,7 @@ def test_torchvision_source__files_are_not_decoded(tmp_path: Path) -> None:
     files = [tmp_path / name / file for name in ("cat", "dog") for file in ("x.jpg", "y.jpg")]
     assert items_of(source) == list(zip(files, [0, 0, 1, 1], strict=True))
     assert items_of(source, use_labels=False) == [(file, None) for file in files]
-    assert [(item.index, item.content) for item in source.read([1, 2], True)] == [(1, files[1]), (2, files[2])]
+    assert [(item.index, item.content) for item in source.read([1, 2])] == [(1, files[1]), (2, files[2])]
 
 
 @pytest.mark.parametrize(
@@ -101,3 +102,52 @@ def test_torchvision_source__no_images(tmp_path: Path) -> None:
     np.save(tmp_path / "MovingMNIST" / "mnist_test_seq.npy", np.zeros((20, 2, 64, 64), np.uint8))
     with pytest.raises(ProbeError, match=r"MovingMNIST.*' does not return pairs of image and label"):
         items_of(TorchvisionSource("MovingMNIST", tmp_path))
+
+
+# Parts that torchvision's classes name in their own way
+
+
+def test_torchvision_source__emnist_is_its_test_part(tmp_path: Path) -> None:
+    raw = tmp_path / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, n_images in (("test", 6), ("train", 9)):
+        images = np.full((n_images, 28, 28), n_images, np.uint8)
+        labels = bytes(number % 5 + 1 for number in range(n_images))
+        for name, axes, content in (
+            ("images-idx3", images.shape, images.tobytes()),
+            ("labels-idx1", (n_images,), labels),
+        ):
+            header = struct.pack(f">{len(axes) + 1}I", 0x800 + len(axes), *axes)
+            (raw / f"emnist-letters-{part}-{name}-ubyte").write_bytes(header + content)
+    for split, n_images in (("letters", 6), ("letters-test", 6), ("letters-train", 9)):
+        source = TorchvisionSource("EMNIST", tmp_path, split)
+        labels = source.labels()
+        assert len(source) == n_images
+        assert np.asarray(items_of(source)[0][0])[0, 0] == n_images
+        assert labels is not None
+        assert labels.numbers == [number % 5 + 1 for number in range(n_images)]
+    with pytest.raises(ProbeError, match="has no part 'val': it has 'test', 'train'"):
+        TorchvisionSource("EMNIST", tmp_path, "letters-val")
+    with pytest.raises(ProbeError, match=r"Valid values are .*'letters'"):
+        TorchvisionSource("EMNIST", tmp_path)
+
+
+def test_torchvision_source__inaturalist_is_not_its_training_part(tmp_path: Path) -> None:
+    for part, n_images in (("2021_valid", 2), ("2021_train", 3)):
+        for number in range(n_images):
+            folder = tmp_path / part / f"{number:05}_Animalia_Chordata_Aves_Piciformes_Picidae_Picus_{number}"
+            folder.mkdir(parents=True)
+            (folder / "x.jpg").write_bytes(IMAGES[number])
+    for split, n_images in ((None, 2), ("2021_valid", 2), ("2021_train", 3)):
+        source = TorchvisionSource("INaturalist", tmp_path, split)
+        assert [label for _, label in items_of(source)] == list(range(n_images))
+
+
+def test_torchvision_source__labels_need_no_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fashion_mnist(tmp_path)
+    source = TorchvisionSource("FashionMNIST", tmp_path)
+    monkeypatch.setattr(type(source._dataset), "__getitem__", lambda *_: pytest.fail("an image was decoded"))
+    labels = source.labels()
+    assert labels is not None
+    assert labels.numbers == [6, 7, 8, 9, 0, 1]
+    assert labels.names[9] == "Ankle boot"

@@ -97,6 +97,28 @@ def test_open_training_data__npz_with_a_part_for_tests(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [("train_images", "train_labels", "test_images", "test_labels"), ("x_train", "y_train", "x_test", "y_test")],
+)
+def test_open_training_data__npz_with_parts_named_otherwise(tmp_path, keys):
+    (images, labels), (test_images, test_labels) = stripes(30), stripes(12, seed=1)
+    arrays = (images, labels[:, None], test_images, test_labels[:, None])
+    np.savez(tmp_path / "x.npz", **dict(zip(keys, arrays, strict=True)))
+    write_images(tmp_path / "same.npz", n_train=30, n_test=12)
+    data = open_training_data(tmp_path / "x.npz")
+    assert same_images(data.train, images)
+    assert same_images(data.test, test_images)
+    assert data.test.labels.tolist() == test_labels.tolist()
+    assert data.sha256 == open_training_data(tmp_path / "same.npz").sha256
+
+
+def test_open_training_data__one_part_of_a_file_is_divided(tmp_path):
+    path = write_images(tmp_path / "stripes.npz", n_train=30, n_test=20)
+    data = open_training_data(f"{path}?split=test")
+    assert (len(data.train), len(data.test)) == (18, 2)
+
+
 def held_out_of(path, n_images):
     """Open a source whose images are all unlike, and return which of them are held out."""
     data = open_training_data(path)
@@ -257,6 +279,19 @@ def test_open_training_data__shards_in_two_folders(tmp_path, kind):
     data = open_training_data(tmp_path)
     assert same_images(data.train, images)
     assert same_images(data.test, images[::-1])
+
+
+@pytest.mark.parametrize("test_part", ["test", "validation"])
+def test_open_training_data__shards_named_after_parts(tmp_path, test_part):
+    images, labels = colours(12)
+    for part, chosen in (("train", slice(None, 9)), (test_part, slice(9, None))):
+        folder = write_shards(tmp_path / part, "parquet", images[chosen], labels[chosen])
+        (folder / "all.parquet").rename(tmp_path / f"{part}-00000-of-00001.parquet")
+        folder.rmdir()
+    data = open_training_data(tmp_path)
+    assert same_images(data.train, images[:9])
+    assert same_images(data.test, images[9:])
+    assert data.test.labels.tolist() == labels[9:].tolist()
 
 
 # --- torchvision ----------------------------------------------------------------------------------------------------

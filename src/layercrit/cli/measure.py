@@ -57,7 +57,7 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
     required=True,
     metavar="SOURCE",
     help="A folder, .npz/.npy, .parquet, WebDataset .tar, Hugging Face data set on disk, MNIST files (of a folder: the "
-    "t10k part), or 'torchvision:NAME?root=DIR&split=test'.",
+    "t10k part), or 'torchvision:NAME?root=DIR&split=test'. A part of a source: 'SOURCE?split=test'.",
 )
 @click.option("--trials", default=DEFAULTS.trials, show_default=True, help="Random draws per layer.")
 @click.option("--n-images", default=DEFAULTS.n_images, show_default=True, help="Images drawn from SOURCE.")
@@ -97,20 +97,31 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
 )
 @click.option("--device", default=DEFAULTS.device, show_default=True)
 @click.option("--level", default=DEFAULTS.level, show_default=True, help="Confidence level of the intervals.")
-@click.option("--no-labels", is_flag=True, help="Ignore the images' labels.")
+@click.option(
+    "--labels",
+    default="auto",
+    show_default=True,
+    metavar="FILE|COLUMN|none",
+    help="Labels in place of those that SOURCE comes with: a .csv, .txt, .json or .npy file, or a column (of an .npz "
+    "file: a key; of a .tar file: a suffix); none: ignore them.",
+)
+@click.option("--no-labels", "labels", flag_value="none", hidden=True)
+@click.option(
+    "--classes",
+    metavar="FILE",
+    help="The names of the model's classes (folders, labels), one per line in the order of its outputs.",
+)
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to save. [default: layercrit-MODEL]")
 @click.option("--overwrite", is_flag=True, help="Replace a measurement that is already in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
-def measure_command(
-    model: str, images: str, out: Path | None, overwrite: bool, as_json: bool, no_labels: bool, **settings: Any
-) -> None:
+def measure_command(model: str, images: str, out: Path | None, overwrite: bool, as_json: bool, **settings: Any) -> None:
     """Measure the criticality of every layer of MODEL on images."""
     from layercrit.measuring import measure
 
     folder = _folder_for(model, out, overwrite)
     saver = _Saver(folder)
     try:
-        measurement = measure(model, images, use_labels=not no_labels, on_trial=saver.keep, **settings)
+        measurement = measure(model, images, on_trial=saver.keep, **settings)
     except BaseException:
         saver.save_what_is_finished()
         raise

@@ -77,14 +77,13 @@ def predict(
     Args:
         holder: runs it.
         probe_set: the images; all of them count for the chance level and the accuracy.
-        labels: ``(n_images,)``, or None.
+        labels: ``(n_images,)``, class numbers of the network, or None.
         model: the model's reference, for errors.
         notes: gets what a reader has to know about the predictions.
         bar: shows how many images are done.
 
     Raises:
         ModelError: some predictions are NaN or infinite.
-        ProbeError: the labels are not the network's classes.
     """
     n_images = probe_set.n_images
     first: list[Tensor] = []
@@ -93,8 +92,6 @@ def predict(
     start = 0
     while start < n_images:
         logits = holder.run(partial(_logits, holder=holder, probe_set=probe_set, model=model, start=start))
-        if start == 0 and labels is not None:
-            probe_set.check_labels(logits.shape[1])
         if start < _TEMPERATURE_IMAGES:
             first.append(logits)
         chance.add(logits.softmax(dim=1))

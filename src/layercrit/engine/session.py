@@ -44,6 +44,7 @@ class Session:
     Attributes:
         subject: the network, its layers and what is drawn for them.
         probe_set: the images.
+        labels: ``(n_images,)``, class numbers of the network, or None.
         predictions: what the trained network predicts.
         notes: what the user should know, in words.
         holder: opens and keeps the replay.
@@ -72,8 +73,8 @@ class Session:
         predictions: Predictions | None = None,
     ) -> None:
         self.subject, self.probe_set, self.distances = subject, probe_set, distances
-        self.labels = probe_set.labels if use_labels else None
-        self.notes = subject.notes()
+        self.labels, about_labels = probe_set.labels_for(subject.model.n_classes) if use_labels else (None, [])
+        self.notes = [*subject.notes(), *probe_set.notes, *about_labels]
         self.holder = ReplayHolder(
             subject,
             probe_set,

@@ -1,12 +1,16 @@
 """Data sets of the datasets library, saved on disk; nothing is downloaded."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from layercrit.errors import ProbeError
 from layercrit.foreign_files import open_regular, read_json
-from layercrit.probes.image_columns import IMAGE_COLUMNS, LABEL_COLUMNS, stored_bytes
-from layercrit.probes.sources import ImageSource, Item, check_exists, find_names, integer_label
+from layercrit.probes.classes import Labels, labels_of
+from layercrit.probes.image_columns import IMAGE_COLUMNS, LABEL_COLUMNS, stored_bytes, unused_columns
+from layercrit.probes.parts import chosen_part
+from layercrit.probes.sources import ImageSource, Item, check_exists, find_names
 
 __all__ = ["HuggingFaceSource"]
 
@@ -17,13 +21,22 @@ class HuggingFaceSource(ImageSource):
     Its images are the one column of type ``Image``, else ``image`` or ``img`` with encoded bytes; its labels the one
     column of type ``ClassLabel``, else ``label`` or ``labels``.
 
+    Args:
+        path: the folder.
+        split: which of the splits in the folder to take.
+        column: the column with the labels.
+
     Raises:
-        ProbeError: the folder contains no such data set, or several splits of one, or datasets is not installed.
+        ProbeError: the folder contains no such data set or column, or several splits of one and none is named, or
+            datasets is not installed.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, split: str | None = None, column: str | None = None) -> None:
         folder = Path(path).expanduser()
         check_exists(folder)
+        if split is not None:
+            splits = [entry.name for entry in folder.iterdir() if self.is_saved(entry)]
+            folder /= chosen_part(splits, split, str(path)) or ""
         if not self.is_saved(folder):
             splits = sorted(str(entry) for entry in folder.iterdir() if self.is_saved(entry))
             hint = f"It contains several splits; give one of them: {', '.join(splits)}. " if splits else ""
@@ -44,7 +57,7 @@ class HuggingFaceSource(ImageSource):
             raise ProbeError(
                 f"Cannot read the data set '{folder}' ({error!r}). Save it again with Dataset.save_to_disk."
             ) from error
-        self.description, self._prefix = str(path), folder.name
+        self.description, self._prefix = str(path) if split is None else f"{path}?split={split}", folder.name
         features = dataset.features
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -53,11 +66,10 @@ class HuggingFaceSource(ImageSource):
             images if len(images) == 1 else IMAGE_COLUMNS,
             labels if len(labels) == 1 else LABEL_COLUMNS,
             f"the columns of '{folder}'",
+            column,
         )
-        self.label_origin = None if self._label_column is None else f"column '{self._label_column}'"
-        classes = getattr(features.get(self._label_column), "names", None)
-        self.n_classes = None if classes is None else len(classes)
-        self._dataset = dataset.select_columns([c for c in (self._image_column, self._label_column) if c is not None])
+        self._columns, self._class_names = list(features), getattr(features.get(self._label_column), "names", None)
+        self._table, self._dataset = dataset, dataset.select_columns([self._image_column])
         if images:
             # Left encoded, so that we report a damaged image like any other and the library does not raise.
             self._dataset = self._dataset.cast_column(self._image_column, datasets.Image(decode=False))
@@ -74,13 +86,29 @@ class HuggingFaceSource(ImageSource):
         """Return the name of the folder and the row."""
         return f"{self._prefix}[{index}]"
 
-    def read(self, indices: Sequence[int], use_labels: bool) -> Iterator[Item]:
+    def read(self, indices: Sequence[int]) -> Iterator[Item]:
         """Yield encoded images."""
         for index in indices:
-            row = self._dataset[int(index)]
-            label = row[self._label_column] if use_labels and self._label_column is not None else None
-            number = None if label is None else integer_label(label, self.name(index))
-            yield Item(index, stored_bytes(row[self._image_column]), number)
+            yield Item(index, stored_bytes(self._dataset[int(index)][self._image_column]))
+
+    def labels(self) -> Labels | None:
+        """Return the labels of the column with labels."""
+        return self._labels
+
+    def unused_labels(self) -> list[str]:
+        """Return which columns look like labels."""
+        return unused_columns(self._columns, "column")
+
+    @cached_property
+    def _labels(self) -> Labels | None:
+        column = self._label_column
+        if column is None:
+            return None
+        labels = labels_of(self._table.select_columns([column])[:][column], f"column '{column}'", self.name)
+        names = self._class_names
+        if names is None:
+            return labels
+        return replace(labels, classes=replace(labels.classes, n_classes=len(names)), names=dict(enumerate(names)))
 
 
 def _check_data_files(folder: Path) -> None:

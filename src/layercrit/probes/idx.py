@@ -19,6 +19,8 @@ import numpy.typing as npt
 from layercrit.errors import ProbeError
 from layercrit.foreign_files import open_regular
 from layercrit.probes.bounds import DEFLATED, check_room
+from layercrit.probes.classes import Labels, labels_of
+from layercrit.probes.parts import NoSuchPartError, part_named, same_part, words_of
 from layercrit.probes.sources import ImageSource, Item, check_exists
 
 __all__ = ["IdxSource"]
@@ -35,21 +37,20 @@ class IdxSource(ImageSource):
 
     Args:
         path: the file of images, or a folder with the two parts of a data set, ``t10k-*`` to test and ``train-*``.
-        split: which part of a folder: ``test`` or ``train``. None: ``test``.
+        split: which part of a folder: ``test`` or ``train``. None: ``test``. For several data sets in one folder, such
+            as EMNIST's, with the words that tell it from the others: ``letters``, ``letters-train``.
 
     Raises:
         ProbeError: there is no such file, folder or part, or the file is damaged or contains no images.
     """
 
     def __init__(self, path: str | Path, split: str | None = None) -> None:
-        self.description = str(path)
+        self.description = str(path) if split is None else f"{path}?split={split}"
         self._path = _file_of(Path(path).expanduser(), split)
         self._images = _read(self._path, 3)  # (n_images, height, width)
         if self._images.size == 0:
             raise ProbeError(f"There are no images in '{self._path}': its shape is {self._images.shape}.")
         self._labels_path = _labels_beside(self._path)
-        if self._labels_path is not None:
-            self.label_origin = f"the file {self._labels_path.name}"
 
     @staticmethod
     def is_images(path: Path) -> bool:
@@ -63,24 +64,26 @@ class IdxSource(ImageSource):
         """Return the name of the file and the position in it."""
         return f"{self._path.name}[{index}]"
 
-    def read(self, indices: Sequence[int], use_labels: bool) -> Iterator[Item]:
+    def read(self, indices: Sequence[int]) -> Iterator[Item]:
         """Yield uint8 pixels ``(height, width)``."""
-        labels = self._labels if use_labels else None
         for index in indices:
-            yield Item(index, self._images[index], None if labels is None else int(labels[index]))
+            yield Item(index, self._images[index])
+
+    def labels(self) -> Labels | None:
+        """Return the labels of the file beside the images."""
+        return self._labels
 
     @cached_property
-    def _labels(self) -> npt.NDArray[np.uint8] | None:
-        """The labels ``(n_images,)``, None without any."""
+    def _labels(self) -> Labels | None:
         if self._labels_path is None:
             return None
         labels = _read(self._labels_path, 1)
         if len(labels) != len(self):
             raise ProbeError(
                 f"'{self._labels_path}' has {len(labels)} labels for the {len(self)} images of '{self._path.name}'. "
-                "Download both again, or ignore the labels with use_labels=False (--no-labels)."
+                "Download both again, or ignore the labels with labels='none' (--labels none)."
             )
-        return labels
+        return labels_of(labels, f"the file {self._labels_path.name}", self.name)
 
 
 def _file_of(path: Path, split: str | None) -> Path:
@@ -88,19 +91,39 @@ def _file_of(path: Path, split: str | None) -> Path:
     check_exists(path)
     if not path.is_dir():
         if split is not None:
-            raise ProbeError(f"'{path}' is a single file, so it has no part {split!r}. Give its folder, or no split.")
+            raise NoSuchPartError(
+                f"'{path}' is a single file, so it has no part {split!r}. Give its folder, or no split."
+            )
         return path
-    if split not in (None, *_PARTS):
-        raise ProbeError(f"A folder of IDX files has no part {split!r}: it has 'test' and 'train'.")
-    wanted = f"{_PARTS[split or 'test']}-{_IMAGES}"
-    found = [path / name for name in (wanted, f"{wanted}.gz") if (path / name).is_file()]
-    if not found:
-        there = ", ".join(sorted(entry.name for entry in path.iterdir() if IdxSource.is_images(entry))) or "none"
+    wanted = words_of(split or "test")
+    if part_named("-".join(wanted)) is None:
+        wanted.append("test")
+    candidates = sorted(entry for entry in path.iterdir() if IdxSource.is_images(entry))
+    found = [file for file in candidates if _is_of(file, wanted)]
+    names = {file.name.removesuffix(".gz") for file in found}
+    if len(names) == 1:
+        return found[0]
+    mnist = f"{_PARTS.get(split or 'test', split)}-{_IMAGES}"
+    if mnist in names:
+        return next(file for file in found if file.name.startswith(mnist))
+    there = ", ".join(file.name for file in candidates) or "none"
+    if names:
         raise ProbeError(
-            f"The folder '{path}' has no file {wanted} or {wanted}.gz. Files of images in it: {there}. "
-            "To use another file, give its path."
+            f"The folder '{path}' has several data sets: {there}. Choose one by its words, such as "
+            f"'{path}?split={min(names).partition(_IMAGES)[0].strip('-')}', or give the path of a file."
         )
-    return found[0]
+    missing = (
+        f"file {mnist} or {mnist}.gz" if split in (None, *_PARTS) else f"part {split!r}: it has 'test' and 'train'"
+    )
+    raise ProbeError(
+        f"The folder '{path}' has no {missing}. Files of images in it: {there}. To use another file, give its path."
+    )
+
+
+def _is_of(file: Path, wanted: Sequence[str]) -> bool:
+    """Return whether the name of a file of images has all ``wanted`` words, or words of the same part."""
+    words = words_of(file.name.partition(_IMAGES)[0])
+    return all(any(same_part(word, one) for one in words) for word in wanted)
 
 
 def _labels_beside(images: Path) -> Path | None:

@@ -17,7 +17,7 @@ def common_size(source: ImageSource) -> tuple[int, int] | None:
     Images that cannot be read are left out.
     """
     places = np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).round().astype(int)).tolist()
-    sizes = {_size(item) for item in source.read(places, False)} - {None}
+    sizes = {_size(item) for item in source.read(places)} - {None}
     return sizes.pop() if len(sizes) == 1 else None
 
 

@@ -11,7 +11,9 @@ from layercrit.errors import ProbeError
 from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import SUFFIXES
+from layercrit.probes.label_files import LABEL_SUFFIXES
 from layercrit.probes.parquet import ParquetSource
+from layercrit.probes.parts import same_part, without_split
 from layercrit.probes.sources import ACCEPTED, ArraySource, FolderSource, ImageSource, check_exists, is_folder
 from layercrit.probes.tar import TarSource
 from layercrit.probes.torchvision import TorchvisionSource
@@ -19,51 +21,88 @@ from layercrit.probes.torchvision import TorchvisionSource
 __all__ = ["open_source"]
 
 
-def open_source(source: str | Path | npt.NDArray[Any] | torch.Tensor) -> ImageSource:
+def open_source(
+    source: str | Path | npt.NDArray[Any] | torch.Tensor, *, split: str | None = None, column: str | None = None
+) -> ImageSource:
     """Find out what ``source`` is, from its type, its suffix or the contents of a folder, and open it.
 
+    Args:
+        source: the images; ``?split=NAME`` at the end of a path says which part of them.
+        split: the same.
+        column: where a table or an archive has the labels: a column, a key, a suffix of members.
+
     Raises:
-        ProbeError: there is no such file or folder, it contains no image, or it is of an unknown kind.
+        ProbeError: there is no such file or folder, it contains no image or not the part asked for, it is of an unknown
+            kind, or has no columns.
     """
     if isinstance(source, np.ndarray | torch.Tensor):
+        _refuse_column(column, "an array")
         return ArraySource(source)
-    if str(source).startswith("torchvision:"):
-        return TorchvisionSource.from_text(str(source))
     if not isinstance(source, str | Path):
         raise ProbeError(f"Cannot read images from an object of type {type(source).__name__}. Accepted: {ACCEPTED}.")
+    source, named = without_split(source)
+    kind, split = _kind(source), split or named
+    if kind is ParquetSource or kind is TarSource or kind is HuggingFaceSource:
+        return kind(source, split, column)
+    if kind is ArraySource and str(source).lower().endswith(".npz"):
+        return ArraySource(source, split=split, key=column)
+    _refuse_column(column, f"'{source}'")
+    if kind is TorchvisionSource:
+        return TorchvisionSource.from_text(str(source))
+    if kind is ArraySource:
+        return ArraySource(source, split=split)
+    if kind is FolderSource and split is not None:
+        for folder in sorted(Path(source).expanduser().iterdir()):
+            if same_part(folder.name, split) and is_folder(folder) and _kind(folder) is not FolderSource:
+                return open_source(folder)  # of shards or files of another kind
+    return IdxSource(source, split) if kind is IdxSource else FolderSource(source, split)
+
+
+def _refuse_column(column: str | None, where: str) -> None:
+    if column is not None:
+        raise ProbeError(
+            f"The labels {column!r} are neither a file, whose name ends in {', '.join(LABEL_SUFFIXES)}, nor has "
+            f"{where} columns. Give such a file, 'auto' or 'none'."
+        )
+
+
+def _kind(source: str | Path) -> type[ImageSource]:
+    """Return the kind of source that a path or another text names."""
+    if str(source).startswith("torchvision:"):
+        return TorchvisionSource
     try:
         path = Path(source).expanduser()
     except RuntimeError as error:  # of a user who is not known
         raise ProbeError(f"Cannot read '{source}' ({error}). Give the path without '~'.") from error
     if is_folder(path):
-        return _open_folder(path)
+        return _kind_of_folder(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        return ParquetSource(source)
+        return ParquetSource
     if suffix == ".tar":
-        return TarSource(source)
+        return TarSource
     check_exists(path)
     if IdxSource.is_images(path):
-        return IdxSource(source)
+        return IdxSource
     if suffix in (".npy", ".npz"):
-        return ArraySource(path)
+        return ArraySource
     hint = " For a single image, give its folder." if suffix in SUFFIXES else ""
     if suffix == ".tgz" or ".tar" in path.suffixes:
         hint = " A compressed tar file cannot be read by offset: decompress it first."
     raise ProbeError(f"Cannot read images from '{path}': unknown file type. Accepted: {ACCEPTED}.{hint}")
 
 
-def _open_folder(path: Path) -> ImageSource:
+def _kind_of_folder(path: Path) -> type[ImageSource]:
     if HuggingFaceSource.is_saved(path) or (path / "dataset_dict.json").is_file():
-        return HuggingFaceSource(path)
+        return HuggingFaceSource
     entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
     suffixes = {entry.suffix.lower() for entry in entries}
     if any(entry.is_dir() for entry in entries) or suffixes & set(SUFFIXES):
-        return FolderSource(path)
+        return FolderSource
     if {".parquet", ".tar"} <= suffixes:
         raise ProbeError(f"'{path}' contains both .parquet and .tar files. Choose one, such as '{path / '*.tar'}'.")
     if ".parquet" in suffixes:
-        return ParquetSource(path)
+        return ParquetSource
     if ".tar" in suffixes:
-        return TarSource(path)
-    return IdxSource(path) if any(map(IdxSource.is_images, entries)) else FolderSource(path)
+        return TarSource
+    return IdxSource if any(map(IdxSource.is_images, entries)) else FolderSource

@@ -1,6 +1,7 @@
 """Images in Parquet shards, as Hugging Face and others publish them."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from layercrit.errors import ProbeError
-from layercrit.probes.image_columns import IMAGE_COLUMNS, LABEL_COLUMNS, stored_bytes
+from layercrit.probes.classes import Labels, labels_of
+from layercrit.probes.image_columns import IMAGE_COLUMNS, LABEL_COLUMNS, stored_bytes, unused_columns
 from layercrit.probes.shards import shards_of
-from layercrit.probes.sources import ImageSource, Item, find_names, integer_label
+from layercrit.probes.sources import ImageSource, Item, find_names
 
 __all__ = ["ParquetSource"]
 
@@ -26,20 +28,23 @@ class ParquetSource(ImageSource):
 
     Args:
         path: a file, a folder of ``*.parquet`` files, or a pattern such as ``test-{0..3}.parquet`` or ``*.parquet``.
+        split: which part of files such as ``test-00000-of-00001.parquet`` to take.
+        column: the column with the labels.
 
     Raises:
-        ProbeError: a shard is missing, damaged or lacks such a column, or all shards are empty.
+        ProbeError: a shard is missing, damaged or lacks such a column, all shards are empty, or they are of several
+            parts and none is named.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, split: str | None = None, column: str | None = None) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.description = str(path)
+        self.description = str(path) if split is None else f"{path}?split={split}"
         self._groups: list[tuple[Path, int]] = []  # (shard, number of the row group in it)
         starts = [0]  # the first row of each row group, counted through all shards
         columns: set[tuple[str, str | None]] = set()
-        for shard in shards_of(path, ".parquet"):
+        for shard in shards_of(path, ".parquet", split):
             try:
                 with pq.ParquetFile(shard) as file:
                     metadata, names = file.metadata, file.schema_arrow.names
@@ -47,7 +52,8 @@ class ParquetSource(ImageSource):
                 raise ProbeError(
                     f"Cannot read '{shard}' as Parquet ({error}). If it is damaged, download it again."
                 ) from error
-            columns.add(find_names(names, IMAGE_COLUMNS, LABEL_COLUMNS, f"'{shard}'"))
+            columns.add(find_names(names, IMAGE_COLUMNS, LABEL_COLUMNS, f"'{shard}'", column))
+            self._columns = names
             for group in range(metadata.num_row_groups):
                 self._groups.append((shard, group))
                 starts.append(starts[-1] + metadata.row_group(group).num_rows)
@@ -60,7 +66,6 @@ class ParquetSource(ImageSource):
         self._starts = np.array(starts)
         if len(self) == 0:
             raise ProbeError(f"There are no images in '{path}': it has no rows.")
-        self.label_origin = None if self._label_column is None else f"column '{self._label_column}'"
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -71,39 +76,61 @@ class ParquetSource(ImageSource):
         shard, group = self._groups[position]
         return f"{shard.name}[group {group}, row {index - self._starts[position]}]"
 
-    def read(self, indices: Sequence[int], use_labels: bool) -> Iterator[Item]:
+    def read(self, indices: Sequence[int]) -> Iterator[Item]:
         """Yield encoded images; each row group is read once."""
-        label_column = self._label_column if use_labels else None
         for position, members in groupby(indices, self._position):
             start = int(self._starts[position])
             wanted = list(members)
-            rows = self._rows(position, [index - start for index in wanted], label_column)
-            for index, (content, label) in zip(wanted, rows, strict=True):
-                number = None if label is None else integer_label(label, self.name(index))
-                yield Item(index, stored_bytes(content), number)
+            rows = self._rows(position, [index - start for index in wanted])
+            for index, content in zip(wanted, rows, strict=True):
+                yield Item(index, stored_bytes(content))
+
+    def labels(self) -> Labels | None:
+        """Return the labels of the column with labels."""
+        return self._labels
+
+    def unused_labels(self) -> list[str]:
+        """Return which columns look like labels."""
+        return unused_columns(self._columns, "column")
+
+    @cached_property
+    def _labels(self) -> Labels | None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        column, values = self._label_column, list[Any]()
+        if column is None:
+            return None
+        for shard in dict.fromkeys(shard for shard, _ in self._groups):
+            try:
+                values += pq.read_table(shard, columns=[column]).column(column).to_pylist()
+            except (OSError, pa.ArrowException) as error:
+                raise ProbeError(
+                    f"Cannot read column '{column}' of '{shard}' ({error}). If it is damaged, download it again."
+                ) from error
+        return labels_of(values, f"column '{column}'", self.name)
 
     def _position(self, index: int) -> int:
         """Return which row group, counted through all shards, contains row ``index``."""
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
-    def _rows(self, position: int, rows: list[int], label_column: str | None) -> Iterator[tuple[Any, Any]]:
-        """Yield image and label of some ascending ``rows`` of one row group."""
+    def _rows(self, position: int, rows: list[int]) -> Iterator[Any]:
+        """Yield the images of some ascending ``rows`` of one row group."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         shard, group = self._groups[position]
-        columns = [column for column in (self._image_column, label_column) if column is not None]
+        column = self._image_column
         waiting, end = iter(rows), 0
         row = next(waiting, None)
         try:
             # Streamed page by page, so that a row group need not lie in memory whole.
             with pq.ParquetFile(shard, pre_buffer=False, buffer_size=2**20) as file:
-                n_rows = _rows_at_once(file.metadata.row_group(group), self._image_column)
-                for batch in file.iter_batches(n_rows, row_groups=[group], columns=columns):
+                n_rows = _rows_at_once(file.metadata.row_group(group), column)
+                for batch in file.iter_batches(n_rows, row_groups=[group], columns=[column]):
                     start, end = end, end + batch.num_rows
                     while row is not None and row < end:
-                        values = [batch.column(column)[row - start].as_py() for column in columns]
-                        yield values[0], values[1] if label_column is not None else None
+                        yield batch.column(column)[row - start].as_py()
                         row = next(waiting, None)
                     if row is None:
                         return

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import RLock
 from typing import Any, TypedDict, Unpack
@@ -21,9 +21,10 @@ from PIL import Image
 from layercrit.errors import ProbeError
 from layercrit.foreign_files import read_json
 from layercrit.probes.bounds import check_room
+from layercrit.probes.classes import Classes, Labels
 from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.images import STANDARD, Pixels, Preprocessing, decoded, decoded_bytes, read_header
-from layercrit.probes.opening import open_source
+from layercrit.probes.labelling import LabelsGiven, open_labelled
 from layercrit.probes.parquet import ParquetSource
 from layercrit.probes.pixels import KeptPixels, PixelStore
 from layercrit.probes.sources import ArraySource, FolderSource, ImageSource, Item
@@ -41,16 +42,20 @@ _LARGE = 2**28  # bytes of an image, decoded, or of files read ahead
 Progress = Callable[[int, int], None]  # called with the number of images decoded so far, and of those wanted
 
 
-class ProbeOptions(TypedDict, total=False):
-    """Options of every constructor of a probe set; meanings and defaults are those of ``ProbeSet.from_source``."""
-
+class _OptionsButLabels(TypedDict, total=False):
     n_images: int | None
     seed: int
-    use_labels: bool
+    classes: str | Path | Sequence[str] | None
     max_unreadable: float
     memory_limit: int
     n_threads: int | None
     progress: Progress | None
+
+
+class ProbeOptions(_OptionsButLabels, total=False):
+    """Options of every constructor of a probe set; meanings and defaults are those of ``ProbeSet.from_source``."""
+
+    labels: LabelsGiven
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +68,10 @@ class ProbeSet:
         seed: the seed of the draw.
         sha256: hash of shape, pixels and labels, 64 hexadecimal digits; it identifies the probe set.
         labels: ``(n_images,)`` int64, or None without labels.
-        label_origin: what the labels are, in words, or None without labels.
-        n_classes: how many classes the source has; None where it does not say or labels are absolute numbers.
+        classes: what the labels are, judged on the whole source; None without labels.
         names: where each image was found.
         skipped: name and reason of each image left out because it could not be read.
+        notes: what the user should know about images and labels, in words.
     """
 
     preprocessing: Preprocessing
@@ -74,10 +79,10 @@ class ProbeSet:
     seed: int
     sha256: str
     labels: npt.NDArray[np.int64] | None = field(repr=False)
-    label_origin: str | None
-    n_classes: int | None
+    classes: Classes | None
     names: tuple[str, ...] = field(repr=False)
     skipped: tuple[str, ...] = field(repr=False)
+    notes: tuple[str, ...]
     _pixels: PixelStore | KeptPixels = field(repr=False)
 
     @property
@@ -129,9 +134,9 @@ class ProbeSet:
         about = {
             **self.to_dict(),
             "labels": None if self.labels is None else self.labels.tolist(),
-            "label_origin": self.label_origin,
-            "n_classes": self.n_classes,
+            "classes": None if self.classes is None else asdict(self.classes),
             "names": list(self.names),
+            "notes": list(self.notes),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -169,6 +174,7 @@ class ProbeSet:
             labels = None if about["labels"] is None else np.array(about["labels"], np.int64)
             if labels is not None:
                 labels.flags.writeable = False
+            classes = about["classes"] if "classes" in about else _former_classes(about)
             probe_set = cls(
                 preprocessing=Preprocessing(
                     **settings | {"resize": tuple(resize) if isinstance(resize, list) else resize}
@@ -176,8 +182,10 @@ class ProbeSet:
                 labels=labels,
                 names=tuple(about["names"]),
                 skipped=tuple(about["skipped"]),
+                notes=tuple(about.get("notes", ())),
+                classes=None if classes is None else Classes.from_dict(classes),
                 _pixels=KeptPixels(folder / _IMAGES),
-                **{name: about[name] for name in ("source", "seed", "sha256", "label_origin", "n_classes")},
+                **{name: about[name] for name in ("source", "seed", "sha256")},
             )
             if len(probe_set._pixels) != probe_set.n_images:
                 raise ValueError(f"{probe_set.n_images} names for {len(probe_set._pixels)} images")
@@ -191,26 +199,51 @@ class ProbeSet:
             raise ProbeError(f"The images in {folder} were changed. Delete the folder to have them decoded again.")
         return probe_set
 
-    def check_labels(self, n_classes: int) -> None:
-        """Check that the labels can be those of a model with ``n_classes`` outputs; having none is fine.
+    def labels_for(self, n_classes: int) -> tuple[npt.NDArray[np.int64] | None, list[str]]:
+        """Return the labels as class numbers of a model with ``n_classes`` outputs, and what the user should know.
+
+        Labels that are not numbers of their own, such as names of folders, depend on how many outputs there are:
+        see `Classes.fit`.
 
         Raises:
             ProbeError: a label is out of range, or the source has another number of classes.
         """
-        if self.labels is None:
-            return
-        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= n_classes))
-        if len(wrong):
-            first = wrong[0]
-            reason = f"label {self.labels[first]} of '{self.names[first]}' is not in 0 to {n_classes - 1}"
-        elif self.n_classes not in (None, n_classes):
-            reason = f"the source has {self.n_classes} classes, the model {n_classes}"
-        else:
+        labels, classes = self.labels, self.classes
+        if labels is None or classes is None:
+            return None, []
+        notes = []
+        match classes.fit(n_classes):
+            case "not":
+                return None, [
+                    f"the labels of '{self.source}' are not used: they are {classes.origin}, and the model has "
+                    f"{n_classes} outputs; to use them, list its classes in order (--classes FILE)"
+                ]
+            case "in sorted order":
+                labels = np.searchsorted(classes.values, labels).astype(np.int64)
+                notes = [
+                    f"the {n_classes} classes of '{self.source}' are taken for the model's outputs in sorted order"
+                ]
+                if classes.empty:
+                    notes[0] += f"; no class: {', '.join(map(repr, classes.empty))}, without images"
+            case "as they are":
+                self._check_labels(labels, classes, n_classes)
+                if classes.empty:
+                    notes = [f"classes of '{self.source}' without images: {', '.join(map(repr, classes.empty))}"]
+        return labels, notes
+
+    def _check_labels(self, labels: npt.NDArray[np.int64], classes: Classes, n_classes: int) -> None:
+        wrong = np.flatnonzero((labels < 0) | (labels >= n_classes))
+        reason = classes.mistake(n_classes)
+        if len(wrong) and classes.kind in ("numbers", "imagenet"):
+            reason = f"label {labels[wrong[0]]} of '{self.names[wrong[0]]}' is not in 0 to {n_classes - 1}"
+        if reason is None:
             return
         raise ProbeError(
             f"The labels of '{self.source}' do not match the model's classes: {reason}. The labels are "
-            f"{self.label_origin}. Label the images by the model's class numbers (class folders may be named by these "
-            "integers), or ignore the labels: use_labels=False (--no-labels; labels = false in a study file)."
+            f"{classes.origin}. Name the classes in a file, one per line, in the order of the model's outputs: "
+            "classes='FILE' (--classes FILE); or label the images by the model's class numbers (class folders may be "
+            "named by these integers); or ignore the labels: labels='none' (--labels none; labels = false in a study "
+            "file)."
         )
 
     @classmethod
@@ -221,7 +254,8 @@ class ProbeSet:
         *,
         n_images: int | None = 10_000,
         seed: int = 0,
-        use_labels: bool = True,
+        labels: LabelsGiven = "auto",
+        classes: str | Path | Sequence[str] | None = None,
         max_unreadable: float = 0.05,
         memory_limit: int = MEMORY_LIMIT,
         n_threads: int | None = None,
@@ -239,7 +273,11 @@ class ProbeSet:
             preprocessing: how an image becomes pixels.
             n_images: how many images to draw; None, or more than there are, takes all.
             seed: the seed of the draw.
-            use_labels: whether to read labels where the source has some.
+            labels: ``"auto"``: those that the source comes with, if any; ``"none"``; the path of a file of labels (its
+                name ends in .csv, .tsv, .txt, .json, .jsonl or .npy); the name of a column of a table, a key of an
+                ``.npz`` file or a suffix of members of an archive; or the labels, ``(n_images,)``, of all its images.
+            classes: the names of classes in the order of the model's outputs, or a text file with one per line: folders
+                or labels with these names get these numbers.
             max_unreadable: largest share of the images tried that may be skipped as unreadable, in [0, 1].
             memory_limit: bytes above which the images are kept in a temporary file instead of in memory.
             n_threads: threads that decode; None: one per processor, 8 at most. The result does not depend on it.
@@ -250,9 +288,11 @@ class ProbeSet:
                 given for some images only; or the disk is too small.
         """
         if isinstance(source, ProbeSet):
+            if classes is not None or not (isinstance(labels, str) and labels in ("auto", "none")):
+                raise ProbeError("A probe set has its labels: give labels and classes when it is made.")
             return source._fitting(preprocessing)
         _check_settings(n_images, max_unreadable, n_threads)
-        opened = source if isinstance(source, ImageSource) else open_source(source)
+        opened, found, notes = open_labelled(source, labels, classes)
         check_room(
             _BYTES_OF_ORDER * len(opened),
             f"The order of the {len(opened):,} images of '{opened.description}'",
@@ -262,19 +302,19 @@ class ProbeSet:
         shape = (n_wanted, preprocessing.channels, preprocessing.height, preprocessing.width)
         store = PixelStore(shape, memory_limit)
         threads = n_threads or min(8, os.cpu_count() or 1)
-        draw = _Draw(opened, preprocessing, use_labels, max_unreadable, threads, progress)
+        draw = _Draw(opened, preprocessing, max_unreadable, threads, progress)
         draw.fill(store, _order(len(opened), seed))
-        labels = _labels(draw.kept, opened)
+        kept = None if found is None else _labels_of(draw.kept, found)
         return cls(
             preprocessing=preprocessing,
             source=opened.description,
             seed=seed,
-            sha256=_digest(store, len(draw.kept), labels),
-            labels=labels,
-            label_origin=None if labels is None else opened.label_origin,
-            n_classes=None if labels is None else opened.n_classes,
-            names=tuple(opened.name(index) for index, _ in draw.kept),
+            sha256=_digest(store, len(draw.kept), kept),
+            labels=kept,
+            classes=None if found is None else found.classes,
+            names=tuple(map(opened.name, draw.kept)),
             skipped=tuple(draw.skipped),
+            notes=tuple(notes),
             _pixels=store,
         )
 
@@ -290,11 +330,13 @@ class ProbeSet:
         cls,
         images: npt.NDArray[Any] | torch.Tensor | str | Path,
         preprocessing: Preprocessing = STANDARD,
-        labels: npt.ArrayLike | torch.Tensor | None = None,
-        **options: Unpack[ProbeOptions],
+        labels: LabelsGiven | None = None,
+        **options: Unpack[_OptionsButLabels],
     ) -> "ProbeSet":
         """Draw from an array, a tensor, or a ``.npy`` or ``.npz`` file; ``ArraySource`` says of which shapes."""
-        return cls.from_source(ArraySource(images, labels), preprocessing, **options)
+        return cls.from_source(
+            ArraySource(images), preprocessing, labels="auto" if labels is None else labels, **options
+        )
 
     @classmethod
     def from_parquet(
@@ -362,17 +404,16 @@ class _Draw:
     """A draw in progress: decodes images in order, and counts those that cannot be read.
 
     Attributes:
-        kept: index in the source, and label, of each image in the store.
+        kept: index in the source of each image in the store.
         skipped: name and reason of each unreadable image, in the order of the draw.
     """
 
     source: ImageSource
     preprocessing: Preprocessing
-    use_labels: bool
     max_unreadable: float
     n_threads: int
     progress: Progress | None
-    kept: list[tuple[int, int | None]] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
     def fill(self, store: PixelStore, order: Sequence[int]) -> None:
@@ -390,7 +431,7 @@ class _Draw:
         """Decode ``candidates`` behind the images in ``store``, and close the gaps that unreadable ones leave."""
         first = len(self.kept)
         slots = {index: first + position for position, index in enumerate(candidates)}
-        labels: dict[int, int | None] = {}
+        n_written = 0
         reasons: dict[int, str] = {}
         # Sorted, so that shards are read from front to back whatever the order of the draw.
         for item, pixels in self._decoded(sorted(candidates)):
@@ -398,23 +439,23 @@ class _Draw:
                 reasons[item.index] = pixels
                 continue
             store.write(slots[item.index], pixels)
-            labels[item.index] = item.label
+            n_written += 1
             if self.progress is not None:
-                self.progress(first + len(labels), len(store))
+                self.progress(first + n_written, len(store))
         for index in candidates:
             if index in reasons:
                 self.skipped.append(f"{self.source.name(index)}: {reasons[index]}")
                 continue
             if slots[index] != len(self.kept):
                 store.move(slots[index], len(self.kept))
-            self.kept.append((index, labels[index]))
+            self.kept.append(index)
 
     def _decoded(self, indices: Sequence[int]) -> Iterator[tuple[Item, Pixels | str]]:
         """Yield images in order with their pixels, or with the reason why there are none."""
         waiting: deque[tuple[Item, Future[Pixels | str]]] = deque()
         n_bytes, one_large = 0, RLock()
         with ThreadPoolExecutor(self.n_threads, thread_name_prefix="layercrit-decode") as pool:
-            for item in self.source.read(indices, self.use_labels):
+            for item in self.source.read(indices):
                 waiting.append((item, pool.submit(_pixels_or_reason, item.content, self.preprocessing, one_large)))
                 n_bytes += _encoded_bytes(item)
                 while len(waiting) > 4 * self.n_threads or (n_bytes > _LARGE and waiting):
@@ -471,18 +512,19 @@ def _pixels_or_reason(
         return f"{error}" or type(error).__name__
 
 
-def _labels(kept: Sequence[tuple[int, int | None]], source: ImageSource) -> npt.NDArray[np.int64] | None:
-    missing = [index for index, label in kept if label is None]
-    if len(missing) == len(kept):
+def _labels_of(kept: Sequence[int], labels: Labels) -> npt.NDArray[np.int64]:
+    found = np.array([labels.numbers[index] for index in kept], np.int64)
+    found.flags.writeable = False
+    return found
+
+
+def _former_classes(about: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what the labels are, of a probe set that was saved when only their origin and number were kept."""
+    if about["labels"] is None:
         return None
-    if missing:
-        raise ProbeError(
-            f"{len(missing)} of {len(kept)} images of '{source.description}' have no label, such as "
-            f"'{source.name(missing[0])}'. Label them all, or ignore the labels with use_labels=False (--no-labels)."
-        )
-    labels = np.array([label for _, label in kept], np.int64)
-    labels.flags.writeable = False
-    return labels
+    origin, n_classes = about["label_origin"], about["n_classes"]
+    kind = "imagenet" if "ImageNet" in origin else "names" if "integers" in origin else "numbers"
+    return {"origin": origin, "kind": kind, "values": sorted({*about["labels"]}), "n_classes": n_classes}
 
 
 def _digest(store: PixelStore | KeptPixels, n_images: int, labels: npt.NDArray[np.int64] | None) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from layercrit.errors import ProbeError
+from layercrit.probes.parts import chosen_part, part_named
 from layercrit.probes.sources import ACCEPTED, check_exists, is_folder
 
 __all__ = ["shards_of"]
@@ -12,8 +13,18 @@ __all__ = ["shards_of"]
 _MOST = 10**6  # shards of one range
 
 
-def shards_of(path: str | Path, suffix: str) -> list[Path]:
-    """Return the sorted files that ``path`` names: one file, the files of a folder, or those that match a pattern."""
+def shards_of(path: str | Path, suffix: str, split: str | None = None, *, inside: bool = False) -> list[Path]:
+    """Return the sorted files that ``path`` names: one file, the files of a folder, or those that match a pattern.
+
+    Args:
+        path: the name.
+        suffix: of the files of a folder.
+        split: which part to take of files such as ``train-00000-of-00001.parquet``.
+        inside: whether parts may also be inside the files, so that files not named after parts are all taken.
+
+    Raises:
+        ProbeError: there are none, no such part, or those of several parts and none is named.
+    """
     plain = Path(path).expanduser()
     if is_folder(plain):
         found = _visible(plain.glob("*" + suffix))
@@ -23,7 +34,13 @@ def shards_of(path: str | Path, suffix: str) -> list[Path]:
         raise ProbeError(f"There are no images: no {suffix} file matches '{path}'. Accepted: {ACCEPTED}.")
     for file in found:
         check_exists(file)  # and is neither a pipe, which would wait, nor a device
-    return found
+    parts = [part_named(file.stem) for file in found]
+    named = {part for part in parts if part is not None}
+    if split is None or (inside and not named):
+        chosen_part(named, None, str(path))
+        return found
+    part = chosen_part(named, split, str(path))
+    return [file for file, name in zip(found, parts, strict=True) if name == part]
 
 
 def _matching(pattern: Path) -> list[Path]:

@@ -1,11 +1,9 @@
 """The interface of image sources, and the two simplest: a folder of files, and pixels in an array."""
 
-import operator
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,14 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from layercrit.errors import ProbeError, near, shown
+from layercrit.errors import ProbeError, near
 from layercrit.foreign_files import kind_of_special
+from layercrit.probes.classes import Classes, Kind, Labels, as_numpy, class_numbers, labels_of
+from layercrit.probes.image_columns import unused_columns
 from layercrit.probes.images import SUFFIXES, Pixels
+from layercrit.probes.label_files import notes_on_files
 from layercrit.probes.numpy_files import opened, unpacked
+from layercrit.probes.parts import chosen_part, level_of_parts, part_named, same_part, words_of
 
 __all__ = [
     "ACCEPTED",
@@ -27,8 +29,8 @@ __all__ = [
     "Item",
     "check_exists",
     "find_names",
-    "integer_label",
     "is_folder",
+    "labels_of_array",
 ]
 
 ACCEPTED = (
@@ -39,6 +41,13 @@ ACCEPTED = (
 )
 IMAGE_KEYS = ("images", "x", "arr_0")
 LABEL_KEYS = ("labels", "y")
+_IMAGE_WORDS = ("images", "image", "imgs", "data", "x")  # of a part: test_images, x_test
+_LABEL_WORDS = ("labels", "label", "targets", "target", "y")
+_ORIGINS: dict[Kind, str] = {
+    "names": "the integers that name the class folders",
+    "imagenet": "ImageNet-1k's numbers of the class folders",
+    "positions": "positions of the sorted class folders",
+}
 
 
 @dataclass(frozen=True)
@@ -49,12 +58,10 @@ class Item:
         index: its number in the source.
         content: a path or the bytes of an image file, a decoded image, uint8 pixels ``(height, width)`` or
             ``(height, width, channels)``, or the exception that says why there is none.
-        label: the class, or None without one.
     """
 
     index: int
     content: Path | bytes | Image.Image | Pixels | Exception
-    label: int | None
 
 
 class ImageSource(ABC):
@@ -62,14 +69,11 @@ class ImageSource(ABC):
 
     Attributes:
         description: the source as the user named it.
-        label_origin: what the labels are, in words; None without labels.
-        n_classes: how many classes the source has; None where it does not say, or where its labels are the class
-            numbers of ImageNet-1k or of the user.
+        notes: what the user should know about what was taken, in words.
     """
 
     description: str
-    label_origin: str | None = None
-    n_classes: int | None = None
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -80,12 +84,24 @@ class ImageSource(ABC):
         """Return where image ``index`` is, in words."""
 
     @abstractmethod
-    def read(self, indices: Sequence[int], use_labels: bool) -> Iterator[Item]:
+    def read(self, indices: Sequence[int]) -> Iterator[Item]:
         """Yield the images ``indices``, which ascend, without decoding them.
 
         Raises:
-            ProbeError: the source as a whole is damaged, or labels were asked for and are not integers.
+            ProbeError: the source as a whole is damaged.
         """
+
+    def labels(self) -> Labels | None:
+        """Return the labels of all images, None without labels.
+
+        Raises:
+            ProbeError: they are damaged, or neither integers nor names of classes.
+        """
+        return None
+
+    def unused_labels(self) -> list[str]:
+        """Return, in words, what looks like labels of this source although it has none."""
+        return []
 
 
 class FolderSource(ImageSource):
@@ -100,23 +116,27 @@ class FolderSource(ImageSource):
 
     Without class folders, or with images beside them, there are no labels.
 
+    Args:
+        path: the folder.
+        split: which of its parts to take, where it has folders such as ``train`` and ``val``, above its class folders
+            or in each of them.
+
     Raises:
-        ProbeError: there is no such folder, or no image in it.
+        ProbeError: there is no such folder, no image in it, no such part, or several parts and none is named.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, split: str | None = None) -> None:
         self.root = Path(path).expanduser()
         check_exists(self.root)
-        self.description = str(path)
-        self._names = sorted(_image_names(self.root))
-        if not self._names:
+        self.description = str(path) if split is None else f"{path}?split={split}"
+        names = sorted(_image_names(self.root))
+        if not names:
             raise ProbeError(
                 f"There are no images in the folder '{self.root}': no file below it has one of the suffixes "
                 f"{', '.join(SUFFIXES)}. Accepted: {ACCEPTED}."
             )
-        flat = any("/" not in name for name in self._names)
-        classes = [] if flat else sorted(e.name for e in self.root.iterdir() if e.is_dir() and e.name[0] != ".")
-        self._label_of, self.label_origin, self.n_classes = _class_labels(classes)
+        self._level, self._part = _part_of(names, split, str(path).rstrip("/"))
+        self._names = [name for name in names if self._part in (None, _folder_at(name, self._level))]
 
     def __len__(self) -> int:
         return len(self._names)
@@ -125,12 +145,61 @@ class FolderSource(ImageSource):
         """Return the path within the folder."""
         return self._names[index]
 
-    def read(self, indices: Sequence[int], use_labels: bool) -> Iterator[Item]:
-        """Yield paths, with the labels of their class folders."""
+    def read(self, indices: Sequence[int]) -> Iterator[Item]:
+        """Yield paths."""
         for index in indices:
-            name = self._names[index]
-            label = self._label_of.get(name.partition("/")[0]) if use_labels else None
-            yield Item(index, self.root / name, label)
+            yield Item(index, self.root / self._names[index])
+
+    def labels(self) -> Labels | None:
+        """Return the labels that the names of class folders stand for."""
+        folders = [name[0] if len(name) > 1 else "" for name in map(self._path_in_part, self._names)]
+        if "" in folders:
+            return None
+        used, empty = sorted({*folders}), []
+        label_of, kind = class_numbers(used)
+        if kind == "positions":
+            above = self.root / (self._part or "") if self._level == 0 else self.root
+            label_of, _ = class_numbers(sorted(e.name for e in above.iterdir() if e.is_dir() and e.name[0] != "."))
+            empty = sorted(label_of.keys() - {*used})
+            if len(label_of) < 2:
+                return None
+        numbers = [label_of[folder] for folder in folders]
+        n_classes = len(label_of) if kind == "positions" else None
+        classes = Classes(_ORIGINS[kind], kind, tuple(sorted({*numbers})), n_classes, tuple(empty))
+        return Labels(numbers, classes, {label: name for name, label in label_of.items()})
+
+    def unused_labels(self) -> list[str]:
+        """Return what folders and files below or beside the folder look like labels."""
+        paths = [self._path_in_part(name) for name in self._names]
+        beside = [path[0] for path in paths if len(path) == 1]
+        depth = next((i for i, names in enumerate(zip(*paths, strict=False)) if len({*names}) > 1), 0)
+        if len(beside) == len(paths) or not (beside or all(len(path) > depth + 1 for path in paths)):
+            return notes_on_files(self.root / self._part if self._part and self._level == 0 else self.root)
+        folder = self.root.joinpath(*paths[0][:depth])
+        if beside:
+            hint = f"since images lie beside them, such as '{beside[0]}'; to use them, move these elsewhere"
+        else:
+            hint = f"since they are not directly below the folder given; to use them, give '{folder}'"
+        return [f"the folders in '{folder}' look like classes and are not used, {hint}"]
+
+    def _path_in_part(self, name: str) -> list[str]:
+        """Return the folders of an image, without that of its part, and its file."""
+        words = name.split("/")
+        return words if self._part is None else words[: self._level] + words[self._level + 1 :]
+
+
+def _part_of(names: Sequence[str], split: str | None, folder: str) -> tuple[int, str | None]:
+    """Return the part of a folder that is asked for, None without parts, and at which level its name stands."""
+    level = level_of_parts(names) or 0
+    several = level_of_parts(names) is not None
+    found = {_folder_at(name, level) for name in names} - {""} if several or split is not None else set()
+    parts = {name for name in found if part_named(name) == name.lower()}
+    return level, chosen_part(parts, split, folder, "{0}?split={1}" if level else "{0}/{1}' or '{0}?split={1}")
+
+
+def _folder_at(name: str, level: int) -> str:
+    folders = name.split("/")[:-1]
+    return folders[level] if level < len(folders) else ""
 
 
 def _image_names(folder: Path, prefix: str = "", above: frozenset[Path] = frozenset()) -> Iterator[str]:
@@ -159,51 +228,48 @@ def is_folder(path: Path | os.DirEntry[str]) -> bool:
         return False
 
 
-def _class_labels(classes: list[str]) -> tuple[dict[str, int], str | None, int | None]:
-    """Return the label of each class folder, what these labels are, and the number of classes (or None)."""
-    if classes and all(re.fullmatch(r"[0-9]{1,18}", name) for name in classes):
-        return {name: int(name) for name in classes}, "the integers that name the class folders", None
-    if classes and all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        from timm.data.imagenet_info import ImageNetInfo
-
-        numbers = {name: number for number, name in enumerate(ImageNetInfo().label_names())}  # type: ignore[no-untyped-call]
-        if set(classes) <= numbers.keys():
-            return {name: numbers[name] for name in classes}, "ImageNet-1k's numbers of the class folders", None
-    if len(classes) < 2:
-        return {}, None, None
-    return {name: i for i, name in enumerate(classes)}, "positions of the sorted class folders", len(classes)
-
-
 class ArraySource(ImageSource):
-    """Pixels in an array, a tensor, or a NumPy file.
+    """Pixels in an array, a tensor, or a NumPy file; ``keys`` are those of an ``.npz`` file that it takes.
 
     Shapes: ``(n_images, height, width)`` grey, ``(n_images, height, width, channels)`` or
     ``(n_images, channels, height, width)`` with 1 or 3 channels. Pixels: uint8, or floats that are multiples of 1/255
     within their precision, so that nothing is lost. An ``.npz`` file has the images under one of ``images``, ``x``
-    and ``arr_0``, the labels (if any) under one of ``labels`` and ``y``.
+    and ``arr_0``, the labels (if any) under one of ``labels`` and ``y``; or parts, such as ``test_images`` with
+    ``test_labels``, or ``x_test`` with ``y_test``.
 
     Args:
         images: the array, the tensor, or the path of a ``.npy`` or ``.npz`` file.
-        labels: integers ``(n_images,)``; they replace those of the file.
+        labels: integers ``(n_images,)``, ``(n_images, 1)`` or one-hot ``(n_images, n_classes)``, or names of classes
+            ``(n_images,)``; they replace those of the file.
+        split: which part of an ``.npz`` file to take.
+        key: where an ``.npz`` file has the labels.
 
     Raises:
-        ProbeError: the file is missing, damaged, pickled or without images, or its shape or type is none of the above.
+        ProbeError: the file is missing, damaged, pickled or without images, its shape or type is none of the above, or
+            it has several parts and none is named.
     """
 
     def __init__(
-        self, images: npt.NDArray[Any] | torch.Tensor | str | Path, labels: npt.ArrayLike | torch.Tensor | None = None
+        self,
+        images: npt.NDArray[Any] | torch.Tensor | str | Path,
+        labels: npt.ArrayLike | torch.Tensor | None = None,
+        *,
+        split: str | None = None,
+        key: str | None = None,
     ) -> None:
-        stored = None
+        stored, self._file, self.keys = None, None, list[str]()
         if isinstance(images, str | Path):
-            self.description, self._prefix = str(images), Path(images).name
-            array, stored = _load_numpy(Path(images).expanduser())
+            self.description, self._prefix = str(images) + (f"?split={split}" if split else ""), Path(images).name
+            self._file = Path(images).expanduser()
+            array, stored, self.keys, self._other_keys = _load_numpy(self._file, split, key)
+            parts = sorted({part for key in self._other_keys if (part := _part_of_key(key, _IMAGE_WORDS))})
+            if parts and split is None:
+                self.notes = (f"'{images}' has other parts: {', '.join(parts)}; such as '{images}?split={parts[-1]}'",)
         else:
-            array = _as_numpy(images)
+            array = as_numpy(images)
             self.description = self._prefix = f"array {array.shape}"
         self._images = _channels_last(array, self.description)
-        self._labels = stored if labels is None else _as_numpy(labels)
-        if self._labels is not None:
-            self.label_origin = "stored with the images"
+        self._labels = stored if labels is None else as_numpy(labels)
 
     @property
     def n_channels(self) -> int:
@@ -217,28 +283,80 @@ class ArraySource(ImageSource):
         """Return the name of the file or array and the position in it."""
         return f"{self._prefix}[{index}]"
 
-    def read(self, indices: Sequence[int], use_labels: bool) -> Iterator[Item]:
+    def read(self, indices: Sequence[int]) -> Iterator[Item]:
         """Yield uint8 pixels ``(height, width, channels)`` or ``(height, width)``."""
-        labels = self._labels if use_labels else None
-        if labels is not None and labels.shape != (len(self),):
-            raise ProbeError(
-                f"The labels of '{self.description}' have the shape {labels.shape}; expected ({len(self)},), one per "
-                "image. Reshape them, or ignore them with use_labels=False (--no-labels)."
-            )
         for index in indices:
-            label = None if labels is None else integer_label(labels[index], self.name(index))
-            yield Item(index, _as_uint8(self._images[index], self.name(index)), label)
+            yield Item(index, _as_uint8(self._images[index], self.name(index)))
+
+    def labels(self) -> Labels | None:
+        """Return the labels given or stored."""
+        return None if self._labels is None else labels_of_array(self._labels, "stored with the images", self)
+
+    def unused_labels(self) -> list[str]:
+        """Return which keys of the file, or which files beside it, look like labels."""
+        if self._file is None:
+            return []
+        return unused_columns(self._other_keys, "key") if self._other_keys else notes_on_files(self._file.parent)
 
 
-def _load_numpy(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
-    """Return the images and the labels, if any, of a ``.npy`` or ``.npz`` file."""
+def labels_of_array(values: npt.NDArray[Any], origin: str, source: ImageSource) -> Labels:
+    """Return labels ``(n_images,)``, ``(n_images, 1)`` or one-hot ``(n_images, n_classes)`` of a source's images.
+
+    Raises:
+        ProbeError: their shape is none of these, or they are neither integers nor names.
+    """
+    n_images = len(source)
+    if values.shape == (n_images, 1):
+        values = values[:, 0]
+    n_classes = values.shape[1] if values.ndim == 2 else None
+    if n_classes is not None and len(values) == n_images and values.dtype.kind in "biuf":
+        hot = values == 1
+        if (hot.sum(axis=1) == 1).all() and (hot | (values == 0)).all():
+            labels = labels_of(hot.argmax(axis=1), f"{origin}, one-hot", source.name)
+            return replace(labels, classes=replace(labels.classes, n_classes=n_classes))
+    if values.shape != (n_images,):
+        raise ProbeError(
+            f"The labels of '{source.description}' have the shape {values.shape}; expected ({n_images},), one per "
+            "image. Reshape them, or ignore them with labels='none' (--labels none)."
+        )
+    return labels_of(values, origin, source.name)
+
+
+def _load_numpy(
+    path: Path, split: str | None, key: str | None
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None, list[str], list[str]]:
+    """Return images, labels (if any) and their keys of a ``.npy`` or ``.npz`` file, and the keys of other arrays."""
     check_exists(path)
     with opened(path) as loaded:
         if isinstance(loaded, np.ndarray):
-            return loaded, None
-        image_key, label_key = find_names(loaded.files, IMAGE_KEYS, LABEL_KEYS, f"'{path}'")
+            chosen_part([], split, str(path))
+            return loaded, None, [], []
+        image_key, label_key = _keys(loaded.files, split, key, path)
+        keys = [key for key in (image_key, label_key) if key is not None]
+        others = [name for name in loaded.files if name not in keys]
         labels = None if label_key is None else unpacked(loaded, label_key, path)
-        return unpacked(loaded, image_key, path), labels
+        return unpacked(loaded, image_key, path), labels, keys, others
+
+
+def _keys(names: Sequence[str], split: str | None, key: str | None, path: Path) -> tuple[str, str | None]:
+    """Return which keys of an ``.npz`` file hold the images and the labels, if any, of the part asked for."""
+    parts = {part: name for name in names if (part := _part_of_key(name, _IMAGE_WORDS)) is not None}
+    plain = any(name in names for name in IMAGE_KEYS)
+    if plain and parts and split is not None and same_part(split, "train"):
+        split = next((part for part in parts if same_part(part, split)), None)  # None: 'images' beside 'test_images'
+    part = None if plain and split is None else chosen_part(parts, split, str(path))
+    if part is None:
+        return find_names(names, IMAGE_KEYS, LABEL_KEYS, f"'{path}'", key)
+    labels = [name for name in names if _part_of_key(name, _LABEL_WORDS) == part]
+    return find_names(names, [parts[part]], labels, f"'{path}'", key)
+
+
+def _part_of_key(name: str, words: Sequence[str]) -> str | None:
+    """Return the part of which a key such as ``x_test`` holds what one of ``words`` says."""
+    part = part_named(name)
+    return (
+        part if part is not None and [word for word in words_of(name) if word != part] in ([w] for w in words) else None
+    )
 
 
 def _channels_last(images: npt.NDArray[Any], description: str) -> npt.NDArray[Any]:
@@ -257,13 +375,6 @@ def _channels_last(images: npt.NDArray[Any], description: str) -> npt.NDArray[An
         )
     images = np.moveaxis(images, channel_axes[0], 3)
     return images[..., 0] if images.shape[3] == 1 else images
-
-
-def _as_numpy(values: npt.ArrayLike | torch.Tensor) -> npt.NDArray[Any]:
-    if not isinstance(values, torch.Tensor):
-        return np.asarray(values)
-    values = values.detach().cpu()
-    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has no bfloat16
 
 
 def _as_uint8(pixels: npt.NDArray[Any], name: str) -> Pixels:
@@ -312,7 +423,7 @@ def _near_names(path: Path) -> str:
 
 
 def find_names(
-    present: Iterable[str], images: Sequence[str], labels: Sequence[str], where: str
+    present: Iterable[str], images: Sequence[str], labels: Sequence[str], where: str, label: str | None = None
 ) -> tuple[str, str | None]:
     """Return which of the ``present`` names is that of the images, and which that of the labels, if any.
 
@@ -321,36 +432,22 @@ def find_names(
         images: names accepted for the images.
         labels: names accepted for the labels.
         where: what has these names, for the error.
+        label: the name of the labels, where it was given.
 
     Raises:
-        ProbeError: none of the names for images is there, or there are several for images or for labels.
+        ProbeError: none of the names for images is there, or there are several for images or for labels, or the given
+            one is not there.
     """
     names = list(present)
-    found_images = [name for name in images if name in names]
-    found_labels = [name for name in labels if name in names]
+    if label is not None and label not in names:
+        raise ProbeError(f"There are no labels {label!r} in {where}. {near(label, names)}")
+    found_images = [name for name in images if name in names and name != label]
+    found_labels = [name for name in labels if name in names] if label is None else [label]
     if len(found_images) != 1 or len(found_labels) > 1:
         wrong = "are no images" if not found_images else "is more than one name for images or labels"
         raise ProbeError(
             f"There {wrong} in {where}: it has {', '.join(map(repr, names)) or 'nothing'}; expected one of "
             f"{', '.join(map(repr, images))} for the images and at most one of {', '.join(map(repr, labels))} "
-            "for the labels."
+            "for the labels. Which of several has the labels: labels='NAME' (--labels NAME)."
         )
     return found_images[0], found_labels[0] if found_labels else None
-
-
-def integer_label(value: object, name: str) -> int:
-    """Return ``value`` as an integer, given as Python's, NumPy's or torch's.
-
-    Raises:
-        ProbeError: it is none, or beyond 64 bits.
-    """
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]  # which values have an index is the question
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool | np.bool) or not -(2**63) <= number < 2**63:
-        raise ProbeError(
-            f"Labels must be integers, the model's class numbers, but that of '{name}' is {shown(value)}. Give "
-            "integers, or ignore the labels with use_labels=False (--no-labels)."
-        )
-    return number

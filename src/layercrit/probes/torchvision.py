@@ -2,15 +2,23 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from layercrit.errors import ProbeError, near
-from layercrit.probes.sources import ImageSource, Item, check_exists, integer_label
+from layercrit.probes.classes import Labels, as_numpy, labels_of
+from layercrit.probes.parts import chosen_part
+from layercrit.probes.sources import ImageSource, Item, check_exists
 
 __all__ = ["TorchvisionSource"]
+
+_LISTS = ("targets", "labels", "_labels", "y", "_samples")  # where torchvision's classes keep the labels of all images
+_UNREADABLE = (OSError, SyntaxError, ValueError)  # what Pillow raises on damaged files
 
 
 class TorchvisionSource(ImageSource):
@@ -19,8 +27,8 @@ class TorchvisionSource(ImageSource):
     Args:
         name: a class in ``torchvision.datasets``, such as ``FashionMNIST``.
         root: the folder passed to that class.
-        split: as that class names it; ``train`` or ``test`` for those with a boolean ``train``. None: ``test``, or
-            nothing for a class without splits.
+        split: as that class names it; ``train`` or ``test`` for those with a boolean ``train``; ``letters`` (the test
+            part) or ``letters-train`` of ``EMNIST``. None: ``test``, or nothing for a class without splits.
 
     Raises:
         ProbeError: there is no such class or split, or its files are not below ``root``.
@@ -46,9 +54,7 @@ class TorchvisionSource(ImageSource):
             ) from error
         self.description = f"torchvision:{name}?root={root}" + (f"&split={split}" if split else "")
         self._prefix = f"{name}/{split}" if split else name
-        classes = getattr(self._dataset, "classes", None)
-        self.n_classes = None if classes is None else len(classes)
-        self.label_origin = f"the targets of torchvision's {name}"
+        self._origin = f"the targets of torchvision's {name}"
         if len(self) == 0:
             raise ProbeError(f"There are no images in '{self.description}'.")
 
@@ -70,31 +76,68 @@ class TorchvisionSource(ImageSource):
         """Return class, split and position."""
         return f"{self._prefix}[{index}]"
 
-    def read(self, indices: Sequence[int], use_labels: bool) -> Iterator[Item]:
+    def read(self, indices: Sequence[int]) -> Iterator[Item]:
         """Yield images decoded by torchvision, or their paths where the class only lists files."""
         from torchvision.datasets import DatasetFolder
 
-        if isinstance(self._dataset, DatasetFolder):
-            for index in indices:
-                path, label = self._dataset.samples[index]
-                yield Item(index, Path(path), label if use_labels else None)
-            return
         for index in indices:
-            try:
-                sample = self._dataset[index]
-            except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
-                yield Item(index, error, None)
+            if isinstance(self._dataset, DatasetFolder):
+                yield Item(index, Path(self._dataset.samples[index][0]))
                 continue
-            if not (isinstance(sample, tuple) and len(sample) == 2 and isinstance(sample[0], Image.Image)):
-                raise ProbeError(
-                    f"'{self.description}' does not return pairs of image and label, so it cannot be a probe set. "
-                    "Choose a data set for classification."
-                )
-            yield Item(index, sample[0], integer_label(sample[1], self.name(index)) if use_labels else None)
+            try:
+                yield Item(index, self._sample(index)[0])
+            except ProbeError:
+                raise
+            except _UNREADABLE as error:
+                yield Item(index, error)
+
+    def labels(self) -> Labels | None:
+        """Return the targets: the list that the class keeps, else those that come with the decoded images."""
+        return self._labels
+
+    @cached_property
+    def _labels(self) -> Labels | None:
+        values: list[Any] | None = next(filter(None, map(self._listed, _LISTS)), None)
+        if values is None:
+            values = [None] * len(self)
+            for index in range(len(self)):
+                with suppress(OSError, SyntaxError):  # of a damaged image, which is left out
+                    values[index] = self._sample(index)[1]
+        labels = labels_of(values, self._origin, self.name)
+        classes = getattr(self._dataset, "classes", None)
+        if classes is None:
+            return labels
+        names = {number: str(name) for number, name in enumerate(classes)}
+        return replace(labels, classes=replace(labels.classes, n_classes=len(classes)), names=names)
+
+    def _listed(self, attribute: str) -> list[int] | None:
+        """Return the labels of all images, where an attribute of the data set has them."""
+        listed = getattr(self._dataset, attribute, ())
+        if isinstance(listed, list) and listed and isinstance(listed[0], tuple):
+            listed = [sample[-1] for sample in listed]  # (path, label)
+        try:
+            array = as_numpy(listed)
+        except (TypeError, ValueError):
+            return None
+        return array.tolist() if array.shape == (len(self),) and array.dtype.kind in "iu" else None
+
+    def _sample(self, index: int) -> tuple[Image.Image, Any]:
+        sample = self._dataset[index]
+        if not (isinstance(sample, tuple) and len(sample) == 2 and isinstance(sample[0], Image.Image)):
+            raise ProbeError(
+                f"'{self.description}' does not return pairs of image and label, so it cannot be a probe set. "
+                "Choose a data set for classification."
+            )
+        return sample[0], sample[1]
 
 
 def _split_settings(name: str, split: str | None, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return how the class ``name`` of torchvision is told to take ``split``."""
+    if name == "EMNIST":
+        data, _, part = (split or "").partition("-")  # its `split` is a data set, which has both parts
+        return {"split": data, "train": chosen_part(["test", "train"], part or "test", f"EMNIST {data}") == "train"}
+    if "version" in parameters:
+        return {"version": split or "2021_valid"}  # of INaturalist, whose own default is its training part
     if "split" in parameters:
         return {"split": split or "test"}
     if "train" in parameters and split in (None, "train", "test"):

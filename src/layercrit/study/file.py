@@ -42,6 +42,7 @@ from layercrit.models.file_source import weight_file
 from layercrit.models.own_networks import import_here
 from layercrit.models.references import without_weights
 from layercrit.probes.images import STANDARD, Preprocessing
+from layercrit.probes.labelling import is_label_file
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import RESETS, get_reset
 from layercrit.study.entries import ModelEntry, models_of, rows_of_list
@@ -72,7 +73,8 @@ class StudyFile:
         models: the models, in order.
         source: where the images come from.
         n_images: how many images to draw.
-        labels: whether to use labels.
+        labels: whether to use labels; or the file or the column that has them.
+        classes: the file with the names of classes in the order of the models' outputs, or None.
         preprocessing: how images become the pixels that every model gets.
         protocol: the settings of all measurements; its ``reset`` is the first of ``resets``.
         resets: names of the resets.
@@ -87,7 +89,8 @@ class StudyFile:
     models: tuple[ModelEntry, ...]
     source: str
     n_images: int
-    labels: bool
+    labels: bool | str
+    classes: str | None
     preprocessing: Preprocessing
     protocol: Protocol
     resets: tuple[str, ...]
@@ -118,7 +121,7 @@ class StudyFile:
             ("[study]", {"name": self.name, "baseline": self.baseline, "leave_out": list(self.leave_out),
                          "imports": list(self.imports)}),
             ("[images]", {"source": self.source, "n_images": self.n_images, "labels": self.labels,
-                          "input_size": [size.channels, size.height, size.width],
+                          "classes": self.classes, "input_size": [size.channels, size.height, size.width],
                           "resize": 0 if size.resize is None else size.resize, "interpolation": size.interpolation}),
             ("[protocol]", {**protocol, "resets": list(self.resets), "distances": list(self.distances)}),
             *(("[[models]]", vars(model)) for model in self.models),
@@ -182,7 +185,8 @@ class _Reader:
             models=tuple(models),
             source=self._absolute_source(images.source),
             n_images=images.n_images,
-            labels=images.labels,
+            labels=self._absolute_labels(images.labels),
+            classes=None if images.classes is None else str(self._absolute(images.classes)),
             preprocessing=preprocessing,
             protocol=Protocol(**settings, reset=resets[0]),
             resets=tuple(dict.fromkeys(resets)),
@@ -369,6 +373,9 @@ class _Reader:
 
     def _absolute(self, path: str) -> Path:
         return self.path.parent / Path(path).expanduser()
+
+    def _absolute_labels(self, labels: bool | str) -> bool | str:
+        return str(self._absolute(labels)) if isinstance(labels, str) and is_label_file(labels) else labels
 
     def _absolute_source(self, source: str) -> str:
         """Make the path in an image source absolute; that of a torchvision data set is its option ``root``."""

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -17,6 +17,7 @@ from layercrit.errors import LayercritError, ProbeError
 from layercrit.locks import hold
 from layercrit.machine import versions
 from layercrit.models.references import fetch
+from layercrit.probes.parts import without_split
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.resets import RESETS
@@ -133,8 +134,11 @@ class _Run:
         """Return the images as an earlier run decoded them, or decode them now."""
         asked = {"source": self.study.source, "n_images": self.study.n_images, "labels": self.study.labels,
                  "seed": self.study.protocol.seed, "preprocessing": str(self.study.preprocessing)}  # fmt: skip
+        labels = self.study.labels
+        lists = [path for path in (labels, self.study.classes) if isinstance(path, str)]
+        asked |= {"classes": self.study.classes} if self.study.classes is not None else {}
         kept = self.folder / _PROBE_SET
-        files = _state_of(self.study.source)
+        files = _state_of(self.study.source, lists)
         known = self.store.meta("images", {})
         if known.get("asked") == asked and files in (None, known["files"]):
             with contextlib.suppress(ProbeError):  # gone or damaged: decoded anew
@@ -146,7 +150,8 @@ class _Run:
             self.study.preprocessing,
             n_images=self.study.n_images,
             seed=probe_set_seed(self.study.protocol.seed),
-            use_labels=self.study.labels,
+            labels=labels if isinstance(labels, str) else "auto" if labels else "none",
+            classes=self.study.classes,
             progress=self.bar.decoded,
         )
         probe_set.save(kept)
@@ -282,15 +287,17 @@ def _model_row(entry: ModelEntry) -> ModelRow:
     )
 
 
-def _state_of(source: str) -> str | None:
-    """Return what changes when the files of an image source do; None where it is no path on this machine."""
-    path = Path(source)
+def _state_of(source: str, lists: Sequence[str]) -> str | None:
+    """Return what changes when the files of an image source, or lists of labels do; None where it is no path here."""
+    path = Path(without_split(source)[0])
     if not path.exists():
         return None
     digest = hashlib.sha256()
-    for file in filter(Path.is_file, sorted(path.rglob("*")) if path.is_dir() else [path]):
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in filter(Path.is_file, [*files, *(Path(one.partition("?column=")[0]) for one in lists)]):
         about = file.stat()
-        digest.update(f"{file.relative_to(path)} {about.st_size} {about.st_mtime_ns}\n".encode())
+        name = file.relative_to(path) if file.is_relative_to(path) else file
+        digest.update(f"{name} {about.st_size} {about.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

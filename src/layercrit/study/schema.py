@@ -51,8 +51,12 @@ class ImagesTable(Declaration):
     """source of the images, anything that `layercrit measure --images` takes; relative to this file"""
     n_images: int = Field(DEFAULTS.n_images, ge=1)
     """how many images to draw from the source"""
-    labels: bool = True
-    """whether to use labels where there are some"""
+    labels: Annotated[bool | Annotated[str, Field(min_length=1)], expected("true, false, a file or a column")] = True
+    """whether to use labels where there are some; or a file of labels, relative to this file, or a column, as for
+    `layercrit measure --labels`"""
+    classes: str | None = None
+    """a text file with the names of the models' classes, one per line in the order of their outputs; relative to this
+    file"""
     input_size: Annotated[list[int], Field(min_length=3, max_length=3), expected("[channels, height, width]")] = Field(
         [STANDARD.channels, STANDARD.height, STANDARD.width],
         json_schema_extra={"prefixItems": [{"enum": [1, 3]}], "items": {"type": "integer", "minimum": 1}},

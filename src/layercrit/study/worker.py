@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -153,7 +154,7 @@ class _Opened:
             subject,
             self.probe_set,
             list(self.study.distances),
-            self.study.labels,
+            self.study.labels is not False,
             Bar(shown=False),
             mode=cast(Mode | None, self.record.get("dtype")),
             predictions=None if predictions is None else Predictions(**predictions),
@@ -194,6 +195,10 @@ class _Opened:
             for layer in layers
         ]
 
+    @cached_property
+    def _has_labels(self) -> bool:
+        return self.probe_set.labels_for(self._model.n_classes)[0] is not None
+
     def _key(self, layer: Layer, trial: int) -> str:
         """Name the content of a cell: equal keys mean equal numbers, up to rounding."""
         seed = self.subject.seed(trial)
@@ -208,7 +213,7 @@ class _Opened:
             "reset": self.reset,
             "donor": self.subject.donor_identity,
             "probe_set": self.record["probe_set"],
-            "labels": self.study.labels and self.probe_set.labels is not None,
+            "labels": self.study.labels is not False and self._has_labels,
             "dtype": self.record["dtype"],
             "distances": sorted(self.study.distances),
             **self._content_of_output(),

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from layercrit.errors import ProbeError, TrainingError
 from layercrit.foreign_files import open_regular
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import FORMATS, Preprocessing, open_image
-from layercrit.probes.numpy_files import opened, unpacked
 from layercrit.probes.opening import open_source
+from layercrit.probes.parts import NoSuchPartError, without_split
 from layercrit.probes.sources import ArraySource, ImageSource
 from layercrit.seeds import seed_of
 from layercrit.training.methods import Inputs
@@ -49,11 +50,13 @@ class Split:
         self._encoded = b""  # a hash of the bytes of all files
         labels, n_bytes = [], 0
         looks = _Looks()
-        for item in source.read(self._indices, True):
+        stored = source.labels()
+        for item in source.read(self._indices):
             name = source.name(item.index)
+            label = None if stored is None else stored.numbers[item.index]
             if isinstance(item.content, Exception):
                 raise TrainingError(f"The image {name} cannot be read: {item.content}")
-            if item.label is None:
+            if label is None:
                 raise TrainingError(f"The image {name} has no label; training needs labels.")
             content = _pixels(item.content) if isinstance(item.content, Image.Image) else item.content
             looks.add(content, name)
@@ -67,7 +70,7 @@ class Split:
                     "Provide them as image files with one folder per class."
                 )
             self._contents.append(None if isinstance(content, bytes) and n_bytes > _KEPT else content)
-            labels.append(item.label)
+            labels.append(label)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.size, self.channels = looks.size(), 1 if looks.all_grey(len(labels)) else 3
 
@@ -83,7 +86,7 @@ class Split:
         content, index = self._contents[position], self._indices[position]
         try:
             if content is None:
-                (item,) = self._source.read([index], False)
+                (item,) = self._source.read([index])
                 content = item.content
             if isinstance(content, Exception):
                 raise content
@@ -250,9 +253,7 @@ def _parts(source: str, download: bool) -> tuple[ImageSource, ImageSource | None
                 return open_source(train), None, held_out
             _check_same_classes(train, tests[0])
             return open_source(train), open_source(tests[0]), f"its folder '{tests[0].name}'"
-    if folder.suffix == ".npz" and folder.is_file() and (parts := _npz_parts(folder)) is not None:
-        return *parts, "its arrays 'test_images' and 'test_labels'"
-    return open_source(source), None, held_out
+    return _named_parts(source) or (open_source(source), None, held_out)
 
 
 def _train_folder(folder: Path) -> Path | None:
@@ -268,12 +269,16 @@ def _folders(path: Path) -> set[str]:
     return {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
 
 
-def _npz_parts(path: Path) -> tuple[ImageSource, ImageSource] | None:
-    with opened(path) as arrays:
-        if isinstance(arrays, np.ndarray) or not {"test_images", "test_labels"} <= set(arrays.files):
-            return None
-        images, labels = (unpacked(arrays, key, path) for key in ("test_images", "test_labels"))
-    return ArraySource(path), ArraySource(images, labels)
+def _named_parts(source: str) -> tuple[ImageSource, ImageSource, str] | None:
+    """Return the parts ``train`` and ``test`` (or ``val``) of arrays in a file or of shards; None without both."""
+    if without_split(source)[1] is not None:
+        return None
+    for name in ("test", "val"):
+        with suppress(NoSuchPartError):
+            train, test = open_source(source, split="train"), open_source(source, split=name)
+            arrays = " and ".join(map(repr, test.keys)) if isinstance(test, ArraySource) else ""
+            return train, test, f"its arrays {arrays}" if arrays else f"its part '{name}'"
+    return None
 
 
 def _check_same_classes(train: Path, test: Path) -> None:

@@ -59,17 +59,18 @@ def check_accuracy(
     """
     model = open_entry(entry, {})
     probe_set = ProbeSet.from_source(images, model.preprocessing, n_images=n_images)
-    if probe_set.labels is None:
+    known, notes = probe_set.labels_for(model.n_classes)
+    if known is None:
         raise ZooError(
             f"{probe_set.source} has no labels, so no accuracy can be computed. Give a folder with one subfolder per "
             "class, named by WordNet id or number, or another source with labels."
+            + "".join(f" Note: {note}." for note in (*probe_set.notes, *notes))
         )
-    probe_set.check_labels(model.n_classes)
     where = find_device(device)
     classifier = model.classifier.to(where)
     size = probe_set.preprocessing
     step = choose_batch_size(batch_size, probe_set.n_images, size.height, size.width, where)
-    labels = torch.tensor(probe_set.labels)
+    labels = torch.tensor(known)
     n_right = 0
     with torch.inference_mode():
         for start in range(0, probe_set.n_images, step):
