@@ -130,7 +130,7 @@ def measure(
                 opened.preprocessing,
                 n_images=protocol.n_images,
                 seed=probe_set_seed(protocol.seed),
-                labels=labels,
+                labels=labels if opened_before or column is None else "auto",  # of that column
                 classes=classes,
                 progress=bar.decoded,
             )

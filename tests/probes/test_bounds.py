@@ -355,7 +355,8 @@ def piece_array() -> np.ndarray:
 
 def test_parquet__ordinary_images_come_in_large_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [encoded(piece(number, 64, 64), "PNG") for number in range(300)]
-    pq.write_table(pa.table({"image": images}), tmp_path / "x.parquet")
+    pq.write_table(pa.table({"image": images}), tmp_path / "x.parquet", use_dictionary=False)
+    monkeypatch.setattr("layercrit.probes.parquet.BATCH_BYTES", 7 * sum(map(len, images)))
     seen = batch_sizes(monkeypatch)
     assert [content for content, _ in items_of(open_source(tmp_path / "x.parquet"))] == images
     assert max(n_rows for n_rows, _ in seen) == BATCH_ROWS

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from layercrit.errors import ProbeError, near
+from layercrit.errors import ProbeError, near, shown
 
 __all__ = ["Classes", "Labels", "as_numpy", "class_numbers", "integer_label", "labels_of", "names_in_order"]
 
@@ -166,8 +166,8 @@ def integer_label(value: object, name: str) -> int:
         number = None
     if number is None or isinstance(value, bool | np.bool) or not -(2**63) <= number < 2**63:
         raise ProbeError(
-            f"Labels must be integers, the model's class numbers, but that of '{name}' is {value!r}. Give integers, or "
-            "ignore the labels with labels='none' (--labels none)."
+            f"Labels must be integers, the model's class numbers, but that of '{name}' is {shown(value)}. Give "
+            "integers, or ignore the labels with labels='none' (--labels none)."
         )
     return number
 
@@ -185,8 +185,8 @@ def _values(numbers: Sequence[int | None]) -> tuple[int, ...]:
 
 
 def _is_fraction(text: str) -> bool:
-    """Return whether a text is a number, but no integer; `integer_label` says what is wrong with it."""
-    return re.fullmatch(r"\s*[+-]?(\d+\.\d*|\.\d+|\d+(\.\d*)?[eE][+-]?\d+|nan|inf)\s*", text) is not None
+    """Return whether a text is a number, but no integer of 64 bits; `integer_label` says what is wrong with it."""
+    return re.fullmatch(r"\s*[+-]?(\d{19,}|\d+\.\d*|\.\d+|\d+(\.\d*)?[eE][+-]?\d+|nan|inf)\s*", text) is not None
 
 
 def names_in_order(classes: str | Path | Sequence[str]) -> tuple[list[str], str]:

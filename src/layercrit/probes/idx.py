@@ -20,7 +20,7 @@ from layercrit.errors import ProbeError
 from layercrit.foreign_files import open_regular
 from layercrit.probes.bounds import DEFLATED, check_room
 from layercrit.probes.classes import Labels, labels_of
-from layercrit.probes.parts import part_named, same_part, words_of
+from layercrit.probes.parts import NoSuchPartError, part_named, same_part, words_of
 from layercrit.probes.sources import ImageSource, Item, check_exists
 
 __all__ = ["IdxSource"]
@@ -91,7 +91,9 @@ def _file_of(path: Path, split: str | None) -> Path:
     check_exists(path)
     if not path.is_dir():
         if split is not None:
-            raise ProbeError(f"'{path}' is a single file, so it has no part {split!r}. Give its folder, or no split.")
+            raise NoSuchPartError(
+                f"'{path}' is a single file, so it has no part {split!r}. Give its folder, or no split."
+            )
         return path
     wanted = words_of(split or "test")
     if part_named("-".join(wanted)) is None:

@@ -1,7 +1,6 @@
 """Files of labels beside images: tables, lists and arrays, matched to the images by name or by order."""
 
 import csv
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from layercrit.errors import ProbeError, near
+from layercrit.foreign_files import parse_json, read_regular
 from layercrit.probes.image_columns import like_labels
+from layercrit.probes.numpy_files import opened
 from layercrit.probes.parts import part_named, words_of
 
 __all__ = ["LABEL_SUFFIXES", "notes_on_files", "read_labels"]
@@ -23,6 +24,7 @@ _NAME_COLUMNS = (
     "file_name", "filename", "file", "image", "image_id", "imageid", "image_name", "img", "path", "filepath", "name",
     "id",
 )  # fmt: skip
+_LARGEST = 2**30  # bytes of a file of labels
 _KAGGLE = "predictionstring"  # class and boxes, as in ImageNet's LOC_val_solution.csv
 _EXPECTED = (
     "a .csv or .tsv with a column of file names and one of labels, a .txt with 'NAME LABEL' or a label per line, a "
@@ -57,7 +59,7 @@ def read_labels(given: str | Path, names: Sequence[str]) -> list[Any]:
     except FileNotFoundError as error:
         there = sorted(entry.name for entry in file.parent.iterdir()) if file.parent.is_dir() else []
         raise ProbeError(f"No such file of labels: '{path}'. {near(file.name, there)}") from error
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         if isinstance(error, ProbeError):
             raise
         raise ProbeError(f"Cannot read the labels in '{path}' ({error}). Expected {_EXPECTED}.") from error
@@ -108,14 +110,16 @@ def _sounds_like_labels(name: str) -> bool:
 def _read(file: Path, column: str | None, names: Sequence[str]) -> _Content:
     suffix = file.suffix.lower()
     if suffix == ".npy":
-        array = np.load(file, allow_pickle=False)
-        return _Content(in_order=list(array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array))
-    text = file.read_text(encoding="utf-8-sig")
+        with opened(file) as array:
+            if not isinstance(array, np.ndarray):
+                raise ValueError("it is an .npz file")
+            return _Content(in_order=list(array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array))
+    text = read_regular(file, _LARGEST).decode("utf-8-sig")
     if suffix == ".json":
-        return _of_json(file, json.loads(text), column)
+        return _of_json(file, parse_json(text), column)
     lines = [line for line in text.splitlines() if line.strip()]
     if suffix == ".jsonl":
-        return _of_json(file, [json.loads(line) for line in lines], column)
+        return _of_json(file, [parse_json(line) for line in lines], column)
     delimiter = next((mark for mark in ("\t", ",", ";") if lines and mark in lines[0]), None)
     if suffix == ".txt" and delimiter is None:
         return _of_lines(lines, names)

@@ -6,10 +6,14 @@ from pathlib import Path
 
 from layercrit.errors import ProbeError, near
 
-__all__ = ["chosen_part", "level_of_parts", "part_named", "same_part", "without_split", "words_of"]
+__all__ = ["NoSuchPartError", "chosen_part", "level_of_parts", "part_named", "same_part", "without_split", "words_of"]
 
 _ALIKE = (("train", "training"), ("val", "valid", "validation", "dev"), ("test", "testing", "t10k", "eval"))
 _PART_OF = {name: alike[0] for alike in _ALIKE for name in alike}
+
+
+class NoSuchPartError(ProbeError):
+    """A data set has no part of the name asked for."""
 
 
 def without_split(source: str | Path) -> tuple[str | Path, str | None]:
@@ -53,7 +57,7 @@ def chosen_part(parts: Iterable[str], split: str | None, where: str, example: st
         example: how to ask for part ``{1}`` of source ``{0}``, for errors.
 
     Raises:
-        ProbeError: it has several and none is named, or it has no such part.
+        ProbeError: it has several and none is named; or, as `NoSuchPartError`, it has none of that name.
     """
     names = sorted(set(parts))
     listed = ", ".join(map(repr, names))
@@ -68,7 +72,7 @@ def chosen_part(parts: Iterable[str], split: str | None, where: str, example: st
     found = [name for name in names if name == split] or [name for name in names if same_part(name, split)]
     if len(found) != 1:
         has = f"it has {listed}. {near(split, names)}" if names else "it has no parts: leave out the split"
-        raise ProbeError(f"'{where}' has no part {split!r}: {has}")
+        raise NoSuchPartError(f"'{where}' has no part {split!r}: {has}")
     return found[0]
 
 

@@ -219,7 +219,7 @@ def _members(shard: Path) -> Iterator[tuple[str, int, int]]:
         ) from error
 
 
-def _part(file: BinaryIO, offset: int, size: int, largest: int) -> bytes | ValueError:
+def _part(file: BinaryIO, offset: int, size: int, largest: int = LARGEST_TEXT) -> bytes | ValueError:
     """Return a member's bytes, or why they are not read."""
     if size > largest:
         return ValueError(f"it has {size:,} bytes, more than {largest:,}")

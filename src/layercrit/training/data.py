@@ -18,7 +18,7 @@ from layercrit.foreign_files import open_regular
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import FORMATS, Preprocessing, open_image
 from layercrit.probes.opening import open_source
-from layercrit.probes.parts import without_split
+from layercrit.probes.parts import NoSuchPartError, without_split
 from layercrit.probes.sources import ArraySource, ImageSource
 from layercrit.seeds import seed_of
 from layercrit.training.methods import Inputs
@@ -274,7 +274,7 @@ def _named_parts(source: str) -> tuple[ImageSource, ImageSource, str] | None:
     if without_split(source)[1] is not None:
         return None
     for name in ("test", "val"):
-        with suppress(ProbeError):  # what is wrong with the source is reported when it is opened as a whole
+        with suppress(NoSuchPartError):
             train, test = open_source(source, split="train"), open_source(source, split=name)
             arrays = " and ".join(map(repr, test.keys)) if isinstance(test, ArraySource) else ""
             return train, test, f"its arrays {arrays}" if arrays else f"its part '{name}'"
