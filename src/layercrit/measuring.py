@@ -130,7 +130,7 @@ def measure(
                 opened.preprocessing,
                 n_images=protocol.n_images,
                 seed=probe_set_seed(protocol.seed),
-                labels=labels if opened_before or column is None else "auto",  # of that column
+                labels=labels,
                 classes=classes,
                 progress=bar.decoded,
             )
@@ -259,7 +259,9 @@ def _with_input_of(images: Any, labels: LabelsGiven, model: str | Model | nn.Mod
     """
     opened = open_model(model)
     size, about_size = None, "a default"
-    as_they_are = isinstance(model, nn.Module) and isinstance(images, ProbeSet | np.ndarray | torch.Tensor)
+    as_they_are = isinstance(model, nn.Module) and isinstance(
+        images, ProbeSet | ArraySource | np.ndarray | torch.Tensor
+    )
     if isinstance(images, ProbeSet):
         size = images.preprocessing.height, images.preprocessing.width
         channels, about_size = images.preprocessing.channels, "that of the probe set"
