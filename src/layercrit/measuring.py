@@ -259,9 +259,8 @@ def _with_input_of(images: Any, labels: LabelsGiven, model: str | Model | nn.Mod
     """
     opened = open_model(model)
     size, about_size = None, "a default"
-    as_they_are = isinstance(model, nn.Module) and isinstance(
-        images, ProbeSet | ArraySource | np.ndarray | torch.Tensor
-    )
+    arrays = ProbeSet | ArraySource | np.ndarray | torch.Tensor
+    as_they_are = isinstance(model, nn.Module) and isinstance(images, arrays)
     if isinstance(images, ProbeSet):
         size = images.preprocessing.height, images.preprocessing.width
         channels, about_size = images.preprocessing.channels, "that of the probe set"
