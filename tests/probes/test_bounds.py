@@ -512,3 +512,15 @@ def test_source__where_the_current_folder_was_deleted(tmp_path: Path, monkeypatc
 def test_shards__a_range_without_end(pattern: str, tmp_path: Path) -> None:
     with no_more_memory_than(2**24), pytest.raises(ProbeError):
         opened(tmp_path / pattern)
+
+
+def test_saved_dataset__reads_no_file_outside_its_folder(tmp_path: Path) -> None:
+    save_dataset(tmp_path / "saved")
+    data = next((tmp_path / "saved").glob("*.arrow"))
+    data.rename(tmp_path / "elsewhere.arrow")
+    state = tmp_path / "saved" / "state.json"
+    for name in ("../elsewhere.arrow", str(tmp_path / "elsewhere.arrow")):
+        state.write_text(state.read_text().replace(data.name, name))
+        with pytest.raises(ProbeError, match="not in its folder"):
+            opened(tmp_path / "saved")
+        state.write_text(state.read_text().replace(name, data.name))
