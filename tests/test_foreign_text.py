@@ -3,7 +3,7 @@ import csv
 import pandas as pd
 import pytest
 
-from layercrit.foreign_text import guarded, unguarded, visible, write_csv
+from layercrit.foreign_text import encodable, guarded, unguarded, visible, write_csv
 
 FORMULAS = ["=1+1", "+1", "-x", "@SUM(A1)", "\tx", "\r=x", "=", "'=1", "''+x", "-0.5"]
 HARMLESS = ["layer1.0.conv1", "", "'", "'x", "0.10", "a=b", " =1", "x-1", "名前"]
@@ -18,6 +18,11 @@ def test_guarded__begins_like_no_formula_and_can_be_undone(text):
 @pytest.mark.parametrize("text", HARMLESS)
 def test_guarded__leaves_other_texts_alone(text):
     assert guarded(text) == unguarded(text) == text
+
+
+def test_encodable__only_what_utf_8_lacks_changes():
+    data = {"a\udcff": ["é", ("x\udc80",), 1, None, 0.5], "b": {"c": "\U0001f9ea"}}
+    assert encodable(data) == {r"a\udcff": ["é", [r"x\udc80"], 1, None, 0.5], "b": {"c": "\U0001f9ea"}}
 
 
 def test_write_csv__names_are_texts_and_numbers_are_numbers(tmp_path):

@@ -3,12 +3,12 @@
 import csv
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["guarded", "unguarded", "visible", "write_csv"]
+__all__ = ["encodable", "guarded", "unguarded", "visible", "write_csv"]
 
 # Spreadsheets take a cell that begins so for a formula. The apostrophe that guards it is itself guarded where it stands
 # before such a cell, so that reading what was written gives the text back.
@@ -25,6 +25,15 @@ def visible(text: object) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in str(text)
     )
+
+
+def encodable(data: Any) -> Any:
+    r"""Return plain data whose texts can be written as UTF-8: what is none in file names becomes such as ``\udcff``."""
+    if isinstance(data, str):
+        return data.encode(errors="backslashreplace").decode()
+    if isinstance(data, dict):
+        return {encodable(key): encodable(value) for key, value in data.items()}
+    return [encodable(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 def guarded(text: str) -> str:

@@ -15,8 +15,12 @@ import pandas as pd
 from layercrit.cell_columns import CELL_COLUMNS, PER_IMAGE
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError, first_line
+<<<<<<< HEAD
 from layercrit.foreign_files import read_json
 from layercrit.foreign_text import write_csv
+=======
+from layercrit.foreign_text import encodable, write_csv
+>>>>>>> store
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.protocol import MATCHED
 from layercrit.statistics import Estimate, estimate, estimate_mean_over_layers
@@ -132,7 +136,7 @@ class Measurement:
         cells = self.cells.copy()
         for name, values in self.per_image.items():
             cells[name + PER_IMAGE] = pd.Series(list(values.reshape(len(cells), -1)))
-        record = {"format": _FORMAT, **self.record, "summary": self.summary()}
+        record = encodable({"format": _FORMAT, **self.record, "summary": self.summary()})
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:

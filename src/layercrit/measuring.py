@@ -18,6 +18,7 @@ from layercrit.distances import DISTANCES, get_distance
 from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.session import Session, Trial
 from layercrit.engine.subject import Subject
+from layercrit.foreign_text import encodable
 from layercrit.machine import versions
 from layercrit.measurement import Measurement
 from layercrit.models.model import Model
@@ -181,7 +182,7 @@ class _Measuring:
         trial, session = self.finished[number], self.session
         layer = session.subject.layers[index]
         return {
-            "model": session.subject.model.reference,
+            "model": encodable(session.subject.model.reference),
             "layer": layer.name,
             "type": layer.type,
             "depth": layer.depth,
@@ -213,7 +214,7 @@ class _Measuring:
             "random_trials": subject.random_trials,
             "trial_seeds": [trial.seed for trial in finished],
             "model": {
-                "reference": model.reference,
+                "reference": encodable(model.reference),
                 "architecture": model.architecture,
                 "sha256": model.sha256,
                 "donor": subject.donor_in_words,

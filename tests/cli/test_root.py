@@ -227,3 +227,18 @@ def test_errors__a_folder_that_is_gone_is_no_bug(arguments, tmp_path, monkeypatc
     (tmp_path / "gone").rmdir()
     assert call(monkeypatch, *arguments) == 1
     assert "bug" not in capsys.readouterr().err
+
+
+def test_measure__a_path_that_is_no_utf_8_loses_nothing(images, monkeypatch, capsys):
+    import timm
+    from safetensors.torch import save_file
+
+    file = os.fsdecode(b"weights-\xff.safetensors")
+    save_file(timm.create_model("test_resnet", num_classes=7).state_dict(), "plain.safetensors")
+    Path("plain.safetensors").rename(file)
+    model = f"file:{file}?arch={MODEL}"
+    assert call(monkeypatch, "measure", model, "--images", images, "--trials", "1", "--out", "result") == 0
+    assert r"weights-\udcff.safetensors" in capsys.readouterr().out
+    loaded = Measurement.load("result")
+    assert loaded.summary()["model"].startswith(r"file:weights-\udcff.safetensors")
+    assert len(loaded.cells) == loaded.summary()["n_layers"]
