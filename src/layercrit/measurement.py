@@ -15,12 +15,8 @@ import pandas as pd
 from layercrit.cell_columns import CELL_COLUMNS, PER_IMAGE
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError, first_line
-<<<<<<< HEAD
 from layercrit.foreign_files import read_json
-from layercrit.foreign_text import write_csv
-=======
 from layercrit.foreign_text import encodable, write_csv
->>>>>>> store
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.protocol import MATCHED
 from layercrit.statistics import Estimate, estimate, estimate_mean_over_layers
