@@ -542,6 +542,9 @@ def test_files__same_names_in_two_folders_need_their_paths(tmp_path: Path) -> No
     assert accuracy(folder, labels=tmp_path / "paths.csv") == RIGHT
     (tmp_path / "names.csv").write_text(table(None, [[name.partition("/")[2], label] for name, label in pairs]))
     refused(folder, "Give paths within the folder", labels=tmp_path / "names.csv")
+    one_folder = [[name.partition("/")[2], label] for name, label in pairs[::2]]
+    (tmp_path / "one.csv").write_text(table(None, one_folder))
+    refused(folder, "Give paths within the folder", labels=tmp_path / "one.csv")
 
 
 @pytest.mark.parametrize(
