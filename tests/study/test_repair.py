@@ -95,7 +95,8 @@ def test_flipped_bits__end_in_the_right_numbers_or_an_error_with_a_way_out(measu
     try:
         read = load_study(copy)
         left = cells[cells["key"].isin(read.cells["key"])].reset_index(drop=True)
-        pd.testing.assert_frame_equal(read.cells.drop(columns=CHANGING), left)
+        if len(left):  # else there are not even the columns of distances
+            pd.testing.assert_frame_equal(read.cells.drop(columns=CHANGING), left)
         assert len(left) == len(cells) or read.damaged
         read.by_model(), read.progress(), read.seconds_left()
         again = measured_again(copy)
