@@ -322,10 +322,20 @@ class Store:
         return {key for (key,) in self._rows("SELECT key FROM cells WHERE per_image IS NOT NULL")}
 
     def per_image(self, keys: Sequence[str]) -> dict[str, dict[str, npt.NDArray[np.float32]]]:
-        """Return key -> name of a distance or score -> one value an image, for those cells that have any."""
+        """Return key -> name of a distance or score -> one value an image, for those cells that have any.
+
+        Raises:
+            StudyError: a cell is not found, although there is one with its key: the file's index is damaged.
+        """
         found = {}
         for key in keys:
-            for (blob,) in self._rows("SELECT per_image FROM cells WHERE key = ?", [key]):
+            rows = self._rows("SELECT per_image FROM cells WHERE key = ?", [key])
+            if not rows:
+                raise StudyError(
+                    f"The index of {self.path} is damaged: the cell {key[:8]} is not found by its key. Make it anew with "
+                    f"`layercrit study repair {self.path.parent}`; no finished cell is lost."
+                )
+            for (blob,) in rows:
                 if blob is not None:
                     found[key] = _unpacked(blob)
         return found
