@@ -332,8 +332,8 @@ class Store:
             rows = self._rows("SELECT per_image FROM cells WHERE key = ?", [key])
             if not rows:
                 raise StudyError(
-                    f"The index of {self.path} is damaged: the cell {key[:8]} is not found by its key. Make it anew with "
-                    f"`layercrit study repair {self.path.parent}`; no finished cell is lost."
+                    f"The index of {self.path} is damaged: the cell {key[:8]} is not found by its key. Make it anew "
+                    f"with `layercrit study repair {self.path.parent}`; no finished cell is lost."
                 )
             for (blob,) in rows:
                 if blob is not None:
