@@ -76,7 +76,7 @@ def own_reset():
 def test_measure__equals_the_slow_way(group, dtype, batch_size, labelled):
     network, trials = small_network(), 3
     probe_set = photographs(labels=mostly_right(network) if labelled else None)
-    architecture = f"module:small_subjects.SmallNetwork-{structure(network)}"
+    architecture = f"module:{structure(network)}"
     seeds = [hashed(8, architecture, "rerandomize", trial) for trial in range(trials)]
     donors = [fresh(SmallNetwork, seed) for seed in seeds]
     expected, whole = slow_measurement(network, normalised(probe_set), probe_set.labels, members(group), donors)

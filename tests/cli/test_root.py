@@ -172,6 +172,7 @@ def test_measure__a_signal_keeps_finished_trials(images, monkeypatch, capsys, nu
         os.kill(os.getpid(), number)  # schedulers repeat themselves
         return save(self, folder)
 
+    signal.signal(number, signal.SIG_DFL)  # under nohup, the command ignores SIGHUP
     monkeypatch.setattr(_Saver, "keep", keep_then_end)
     monkeypatch.setattr(Measurement, "save", save_while_asked_again)
     arguments = ["measure", MODEL, "--images", images, "--trials", "50", "--out", "result"]

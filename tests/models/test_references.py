@@ -12,7 +12,7 @@ from torch import nn
 
 import trained_models
 from layercrit.errors import CheckpointError, LayercritError, ModelError
-from layercrit.models.model import Model
+from layercrit.models.model import Model, structure
 from layercrit.models.own_networks import import_here
 from layercrit.models.references import fetch, is_here, open_model, without_weights
 from layercrit.models.sources import MODEL_SOURCES, ModelSource, model_source
@@ -93,7 +93,7 @@ def test_open_model__network_in_evaluation_mode_is_used_as_it_is():
     model = open_model(network)
     assert model.network is network
     assert (model.reference, model.build) == ("module:torch.nn.modules.container.Sequential", None)
-    assert model.architecture.startswith("module:torch.nn.modules.container.Sequential-")
+    assert model.architecture == f"module:{structure(network)}"
     assert (model.mean, model.std, model.preprocessing) == ((0.0,) * 3, (1.0,) * 3, Preprocessing())
     assert model.n_classes == 2
 

@@ -43,7 +43,8 @@ def given_model(network: nn.Module) -> Model:
                 f"{name} is in training mode and cannot be copied ({error}). Call .eval() first."
             ) from error
     build, initialiser = _rebuild(network)
-    return _described(name, f"{name}-{structure(network)}", network, build, initialiser)
+    # not the class's name: a network that is wrapped, or defined in a script, gets the same draws as before
+    return _described(name, f"module:{structure(network)}", network, build, initialiser)
 
 
 def _rebuild(network: nn.Module) -> tuple[Callable[[], nn.Module] | None, str]:
