@@ -662,3 +662,18 @@ def test_released__page_is_small(browser, tmp_path):
         assert len(rows_shown(page)) == 50
         assert page.locator("#measure option").all_inner_texts()[0] == "criticality"
         assert "\u22120.46" in page.inner_text("#accuracy")
+
+
+def test_page__warnings_stand_above_everything_and_notes_on_models_below(tmp_path):
+    cells = [
+        {"model": model, "layer": "conv", "trial": trial, "cosine": 0.1 * trial + 0.2}
+        for model in "ab"
+        for trial in range(3)
+    ]
+    study = measured(tmp_path / "study", cells, models=[
+        ModelRow("a", "py:a", record={"warnings": ["it <guesses>"], "notes": ["a default"]}),
+        ModelRow("b", "py:b", record={"notes": ["a default"]}),
+    ])  # fmt: skip
+    text = write_page(study, compare(study), tmp_path / "page.html").read_text(encoding="utf-8")
+    assert text.index("<strong>Warning:</strong> a: it &lt;guesses&gt;.") < text.index("The cosine depends")
+    assert "<li>a, b: a default</li>" in text
