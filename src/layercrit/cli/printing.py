@@ -65,7 +65,7 @@ def bar(value: float, width: int = 20) -> str:
         return ""
     share = min(1.0, max(0.0, value))
     try:
-        "█▏▎▍▌▋▊▉".encode(getattr(sys.stdout, "encoding", None) or "ascii")
+        "█▏▎▍▌▋▊▉".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         return "#" * round(width * share)
     eighths = round(8 * width * share)
