@@ -1,8 +1,5 @@
 """Differences between models and categories, against plain loops over the study's own numbers."""
 
-import sqlite3
-from contextlib import closing
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +11,7 @@ from layercrit.differences import differences
 from layercrit.errors import StudyError
 from layercrit.study.merging import merge_studies
 from layercrit.study.published import import_published
-from layercrit.study.store import ModelRow
+from layercrit.study.store import ModelRow, Store
 from layercrit.study.tables import load_study
 from published_results import LAYERS, MODELS, RELEASED, measured, released, rows_of, write_models, write_table
 
@@ -271,9 +268,9 @@ def test_differences__error_rate_of_categories_whose_models_share_draws(tmp_path
 def test_differences__one_model_without_images_costs_no_other_its(tmp_path):
     study = drawn_models(tmp_path, {"a": 3, "b": 3, "c": 3})
     keys = tuple(study.cells.loc[study.cells["model"] == "c", "key"])
-    with closing(sqlite3.connect(tmp_path / "cells.sqlite")) as file:
-        file.execute(f"UPDATE cells SET per_image = NULL WHERE key IN ({','.join('?' * len(keys))})", keys)
-        file.commit()
+    with Store(tmp_path) as store, store.transaction():
+        of_keys = f"key IN ({','.join('?' * len(keys))})"
+        store._connection.execute(f"UPDATE cells SET per_image = NULL WHERE {of_keys}", keys)
     table = differences(load_study(tmp_path), pairs=[("a", "b"), ("a", "c")]).table
     assert dict(table.groupby("second")["covers"].first()) == {"b": "trials and images", "c": "trials"}
 

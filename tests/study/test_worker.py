@@ -269,13 +269,23 @@ def test_worker__without_images_cannot_start(prepare, tmp_path):
 
 
 def test_worker__says_where_a_model_differs_from_the_study(prepare):
-    study, work = prepare()
+    study, work = prepare(models=[{"reference": f"file:m0.safetensors?{ARCHITECTURE}&input_size=(3,4,4)"}])
 
     record = ask(work, study)[0].record
 
     assert [note for note in record["notes"] if "its own evaluation differs" in note] == [
-        "its own evaluation differs from the study's pixels: 3 x 224 x 224, resize 256, bilinear"
+        "its own evaluation differs from the study's pixels: 3 x 4 x 4, resize 4, bilinear"
     ]
+
+
+def test_worker__says_what_a_model_does_not_declare(prepare):
+    study, work = prepare()
+
+    record = ask(work, study)[0].record
+
+    (note,) = (note for note in record["notes"] if "does not say" in note)
+    assert "2 x 2 pixels (the study's input_size)" in note
+    assert not any("its own evaluation differs" in note for note in record["notes"])
 
 
 def test_worker__a_model_that_predicts_nan_says_so_for_each_trial(prepare, tmp_path):

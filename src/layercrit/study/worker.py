@@ -327,15 +327,14 @@ def _cells(
 
 
 def _open_model(entry: ModelEntry, size: Preprocessing) -> tuple[Model, list[str]]:
-    """Return a model for pixels of this size, and a note if its own evaluation uses others."""
+    """Return a model for pixels of this size, with notes if its own evaluation uses others or is not known."""
     shape = (size.channels, size.height, size.width)
     own = open_model(entry.reference, input_size=None if size.channels == 3 else shape)
-    model = replace(open_model(own, input_size=shape), preprocessing=size)
-    if undeclared := replace(model, undeclared=own.undeclared).undeclared_in_words("the study's input_size"):
-        return model, [undeclared]
-    if own.preprocessing == size:
-        return model, []
-    return model, [f"its own evaluation differs from the study's pixels: {_in_words(own.preprocessing)}"]
+    model = replace(open_model(own, input_size=shape), preprocessing=size, undeclared=own.undeclared)
+    notes = [model.undeclared_in_words("the study's input_size")]
+    if "input_size" not in own.undeclared and own.preprocessing != size:
+        notes.append(f"its own evaluation differs from the study's pixels: {_in_words(own.preprocessing)}")
+    return model, [note for note in notes if note is not None]
 
 
 def _joined(parts: Sequence[Mapping[str, npt.NDArray[np.float32]]]) -> dict[str, npt.NDArray[np.float32]]:
