@@ -270,7 +270,7 @@ def test_differences__one_model_without_images_costs_no_other_its(tmp_path):
     keys = tuple(study.cells.loc[study.cells["model"] == "c", "key"])
     with Store(tmp_path) as store, store.transaction():
         of_keys = f"key IN ({','.join('?' * len(keys))})"
-        store._connection.execute(f"UPDATE cells SET per_image = NULL WHERE {of_keys}", keys)
+        store._connection.execute(f"UPDATE cells SET per_image = NULL, checksum = NULL WHERE {of_keys}", keys)
     table = differences(load_study(tmp_path), pairs=[("a", "b"), ("a", "c")]).table
     assert dict(table.groupby("second")["covers"].first()) == {"b": "trials and images", "c": "trials"}
 
