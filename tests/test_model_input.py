@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from scipy.stats import binomtest
@@ -125,9 +126,11 @@ def test_open_model__a_factory_and_a_transformers_folder_without_processor_decla
     assert named.undeclared == ()
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=4)
     ResNetForImageClassification(config).save_pretrained(tmp_path / "hf")
-    assert open_model(f"hf:{tmp_path / 'hf'}").undeclared == ("mean", "std")
+    assert open_model(f"hf:{tmp_path / 'hf'}").undeclared == ("input_size", "mean", "std")
     given = open_model(f"hf:{tmp_path / 'hf'}", mean=MEAN, std=STD)
-    assert (given.undeclared, given.mean) == ((), MEAN)
+    assert (given.undeclared, given.mean) == (("input_size",), MEAN)
+    assert open_model(timm.create_model("test_resnet").eval()).undeclared == ()
+    assert open_model(timm.create_model("test_resnet", num_classes=7).eval()).undeclared == ("mean", "std")
     assert open_model("timm:test_resnet?pretrained=false").undeclared == ()
     torch.save(open_model("timm:test_resnet?pretrained=false").network.state_dict(), tmp_path / "weights.pth")
     reference = f"file:{tmp_path / 'weights.pth'}?arch=timm:test_resnet"
@@ -181,6 +184,7 @@ def test_predictions__always_the_largest_class_is_guessing_too():
     assert _against_guessing(0.75, mostly, 10)["guessing_accuracy"] == 0.75
     assert _against_guessing(0.75, mostly, 10)["p_guessing"] > 0.4
     assert _against_guessing(0.95, mostly, 10)["p_guessing"] < 1e-6
+    assert _against_guessing(1.0, np.array([3, 3, 3, 4]), 10) == {"guessing_accuracy": 0.75}, "too few to tell"
     only = np.full(20, 3)
     assert _against_guessing(1.0, only, 10) == {"guessing_accuracy": 0.1, "p_guessing": pytest.approx(1e-20, rel=1e-6)}
 

@@ -108,7 +108,7 @@ def assert_same_state(network, before):
         assert after[what] == value, f"{what} changed"
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("call", [1, 2, 3, 4, 5, 8, 12])
 @pytest.mark.parametrize("writes", [False, True], ids=["pure", "writing"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError], ids=["Ctrl-C", "exception"])
 def test_measure__an_exception_in_the_forward_leaves_everything_as_it_was(error, writes, call):
@@ -123,7 +123,7 @@ def test_measure__an_exception_in_the_forward_leaves_everything_as_it_was(error,
     assert_same_state(network, before)
     if raised is not None:
         assert "the network's own" in str(raised)
-        assert call == 1 or not isinstance(raised, ModelError), "only the first pass tells whether images fit"
+        assert call <= 3 or not isinstance(raised, ModelError), "only the first passes tell whether images fit"
     elif len(network.seen) >= call:
         notes = found.record["notes"]
         assert any("cannot be exported (ValueError: the network's own)" in note for note in notes)

@@ -254,7 +254,7 @@ def distance_names(distances: str | Iterable[str] | None) -> list[str]:
 
 
 def _with_input_of(images: Any, labels: LabelsGiven, model: str | Model | nn.Module) -> Model:
-    """Open a model for the size of the images where it declares none, and note which of its input are defaults.
+    """Open a model for the size of the images where it declares none, and note which input settings are defaults.
 
     A network given as an object gets an array or a probe set in the size that its images have, whatever it declares.
     """
@@ -270,8 +270,8 @@ def _with_input_of(images: Any, labels: LabelsGiven, model: str | Model | nn.Mod
         size = common_size(source)
         channels = opened.preprocessing.channels
         says_channels = any(isinstance(module, nn.Conv2d) for module in opened.network.modules())
-        if isinstance(source, ArraySource) and (as_they_are or not says_channels):
-            channels = source.n_channels
+        if isinstance(source, ArraySource):  # grey images also fit a network of three channels
+            channels = max(channels, source.n_channels) if says_channels else source.n_channels
         about_size = "the size of all images" if size else "a default, as the images differ in size"
     if size and (as_they_are or "input_size" in opened.undeclared):
         sized = open_model(opened, input_size=(channels, *size))

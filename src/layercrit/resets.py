@@ -249,10 +249,11 @@ def check_draws(model: Model, layers: Iterable[Layer]) -> None:
     ]
     if same:
         raise ModelError(
-            f"{own_initialiser(model, layers)} of {model.reference!r} gives {same[0]!r} the same values under two seeds"
-            f"{f', and {len(same) - 1} more parameters' if len(same) > 1 else ''}, so a reset would not be a draw. If "
-            "it sets a seed or loads trained weights, let it do neither when its weights are to be fresh; or give a "
-            "freshly initialised donor with --from (donor=...), or leave these layers out with --layers (layers=...)."
+            f"{own_initialiser(model, layers)} of {model.reference!r} gives {same[0]!r}"
+            f"{f' and {len(same) - 1} more parameters' if len(same) > 1 else ''} the same values under two seeds, so a "
+            "reset would not be a draw. If it sets a seed or loads trained weights, let it do neither when its weights "
+            "are to be fresh; or give a freshly initialised donor with --from (donor=...), or leave these layers out "
+            "with --layers (layers=...)."
         )
 
 

@@ -216,6 +216,7 @@ def test_status__json(tmp_path):
         "n_done": 4,
         "not_opened": 1,
         "failures": [],
+        "warnings": [],
         "damaged": [],
         "seconds_left": None,
         "run_by": None,

@@ -40,6 +40,7 @@ Named = collections.namedtuple("Named", "aux logits")
         {"logits": LOGITS},
         {"aux": OTHER, "logits": LOGITS},
         {"out": LOGITS},
+        {"pred": LOGITS, "maps": MAP},
         {"hidden": MAP, "out": LOGITS, "aux": OTHER},
         collections.OrderedDict(logits=LOGITS),
         Output(LOGITS),
@@ -237,7 +238,19 @@ WITH_HEAD = {
     "torchvision vgg": (lambda: torchvision.models.vgg11().eval(), 64),
     "demo": (small_resnet, 28),
     "norm after a classifier": (late_norm, 4),
+    "identity after a classifier": (lambda: Classified().eval(), 4),
 }
+
+
+class Classified(nn.Module):
+    """A classifier whose last activation is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.output = late_norm()[:4], nn.Identity()
+
+    def forward(self, images):
+        return self.output(self.body(images))
 
 
 class Mean(nn.Module):
@@ -249,8 +262,8 @@ def reason_of(build, size):
     network = build().eval()
     images = torch.zeros(1, 1 if build is small_resnet else 3, size, size)
     with torch.no_grad():
-        n_outputs = network(images).shape[1]
-    return missing_head(network, images, n_outputs)
+        logits = network(images)
+    return missing_head(network, images, logits)
 
 
 @pytest.mark.parametrize("name", HEADLESS)

@@ -215,7 +215,7 @@ def test_array_source__keys_of_npz(image_key: str, label_key: str | None, tmp_pa
     assert np.array_equal(pixels_of(source), content[image_key])
     expected = [None] * 3 if label_key is None else [7, 5, 6]
     assert all_of(source) == [(f"x.npz[{i}]", label) for i, label in enumerate(expected)]
-    assert origin_of(source) == (None if label_key is None else "stored with the images")
+    assert origin_of(source) == (None if label_key is None else "the array with the images")
 
 
 def test_array_source__npy_is_mapped(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from layercrit.errors import ProbeError
+from layercrit.probes.probe_set import ProbeSet
 from layercrit.probes.torchvision import TorchvisionSource
 from packed_images import IMAGES, items_of, n_classes_of, origin_of
 from photographs import write_fashion_mnist
@@ -34,6 +35,18 @@ def test_torchvision_source__a_damaged_image_is_given_as_its_error(tmp_path: Pat
     (root / "ClassName.txt").write_text("/a/abbey\n/a/airport\n")
     items = items_of(TorchvisionSource("SUN397", tmp_path))
     assert sorted((isinstance(content, OSError), label) for content, label in items) == [(False, 0), (True, 1)]
+
+
+def test_torchvision_source__a_damaged_image_costs_no_other_its_label(tmp_path: Path, monkeypatch) -> None:
+    """Where the class keeps no list of labels, they come with the images."""
+    monkeypatch.setattr("layercrit.probes.torchvision._LISTS", ())
+    root = tmp_path / "SUN397"
+    for number, name in enumerate(("abbey", "airport")):
+        (root / "a" / name).mkdir(parents=True)
+        (root / "a" / name / "sun_x.jpg").write_bytes(IMAGES[number][: 500 if number == 0 else None])
+    (root / "ClassName.txt").write_text("/a/abbey\n/a/airport\n")
+    probe_set = ProbeSet.from_source(TorchvisionSource("SUN397", tmp_path), max_unreadable=0.5)
+    assert (probe_set.labels.tolist(), len(probe_set.skipped)) == ([1], 1)
 
 
 def test_torchvision_source__files_are_not_decoded(tmp_path: Path) -> None:

@@ -205,6 +205,7 @@ def _status(found: "Study") -> dict[str, Any]:
         "n_planned": int(progress["n_planned"].sum()),
         "n_done": int(progress["n_done"].sum()),
         "not_opened": int((progress["state"] == "not opened").sum()),
+        "warnings": found.warnings,
         "damaged": list(found.damaged),
         "failures": [vars(failure) for failure in found.failures],
         "seconds_left": found.seconds_left(),

@@ -39,7 +39,8 @@ class Predictions:
         loss: mean cross-entropy in nats; None without labels.
         guessing_accuracy: top-1 accuracy of guessing: always the largest class of the images, or any one of the
             classes; None without labels.
-        p_guessing: probability that guessing is as accurate as the network or more; None without labels.
+        p_guessing: probability that guessing is as accurate as the network or more; None without labels, or with so
+            few images that even guessing may name them all right.
     """
 
     n_classes: int
@@ -134,6 +135,8 @@ def _against_guessing(
     # images of one class only do not tell a network that knows it from one that always names it
     largest = counts.max() / len(labels) if len(counts) > 1 else 0.0
     share = max(1 / n_classes, float(largest))
+    if p_of_guessing(len(labels), len(labels), share) > _SURELY:
+        return {"guessing_accuracy": share}  # so few images that not even naming all of them right would tell
     p = p_of_guessing(round(accuracy * len(labels)), len(labels), share)
     return {"guessing_accuracy": share, "p_guessing": p}
 

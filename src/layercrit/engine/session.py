@@ -17,6 +17,7 @@ from layercrit.engine.predictions import Predictions, predict, scores_of
 from layercrit.engine.replay import Mode, PlainReplay, Replay
 from layercrit.engine.subject import Subject
 from layercrit.layers import Layer
+from layercrit.machine import is_out_of_memory
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.protocol import MATCHED, Protocol
@@ -87,14 +88,24 @@ class Session:
         )
         self._bar = bar
         subject.check_draws()
-        plain = PlainReplay(subject.network, [], read_logits=subject.model.read_logits)
-        check_dependence(plain, subject.normalise(probe_set.batch(0, 4)), subject.model.reference)
+        self._check_dependence()
         if predictions is None:
             predictions = predict(
                 self.holder, probe_set, self.labels, model=subject.model.reference, notes=self.notes, bar=bar
             )
         self.predictions = predictions
         self._temperature = math.nan if predictions.temperature is None else predictions.temperature
+
+    def _check_dependence(self) -> None:
+        """Make sure that predictions depend on their image alone, where four images fit into memory."""
+        plain = PlainReplay(self.subject.network, [], read_logits=self.subject.model.read_logits)
+        try:
+            images = self.subject.normalise(self.probe_set.batch(0, 4))
+            check_dependence(plain, images, self.subject.model.reference)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.notes.append("not checked for lack of memory: whether a prediction depends on its image alone")
 
     def trial(self, trial: int, layers: list[Layer] | None = None) -> "Trial":
         """Draw the new values of one trial.

@@ -149,7 +149,7 @@ class Subject:
         with self._explained(), torch.no_grad():
             logits = model.read_logits(self.network(self.normalise(torch.cat([black, noise.to(torch.uint8)]))))
             n_classes = logits.shape[1]
-            reason = missing_head(self.network, self.normalise(black), n_classes) if model.output is None else None
+            reason = missing_head(self.network, self.normalise(black), logits) if model.output is None else None
         if reason is not None:
             raise ModelError(
                 f"{model.reference!r} seems to have no classification head ({reason}), so that its {n_classes} outputs "

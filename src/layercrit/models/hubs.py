@@ -235,7 +235,7 @@ class _Transformers(ModelSource):
         architecture = f"hf:{name}-{structure(network)}"
         return Model(
             f"hf:{rest}", architecture, network.eval(), mean, std, shape, build, initialiser,
-            undeclared=() if given else ("mean", "std"),
+            undeclared=() if given else (*(() if hasattr(config, "image_size") else ("input_size",)), "mean", "std"),
         )  # fmt: skip
 
     def is_here(self, rest: str) -> bool:

@@ -1,5 +1,6 @@
 """Which part of what a network returns are its logits, and whether it has a classification head at all."""
 
+import re
 from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
@@ -18,6 +19,7 @@ Output = str | int | Callable[[Any], Tensor]
 PROBABILITIES = "probabilities"
 _SUM_MISTAKE = 1e-3  # of softmax outputs in half precision
 _NAMES = ("logits", "out", "output")  # of logits in a mapping
+_OF_FEATURES = re.compile("feat|pool|embed|hidden|state")  # in the name of what is no logits
 _HEADS = {"fc", "head", "heads", "classifier", "last_linear", "linear", "logits", "output"}
 _CHOOSE = (
     "Choose with output=: a position, a name or a function that returns the logits (open_model(..., output=1), or "
@@ -29,8 +31,8 @@ def logits_of(output: object) -> Tensor:
     """Find the logits ``(n_images, n_classes)`` in what a network returned, where it leaves no choice.
 
     Args:
-        output: a tensor; an object with ``.logits``; a mapping with ``logits``, ``out`` or ``output``; a tuple or list
-            with one two-dimensional tensor.
+        output: a tensor; an object with ``.logits``; a mapping with ``logits``, ``out`` or ``output``, or with one
+            two-dimensional tensor that is not named like features; a tuple or list with one two-dimensional tensor.
 
     Raises:
         ModelError: it is none of these, leaves a choice, or has fewer than two classes.
@@ -40,7 +42,9 @@ def logits_of(output: object) -> Tensor:
     if isinstance(getattr(output, "logits", None), Tensor):
         return _checked(output.logits, output)  # type: ignore[attr-defined]
     if isinstance(output, Mapping):
-        name = next((name for name in _NAMES if name in output), None)
+        flat = [name for name, part in output.items() if isinstance(part, Tensor) and part.dim() == 2]
+        lone = flat[0] if len(flat) == 1 and not _OF_FEATURES.search(str(flat[0])) else None
+        name = next((name for name in _NAMES if name in output), lone)
         if name is None:
             named = " or ".join(map(repr, _NAMES))
             raise ModelError(f"The network returned {_in_words(output)}; none is named {named}. {_CHOOSE}.")
@@ -91,20 +95,19 @@ def are_probabilities(logits: Tensor) -> bool:
     return bool((logits >= 0).all() and ((logits.double().sum(dim=1) - 1).abs() < _SUM_MISTAKE).all())
 
 
-def missing_head(network: nn.Module, images: Tensor, n_classes: int) -> str | None:
+def missing_head(network: nn.Module, images: Tensor, logits: Tensor) -> str | None:
     """Return why a network seems to have no classification head, None if it seems to have one.
 
     Either the last parameters that it reads are those of a normalisation, one for each output, as at the end of a
-    backbone (a ``BatchNorm1d`` may follow a linear classifier); or its head is an ``nn.Identity``.
+    backbone (a ``BatchNorm1d`` may follow a linear classifier); or its head is an ``nn.Identity`` (which may follow
+    one, too).
 
     Args:
         network: in evaluation mode.
         images: normalised images, ``(n_images, channels, height, width)``, run once.
-        n_classes: how many outputs it has.
+        logits: what are taken for its logits, ``(n_images, n_classes)``.
     """
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Identity) and _is_head(name, network):
-            return f"{name!r} is an nn.Identity"
+    n_classes = logits.shape[1]
     owners = {id(p): (name, module) for name, module in network.named_modules() for p in module.parameters(False)}
     reads = ParameterReads(network.parameters(), count(1).__next__)
     with torch.no_grad(), reads:
@@ -113,6 +116,11 @@ def missing_head(network: nn.Module, images: Tensor, n_classes: int) -> str | No
     if not read:
         return None
     name, last = read[-1]
+    # logits are of both signs, features after an activation are not
+    classified = isinstance(last, nn.Linear) and last.out_features == n_classes and bool((logits < 0).any())
+    for head, module in network.named_modules():
+        if isinstance(module, nn.Identity) and _is_head(head, network) and not classified:
+            return f"{head!r} is an nn.Identity"
     before = next((module for _, module in reversed(read) if module is not last), None)
     sizes = {p.numel() for p in last.parameters(recurse=False)}
     if "norm" not in type(last).__name__.lower() or sizes != {n_classes}:

@@ -79,9 +79,15 @@ def _described(
     reference: str, architecture: str, network: nn.Module, build: Callable[[], nn.Module] | None, initialiser: str
 ) -> Model:
     """A model of any network: with timm's own settings if it has them, else 224 x 224 pixels, not normalised."""
-    if isinstance(getattr(network, "pretrained_cfg", None), dict):
+    settings = getattr(network, "pretrained_cfg", None)
+    if isinstance(settings, dict):
         mean, std, shape = timm_input(network, {})
-        return Model(reference, architecture, network.eval(), mean, std, shape, build, initialiser)
+        # with other classes, it was trained on other images than those that timm's settings are of
+        own = getattr(network, "num_classes", None) == settings.get("num_classes")
+        undeclared = () if own else ("mean", "std")
+        return Model(
+            reference, architecture, network.eval(), mean, std, shape, build, initialiser, undeclared=undeclared
+        )
     first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
     channels = 1 if first is not None and first.in_channels == 1 else 3
     mean, std, shape = (0.0,) * channels, (1.0,) * channels, Preprocessing(channels=channels)

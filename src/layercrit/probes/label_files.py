@@ -25,6 +25,7 @@ _NAME_COLUMNS = (
     "id",
 )  # fmt: skip
 _LARGEST = 2**30  # bytes of a file of labels
+_OF_CLASSES = ("classes", "class_names", "classnames")  # files that --classes takes
 _KAGGLE = "predictionstring"  # class and boxes, as in ImageNet's LOC_val_solution.csv
 _EXPECTED = (
     "a .csv or .tsv with a column of file names and one of labels, a .txt with 'NAME LABEL' or a label per line, a "
@@ -89,6 +90,8 @@ def notes_on_files(folder: Path) -> list[str]:
     found = [folder / name for name in inside if _sounds_like_labels(name)]
     for name in beside:
         stem, suffix = Path(name.lower()).stem, Path(name.lower()).suffix
+        if stem in _OF_CLASSES:
+            continue
         if (
             stem == "labels"
             or (stem == own and suffix != ".npy")
@@ -159,7 +162,8 @@ def _of_table(file: Path, rows: Sequence[Sequence[str]], column: str | None) -> 
     if len(header) == 1 and column in (None, *header):
         return _Content(in_order=[row[0].strip() for row in body])
     name, label = (header.index(one) for one in _columns(file, header, column))
-    return _Content(by_name=[(row[name], row[label] if len(row) > label else None) for row in body])
+    named = [row for row in body if len(row) > name]
+    return _Content(by_name=[(row[name], row[label] if len(row) > label else None) for row in named])
 
 
 def _is_title(cell: str) -> bool:

@@ -94,8 +94,9 @@ def _labels(source: ImageSource, given: LabelsGiven) -> Labels | None:
             return None
         found = stored
     else:
-        found = labels_of_array(as_numpy(given), "given", source)
-    if missing := [index for index, number in enumerate(found.numbers) if number is None]:
+        found = labels_of_array(as_numpy(given), "the array given", source)
+    missing = [index for index, number in enumerate(found.numbers) if number is None and index not in source.unreadable]
+    if missing:
         raise ProbeError(
             f"{len(missing)} of {len(source)} images of '{source.description}' have no label, such as "
             f"'{source.name(missing[0])}'. Label them all, or ignore the labels with labels='none' (--labels none)."

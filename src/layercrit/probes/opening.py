@@ -46,15 +46,15 @@ def open_source(
         return kind(source, split, column)
     if kind is ArraySource and str(source).lower().endswith(".npz"):
         return ArraySource(source, split=split, key=column)
+    if kind is FolderSource and split is not None:
+        for folder in sorted(Path(source).expanduser().iterdir()):
+            if same_part(folder.name, split) and is_folder(folder) and _kind(folder) is not FolderSource:
+                return open_source(folder, column=column)  # of shards or files of another kind
     _refuse_column(column, f"'{source}'")
     if kind is TorchvisionSource:
         return TorchvisionSource.from_text(str(source))
     if kind is ArraySource:
         return ArraySource(source, split=split)
-    if kind is FolderSource and split is not None:
-        for folder in sorted(Path(source).expanduser().iterdir()):
-            if same_part(folder.name, split) and is_folder(folder) and _kind(folder) is not FolderSource:
-                return open_source(folder)  # of shards or files of another kind
     return IdxSource(source, split) if kind is IdxSource else FolderSource(source, split)
 
 

@@ -71,7 +71,7 @@ def chosen_part(parts: Iterable[str], split: str | None, where: str, example: st
         )
     found = [name for name in names if name == split] or [name for name in names if same_part(name, split)]
     if len(found) != 1:
-        has = f"it has {listed}. {near(split, names)}" if names else "it has no parts: leave out the split"
+        has = f"it has {listed}. {near(split, names)}" if names else "it has no parts: leave out the split."
         raise NoSuchPartError(f"'{where}' has no part {split!r}: {has}")
     return found[0]
 

@@ -70,10 +70,12 @@ class ImageSource(ABC):
     Attributes:
         description: the source as the user named it.
         notes: what the user should know about what was taken, in words.
+        unreadable: images whose labels cannot be read because they are damaged themselves; they are left out.
     """
 
     description: str
     notes: tuple[str, ...] = ()
+    unreadable: frozenset[int] = frozenset()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -290,7 +292,7 @@ class ArraySource(ImageSource):
 
     def labels(self) -> Labels | None:
         """Return the labels given or stored."""
-        return None if self._labels is None else labels_of_array(self._labels, "stored with the images", self)
+        return None if self._labels is None else labels_of_array(self._labels, "the array with the images", self)
 
     def unused_labels(self) -> list[str]:
         """Return which keys of the file, or which files beside it, look like labels."""

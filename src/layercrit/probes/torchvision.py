@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -99,10 +98,15 @@ class TorchvisionSource(ImageSource):
     def _labels(self) -> Labels | None:
         values: list[Any] | None = next(filter(None, map(self._listed, _LISTS)), None)
         if values is None:
-            values = [None] * len(self)
+            values, damaged = [None] * len(self), set[int]()
             for index in range(len(self)):
-                with suppress(OSError, SyntaxError):  # of a damaged image, which is left out
+                try:
                     values[index] = self._sample(index)[1]
+                except ProbeError:
+                    raise
+                except _UNREADABLE:
+                    damaged.add(index)
+            self.unreadable = frozenset(damaged)
         labels = labels_of(values, self._origin, self.name)
         classes = getattr(self._dataset, "classes", None)
         if classes is None:

@@ -17,7 +17,7 @@ from layercrit.layers import Layer, find_layers, select_layers
 from layercrit.machine import find_device
 from layercrit.models.model import Classifier
 from layercrit.models.references import is_here, open_model, without_weights
-from layercrit.probes.opening import open_source
+from layercrit.probes.labelling import open_images
 from layercrit.resets import RESETS
 from layercrit.restoring import undisturbed
 from layercrit.statistics import needed_trials
@@ -89,7 +89,8 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
     study.check_trained()
     n_images, images_mistake = study.n_images, ""
     try:
-        n_images = min(n_images, len(open_source(study.source)))
+        labels = study.labels if isinstance(study.labels, str) else "auto"
+        n_images = min(n_images, len(open_images(study.source, labels)))
     except LayercritError as error:
         images_mistake = str(error)
     done = _done(Path(folder)) if folder is not None else Counter[str]()
