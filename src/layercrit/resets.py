@@ -250,7 +250,7 @@ def check_draws(model: Model, layers: Iterable[Layer]) -> None:
     if same:
         raise ModelError(
             f"{own_initialiser(model, layers)} of {model.reference!r} gives {same[0]!r}"
-            f"{f' and {len(same) - 1} more parameters' if len(same) > 1 else ''} the same values under two seeds, so a "
+            f"{f' and {len(same) - 1} more' if len(same) > 1 else ''} the same values under two seeds, so a "
             "reset would not be a draw. If it sets a seed or loads trained weights, let it do neither when its weights "
             "are to be fresh; or give a freshly initialised donor with --from (donor=...), or leave these layers out "
             "with --layers (layers=...)."
