@@ -278,6 +278,13 @@ def test_worker__says_where_a_model_differs_from_the_study(prepare):
     ]
 
 
+def test_worker__images_of_the_size_that_a_model_takes_need_no_note(prepare):
+    size = "&mean=(0,0,0)&std=(1,1,1)&input_size=(3,2,2)"
+    study, work = prepare(models=[{"reference": f"file:m0.safetensors?{ARCHITECTURE}{size}"}])
+    assert study.preprocessing.resize is None
+    assert not any("does not say" in note or "differs" in note for note in ask(work, study)[0].record["notes"])
+
+
 def test_worker__says_what_a_model_does_not_declare(prepare):
     study, work = prepare()
 

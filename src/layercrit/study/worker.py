@@ -332,9 +332,15 @@ def _open_model(entry: ModelEntry, size: Preprocessing) -> tuple[Model, list[str
     own = open_model(entry.reference, input_size=None if size.channels == 3 else shape)
     model = replace(open_model(own, input_size=shape), preprocessing=size, undeclared=own.undeclared)
     notes = [model.undeclared_in_words("the study's input_size")]
-    if "input_size" not in own.undeclared and own.preprocessing != size:
+    if "input_size" not in own.undeclared and size not in (own.preprocessing, _without_resize(own.preprocessing)):
         notes.append(f"its own evaluation differs from the study's pixels: {_in_words(own.preprocessing)}")
     return model, [note for note in notes if note is not None]
+
+
+def _without_resize(size: Preprocessing) -> Preprocessing:
+    """Return the same without resizing, where that does nothing to images of the model's size."""
+    nothing = size.resize in (max(size.height, size.width), (size.height, size.width))
+    return replace(size, resize=None) if nothing else size
 
 
 def _joined(parts: Sequence[Mapping[str, npt.NDArray[np.float32]]]) -> dict[str, npt.NDArray[np.float32]]:
