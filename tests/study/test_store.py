@@ -486,8 +486,10 @@ def test_per_image__of_those_that_have_any(store):
     values = {"cosine": np.float32([0.5, np.nan, 1e-40]), "top1": np.float32([0, 1, 0])}
     with store.transaction():
         store.put_cells([cell("with", per_image=values), cell("without")])
-    found = store.per_image(["without", "with", "unknown"])
+    found = store.per_image(["without", "with"])
     assert list(found) == ["with"]
+    with pytest.raises(StudyError, match="study repair"):
+        store.per_image(["with", "not found by its key"])
     for name, expected in values.items():
         np.testing.assert_array_equal(found["with"][name], expected)
     assert store.keys_with_images() == {"with"}
