@@ -353,6 +353,16 @@ def piece_array() -> np.ndarray:
     return np.asarray(piece(0, 8, 8))[None]
 
 
+def test_parquet__a_row_group_that_memory_cannot_hold_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layercrit.probes.parquet.BATCH_BYTES", 2**20)
+    pq.write_table(pa.table({"image": [bytes(2**22)] * 4}), tmp_path / "x.parquet", use_dictionary=False)
+    monkeypatch.setattr("layercrit.probes.bounds.available_memory", lambda: 2**24)
+    with pytest.raises(ProbeError, match="smaller row groups"):
+        opened(tmp_path / "x.parquet")
+
+
 def test_parquet__ordinary_images_come_in_large_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [encoded(piece(number, 64, 64), "PNG") for number in range(300)]
     pq.write_table(pa.table({"image": images}), tmp_path / "x.parquet", use_dictionary=False)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from layercrit.errors import ProbeError
+from layercrit.probes.bounds import check_room
 from layercrit.probes.classes import Labels, labels_of
 from layercrit.probes.image_columns import IMAGE_COLUMNS, LABEL_COLUMNS, stored_bytes, unused_columns
 from layercrit.probes.shards import shards_of
@@ -126,7 +127,10 @@ class ParquetSource(ImageSource):
         try:
             # Streamed page by page, so that a row group need not lie in memory whole.
             with pq.ParquetFile(shard, pre_buffer=False, buffer_size=2**20) as file:
-                n_rows = _rows_at_once(file.metadata.row_group(group), column)
+                larger = _compressible_bytes(file.metadata.row_group(group), column)
+                n_rows = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, larger)))
+                if n_rows == 1:  # of ordinary images, next to nothing is compressible
+                    check_room(2 * larger, f"Row group {group} of '{shard}'", "Write it in smaller row groups.")
                 for batch in file.iter_batches(n_rows, row_groups=[group], columns=[column]):
                     start, end = end, end + batch.num_rows
                     while row is not None and row < end:
@@ -140,8 +144,8 @@ class ParquetSource(ImageSource):
             ) from error
 
 
-def _rows_at_once(group: Any, column: str) -> int:
-    """Return how many rows of a row group to read at once, by what its metadata say of a column.
+def _compressible_bytes(group: Any, column: str) -> int:
+    """Return how many bytes more a column of a row group takes unpacked than in the file, by its metadata.
 
     Bytes that cannot be compressed, as those of images, are in the file for each row. But a value of a dictionary is
     there once for any number of rows, and a value of zeros takes next to nothing. No value is larger than all of these.
@@ -152,4 +156,4 @@ def _rows_at_once(group: Any, column: str) -> int:
             dictionary = chunk.data_page_offset - (chunk.dictionary_page_offset or chunk.data_page_offset)
             incompressible = 0.9 * (chunk.total_compressed_size - dictionary)
             larger += max(0, int(chunk.total_uncompressed_size - incompressible))
-    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, larger)))
+    return larger
