@@ -2,7 +2,13 @@
 
 from layercrit.protocol import MATCHED
 
-__all__ = ["CELL_COLUMNS", "PER_IMAGE"]
+__all__ = ["CELL_COLUMNS", "NOT_REACHED", "PER_IMAGE", "WHOLE"]
+
+NOT_REACHED = "not_reached"
+"""Status of a layer all of whose cells are ok, but which has a larger half-width than was asked for."""
+
+WHOLE = ("ok", NOT_REACHED)
+"""Statuses of a layer all of whose cells are ok."""
 
 PER_IMAGE = "_per_image"  # ends the columns of cells.parquet that hold a list of one distance per image
 

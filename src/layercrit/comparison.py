@@ -451,8 +451,12 @@ def _about_missing(study: _Study, cells: pd.DataFrame, reset: str, left_out: set
     trials = cells.groupby(["model", "layer"])["trial"].nunique().groupby("model").min()
     records = study.models.set_index("model")["record"]
     random = all(records[name].get("random_trials", {}).get(reset, True) for name in usable)
-    planned = needed_trials(study.record.get("protocol", {}).get("trials", 0), random)
-    most = max(int(trials.max()), planned)
+    protocol = study.record.get("protocol", {})
+    if protocol.get("half_width") is None:
+        most = max(int(trials.max()), needed_trials(protocol.get("trials", 0), random))
+    else:
+        most = needed_trials(protocol["pilot"], random)
+        notes += _about_unlike_trials(cells, protocol["half_width"])
     if few := [f"{name} ({trials[name]})" for name in wanted if name in usable and trials[name] < most]:
         notes.append(f"Measured in fewer than the {most} trials of the study: {_listed(few)}.")
     notes += [
@@ -461,6 +465,18 @@ def _about_missing(study: _Study, cells: pd.DataFrame, reset: str, left_out: set
         if failure.reset == reset and failure.model not in left_out
     ]
     return notes
+
+
+def _about_unlike_trials(cells: pd.DataFrame, half_width: float) -> list[str]:
+    """Say which trials means rest on, where layers have unlike numbers of them."""
+    of_layers = cells.groupby(["model", "layer"])["trial"].nunique()
+    if of_layers.min() == of_layers.max():
+        return []
+    return [
+        f"Layers have {of_layers.min()} to {of_layers.max()} trials, as planned for a half-width of {half_width:g}. A "
+        "mean over layers takes each layer's mean over its own trials; its interval rests on those that all layers of "
+        "a model have."
+    ]
 
 
 def _about_bad(cells: pd.DataFrame, n_bad: pd.DataFrame) -> list[str]:

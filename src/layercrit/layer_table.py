@@ -50,6 +50,7 @@ def estimate_columns(critical: Estimate | None, matched: Estimate | None) -> dic
         "criticality": np.nan if critical is None else critical.mean,
         "low": np.nan if critical is None else critical.low,
         "high": np.nan if critical is None else critical.high,
+        "half_width": np.nan if critical is None else (critical.high - critical.low) / 2,
         "sd_trials": np.nan if critical is None else critical.sd_trials,
         "covers": "nothing" if critical is None else critical.covers,
         "criticality_matched": np.nan if matched is None else matched.mean,

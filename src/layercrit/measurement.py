@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from layercrit.cell_columns import CELL_COLUMNS, PER_IMAGE
+from layercrit.cell_columns import CELL_COLUMNS, NOT_REACHED, PER_IMAGE
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError, first_line
 from layercrit.foreign_files import read_json
 from layercrit.foreign_text import encodable, write_csv
 from layercrit.layer_table import estimate_columns, layer_table
+from layercrit.precision import PrecisionPlan, recentred
 from layercrit.protocol import MATCHED
 from layercrit.statistics import Estimate, estimate, estimate_mean_over_layers
 
@@ -40,7 +41,7 @@ class Measurement:
             images of every distance, of which ``cosine`` is the criticality of that cell. Means of cells that are not
             ok are NaN. Columns about labels exist if the images had labels.
         per_image: distance name -> values ``(n_layers, n_trials, n_images)``, float32, images in the order of the probe
-            set; NaN in cells that are not ok.
+            set; NaN in cells that are not ok, and where a layer has fewer trials than others.
         record: everything else worth keeping, as plain data: the resolved protocol, model, probe set, versions,
             device, the backend, the chance level and the temperature.
     """
@@ -55,28 +56,41 @@ class Measurement:
         ``criticality`` is 1 minus the mean cosine similarity of softmax outputs, in [0, 1], and ``low`` and ``high``
         are the limits of its interval, which covers new trials and new images (NaN where that cannot be known).
         ``criticality_matched`` is the same at the model's matched temperature. ``status`` is ``ok``, or says what
-        share of the trials was left out and why; all other columns are then over the remaining ``n_trials``.
+        share of the trials was left out and why; all other columns are then over the remaining ``n_trials``. Where a
+        half-width was asked for, a layer that has a larger one has the status ``not_reached``.
         """
         rows = []
-        for index, (_, cells) in enumerate(self.cells.groupby("layer", sort=False)):
-            ok = (cells["status"] == "ok").to_numpy()
-            rows.append(estimate_columns(*(self._estimate(distance, index, ok) for distance in ("cosine", MATCHED))))
+        for index, (layer, cells) in enumerate(self.cells.groupby("layer", sort=False)):
+            trials = cells.loc[cells["status"] == "ok", "trial"].to_list()
+            found = (self._estimate(distance, index, str(layer), trials) for distance in ("cosine", MATCHED))
+            rows.append(estimate_columns(*found))
         estimates = pd.DataFrame(rows, index=self.cells["layer"].drop_duplicates()).drop(columns="covers")
         about = ("type", "depth", "n_parameters", "flops_after")
         table = layer_table(self.cells, estimates, by=["layer"], about=about, means=self._mean_columns())
+        reached = [self._reaches(layer, n) for layer, n in zip(table["layer"], table["n_trials"], strict=True)]
+        table.loc[(table["status"] == "ok") & ~np.array(reached, bool), "status"] = NOT_REACHED
         return table.drop(columns="n_images")
+
+    @property
+    def plan(self) -> PrecisionPlan | None:
+        """What was planned after the pilot, where a half-width or a time was asked for."""
+        plan = self.record.get("precision")
+        return None if plan is None else PrecisionPlan.from_dict(plan)
 
     def summary(self) -> dict[str, Any]:
         """Return the model's mean criticality with its interval, and what is needed to read it, as plain data.
 
         ``criticality`` and ``criticality_matched`` are means over the layers whose cells are all ok, the others are
-        ``left_out``; None where no layer is left or no temperature matched. ``chance`` is the mean cosine between
-        predictions of different images: an unrelated prediction has criticality ``1 - chance``. ``unreadable`` are the
-        images that were left out because they could not be read, with the reasons.
+        ``left_out``; None where no layer is left or no temperature matched. Where layers have unlike numbers of trials,
+        each counts with the mean over its own, and the interval rests on the ``n_trials_in_mean`` that all have.
+        ``chance`` is the mean cosine between predictions of different images: an unrelated prediction has criticality
+        ``1 - chance``. ``unreadable`` are the images that were left out because they could not be read, with the
+        reasons. ``precision`` is what was asked of half-widths, and the layers that did not reach it.
         """
         statuses = self.cells.groupby("layer", sort=False)["status"].agg(list)
         whole = [all(status == "ok" for status in of_layer) for of_layer in statuses]
-        mean, matched = (self._estimate_mean(distance, whole) for distance in ("cosine", MATCHED))
+        common = self._common_trials(list(statuses.index[whole]))
+        mean, matched = (self._estimate_mean(distance, whole, common) for distance in ("cosine", MATCHED))
         return {
             "model": self.record["model"]["reference"],
             "criticality": _limits(mean),
@@ -89,6 +103,8 @@ class Measurement:
             "n_layers_in_mean": sum(whole),
             "left_out": [name for name, counts in zip(statuses.index, whole, strict=True) if not counts],
             "n_trials": int(self.cells["trial"].nunique()),
+            "n_trials_in_mean": len(common),
+            "precision": self._precision(),
             "n_images": self.record["probe_set"]["n_images"],
             "unreadable": list(self.record["probe_set"].get("skipped", [])),
             "cells": {str(status): int(n) for status, n in self.cells["status"].value_counts().items()},
@@ -131,7 +147,7 @@ class Measurement:
         folder = Path(folder).expanduser()
         cells = self.cells.copy()
         for name, values in self.per_image.items():
-            cells[name + PER_IMAGE] = pd.Series(list(values.reshape(len(cells), -1)))
+            cells[name + PER_IMAGE] = pd.Series(list(values[self._places()]))
         record = encodable({"format": _FORMAT, **self.record, "summary": self.summary()})
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -179,11 +195,15 @@ class Measurement:
                 record["backend"] = _FORMER_BACKENDS[record.pop("road")]
             cells = pd.read_parquet(folder / "cells.parquet")
             _check_together(record, cells)
-            shape = (len(record["layers"]), cells["trial"].nunique(), record["probe_set"]["n_images"])
+            shape = (len(record["layers"]), 1 + int(cells["trial"].max()), record["probe_set"]["n_images"])
             columns = [column for column in cells.columns if column.endswith(PER_IMAGE)]
-            per_image = {
-                column.removesuffix(PER_IMAGE): np.stack(cells[column].to_list()).reshape(shape) for column in columns
-            }
+            per_image = {column.removesuffix(PER_IMAGE): np.full(shape, np.nan, np.float32) for column in columns}
+            place = {layer: number for number, layer in enumerate(record["layers"])}
+            where = cells["layer"].map(place).to_numpy(), cells["trial"].to_numpy()
+            for column in columns:
+                per_image[column.removesuffix(PER_IMAGE)][where] = np.stack(cells[column].to_list())
+            if record.get("precision") is not None:
+                PrecisionPlan.from_dict(record["precision"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LayercritError(
                 f"The measurement in {folder} is damaged ({first_line(error)}). Restore the folder, or measure again."
@@ -191,18 +211,59 @@ class Measurement:
         kept = {key: value for key, value in record.items() if key not in ("format", "summary")}
         return cls(cells.drop(columns=columns), per_image, kept)
 
-    def _estimate(self, distance: str, layer: int, ok: npt.NDArray[np.bool_]) -> Estimate | None:
-        values = self.per_image[distance][layer, ok]  # (n_trials, n_images)
-        known = values.size > 0 and np.isfinite(values).all()
-        return estimate(values, **self._how()) if known else None
+    def _places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the layer and the trial of each cell, as indices."""
+        place = {layer: number for number, layer in enumerate(self.record["layers"])}
+        return self.cells["layer"].map(place).to_numpy(np.int64), self.cells["trial"].to_numpy(np.int64)
 
-    def _estimate_mean(self, distance: str, layers: list[bool]) -> Estimate | None:
-        values = self.per_image[distance][layers]  # (n_layers, n_trials, n_images)
+    def _common_trials(self, layers: list[str]) -> list[int]:
+        """Return the trials that all of some layers have."""
+        own = self.cells[self.cells["layer"].isin(layers)]
+        counts = own.groupby("trial")["layer"].nunique()
+        return [int(trial) for trial in counts.index[counts == len(layers)]] if layers else []
+
+    def _estimate(self, distance: str, index: int, layer: str, trials: list[int]) -> Estimate | None:
+        values = self.per_image[distance][index, trials]  # (n_trials, n_images)
         known = values.size > 0 and np.isfinite(values).all()
-        return estimate_mean_over_layers(values, **self._how()) if known else None
+        found = estimate(values, **self._how()) if known else None
+        if found is None or self.plan is None:
+            return found
+        return self.plan.estimate(layer, found, values, matched=distance == MATCHED)
+
+    def _estimate_mean(self, distance: str, layers: list[bool], trials: list[int]) -> Estimate | None:
+        values = self.per_image[distance][layers]  # (n_layers, n_trials, n_images)
+        common = values[:, trials]
+        if not common.size or not np.isfinite(common).all():
+            return None
+        found = estimate_mean_over_layers(common, **self._how())
+        if common.shape == values.shape:
+            return found
+        return recentred(found, float(np.nanmean(values, axis=(1, 2), dtype=np.float64).mean()))
+
+    def _reaches(self, layer: str, n_trials: int) -> bool:
+        """Return whether a layer has the half-width that was asked for, if any was."""
+        if self.plan is None:
+            return self.record["protocol"].get("half_width") is None
+        return self.plan.reaches(layer, n_trials, self.record["probe_set"]["n_images"])
+
+    def _precision(self) -> dict[str, Any] | None:
+        """Return what was asked and planned of precision, and what came of it; None where nothing was asked."""
+        asked = {name: self.record["protocol"].get(name) for name in ("half_width", "minutes")}
+        if all(value is None for value in asked.values()):
+            return None
+        plan = self.plan
+        statuses = self.to_pandas().set_index("layer")["status"]
+        return {
+            **asked,
+            "planned_half_width": None if plan is None else plan.half_width,
+            "pilot": self.record["protocol"]["pilot"],
+            "max_trials": self.record["protocol"]["max_trials"],
+            "not_reached": list(statuses.index[statuses == NOT_REACHED]),
+        }
 
     def _how(self) -> dict[str, Any]:
-        return {"level": self.record["protocol"]["level"], "random_trials": self.record["random_trials"]}
+        protocol = self.record["protocol"]
+        return {"level": protocol["level"], "random_trials": self.record["random_trials"]}
 
     def _mean_columns(self) -> list[str]:
         distances = [*DISTANCES, *(name for name in self.per_image if name not in DISTANCES)]

@@ -1,25 +1,18 @@
 """Measure one model on one probe set: which layers do its decisions depend on?"""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pandas as pd
 import torch
 from torch import nn
 
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.engine.allocator import large_blocks_stay
-from layercrit.engine.session import Session, Trial
 from layercrit.engine.subject import Subject
-from layercrit.foreign_text import encodable
-from layercrit.machine import versions
 from layercrit.measurement import Measurement
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
@@ -28,9 +21,10 @@ from layercrit.probes.labelling import LabelsGiven, are_wanted, open_images
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.probes.sources import ArraySource
 from layercrit.progress_bar import Bar
-from layercrit.protocol import DEFAULTS, MATCHED, Protocol
+from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import get_reset
 from layercrit.restoring import rng_untouched, undisturbed, untouched
+from layercrit.sampling import OnTrial, Sampling
 from layercrit.seeds import probe_set_seed
 
 __all__ = ["Measurement", "measure"]
@@ -53,10 +47,16 @@ def measure(
     dtype: str = DEFAULTS.dtype,
     device: str = DEFAULTS.device,
     level: float = DEFAULTS.level,
+    interval: str = DEFAULTS.interval,
+    half_width: float | None = DEFAULTS.half_width,
+    minutes: float | None = DEFAULTS.minutes,
+    pilot: int = DEFAULTS.pilot,
+    max_trials: int = DEFAULTS.max_trials,
     labels: LabelsGiven = "auto",
     classes: str | Path | Sequence[str] | None = None,
     progress: bool = True,
-    on_trial: Callable[[Callable[[], Measurement]], object] | None = None,
+    resume: Measurement | None = None,
+    on_trial: OnTrial | None = None,
 ) -> Measurement:
     """Reset each layer of a model in turn and measure how far its predictions move.
 
@@ -83,10 +83,18 @@ def measure(
             bfloat16 where that is fast and, on a first batch, exact enough, else float32 (see `Protocol`).
         device: ``auto`` (a GPU if there is one), or any name that torch knows.
         level: confidence level of intervals, between 0 and 1.
+        interval: ``t`` (Student's) or ``betting``, which assumes nothing but that distances lie in [0, 1].
+        half_width: half-width of the interval that every layer is to have, between 0 and 1. A pilot then plans, once,
+            how many images all layers get and how many trials each (see `layercrit.precision`), in place of ``trials``;
+            ``n_images`` is the most images. A layer that does not reach it has the status ``not_reached``.
+        minutes: in place of ``half_width``: the smallest one that can be had in this time.
+        pilot: trials of the pilot, at least 3.
+        max_trials: the most trials of a layer under ``half_width`` or ``minutes``.
         labels: labels for accuracy and loss: ``"auto"``: those that the images come with; ``"none"``; a file of labels,
             a column, or an array: see `ProbeSet.from_source`.
         classes: the names of classes in the order of the model's outputs, or a text file with one per line.
         progress: whether to show a progress bar on a terminal.
+        resume: an unfinished measurement of the same, or one of fewer trials, to go on with.
         on_trial: called after every finished trial with a function without arguments, which builds and returns the
             measurement of the trials up to that one: call it when you want to save them, now or later.
 
@@ -118,6 +126,11 @@ def measure(
         dtype=dtype,
         device=device,
         level=level,
+        interval=interval,
+        half_width=half_width,
+        minutes=minutes,
+        pilot=pilot,
+        max_trials=max_trials,
     )
     get_reset(reset)
     names = distance_names(distances)
@@ -126,122 +139,24 @@ def measure(
         with untouched(opened.network), large_blocks_stay():
             subject = Subject(protocol, opened, donor)
             bar.say(_intention(subject, protocol))
-            probe_set = ProbeSet.from_source(
-                images,
-                opened.preprocessing,
-                n_images=protocol.n_images,
-                seed=probe_set_seed(protocol.seed),
-                labels=labels,
-                classes=classes,
-                progress=bar.decoded,
-            )
-            session = Session(protocol, subject, probe_set, names, are_wanted(labels), bar)
-            return _Measuring(started, protocol, session).run(on_trial)
+            source = images if isinstance(images, ProbeSet) else open_images(images, labels)
+            n_available = source.n_images if isinstance(source, ProbeSet) else min(protocol.n_images, len(source))
 
+            def draw(n_images: int) -> ProbeSet:
+                if isinstance(source, ProbeSet):
+                    return source.first(n_images)
+                return ProbeSet.from_source(
+                    images,
+                    opened.preprocessing,
+                    n_images=n_images,
+                    seed=probe_set_seed(protocol.seed),
+                    labels=labels,
+                    classes=classes,
+                    progress=bar.decoded,
+                )
 
-class _Measuring:
-    """The state of one measurement: the session, and the trials that are finished."""
-
-    def __init__(self, started: float, protocol: Protocol, session: Session) -> None:
-        self.started, self.protocol, self.session = started, protocol, session
-        _, self.flops_after = session.subject.flops
-        self.finished: list[Trial] = []
-        self.values: list[Mapping[str, npt.NDArray[np.float32]]] = []  # name -> (n_layers, n_images), of each trial
-
-    def run(self, on_trial: Callable[[Callable[[], Measurement]], object] | None) -> Measurement:
-        """Run all trials and return the measurement."""
-        for number in range(self.session.subject.n_trials):
-            trial = self.session.trial(number)
-            batches = [batch.per_image for batch in trial.batches()]
-            self.values.append({name: np.concatenate([b[name] for b in batches], axis=1) for name in batches[0]})
-            trial.forget()
-            self.finished.append(trial)
-            if on_trial is not None:
-                on_trial(partial(self._measurement, number + 1))
-        return self._measurement(self.session.subject.n_trials)
-
-    def _measurement(self, n_trials: int) -> Measurement:
-        """Return the measurement of the first trials, all of them finished; a later one may be running."""
-        finished, values_of_trials = self.finished[:n_trials], self.values[:n_trials]
-        per_image = {
-            name: np.stack([values[name] for values in values_of_trials], axis=1)  # (n_layers, n_trials, n_images)
-            for name in (*self.session.distances, MATCHED)
-        }
-        status = [trial.status(values["cosine"]) for trial, values in zip(finished, values_of_trials, strict=True)]
-        ok = np.array(status).T == "ok"  # (n_layers, n_trials)
-        for values in per_image.values():
-            values[~ok] = np.nan
-        rows = [
-            self._cell(layer, number, status[number][layer])
-            for layer in range(len(self.session.subject.layers))
-            for number in range(n_trials)
-        ]
-        return Measurement(pd.DataFrame(rows).astype({"seed": "uint64"}), per_image, self._record(finished))
-
-    def _cell(self, index: int, number: int, status: str) -> dict[str, Any]:
-        trial, session = self.finished[number], self.session
-        layer = session.subject.layers[index]
-        return {
-            "model": encodable(session.subject.model.reference),
-            "layer": layer.name,
-            "type": layer.type,
-            "depth": layer.depth,
-            "n_parameters": layer.n_parameters,
-            "flops_after": self.flops_after[layer.name],
-            "reset": self.protocol.reset,
-            "trial": trial.trial,
-            "seed": trial.seed,
-            "status": status,
-            "delta_norm": trial.delta_norm[index],
-            "n_images": session.probe_set.n_images,
-            **session.means(self.values[number], index, status),
-        }
-
-    def _record(self, finished: list[Trial]) -> dict[str, Any]:
-        session, subject, model = self.session, self.session.subject, self.session.subject.model
-        resolved = {
-            "trials": subject.n_trials,
-            "n_images": session.probe_set.n_images,
-            "batch_size": session.holder.batch_size,
-            "dtype": session.holder.mode,
-            "device": str(subject.device),
-            "distances": session.distances,
-        }
-        predictions = asdict(session.predictions)
-        n_classes = predictions.pop("n_classes")
-        return {
-            "protocol": {**self.protocol.to_dict(), **resolved},
-            "random_trials": subject.random_trials,
-            "trial_seeds": [trial.seed for trial in finished],
-            "model": {
-                "reference": encodable(model.reference),
-                "architecture": model.architecture,
-                "sha256": model.sha256,
-                "donor": subject.donor_in_words,
-                "mean": list(model.mean),
-                "std": list(model.std),
-                "undeclared": list(model.undeclared),
-                "output": model.output_in_words,
-                "n_classes": n_classes,
-                "n_parameters": sum(p.numel() for p in subject.network.parameters()),
-            },
-            "probe_set": session.probe_set.to_dict() | {"labels": session.labels is not None},
-            "predictions": predictions,
-            "layers": {
-                layer.name: {"parameters": list(layer.parameters), "shape": list(layer.shape)}
-                for layer in subject.layers
-            },
-            "backend": session.holder.backend,
-            "dtype": session.holder.mode,
-            "device": str(subject.device),
-            "threads": torch.get_num_threads(),
-            "warnings": session.predictions.warnings(),
-            "notes": list(session.notes),
-            "versions": versions(),
-            "seconds_opening": round(session.holder.seconds_opening, 3),
-            "seconds": round(time.perf_counter() - self.started, 3),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+            sampling = Sampling(started, protocol, subject, draw, n_available, names, are_wanted(labels), bar)
+            return sampling.run(resume, on_trial)
 
 
 def distance_names(distances: str | Iterable[str] | None) -> list[str]:

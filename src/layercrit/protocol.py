@@ -7,10 +7,12 @@ from typing import Any
 
 from layercrit.errors import ProtocolError, near
 
-__all__ = ["DEFAULTS", "DTYPES", "MATCHED", "Protocol"]
+__all__ = ["DEFAULTS", "DTYPES", "INTERVALS", "MATCHED", "Protocol"]
 
 MATCHED = "cosine_matched"
 """Column and key of the cosine distance between predictions at the model's matched temperature."""
+
+INTERVALS = ("t", "betting")
 
 DTYPES = ("auto", "reference", "float32", "bfloat16")
 
@@ -64,11 +66,31 @@ class Protocol:
     )
     device: str = _setting("auto", "`auto` (a GPU if there is one), or any name that torch knows")
     level: float = _setting(0.95, "confidence level of intervals", exclusiveMinimum=0, exclusiveMaximum=1)
+    interval: str = _setting(
+        "t",
+        "`t` (Student's, for new trials and new images), or `betting` (for new trials on the same images; assumes "
+        "nothing but that distances lie in [0, 1], and needs some 70 trials to say much)",
+        enum=INTERVALS,
+    )
+    half_width: float | None = _setting(
+        None,
+        "half-width of the interval that every layer is to have, such as 0.05: a pilot then plans the trials of each "
+        "layer and the images, in place of `trials`, and `n_images` is the most images",
+        exclusiveMinimum=0,
+        exclusiveMaximum=1,
+    )
+    minutes: float | None = _setting(
+        None, "time for the best half-width that can be had in it, in place of `half_width`", exclusiveMinimum=0
+    )
+    pilot: int = _setting(10, "trials of the pilot that `half_width` or `minutes` begin with", minimum=3)
+    max_trials: int = _setting(200, "the most trials of a layer under `half_width` or `minutes`", minimum=3)
 
     def __post_init__(self) -> None:
         for name, words, smallest in (
             ("trials", "a whole number of at least 1", 1),
             ("n_images", "a whole number of at least 1", 1),
+            ("pilot", "a whole number of at least 3, since fewer trials hardly tell how much they vary", 3),
+            ("max_trials", "a whole number of at least 3", 3),
             ("batch_size", "'auto' or a whole number of at least 1", 1),
             ("seed", "a whole number", -math.inf),
         ):
@@ -83,6 +105,43 @@ class Protocol:
         if not isinstance(self.level, Real) or not 0 < self.level < 1:
             raise ProtocolError(f"level must be between 0 and 1, such as 0.95; got {self.level!r}.")
         object.__setattr__(self, "level", float(self.level))
+        if self.interval not in INTERVALS:
+            raise ProtocolError(f"Unknown interval {str(self.interval)!r}. {near(str(self.interval), INTERVALS)}")
+        self._check_precision()
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether a pilot plans the trials."""
+        return self.half_width is not None or self.minutes is not None
+
+    @property
+    def first_trials(self) -> int:
+        """The trials that are run before any plan: all of them, or the pilot's."""
+        return self.pilot if self.is_planned else self.trials
+
+    def _check_precision(self) -> None:
+        for name, limit, such_as in (("half_width", 1.0, "0.05"), ("minutes", math.inf, "10")):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < limit:
+                words = "above 0" if math.isinf(limit) else "between 0 and 1"
+                raise ProtocolError(f"{name} must be {words}, such as {such_as}; got {value!r}.")
+            object.__setattr__(self, name, float(value))
+        if self.half_width is not None and self.minutes is not None:
+            raise ProtocolError("half_width and minutes cannot both be given: the one follows from the other.")
+        if self.is_planned and self.trials != type(self).trials:
+            raise ProtocolError(
+                f"trials is {self.trials}, but half_width or minutes plan the trials. Leave trials out; their limits "
+                "are pilot and max_trials."
+            )
+        if self.is_planned and self.max_trials < self.pilot:
+            raise ProtocolError(f"max_trials is {self.max_trials}, less than the {self.pilot} trials of the pilot.")
+        if self.is_planned and self.interval != "t":
+            raise ProtocolError(
+                f"half_width and minutes plan Student's intervals, not {self.interval!r}. Leave the interval out; or "
+                "give trials instead: betting takes some 65 to 90 of them for a half-width of 0.05."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain data."""

@@ -143,7 +143,7 @@ def test_trial__of_some_layers_is_that_part_of_the_whole_one_bit_for_bit(network
 
     some = session.trial(0, [session.subject.layers[place] for place in places])
 
-    assert some.seed == whole.seed
+    assert some.seeds == whole.seeds
     assert some.delta_norm == [whole.delta_norm[place] for place in places]
     for name, values in gathered(some.batches()).items():
         np.testing.assert_array_equal(values, everything[name][places])
@@ -188,11 +188,11 @@ def test_run_batch__goes_on_with_half_the_size_when_memory_runs_out(network, mon
     first = next(batches)
     run_batch, sizes = Session._run_batch, []
 
-    def short_of_memory(self, replay, trial, start):
+    def short_of_memory(self, replay, draws, start):
         sizes.append(self.holder.batch_size)
         if self.holder.batch_size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return run_batch(self, replay, trial, start)
+        return run_batch(self, replay, draws, start)
 
     monkeypatch.setattr(session_module.Session, "_run_batch", short_of_memory)
     rest = list(batches)
@@ -211,7 +211,7 @@ def test_trial__frees_what_it_drew_when_it_is_over(network):
 
     trial = open_session(network).trial(0)
     list(trial.batches())
-    drawn = [weakref.ref(value) for change in trial._changes for value in change.values.values()]
+    drawn = [weakref.ref(value) for changes in trial._changes.values() for change in changes for value in change.values.values()]
     assert drawn
 
     trial.forget()

@@ -97,25 +97,29 @@ class GraphReplay(Replay):
         return {node: value for node, value in cache.items() if node in read}
 
     @override
-    def sweep(self, images: Tensor, prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
+    def sweep(self, images: Tensor, *prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
         if images.shape != self._shape:
             raise ProtocolError(
                 f"The images have shape {tuple(images.shape)}, but the network was exported for {tuple(self._shape)}. "
                 "Pad the last batch, or open another replay."
             )
-        key = frozenset(prepared)
+        key = frozenset(name for of_trial in prepared for name in of_trial)
         if key not in self._schedules:
             self._schedules[key] = self._schedule([layer for layer in self.layers if layer.name in key])
         clean: dict[fx.Node, Any] = {self._weight_graph.images: images}
         values = ChainMap(clean, self._static)
         for event in self._schedules[key]:
-            with torch.inference_mode():
-                if isinstance(event, _Step):
+            if isinstance(event, _Step):
+                with torch.inference_mode():
                     clean[event.node] = _call(event.node, event.target, values.__getitem__)
-                else:
-                    logits = self._run_suffix(self._suffixes[event.layer.name], prepared[event.layer.name], clean)
-            if isinstance(event, _Visit):
-                yield event.layer.name, logits
+            else:
+                name = event.layer.name
+                for of_trial in prepared:
+                    if name not in of_trial:
+                        continue
+                    with torch.inference_mode():
+                        logits = self._run_suffix(self._suffixes[name], of_trial[name], clean)
+                    yield name, logits
             for node in event.forget:
                 del clean[node]
         yield None, values[self._weight_graph.logits]

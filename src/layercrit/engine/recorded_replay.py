@@ -38,12 +38,13 @@ class RecordedReplay(PlainReplay):
     backend = "recorded outputs"
 
     @override
-    def sweep(self, images: Tensor, prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
+    def sweep(self, images: Tensor, *prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
         recording = _Recording(self.network, self.run)
         clean = recording.record(images)
         for layer in self.layers:
-            if layer.name in prepared:
-                yield layer.name, recording.replay(layer, prepared[layer.name], images)
+            for of_trial in prepared:
+                if layer.name in of_trial:
+                    yield layer.name, recording.replay(layer, of_trial[layer.name], images)
         yield None, clean
 
 

@@ -47,12 +47,16 @@ class Replay(ABC):
         """
 
     @abstractmethod
-    def sweep(self, images: Tensor, prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
+    def sweep(self, images: Tensor, *prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
         """Yield (layer name, logits after its reset) in depth order, and at last (None, logits of the trained network).
+
+        What a layer's resets share is computed once for all trials, and nothing that is not needed for an item is
+        computed before it: who does not need the trained network's logits stops before them.
 
         Args:
             images: normalised images ``(n_images, channels, height, width)``, of the shape the replay was opened for.
-            prepared: layer name -> what `prepare` returned. Logits are ``(n_images, n_classes)``, float32.
+            prepared: for each trial, layer name -> what `prepare` returned. A layer's trials follow each other in this
+                order. Logits are ``(n_images, n_classes)``, float32.
         """
 
     def logits(self, images: Tensor) -> Tensor:
@@ -77,10 +81,11 @@ class PlainReplay(Replay):
         return dict(values)
 
     @override
-    def sweep(self, images: Tensor, prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
+    def sweep(self, images: Tensor, *prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
         for layer in self.layers:
-            if layer.name in prepared:
-                yield layer.name, self.run(prepared[layer.name], images)
+            for of_trial in prepared:
+                if layer.name in of_trial:
+                    yield layer.name, self.run(of_trial[layer.name], images)
         yield None, self.run({}, images)
 
     def run(self, values: Values, images: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """One opened model and one probe set, ready to run trials: what the model predicts after each reset."""
 
 import math
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from layercrit.distances import measure_distances
 from layercrit.engine.dependence import check_dependence
@@ -22,17 +24,19 @@ from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.protocol import MATCHED, Protocol
 
-__all__ = ["Batch", "Session", "Trial"]
+__all__ = ["Batch", "Draws", "Session"]
+
+_BYTES_OF_LOGITS = 2**28  # of the trained network, up to which they are kept
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the resets of one trial did to images ``start`` to ``stop``.
+    """What the resets of some trials did to images ``start`` to ``stop``.
 
     Attributes:
         start: the first image's position in the probe set.
         stop: the position after the last image's.
-        per_image: name of a distance or score -> ``(n_layers, n_images)``, float32, layers in the order of the trial.
+        per_image: name of a distance or score -> ``(n_cells, n_images)``, float32, in the order of `Draws.cells`.
     """
 
     start: int
@@ -50,6 +54,11 @@ class Session:
         predictions: what the trained network predicts.
         notes: what the user should know, in words.
         holder: opens and keeps the replay.
+        seconds_drawing: the time that drawing new values took so far.
+        seconds_packing: the time that preparing them for the replay took.
+        seconds_running: the time that running the resets took.
+        n_run: single images that were run after a single reset so far.
+        n_expected: how many of them there will be, for the progress bar.
 
     Args:
         protocol: how to measure.
@@ -87,6 +96,9 @@ class Session:
             say=bar.say,
         )
         self._bar = bar
+        self.seconds_drawing, self.seconds_packing, self.seconds_running = 0.0, 0.0, 0.0
+        self.n_run, self.n_expected = 0, subject.n_trials * len(subject.layers) * probe_set.n_images
+        self._kept: tuple[Replay | None, dict[tuple[int, int], Tensor]] = (None, {})
         subject.check_draws()
         self._check_dependence()
         if predictions is None:
@@ -107,21 +119,25 @@ class Session:
                 raise
             self.notes.append("not checked for lack of memory: whether a prediction depends on its image alone")
 
-    def trial(self, trial: int, layers: list[Layer] | None = None) -> "Trial":
+    def trial(self, trial: int, layers: Sequence[Layer] | None = None) -> "Draws":
         """Draw the new values of one trial.
 
         Args:
             trial: which, from 0.
             layers: those to reset; all of the subject by default.
         """
-        return Trial(self, trial, self.subject.layers if layers is None else layers)
+        return self.draws({trial: self.subject.layers if layers is None else layers})
+
+    def draws(self, layers_of_trials: Mapping[int, Sequence[Layer]]) -> "Draws":
+        """Draw the new values of some trials, which are run together: trial, from 0 -> the layers to reset."""
+        return Draws(self, layers_of_trials)
 
     def means(self, values: Mapping[str, npt.NDArray[np.float32]], index: int, status: str) -> dict[str, float]:
         """Return the mean over images of everything measured for one layer of a trial; NaN unless it is ok.
 
         Args:
-            values: name -> ``(n_layers, n_images)``, all images of the probe set.
-            index: the layer's position in ``values``.
+            values: name -> ``(n_cells, n_images)``, all images of the probe set.
+            index: the cell's position in ``values``.
             status: the cell's.
         """
         means = {
@@ -134,48 +150,78 @@ class Session:
 
     # --- resets -----------------------------------------------------------------------------------------------------
 
-    def run_batch(self, trial: "Trial", start: int) -> Batch:
-        """Run the resets of a trial on the images from ``start`` on, as many as fit into a batch."""
-        return self.holder.run(partial(self._run_batch, trial=trial, start=start))
+    def run_batch(self, draws: "Draws", start: int) -> Batch:
+        """Run the resets of some trials on the images from ``start`` on, as many as fit into a batch."""
+        return self.holder.run(partial(self._run_batch, draws=draws, start=start))
 
-    def _run_batch(self, replay: Replay, trial: "Trial", start: int) -> Batch:
+    def _run_batch(self, replay: Replay, draws: "Draws", start: int) -> Batch:
+        prepared = draws.prepared(replay)
+        started = time.perf_counter()
         images, n = self.holder.batch(start)
-        logits = {}
-        prepared = trial.prepared(replay)
-        for name, found in replay.sweep(images, prepared):
-            logits[name] = found[:n].float()
-            done = trial.trial * self.probe_set.n_images + start + n * len(logits) / (len(prepared) + 1)
-            self._bar.measured(done, self.subject.n_trials * self.probe_set.n_images)
-        before = logits[None]
+        before, after = self._logits(replay, images, prepared, start, n)
         p, p_matched = before.softmax(dim=1), (before / self._temperature).softmax(dim=1)
         rows = []
-        for layer in trial.layers:
-            after = logits.get(layer.name, before)
-            row = measure_distances(p, after.softmax(dim=1), self.distances)
-            matched = measure_distances(p_matched, (after / self._temperature).softmax(dim=1), ["cosine"])
+        for trial, layer in draws.cells:
+            logits = after.get((trial, layer.name), before)
+            row = measure_distances(p, logits.softmax(dim=1), self.distances)
+            matched = measure_distances(p_matched, (logits / self._temperature).softmax(dim=1), ["cosine"])
             row[MATCHED] = matched["cosine"]
-            rows.append(row | scores_of(after, self.labels, start))
+            rows.append(row | scores_of(logits, self.labels, start))
         values = {name: torch.stack([row[name] for row in rows]).cpu().numpy() for name in rows[0]}
+        self.seconds_running += time.perf_counter() - started
         return Batch(start, start + n, values)
 
+    def _logits(
+        self, replay: Replay, images: Tensor, prepared: Mapping[int, Mapping[str, Any]], start: int, n: int
+    ) -> tuple[Tensor, dict[tuple[int, str], Tensor]]:
+        """Return the trained network's logits, and by trial and layer those after its reset."""
+        order = [
+            (trial, layer.name)
+            for layer in self.subject.layers
+            for trial, of_trial in prepared.items()
+            if layer.name in of_trial
+        ]
+        before = self._kept_logits(replay).get((start, n))
+        after = {}
+        sweep = replay.sweep(images, *prepared.values())
+        for cell, (_, logits) in zip(order, sweep):  # noqa: B905 - the sweep is longer by the trained network's logits
+            after[cell] = logits[:n].float()
+            self.n_run += n
+            self._bar.measured(self.n_run, max(self.n_expected, self.n_run))
+        if before is None:  # what it takes beyond the last reset layer is run only now
+            _, logits = next(sweep)
+            before = logits[:n].float()
+            if before.nbytes * self.probe_set.n_images <= _BYTES_OF_LOGITS * n:
+                self._kept_logits(replay)[start, n] = before
+        return before, after
 
-class Trial:
-    """One random draw for some layers of a session's model.
+    def _kept_logits(self, replay: Replay) -> dict[tuple[int, int], Tensor]:
+        """Return the trained network's logits by start and length of the batch, as this replay gave them."""
+        if self._kept[0] is not replay:
+            self._kept = replay, {}
+        return self._kept[1]
+
+
+class Draws:
+    """The random draws of some trials for layers of a session's model, ready to be run together.
 
     Attributes:
-        trial: which, from 0.
-        seed: the trial's seed, in [0, 2^64).
-        layers: what is reset, in depth order.
-        delta_norm: Euclidean norm of new minus trained values, for each layer; 0 where the reset changes nothing.
+        cells: trial and layer of each reset, trial by trial, layers in depth order.
+        seeds: trial -> its seed, in [0, 2^64).
+        delta_norm: Euclidean norm of new minus trained values, for each cell; 0 where the reset changes nothing.
     """
 
-    def __init__(self, session: Session, trial: int, layers: list[Layer]) -> None:
-        self.trial, self.layers = trial, layers
-        self.seed = session.subject.seed(trial)
+    def __init__(self, session: Session, layers_of_trials: Mapping[int, Sequence[Layer]]) -> None:
+        started = time.perf_counter()
+        self.cells = [(trial, layer) for trial, layers in layers_of_trials.items() for layer in layers]
+        self.seeds = {trial: session.subject.seed(trial) for trial in layers_of_trials}
         self._session = session
-        self._changes = list(session.subject.changes(trial, layers))
-        self.delta_norm = [change.delta_norm for change in self._changes]
-        self._prepared: tuple[Replay, dict[str, Any]] | None = None
+        self._changes = {
+            trial: list(session.subject.changes(trial, layers)) for trial, layers in layers_of_trials.items()
+        }
+        self.delta_norm = [change.delta_norm for changes in self._changes.values() for change in changes]
+        self._prepared: tuple[Replay, dict[int, dict[str, Any]]] | None = None
+        session.seconds_drawing += time.perf_counter() - started
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Run all resets on the images from ``start`` on, batch by batch."""
@@ -184,20 +230,25 @@ class Trial:
             yield batch
             start = batch.stop
 
-    def prepared(self, replay: Replay) -> dict[str, Any]:
-        """Return what the replay's sweep takes, made once for each replay."""
+    def prepared(self, replay: Replay) -> dict[int, dict[str, Any]]:
+        """Return for each trial what the replay's sweep takes, made once for each replay."""
         if self._prepared is None or self._prepared[0] is not replay:
             self._prepared = None  # frees what belonged to the replay before
-            made = {c.layer.name: replay.prepare(c.layer, c.values) for c in self._changes if c.delta_norm != 0}
+            started = time.perf_counter()
+            made = {
+                trial: {c.layer.name: replay.prepare(c.layer, c.values) for c in changes if c.delta_norm != 0}
+                for trial, changes in self._changes.items()
+            }
             self._prepared = (replay, made)
+            self._session.seconds_packing += time.perf_counter() - started
         return self._prepared[1]
 
     def forget(self) -> None:
-        """Free the drawn values; the trial is over."""
-        self._changes, self._prepared = [], None
+        """Free the drawn values; the trials are over."""
+        self._changes, self._prepared = {}, None
 
     def status(self, cosine: npt.NDArray[np.float32]) -> list[str]:
-        """Return each layer's status, given its distances ``(n_layers, n_images)``."""
+        """Return each cell's status, given its distances ``(n_cells, n_images)``."""
         return [
             "unchanged" if norm == 0 else "ok" if np.isfinite(row).all() else "not_finite"
             for norm, row in zip(self.delta_norm, cosine, strict=True)

@@ -48,7 +48,8 @@ class Subject:
         network: in evaluation mode on that device; a copy where it was on another.
         layers: what is reset, in depth order.
         random_trials: whether trials differ.
-        n_trials: as many as were requested, or one if all would be the same.
+        n_trials: as many as were requested, those of the pilot if it plans further ones, or one if all would be the
+            same.
     """
 
     def __init__(self, protocol: Protocol, model: Model, donor: nn.Module | str | Path | None) -> None:
@@ -68,7 +69,7 @@ class Subject:
         # A reset that draws its chance from the initialiser has none left once the donor is given.
         fixed = self._given_donor is not None and self._reset.donor == "initialiser"
         self.random_trials = self._reset.random and not fixed
-        self.n_trials = needed_trials(protocol.trials, self.random_trials)
+        self.n_trials = needed_trials(protocol.first_trials, self.random_trials)
 
     @property
     def donor_in_words(self) -> str | None:
@@ -92,9 +93,10 @@ class Subject:
     def notes(self) -> list[str]:
         """Return what the user should know, in words."""
         notes = [*self.model.notes, *self._notes_of_output]
-        if self.n_trials < self._protocol.trials:
+        if self.n_trials < self._protocol.first_trials:
             which = "with one given donor" if self._reset.random else f"of the reset {self._reset.name!r}"
-            notes.append(f"one trial instead of {self._protocol.trials}: all trials {which} are the same")
+            images = ", so that half-widths are for new images only" if self._protocol.is_planned else ""
+            notes.append(f"one trial instead of {self._protocol.first_trials}: all trials {which} are the same{images}")
         if self._reset.donor == "initialiser" and self._given_donor is None and self.model.build is None:
             notes.append(
                 "fresh values come from each module's own reset_parameters; if the architecture has another "

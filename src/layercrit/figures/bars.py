@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from layercrit.cell_columns import WHOLE
 from layercrit.errors import ProtocolError
 from layercrit.figures.style import figure_style, printable, text_width
 
@@ -64,7 +65,7 @@ def criticality_bars(
 
     labels = zip(table["label" if "label" in table else "layer"], table["layer"], strict=True)
     names = [printable(label if isinstance(label, str) else name) for label, name in labels]
-    doubtful = ((table["status"] != "ok") | table["criticality"].isna()).to_numpy()
+    doubtful = (~table["status"].isin(WHOLE) | table["criticality"].isna()).to_numpy()
     colors = _colors([str(kind) for kind in table["type"]])
     legend = _legend(colors, bool(doubtful.any()))
     levels = _levels(mean, chance)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import RLock
 from typing import Any, TypedDict, Unpack
@@ -108,6 +108,13 @@ class ProbeSet:
         if not 0 <= start < min(stop, self.n_images):
             raise ProbeError(f"There are no images {start} to {stop} in a probe set of {self.n_images} images.")
         return torch.from_numpy(self._pixels.read(start, min(stop, self.n_images)))
+
+    def first(self, n_images: int) -> "ProbeSet":
+        """Return the probe set of the first images, or this one if it has no more."""
+        if n_images >= self.n_images:
+            return self
+        labels = None if self.labels is None else self.labels[:n_images]
+        return replace(self, names=self.names[:n_images], labels=labels, sha256=_digest(self._pixels, n_images, labels))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what identifies the probe set and how it was made, as plain data."""

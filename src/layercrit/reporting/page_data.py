@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from layercrit.cell_columns import WHOLE
 from layercrit.comparison import Comparison, about_models, estimates_of
 from layercrit.differences import compared_differences
 from layercrit.figures.categories import categories_of
@@ -78,7 +79,7 @@ def page_data(study: Study, comparison: Comparison) -> tuple[dict[str, Any], byt
     names = [about["category"][places.index(place)] for place in range(len(categories))]
     rows = estimates_of(study, comparison)
     # as everywhere else: where cells are not ok, means of the others are not shown
-    rows.loc[rows["status"] != "ok", list(_VALUES)] = math.nan
+    rows.loc[~rows["status"].isin(WHOLE), list(_VALUES)] = math.nan
     tables = _tables(rows, models, list(comparison.criticality.columns))
     blocks = _blocks(study, comparison, models, [name for name in names if isinstance(name, str)])
     data = {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from layercrit.categories import ADVERSARIAL
+from layercrit.cell_columns import WHOLE
 from layercrit.comparison import Comparison, about_models, compare, estimates_of
 from layercrit.errors import StudyError, near
 from layercrit.figures.accuracy import criticality_against_accuracy
@@ -234,7 +235,7 @@ def _difference(tables: _Tables) -> _Drawn:
 @_figure("spread")
 def _spread(tables: _Tables) -> _Drawn:
     """Heat maps of the standard deviation over trials and of the half-width of the interval."""
-    half = tables.grid(((tables.rows["high"] - tables.rows["low"]) / 2).where(tables.rows["status"] == "ok"))
+    half = tables.grid(tables.rows["half_width"].where(tables.rows["status"].isin(WHOLE)))
     wanted = {
         "spread": (tables.comparison.sd_trials, "SD over trials"),
         "half_width": (half, "half-width of the interval"),

@@ -12,7 +12,17 @@ from layercrit.study.tables import Study, load_study
 
 __all__ = ["merge_studies"]
 
-_NO_DIFFERENCE = ("batch_size", "device", "level", "resets", "trials")  # settings that decide no number of a cell
+# settings that decide no number of a cell
+_NO_DIFFERENCE = (
+    "batch_size",
+    "device",
+    "level",
+    "resets",
+    "trials",
+    "interval",
+    "pilot",
+    "max_trials",
+)
 
 
 def merge_studies(folders: Sequence[str | Path], out: str | Path) -> Study:
@@ -49,6 +59,9 @@ def merge_studies(folders: Sequence[str | Path], out: str | Path) -> Study:
                     if (failure.model, failure.reset, failure.trial) not in measured:
                         merged.put_failure(failure)
             merged.put_meta("study", _record(studies, out.name))
+            plans = {key: plan for study in studies for key, plan in study.plans.items()}
+            if plans:
+                merged.put_meta("precision", [[*key, plan.to_dict()] for key, plan in plans.items()])
     return load_study(out)
 
 

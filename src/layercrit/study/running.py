@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,6 +17,8 @@ from layercrit.errors import LayercritError, ProbeError
 from layercrit.locks import hold
 from layercrit.machine import versions
 from layercrit.models.references import fetch
+from layercrit.precision import PrecisionPlan, n_pilot_images, plan_half_width, run_together
+from layercrit.probes.labelling import open_images
 from layercrit.probes.parts import without_split
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
@@ -34,12 +36,15 @@ from layercrit.study.executors import (
     local_places,
 )
 from layercrit.study.file import StudyFile
+from layercrit.study.pilots import pilots_of, plans_of
 from layercrit.study.store import FailureRow, ModelRow, Store
 from layercrit.study.worker import Job, Measured, Planned, Progressed, start_worker
 
 __all__ = ["RunReport", "run_study"]
 
 _PROBE_SET = "probe_set"
+# settings that do not decide which cells a study has
+_UNDECIDING = ("batch_size", "device", "level", "interval", "half_width", "minutes", "pilot", "max_trials")
 
 
 @dataclass
@@ -116,13 +121,15 @@ class _Run:
 
     def begin(self, retry: bool) -> None:
         """Write down what the study is about, and make sure of its images."""
-        probe_set = self._probe_set()
-        about = _about(self.study, probe_set)
+        plans = plans_of(self.store.meta("precision"))
+        probe_set = self._probe_set(next((plan.n_images for plan in plans.values()), self.n_first_images))
+        about = _about(self.study, probe_set, self.n_first_images)
         with self.store.transaction():
             self.store.drop_damaged()
             changed = self.store.meta("study", {}).get("measured") != about["measured"]
             if changed:
                 self.store.clear_plan()
+                self.store.put_meta("precision", [])
             self.store.put_models([_model_row(entry) for entry in self.study.models])
             if changed or retry:  # what failed was asked for in another way, or may work now
                 for entry in self.study.models:
@@ -132,10 +139,32 @@ class _Run:
         _write(self.folder / "study.toml", self.study.to_toml())
         for row in self.store.damaged:
             self.bar.say(f"damaged on the disk, so made anew: {row}")
+        if changed and plans:
+            self._take_images(self.n_first_images)
 
-    def _probe_set(self) -> ProbeSet:
+    @cached_property
+    def n_available(self) -> int:
+        """How many images there are, those of the file at most."""
+        labels = self.study.labels if isinstance(self.study.labels, str) else "auto"
+        return min(self.study.n_images, len(open_images(self.study.source, labels)))
+
+    @cached_property
+    def n_first_images(self) -> int:
+        """How many images are shown at first: all, or those of the pilot."""
+        protocol = self.study.protocol
+        if not protocol.is_planned:
+            return self.study.n_images
+        return n_pilot_images(protocol.half_width, protocol.level, protocol.pilot, self.n_available)
+
+    def _take_images(self, n_images: int) -> None:
+        """Show so many images from now on."""
+        about = _about(self.study, self._probe_set(n_images), self.n_first_images)
+        with self.store.transaction():
+            self.store.put_meta("study", about)
+
+    def _probe_set(self, n_images: int) -> ProbeSet:
         """Return the images as an earlier run decoded them, or decode them now."""
-        asked = {"source": self.study.source, "n_images": self.study.n_images, "labels": self.study.labels,
+        asked = {"source": self.study.source, "n_images": n_images, "labels": self.study.labels,
                  "seed": self.study.protocol.seed, "preprocessing": str(self.study.preprocessing)}  # fmt: skip
         labels = self.study.labels
         lists = [path for path in (labels, self.study.classes) if isinstance(path, str)]
@@ -151,7 +180,7 @@ class _Run:
         probe_set = ProbeSet.from_source(
             self.study.source,
             self.study.preprocessing,
-            n_images=self.study.n_images,
+            n_images=n_images,
             seed=probe_set_seed(self.study.protocol.seed),
             labels=labels if isinstance(labels, str) else "auto" if labels else "none",
             classes=self.study.classes,
@@ -169,10 +198,20 @@ class _Run:
                 fetch(entry.reference, self.bar.fetched)
 
     def work(self, executor: Executor) -> None:
-        """Run all tasks, and keep what they give."""
-        tasks = self._tasks()
-        self.expected = dict.fromkeys((task.name for task in tasks), 0.0)
-        self.done = dict.fromkeys(self.expected, 0.0)
+        """Run all trials: those that were asked for, or those of the pilot and what is planned after it."""
+        self._run_tasks(executor, self._first_tasks())
+        if self.study.protocol.is_planned:
+            n_images = self._n_images
+            plans = self._make_plans()
+            if self._n_images > n_images:  # the pilot's trials run again
+                self._run_tasks(executor, self._first_tasks())
+            self._run_tasks(executor, self._further_tasks(plans))
+        self.report.failures = self.store.failures()
+
+    def _run_tasks(self, executor: Executor, tasks: Sequence[Task]) -> None:
+        """Run tasks, and keep what they give."""
+        self.expected |= dict.fromkeys((task.name for task in tasks), 0.0)
+        self.done |= dict.fromkeys((task.name for task in tasks), 0.0)
         self._show()
         events = executor.run(tasks, partial(start_worker, self.study, self.folder))
         with contextlib.closing(events):  # type: ignore[type-var]
@@ -180,28 +219,75 @@ class _Run:
                 with self.store.transaction():
                     self._keep(event)
                 self._show()
-        self.report.failures = self.store.failures()
 
-    def _tasks(self) -> list[Task]:
+    def _make_plans(self) -> dict[tuple[str, str], PrecisionPlan]:
+        """Return the plan of each model and reset: as it was fixed before, or, where there is none, made now."""
+        plans = plans_of(self.store.meta("precision"))
+        pilots = {
+            key: pilot for key, pilot in pilots_of(self.store, self.study.protocol.pilot).items() if key not in plans
+        }
+        if not pilots:
+            return plans
+        protocol, n_images = self.study.protocol, self._n_images
+        made = plan_half_width(
+            pilots,
+            cast(float, protocol.half_width),
+            level=protocol.level,
+            n_pilot=protocol.pilot,
+            n_pilot_images=n_images,
+            n_available=n_images if plans else self.n_available,  # a model that came later gets those of the others
+            max_trials=protocol.max_trials,
+        )
+        plans |= made
+        with self.store.transaction():
+            self.store.put_meta("precision", [[*key, plan.to_dict()] for key, plan in plans.items()])
+        for (model, reset), plan in made.items():
+            for line in plan.in_words():
+                self.bar.say(f"{model}, {reset}: {line}" if not line.startswith(" ") else line)
+        planned = max(plan.n_images for plan in plans.values())
+        if planned > n_images:
+            self._take_images(planned)
+        return plans
+
+    def _further_tasks(self, plans: Mapping[tuple[str, str], PrecisionPlan]) -> list[Task]:
+        """Return the tasks after the pilot: trials that are run together, for the layers that get them."""
+        failed = {(row.model, row.reset, row.trial) for row in self.store.failures()}
+        sizes = {(row.model, row.layer): row.n_parameters or 0 for row in self.store.plan()}
+        entries = {entry.name: entry for entry in self.study.models}
+        tasks = []
+        for (model, reset), plan in plans.items():
+            if model not in entries or reset not in self.study.resets:
+                continue
+            trials = {}
+            for trial, names in plan.trials().items():
+                if (model, reset, trial) in failed:
+                    self.report.n_retryable += 1
+                else:
+                    trials[trial] = names
+            of_model = {layer: size for (name, layer), size in sizes.items() if name == model}
+            tasks += [_task(entries[model], reset, together) for together in run_together(trials, of_model)]
+        return tasks
+
+    def _first_tasks(self) -> list[Task]:
         failed = {(row.model, row.reset, row.trial) for row in self.store.failures()}
         tasks = []
         for entry in self.study.models:
             for reset in self.study.resets:
-                for trial in range(needed_trials(self.study.protocol.trials, RESETS[reset].random)):
+                for trial in range(needed_trials(self.study.protocol.first_trials, RESETS[reset].random)):
                     if (entry.name, reset, trial) in failed:
                         self.report.n_retryable += 1
                         continue
-                    name = f"{entry.name}, {reset}, trial {trial}"
-                    tasks.append(Task(name, f"{entry.name}, {reset}", Job(entry, reset, trial)))
+                    tasks.append(_task(entry, reset, {trial: None}))
         return tasks
 
     def _keep(self, event: Event) -> None:
         job: Job = event.task.payload
         name = event.task.name
-        where = (job.model.name, job.reset, job.trial)
+        places = [(job.model.name, job.reset, trial) for trial in job.layers]
         match event:
             case Failed(error=error, details=details):
-                self.store.put_failure(FailureRow(*where, error, details, _now()))
+                for where in places:
+                    self.store.put_failure(FailureRow(*where, error, details, _now()))
                 if (job.model.name, error) not in self.said:
                     self.said.add((job.model.name, error))
                     self.bar.say(f"{name} failed: {error.splitlines()[0][:160]}")
@@ -209,21 +295,23 @@ class _Run:
             case Message(content=Planned(record, plan, n_known)):
                 self._put_record(job.model.name, record)
                 self._say_about(job.model.name, record)
-                self.store.clear_plan(*where)
+                for where in places:
+                    self.store.clear_plan(*where)
                 self.store.put_plan(plan)
                 self.expected[name], self.done[name] = len(plan), n_known
                 if name not in self.opened:  # else its worker died, and another one begins anew
                     self.report.n_known += n_known
                 self.opened.add(name)
-            case Message(content=Progressed(task, part, n_layers)):
+            case Message(content=Progressed(task, part, n_cells)):
                 self.store.put_part(task, part)
-                self.done[name] += n_layers * (part.stop - part.start) / self._n_images
+                self.done[name] += n_cells * (part.stop - part.start) / self._n_images
             case Message(content=Measured(task, cells, record)):
                 self._put_record(job.model.name, record)
                 self._say_about(job.model.name, record)
                 self.store.put_cells(cells, self.number)
                 self.store.drop_parts(task)
-                self.store.drop_failures(*where)
+                for where in places:
+                    self.store.drop_failures(*where)
                 self.report.n_measured += len(cells)
                 self.done[name] = self.expected[name]
 
@@ -262,19 +350,28 @@ class _Run:
         self.bar.measured(sum(self.done.values()), sum(n or typical for n in self.expected.values()))
 
 
-def _about(study: StudyFile, probe_set: ProbeSet) -> dict[str, Any]:
+def _task(entry: ModelEntry, reset: str, layers: Mapping[int, Sequence[str] | None]) -> Task:
+    """Return the task of some trials of one reset of a model: trial -> the layers that get it; None: all of them."""
+    first, last = min(layers), max(layers)
+    numbers = f"trial {first}" if first == last else f"trials {first} to {last}"
+    return Task(f"{entry.name}, {reset}, {numbers}", f"{entry.name}, {reset}", Job(entry, reset, layers))
+
+
+def _about(study: StudyFile, probe_set: ProbeSet, n_first_images: int) -> dict[str, Any]:
     """Return the facts about a study; those under ``measured`` decide which cells it has."""
     protocol = {**study.protocol.to_dict(), "resets": list(study.resets), "distances": list(study.distances),
                 "n_images": study.n_images}  # fmt: skip
     del protocol["reset"]
-    deciding = {k: v for k, v in protocol.items() if k not in ("batch_size", "device", "level")}
+    deciding = {k: v for k, v in protocol.items() if k not in _UNDECIDING}
+    if study.protocol.is_planned:  # the level decides the plan
+        deciding = {k: v for k, v in protocol.items() if k not in ("batch_size", "device", "trials")}
     return {
         "name": study.name,
         "baseline": study.baseline,
         "leave_out": list(study.leave_out),
         "protocol": protocol,
         "probe_set": {**probe_set.to_dict(), "labels": probe_set.labels is not None},
-        "measured": {**deciding, "probe_set": probe_set.sha256},
+        "measured": {**deciding, "probe_set": probe_set.first(n_first_images).sha256},
     }
 
 

@@ -122,7 +122,8 @@ class ProtocolKeys(Declaration):
 _SETTINGS: dict[str, Any] = {
     one.name: (one.type, Field(one.default, **one.metadata))
     for one in fields(Protocol)
-    if one.name not in ("reset", "n_images")  # which are `resets` and that of [images] here
+    # which are `resets` and that of [images] here; and a time is for one model
+    if one.name not in ("reset", "n_images", "minutes")
 }
 ProtocolTable = create_model("ProtocolTable", __base__=ProtocolKeys, __doc__=ProtocolKeys.__doc__, **_SETTINGS)
 

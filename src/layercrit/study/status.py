@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from layercrit.precision import PrecisionPlan
 from layercrit.statistics import needed_trials
 from layercrit.study.store import FailureRow, PlanRow
 
@@ -53,24 +54,34 @@ def seconds_left(
     took = (finished.max() - datetime.fromisoformat(run["started"])).total_seconds()
     typical = sum(planned.values()) / len(planned)
     failed = Counter(failure.model for failure in failures)
-    wanted = sum(planned.get(model, typical) * (1 - failed[model] / n_trials) for model in models)
+    wanted = sum(planned.get(model, typical) * max(0.0, 1 - failed[model] / n_trials) for model in models)
     return float(max(0.0, wanted - len(cells)) * took / len(finished))
 
 
-def planned(plan: Sequence[PlanRow], record: Mapping[str, Any], models: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+def planned(
+    plan: Sequence[PlanRow],
+    record: Mapping[str, Any],
+    models: Iterable[Mapping[str, Any]],
+    plans: Mapping[tuple[str, str], PrecisionPlan],
+) -> dict[str, int]:
     """Return model -> how many cells it has, for the models that were opened.
 
     Args:
         plan: the cells that are planned so far.
         record: of the study.
         models: the records of its models.
+        plans: what was planned after the pilot of each model and reset; until then its cells are those of the pilot.
     """
     if not is_run(record):
         return Counter(row.model for row in plan)
     # the cells of a trial are in the plan only once it was begun
     layers = Counter(model for model, _ in {(row.model, row.layer) for row in plan})
     n_trials = trials_of_models(record, models)
-    return {model: n_layers * n_trials for model, n_layers in layers.items()}
+    found = {model: n_layers * n_trials for model, n_layers in layers.items()}
+    for (model, _), of_reset in plans.items():
+        if model in found:
+            found[model] += sum(layer.trials - of_reset.pilot for layer in of_reset.layers.values())
+    return found
 
 
 def is_run(record: Mapping[str, Any]) -> bool:
@@ -79,7 +90,9 @@ def is_run(record: Mapping[str, Any]) -> bool:
 
 
 def trials_of_models(record: Mapping[str, Any], models: Iterable[Mapping[str, Any]]) -> int:
-    """Return how many trials each model of a study has, those of all resets together."""
+    """Return how many trials each model of a study has before any is planned, those of all resets together."""
     random = {reset: known for model in models for reset, known in model.get("random_trials", {}).items()}
-    trials = record["protocol"]["trials"]
+    protocol = record["protocol"]
+    is_planned = protocol.get("half_width") is not None
+    trials = protocol["pilot"] if is_planned else protocol["trials"]
     return sum(needed_trials(trials, random.get(reset, True)) for reset in record["protocol"]["resets"])

@@ -1,7 +1,7 @@
 """Many models measured under one protocol: the tables of a study's folder."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from layercrit.cell_columns import NOT_REACHED
 from layercrit.comparison import Comparison, compare
 from layercrit.errors import StudyError, near
 from layercrit.layer_table import estimate_columns, layer_table
+from layercrit.precision import PrecisionPlan
 from layercrit.protocol import MATCHED
 from layercrit.statistics import estimate
 from layercrit.study import status
+from layercrit.study.pilots import plans_of
 from layercrit.study.store import ABOUT_LAYER, FailureRow, Store, mean_names
 
 __all__ = ["Study", "load_study"]
@@ -43,6 +46,7 @@ class Study:
         record: everything else worth keeping, as plain data: name, protocol, probe set, baseline, origin.
         runs: when, where and with which versions cells were measured.
         damaged: which rows of the study's file are damaged and so left out, in words.
+        plans: model and reset -> what was planned after its pilot, where a half-width was asked for.
     """
 
     folder: Path
@@ -53,6 +57,7 @@ class Study:
     record: Mapping[str, Any]
     runs: tuple[Mapping[str, Any], ...]
     damaged: tuple[str, ...] = ()
+    plans: Mapping[tuple[str, str], PrecisionPlan] = field(default_factory=dict)
 
     @property
     def resets(self) -> list[str]:
@@ -117,7 +122,8 @@ class Study:
     def by_model(self) -> pd.DataFrame:
         """Return one row per (model, reset): its mean criticality over layers with its interval, and its accuracies.
 
-        The mean is over the layers all of whose cells are ok, ``n_layers`` of them.
+        The mean is over the layers all of whose cells are ok, ``n_layers`` of them. Where they have unlike numbers of
+        trials, each counts with the mean over its own, and the interval rests on the ``n_trials`` that all have.
         """
         return self._means.copy()
 
@@ -182,17 +188,37 @@ class Study:
         layers = self.cells.groupby(by, sort=False).size().index
         estimates = self._estimates(self.cells[self.cells["status"] == "ok"], by, layers)
         means = [name for name in mean_names(self.cells) if name not in ("cosine", MATCHED)]
-        return layer_table(self.cells, estimates, by=by, about=ABOUT_LAYER, means=means)
+        table = layer_table(self.cells, estimates, by=by, about=ABOUT_LAYER, means=means)
+        for row in table[table["status"] == "ok"].itertuples():
+            plan = self.plans.get((row.model, row.reset))
+            if plan is not None and not plan.reaches(row.layer, row.n_trials, row.n_images):
+                table.loc[row.Index, "status"] = NOT_REACHED
+        return table
 
     @cached_property
     def _means(self) -> pd.DataFrame:
         by = ["model", "reset"]
         ok = self.cells["status"] == "ok"
         cells = self.cells[ok.groupby([self.cells[column] for column in (*by, "layer")]).transform("all")]
-        counts = cells.groupby(by, sort=False).agg(n_layers=("layer", "nunique"), n_trials=("trial", "nunique"))
-        means = self._estimates(cells, by, counts.index).join(counts)
-        means = means.drop(columns=["sd_trials", "matched_low", "matched_high"])
+        n_layers = cells.groupby(by, sort=False)["layer"].nunique().rename("n_layers")
+        of_trials = cells.groupby([*by, "trial"])["layer"].transform("nunique")
+        common = cells[of_trials == cells.groupby(by)["layer"].transform("nunique")]
+        n_trials = common.groupby(by, sort=False)["trial"].nunique().rename("n_trials")
+        means = self._estimates(common, by, n_layers.index).join(n_layers).join(n_trials)
+        if len(common) < len(cells):
+            self._recentre(means, cells, by)
+        means = means.drop(columns=["sd_trials", "matched_low", "matched_high", "half_width"])
         return self.models.drop(columns="record").merge(means.reset_index(), on="model", how="left")
+
+    def _recentre(self, means: pd.DataFrame, cells: pd.DataFrame, by: list[str]) -> None:
+        """Put the means of models around the means of their layers, which may rest on more trials than all have."""
+        for column, name in (("criticality", "cosine"), ("criticality_matched", MATCHED)):
+            of_layers = cells.groupby([*by, "layer"], sort=False)[name].mean()
+            shift = of_layers.groupby(by, sort=False).mean() - means[column]
+            means[column] += shift
+            if column == "criticality":
+                means["low"] = (means["low"] + shift).clip(0, 1)
+                means["high"] = (means["high"] + shift).clip(0, 1)
 
     def _estimates(self, cells: pd.DataFrame, by: list[str], groups: pd.Index) -> pd.DataFrame:
         """Return one row per group: the estimates of its mean distance and of the temperature-matched one.
@@ -222,6 +248,12 @@ class Study:
                     name: estimate(distances, **how) if np.isfinite(distances).all() else None
                     for name, distances in values.items()
                 }
+                plan = self.plans.get(group[:2])
+                if plan is not None and len(group) > len(("model", "reset")):
+                    found = {
+                        name: one and plan.estimate(group[2], one, values[name], matched=name == MATCHED)
+                        for name, one in found.items()
+                    }
                 rows.append(estimate_columns(found.get("cosine"), found.get(MATCHED)))
         return pd.DataFrame(rows, index=groups, columns=list(estimate_columns(None, None)))
 
@@ -235,15 +267,17 @@ def load_study(folder: str | Path) -> Study:
     folder = Path(folder).expanduser()
     with Store(folder) as store:
         models, record = _models_table(store), store.meta("study", {})
+        plans = plans_of(store.meta("precision"))
         return Study(
             folder=folder,
             models=models,
             cells=store.cells(),
             failures=tuple(store.failures()),
-            planned=status.planned(store.plan(), record, models["record"]),
+            planned=status.planned(store.plan(), record, models["record"], plans),
             record=record,
             runs=tuple(store.runs()),
             damaged=tuple(store.damaged),  # by the reads above
+            plans=plans,
         )
 
 

@@ -18,7 +18,7 @@ import torch
 from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.predictions import Predictions
 from layercrit.engine.replay import Mode
-from layercrit.engine.session import Batch, Session, Trial
+from layercrit.engine.session import Batch, Draws, Session
 from layercrit.engine.subject import Subject
 from layercrit.layers import Layer, stages_of
 from layercrit.models.model import Model
@@ -41,16 +41,22 @@ _SECONDS_BETWEEN_PARTS = 1.0
 
 @dataclass(frozen=True)
 class Job:
-    """The payload of a task: one trial of one reset of a model."""
+    """The payload of a task: one trial of one reset of a model, or several that are run together.
+
+    Attributes:
+        model: the model.
+        reset: its name.
+        layers: trial -> names of the layers that get it; None: all of them.
+    """
 
     model: ModelEntry
     reset: str
-    trial: int
+    layers: Mapping[int, Sequence[str] | None]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A model is open: what is known of it, and which cells a trial of it has."""
+    """A model is open: what is known of it, and which cells the task has."""
 
     record: dict[str, Any]
     plan: list[PlanRow]
@@ -59,16 +65,16 @@ class Planned:
 
 @dataclass(frozen=True)
 class Progressed:
-    """Some images of a trial are measured."""
+    """Some images of a task are measured."""
 
     task: str
     part: PartRow
-    n_layers: int
+    n_cells: int
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A trial is measured."""
+    """A task is measured."""
 
     task: str
     cells: list[CellRow]
@@ -172,8 +178,8 @@ class _Opened:
         """Write into the record what the session noted so far; it may note more while it measures."""
         self.record["notes"] = list(dict.fromkeys([*self.record["notes"], *session.notes]))
 
-    def plan(self, model: str, trial: int) -> list[PlanRow]:
-        """Return the cells of a trial."""
+    def plan(self, job: Job) -> list[PlanRow]:
+        """Return the cells of a task."""
         if "dtype" not in self.record:  # a part of each cell's identity
             self.start()
         self.record["content"] = {self.reset: _hash(self._content())}
@@ -181,7 +187,7 @@ class _Opened:
         stages = stages_of([layer.name for layer in layers])
         return [
             PlanRow(
-                model=model,
+                model=job.model.name,
                 layer=layer.name,
                 reset=self.reset,
                 trial=trial,
@@ -193,7 +199,9 @@ class _Opened:
                 flops_after=self._flops_after[layer.name],
                 shape="x".join(map(str, layer.shape)),
             )
+            for trial, names in job.layers.items()
             for layer in layers
+            if names is None or layer.name in names
         ]
 
     @cached_property
@@ -241,15 +249,15 @@ class _Worker:
         job: Job = task.payload
         with undisturbed(), large_blocks_stay():  # the study's own imports may have changed settings of the process
             opened = self._open(job)
-            plan = opened.plan(job.model.name, job.trial)
+            plan = opened.plan(job)
             with Store(self._folder) as store:
                 known = store.known(row.key for row in plan)
-                missing = {row.layer: row.key for row in plan if row.key not in known}
+                missing = {(row.trial, row.layer): row.key for row in plan if row.key not in known}
                 task_hash = _hash(sorted(missing.values()))
                 parts = store.parts(task_hash)
             yield Planned(opened.record, plan, len(known))
             if missing:
-                yield from self._measure(opened, job.trial, missing, task_hash, parts)
+                yield from self._measure(opened, missing, task_hash, parts)
 
     def _open(self, job: Job) -> _Opened:
         """Open a model; one that failed fails again at once."""
@@ -270,14 +278,20 @@ class _Worker:
         return self._opened[1]
 
     def _measure(
-        self, opened: _Opened, number: int, missing: Mapping[str, str], task: str, parts: Sequence[PartRow]
+        self, opened: _Opened, missing: Mapping[tuple[int, str], str], task: str, parts: Sequence[PartRow]
     ) -> Iterator[Progressed | Measured]:
         session = opened.start()
-        trial = session.trial(number, [layer for layer in opened.subject.layers if layer.name in missing])
+        layers = opened.subject.layers
+        draws = session.draws(
+            {
+                trial: [layer for layer in layers if (trial, layer.name) in missing]
+                for trial in dict.fromkeys(trial for trial, _ in missing)
+            }
+        )
         done = [part for part in parts if all(len(rows) == len(missing) for rows in part.values.values())]
         pending: list[Batch] = []
         started = time.perf_counter()
-        for batch in trial.batches(done[-1].stop if done else 0):
+        for batch in draws.batches(done[-1].stop if done else 0):
             pending.append(batch)
             seconds = time.perf_counter() - started
             if seconds > _SECONDS_BETWEEN_PARTS or batch.stop == opened.probe_set.n_images:
@@ -287,7 +301,7 @@ class _Worker:
                 if batch.stop < opened.probe_set.n_images:
                     yield Progressed(task, part, len(missing))
         values = _joined([part.values for part in done])
-        cells = _cells(opened, session, trial, values, missing, sum(part.seconds for part in done))
+        cells = _cells(opened, session, draws, values, missing, sum(part.seconds for part in done))
         opened.take_notes(session)
         yield Measured(task, cells, opened.record)
 
@@ -300,26 +314,26 @@ def start_worker(study: StudyFile, folder: Path, place: Place) -> Work:
 def _cells(
     opened: _Opened,
     session: Session,
-    trial: Trial,
+    draws: Draws,
     values: Mapping[str, npt.NDArray[np.float32]],
-    keys: Mapping[str, str],
+    keys: Mapping[tuple[int, str], str],
     seconds: float,
 ) -> list[CellRow]:
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     kept = [*opened.study.distances, MATCHED]
     cells = []
-    for index, (layer, status) in enumerate(zip(trial.layers, trial.status(values["cosine"]), strict=True)):
+    for index, ((trial, layer), status) in enumerate(zip(draws.cells, draws.status(values["cosine"]), strict=True)):
         means = session.means(values, index, status)
         cells.append(
             CellRow(
-                key=keys[layer.name],
+                key=keys[trial, layer.name],
                 status=status,
-                seed=trial.seed,
-                delta_norm=trial.delta_norm[index],
+                seed=draws.seeds[trial],
+                delta_norm=draws.delta_norm[index],
                 n_images=opened.probe_set.n_images,
                 means=means,
                 per_image={name: values[name][index] for name in kept} if status == "ok" else None,
-                seconds=seconds / len(trial.layers),
+                seconds=seconds / len(draws.cells),
                 finished=finished,
             )
         )
