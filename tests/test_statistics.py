@@ -11,6 +11,7 @@ import scipy.stats
 import torch
 
 from layercrit.errors import ProtocolError
+from layercrit.intervals import betting
 from layercrit.statistics import ChanceLevel, estimate, estimate_mean_over_layers, fit_temperature
 
 PUBLISHED = Path(__file__).parents[1] / ".." / "shared" / "published"
@@ -250,6 +251,50 @@ def test_estimate__wrong_shape_is_an_error(shape: tuple[int, ...]) -> None:
 def test_estimate__wrong_level_is_an_error(level: float) -> None:
     with pytest.raises(ProtocolError, match=r"expected a number between 0 and 1, such as 0\.95"):
         estimate(np.zeros((3, 4)), level=level)
+
+
+def test_estimate__betting_is_on_the_means_of_trials() -> None:
+    d = crossed(np.random.default_rng(0), 8, 5, (0.1, 0.1, 0.1))
+    got, students = estimate(d, level=0.9, interval="betting"), estimate(d, level=0.9)
+    assert (got.low, got.high) == tuple(pytest.approx(float(end)) for end in betting(d.mean(axis=1), 0.9))
+    assert (got.covers, got.level, got.mean, got.sd_trials, got.sd_images) == (
+        "trials",
+        0.9,
+        students.mean,
+        students.sd_trials,
+        students.sd_images,
+    )
+    doubled = estimate(2 * d, upper=2.0, level=0.9, interval="betting")
+    assert (doubled.low, doubled.high) == (pytest.approx(2 * got.low), pytest.approx(2 * got.high))
+
+
+def test_estimate__betting_needs_no_second_trial_and_no_spread() -> None:
+    one = estimate(np.array([[0.2, 0.4]]), interval="betting")
+    assert (one.covers, one.low, one.high) == ("trials", 0, 1)
+    alike = estimate(np.full((70, 4), 0.8), interval="betting")
+    assert alike.high - alike.low == pytest.approx(0.1, abs=0.002)
+
+
+def test_estimate__betting_limits_hold_the_mean_of_trials_that_drift() -> None:
+    got = estimate(np.r_[np.ones(100), np.zeros(100)][:, None], interval="betting")
+    assert got.low <= got.mean <= got.high
+
+
+def test_estimate__betting_is_refused_where_it_means_nothing() -> None:
+    d = np.full((3, 4), 0.5)
+    with pytest.raises(ProtocolError, match=r"this reset is not random.*Use the interval 't'"):
+        estimate(d, random_trials=False, interval="betting")
+    with pytest.raises(ProtocolError, match=r"largest possible value is known.*Use the interval 't'"):
+        estimate(d, upper=math.inf, interval="betting")
+    with pytest.raises(ProtocolError, match=r"Unknown interval 'student'"):
+        estimate(d, interval="student")
+
+
+def test_estimate_mean_over_layers__betting_is_on_the_trials_that_layers_share() -> None:
+    d = np.stack([crossed(np.random.default_rng(i), 12, 5, (0.1, 0.1, 0.1)) for i in range(4)])
+    got = estimate_mean_over_layers(d, interval="betting")
+    assert got == estimate(d.mean(axis=0), interval="betting")
+    assert got.covers == "trials"
 
 
 def test_estimate_mean_over_layers__averages_layers_first() -> None:

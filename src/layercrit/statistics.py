@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import bdtrc, stdtrit
+from scipy.special import bdtrc
 
 from layercrit.errors import ProtocolError
+from layercrit.intervals import betting, check_interval, check_level, limits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,12 @@ class Estimate:
 
 
 def estimate(
-    distances: npt.NDArray[Any], *, level: float = 0.95, random_trials: bool = True, upper: float = 1.0
+    distances: npt.NDArray[Any],
+    *,
+    level: float = 0.95,
+    random_trials: bool = True,
+    upper: float = 1.0,
+    interval: str = "t",
 ) -> Estimate:
     """Estimate the mean distance of one layer, and how far it may be off.
 
@@ -71,10 +77,15 @@ def estimate(
         level: confidence level, between 0 and 1.
         random_trials: whether the reset draws at random. If not (`zero`, `rewind`), trials repeat each other: they
             are averaged, and the interval covers images only.
-        upper: the largest possible distance; the limits are clipped to it.
+        upper: the largest possible distance; the limits stay below it.
+        interval: one of `INTERVALS`. ``t``: Student's, as described above. ``betting``: for independent trials of any
+            distribution in [0, ``upper``], on the same images, however few those are (see
+            `layercrit.intervals.betting`); trials in the order in which they were drawn.
 
     Raises:
-        ProtocolError: the shape does not fit, a value is NaN, infinite or out of range, or ``level`` is no such level.
+        ProtocolError: the shape does not fit, a value is NaN, infinite or out of range, ``level`` is no such level,
+            there is no such interval, or the bets would be on trials of a reset that is not random, or on distances
+            without an upper end.
 
     Example:
         >>> result = estimate(np.array([[0.1, 0.3, 0.2], [0.4, 0.6, 0.5], [0.2, 0.4, 0.3]]))
@@ -94,30 +105,35 @@ def estimate(
         ten trials.
     """
     values = _checked(distances, ("n_trials", "n_images"), upper)
-    if not 0 < level < 1:
-        raise ProtocolError(f"The confidence level is {level}: expected a number between 0 and 1, such as 0.95.")
+    check_level(level)
+    check_interval(interval)
     n_trials, n_images = values.shape
     # Differences from one of the values: equal distances then have a mean and a spread without any rounding.
     origin = float(values[0, 0])
     values = values - origin
     mean = min(max(origin + float(values.mean()), 0.0), upper)
-    half_width, sd_trials, sd_images, sd_rest = nan, nan, nan, nan
+    error, df, sd_trials, sd_images, sd_rest = nan, nan, nan, nan, nan
     covers: Literal["trials and images", "images", "trials", "nothing"] = "nothing"
     if not random_trials:
         sd_trials, sd_rest = 0.0, 0.0
         if n_images > 1:
-            half_width, sd_images = _one_way(values.mean(axis=0), level)
+            error, df, sd_images = _one_way(values.mean(axis=0))
             covers = "images"
     elif n_trials > 1 and n_images > 1:
-        half_width, sd_trials, sd_images, sd_rest = _two_way(values, level)
+        error, df, sd_trials, sd_images, sd_rest = _two_way(values)
         covers = "trials and images"
     elif n_trials > 1:
-        half_width, sd_trials = _one_way(values[:, 0], level)
+        error, df, sd_trials = _one_way(values[:, 0])
         covers = "trials"
+    if interval == "betting":
+        low, high = _bets(origin + values.mean(axis=1), level, random_trials, upper)
+        low, high, covers = min(low, mean), max(high, mean), "trials"
+    else:
+        low, high = map(float, limits(mean, error, df, level, upper))
     return Estimate(
         mean=mean,
-        low=float(np.maximum(mean - half_width, 0.0)),  # np.maximum keeps NaN
-        high=float(np.minimum(mean + half_width, upper)),
+        low=low,
+        high=high,
         level=level,
         sd_trials=sd_trials,
         sd_images=sd_images,
@@ -128,8 +144,29 @@ def estimate(
     )
 
 
+def _bets(trials: npt.NDArray[np.float64], level: float, random_trials: bool, upper: float) -> tuple[float, float]:
+    """Return the limits of the mean of ``(n_trials,)`` that betting on the trials gives."""
+    if not random_trials:
+        raise ProtocolError(
+            "A betting interval is for new trials, and this reset is not random: its trials repeat each other. "
+            "Use the interval 't', which then covers new images."
+        )
+    if isinf(upper):
+        raise ProtocolError(
+            "A betting interval is for distances whose largest possible value is known, and this one has none. "
+            "Use the interval 't'."
+        )
+    low, high = betting((trials / upper).clip(0.0, 1.0), level)
+    return upper * float(low), upper * float(high)
+
+
 def estimate_mean_over_layers(
-    distances: npt.NDArray[Any], *, level: float = 0.95, random_trials: bool = True, upper: float = 1.0
+    distances: npt.NDArray[Any],
+    *,
+    level: float = 0.95,
+    random_trials: bool = True,
+    upper: float = 1.0,
+    interval: str = "t",
 ) -> Estimate:
     """Estimate the mean over layers of a model's mean distance.
 
@@ -142,12 +179,13 @@ def estimate_mean_over_layers(
         level: as in `estimate`.
         random_trials: as in `estimate`.
         upper: as in `estimate`.
+        interval: as in `estimate`.
 
     Raises:
         ProtocolError: as in `estimate`.
     """
     values = _checked(distances, ("n_layers", "n_trials", "n_images"), upper)
-    return estimate(values.mean(axis=0), level=level, random_trials=random_trials, upper=upper)
+    return estimate(values.mean(axis=0), level=level, random_trials=random_trials, upper=upper, interval=interval)
 
 
 def _checked(distances: npt.NDArray[Any], axes: tuple[str, ...], upper: float) -> npt.NDArray[np.float64]:
@@ -174,15 +212,18 @@ def _checked(distances: npt.NDArray[Any], axes: tuple[str, ...], upper: float) -
     return values.clip(0.0, upper)
 
 
-def _one_way(values: npt.NDArray[np.float64], level: float) -> tuple[float, float]:
-    """Return the half-width of the interval of the mean of ``(n,)`` independent values, and their SD."""
+def _one_way(values: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    """Return the standard error of the mean of ``(n,)`` independent values, its degrees of freedom, and their SD."""
     n = len(values)
     sd = float(values.std(ddof=1))
-    return _t_quantile(level, n - 1) * sd / sqrt(n), sd
+    return sd / sqrt(n), n - 1, sd
 
 
-def _two_way(values: npt.NDArray[np.float64], level: float) -> tuple[float, float, float, float]:
-    """Return the half-width and the SDs of trials, images and rest of ``(n_trials, n_images)``; see `estimate`."""
+def _two_way(values: npt.NDArray[np.float64]) -> tuple[float, float, float, float, float]:
+    """Return the standard error of the mean of ``(n_trials, n_images)``, its degrees of freedom, and the SDs.
+
+    The SDs are those of trials, images and rest; see `estimate`.
+    """
     n_trials, n_images = values.shape
     grand = values.mean()
     trials = values.mean(axis=1, keepdims=True) - grand  # (n_trials, 1)
@@ -197,16 +238,11 @@ def _two_way(values: npt.NDArray[np.float64], level: float) -> tuple[float, floa
     sds = sqrt((ms_trials - ms_rest) / n_images), sqrt((ms_images - ms_rest) / n_trials), sqrt(ms_rest)
     combined = ms_trials + ms_images - ms_rest
     if combined == 0:
-        return 0.0, *sds
+        return 0.0, df_rest, *sds
     # Shares of the combination, so that squares of tiny mean squares cannot underflow.
     shares = ms_trials / combined, ms_images / combined, ms_rest / combined
     df = 1 / (shares[0] ** 2 / df_trials + shares[1] ** 2 / df_images + shares[2] ** 2 / df_rest)
-    return _t_quantile(level, df) * sqrt(combined / (n_trials * n_images)), *sds
-
-
-def _t_quantile(level: float, df: float) -> float:
-    """Return how many standard errors the interval reaches to either side of the mean."""
-    return float(stdtrit(df, 0.5 + level / 2))
+    return sqrt(combined / (n_trials * n_images)), df, *sds
 
 
 def p_of_guessing(n_right: int, n_images: int, share: float) -> float:
