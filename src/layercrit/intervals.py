@@ -8,13 +8,11 @@ import numpy.typing as npt
 from scipy.special import stdtrit
 
 from layercrit.errors import ProtocolError, near
+from layercrit.protocol import INTERVALS
 
-__all__ = ["INTERVALS", "betting", "check_interval", "check_level", "excluded_share", "limits"]
+__all__ = ["betting", "check_interval", "check_level", "excluded_share", "limits"]
 
 Array = npt.NDArray[np.float64]
-
-INTERVALS = ("t", "betting")
-"""The kinds of intervals: Student's t over trials and images, or betting on the means of trials."""
 
 _HALVINGS = 50  # of [0, 1], until the ends of an interval are known to rounding
 

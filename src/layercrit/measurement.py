@@ -17,6 +17,7 @@ from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError, first_line
 from layercrit.foreign_files import read_json
 from layercrit.foreign_text import encodable, write_csv
+from layercrit.intervals import excluded_share
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.precision import PrecisionPlan, recentred
 from layercrit.protocol import MATCHED
@@ -86,6 +87,8 @@ class Measurement:
         ``chance`` is the mean cosine between predictions of different images: an unrelated prediction has criticality
         ``1 - chance``. ``unreadable`` are the images that were left out because they could not be read, with the
         reasons. ``precision`` is what was asked of half-widths, and the layers that did not reach it.
+        ``excluded_share`` is the share of all draws from which on so many trials would have shown unlike ones; see
+        `layercrit.intervals.excluded_share`.
         """
         statuses = self.cells.groupby("layer", sort=False)["status"].agg(list)
         whole = [all(status == "ok" for status in of_layer) for of_layer in statuses]
@@ -104,6 +107,7 @@ class Measurement:
             "left_out": [name for name, counts in zip(statuses.index, whole, strict=True) if not counts],
             "n_trials": int(self.cells["trial"].nunique()),
             "n_trials_in_mean": len(common),
+            "excluded_share": excluded_share(len(common)) if common and self.record["random_trials"] else None,
             "precision": self._precision(),
             "n_images": self.record["probe_set"]["n_images"],
             "unreadable": list(self.record["probe_set"].get("skipped", [])),
@@ -262,8 +266,9 @@ class Measurement:
         }
 
     def _how(self) -> dict[str, Any]:
-        protocol = self.record["protocol"]
-        return {"level": protocol["level"], "random_trials": self.record["random_trials"]}
+        protocol, random = self.record["protocol"], self.record["random_trials"]
+        interval = protocol.get("interval", "t") if random else "t"  # there is nothing to bet on but trials
+        return {"level": protocol["level"], "random_trials": random, "interval": interval}
 
     def _mean_columns(self) -> list[str]:
         distances = [*DISTANCES, *(name for name in self.per_image if name not in DISTANCES)]

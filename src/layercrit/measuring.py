@@ -202,7 +202,12 @@ def _intention(subject: Subject, protocol: Protocol) -> str:
     model, size = subject.model, subject.model.preprocessing
     resized = "" if size.resize is None else f", resized to {size.resize} ({size.interpolation})"
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (model.mean, model.std))
+    trials = f"{subject.n_trials} trial{'s' * (subject.n_trials > 1)}"
+    if protocol.half_width is not None:
+        trials = f"a pilot of {trials}, then as many as a half-width of {protocol.half_width:g} takes"
+    elif protocol.minutes is not None:
+        trials = f"a pilot of {trials}, then as many as {protocol.minutes:g} minutes allow"
     return (
-        f"{model.reference}: {len(subject.layers)} layers, {subject.n_trials} trials, {protocol.n_images:,} images at "
+        f"{model.reference}: {len(subject.layers)} layers, {trials}, {protocol.n_images:,} images at "
         f"most, of {size.channels} x {size.height} x {size.width} pixels{resized}; mean {mean}; std {std}"
     )

@@ -18,6 +18,7 @@ from scipy.special import stdtrit
 from layercrit.statistics import Estimate
 
 __all__ = [
+    "SD_TRIALS",
     "Cost",
     "LayerPlan",
     "MeanSquares",
@@ -34,8 +35,10 @@ __all__ = [
 Array = npt.NDArray[np.float64]
 Key = TypeVar("Key")
 
+SD_TRIALS = 0.068
+"""Standard deviation of the effect of a trial: root mean square over the published cells (Gavrikov et al. 2024)."""
+
 _SD_IMAGES = 0.3  # of the effect of an image, to choose the pilot's images; 0.28 (ResNet-20) to 0.4 were measured
-_SD_TRIALS = 0.068  # of the effect of a trial: root mean square over the published cells
 _FEWEST_OK = 3  # trials of a layer in the pilot from which its further ones are planned
 _FEWEST_IMAGES = 50  # of a pilot, for degrees of freedom
 _IMAGES_WITHIN_TIME = 128  # of a pilot where a time is asked for
@@ -267,7 +270,7 @@ class PrecisionPlan:
         )
         lines = [
             f"plan for a half-width of {self.half_width:.3g}: {n_enough} of {len(further)} layers have enough after "
-            f"the pilot of {self.pilot} trials on {self.n_pilot_images:,} images{again}; "
+            f"the pilot of {self.pilot} trial{'s' * (self.pilot > 1)} on {self.n_pilot_images:,} images{again}; "
             f"{sum(max(n, 0) for n in further.values()):,} more trials of single layers on {self.n_images:,} images, "
             f"{_time(self.seconds)}"
         ]
@@ -285,11 +288,12 @@ class PrecisionPlan:
         for name, layer in self.layers.items():
             if layer.reached or layer.squares is None:
                 continue
-            takes = f"it would take {layer.needed:,} trials (max_trials is {self.max_trials})"
             if layer.needed is None:
                 images = layer.squares.images_for(self.half_width, self.level)
                 takes = f"no number of trials would do, since its images vary: it would take about {images:,} images"
                 takes += f", and there are {self.n_available:,}" if images > self.n_available else ""
+            else:
+                takes = f"it would take {layer.needed:,} trials (max_trials is {self.max_trials})"
             notes.append(f"{name}: half-width {layer.half_width:.3g} instead of {self.half_width:.3g}; {takes}")
         return notes
 
@@ -381,7 +385,7 @@ def plan_seconds(pilots: Mapping[Key, Pilot], seconds: float, **limits: Any) -> 
 def typical_trials(half_width: float, level: float, pilot: int, n_images: int) -> int:
     """Return how many trials a half-width takes where trials vary as they do in the published networks."""
     of_rest = _SD_IMAGES**2
-    squares = MeanSquares(n_images * _SD_TRIALS**2 + of_rest, pilot * _SD_IMAGES**2 + of_rest, of_rest, pilot, n_images)
+    squares = MeanSquares(n_images * SD_TRIALS**2 + of_rest, pilot * _SD_IMAGES**2 + of_rest, of_rest, pilot, n_images)
     return max(pilot, _needed_trials(squares, n_images, half_width, level) or pilot)
 
 
@@ -446,8 +450,8 @@ def _layer_plan(
     needed = _needed_trials(squares, n_images, half_width, level)
     # where the images are too few, trials that bring less than a twentieth are wasted
     limit = float(squares.half_width(math.inf, n_images, level))
-    worthwhile = np.flatnonzero(widths <= 1.05 * limit) if needed is None else []
-    place = worthwhile[0] if len(worthwhile) else -1
+    worthwhile = np.flatnonzero(widths <= 1.05 * limit)
+    place = worthwhile[0] if needed is None and len(worthwhile) else -1
     return LayerPlan(int(numbers[place]), squares, float(widths[place]), False, needed)
 
 

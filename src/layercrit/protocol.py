@@ -13,6 +13,7 @@ MATCHED = "cosine_matched"
 """Column and key of the cosine distance between predictions at the model's matched temperature."""
 
 INTERVALS = ("t", "betting")
+"""The kinds of intervals: Student's t over trials and images, or betting on the means of trials."""
 
 DTYPES = ("auto", "reference", "float32", "bfloat16")
 
@@ -124,7 +125,7 @@ class Protocol:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < limit:
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < limit:
                 words = "above 0" if math.isinf(limit) else "between 0 and 1"
                 raise ProtocolError(f"{name} must be {words}, such as {such_as}; got {value!r}.")
             object.__setattr__(self, name, float(value))

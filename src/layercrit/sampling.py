@@ -303,7 +303,7 @@ class Sampling:
             "trials": subject.n_trials,
             "n_images": session.probe_set.n_images,
             "batch_size": session.holder.batch_size,
-            "dtype": session.holder.mode,
+            "dtype": session.holder.replay.mode,  # of a session that goes on with an earlier one it opens only now
             "device": str(subject.device),
             "distances": session.distances,
         }

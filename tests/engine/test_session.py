@@ -211,7 +211,12 @@ def test_trial__frees_what_it_drew_when_it_is_over(network):
 
     trial = open_session(network).trial(0)
     list(trial.batches())
-    drawn = [weakref.ref(value) for changes in trial._changes.values() for change in changes for value in change.values.values()]
+    drawn = [
+        weakref.ref(value)
+        for changes in trial._changes.values()
+        for change in changes
+        for value in change.values.values()
+    ]
     assert drawn
 
     trial.forget()

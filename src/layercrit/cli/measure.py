@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+from click.core import ParameterSource
 
 from layercrit.cli.printing import bar, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption
 from layercrit.errors import LayercritError
-from layercrit.protocol import DEFAULTS, DTYPES
+from layercrit.protocol import DEFAULTS, DTYPES, INTERVALS
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
@@ -60,7 +61,19 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
     "t10k part), or 'torchvision:NAME?root=DIR&split=test'. A part of a source: 'SOURCE?split=test'.",
 )
 @click.option("--trials", default=DEFAULTS.trials, show_default=True, help="Random draws per layer.")
-@click.option("--n-images", default=DEFAULTS.n_images, show_default=True, help="Images drawn from SOURCE.")
+@click.option("--n-images", default=DEFAULTS.n_images, show_default=True, help="Images drawn from SOURCE, at most.")
+@click.option(
+    "--half-width",
+    type=float,
+    metavar="H",
+    help="Half-width of the interval that every layer is to have, such as 0.05. A pilot plans the trials of each layer "
+    "and the images; recommended in place of --trials.",
+)
+@click.option("--minutes", type=float, metavar="M", help="The smallest half-width that can be had in this time.")
+@click.option("--pilot", default=DEFAULTS.pilot, show_default=True, help="Trials of the pilot.")
+@click.option(
+    "--max-trials", default=DEFAULTS.max_trials, show_default=True, help="Most trials of a layer after a pilot."
+)
 @_selection
 @click.option(
     "--reset",
@@ -98,6 +111,13 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
 @click.option("--device", default=DEFAULTS.device, show_default=True)
 @click.option("--level", default=DEFAULTS.level, show_default=True, help="Confidence level of the intervals.")
 @click.option(
+    "--interval",
+    default=DEFAULTS.interval,
+    show_default=True,
+    type=click.Choice(INTERVALS),
+    help="t: Student's, for new trials and images; betting: for new trials, assumes nothing but distances in [0, 1].",
+)
+@click.option(
     "--labels",
     default="auto",
     show_default=True,
@@ -114,14 +134,33 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to save. [default: layercrit-MODEL]")
 @click.option("--overwrite", is_flag=True, help="Replace a measurement that is already in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
-def measure_command(model: str, images: str, out: Path | None, overwrite: bool, as_json: bool, **settings: Any) -> None:
-    """Measure the criticality of every layer of MODEL on images."""
+@click.pass_context
+def measure_command(
+    context: click.Context,
+    /,
+    model: str,
+    images: str,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Measure the criticality of every layer of MODEL on images.
+
+    Run the same command again to resume after an interruption.
+    """
     from layercrit.measuring import measure
 
-    folder = _folder_for(model, out, overwrite)
+    given = context.get_parameter_source("trials") is not ParameterSource.DEFAULT
+    if given and (settings["half_width"] is not None or settings["minutes"] is not None):
+        raise click.UsageError(
+            "--half-width and --minutes plan the trials: leave --trials out; the limits are --pilot and --max-trials."
+        )
+    folder = _folder_for(model, out)
+    earlier = None if overwrite else _earlier(folder, settings)
     saver = _Saver(folder)
     try:
-        measurement = measure(model, images, on_trial=saver.keep, **settings)
+        measurement = measure(model, images, resume=earlier, on_trial=saver.keep, **settings)
     except BaseException:
         saver.save_what_is_finished()
         raise
@@ -170,12 +209,17 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
 @click.command("show")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
-def show_command(folder: Path, as_json: bool) -> None:
+@click.option("--methods", is_flag=True, help="Print a paragraph for a paper's methods section, and nothing else.")
+def show_command(folder: Path, as_json: bool, methods: bool) -> None:
     """Print the table of a saved measurement, and plot its figure again."""
     from layercrit.figures.style import save_figure
     from layercrit.measurement import Measurement
+    from layercrit.reporting.methods_section import methods_section
 
     measurement = Measurement.load(folder)
+    if methods:
+        say(methods_section(measurement))
+        return
     _show(measurement, as_json, folder)
     try:
         for path in save_figure(measurement.plot(), folder / "criticality"):
@@ -217,16 +261,32 @@ class _Saver:
             measurement = self.unsaved()
             trials = measurement.cells["trial"].nunique()
             self.save(measurement, quietly=True)
-            say(f"Stopped; {trials} finished trial(s) are saved in {self.folder}.", err=True)
+            say(
+                f"Stopped; {trials} finished trial(s) are saved in {self.folder}. Run the same command again to resume.",
+                err=True,
+            )
 
 
-def _folder_for(model: str, out: Path | None, overwrite: bool) -> Path:
-    folder = out or Path("layercrit-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
-    if (folder / "measurement.json").exists() and not overwrite:
+def _earlier(folder: Path, settings: dict[str, Any]) -> "Measurement | None":
+    """Return the measurement in a folder that this one goes on with: an unfinished one, or one of fewer trials."""
+    from layercrit.measurement import Measurement
+
+    if not (folder / "measurement.json").exists():
+        return None
+    found = Measurement.load(folder)
+    planned = settings["half_width"] is not None or settings["minutes"] is not None
+    n_trials = found.cells["trial"].nunique()
+    fewer = not planned and found.record["random_trials"] and n_trials < settings["trials"]
+    if found.record.get("complete", True) and not fewer:
         raise LayercritError(
             f"{folder} already contains a measurement. Print it with `layercrit show {folder}`, "
             "name another folder with --out, or replace it with --overwrite."
         )
+    return found
+
+
+def _folder_for(model: str, out: Path | None) -> Path:
+    folder = out or Path("layercrit-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -257,13 +317,17 @@ def _layer_table(table: "pd.DataFrame", summary: dict[str, Any]) -> Any:
     shown.add_column("type")
     shown.add_column("criticality", justify="right")
     shown.add_column(f"{level} interval", justify="right", no_wrap=True)
+    planned = summary["precision"] is not None
+    for column in ("half-width", "trials") if planned else ():
+        shown.add_column(column, justify="right")
     shown.add_column("", no_wrap=True)
     for column in ("matched", "top-1 agreement", *(["top-1 accuracy"] if "top1_accuracy" in table else []), "status"):
         shown.add_column(column, justify="left" if column == "status" else "right")
     for row in table.to_dict("records"):
         interval = "-" if row["low"] != row["low"] else f"{row['low']:.3f} - {row['high']:.3f}"
-        cells = [plain(row["layer"]), plain(row["type"]), number(row["criticality"]), interval, bar(row["criticality"])]
-        cells += [number(row["criticality_matched"]), percent(row.get("top1_agreement"))]
+        cells = [plain(row["layer"]), plain(row["type"]), number(row["criticality"]), interval]
+        cells += [number(row["half_width"]), str(row["n_trials"])] if planned else []
+        cells += [bar(row["criticality"]), number(row["criticality_matched"]), percent(row.get("top1_agreement"))]
         if "top1_accuracy" in table:
             cells.append(percent(row["top1_accuracy"]))
         status = plain(row["status"])
@@ -280,7 +344,14 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
         if mean["low"] is not None:
             limits = f"{mean['low']:.3f} - {mean['high']:.3f}"
             interval = f"{100 * summary['level']:g}% interval {limits} for new {summary['covers']}"
+        if summary["n_trials_in_mean"] < summary["n_trials"]:
+            interval += f", from the {summary['n_trials_in_mean']} trials that all layers have"
         lines.append(f"mean criticality {mean['mean']:.3f} ({interval})")
+        if mean["low"] is not None and "trials" in summary["covers"]:
+            lines.append(
+                f"after {summary['n_trials_in_mean']} trials, unlike draws cannot be excluded if they make up less than "
+                f"{summary['excluded_share']:.0%} of all"
+            )
         if matched is not None and summary["temperature"] is not None:
             lines.append(
                 f"temperature-matched {matched['mean']:.3f} (temperature {summary['temperature']:.3g}); "

@@ -268,6 +268,8 @@ def _show_plan(found: "StudyPlan") -> None:
         print_table(table)
     total, done = int(found.models["n_cells"].sum()), int(found.models["n_done"].sum())
     say(f"{len(found.models)} models, {total:,} cells, {total - done:,} left, {found.n_images:,} images each")
+    if found.precision:
+        say(found.precision)
     if found.flops:
         ratio = found.flops_plain / found.flops
         say(f"{found.flops:.3g} FLOPs left; without reuse {found.flops_plain:.3g}, {ratio:.1f} times as many")

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,19 @@ from layercrit.layers import Layer, find_layers, select_layers
 from layercrit.machine import find_device
 from layercrit.models.model import Classifier
 from layercrit.models.references import is_here, open_model, without_weights
+from layercrit.precision import SD_TRIALS, PrecisionPlan, n_pilot_images, typical_trials
 from layercrit.probes.labelling import open_images
 from layercrit.resets import RESETS
 from layercrit.restoring import undisturbed
 from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
 from layercrit.study.file import StudyFile
+from layercrit.study.pilots import plans_of
 from layercrit.study.store import FILE, Store
 
 __all__ = ["StudyPlan", "plan_study"]
 
+_TOTALS = ("n_images", "images_mistake", "flops_plain", "flops", "seconds", "precision")
 _TIMED_PIXELS = 4 * 224 * 224  # of the batch whose forward pass is timed
 _BYTES = 4  # of a float32 number
 
@@ -57,6 +61,7 @@ class StudyPlan:
         flops: FLOPs of the cells left as they will be run, everything before a reset layer once per batch.
         seconds: time for them on this machine with one worker, at the speed of the network's own forward pass in
             float32: an upper bound, since the fused and the bfloat16 replay are faster.
+        precision: what an asked half-width means for these numbers, in words; empty where none is asked for.
     """
 
     models: pd.DataFrame
@@ -65,12 +70,13 @@ class StudyPlan:
     flops_plain: float
     flops: float
     seconds: float
+    precision: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data."""
         return {
             "models": self.models.to_dict("records"),
-            **{name: getattr(self, name) for name in ("n_images", "images_mistake", "flops_plain", "flops", "seconds")},
+            **{name: getattr(self, name) for name in _TOTALS},
             **{name: int(self.models[name].sum()) for name in ("n_cells", "n_done", "download")},
         }
 
@@ -93,19 +99,25 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
         n_images = min(n_images, len(open_images(study.source, labels)))
     except LayercritError as error:
         images_mistake = str(error)
-    done = _done(Path(folder)) if folder is not None else Counter[str]()
+    done, plans = (_done(Path(folder)), _plans(Path(folder))) if folder is not None else (Counter[str](), {})
+    protocol = study.protocol
+    if protocol.is_planned:
+        first = n_pilot_images(protocol.half_width, protocol.level, protocol.pilot, n_images)
+        n_images = next((plan.n_images for plan in plans.values()), first)
     architectures: dict[str, _Architecture] = {}
-    n_trials = sum(needed_trials(study.protocol.trials, RESETS[reset].random) for reset in study.resets)
+    n_trials = sum(needed_trials(protocol.first_trials, RESETS[reset].random) for reset in study.resets)
     rows, plain, replayed, seconds = [], 0.0, 0.0, 0.0
     with large_blocks_stay():
         for entry in study.models:
             name, built = _architecture(study, entry, architectures)
             here, mistake = _is_here(entry, built.mistake)
-            n_cells = built.n_layers * n_trials
+            further = _n_further(plans, entry.name)
+            n_cells = built.n_layers * n_trials + further
             n_done = min(done[entry.name], n_cells)
             left = (n_cells - n_done) / max(1, n_cells) * n_images
             # beside the resets, each trial runs the trained network, which is asked once before all trials, too
-            flops = left * (n_trials * (built.flops + built.flops_after) + built.flops)
+            n_sweeps = n_trials + further / max(1, built.n_layers)
+            flops = left * (n_sweeps * (built.flops + built.flops_after) + built.flops)
             plain += left * built.flops * (n_cells + 1)
             replayed += flops
             seconds += flops / built.flops * built.seconds if built.flops else 0.0
@@ -121,7 +133,43 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
                     "mistake": mistake,
                 }
             )
-    return StudyPlan(pd.DataFrame(rows), n_images, images_mistake, plain, replayed, seconds)
+    about = _precision(study, plans, n_images)
+    return StudyPlan(pd.DataFrame(rows), n_images, images_mistake, plain, replayed, seconds, about)
+
+
+def _plans(folder: Path) -> dict[tuple[str, str], PrecisionPlan]:
+    """Return what was planned after the pilots of a study."""
+    if not (folder / FILE).is_file():
+        return {}
+    with contextlib.closing(Store(folder)) as store:
+        return plans_of(store.meta("precision"))
+
+
+def _n_further(plans: Mapping[tuple[str, str], PrecisionPlan], model: str) -> int:
+    """Return how many cells of a model were planned after its pilot."""
+    own = [plan for (name, _), plan in plans.items() if name == model]
+    return sum(layer.trials - plan.pilot for plan in own for layer in plan.layers.values())
+
+
+def _precision(study: StudyFile, plans: Mapping[tuple[str, str], PrecisionPlan], n_images: int) -> str:
+    """Say what is known of the cost of the half-width that is asked for."""
+    protocol = study.protocol
+    if protocol.half_width is None:
+        return ""
+    if plans:
+        trials = [layer.trials for plan in plans.values() for layer in plan.layers.values()]
+        missed = sum(not layer.reached for plan in plans.values() for layer in plan.layers.values())
+        short = f"; {missed} layers will not reach it" if missed else ""
+        return (
+            f"half-width {protocol.half_width:g}, as planned after the pilot: {min(trials)} to {max(trials)} trials a "
+            f"layer on {n_images:,} images{short}"
+        )
+    typical = typical_trials(protocol.half_width, protocol.level, protocol.pilot, n_images)
+    return (
+        f"half-width {protocol.half_width:g}: these are the cells of the pilot, {protocol.pilot} trials on "
+        f"{n_images:,} images. What follows depends on how much draws differ: a layer in which they vary as in the "
+        f"published networks (SD {SD_TRIALS}) takes {typical} trials in all, any layer {protocol.max_trials} at most"
+    )
 
 
 def _architecture(study: StudyFile, entry: ModelEntry, known: dict[str, _Architecture]) -> tuple[str, _Architecture]:

@@ -189,11 +189,15 @@ class Study:
         estimates = self._estimates(self.cells[self.cells["status"] == "ok"], by, layers)
         means = [name for name in mean_names(self.cells) if name not in ("cosine", MATCHED)]
         table = layer_table(self.cells, estimates, by=by, about=ABOUT_LAYER, means=means)
-        for row in table[table["status"] == "ok"].itertuples():
-            plan = self.plans.get((row.model, row.reset))
-            if plan is not None and not plan.reaches(row.layer, row.n_trials, row.n_images):
-                table.loc[row.Index, "status"] = NOT_REACHED
+        if self.plans:
+            reached = [self._reaches(row) for row in table.to_dict("records")]
+            table.loc[(table["status"] == "ok") & ~np.array(reached), "status"] = NOT_REACHED
         return table
+
+    def _reaches(self, row: Mapping[Any, Any]) -> bool:
+        """Return whether a row of the table of layers has the half-width that was asked for, if any was planned."""
+        plan = self.plans.get((row["model"], row["reset"]))
+        return plan is None or plan.reaches(row["layer"], row["n_trials"], row["n_images"])
 
     @cached_property
     def _means(self) -> pd.DataFrame:
@@ -243,7 +247,9 @@ class Study:
                     values = _per_image(store, keys[own], trials[own])
                 else:
                     values = _means_of_trials({name: column[own] for name, column in means.items()}, trials[own])
-                how = {"level": self.level, "random_trials": random[group[0]].get(group[1], True)}
+                is_random = random[group[0]].get(group[1], True)
+                how = {"level": self.level, "random_trials": is_random}
+                how["interval"] = self.record.get("protocol", {}).get("interval", "t") if is_random else "t"
                 found = {
                     name: estimate(distances, **how) if np.isfinite(distances).all() else None
                     for name, distances in values.items()

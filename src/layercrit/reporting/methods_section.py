@@ -1,0 +1,88 @@
+"""The paragraph about a measurement for the methods section of a paper, with its numbers filled in."""
+
+from pathlib import Path
+from typing import Any
+
+from layercrit.foreign_text import visible
+from layercrit.intervals import excluded_share
+from layercrit.measurement import Measurement
+
+__all__ = ["methods_section"]
+
+_SOURCES = {
+    "rerandomize": "fresh draws of the architecture's initialiser (Gavrikov et al. 2024)",
+    "rewind": "their values before training (Zhang, Bengio & Singer 2022)",
+    "zero": "zeros",
+}
+
+
+def methods_section(measurement: Measurement) -> str:
+    """Return a paragraph that says how a measurement was made: resets, images, trials, intervals."""
+    record, summary = measurement.record, measurement.summary()
+    protocol, images = record["protocol"], record["probe_set"]
+    layers = measurement.to_pandas()
+    version = record["versions"].get("layercrit", "")
+    values = _SOURCES.get(protocol["reset"], f"those of the reset '{protocol['reset']}'")
+    what = {"layer": "of each layer", "block": "of each block", "stage": "of each stage"}[protocol["group"]]
+    size = images["preprocessing"]
+    sentences = [
+        f"We measured the criticality of {len(layers)} layers of {visible(record['model']['reference'])} with "
+        f"layercrit {version}: the parameters {what} in turn were replaced by {values}, and criticality is 1 minus the "
+        "cosine similarity of the softmax outputs before and after, averaged over trials (draws) and images.",
+        f"The network was shown {images['n_images']:,} images drawn at random (seed {images['seed']}) from "
+        f"{visible(Path(images['source']).name)}, of {size['height']} x {size['width']} pixels.",
+        *_about_trials(measurement, summary),
+        *_about_intervals(measurement, summary),
+    ]
+    return " ".join(sentences)
+
+
+def _about_trials(measurement: Measurement, summary: dict[str, Any]) -> list[str]:
+    counts = measurement.to_pandas()["n_trials"]
+    plan = measurement.plan
+    if not measurement.record["random_trials"]:
+        return ["The reset is not random, so one trial was run."]
+    if plan is None:
+        return [f"Each layer was reset in {counts.max()} trials, each with a draw of its own."]
+    several = f"{counts.min()} to {counts.max()} (median {counts.median():g})"
+    numbers = f"{counts.min()}" if counts.min() == counts.max() else several
+    sentences = [
+        f"In a pilot of {plan.pilot} trials on {plan.n_pilot_images:,} images we estimated, layer by layer, how much "
+        "criticality varies between trials and between images; from this the numbers of images and of trials were "
+        f"fixed, once, such that the {100 * plan.level:g}% interval of every layer has a half-width of "
+        f"{plan.half_width:.2g} (Stein's two-stage procedure, 1945). This took {numbers} trials a layer on "
+        f"{plan.n_images:,} images."
+    ]
+    if missed := summary["precision"]["not_reached"]:
+        widths = measurement.to_pandas().set_index("layer")["half_width"]
+        sentences.append(
+            f"{len(missed)} of the layers did not reach it within {plan.max_trials} trials (half-widths up to "
+            f"{widths[missed].max():.2g})."
+        )
+    return sentences
+
+
+def _about_intervals(measurement: Measurement, summary: dict[str, Any]) -> list[str]:
+    level = f"{100 * summary['level']:g}%"
+    if measurement.record["protocol"].get("interval", "t") == "betting":
+        sentences = [
+            f"Intervals at {level} are those of hedged betting (Waudby-Smith & Ramdas 2024) on the means of trials, "
+            "which assume nothing but that distances lie in [0, 1]; they hold for new trials on the same images."
+        ]
+    elif summary["covers"] == "trials and images":
+        variance = "its variance estimated by the pilot and " if measurement.plan is not None else ""
+        sentences = [
+            f"Intervals at {level} are Student's around the mean, with trials and images as crossed random effects, "
+            f"{variance}Satterthwaite's degrees of freedom; they hold for new trials and new images."
+        ]
+    elif summary["covers"] == "nothing":
+        return ["A single trial gives no interval."]
+    else:
+        sentences = [f"Intervals at {level} are Student's; they hold for new {summary['covers']}."]
+    if measurement.record["random_trials"]:
+        n_trials = int(measurement.to_pandas()["n_trials"].min())
+        sentences.append(
+            f"After {n_trials} trials, draws unlike all of these cannot be excluded if they make up less than "
+            f"{excluded_share(n_trials):.0%} of all draws."
+        )
+    return sentences
