@@ -213,6 +213,22 @@ def test_repair__tables_that_were_moved(measured, tmp_path, flips):
     repaired = repair_study(copy)
     assert repaired.n_kept == len(cells)
     assert_same_tables(tables(copy), tables(folder))
+    with Store(copy) as store, Store(folder) as before:
+        assert store.runs() == before.runs()
+
+
+def test_repair__rows_between_two_damaged_ones(measured, tmp_path):
+    """On one page, SQLite stops at the first and, from the other end, at the last."""
+    folder, cells = measured
+    content = bytearray((folder / FILE).read_bytes())
+    pages = pages_of(cells, content)
+    page = next(page for page in pages.values() if list(pages.values()).count(page) > 2)
+    start = PAGE * (page - 1)
+    n_rows = int.from_bytes(content[start + 3 : start + 5])
+    for row in (0, n_rows - 1):
+        content[start + 8 + 2 * row : start + 10 + 2 * row] = b"\xff\xff"
+    copy = copied(folder, tmp_path, content)
+    assert repair_study(copy).n_kept == len(cells) - 2
 
 
 @pytest.mark.parametrize("flips", [False, True], ids=["sound", "first page damaged"])
