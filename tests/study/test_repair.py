@@ -226,7 +226,8 @@ def test_repair__rows_between_two_damaged_ones(measured, tmp_path):
     start = PAGE * (page - 1)
     n_rows = int.from_bytes(content[start + 3 : start + 5])
     for row in (0, n_rows - 1):
-        content[start + 8 + 2 * row : start + 10 + 2 * row] = b"\xff\xff"
+        at = start + int.from_bytes(content[start + 8 + 2 * row : start + 10 + 2 * row])
+        content[at : at + 2] = b"\xff\x7f"  # how long the row is
     copy = copied(folder, tmp_path, content)
     assert repair_study(copy).n_kept == len(cells) - 2
 
