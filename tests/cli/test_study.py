@@ -1,6 +1,9 @@
 """The commands about studies: through the installed entry point where processes matter, else in this process."""
 
+import contextlib
 import json
+import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -279,6 +282,28 @@ def test_merge__says_what_there_is_and_notes_on_stderr(tmp_path):
     with pytest.raises(StudyError, match="already contains a study"):
         call("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both")
     assert call("merge", tmp_path / "a", tmp_path / "b").exit_code == 2  # no --out
+
+
+def test_repair__names_what_is_lost_and_what_is_next(ran, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    shutil.copyfile(ran[0] / FILE, folder / FILE)
+    with contextlib.closing(sqlite3.connect(folder / FILE)) as connection:
+        connection.execute("UPDATE cells SET status = 'other' WHERE rowid = 1")
+        connection.commit()
+    content = bytearray((folder / FILE).read_bytes())
+    content[:16] = b"no longer SQLite"
+    (folder / FILE).write_bytes(content)
+    with pytest.raises(StudyError, match="study repair"):
+        call("status", folder)
+    result = call("repair", folder)
+    left, lost = load_study(folder).cells, load_study(ran[0]).cells.iloc[0]
+    assert len(left) == 2 * N_LAYERS - 1
+    assert lost["key"] not in set(left["key"])
+    assert f"the cell of {MARKUP}, {lost['layer']}, rerandomize, trial {lost['trial']}\n" in result.stderr
+    assert result.stderr.count("damaged and left out") == 1
+    assert result.stdout.startswith(f"{len(left)} cells kept; ")
+    assert (folder / f"{FILE}.damaged-1").read_bytes() == content
 
 
 def test_help__lists_the_commands():

@@ -1,15 +1,12 @@
 """How texts, tables and numbers are printed on a terminal."""
 
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import click
 
 from layercrit.foreign_text import visible
-
-if TYPE_CHECKING:
-    from layercrit.study.tables import Study
 
 __all__ = [
     "bar",
@@ -79,13 +76,13 @@ def plain(text: object) -> Any:
     return Text(visible(text))
 
 
-def say_damaged(study: "Study") -> None:
+def say_damaged(rows: Sequence[str]) -> None:
     """Say on stderr which rows of a study's file are damaged."""
-    for row in study.damaged[:_LISTED]:
+    for row in rows[:_LISTED]:
         say(f"damaged and left out: {row}", err=True)
-    if more := study.damaged[_LISTED:]:
+    if more := rows[_LISTED:]:
         say(f"damaged and left out: {len(more)} more rows", err=True)
-    if study.damaged:
+    if rows:
         say(
             "`layercrit study run` measures what is damaged anew; a study that was imported or merged is to be made "
             "again.",

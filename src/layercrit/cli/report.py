@@ -74,7 +74,7 @@ def report_command(
 
     found = load_study(folder)
     print_warnings(found.warnings, err=True)
-    say_damaged(found)
+    say_damaged(found.damaged)
     written = report(
         found,
         out,

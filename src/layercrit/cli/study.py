@@ -123,7 +123,7 @@ def status_command(folder: Path, as_json: bool) -> None:
     say(f"{status['n_done']} of {status['n_planned']} cells{known} are done{left}")
     say(f"running: {status['run_by']}" if status["run_by"] else "not running")
     _say_unreadable(found)
-    say_damaged(found)
+    say_damaged(found.damaged)
     if found.failures:
         _show_failures(found.failures)
 
@@ -149,8 +149,9 @@ def repair_command(folder: Path) -> None:
     """Save what can be read of a study whose file SQLite calls malformed; the damaged file is kept beside it."""
     from layercrit.study.repair import repair_study
 
-    n_kept, damaged = repair_study(folder)
-    say(f"{n_kept} cells kept; the damaged file is {damaged}. Next: `layercrit study run {folder}`.")
+    repaired = repair_study(folder)
+    say_damaged(repaired.lost)
+    say(f"{repaired.n_kept} cells kept; the damaged file is {repaired.damaged}. Next: `layercrit study run {folder}`.")
 
 
 @study.command("example")

@@ -64,7 +64,7 @@ def export_command(folder: Path, name: str, out: Path | None, overwrite: bool) -
     from layercrit.study.tables import load_study
 
     study = load_study(folder)
-    say_damaged(study)
+    say_damaged(study.damaged)
     for path in export(study, name, out, overwrite=overwrite):
         say(path)
 
@@ -96,7 +96,7 @@ def compare_command(
     names = [name for name in leave_out if name] if leave_out else None
     study = load_study(folder)
     print_warnings(study.warnings, err=True)
-    say_damaged(study)
+    say_damaged(study.damaged)
     comparison = compare(study, baseline=baseline, leave_out=names, reset=reset)
     if comparison.caution:
         say(f"note: {comparison.caution}", err=True)

@@ -108,11 +108,15 @@ class Store:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         (n_tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if magic != _MAGIC and n_tables:
-            raise StudyError(f"{self.path} is an SQLite file, but not that of a layercrit study. Name another folder.")
+            raise StudyError(
+                f"{self.path} is an SQLite file, but not that of a layercrit study. Name another folder; if it "
+                f"was one, `layercrit study repair {self.path.parent}` keeps what can be read."
+            )
         if version > SCHEMA:
             raise StudyError(
                 f"{self.path} has schema version {version}, but this version of layercrit only knows versions up to "
-                f"{SCHEMA}. Install the newer version of layercrit that wrote it."
+                f"{SCHEMA}. Install the newer version of layercrit that wrote it; if there is none, the file is "
+                f"damaged, and `layercrit study repair {self.path.parent}` keeps what can be read."
             )
         if version == SCHEMA:
             return
@@ -317,6 +321,10 @@ class Store:
         table["raw"] = pd.Series([None if raw is None else json.loads(raw) for raw in raws], dtype=object)
         return pd.concat([table.drop(columns="raw"), means, table[["raw"]]], axis=1)
 
+    def n_cells(self) -> int:
+        """Return how many cells are measured, planned or not."""
+        return int(self._rows("SELECT count(*) FROM cells")[0][0])
+
     def keys_with_images(self) -> set[str]:
         """Return the keys of all cells for which per-image values were kept."""
         return {key for (key,) in self._rows("SELECT key FROM cells WHERE per_image IS NOT NULL")}
@@ -399,22 +407,31 @@ class Store:
                 [(number,) for number in numbers - kept],
             )
 
-    def take_rows(self, tables: Mapping[str, Iterable[tuple[Any, ...]]]) -> int:
-        """Add the sound ones of some tables' rows, and return how many cells those are.
+    def take_rows(self, table: str, rows: Iterable[tuple[Any, ...]]) -> int:
+        """Add the sound ones of a damaged file's rows, and return how many there are; `damaged` says which are not.
 
         Args:
-            tables: name -> (number of the run or None, the columns `COLUMNS`, the checksum) of each row.
+            table: its name.
+            rows: (number of the run or None, the columns `COLUMNS`, the checksum) of each.
         """
+        columns = COLUMNS[table]
+        named = [*(["run"] if table in ("cells", "runs") else []), *columns]
+        query = f"INSERT OR IGNORE INTO {table} ({', '.join(named)}) VALUES ({', '.join('?' * len(named))})"  # noqa: S608
+        n_sound = 0
         with self.transaction():
-            for table, rows in tables.items():
-                columns = COLUMNS[table]
-                named = [*(["run"] if table in ("cells", "runs") else []), *columns]
-                marks = ", ".join("?" * len(named))
-                self._connection.executemany(
-                    f"INSERT OR IGNORE INTO {table} ({', '.join(named)}) VALUES ({marks})",  # noqa: S608
-                    (row[len(columns) + 1 - len(named) : -1] for row in rows if is_sound(table, row[1:-1], row[-1])),
-                )
-        return int(self._rows("SELECT count(*) FROM cells")[0][0])
+            for row in rows:
+                if is_sound(table, row[1:-1], row[-1]):
+                    self._connection.execute(query, row[len(columns) + 1 - len(named) : -1])
+                    n_sound += 1
+                else:
+                    self.damaged[self._in_words(table, dict(zip(columns, row[1:-1], strict=True)))] = None
+        return n_sound
+
+    def miss_cells(self, keys: Iterable[str]) -> None:
+        """Say under `damaged` which planned cells are not there, of those that a damaged file once had."""
+        planned = {row.key for row in self.plan()}
+        for key in sorted(planned.intersection(keys) - self.known(planned)):
+            self.damaged[self._in_words("cells", {"key": key})] = None
 
     def _sound(
         self, table: str, which: str = "", values: Sequence[object] = (), *, more: Sequence[str] = ()
