@@ -56,7 +56,7 @@ OLD_IMPORTS = {
     "layercrit.reporting": "FIGURES Report report",
     "layercrit.resets": "RESETS Donor Draw Reset donor_values draw_values get_reset given_donor reset seed_of",
     "layercrit.running": "RunReport run_study",
-    "layercrit.session": "MATCHED_ENTROPY Batch Predictions Session Trial",
+    "layercrit.session": "MATCHED_ENTROPY Batch Predictions Session",
     "layercrit.sources": "ACCEPTED ArraySource FolderSource ImageSource Item check_exists find_names integer_label",
     "layercrit.statistics": "ChanceLevel Estimate estimate estimate_mean_over_layers fit_temperature",
     "layercrit.store": "FILE CellRow FailureRow ModelRow PartRow PlanRow Store pack unpack",

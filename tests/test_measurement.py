@@ -98,7 +98,7 @@ def test_to_pandas__gives_each_layer_its_estimate(measured):
 
 def test_to_pandas__names_its_columns(measured, zeroed):
     columns = [
-        "layer", "type", "depth", "n_parameters", "flops_after", "criticality", "low", "high", "sd_trials",
+        "layer", "type", "depth", "n_parameters", "flops_after", "criticality", "low", "high", "half_width", "sd_trials",
         "criticality_matched", "matched_low", "matched_high", "l1", "l2", "js", "loss", "top1_accuracy",
         "top5_accuracy", "recovered_accuracy", "top1_agreement", "n_trials", "status",
     ]  # fmt: skip
@@ -144,6 +144,7 @@ def test_record__is_plain_data_and_complete(measured):
     assert record["protocol"] == {
         "trials": 3, "n_images": 7, "layers": "*", "types": "conv,linear", "group": "layer", "reset": "rerandomize",
         "seed": 5, "batch_size": 7, "dtype": "float32", "device": "cpu", "level": 0.9, "distances": list(DISTANCES),
+        "interval": "t", "half_width": None, "minutes": None, "pilot": 10, "max_trials": 200,
     }  # fmt: skip
     assert len(record["model"]["sha256"]) == len(record["probe_set"]["sha256"]) == 64
     assert record["trial_seeds"] == measured.cells["seed"][:3].tolist()

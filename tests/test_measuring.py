@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from layercrit import measuring
+from layercrit import sampling
 from layercrit.distances import DISTANCES, distance
 from layercrit.errors import (
     CheckpointError,
@@ -588,7 +588,7 @@ def test_measure__on_trial_is_shown_what_is_finished():
 
 def test_measure__on_trial_builds_a_measurement_only_when_asked(monkeypatch):
     built = []
-    monkeypatch.setattr(measuring, "Measurement", lambda *parts: built.append(parts) or Measurement(*parts))
+    monkeypatch.setattr(sampling, "Measurement", lambda *parts: built.append(parts) or Measurement(*parts))
     kept = []
     found = measure(two_layers(), PIXELS, trials=3, on_trial=kept.append, **QUIET)
     assert len(built) == 1

@@ -77,7 +77,7 @@ def test_measure__same_seed_same_table_in_another_process(measured, photographs,
 def test_measure__does_not_replace_a_measurement_unasked(measured, photographs):
     folder, _ = measured
     before = (folder / "measurement.json").read_bytes()
-    result = run("measure", MODEL, "--images", photographs, "--out", folder, cwd=folder.parent)
+    result = run("measure", MODEL, "--images", photographs, "--trials", "2", "--out", folder, cwd=folder.parent)
     assert result.returncode == 1
     assert "already contains a measurement" in result.stderr
     assert "--overwrite" in result.stderr
@@ -226,7 +226,8 @@ def test_options__defaults_are_the_library_s():
     options = {option.name: option.default for option in cli.commands["measure"].params}
     library = inspect.signature(measure).parameters
     for name, value in Protocol().to_dict().items():
-        assert str(options[name]) == str(value), f"--{name} has another default than the protocol"
+        given = None if value is None and f"{options[name]}" == "Sentinel.UNSET" else options[name]
+        assert str(given) == str(value), f"--{name} has another default than the protocol"
         assert library[name].default == value, f"measure({name}=) has another default than the protocol"
 
 

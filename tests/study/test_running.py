@@ -84,9 +84,9 @@ def batches(monkeypatch):
     found = []
     run_batch = Session.run_batch
 
-    def counted(self, trial, start):
-        found.append((trial.trial, start))
-        return run_batch(self, trial, start)
+    def counted(self, draws, start):
+        found.extend((trial, start) for trial in draws.seeds)
+        return run_batch(self, draws, start)
 
     monkeypatch.setattr(Session, "run_batch", counted)
     return found

@@ -55,7 +55,7 @@ def prepare(tmp_path):
 
 def ask(work, study, model=0, reset="rerandomize", trial=0):
     """What a worker says to a task."""
-    job = Job(study.models[model], reset, trial)
+    job = Job(study.models[model], reset, {trial: None})
     return list(work(Task(f"{job}", "", job)))
 
 

@@ -178,8 +178,8 @@ class _Reader:
         models = self._models(tables, resets)
         self._check_donors(models, resets)
         self._check_comparison(models, study.baseline, study.leave_out)
+        settings = self._protocol(protocol, resets[0])
         self._raise_mistakes()
-        settings = protocol.model_dump(exclude={"resets", "distances"})
         return StudyFile(
             name=self._default_name() if study.name is None else study.name,
             models=tuple(models),
@@ -188,7 +188,7 @@ class _Reader:
             labels=self._absolute_labels(images.labels),
             classes=None if images.classes is None else str(self._absolute(images.classes)),
             preprocessing=preprocessing,
-            protocol=Protocol(**settings, reset=resets[0]),
+            protocol=settings,
             resets=tuple(dict.fromkeys(resets)),
             distances=tuple(dict.fromkeys(["cosine", *distances])),
             baseline=study.baseline,
@@ -196,6 +196,14 @@ class _Reader:
             imports=tuple(study.imports),
             training=Training(tuple(self.runs), self.path) if self.training else None,
         )
+
+    def _protocol(self, table: Declaration, reset: str) -> Protocol:
+        """Return the settings of a table whose keys are right each by itself, and note where they contradict."""
+        try:
+            return Protocol(**table.model_dump(exclude={"resets", "distances"}), reset=reset)
+        except LayercritError as error:
+            self.mistakes.append(f"[protocol] {error}")
+            return DEFAULTS
 
     def _default_name(self) -> str:
         return self.path.parent.name if self.path.stem == "study" else self.path.stem

@@ -159,10 +159,11 @@ def _precision(study: StudyFile, plans: Mapping[tuple[str, str], PrecisionPlan],
     if plans:
         trials = [layer.trials for plan in plans.values() for layer in plan.layers.values()]
         missed = sum(not layer.reached for plan in plans.values() for layer in plan.layers.values())
+        numbers = f"{min(trials)}" if min(trials) == max(trials) else f"{min(trials)} to {max(trials)}"
         short = f"; {missed} layers will not reach it" if missed else ""
         return (
-            f"half-width {protocol.half_width:g}, as planned after the pilot: {min(trials)} to {max(trials)} trials a "
-            f"layer on {n_images:,} images{short}"
+            f"half-width {protocol.half_width:g}, as planned after the pilot: {numbers} trials a layer "
+            f"on {n_images:,} images{short}"
         )
     typical = typical_trials(protocol.half_width, protocol.level, protocol.pilot, n_images)
     return (
