@@ -45,13 +45,14 @@ def criticality_bars(
 ) -> "Figure":
     """Plot the criticality of one model's layers as bars, in the order of the table.
 
-    Bars whose status is not ``ok`` are grey and hatched, and have full height if they have no value. The figure needs
+    Bars of layers some of whose cells are not ok are grey and hatched, and have full height if they have no value. The figure needs
     no display; save it with `save_figure`.
 
     Args:
         table: one row per layer, in depth order, with the columns ``layer`` (name), ``type`` (decides the colour),
             ``criticality`` in [0, 1], ``low`` and ``high`` (its confidence limits; NaN: no error bar) and ``status``;
-            an optional column ``label`` replaces the names below the bars (None: the name).
+            an optional column ``label`` replaces the names below the bars (None: the name), and a column ``n_trials``
+            adds the numbers of trials in brackets where they differ.
         title: shown above the bars, such as the model's name.
         mean: mean criticality of the model: a dashed line. None or NaN: none.
         chance: chance level, the mean cosine between predictions for different images: a dotted line at 1 - chance,
@@ -65,6 +66,8 @@ def criticality_bars(
 
     labels = zip(table["label" if "label" in table else "layer"], table["layer"], strict=True)
     names = [printable(label if isinstance(label, str) else name) for label, name in labels]
+    if unlike := "n_trials" in table and table["n_trials"].nunique() > 1:
+        names = [f"{name} ({n})" for name, n in zip(names, table["n_trials"], strict=True)]
     doubtful = (~table["status"].isin(WHOLE) | table["criticality"].isna()).to_numpy()
     colors = _colors([str(kind) for kind in table["type"]])
     legend = _legend(colors, bool(doubtful.any()))
@@ -85,6 +88,9 @@ def criticality_bars(
         figure = Figure(figsize=(width, height), dpi=100)
         axes = figure.add_axes((_LEFT / width, below / height, axes_width / width, _AXES_HEIGHT / height))
         _prepare_axes(axes, names, name_size)
+        if unlike:
+            axes.text(-0.03, -0.02, "(trials)", transform=axes.transAxes, fontsize=_NOTE_SIZE,
+                      horizontalalignment="right", verticalalignment="top")  # fmt: skip
         _draw_bars(axes, table, doubtful, [colors[str(kind)] for kind in table["type"]])
         _draw_levels(axes, levels)
         _draw_legend(axes, legend)
