@@ -12,7 +12,7 @@ import torch
 
 from layercrit.errors import ProtocolError
 from layercrit.intervals import betting
-from layercrit.statistics import ChanceLevel, estimate, estimate_mean_over_layers, fit_temperature
+from layercrit.statistics import ChanceLevel, across_layers, estimate, estimate_mean_over_layers, fit_temperature
 
 PUBLISHED = Path(__file__).parents[1] / ".." / "shared" / "published"
 
@@ -23,6 +23,13 @@ def crossed(
     """Draw from the model distance[r, x] = mean + trial_r + image_x + rest; clipped evenly, so the mean stays 0.5."""
     trials, images = sd[0] * rng.standard_normal((n_trials, 1)), sd[1] * rng.standard_normal(n_images)
     return (mean + trials + images + sd[2] * rng.standard_normal((n_trials, n_images))).clip(0, 1)
+
+
+def score_limits(mean: float, half_width: float, upper: float = 1.0) -> tuple[float, float]:
+    """The two mu with (mean - mu)^2 = half_width^2 mu (upper - mu) / (mean (upper - mean)), by NumPy's roots."""
+    share = half_width**2 / (mean * (upper - mean))
+    low, high = sorted(np.roots([1 + share, -2 * mean - share * upper, mean**2]).real)
+    return low, high
 
 
 def twin_estimate(d: np.ndarray, level: float) -> dict[str, float]:
@@ -46,10 +53,11 @@ def twin_estimate(d: np.ndarray, level: float) -> dict[str, float]:
     ]
     df = (variance * n_trials * n_images) ** 2 / sum(ms**2 / df for ms, df in parts)
     half_width = scipy.stats.t.ppf(0.5 + level / 2, df) * math.sqrt(variance)
+    low, high = score_limits(mean, half_width)
     return {
         "mean": mean,
-        "low": max(mean - half_width, 0),
-        "high": min(mean + half_width, 1),
+        "low": low,
+        "high": high,
         "sd_trials": math.sqrt(variance_trials),
         "sd_images": math.sqrt(variance_images),
         "sd_rest": math.sqrt(ms_rest),
@@ -78,7 +86,7 @@ def test_estimate__agreeing_trials_keep_the_few_degrees_of_freedom() -> None:
     ms_images, ms_rest = 3 * d.mean(axis=0).var(ddof=1), got.sd_rest**2
     df = ms_images**2 / (ms_rest**2 / 2 + ms_images**2 / 3 + ms_rest**2 / 6)
     half_width = scipy.stats.t.ppf(0.975, df) * math.sqrt(ms_images / 12)
-    assert got.high - got.mean == pytest.approx(half_width)
+    assert (got.low, got.high) == pytest.approx(score_limits(got.mean, half_width))
 
 
 CASES = {
@@ -152,7 +160,7 @@ def test_estimate__reset_without_chance_covers_images(n_trials: int) -> None:
     assert got.covers == "images"
     assert (got.sd_trials, got.sd_rest) == (0, 0)
     assert got.sd_images == pytest.approx(images.std(ddof=1))
-    assert (got.low, got.high) == (pytest.approx(max(0.3 - half_width, 0)), pytest.approx(0.3 + half_width))
+    assert (got.low, got.high) == pytest.approx(score_limits(0.3, half_width))
 
 
 def test_estimate__one_image_column_covers_trials() -> None:
@@ -163,10 +171,7 @@ def test_estimate__one_image_column_covers_trials() -> None:
     assert got.sd_trials == pytest.approx(trials.std(ddof=1))
     assert math.isnan(got.sd_images)
     assert math.isnan(got.sd_rest)
-    assert (got.low, got.high) == (
-        pytest.approx(trials.mean() - half_width),
-        pytest.approx(min(trials.mean() + half_width, 1)),
-    )
+    assert (got.low, got.high) == pytest.approx(score_limits(trials.mean(), half_width))
 
 
 @pytest.mark.parametrize("random_trials", [True, False])
@@ -195,10 +200,27 @@ def test_estimate__identical_trials_leave_the_spread_of_images() -> None:
 
 
 def test_estimate__limits_stay_in_range() -> None:
-    got = estimate(np.array([[0.0, 0.9], [1.0, 0.1], [0.9, 1.0]]))
-    assert (got.low, got.high) == (0, 1)
-    wide = estimate(np.array([[0.0, 0.9], [1.0, 0.1], [0.9, 1.0]]), upper=math.inf)
+    d = np.array([[0.0, 0.9], [1.0, 0.1], [0.9, 1.0]])
+    got = estimate(d)
+    assert 0 < got.low < got.mean < got.high < 1
+    wide = estimate(d, upper=math.inf)
+    assert wide.low == 0
     assert wide.high > 1
+
+
+def test_estimate__limits_scale_with_the_largest_distance() -> None:
+    d = crossed(np.random.default_rng(0), 3, 20, (0.2, 0.2, 0.1), mean=0.8)
+    got, doubled = estimate(d), estimate(2 * d, upper=2.0)
+    assert (doubled.low, doubled.high) == (pytest.approx(2 * got.low), pytest.approx(2 * got.high))
+    assert got.mean - got.low > got.high - got.mean  # it reaches farther into the middle
+
+
+def test_estimate__a_short_interval_is_students() -> None:
+    d = 0.5 + 1e-4 * np.random.default_rng(0).standard_normal((3, 20))
+    got, plain = estimate(d), estimate(d, upper=math.inf)
+    assert (got.low - got.mean, got.high - got.mean) == pytest.approx(
+        (plain.low - got.mean, plain.high - got.mean), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, bool])
@@ -295,6 +317,57 @@ def test_estimate_mean_over_layers__betting_is_on_the_trials_that_layers_share()
     got = estimate_mean_over_layers(d, interval="betting")
     assert got == estimate(d.mean(axis=0), interval="betting")
     assert got.covers == "trials"
+
+
+def test_across_layers__reaches_the_share_of_unlike_draws_that_may_be_missing() -> None:
+    alike = np.array([0.03, 0.031, 0.029])[:, None]
+    apart = np.array([0.02, 0.98, 0.5])[:, None]
+    before = [estimate(alike), estimate(apart)]
+    after = across_layers(before)
+    dispersions = [d.var(ddof=1) / (d.mean() * (1 - d.mean())) for d in (alike, apart)]
+    share = scipy.stats.beta.ppf(0.975, np.mean(dispersions), 4 - np.mean(dispersions))
+    assert after[0].high == pytest.approx(0.03 + share * 0.97)
+    assert after[0].low == pytest.approx(min(before[0].low, 0.03 * (1 - share)))
+    assert (after[0].mean, after[0].sd_trials, after[0].covers) == (before[0].mean, before[0].sd_trials, "trials")
+    assert after[1].low <= before[1].low
+    doubled = across_layers([estimate(2 * d, upper=2.0) for d in (alike, apart)], upper=2.0)
+    assert doubled[0].high == pytest.approx(2 * after[0].high)
+
+
+def test_across_layers__changes_nothing_where_draws_differ_little_in_all_layers() -> None:
+    rng = np.random.default_rng(0)
+    before = [estimate(crossed(rng, 10, 50, (0.02, 0.2, 0.1))) for _ in range(5)]
+    assert across_layers(before) == before
+
+
+def test_across_layers__leaves_what_draws_do_not_decide() -> None:
+    wild = estimate(np.array([[0.0], [1.0], [0.4]]))
+    others = [
+        estimate(np.full((3, 1), 0.5)),  # alike to the last bit
+        estimate(np.array([[0.4]])),  # no interval
+        estimate(np.array([[0.1, 0.2, 0.4]]), random_trials=False),  # no draws
+    ]
+    after = across_layers([wild, *others])
+    assert [str(one) for one in after[1:]] == [str(one) for one in others]
+    assert across_layers([]) == []
+    unbounded = [estimate(d, upper=math.inf) for d in (np.array([[0.0], [9.0]]), np.array([[1.0], [1.1]]))]
+    assert across_layers(unbounded, upper=math.inf) == unbounded
+
+
+@pytest.mark.parametrize("n_trials", [3, 5, 10])
+def test_across_layers__covers_layers_whose_unlike_draws_were_not_seen(n_trials: int) -> None:
+    """One draw in seven is far away, in most layers: where a layer's own draws show none, the others tell."""
+    rng = np.random.default_rng(0)
+    covered: dict[str, list[bool]] = {"alone": [], "together": []}
+    for _ in range(400):
+        unlike = rng.random((12, n_trials, 1)) < 0.15
+        d = np.where(unlike, rng.uniform(0.3, 1, unlike.shape), rng.normal(0.03, 0.003, unlike.shape))
+        true = 0.85 * 0.03 + 0.15 * 0.65
+        alone = [estimate(layer) for layer in d]
+        for name, found in (("alone", alone), ("together", across_layers(alone))):
+            covered[name] += [one.low <= true <= one.high for one in found]
+    assert np.mean(covered["alone"]) < 0.85
+    assert np.mean(covered["together"]) >= 0.93
 
 
 def test_estimate_mean_over_layers__averages_layers_first() -> None:

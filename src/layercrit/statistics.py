@@ -1,6 +1,7 @@
 """From per-image distances to estimates with intervals; the chance level and the matched temperature."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import exp, isinf, log, nan, sqrt
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,12 +10,20 @@ import numpy.typing as npt
 from scipy.special import bdtrc
 
 from layercrit.errors import ProtocolError
-from layercrit.intervals import betting, check_interval, check_level, limits
+from layercrit.intervals import betting, check_interval, check_level, excluded_share, limits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ChanceLevel", "Estimate", "estimate", "estimate_mean_over_layers", "fit_temperature", "needed_trials"]
+__all__ = [
+    "ChanceLevel",
+    "Estimate",
+    "across_layers",
+    "estimate",
+    "estimate_mean_over_layers",
+    "fit_temperature",
+    "needed_trials",
+]
 
 # Storage in float16 may carry a distance this far (as a share of the largest possible one) out of its range.
 _STORAGE_ROUNDING = 1e-3
@@ -90,7 +99,7 @@ def estimate(
     Example:
         >>> result = estimate(np.array([[0.1, 0.3, 0.2], [0.4, 0.6, 0.5], [0.2, 0.4, 0.3]]))
         >>> print(f"{result.mean:.2f} in [{result.low:.2f}, {result.high:.2f}], {result.covers}")
-        0.33 in [0.02, 0.65], trials and images
+        0.33 in [0.12, 0.65], trials and images
 
     Notes:
         Analysis of variance of two crossed random effects without replication (Searle, Casella & McCulloch 1992,
@@ -158,6 +167,41 @@ def _bets(trials: npt.NDArray[np.float64], level: float, random_trials: bool, up
         )
     low, high = betting((trials / upper).clip(0.0, 1.0), level)
     return upper * float(low), upper * float(high)
+
+
+def across_layers(estimates: Sequence[Estimate], upper: float = 1.0) -> list[Estimate]:
+    """Widen the intervals of a network's layers by what their draws tell together: how common unlike draws are.
+
+    A few draws of a layer may all be alike although others are not: then the layer's own spread is too small, and its
+    interval far too short. Other layers of the network show how far draws may differ. Their mean dispersion (the
+    variance of trials as a share of mean (upper - mean), the largest that a mean allows) says which share of draws may
+    have been missed (see `layercrit.intervals.excluded_share`), and each interval is made to reach the means that the
+    layer would have if that share were at one or the other end of the range. Where draws differ little in all layers,
+    this changes nothing.
+
+    Args:
+        estimates: of the layers of one network, by `estimate` with Student's interval, all of the same reset.
+        upper: as in `estimate`.
+
+    Returns:
+        Those of the layers, in order. Unchanged are intervals that do not cover new trials, and those without width:
+        where no trial differs at all, draws do not matter.
+    """
+    if isinf(upper):
+        return list(estimates)
+    random = [one for one in estimates if one.covers in ("trials and images", "trials") and one.high > one.low]
+    if not random:
+        return list(estimates)
+    dispersions = [min(one.sd_trials**2 / (one.mean * (upper - one.mean)), 1.0) for one in random]
+    common = sum(dispersions) / len(dispersions)
+    widened = {id(one): _with_unlike_draws(one, common, upper) for one in random}
+    return [widened.get(id(one), one) for one in estimates]
+
+
+def _with_unlike_draws(one: Estimate, dispersion: float, upper: float) -> Estimate:
+    share = float(excluded_share(one.n_trials, one.level, dispersion))
+    low, high = one.mean - share * one.mean, one.mean + share * (upper - one.mean)
+    return replace(one, low=min(one.low, low), high=max(one.high, high))
 
 
 def estimate_mean_over_layers(
