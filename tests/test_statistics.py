@@ -122,7 +122,7 @@ def test_estimate__two_trials_cover_nearly_as_stated() -> None:
 
 @pytest.mark.parametrize(
     ("sd", "n_trials", "least"),
-    [((0.3, 1.5, 0.7), 3, 0.92), ((0.3, 1.5, 0.7), 10, 0.92), ((2.0, 1.0, 0.5), 3, 0.77), ((2.0, 1.0, 0.5), 10, 0.86)],
+    [((0.3, 1.5, 0.7), 3, 0.92), ((0.3, 1.5, 0.7), 10, 0.92), ((2.0, 1.0, 0.5), 3, 0.89), ((2.0, 1.0, 0.5), 10, 0.89)],
     ids=["skewed images, 3 trials", "skewed images, 10 trials", "skewed trials, 3", "skewed trials, 10"],
 )
 def test_estimate__coverage_of_skewed_distances(sd: tuple[float, float, float], n_trials: int, least: float) -> None:
