@@ -21,9 +21,9 @@ import numpy.typing as npt
 from scipy.special import stdtrit
 
 import layercrit
-from layercrit.intervals import betting, excluded_share, limits
+from layercrit.intervals import betting, half_width, limits
 from layercrit.measurement import Measurement
-from layercrit.statistics import across_layers, estimate
+from layercrit.statistics import estimate
 
 Array = npt.NDArray[Any]
 
@@ -118,7 +118,7 @@ def draw(population: Array, n_trials: int, n_images: int, rng: np.random.Generat
 
 def of_layers(distances: Array) -> Sample:
     """Return the estimates of ``(n_layers, n_trials, n_images)``."""
-    estimates = across_layers([estimate(layer, level=LEVEL) for layer in distances])
+    estimates = [estimate(layer, level=LEVEL) for layer in distances]
     return Sample(*(np.array([getattr(one, name) for one in estimates]) for name in Sample._fields))
 
 
@@ -175,44 +175,41 @@ def two_stages(population: Array, truth: Array, repetitions: int, rng: np.random
     so_far = np.empty((repetitions, n_layers, MOST_TRIALS))  # means over the first trials
     for sample, order in enumerate(trials):
         so_far[sample] = of_trials[:, order, sample].cumsum(axis=1) / np.arange(1, MOST_TRIALS + 1)
-    common = dispersion(pilot).mean(axis=1, keepdims=True)  # (n_samples, 1)
     found = []
-    for half_width in HALF_WIDTHS:
-        n_trials = fewest(pilot, common, n_images, half_width)
+    for asked in HALF_WIDTHS:
+        n_trials = fewest(pilot, n_images, asked)
         mean = np.take_along_axis(so_far, n_trials[..., None] - 1, axis=2)[..., 0]
-        low, high = final_limits(pilot, mean, common, n_trials, n_images)
+        low, high = final_limits(pilot, mean, n_trials, n_images)
         plain = students(pilot, PILOT, n_images, n_trials, n_images)
         show(
-            f"two stages, {half_width}, t",
+            f"two stages, {asked}, t",
             mean + plain[0] - pilot.mean,
             mean + plain[1] - pilot.mean,
             truth,
             plain[1] - plain[0],
             n_trials.mean(),
         )
-        found.append(show(f"two stages, {half_width}", low, high, truth, plain[1] - plain[0], n_trials.mean()))
+        found.append(show(f"two stages, {asked}", low, high, truth, plain[1] - plain[0], n_trials.mean()))
     return found
 
 
-def dispersion(sample: Sample) -> Array:
-    """Return the variance of trials as a share of the largest that their mean allows."""
-    return np.minimum(sample.sd_trials**2 / np.maximum(sample.mean * (1 - sample.mean), 1e-12), 1)
+def final_limits(pilot: Sample, mean: Array, n_trials: Any, n_images: int) -> tuple[Array, Array]:
+    """Return the limits of means over all trials, with the variances that the pilot found."""
+    parts = [
+        (pilot.sd_trials**2 / n_trials, PILOT - 1),
+        (pilot.sd_images**2 / n_images, n_images - 1),
+        (pilot.sd_rest**2 / (n_trials * n_images), PILOT - 1),
+    ]
+    return limits(mean, half_width(parts, LEVEL))
 
 
-def final_limits(pilot: Sample, mean: Array, common: Array, n_trials: Any, n_images: int) -> tuple[Array, Array]:
-    """Return the limits of means over all trials, with the variance that the pilot found."""
-    low, high = limits(mean, *error(pilot, PILOT, n_images, n_trials, n_images), LEVEL)
-    share = excluded_share(n_trials, LEVEL, common)
-    return np.minimum(low, mean - share * mean), np.maximum(high, mean + share * (1 - mean))
-
-
-def fewest(pilot: Sample, common: Array, n_images: int, half_width: float) -> Array:
+def fewest(pilot: Sample, n_images: int, asked: float) -> Array:
     """Return how many trials each layer needs for a half-width, ``(n_samples, n_layers)``; at most MOST_TRIALS."""
     too_few, enough = np.full(pilot.mean.shape, PILOT - 1), np.full(pilot.mean.shape, MOST_TRIALS)
     while (enough - too_few > 1).any():
         middle = (too_few + enough + 1) // 2
-        low, high = final_limits(pilot, pilot.mean, common, middle, n_images)
-        short = (high - low) / 2 <= half_width
+        low, high = final_limits(pilot, pilot.mean, middle, n_images)
+        short = (high - low) / 2 <= asked
         too_few, enough = np.where(short, too_few, np.minimum(middle, enough - 1)), np.where(short, middle, enough)
     return enough
 
@@ -220,26 +217,26 @@ def fewest(pilot: Sample, common: Array, n_images: int, half_width: float) -> Ar
 # --- simulated draws ------------------------------------------------------------------------------------------------
 
 
-def simulations(repetitions: int, half_width: float = 0.02) -> None:
+def simulations(repetitions: int, asked: float = 0.02) -> None:
     """Print coverage where the distribution of trials is known: with 10 trials, in two stages, and by betting.
 
     The two-stage plan has no cap here, as in Stein 1945. Betting may look after any trial: it stops at the first of a
     grid of numbers whose interval is short enough.
     """
     rng = np.random.default_rng(0)
-    print(f"half-width {half_width}: coverage (mean trials)")
+    print(f"half-width {asked}: coverage (mean trials)")
     print(f"  {'':32} {'10 trials':>10} {'two stages':>14} {'betting':>14}")
     for name, draws in DISTRIBUTIONS.items():
         truth = draws(rng, 2_000_000).mean()
         pilot = draws(rng, (repetitions, PILOT))
         low, high = trial_limits(pilot.mean(axis=1), pilot.var(axis=1, ddof=1), PILOT)
         fixed = np.mean((low <= truth) & (truth <= high))
-        needed = (stdtrit(PILOT - 1, 0.5 + LEVEL / 2) / half_width) ** 2 * pilot.var(axis=1, ddof=1)
+        needed = (stdtrit(PILOT - 1, 0.5 + LEVEL / 2) / asked) ** 2 * pilot.var(axis=1, ddof=1)
         n_trials = np.maximum(np.ceil(needed), PILOT).astype(int)
         more = np.array([draws(rng, n - PILOT).sum() for n in n_trials])
         low, high = trial_limits((pilot.sum(axis=1) + more) / n_trials, pilot.var(axis=1, ddof=1), n_trials)
         staged = np.mean((low <= truth) & (truth <= high))
-        bets, took = betting_until(draws(rng, (200, 800)), half_width, truth)
+        bets, took = betting_until(draws(rng, (200, 800)), asked, truth)
         print(f"  {name:32} {fixed:10.3f} {staged:7.3f} ({n_trials.mean():4.0f}) {bets:7.3f} ({took:4.0f})", flush=True)
 
 
@@ -263,17 +260,17 @@ def mixed(rng: np.random.Generator, share: float, common: Array, rare: Array) ->
 
 def trial_limits(mean: Array, variance: Array, n_trials: Any) -> tuple[Array, Array]:
     """Return the limits of means of trials, with the variance of the pilot's."""
-    return limits(mean, np.sqrt(variance / n_trials), PILOT - 1, LEVEL)
+    return limits(mean, half_width([(variance / n_trials, PILOT - 1)], LEVEL))
 
 
-def betting_until(draws: Array, half_width: float, truth: float) -> tuple[float, float]:
+def betting_until(draws: Array, asked: float, truth: float) -> tuple[float, float]:
     """Return how often betting intervals cover when they stop, and after how many trials; ``(n_samples, n_trials)``."""
     stopped, covered = np.full(len(draws), draws.shape[1]), np.zeros(len(draws), bool)
     running = np.arange(len(draws))
     for n in range(20, draws.shape[1] + 1, 20):
         low, high = betting(draws[running, :n], LEVEL)
         covered[running] = (low <= truth) & (truth <= high)
-        done = (high - low) / 2 <= half_width
+        done = (high - low) / 2 <= asked
         stopped[running[done]] = n
         running = running[~done]
         if not len(running):

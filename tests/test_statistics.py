@@ -12,7 +12,7 @@ import torch
 
 from layercrit.errors import ProtocolError
 from layercrit.intervals import betting
-from layercrit.statistics import ChanceLevel, across_layers, estimate, estimate_mean_over_layers, fit_temperature
+from layercrit.statistics import ChanceLevel, estimate, estimate_mean_over_layers, fit_temperature
 
 PUBLISHED = Path(__file__).parents[1] / ".." / "shared" / "published"
 
@@ -45,14 +45,14 @@ def twin_estimate(d: np.ndarray, level: float) -> dict[str, float]:
     ) / ((n_trials - 1) * (n_images - 1))
     variance_trials = max((ms_trials - ms_rest) / n_images, 0)
     variance_images = max((ms_images - ms_rest) / n_trials, 0)
-    variance = variance_trials / n_trials + variance_images / n_images + ms_rest / (n_trials * n_images)
     parts = [
-        (max(ms_trials, ms_rest), n_trials - 1),
-        (max(ms_images, ms_rest), n_images - 1),
-        (ms_rest, (n_trials - 1) * (n_images - 1)),
+        (variance_trials / n_trials, n_trials - 1),
+        (variance_images / n_images, n_images - 1),
+        (ms_rest / (n_trials * n_images), min(n_trials, n_images) - 1),
     ]
-    df = (variance * n_trials * n_images) ** 2 / sum(ms**2 / df for ms, df in parts)
-    half_width = scipy.stats.t.ppf(0.5 + level / 2, df) * math.sqrt(variance)
+    variance = sum(part for part, _ in parts)
+    quantile = sum(part * scipy.stats.t.ppf(0.5 + level / 2, df) for part, df in parts) / variance
+    half_width = quantile * math.sqrt(variance)
     low, high = score_limits(mean, half_width)
     return {
         "mean": mean,
@@ -84,8 +84,9 @@ def test_estimate__agreeing_trials_keep_the_few_degrees_of_freedom() -> None:
     assert got.sd_trials == 0
     assert got.sd_rest > 0
     ms_images, ms_rest = 3 * d.mean(axis=0).var(ddof=1), got.sd_rest**2
-    df = ms_images**2 / (ms_rest**2 / 2 + ms_images**2 / 3 + ms_rest**2 / 6)
-    half_width = scipy.stats.t.ppf(0.975, df) * math.sqrt(ms_images / 12)
+    of_images, of_rest = (ms_images - ms_rest) / 12, ms_rest / 12
+    quantiles = of_images * scipy.stats.t.ppf(0.975, 3) + of_rest * scipy.stats.t.ppf(0.975, 2)
+    half_width = quantiles / math.sqrt(of_images + of_rest)
     assert (got.low, got.high) == pytest.approx(score_limits(got.mean, half_width))
 
 
@@ -104,7 +105,7 @@ def test_estimate__intervals_cover_the_true_mean(n_trials: int, n_images: int, c
     rng = np.random.default_rng(0)
     results = [estimate(crossed(rng, n_trials, n_images, CASES[case])) for _ in range(1500)]
     coverage = np.mean([one.low <= 0.5 <= one.high for one in results])
-    assert 0.93 <= coverage <= 0.98  # 1500 repetitions tell 95 % within 1.1 points (two standard errors)
+    assert 0.93 <= coverage <= 0.99  # 1500 repetitions tell 95 % within 1.1 points (two standard errors)
 
 
 @pytest.mark.parametrize("n_trials", [3, 5, 10])
@@ -117,12 +118,12 @@ def test_estimate__without_any_effect_the_interval_is_wide_rather_than_short(n_t
 def test_estimate__two_trials_cover_nearly_as_stated() -> None:
     rng = np.random.default_rng(2)
     results = [estimate(crossed(rng, 2, 50, (0.085, 0.15, 0.05))) for _ in range(1500)]
-    assert np.mean([one.low <= 0.5 <= one.high for one in results]) >= 0.87
+    assert np.mean([one.low <= 0.5 <= one.high for one in results]) >= 0.94
 
 
 @pytest.mark.parametrize(
     ("sd", "n_trials", "least"),
-    [((0.3, 1.5, 0.7), 3, 0.92), ((0.3, 1.5, 0.7), 10, 0.92), ((2.0, 1.0, 0.5), 3, 0.89), ((2.0, 1.0, 0.5), 10, 0.89)],
+    [((0.3, 1.5, 0.7), 3, 0.92), ((0.3, 1.5, 0.7), 10, 0.92), ((2.0, 1.0, 0.5), 3, 0.90), ((2.0, 1.0, 0.5), 10, 0.89)],
     ids=["skewed images, 3 trials", "skewed images, 10 trials", "skewed trials, 3", "skewed trials, 10"],
 )
 def test_estimate__coverage_of_skewed_distances(sd: tuple[float, float, float], n_trials: int, least: float) -> None:
@@ -317,57 +318,6 @@ def test_estimate_mean_over_layers__betting_is_on_the_trials_that_layers_share()
     got = estimate_mean_over_layers(d, interval="betting")
     assert got == estimate(d.mean(axis=0), interval="betting")
     assert got.covers == "trials"
-
-
-def test_across_layers__reaches_the_share_of_unlike_draws_that_may_be_missing() -> None:
-    alike = np.array([0.03, 0.031, 0.029])[:, None]
-    apart = np.array([0.02, 0.98, 0.5])[:, None]
-    before = [estimate(alike), estimate(apart)]
-    after = across_layers(before)
-    dispersions = [d.var(ddof=1) / (d.mean() * (1 - d.mean())) for d in (alike, apart)]
-    share = scipy.stats.beta.ppf(0.975, np.mean(dispersions), 4 - np.mean(dispersions))
-    assert after[0].high == pytest.approx(0.03 + share * 0.97)
-    assert after[0].low == pytest.approx(min(before[0].low, 0.03 * (1 - share)))
-    assert (after[0].mean, after[0].sd_trials, after[0].covers) == (before[0].mean, before[0].sd_trials, "trials")
-    assert after[1].low <= before[1].low
-    doubled = across_layers([estimate(2 * d, upper=2.0) for d in (alike, apart)], upper=2.0)
-    assert doubled[0].high == pytest.approx(2 * after[0].high)
-
-
-def test_across_layers__changes_nothing_where_draws_differ_little_in_all_layers() -> None:
-    rng = np.random.default_rng(0)
-    before = [estimate(crossed(rng, 10, 50, (0.02, 0.2, 0.1))) for _ in range(5)]
-    assert across_layers(before) == before
-
-
-def test_across_layers__leaves_what_draws_do_not_decide() -> None:
-    wild = estimate(np.array([[0.0], [1.0], [0.4]]))
-    others = [
-        estimate(np.full((3, 1), 0.5)),  # alike to the last bit
-        estimate(np.array([[0.4]])),  # no interval
-        estimate(np.array([[0.1, 0.2, 0.4]]), random_trials=False),  # no draws
-    ]
-    after = across_layers([wild, *others])
-    assert [str(one) for one in after[1:]] == [str(one) for one in others]
-    assert across_layers([]) == []
-    unbounded = [estimate(d, upper=math.inf) for d in (np.array([[0.0], [9.0]]), np.array([[1.0], [1.1]]))]
-    assert across_layers(unbounded, upper=math.inf) == unbounded
-
-
-@pytest.mark.parametrize("n_trials", [3, 5, 10])
-def test_across_layers__covers_layers_whose_unlike_draws_were_not_seen(n_trials: int) -> None:
-    """One draw in seven is far away, in most layers: where a layer's own draws show none, the others tell."""
-    rng = np.random.default_rng(0)
-    covered: dict[str, list[bool]] = {"alone": [], "together": []}
-    for _ in range(400):
-        unlike = rng.random((12, n_trials, 1)) < 0.15
-        d = np.where(unlike, rng.uniform(0.3, 1, unlike.shape), rng.normal(0.03, 0.003, unlike.shape))
-        true = 0.85 * 0.03 + 0.15 * 0.65
-        alone = [estimate(layer) for layer in d]
-        for name, found in (("alone", alone), ("together", across_layers(alone))):
-            covered[name] += [one.low <= true <= one.high for one in found]
-    assert np.mean(covered["alone"]) < 0.85
-    assert np.mean(covered["together"]) >= 0.93
 
 
 def test_estimate_mean_over_layers__averages_layers_first() -> None:
