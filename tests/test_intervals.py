@@ -2,18 +2,57 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from layercrit.errors import ProtocolError
-from layercrit.intervals import INTERVALS, betting, check_interval, check_level, excluded_share, limits
+from layercrit.intervals import INTERVALS, betting, check_interval, check_level, excluded_share, half_width, limits
 
 
-@pytest.mark.parametrize("df", [1, 2, 7.5, 1e6])
-def test_limits__of_many_means_are_those_of_each(df: float) -> None:
-    means, errors = np.linspace(0, 1, 11), np.linspace(0.1, 0.0, 11)
-    low, high = limits(means, errors, df, 0.9)
-    for i, (mean, error) in enumerate(zip(means, errors, strict=True)):
-        assert (low[i], high[i]) == limits(mean, error, df, 0.9)
-        assert 0 <= low[i] <= mean <= high[i] <= 1
+def test_half_width__of_one_source_is_students_and_of_two_between_theirs() -> None:
+    one = [float(half_width([(0.01, df)], 0.9)) for df in (2, 50)]
+    assert one == pytest.approx([0.1 * scipy.stats.t.ppf(0.95, df) for df in (2, 50)])
+    both = float(half_width([(0.005, 2), (0.005, 50)], 0.9))
+    assert both == pytest.approx(sum(one) / 2)
+    assert float(half_width([(0.01, 50), (0.0, 2)], 0.9)) == pytest.approx(one[1])
+    assert float(half_width([(0.0, 2), (0.0, 50)])) == 0
+
+
+def test_half_width__of_many_means_are_those_of_each() -> None:
+    trials, images = np.array([[0.01], [0.0], [math.nan]]), np.array([0.0, 1e-300, 0.02])
+    found = half_width([(trials, 2), (images, 30)])
+    assert found.shape == (3, 3)
+    for i, j in np.ndindex(3, 3):
+        assert found[i, j] == pytest.approx(float(half_width([(trials[i, 0], 2), (images[j], 30)])), nan_ok=True)
+
+
+def test_limits__of_many_means_are_those_of_each() -> None:
+    means, reach = np.linspace(0, 1, 11), np.linspace(0.1, 0.0, 11)
+    low, high = limits(means, reach)
+    for i in range(11):
+        assert (low[i], high[i]) == limits(means[i], reach[i])
+
+
+def test_limits__are_wilsons_for_a_share() -> None:
+    """16 of 20 with the normal quantile 1.96: [0.5840, 0.9193] (scipy.stats.binomtest, method wilson)."""
+    expected = scipy.stats.binomtest(16, 20).proportion_ci(method="wilson")
+    low, high = limits(0.8, scipy.stats.norm.ppf(0.975) * math.sqrt(0.8 * 0.2 / 20))
+    assert (float(low), float(high)) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e-12, 0.3, 1 - 1e-12, 1.0])
+@pytest.mark.parametrize("reach", [0.0, 1e-200, 1e-9, 0.1, 10.0])
+@pytest.mark.parametrize("upper", [1.0, 0.7, math.inf])
+def test_limits__hold_the_mean_and_stay_in_range(mean: float, reach: float, upper: float) -> None:
+    mean = min(mean, upper)
+    low, high = limits(mean, reach, upper)
+    assert 0 <= low <= mean <= high <= upper
+    if reach == 0:
+        assert low == mean == high
+
+
+def test_limits__of_nothing_are_nan() -> None:
+    for upper in (1.0, math.inf):
+        assert np.isnan(limits(0.5, math.nan, upper)).all()
 
 
 def twin_kept(x: list[float], m: float, level: float) -> bool:
@@ -129,5 +168,8 @@ def test_excluded_share__is_unseen_as_often_as_the_interval_errs_on_a_side(n: in
 
 def test_excluded_share__is_about_3_7_over_n() -> None:
     assert 1000 * excluded_share(1000) == pytest.approx(3.7, rel=0.01)
+
+
+def test_excluded_share__no_trial_is_refused() -> None:
     with pytest.raises(ProtocolError, match="expected at least 1"):
         excluded_share(0)

@@ -98,8 +98,8 @@ def test_to_pandas__gives_each_layer_its_estimate(measured):
 
 def test_to_pandas__names_its_columns(measured, zeroed):
     columns = [
-        "layer", "type", "depth", "n_parameters", "flops_after", "criticality", "low", "high", "half_width", "sd_trials",
-        "criticality_matched", "matched_low", "matched_high", "l1", "l2", "js", "loss", "top1_accuracy",
+        "layer", "type", "depth", "n_parameters", "flops_after", "criticality", "low", "high", "half_width",
+        "sd_trials", "criticality_matched", "matched_low", "matched_high", "l1", "l2", "js", "loss", "top1_accuracy",
         "top5_accuracy", "recovered_accuracy", "top1_agreement", "n_trials", "status",
     ]  # fmt: skip
     assert list(measured.to_pandas()) == columns

@@ -12,7 +12,7 @@ from layercrit.engine.graph_replay import GraphReplay
 from layercrit.errors import ProtocolError
 from layercrit.measurement import Measurement
 from layercrit.measuring import measure
-from layercrit.precision import MeanSquares
+from layercrit.precision import Components
 from layercrit.reporting.methods_section import methods_section
 from layercrit.statistics import estimate
 from small_subjects import fresh
@@ -66,21 +66,21 @@ def test_measure__for_a_half_width_gives_the_cells_that_fixed_trials_give(planne
 
 
 def test_measure__for_a_half_width_gives_every_layer_an_interval_no_wider(planned):
-    """The slow twin of each interval: the pilot's mean squares, at the numbers that were run."""
+    """The slow twin of each interval: the pilot's mean components, at the numbers that were run."""
     table = planned.to_pandas().set_index("layer")
 
     assert (table["status"] == "ok").all()
     for index, layer in enumerate(table.index):
         n = table["n_trials"][layer]
         values = planned.per_image["cosine"][index, :n].astype(np.float64)
-        squares = MeanSquares.of(values[:5], random_trials=True)
-        half_width = float(squares.half_width(n, values.shape[1], 0.95))
+        components = Components.of(values[:5], random_trials=True)
+        half_width = float(components.half_width(n, values.shape[1], 0.95))
         assert half_width <= 0.08
         assert table["criticality"][layer] == pytest.approx(values.mean())
         assert table["low"][layer] == pytest.approx(max(values.mean() - half_width, 0))
         assert table["high"][layer] == pytest.approx(min(values.mean() + half_width, 1))
         if n > 5:
-            assert float(squares.half_width(n - 1, values.shape[1], 0.95)) > 0.08, "one trial less would do"
+            assert float(components.half_width(n - 1, values.shape[1], 0.95)) > 0.08, "one trial less would do"
 
 
 def test_measure__means_over_layers_count_each_layer_with_its_own_trials(planned):

@@ -25,6 +25,13 @@ def crossed(
     return (mean + trials + images + sd[2] * rng.standard_normal((n_trials, n_images))).clip(0, 1)
 
 
+def score_limits(mean: float, half_width: float, upper: float = 1.0) -> tuple[float, float]:
+    """The two mu with (mean - mu)^2 = half_width^2 mu (upper - mu) / (mean (upper - mean)), by NumPy's roots."""
+    share = half_width**2 / (mean * (upper - mean))
+    low, high = sorted(np.roots([1 + share, -2 * mean - share * upper, mean**2]).real)
+    return low, high
+
+
 def twin_estimate(d: np.ndarray, level: float) -> dict[str, float]:
     """The table of the two-way analysis of variance, written out sum by sum."""
     n_trials, n_images = d.shape
@@ -38,18 +45,19 @@ def twin_estimate(d: np.ndarray, level: float) -> dict[str, float]:
     ) / ((n_trials - 1) * (n_images - 1))
     variance_trials = max((ms_trials - ms_rest) / n_images, 0)
     variance_images = max((ms_images - ms_rest) / n_trials, 0)
-    variance = variance_trials / n_trials + variance_images / n_images + ms_rest / (n_trials * n_images)
     parts = [
-        (max(ms_trials, ms_rest), n_trials - 1),
-        (max(ms_images, ms_rest), n_images - 1),
-        (ms_rest, (n_trials - 1) * (n_images - 1)),
+        (variance_trials / n_trials, n_trials - 1),
+        (variance_images / n_images, n_images - 1),
+        (ms_rest / (n_trials * n_images), min(n_trials, n_images) - 1),
     ]
-    df = (variance * n_trials * n_images) ** 2 / sum(ms**2 / df for ms, df in parts)
-    half_width = scipy.stats.t.ppf(0.5 + level / 2, df) * math.sqrt(variance)
+    variance = sum(part for part, _ in parts)
+    quantile = sum(part * scipy.stats.t.ppf(0.5 + level / 2, df) for part, df in parts) / variance
+    half_width = quantile * math.sqrt(variance)
+    low, high = score_limits(mean, half_width)
     return {
         "mean": mean,
-        "low": max(mean - half_width, 0),
-        "high": min(mean + half_width, 1),
+        "low": low,
+        "high": high,
         "sd_trials": math.sqrt(variance_trials),
         "sd_images": math.sqrt(variance_images),
         "sd_rest": math.sqrt(ms_rest),
@@ -76,9 +84,10 @@ def test_estimate__agreeing_trials_keep_the_few_degrees_of_freedom() -> None:
     assert got.sd_trials == 0
     assert got.sd_rest > 0
     ms_images, ms_rest = 3 * d.mean(axis=0).var(ddof=1), got.sd_rest**2
-    df = ms_images**2 / (ms_rest**2 / 2 + ms_images**2 / 3 + ms_rest**2 / 6)
-    half_width = scipy.stats.t.ppf(0.975, df) * math.sqrt(ms_images / 12)
-    assert got.high - got.mean == pytest.approx(half_width)
+    of_images, of_rest = (ms_images - ms_rest) / 12, ms_rest / 12
+    quantiles = of_images * scipy.stats.t.ppf(0.975, 3) + of_rest * scipy.stats.t.ppf(0.975, 2)
+    half_width = quantiles / math.sqrt(of_images + of_rest)
+    assert (got.low, got.high) == pytest.approx(score_limits(got.mean, half_width))
 
 
 CASES = {
@@ -96,7 +105,7 @@ def test_estimate__intervals_cover_the_true_mean(n_trials: int, n_images: int, c
     rng = np.random.default_rng(0)
     results = [estimate(crossed(rng, n_trials, n_images, CASES[case])) for _ in range(1500)]
     coverage = np.mean([one.low <= 0.5 <= one.high for one in results])
-    assert 0.93 <= coverage <= 0.98  # 1500 repetitions tell 95 % within 1.1 points (two standard errors)
+    assert 0.93 <= coverage <= 0.99  # 1500 repetitions tell 95 % within 1.1 points (two standard errors)
 
 
 @pytest.mark.parametrize("n_trials", [3, 5, 10])
@@ -109,12 +118,12 @@ def test_estimate__without_any_effect_the_interval_is_wide_rather_than_short(n_t
 def test_estimate__two_trials_cover_nearly_as_stated() -> None:
     rng = np.random.default_rng(2)
     results = [estimate(crossed(rng, 2, 50, (0.085, 0.15, 0.05))) for _ in range(1500)]
-    assert np.mean([one.low <= 0.5 <= one.high for one in results]) >= 0.87
+    assert np.mean([one.low <= 0.5 <= one.high for one in results]) >= 0.94
 
 
 @pytest.mark.parametrize(
     ("sd", "n_trials", "least"),
-    [((0.3, 1.5, 0.7), 3, 0.92), ((0.3, 1.5, 0.7), 10, 0.92), ((2.0, 1.0, 0.5), 3, 0.77), ((2.0, 1.0, 0.5), 10, 0.86)],
+    [((0.3, 1.5, 0.7), 3, 0.92), ((0.3, 1.5, 0.7), 10, 0.92), ((2.0, 1.0, 0.5), 3, 0.90), ((2.0, 1.0, 0.5), 10, 0.89)],
     ids=["skewed images, 3 trials", "skewed images, 10 trials", "skewed trials, 3", "skewed trials, 10"],
 )
 def test_estimate__coverage_of_skewed_distances(sd: tuple[float, float, float], n_trials: int, least: float) -> None:
@@ -152,7 +161,7 @@ def test_estimate__reset_without_chance_covers_images(n_trials: int) -> None:
     assert got.covers == "images"
     assert (got.sd_trials, got.sd_rest) == (0, 0)
     assert got.sd_images == pytest.approx(images.std(ddof=1))
-    assert (got.low, got.high) == (pytest.approx(max(0.3 - half_width, 0)), pytest.approx(0.3 + half_width))
+    assert (got.low, got.high) == pytest.approx(score_limits(0.3, half_width))
 
 
 def test_estimate__one_image_column_covers_trials() -> None:
@@ -163,10 +172,7 @@ def test_estimate__one_image_column_covers_trials() -> None:
     assert got.sd_trials == pytest.approx(trials.std(ddof=1))
     assert math.isnan(got.sd_images)
     assert math.isnan(got.sd_rest)
-    assert (got.low, got.high) == (
-        pytest.approx(trials.mean() - half_width),
-        pytest.approx(min(trials.mean() + half_width, 1)),
-    )
+    assert (got.low, got.high) == pytest.approx(score_limits(trials.mean(), half_width))
 
 
 @pytest.mark.parametrize("random_trials", [True, False])
@@ -195,10 +201,27 @@ def test_estimate__identical_trials_leave_the_spread_of_images() -> None:
 
 
 def test_estimate__limits_stay_in_range() -> None:
-    got = estimate(np.array([[0.0, 0.9], [1.0, 0.1], [0.9, 1.0]]))
-    assert (got.low, got.high) == (0, 1)
-    wide = estimate(np.array([[0.0, 0.9], [1.0, 0.1], [0.9, 1.0]]), upper=math.inf)
+    d = np.array([[0.0, 0.9], [1.0, 0.1], [0.9, 1.0]])
+    got = estimate(d)
+    assert 0 < got.low < got.mean < got.high < 1
+    wide = estimate(d, upper=math.inf)
+    assert wide.low == 0
     assert wide.high > 1
+
+
+def test_estimate__limits_scale_with_the_largest_distance() -> None:
+    d = crossed(np.random.default_rng(0), 3, 20, (0.2, 0.2, 0.1), mean=0.8)
+    got, doubled = estimate(d), estimate(2 * d, upper=2.0)
+    assert (doubled.low, doubled.high) == (pytest.approx(2 * got.low), pytest.approx(2 * got.high))
+    assert got.mean - got.low > got.high - got.mean  # it reaches farther into the middle
+
+
+def test_estimate__a_short_interval_is_students() -> None:
+    d = 0.5 + 1e-4 * np.random.default_rng(0).standard_normal((3, 20))
+    got, plain = estimate(d), estimate(d, upper=math.inf)
+    assert (got.low - got.mean, got.high - got.mean) == pytest.approx(
+        (plain.low - got.mean, plain.high - got.mean), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, bool])

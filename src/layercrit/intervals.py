@@ -1,6 +1,7 @@
 """Confidence limits of a mean in a known range: Student's t, kept in the range, and betting, which assumes nothing."""
 
-from math import log
+from collections.abc import Sequence
+from math import isinf, log
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from scipy.special import stdtrit
 from layercrit.errors import ProtocolError, near
 from layercrit.protocol import INTERVALS
 
-__all__ = ["betting", "check_interval", "check_level", "excluded_share", "limits"]
+__all__ = ["betting", "check_interval", "check_level", "excluded_share", "half_width", "limits"]
 
 Array = npt.NDArray[np.float64]
 
@@ -37,23 +38,65 @@ def check_level(level: float) -> None:
         raise ProtocolError(f"The confidence level is {level}: expected a number between 0 and 1, such as 0.95.")
 
 
-def limits(mean: Any, error: Any, df: Any, level: float = 0.95, upper: float = 1.0) -> tuple[Array, Array]:
-    """Return Student's limits of a mean, cut at 0 and at ``upper``.
+def half_width(parts: Sequence[tuple[Any, Any]], level: float = 0.95) -> Array:
+    """Return how far an interval reaches to either side of a mean whose error has several independent sources.
 
     Args:
-        mean: any shape; in [0, ``upper``].
-        error: standard error of the mean; NaN gives limits that are NaN.
-        df: degrees of freedom of the standard error.
+        parts: of each source its part of the variance of the mean, of any shape, and its degrees of freedom; NaN gives
+            NaN.
         level: confidence level, between 0 and 1.
+
+    Example:
+        >>> print(f"{half_width([(0.0004, 2), (0.0003, 99)]):.3f}")
+        0.088
+
+    Notes:
+        The standard error times the mean of the sources' quantiles of Student's t, weighted by their parts (Cochran
+        1964, *Biometrics* 20, 191-195). Satterthwaite's degrees of freedom would give a shorter interval, which covers
+        less than it says where one source has two degrees of freedom: three trials that happen to be close make the
+        error small and its degrees of freedom many at once.
+    """
+    total = np.asarray(sum(variance for variance, _ in parts), np.float64)
+    quantiles = sum(variance * stdtrit(df, 0.5 + level / 2) for variance, df in parts)
+    return np.asarray(quantiles / np.sqrt(np.where(total == 0, 1.0, total)))
+
+
+def limits(mean: Any, half_width: Any, upper: float = 1.0) -> tuple[Array, Array]:
+    """Return the limits of a mean in [0, ``upper``], which stay in that range.
+
+    Args:
+        mean: in [0, ``upper``]; of any shape.
+        half_width: how far from its mean the interval would reach if there were no range; NaN gives limits that are
+            NaN.
         upper: the largest possible mean; infinite if there is none.
 
     Example:
-        >>> low, high = limits(mean=0.9, error=0.05, df=2)
+        >>> low, high = limits(mean=0.8, half_width=0.2)
         >>> print(f"[{low:.2f}, {high:.2f}]")
-        [0.68, 1.00]
+        [0.55, 0.93]
+
+    Notes:
+        Wilson's score interval (1927, *Journal of the American Statistical Association* 22, 209-212). A variable in a
+        range can vary most in its middle: if its shape stays the same, its variance is in proportion to
+        mu (upper - mu), as that of a binomial share is. The limits are therefore the two mu with (mean - mu)^2 =
+        half_width^2 mu (upper - mu) / (mean (upper - mean)). Where the half-width is small beside the distances to 0
+        and to ``upper``, that is mean +- half_width; else it reaches farther into the middle, where the draws are that
+        have not been seen, and less far towards the end. Without an upper end, the limits are mean +- half_width, cut
+        at 0.
     """
-    mean, reach = np.asarray(mean, np.float64), stdtrit(df, 0.5 + level / 2) * error
-    return np.maximum(mean - reach, 0.0), np.minimum(mean + reach, upper)  # NaN stays
+    mean, reach = np.asarray(mean, np.float64), np.asarray(half_width, np.float64)
+    if isinf(upper):
+        return np.maximum(mean - reach, 0.0), mean + reach
+    room = np.asarray(mean * (upper - mean))
+    # k is 0 where a mean is at an end: there every distance is, and none varies
+    k = np.divide(
+        reach**2, room, out=np.where(np.isnan(reach), np.nan, np.zeros(np.broadcast(reach, room).shape)), where=room > 0
+    )
+    shift = k * (upper / 2 - mean) / (1 + k)
+    spread = np.sqrt(k * room + (k * upper / 2) ** 2) / (1 + k)
+    # np.minimum and np.maximum keep NaN
+    low, high = mean + np.minimum(shift - spread, 0.0), mean + np.maximum(shift + spread, 0.0)
+    return np.maximum(low, 0.0), np.minimum(high, upper)
 
 
 def betting(values: npt.NDArray[Any], level: float = 0.95) -> tuple[Array, Array]:
@@ -121,9 +164,9 @@ def _lower_end(x: Array, stakes: Array, enough: float) -> Array:
 def excluded_share(n_trials: int, level: float = 0.95) -> float:
     """Return the share of unlike draws from which on ``n_trials`` alike ones exclude them.
 
-    Draws of which a share p is unlike all others stay unseen in n trials with the probability (1 - p)^n. Where p is
-    above the returned share, about 3.7 / n at a level of 0.95, that is less probable than an error on one side of the
-    interval. Of rarer draws the trials say nothing, and no interval without further assumptions can.
+    If a share p of draws is unlike the others, n trials miss them with the probability (1 - p)^n. Above the returned
+    share, about 3.7 / n at a level of 0.95, that is less probable than an error on one side of the interval. Of rarer
+    draws the trials say nothing, and no interval without further assumptions can.
 
     Args:
         n_trials: number of trials, at least 1.
@@ -136,7 +179,7 @@ def excluded_share(n_trials: int, level: float = 0.95) -> float:
         >>> print(f"{excluded_share(10):.2f} {excluded_share(100):.3f}")
         0.31 0.036
     """
+    check_level(level)
     if not n_trials >= 1:
         raise ProtocolError(f"The number of trials is {n_trials}: expected at least 1.")
-    check_level(level)
     return float(1 - ((1 - level) / 2) ** (1 / n_trials))

@@ -15,13 +15,14 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
-from layercrit.statistics import Estimate
+from layercrit.intervals import half_width
+from layercrit.statistics import Estimate, estimate
 
 __all__ = [
     "SD_TRIALS",
+    "Components",
     "Cost",
     "LayerPlan",
-    "MeanSquares",
     "Pilot",
     "PrecisionPlan",
     "n_pilot_images",
@@ -51,14 +52,14 @@ _STEPS = 40  # of the search for the half-width that a time allows
 
 
 @dataclass(frozen=True)
-class MeanSquares:
-    """What a pilot says of how much the distances of one layer vary: the mean squares of `layercrit.estimate`.
+class Components:
+    """What a pilot says of how much the distances of one layer vary: the components of variance.
 
     Attributes:
-        trials: of the effects of trials.
-        images: of the effects of images.
-        rest: of what is left.
-        n_trials: how many trials it had; 1 for a reset that is not random, whose trials are all alike.
+        trials: variance of the effects of trials; 0 where a reset is not random.
+        images: variance of the effects of images.
+        rest: variance of what is left.
+        n_trials: how many trials the pilot had; 1 for a reset that is not random, whose trials are all alike.
         n_images: how many images it had.
     """
 
@@ -69,26 +70,17 @@ class MeanSquares:
     n_images: int
 
     @classmethod
-    def of(cls, distances: npt.NDArray[Any], random_trials: bool) -> "MeanSquares":
-        """Return those of the distances ``(n_trials, n_images)`` of a pilot."""
-        values = np.asarray(distances, np.float64)
-        values = values if random_trials else values.mean(axis=0, keepdims=True)
-        n_trials, n_images = values.shape
-        values = values - values.mean()
-        trials, images = values.mean(axis=1), values.mean(axis=0)
-        rest = values - trials[:, None] - images
-        df_trials, df_images = max(n_trials - 1, 1), max(n_images - 1, 1)  # where there is one, its squares are 0
-        of_rest = float((rest**2).sum()) / (df_trials * df_images)
-        return cls(
-            trials=max(n_images * float((trials**2).sum()) / df_trials, of_rest),
-            images=max(n_trials * float((images**2).sum()) / df_images, of_rest),
-            rest=of_rest,
-            n_trials=n_trials,
-            n_images=n_images,
-        )
+    def of(cls, distances: npt.NDArray[Any], random_trials: bool) -> "Components":
+        """Return those of the distances ``(n_trials, n_images)`` of a pilot; see `layercrit.statistics.estimate`."""
+        found = estimate(distances, random_trials=random_trials)
+        known = {
+            name: 0.0 if math.isnan(sd) else sd**2
+            for name, sd in (("trials", found.sd_trials), ("images", found.sd_images), ("rest", found.sd_rest))
+        }
+        return cls(**known, n_trials=found.n_trials if random_trials else 1, n_images=found.n_images)
 
     @classmethod
-    def of_pilot(cls, distances: npt.NDArray[Any], random_trials: bool) -> "MeanSquares | None":
+    def of_pilot(cls, distances: npt.NDArray[Any], random_trials: bool) -> "Components | None":
         """Return those of the trials of a pilot that are ok; None if they are too few to plan further ones by."""
         fewest = _FEWEST_OK if random_trials else 1
         return cls.of(distances, random_trials) if len(distances) >= fewest else None
@@ -96,21 +88,16 @@ class MeanSquares:
     def half_width(self, n_trials: npt.ArrayLike, n_images: npt.ArrayLike, level: float) -> Array:
         """Return how far the interval of the mean goes to each side with other numbers of trials and images.
 
-        The variance of the mean is estimated as that of the pilot's own mean is, with each component's part of it at
-        the new numbers; the degrees of freedom are Satterthwaite's, from those of the pilot.
+        The degrees of freedom are those of the pilot; see `layercrit.intervals.half_width`.
         """
         n_trials, n_images = np.asarray(n_trials, np.float64), np.asarray(n_images, np.float64)
-        of_trials = self.trials / (self.n_images * n_trials)
-        of_images = self.images / (self.n_trials * n_images)
-        overlap = 1 / (self.n_images * n_trials) + 1 / (self.n_trials * n_images) - 1 / (n_trials * n_images)
-        of_rest = -self.rest * overlap
-        df_trials, df_images = max(self.n_trials - 1, 1), max(self.n_images - 1, 1)
-        total = np.maximum(of_trials + of_images + of_rest, 0.0)
-        largest = np.where(total > 0, total, 1.0)  # shares, so that squares of tiny variances cannot underflow
-        spread = (of_trials / largest) ** 2 / df_trials + (of_images / largest) ** 2 / df_images
-        spread = spread + (of_rest / largest) ** 2 / (df_trials * df_images)
-        df = 1 / np.where(total > 0, spread, 1.0)
-        return np.where(total > 0, stdtrit(df, 0.5 + level / 2) * np.sqrt(total), 0.0)
+        df_trials, df_images = max(self.n_trials - 1, 1), max(self.n_images - 1, 1)  # where it is 0, so is the variance
+        parts = [
+            (self.trials / n_trials, df_trials),
+            (self.images / n_images, df_images),
+            (self.rest / (n_trials * n_images), min(df_trials, df_images)),
+        ]
+        return half_width(parts, level)
 
     def images_for(self, half_width: float, level: float) -> int:
         """Return about how many images a half-width takes, however many trials there are."""
@@ -124,7 +111,7 @@ class MeanSquares:
         return n
 
     def estimate(self, fixed: Estimate) -> Estimate:
-        """Return an estimate with an interval that rests on these mean squares."""
+        """Return an estimate with an interval that rests on these components, and is as wide as was planned."""
         half_width = float(self.half_width(fixed.n_trials, fixed.n_images, fixed.level))
         return replace(fixed, low=max(fixed.mean - half_width, 0.0), high=min(fixed.mean + half_width, 1.0))
 
@@ -159,12 +146,12 @@ class Pilot:
     """What the pilot of one model and reset found.
 
     Attributes:
-        squares: layer -> its mean squares, in depth order; None where too few of its trials were ok.
+        components: layer -> its components of variance, in depth order; None where too few of its trials were ok.
         cost: of further trials.
         random_trials: whether the reset is random; if not, more trials are no use, and only images count.
     """
 
-    squares: Mapping[str, MeanSquares | None]
+    components: Mapping[str, Components | None]
     cost: Cost
     random_trials: bool
 
@@ -175,7 +162,7 @@ class LayerPlan:
 
     Attributes:
         trials: how many it gets in all, those of the pilot included.
-        squares: what the pilot found; None where too few of its trials were ok.
+        components: what the pilot found; None where too few of its trials were ok.
         half_width: that these trials and the plan's images will give; NaN where it is not known.
         reached: whether that is at most the half-width asked for.
         needed: how many trials would give the half-width asked for, on the plan's images; None if no number would.
@@ -183,7 +170,7 @@ class LayerPlan:
     """
 
     trials: int
-    squares: MeanSquares | None
+    components: Components | None
     half_width: float
     reached: bool
     needed: int | None
@@ -228,9 +215,9 @@ class PrecisionPlan:
         """Return what `to_dict` was called on."""
         layers = {}
         for name, layer in plan["layers"].items():
-            squares = None if layer["squares"] is None else MeanSquares(**layer["squares"])
+            components = None if layer["components"] is None else Components(**layer["components"])
             half_width = math.nan if layer["half_width"] is None else layer["half_width"]
-            layers[name] = LayerPlan(**{**layer, "squares": squares, "half_width": half_width})
+            layers[name] = LayerPlan(**{**layer, "components": components, "half_width": half_width})
         return cls(**{**plan, "layers": layers})
 
     def trials(self) -> dict[int, list[str]]:
@@ -251,15 +238,17 @@ class PrecisionPlan:
             distances: ``(n_trials, n_images)`` of its trials that are ok, in their order.
             matched: whether these are at the matched temperature, which is not what was planned by.
         """
-        squares = self.layers[layer].squares
-        if squares is not None and matched:
-            squares = MeanSquares.of(distances[: squares.n_trials], random_trials=squares.n_trials > 1)
-        return fixed if squares is None or fixed.n_trials < squares.n_trials else squares.estimate(fixed)
+        components = self.layers[layer].components
+        if components is not None and matched:
+            components = Components.of(distances[: components.n_trials], random_trials=components.n_trials > 1)
+        return fixed if components is None or fixed.n_trials < components.n_trials else components.estimate(fixed)
 
     def reaches(self, layer: str, n_trials: int, n_images: int) -> bool:
         """Return whether so many trials and images give a layer the half-width."""
-        squares = self.layers[layer].squares
-        return squares is not None and bool(squares.half_width(n_trials, n_images, self.level) <= self.half_width)
+        components = self.layers[layer].components
+        if components is None:
+            return False
+        return bool(components.half_width(n_trials, n_images, self.level) <= self.half_width)
 
     def in_words(self) -> list[str]:
         """Say what is planned, and the layers that take most of it."""
@@ -286,10 +275,10 @@ class PrecisionPlan:
         """Say which layers do not reach the half-width, and what it would take."""
         notes = []
         for name, layer in self.layers.items():
-            if layer.reached or layer.squares is None:
+            if layer.reached or layer.components is None:
                 continue
             if layer.needed is None:
-                images = layer.squares.images_for(self.half_width, self.level)
+                images = layer.components.images_for(self.half_width, self.level)
                 takes = f"no number of trials would do, since its images vary: it would take about {images:,} images"
                 takes += f", and there are {self.n_available:,}" if images > self.n_available else ""
             else:
@@ -373,7 +362,9 @@ def plan_seconds(pilots: Mapping[Key, Pilot], seconds: float, **limits: Any) -> 
         middle = (low + high) / 2
         tried = plan_half_width(pilots, middle, **limits)
         missed = any(
-            not layer.reached and layer.squares is not None for plan in tried.values() for layer in plan.layers.values()
+            not layer.reached and layer.components is not None
+            for plan in tried.values()
+            for layer in plan.layers.values()
         )
         if missed or sum(plan.seconds for plan in tried.values()) > seconds:
             low = middle
@@ -384,9 +375,8 @@ def plan_seconds(pilots: Mapping[Key, Pilot], seconds: float, **limits: Any) -> 
 
 def typical_trials(half_width: float, level: float, pilot: int, n_images: int) -> int:
     """Return how many trials a half-width takes where trials vary as they do in the published networks."""
-    of_rest = _SD_IMAGES**2
-    squares = MeanSquares(n_images * SD_TRIALS**2 + of_rest, pilot * _SD_IMAGES**2 + of_rest, of_rest, pilot, n_images)
-    return max(pilot, _needed_trials(squares, n_images, half_width, level) or pilot)
+    components = Components(SD_TRIALS**2, _SD_IMAGES**2, _SD_IMAGES**2, pilot, n_images)
+    return max(pilot, _needed_trials(components, n_images, half_width, level) or pilot)
 
 
 def run_together(
@@ -424,7 +414,8 @@ def _layers_on(
     """Return what is planned for each layer on so many images, and the time from the end of the pilot on."""
     numbers = np.arange(first, (max_trials if pilot.random_trials else 1) + 1)
     layers = {
-        name: _layer_plan(squares, numbers, n_images, half_width, level) for name, squares in pilot.squares.items()
+        name: _layer_plan(components, numbers, n_images, half_width, level)
+        for name, components in pilot.components.items()
     }
     further = np.array([layer.trials - first for layer in layers.values()], np.float64)
     again = np.full(len(layers), float(first if n_images > n_pilot_images else 0))
@@ -437,33 +428,33 @@ def _layers_on(
 
 
 def _layer_plan(
-    squares: MeanSquares | None, numbers: npt.NDArray[np.int_], n_images: int, half_width: float, level: float
+    components: Components | None, numbers: npt.NDArray[np.int_], n_images: int, half_width: float, level: float
 ) -> LayerPlan:
     """Return the fewest trials, of some numbers, that give a layer a half-width; the most where none does."""
-    if squares is None:
+    if components is None:
         return LayerPlan(int(numbers[0]), None, math.nan, False, None)
-    widths = squares.half_width(numbers, n_images, level)
+    widths = components.half_width(numbers, n_images, level)
     enough = np.flatnonzero(widths <= half_width)
     if len(enough):
         place = enough[0]
-        return LayerPlan(int(numbers[place]), squares, float(widths[place]), True, int(numbers[place]))
-    needed = _needed_trials(squares, n_images, half_width, level)
+        return LayerPlan(int(numbers[place]), components, float(widths[place]), True, int(numbers[place]))
+    needed = _needed_trials(components, n_images, half_width, level)
     # where the images are too few, trials that bring less than a twentieth are wasted
-    limit = float(squares.half_width(math.inf, n_images, level))
+    limit = float(components.half_width(math.inf, n_images, level))
     worthwhile = np.flatnonzero(widths <= 1.05 * limit)
     place = worthwhile[0] if needed is None and len(worthwhile) else -1
-    return LayerPlan(int(numbers[place]), squares, float(widths[place]), False, needed)
+    return LayerPlan(int(numbers[place]), components, float(widths[place]), False, needed)
 
 
-def _needed_trials(squares: MeanSquares, n_images: int, half_width: float, level: float) -> int | None:
+def _needed_trials(components: Components, n_images: int, half_width: float, level: float) -> int | None:
     """Return how many trials a half-width takes on some images; None if no number would do."""
-    if squares.n_trials == 1 or squares.half_width(math.inf, n_images, level) > half_width:
+    if components.n_trials == 1 or components.half_width(math.inf, n_images, level) > half_width:
         return None
     n = 1
-    while squares.half_width(n, n_images, level) > half_width:
+    while components.half_width(n, n_images, level) > half_width:
         n *= 2
     below = n // 2
     while n - below > 1:
         middle = (below + n) // 2
-        below, n = (middle, n) if squares.half_width(middle, n_images, level) > half_width else (below, middle)
+        below, n = (middle, n) if components.half_width(middle, n_images, level) > half_width else (below, middle)
     return n

@@ -21,7 +21,7 @@ from layercrit.foreign_text import encodable
 from layercrit.layers import Layer
 from layercrit.machine import versions
 from layercrit.measurement import Measurement
-from layercrit.precision import Cost, MeanSquares, Pilot, PrecisionPlan, plan_half_width, plan_seconds, run_together
+from layercrit.precision import Components, Cost, Pilot, PrecisionPlan, plan_half_width, plan_seconds, run_together
 from layercrit.precision import n_pilot_images as pilot_images
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
@@ -217,12 +217,12 @@ class Sampling:
 
     def _make_plan(self, n_pilot_images: int) -> None:
         """Plan the further trials; where they are on more images, forget the pilot's values, to run it on those."""
-        squares: dict[str, MeanSquares | None] = {}
+        components: dict[str, Components | None] = {}
         pilot = self._measurement(len(self.finished))
         for number, layer in enumerate(self.subject.layers):
             values = pilot.per_image["cosine"][number]
             ok = values[np.isfinite(values).all(axis=1)]
-            squares[layer.name] = MeanSquares.of_pilot(ok, self.subject.random_trials)
+            components[layer.name] = Components.of_pilot(ok, self.subject.random_trials)
         protocol = self.protocol
         limits: dict[str, Any] = {
             "level": protocol.level,
@@ -231,7 +231,7 @@ class Sampling:
             "n_available": self.n_available,
             "max_trials": protocol.max_trials,
         }
-        pilots = {"": Pilot(squares, self._cost(), self.subject.random_trials)}
+        pilots = {"": Pilot(components, self._cost(), self.subject.random_trials)}
         if protocol.half_width is not None:
             self.plan = plan_half_width(pilots, protocol.half_width, **limits)[""]
         else:

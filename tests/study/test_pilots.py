@@ -93,8 +93,8 @@ def test_tables__have_intervals_that_rest_on_the_pilot(planned):
 
     for row in study.to_pandas().to_dict("records"):
         values = study.per_image(row["model"], row["layer"]).astype(np.float64)
-        squares = plans[row["model"], row["reset"]].layers[row["layer"]].squares
-        half_width = float(squares.half_width(*values.shape, 0.95))
+        components = plans[row["model"], row["reset"]].layers[row["layer"]].components
+        half_width = float(components.half_width(*values.shape, 0.95))
         assert row["low"] == pytest.approx(max(values.mean() - half_width, 0))
         assert row["high"] == pytest.approx(min(values.mean() + half_width, 1))
         assert row["status"] == ("ok" if half_width <= 0.0009 else "not_reached")

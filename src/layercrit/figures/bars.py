@@ -45,8 +45,8 @@ def criticality_bars(
 ) -> "Figure":
     """Plot the criticality of one model's layers as bars, in the order of the table.
 
-    Bars of layers some of whose cells are not ok are grey and hatched, and have full height if they have no value. The figure needs
-    no display; save it with `save_figure`.
+    Bars of layers some of whose cells are not ok are grey and hatched, and have full height if they have no value. The
+    figure needs no display; save it with `save_figure`.
 
     Args:
         table: one row per layer, in depth order, with the columns ``layer`` (name), ``type`` (decides the colour),
@@ -66,7 +66,7 @@ def criticality_bars(
 
     labels = zip(table["label" if "label" in table else "layer"], table["layer"], strict=True)
     names = [printable(label if isinstance(label, str) else name) for label, name in labels]
-    if unlike := "n_trials" in table and table["n_trials"].nunique() > 1:
+    if unlike := "n_trials" in table and len(set(table["n_trials"])) > 1:
         names = [f"{name} ({n})" for name, n in zip(names, table["n_trials"], strict=True)]
     doubtful = (~table["status"].isin(WHOLE) | table["criticality"].isna()).to_numpy()
     colors = _colors([str(kind) for kind in table["type"]])

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from layercrit.precision import Cost, MeanSquares, Pilot, PrecisionPlan
+from layercrit.precision import Components, Cost, Pilot, PrecisionPlan
 from layercrit.study.store import Store
 
 __all__ = ["pilots_of", "plans_of"]
@@ -29,11 +29,11 @@ def pilots_of(store: Store, n_pilot: int) -> dict[tuple[str, str], Pilot]:
     pilots = {}
     for (model, reset), of_model in cells.groupby(["model", "reset"], sort=False):
         random_trials = bool(random[str(model)].get(reset, True))
-        squares: dict[str, MeanSquares | None] = {}
+        components: dict[str, Components | None] = {}
         for layer, of_layer in of_model.groupby("layer", sort=False):
             keys = of_layer.loc[of_layer["status"] == "ok", "key"].to_list()
             values = [one["cosine"] for one in store.per_image(keys).values()]
-            squares[str(layer)] = MeanSquares.of_pilot(np.array(values), random_trials)
+            components[str(layer)] = Components.of_pilot(np.array(values), random_trials)
         layers = of_model.drop_duplicates("layer")
         after = layers["flops_after"].to_numpy(np.float64)
         after = after if np.isfinite(after).all() else np.ones(len(layers))
@@ -41,5 +41,5 @@ def pilots_of(store: Store, n_pilot: int) -> dict[tuple[str, str], Pilot]:
         # drawing and packing are in the time of an image: they are not kept apart
         of_image = float(trials.mean()) / float(of_model["n_images"].max()) / (1 + after.sum())
         cost = Cost(trial=0.0, prefix=of_image, layers=np.zeros(len(layers)), evaluations=of_image * after)
-        pilots[str(model), str(reset)] = Pilot(squares, cost, random_trials)
+        pilots[str(model), str(reset)] = Pilot(components, cost, random_trials)
     return pilots

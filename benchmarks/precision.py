@@ -1,0 +1,282 @@
+"""Do intervals cover what they say, on real draws and on simulated ones, and what do they cost in width?
+
+    python benchmarks/precision.py --make-truth DIR                # a bundled network, 400 trials: about 10 minutes
+    python benchmarks/precision.py --make-truth DIR --network FILE.th --images IMAGES.npz     # ResNet-20, 30 minutes
+    python benchmarks/precision.py --truth DIR [DIR ...]           # coverage, from measurements made before
+
+Real draws: the trials and images of a measurement are the population, and the mean over all of them is the truth of
+each layer. Measurements of 3, 5 and 10 of its trials, and of two stages, are drawn from it again and again. Trials and
+images are drawn with replacement, so that the population is what was measured, and in all layers alike, as a
+measurement draws them. Simulated draws: means of trials from four distributions, two of which hide rare draws.
+"""
+
+import argparse
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import stdtrit
+
+import layercrit
+from layercrit.intervals import betting, half_width, limits
+from layercrit.measurement import Measurement
+from layercrit.statistics import estimate
+
+Array = npt.NDArray[Any]
+
+FAMILY = files("layercrit") / "family"
+LEVEL = 0.95
+N_TRIALS, HALF_WIDTHS = (3, 5, 10), (0.03, 0.05, 0.087)
+PILOT, MOST_TRIALS = 10, 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--truth", nargs="+", default=[], metavar="DIR", help="saved measurements, 400 trials or more")
+    parser.add_argument("--make-truth", metavar="DIR", help="measure one and keep it there")
+    parser.add_argument("--network", default=str(FAMILY / "baseline"), help="a bundled one, or weights of ResNet-20")
+    parser.add_argument("--images", default=str(FAMILY / "fashion-mnist-test.npz"))
+    parser.add_argument("--trials", type=int, default=400, help="of the truth")
+    parser.add_argument("--truth-images", type=int, default=400)
+    parser.add_argument("--n-images", type=int, default=120, help="of the measurements of 3, 5 and 10 trials")
+    parser.add_argument("--repetitions", type=int, default=2000)
+    arguments = parser.parse_args()
+    if arguments.make_truth:
+        make_truth(arguments)
+        return
+    simulations(arguments.repetitions)
+    found = [
+        row
+        for folder in arguments.truth
+        for row in coverage(Path(folder).name, read(folder), arguments.n_images, arguments.repetitions)
+    ]
+    if found:
+        mean, worst = np.mean([row.mean for row in found]), min(row.worst for row in found)
+        print(f"coverage={mean:.3f} coverage_worst={worst:.3f}")
+
+
+def make_truth(arguments: argparse.Namespace) -> None:
+    """Measure one network with many trials, and keep the measurement."""
+    reference = f"file:{arguments.network}"
+    if arguments.network.endswith(".th"):
+        reference += "?arch=py:cifar_networks:ResNet20&mean=0.485,0.456,0.406&std=0.229,0.224,0.225&input_size=3,32,32"
+    found = layercrit.measure(
+        reference, arguments.images, trials=arguments.trials, n_images=arguments.truth_images, distances="cosine"
+    )
+    print(found.save(arguments.make_truth))
+
+
+# --- real draws -----------------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """How often intervals covered: in the mean over layers, and in the layer where they did so least often."""
+
+    mean: float
+    worst: float
+
+
+class Sample(NamedTuple):
+    """Estimates of each layer from one measurement drawn, or of many; ``(n_layers,)`` or ``(n_samples, n_layers)``."""
+
+    mean: Array
+    sd_trials: Array
+    sd_images: Array
+    sd_rest: Array
+    low: Array
+    high: Array
+
+
+def read(folder: str) -> Array:
+    """Return the criticality in a saved measurement, ``(n_layers, n_trials, n_images)``."""
+    return Measurement.load(folder).per_image["cosine"].astype(np.float64)
+
+
+def coverage(name: str, population: Array, n_images: int, repetitions: int) -> list[Found]:
+    """Draw measurements from a large one, print how often their intervals cover its means, and return that."""
+    truth, rng = population.mean(axis=(1, 2)), np.random.default_rng(0)
+    print(f"\n{name}: {len(truth)} layers, {population.shape[1]} trials, {population.shape[2]} images")
+    print(f"  {'':28} {'coverage':>8} {'worst':>6} {'layer':>5} {'half-width':>10} {'of t':>5} {'trials':>7}")
+    found = []
+    for n in N_TRIALS:
+        samples = stacked([draw(population, n, n_images, rng) for _ in range(repetitions)])
+        plain = students(samples, n, n_images, n, n_images)
+        show(f"{n} trials, Student's t", plain[0], plain[1], truth, plain[1] - plain[0], n)
+        found.append(show(f"{n} trials", samples.low, samples.high, truth, plain[1] - plain[0], n))
+    return found + two_stages(population, truth, repetitions, rng)
+
+
+def draw(population: Array, n_trials: int, n_images: int, rng: np.random.Generator) -> Sample:
+    """Draw one measurement: the same trials and images in every layer."""
+    trials = rng.integers(0, population.shape[1], n_trials)
+    images = rng.integers(0, population.shape[2], n_images)
+    return of_layers(population[:, trials[:, None], images])
+
+
+def of_layers(distances: Array) -> Sample:
+    """Return the estimates of ``(n_layers, n_trials, n_images)``."""
+    estimates = [estimate(layer, level=LEVEL) for layer in distances]
+    return Sample(*(np.array([getattr(one, name) for one in estimates]) for name in Sample._fields))
+
+
+def stacked(samples: list[Sample]) -> Sample:
+    return Sample(*(np.stack(values) for values in zip(*samples, strict=True)))
+
+
+def error(sample: Sample, n_pilot: int, n_pilot_images: int, n_trials: Any, n_images: int) -> tuple[Array, Array]:
+    """Return the standard error of means over more trials and images than those of the pilot, and its df."""
+    rest = sample.sd_rest**2
+    ms_trials, ms_images = n_pilot_images * sample.sd_trials**2 + rest, n_pilot * sample.sd_images**2 + rest
+    parts = (
+        (ms_trials / (n_pilot_images * n_trials), n_pilot - 1),
+        (ms_images / (n_pilot * n_images), n_pilot_images - 1),
+        (
+            rest * (1 / (n_trials * n_images) - 1 / (n_pilot_images * n_trials) - 1 / (n_pilot * n_images)),
+            (n_pilot - 1) * (n_pilot_images - 1),
+        ),
+    )
+    variance = np.maximum(sum(part for part, _ in parts), 1e-300)
+    return np.sqrt(variance), 1 / sum((part / variance) ** 2 / df for part, df in parts)
+
+
+def students(sample: Sample, *numbers: Any) -> tuple[Array, Array]:
+    """Return Student's limits, cut at 0 and 1."""
+    standard_error, df = error(sample, *numbers)
+    reach = stdtrit(df, 0.5 + LEVEL / 2) * standard_error
+    return np.maximum(sample.mean - reach, 0), np.minimum(sample.mean + reach, 1)
+
+
+def show(name: str, low: Array, high: Array, truth: Array, plain_width: Array, trials: float) -> Found:
+    """Print how often limits ``(n_samples, n_layers)`` hold the truth ``(n_layers,)``, and their mean half-width."""
+    rounding = 1e-9  # of float32 distances
+    covered = ((low <= truth + rounding) & (truth - rounding <= high)).mean(axis=0)
+    width = (high - low).mean()
+    print(
+        f"  {name:28} {covered.mean():8.3f} {covered.min():6.3f} {covered.argmin():5} {width / 2:10.4f} "
+        f"{width / plain_width.mean():5.2f} {trials:7.1f}",
+        flush=True,
+    )
+    return Found(float(covered.mean()), float(covered.min()))
+
+
+def two_stages(population: Array, truth: Array, repetitions: int, rng: np.random.Generator) -> list[Found]:
+    """Draw pilots, plan trials for each half-width, and print how often the intervals cover; all images in both."""
+    n_layers, n_measured, n_images = population.shape
+    trials = rng.integers(0, n_measured, (repetitions, MOST_TRIALS))
+    images = rng.integers(0, n_images, (repetitions, n_images))
+    pilot = stacked(
+        [of_layers(population[:, one[:PILOT, None], seen]) for one, seen in zip(trials, images, strict=True)]
+    )
+    counts = np.stack([np.bincount(seen, minlength=n_images) for seen in images], axis=1)  # (n_images, n_samples)
+    of_trials = (population.reshape(-1, n_images) @ counts / n_images).reshape(n_layers, n_measured, repetitions)
+    so_far = np.empty((repetitions, n_layers, MOST_TRIALS))  # means over the first trials
+    for sample, order in enumerate(trials):
+        so_far[sample] = of_trials[:, order, sample].cumsum(axis=1) / np.arange(1, MOST_TRIALS + 1)
+    found = []
+    for asked in HALF_WIDTHS:
+        n_trials = fewest(pilot, n_images, asked)
+        mean = np.take_along_axis(so_far, n_trials[..., None] - 1, axis=2)[..., 0]
+        low, high = final_limits(pilot, mean, n_trials, n_images)
+        plain = students(pilot, PILOT, n_images, n_trials, n_images)
+        show(
+            f"two stages, {asked}, t",
+            mean + plain[0] - pilot.mean,
+            mean + plain[1] - pilot.mean,
+            truth,
+            plain[1] - plain[0],
+            n_trials.mean(),
+        )
+        found.append(show(f"two stages, {asked}", low, high, truth, plain[1] - plain[0], n_trials.mean()))
+    return found
+
+
+def final_limits(pilot: Sample, mean: Array, n_trials: Any, n_images: int) -> tuple[Array, Array]:
+    """Return the limits of means over all trials, with the variances that the pilot found."""
+    parts = [
+        (pilot.sd_trials**2 / n_trials, PILOT - 1),
+        (pilot.sd_images**2 / n_images, n_images - 1),
+        (pilot.sd_rest**2 / (n_trials * n_images), PILOT - 1),
+    ]
+    return limits(mean, half_width(parts, LEVEL))
+
+
+def fewest(pilot: Sample, n_images: int, asked: float) -> Array:
+    """Return how many trials each layer needs for a half-width, ``(n_samples, n_layers)``; at most MOST_TRIALS."""
+    too_few, enough = np.full(pilot.mean.shape, PILOT - 1), np.full(pilot.mean.shape, MOST_TRIALS)
+    while (enough - too_few > 1).any():
+        middle = (too_few + enough + 1) // 2
+        low, high = final_limits(pilot, pilot.mean, middle, n_images)
+        short = (high - low) / 2 <= asked
+        too_few, enough = np.where(short, too_few, np.minimum(middle, enough - 1)), np.where(short, middle, enough)
+    return enough
+
+
+# --- simulated draws ------------------------------------------------------------------------------------------------
+
+
+def simulations(repetitions: int, asked: float = 0.02) -> None:
+    """Print coverage where the distribution of trials is known: with 10 trials, in two stages, and by betting.
+
+    The two-stage plan has no cap here, as in Stein 1945. Betting may look after any trial: it stops at the first of a
+    grid of numbers whose interval is short enough.
+    """
+    rng = np.random.default_rng(0)
+    print(f"half-width {asked}: coverage (mean trials)")
+    print(f"  {'':32} {'10 trials':>10} {'two stages':>14} {'betting':>14}")
+    for name, draws in DISTRIBUTIONS.items():
+        truth = draws(rng, 2_000_000).mean()
+        pilot = draws(rng, (repetitions, PILOT))
+        low, high = trial_limits(pilot.mean(axis=1), pilot.var(axis=1, ddof=1), PILOT)
+        fixed = np.mean((low <= truth) & (truth <= high))
+        needed = (stdtrit(PILOT - 1, 0.5 + LEVEL / 2) / asked) ** 2 * pilot.var(axis=1, ddof=1)
+        n_trials = np.maximum(np.ceil(needed), PILOT).astype(int)
+        more = np.array([draws(rng, n - PILOT).sum() for n in n_trials])
+        low, high = trial_limits((pilot.sum(axis=1) + more) / n_trials, pilot.var(axis=1, ddof=1), n_trials)
+        staged = np.mean((low <= truth) & (truth <= high))
+        bets, took = betting_until(draws(rng, (200, 800)), asked, truth)
+        print(f"  {name:32} {fixed:10.3f} {staged:7.3f} ({n_trials.mean():4.0f}) {bets:7.3f} ({took:4.0f})", flush=True)
+
+
+Draws = Callable[[np.random.Generator, Any], Array]
+
+DISTRIBUTIONS: dict[str, Draws] = {
+    "normal, SD 0.04": lambda rng, shape: rng.normal(0.5, 0.04, shape),
+    "beta(8, 2), SD 0.12": lambda rng, shape: rng.beta(8, 2, shape),
+    "90 % N(.9, .02), 10 % U": lambda rng, shape: mixed(
+        rng, 0.1, rng.normal(0.9, 0.02, shape), rng.uniform(0.2, 0.8, shape)
+    ),
+    "97 % N(.95, .01), 3 % N(.4, .1)": lambda rng, shape: mixed(
+        rng, 0.03, rng.normal(0.95, 0.01, shape), rng.normal(0.4, 0.1, shape)
+    ),
+}
+
+
+def mixed(rng: np.random.Generator, share: float, common: Array, rare: Array) -> Array:
+    return np.clip(np.where(rng.random(common.shape) < share, rare, common), 0, 1)
+
+
+def trial_limits(mean: Array, variance: Array, n_trials: Any) -> tuple[Array, Array]:
+    """Return the limits of means of trials, with the variance of the pilot's."""
+    return limits(mean, half_width([(variance / n_trials, PILOT - 1)], LEVEL))
+
+
+def betting_until(draws: Array, asked: float, truth: float) -> tuple[float, float]:
+    """Return how often betting intervals cover when they stop, and after how many trials; ``(n_samples, n_trials)``."""
+    stopped, covered = np.full(len(draws), draws.shape[1]), np.zeros(len(draws), bool)
+    running = np.arange(len(draws))
+    for n in range(20, draws.shape[1] + 1, 20):
+        low, high = betting(draws[running, :n], LEVEL)
+        covered[running] = (low <= truth) & (truth <= high)
+        done = (high - low) / 2 <= asked
+        stopped[running[done]] = n
+        running = running[~done]
+        if not len(running):
+            break
+    return float(covered.mean()), float(stopped.mean())
+
+
+if __name__ == "__main__":
+    main()
