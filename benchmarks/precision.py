@@ -11,6 +11,7 @@ measurement draws them. Simulated draws: means of trials from four distributions
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -18,11 +19,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from scipy.special import stdtrit
+from torch import nn
 
 import layercrit
 from layercrit.intervals import betting, half_width, limits
 from layercrit.measurement import Measurement
+from layercrit.precision import Components, n_pilot_images
+from layercrit.probes.probe_set import ProbeSet
 from layercrit.statistics import estimate
 
 Array = npt.NDArray[Any]
@@ -31,6 +36,7 @@ FAMILY = files("layercrit") / "family"
 LEVEL = 0.95
 N_TRIALS, HALF_WIDTHS = (3, 5, 10), (0.03, 0.05, 0.087)
 PILOT, MOST_TRIALS = 10, 200
+PLAIN_BATCH = 250  # images; on two cores faster than 32, 64, 125, 500 and 1000
 
 
 def main() -> None:
@@ -164,54 +170,114 @@ def show(name: str, low: Array, high: Array, truth: Array, plain_width: Array, t
 
 def two_stages(population: Array, truth: Array, repetitions: int, rng: np.random.Generator) -> list[Found]:
     """Draw pilots, plan trials for each half-width, and print how often the intervals cover; all images in both."""
-    n_layers, n_measured, n_images = population.shape
-    trials = rng.integers(0, n_measured, (repetitions, MOST_TRIALS))
-    images = rng.integers(0, n_images, (repetitions, n_images))
-    pilot = stacked(
-        [of_layers(population[:, one[:PILOT, None], seen]) for one, seen in zip(trials, images, strict=True)]
-    )
-    counts = np.stack([np.bincount(seen, minlength=n_images) for seen in images], axis=1)  # (n_images, n_samples)
-    of_trials = (population.reshape(-1, n_images) @ counts / n_images).reshape(n_layers, n_measured, repetitions)
-    so_far = np.empty((repetitions, n_layers, MOST_TRIALS))  # means over the first trials
-    for sample, order in enumerate(trials):
-        so_far[sample] = of_trials[:, order, sample].cumsum(axis=1) / np.arange(1, MOST_TRIALS + 1)
+    n_images = population.shape[2]
     found = []
     for asked in HALF_WIDTHS:
-        n_trials = fewest(pilot, n_images, asked)
-        mean = np.take_along_axis(so_far, n_trials[..., None] - 1, axis=2)[..., 0]
-        low, high = final_limits(pilot, mean, n_trials, n_images)
-        plain = students(pilot, PILOT, n_images, n_trials, n_images)
-        show(
-            f"two stages, {asked}, t",
-            mean + plain[0] - pilot.mean,
-            mean + plain[1] - pilot.mean,
-            truth,
-            plain[1] - plain[0],
-            n_trials.mean(),
-        )
-        found.append(show(f"two stages, {asked}", low, high, truth, plain[1] - plain[0], n_trials.mean()))
+        pilot, mean, n_trials = drawn_in_two_stages(population, asked, n_images, repetitions, rng)
+        reach = pilot.half_width(n_trials, n_images, LEVEL)
+        sds = (np.sqrt(one) for one in (pilot.trials, pilot.images, pilot.rest))
+        plain = students(Sample(mean, *sds, mean, mean), PILOT, n_images, n_trials, n_images)
+        width = plain[1] - plain[0]
+        show(f"two stages, {asked}, t", plain[0], plain[1], truth, width, n_trials.mean())
+        low, high = np.maximum(mean - reach, 0), np.minimum(mean + reach, 1)
+        found.append(show(f"two stages, {asked}", low, high, truth, width, n_trials.mean()))
     return found
 
 
-def final_limits(pilot: Sample, mean: Array, n_trials: Any, n_images: int) -> tuple[Array, Array]:
-    """Return the limits of means over all trials, with the variances that the pilot found."""
-    parts = [
-        (pilot.sd_trials**2 / n_trials, PILOT - 1),
-        (pilot.sd_images**2 / n_images, n_images - 1),
-        (pilot.sd_rest**2 / (n_trials * n_images), PILOT - 1),
-    ]
-    return limits(mean, half_width(parts, LEVEL))
+def drawn_in_two_stages(
+    population: Array, asked: float, n_images: int, repetitions: int, rng: np.random.Generator
+) -> tuple[Components, Array, Array]:
+    """Draw pilots and what they plan: the pilots' components, means and numbers of trials ``(n_samples, n_layers)``."""
+    n_layers, n_measured, n_known = population.shape
+    trials = rng.integers(0, n_measured, (repetitions, MOST_TRIALS))
+    images = rng.integers(0, n_known, (repetitions, n_images))
+    pilot = stacked(
+        [of_layers(population[:, one[:PILOT, None], seen]) for one, seen in zip(trials, images, strict=True)]
+    )
+    counts = np.stack([np.bincount(seen, minlength=n_known) for seen in images], axis=1)  # (n_known, n_samples)
+    of_trials = (population.reshape(-1, n_known) @ counts / n_images).reshape(n_layers, n_measured, repetitions)
+    so_far = np.empty((repetitions, n_layers, MOST_TRIALS))  # means over the first trials
+    for sample, order in enumerate(trials):
+        so_far[sample] = of_trials[:, order, sample].cumsum(axis=1) / np.arange(1, MOST_TRIALS + 1)
+    components = Components(pilot.sd_trials**2, pilot.sd_images**2, pilot.sd_rest**2, PILOT, n_images)
+    n_trials = fewest(components, n_images, asked)
+    return components, np.take_along_axis(so_far, n_trials[..., None] - 1, axis=2)[..., 0], n_trials
 
 
-def fewest(pilot: Sample, n_images: int, asked: float) -> Array:
-    """Return how many trials each layer needs for a half-width, ``(n_samples, n_layers)``; at most MOST_TRIALS."""
-    too_few, enough = np.full(pilot.mean.shape, PILOT - 1), np.full(pilot.mean.shape, MOST_TRIALS)
+def fewest(pilot: Components, n_images: int, asked: float) -> Array:
+    """Return how many trials each layer gets for a half-width, ``(n_samples, n_layers)``; at most MOST_TRIALS."""
+    too_few, enough = np.full(pilot.trials.shape, PILOT - 1), np.full(pilot.trials.shape, MOST_TRIALS)
     while (enough - too_few > 1).any():
         middle = (too_few + enough + 1) // 2
-        low, high = final_limits(pilot, pilot.mean, middle, n_images)
-        short = (high - low) / 2 <= asked
+        short = pilot.half_width(middle, n_images, LEVEL) <= asked
         too_few, enough = np.where(short, too_few, np.minimum(middle, enough - 1)), np.where(short, middle, enough)
     return enough
+
+
+# --- the published protocol against a half-width --------------------------------------------------------------------
+
+
+class Equal(NamedTuple):
+    """The half-width of the published protocol, and how far both ways are off, in the root mean square over layers."""
+
+    half_width: float
+    published_error: float
+    error: float
+    evaluations: float  # of a layer, by the plan
+
+
+def plain(reference: str, source: str, n_images: int) -> float:
+    """The published protocol as plainly as it can be written: every layer and trial runs the whole network."""
+    torch.manual_seed(0)
+    model = layercrit.open_model(reference)
+    images = ProbeSet.from_source(source, model.preprocessing, n_images=n_images)
+    network, classify = model.network.eval(), model.classifier
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+
+    @torch.no_grad()
+    def predict() -> torch.Tensor:
+        starts = range(0, images.n_images, PLAIN_BATCH)
+        batches = (classify.normalise(images.batch(start, start + PLAIN_BATCH)) for start in starts)
+        return torch.cat([network(batch).softmax(dim=1) for batch in batches])
+
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    predict()  # warm up
+    started = time.perf_counter()
+    before = predict()
+    for _ in range(3):
+        donor = dict(model.build().named_parameters())
+        for layer in layers:
+            with torch.no_grad():
+                for name, value in network.named_parameters():
+                    if name.rpartition(".")[0] == layer:
+                        value.copy_(donor[name])
+            (1 - torch.cosine_similarity(before, predict())).mean().item()
+            network.load_state_dict(weights)
+    return time.perf_counter() - started
+
+
+def planned(reference: str, source: str, half_width: float) -> tuple[float, float]:
+    """Measure for a half-width; return the seconds with and without opening the model and exporting its graph."""
+    started = time.perf_counter()
+    found = layercrit.measure(reference, source, half_width=half_width, distances="cosine", progress=False)
+    seconds = time.perf_counter() - started
+    return seconds, seconds - found.record["seconds_opening"]
+
+
+def equal_error(population: Array, repetitions: int) -> Equal:
+    """Draw measurements of both kinds from a large one: 3 trials on 10,000 images, and two stages for their error."""
+    truth, rng = population.mean(axis=(1, 2)), np.random.default_rng(1)
+    found = [Components.of(layer, random_trials=True) for layer in population]
+    variances = [c.trials / 3 + c.images / 10_000 + c.rest / 30_000 for c in found]
+    asked = float(np.sqrt(np.mean(variances)) * stdtrit(PILOT - 1, 0.5 + LEVEL / 2))
+    n_images = n_pilot_images(asked, LEVEL, PILOT, 10_000)
+    counts = rng.multinomial(10_000, np.full(population.shape[2], 1 / population.shape[2]), repetitions)
+    trials = rng.integers(0, population.shape[1], (repetitions, 3))
+    of_trials = population @ counts.T / 10_000  # (n_layers, n_measured, n_samples)
+    published = np.stack([of_trials[:, own, sample].mean(axis=1) for sample, own in enumerate(trials)])
+    _, mean, n_trials = drawn_in_two_stages(population, asked, n_images, repetitions, rng)
+    errors = [float(np.sqrt(np.mean((one - truth) ** 2))) for one in (published, mean)]
+    return Equal(asked, *errors, float(n_trials.mean() * n_images))
 
 
 # --- simulated draws ------------------------------------------------------------------------------------------------

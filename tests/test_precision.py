@@ -47,7 +47,7 @@ def plan_of(components, half_width, costs=None, random_trials=True, **limits):
 
 def test_half_width__is_that_of_crossed_effects():
     """The slow twin: mean squares by loops, and Cochran's mean of the quantiles weighted by the parts."""
-    values = crossed(np.random.default_rng(1), 5, 8)
+    values = crossed(np.random.default_rng(1), 5, 8, trials=0.2, images=0.2)
     grand, rows, columns = values.mean(), values.mean(axis=1), values.mean(axis=0)
     ms_trials = sum(8 * (row - grand) ** 2 for row in rows) / 4
     ms_images = sum(5 * (column - grand) ** 2 for column in columns) / 7

@@ -403,9 +403,9 @@ def run_together(
 
 
 def recentred(estimate: Estimate, mean: float) -> Estimate:
-    """Return an estimate with another mean and an interval of the same half-width around it."""
-    half_width = max(estimate.mean - estimate.low, estimate.high - estimate.mean)
-    return replace(estimate, mean=mean, low=max(mean - half_width, 0.0), high=min(mean + half_width, 1.0))
+    """Return an estimate with another mean, and an interval that reaches as far from it as before."""
+    shift = mean - estimate.mean
+    return replace(estimate, mean=mean, low=max(estimate.low + shift, 0.0), high=min(estimate.high + shift, 1.0))
 
 
 def _layers_on(

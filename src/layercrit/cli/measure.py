@@ -262,7 +262,8 @@ class _Saver:
             trials = measurement.cells["trial"].nunique()
             self.save(measurement, quietly=True)
             say(
-                f"Stopped; {trials} finished trial(s) are saved in {self.folder}. Run the same command again to resume.",
+                f"Stopped; {trials} finished trial(s) are saved in {self.folder}. Run the same command again to "
+                "resume.",
                 err=True,
             )
 
@@ -349,8 +350,8 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
         lines.append(f"mean criticality {mean['mean']:.3f} ({interval})")
         if mean["low"] is not None and "trials" in summary["covers"]:
             lines.append(
-                f"after {summary['n_trials_in_mean']} trials, unlike draws cannot be excluded if they make up less than "
-                f"{summary['excluded_share']:.0%} of all"
+                f"after {summary['n_trials_in_mean']} trials, unlike draws cannot be excluded if they make up less "
+                f"than {summary['excluded_share']:.0%} of all"
             )
         if matched is not None and summary["temperature"] is not None:
             lines.append(
