@@ -142,7 +142,7 @@ def test_worker__says_parts_that_add_up(prepare, tmp_path, each_batch_a_part):
 
     assert [(p.part.start, p.part.stop) for p in (first, second)] == [(0, 10), (10, 20)]
     assert first.task == second.task == measured.task
-    assert first.n_layers == len(LAYERS)
+    assert first.n_cells == len(LAYERS)
     for name, values in measured.cells[1].per_image.items():
         np.testing.assert_array_equal(values[:10], first.part.values[name][1])
         np.testing.assert_array_equal(values[10:20], second.part.values[name][1])

@@ -70,10 +70,12 @@ def _about_intervals(measurement: Measurement, summary: dict[str, Any]) -> list[
             "which assume nothing but that distances lie in [0, 1]; they hold for new trials on the same images."
         ]
     elif summary["covers"] == "trials and images":
-        variance = "its variance estimated by the pilot and " if measurement.plan is not None else ""
+        variance = ", estimated by the pilot" if measurement.plan is not None else ""
+        shape = "" if measurement.plan is not None else ", limits as of Wilson's score interval (1927)"
         sentences = [
-            f"Intervals at {level} are Student's around the mean, with trials and images as crossed random effects, "
-            f"{variance}Satterthwaite's degrees of freedom; they hold for new trials and new images."
+            f"Intervals at {level} take trials and images as crossed random effects{variance}: the standard error "
+            f"times Student's quantiles, weighted by the parts of the variance (Cochran 1964){shape}. They hold for "
+            "new trials and new images."
         ]
     elif summary["covers"] == "nothing":
         return ["A single trial gives no interval."]
