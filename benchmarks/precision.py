@@ -1,18 +1,26 @@
-"""Do intervals cover what they say, on real draws and on simulated ones, and what do they cost in width?
+"""What does a half-width cost against the published protocol, and do intervals cover what they say?
 
     python benchmarks/precision.py --make-truth DIR                # a bundled network, 400 trials: about 10 minutes
     python benchmarks/precision.py --make-truth DIR --network FILE.th --images IMAGES.npz     # ResNet-20, 30 minutes
-    python benchmarks/precision.py --truth DIR [DIR ...]           # coverage, from measurements made before
+    python benchmarks/precision.py --truth DIR [DIR ...] [--photographs DIR]
 
-Real draws: the trials and images of a measurement are the population, and the mean over all of them is the truth of
-each layer. Measurements of 3, 5 and 10 of its trials, and of two stages, are drawn from it again and again. Trials and
-images are drawn with replacement, so that the population is what was measured, and in all layers alike, as a
+Cost, on Fashion-MNIST's 10,000 test images and a bundled network: the published protocol (3 trials on 10,000 images,
+the whole network for every layer) against `--half-width` set to the standard error of that protocol times the quantile
+of the interval. Both errors are root mean squares over layers against the first truth, of measurements drawn from it
+again and again. Opening the model is left out on both sides, as in `benchmarks/replay.py`, and said. With photographs
+(one folder a class), the same at the size of ResNet-50: what an evaluation costs is measured on that network, and how
+much draws and images vary on EfficientNet-Lite0 with its ImageNet weights.
+
+Coverage, on real draws: the trials and images of a measurement are the population, and the mean over all of them is the
+truth of each layer. Measurements of 3, 5 and 10 of its trials, and of two stages, are drawn from it again and again.
+Trials and images are drawn with replacement, so that the population is what was measured, and in all layers alike, as a
 measurement draws them. Simulated draws: means of trials from four distributions, two of which hide rare draws.
 """
 
 import argparse
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +34,7 @@ from torch import nn
 import layercrit
 from layercrit.intervals import betting, half_width, limits
 from layercrit.measurement import Measurement
-from layercrit.precision import Components, n_pilot_images
+from layercrit.precision import Components, Cost, Pilot, n_pilot_images, plan_half_width
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.statistics import estimate
 
@@ -49,19 +57,27 @@ def main() -> None:
     parser.add_argument("--truth-images", type=int, default=400)
     parser.add_argument("--n-images", type=int, default=120, help="of the measurements of 3, 5 and 10 trials")
     parser.add_argument("--repetitions", type=int, default=2000)
+    parser.add_argument("--fashion-mnist", default="/usr/share/datasets/fashion-mnist", help="Debian's package")
+    parser.add_argument("--photographs", metavar="DIR", help="of ImageNet's classes, for the size of ResNet-50")
     arguments = parser.parse_args()
     if arguments.make_truth:
         make_truth(arguments)
         return
     simulations(arguments.repetitions)
-    found = [
+    populations = {Path(folder).name: read(folder) for folder in arguments.truth}
+    rows = [
         row
-        for folder in arguments.truth
-        for row in coverage(Path(folder).name, read(folder), arguments.n_images, arguments.repetitions)
+        for name, population in populations.items()
+        for row in coverage(name, population, arguments.n_images, arguments.repetitions)
     ]
-    if found:
-        mean, worst = np.mean([row.mean for row in found]), min(row.worst for row in found)
-        print(f"coverage={mean:.3f} coverage_worst={worst:.3f}")
+    if not rows:
+        return
+    ratio = against_published(next(iter(populations.values())), arguments.fashion_mnist, arguments.repetitions)
+    at_resnet50 = at_size_of_resnet50(arguments.photographs) if arguments.photographs else float("nan")
+    mean, worst = np.mean([row.mean for row in rows]), min(row.worst for row in rows)
+    print(
+        f"ratio_equal_error={ratio:.1f} ratio_resnet50={at_resnet50:.0f} coverage={mean:.3f} coverage_worst={worst:.3f}"
+    )
 
 
 def make_truth(arguments: argparse.Namespace) -> None:
@@ -226,12 +242,35 @@ class Equal(NamedTuple):
     evaluations: float  # of a layer, by the plan
 
 
+def against_published(population: Array, source: str, repetitions: int) -> float:
+    """Print what a half-width costs against the published protocol on a bundled network; return the ratio of times."""
+    reference = f"file:{FAMILY / 'baseline'}"
+    equal = equal_error(population, repetitions)
+    planned(reference, source, equal.half_width)  # a first run in a process also imports
+    ours = [planned(reference, source, equal.half_width) for _ in range(3)]
+    seconds, opening = (float(np.median(values)) for values in zip(*ours, strict=True))
+    published = plain(reference, source, 10_000)
+    print(
+        f"\nFashion-MNIST, 23 layers: half-width {equal.half_width:.3f}, the standard error of 3 x 10,000 times "
+        f"{stdtrit(PILOT - 1, 0.5 + LEVEL / 2):.2f}\n"
+        f"  published protocol, plainly  {published:8.1f} s   error {equal.published_error:.4f}   30,000 evaluations "
+        f"of a layer\n"
+        f"  --half-width                 {seconds:8.1f} s   error {equal.error:.4f}   {equal.evaluations:,.0f} "
+        f"evaluations of a layer\n"
+        f"  and opening and exporting    {opening:8.1f} s   with it {published / (seconds + opening):.0f} times as "
+        "fast",
+        flush=True,
+    )
+    return published / seconds
+
+
 def plain(reference: str, source: str, n_images: int) -> float:
-    """The published protocol as plainly as it can be written: every layer and trial runs the whole network."""
+    """Return the seconds of the published protocol as plainly as it can be written: the whole network every time."""
     torch.manual_seed(0)
     model = layercrit.open_model(reference)
     images = ProbeSet.from_source(source, model.preprocessing, n_images=n_images)
-    network, classify = model.network.eval(), model.classifier
+    network, classify, build = model.network.eval(), model.classifier, model.build
+    assert build is not None
     weights = {name: value.clone() for name, value in network.state_dict().items()}
 
     @torch.no_grad()
@@ -245,7 +284,7 @@ def plain(reference: str, source: str, n_images: int) -> float:
     started = time.perf_counter()
     before = predict()
     for _ in range(3):
-        donor = dict(model.build().named_parameters())
+        donor = dict(build().named_parameters())
         for layer in layers:
             with torch.no_grad():
                 for name, value in network.named_parameters():
@@ -257,19 +296,70 @@ def plain(reference: str, source: str, n_images: int) -> float:
 
 
 def planned(reference: str, source: str, half_width: float) -> tuple[float, float]:
-    """Measure for a half-width; return the seconds with and without opening the model and exporting its graph."""
+    """Return the seconds of a measurement for a half-width, without and only of opening its replay."""
     started = time.perf_counter()
     found = layercrit.measure(reference, source, half_width=half_width, distances="cosine", progress=False)
-    seconds = time.perf_counter() - started
-    return seconds, seconds - found.record["seconds_opening"]
+    opening = found.record["seconds_opening"]
+    return time.perf_counter() - started - opening, opening
+
+
+def at_size_of_resnet50(photographs: str, n_images: int = 16, n_trials: int = 10, n_known: int = 200) -> float:
+    """Print what a half-width costs at the size of ResNet-50; return the ratio of times.
+
+    The published protocol takes 3 x 10,000 images x 54 layers times what its plainest form takes an image and layer.
+    The plan is that of EfficientNet-Lite0's components of variance, for as many layers as ResNet-50 has.
+    """
+    import replay  # beside this file; it also makes the modules of the tests known
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "images").mkdir()
+        for number, path in enumerate(sorted(Path(photographs).glob("*/*"))[:n_images]):
+            (folder / "images" / f"{number}.jpg").symlink_to(path)
+        replay.child(what="network", arch="resnet50", folder=scratch)
+        task = {"arch": "resnet50", "folder": scratch, "n_images": n_images}
+        plainly = (
+            replay.child(what="plain", batch_size=8, **task)["seconds"] / n_images
+        )  # an image and trial, all layers
+        ours = replay.child(what="measure", dtype="auto", **task)["seconds"] / n_images
+    from trained_models import efficientnet_lite0
+
+    found = layercrit.measure(
+        efficientnet_lite0(), photographs, trials=n_trials, n_images=n_known, distances="cosine", progress=False
+    )
+    components = [Components.of(layer, random_trials=True) for layer in found.per_image["cosine"].astype(np.float64)]
+    asked = published_half_width(components)
+    pilot = Pilot(
+        {f"{number}": one for number, one in enumerate(components)},
+        Cost(0.0, 0.0, np.zeros(len(components)), np.full(len(components), ours / 54)),
+        random_trials=True,
+    )
+    n_first = n_pilot_images(asked, LEVEL, PILOT, 10_000)
+    plan = plan_half_width(
+        {"": pilot}, asked, level=LEVEL, n_pilot=PILOT, n_pilot_images=n_first, n_available=10_000,
+        max_trials=MOST_TRIALS,
+    )[""]  # fmt: skip
+    evaluations = PILOT * n_first + plan.seconds / (len(components) * ours / 54)  # of a layer, in the mean
+    ratio = 30_000 * plainly / (evaluations * ours)
+    print(
+        f"\nResNet-50, 54 layers: an image and trial takes {1e3 * plainly:.0f} ms plainly, {1e3 * ours:.0f} ms here; "
+        f"half-width {asked:.3f} takes {evaluations:,.0f} evaluations of a layer ({plan.n_images} images) instead of "
+        f"30,000: {ratio:.0f} times as fast",
+        flush=True,
+    )
+    return ratio
+
+
+def published_half_width(components: Sequence[Components]) -> float:
+    """Return the standard error of 3 trials on 10,000 images, root mean square over layers, times the quantile."""
+    variances = [one.trials / 3 + one.images / 10_000 + one.rest / 30_000 for one in components]
+    return float(np.sqrt(np.mean(variances)) * stdtrit(PILOT - 1, 0.5 + LEVEL / 2))
 
 
 def equal_error(population: Array, repetitions: int) -> Equal:
     """Draw measurements of both kinds from a large one: 3 trials on 10,000 images, and two stages for their error."""
     truth, rng = population.mean(axis=(1, 2)), np.random.default_rng(1)
-    found = [Components.of(layer, random_trials=True) for layer in population]
-    variances = [c.trials / 3 + c.images / 10_000 + c.rest / 30_000 for c in found]
-    asked = float(np.sqrt(np.mean(variances)) * stdtrit(PILOT - 1, 0.5 + LEVEL / 2))
+    asked = published_half_width([Components.of(layer, random_trials=True) for layer in population])
     n_images = n_pilot_images(asked, LEVEL, PILOT, 10_000)
     counts = rng.multinomial(10_000, np.full(population.shape[2], 1 / population.shape[2]), repetitions)
     trials = rng.integers(0, population.shape[1], (repetitions, 3))

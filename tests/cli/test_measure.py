@@ -266,3 +266,48 @@ def test_measure__folders_numbered_from_one(tmp_path):
         result = run(*few, *ignored, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert "accuracy" not in result.stdout
+
+
+def test_measure__for_a_half_width_prints_plan_trials_and_methods(photographs, tmp_path):
+    asked = ["measure", MODEL, "--images", photographs, "--half-width", "0.2", "--pilot", "3", "--layers", "*.0.*"]
+    done = run(*asked, "--out", "result", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "plan for a half-width of 0.2" in done.stderr
+    (header,) = (line for line in done.stdout.splitlines() if line.startswith("layer "))
+    assert "half-width" in header
+    assert "trials" in header
+    table = pd.read_csv(tmp_path / "result" / "layers.csv")
+    assert (table["half_width"] <= 0.2).all()
+
+    paragraph = run("show", "result", "--methods", cwd=tmp_path)
+    assert paragraph.returncode == 0, paragraph.stderr
+    assert "half-width of 0.2" in paragraph.stdout
+    assert paragraph.stdout.count("\n") == 1
+
+    again = run(*asked, "--out", "result", cwd=tmp_path)
+    assert again.returncode == 1
+    assert "already contains a measurement" in again.stderr
+
+    both = run(*asked, "--trials", "3", cwd=tmp_path)
+    assert both.returncode == 2
+    assert "--max-trials" in both.stderr
+
+
+def test_measure__goes_on_with_fewer_trials_in_the_same_folder(photographs, tmp_path):
+    asked = ["measure", MODEL, "--images", photographs, "--layers", "*.0.*", "--out", "result"]
+    first = run(*asked, "--trials", "1", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    before = pd.read_parquet(tmp_path / "result" / "cells.parquet")
+
+    more = run(*asked, "--trials", "2", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    after = pd.read_parquet(tmp_path / "result" / "cells.parquet")
+    assert f"going on with {len(before)} cells" in more.stderr
+    assert len(after) == 2 * len(before)
+    kept = after[after["trial"] == 0].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, before)
+
+    other = run(*asked, "--trials", "3", "--seed", "1", cwd=tmp_path)
+    assert other.returncode == 1
+    assert "seed 0 instead of 1" in other.stderr
+    assert len(pd.read_parquet(tmp_path / "result" / "cells.parquet")) == len(after), "nothing is lost"
