@@ -27,7 +27,7 @@ def ended_on_a_terminal(command, folder, is_time, end):
         start_new_session=True, env=os.environ | {"TERM": "xterm"},
     )  # fmt: skip
     os.close(theirs)
-    written, is_sent, deadline = b"", False, time.monotonic() + 40
+    written, is_sent, deadline = b"", False, time.monotonic() + 200
     try:
         while time.monotonic() < deadline:
             if select.select([ours], [], [], 0.1)[0]:
