@@ -472,6 +472,34 @@ class HalfDrawn(nn.Linear):
         nn.init.normal_(self.weight)
 
 
+class Rotated(nn.Module):
+    """Its initialiser forgets a complex parameter; beside it are counts, which are not trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.phases = nn.Parameter(torch.ones(12, dtype=torch.complex64))
+        self.counts = nn.Parameter(torch.arange(3), requires_grad=False)
+        self.linear = nn.Linear(12, 8)
+
+    def reset_parameters(self):
+        self.linear.reset_parameters()
+
+    def forward(self, x):
+        return self.linear((x * self.phases).real)
+
+
+class Flagged(nn.Module):
+    """What should be its initialiser is a setting."""
+
+    def __init__(self):
+        super().__init__()
+        self.reset_parameters = True
+        self.scale, self.linear = nn.Parameter(torch.ones(12)), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return self.linear(x * self.scale)
+
+
 class LowRank(nn.Module):
     """Adds a product of two matrices that have no initialiser of their own."""
 
@@ -495,14 +523,16 @@ def adapted():
         (lambda: Halved(12, 8), "'1.weight' (Halved)"),
         (lambda: HalfDrawn(12, 8), "'1.bias' (HalfDrawn)"),
         (adapted, "1.parametrizations.weight.0 (LowRank)"),
+        (Rotated, "'1.phases' (Rotated)"),
+        (Flagged, "1 (Flagged)"),
     ],
-    ids=["halved", "half drawn", "adapted"],
+    ids=["halved", "half drawn", "adapted", "complex", "flag"],
 )
 def test_measure__a_parameter_that_its_initialiser_does_not_draw_is_named(build, named):
     network = nn.Sequential(nn.Flatten(), build(), nn.ReLU(), nn.Linear(8, 3)).eval()
     finished = []
     with pytest.raises(ModelError) as caught:
-        measure(network, PIXELS, on_trial=finished.append, **QUIET)
+        measure(network, PIXELS, types="all", on_trial=finished.append, **QUIET)
     assert named in str(caught.value)
     assert not finished
     donor = fresh(lambda: nn.Sequential(nn.Flatten(), build(), nn.ReLU(), nn.Linear(8, 3)), 2)
@@ -546,12 +576,81 @@ def test_check_draws__a_factory_that_draws_nothing_is_refused(build, named):
         assert (measure(model, pixels, layers="4", **QUIET).cells["status"] == "ok").all(), "the way out"
 
 
+class Used(nn.Module):
+    """Uses another module as it is to be used, beside one that is drawn."""
+
+    def __init__(self, module, use):
+        super().__init__()
+        self.module, self.use, self.drawn = module, use, nn.Conv2d(3, 3, 1)
+
+    def forward(self, images):
+        x = self.drawn(images)
+        return self.use(self.module, x.mean(dim=(2, 3)), x)
+
+
+KINDS = {
+    "linear": (lambda: nn.Linear(3, 5), lambda module, x, _: module(x)),
+    "bilinear": (lambda: nn.Bilinear(3, 3, 5), lambda module, x, _: module(x, x)),
+    "convolution": (lambda: nn.ConvTranspose2d(3, 5, 2), lambda module, _, images: module(images).mean(dim=(2, 3))),
+    "embedding": (lambda: nn.Embedding(4, 5), lambda module, x, _: module((x[:, 0] > 0).long())),
+    "bag": (lambda: nn.EmbeddingBag(4, 5), lambda module, x, _: module((x > 0).long())),
+    "attention": (lambda: nn.MultiheadAttention(3, 1), lambda module, x, _: module(x, x, x)[0]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_check_draws__every_kind_of_matrix_that_torch_draws(kind):
+    make, use = KINDS[kind]
+    model = open_model(Used(make(), use).eval(), input_size=(3, 4, 4))
+    layers = find_layers(model.network, torch.rand(2, 3, 4, 4))
+    assert check_draws(replace(model, build=lambda: Used(make(), use), initialiser="build()"), layers) is None
+    matrix = next(name for name, value in model.network.named_parameters() if value.ndim > 1)
+    assert matrix.startswith("module.")
+
+    def fixed():
+        built = Used(make(), use)
+        with torch.no_grad():
+            value = built.get_parameter(matrix)
+            value.copy_(torch.arange(float(value.numel())).view_as(value))
+        return built
+
+    with pytest.raises(ModelError) as caught:
+        check_draws(replace(model, build=fixed, initialiser="fixed()"), layers)
+    assert f"gives {matrix!r} the same values" in str(caught.value)
+
+
+def test_measure__a_factory_that_builds_another_network_each_time_is_no_bug():
+    trained, built = network(), []
+
+    def build():
+        built.append(network() if not built else nn.Sequential(nn.Conv2d(3, 4, 3)))
+        return built[-1]
+
+    model = replace(open_model(trained, input_size=(3, 4, 4)), build=build, initialiser="build()")
+    finished = []
+    with pytest.raises(ModelError, match=r"build\(\) builds is not that of"):
+        measure(model, torch.randint(0, 256, (6, 3, 4, 4), dtype=torch.uint8), on_trial=finished.append, **QUIET)
+    assert not finished
+
+
+class Waves(nn.Module):
+    """Adds positions that are always begun as the same waves, and trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.arange(4.0).view(2, 2).sin())
+
+    def forward(self, images):
+        return images + self.positions
+
+
 def test_check_draws__what_is_constant_or_not_trained_need_not_be_drawn():
     def build():
-        net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.LayerNorm(2), nn.Linear(2, 2), nn.Conv2d(3, 3, 1), nn.Linear(2, 2))
+        net = nn.Sequential(nn.Conv2d(3, 3, 3), Waves(), nn.Linear(2, 2), nn.Conv2d(3, 3, 1), nn.Linear(2, 2))
         net[0].weight.requires_grad_(False).copy_(torch.arange(81.0).view(3, 3, 3, 3))  # a filter by hand
         nn.init.zeros_(net[2].weight)
         nn.init.dirac_(net[3].weight)
+        net[3].bias.copy_(torch.arange(3))
         return net
 
     with torch.no_grad():

@@ -26,7 +26,11 @@ class Bar:
         self._task = self._progress.add_task("opening", total=None)
 
     def __enter__(self) -> "Bar":
-        self._progress.start()
+        try:
+            self._progress.start()
+        except BaseException:  # a signal, once the cursor is hidden
+            self._progress.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

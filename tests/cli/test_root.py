@@ -14,6 +14,9 @@ from layercrit.cli import root
 from layercrit.cli.measure import _Saver
 from layercrit.cli.root import main
 from layercrit.measurement import Measurement
+from layercrit.study import store
+from layercrit.study.store import Store
+from running_jobs import write_small
 
 LAYERCRIT = Path(sys.executable).parent / "layercrit"
 MODEL = "timm:test_resnet?pretrained=false&num_classes=7"
@@ -205,6 +208,53 @@ def test_signals__to_workers_as_well_end_the_command_all_the_same(measured, monk
     monkeypatch.setattr(Measurement, "load", train)
     assert call(monkeypatch, "show", measured) == 128 + signal.SIGTERM
     assert capsys.readouterr().err.strip() == "Ended by SIGTERM."
+
+
+@pytest.mark.usefixtures("as_before")
+@pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGTERM, 143, "Ended by SIGTERM."),
+                                                      (signal.SIGINT, 130, "Interrupted.")])  # fmt: skip
+def test_study__a_signal_while_sqlite_runs_a_checksum(tmp_path, monkeypatch, capsys, number, code, said):
+    path, checksum = write_small(tmp_path), store.checksum
+
+    def end(*values):
+        os.kill(os.getpid(), number)  # SQLite makes an error of its own of what is raised here
+        return checksum(*values)
+
+    monkeypatch.setattr(store, "checksum", end)
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "study", "run", path, "--out", "out") == code
+    assert capsys.readouterr().err.split("\n") == [
+        "Stopped. What has been measured is kept in out; run the same command again to resume.", "", said, "",
+    ]  # fmt: skip
+    with Store("out") as left:
+        assert (left.models(), left.meta("study")) == ([], None), "all of a transaction is kept, or nothing"
+
+
+@pytest.mark.usefixtures("as_before")
+def test_signals__whatever_native_code_makes_of_them(measured, monkeypatch, capsys):
+    def load(folder):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            list(map(len, [""]))
+        except KeyboardInterrupt:
+            raise ImportError("numpy.core.multiarray failed to import") from None
+
+    monkeypatch.setattr(Measurement, "load", load)
+    assert call(monkeypatch, "show", measured) == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "Ended by SIGTERM."
+
+
+@pytest.mark.usefixtures("as_before")
+def test_signals__while_an_error_is_reported(tmp_path, monkeypatch, capsys):
+    complain = root._complain
+
+    def end(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return complain(*given)
+
+    monkeypatch.setattr(root, "_complain", end)
+    assert call(monkeypatch, "show", tmp_path / "nothing") == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "Ended by SIGTERM."
 
 
 @pytest.mark.usefixtures("as_before")

@@ -121,12 +121,46 @@ class Shared(Around):
         return self.network(images) / len(images)
 
 
+class Scale(nn.Module):
+    def forward(self, images, factor):
+        return images * factor
+
+
+class Scaled(Centred):
+    """Gives a module a single number beside the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = Scale()
+
+    def forward(self, images):
+        return super().forward(self.scale(images, torch.tensor(2.0)))
+
+
+class Turn(nn.Module):
+    def forward(self, values):
+        return values.T
+
+
+class Turned(Around):
+    """The images are the second dimension of what a module returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.turn = Turn()
+
+    def forward(self, images):
+        return self.turn(self.network(images)).T / len(images)
+
+
 REFUSED = {
     Dropping: "the forward of Dropping itself. It draws random numbers",
     DroppingModule: "'network.fc.0' (AlwaysDropout). It draws random numbers",
     Remembering: "the forward of Remembering itself. It draws random numbers in evaluation mode, or keeps",
     BatchStatistics: "'network.0' (BatchNorm2d). It has no running statistics",
     Centred: "the forward of Centred itself. It computes something over all images",
+    Scaled: "the forward of Scaled itself. It computes something over all images",
+    Turned: "It computes something over all images",
     Shared: "the forward of Shared itself. It computes something over all images",
 }
 

@@ -31,15 +31,8 @@ __all__ = ["cli", "main"]
 
 # What ends a command from outside, beside Ctrl-C: schedulers and time limits, and a terminal that is closed.
 _ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-class _Ended(KeyboardInterrupt):
-    """A signal that ends the command; what is finished is kept as after Ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 class _ReaderGoneError(Exception):
@@ -97,8 +90,17 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no error
-    with _signals_end_like_ctrl_c():
-        code = _run("--traceback" in sys.argv[1:])
+    ended: list[int] = []
+    try:
+        with _signals_end_like_ctrl_c(ended):
+            code = _run("--traceback" in sys.argv[1:])
+    except KeyboardInterrupt:  # while an error was reported
+        code = _INTERRUPTED
+    if ended and code:  # whatever was made of the exception on its way: C code has its own
+        _print(f"Ended by {signal.Signals(ended[0]).name}.")
+        code = 128 + ended[0]
+    elif code == _INTERRUPTED:
+        _print("Interrupted.")
     _flush()
     sys.exit(code)
 
@@ -113,10 +115,8 @@ def _run(debug: bool) -> int:
         for line in shown.getvalue().splitlines():
             _print(line)
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort) as error:
-        ended = next((one for one in (error, error.__cause__) if isinstance(one, _Ended)), None)
-        _print("Interrupted." if ended is None else f"Ended by {signal.Signals(ended.number).name}.")
-        return 130 if ended is None else 128 + ended.number
+    except (KeyboardInterrupt, click.Abort):
+        return _INTERRUPTED
     except _ReaderGoneError:
         return 141
     except LayercritError as error:
@@ -129,8 +129,12 @@ def _run(debug: bool) -> int:
 
 
 @contextlib.contextmanager
-def _signals_end_like_ctrl_c() -> Iterator[None]:
-    """Let signals that end a command raise, so that it keeps what is finished and leaves the terminal as it was."""
+def _signals_end_like_ctrl_c(ended: list[int]) -> Iterator[None]:
+    """Let signals that end a command raise, so that it keeps what is finished and leaves the terminal as it was.
+
+    Args:
+        ended: gets the number of the signal that was sent.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -141,13 +145,14 @@ def _signals_end_like_ctrl_c() -> Iterator[None]:
             signal.signal(one, signal.SIG_IGN)
         if hasattr(signal, "SIGCHLD"):  # of torch's data loaders, whose workers may have been sent the signal as well
             signal.signal(signal.SIGCHLD, lambda *_: None)
-        raise _Ended(number)
+        ended.append(number)
+        raise KeyboardInterrupt
 
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, end)
     yield
-    if signal.getsignal(signal.SIGTERM) is end:  # else one was sent, and may be sent again until the process ends
+    if not ended:  # else it may be sent again until the process ends
         for number, handler in before.items():
             signal.signal(number, handler)
 

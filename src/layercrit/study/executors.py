@@ -413,6 +413,10 @@ def _serve(connection: "Connection[bytes, bytes]", place: Place) -> None:
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(ImportError):  # torch's use of tqdm would make a semaphore, which a killed worker leaves
+        from tqdm import tqdm
+
+        tqdm.set_lock(threading.RLock())
     with contextlib.suppress(EOFError, ConnectionError):  # no more tasks, or nobody left to answer
         _serve_tasks(connection, place)
 

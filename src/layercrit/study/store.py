@@ -38,6 +38,8 @@ ABOUT_LAYER = ("type", "stage", "depth", "n_parameters", "shape", "flops_after")
 _CELL_COLUMNS = ("model", "layer", *ABOUT_LAYER, "reset", "trial", "seed", "status", "delta_norm", "n_images", "key",
                  "seconds", "finished", "run", "raw")  # fmt: skip
 _MAGIC = 0x6C637274  # "lcrt": tells a study's file from other SQLite files
+# `checksum` itself raises nothing, but a signal may while it runs; SQLite lets no exception through as it is
+_CHECKSUM_STOPPED = "user-defined function raised exception"
 
 SCHEMA = len(MIGRATIONS)
 
@@ -471,6 +473,8 @@ class Store:
         try:
             yield
         except (sqlite3.Error, UnicodeDecodeError) as error:  # also SQLite's own texts about damage may be damaged
+            if str(error) == _CHECKSUM_STOPPED:
+                raise KeyboardInterrupt from error
             raise StudyError(
                 f"{self.path} cannot be used ({error}). If the disk is full, free some space; if the file is damaged, "
                 f"`layercrit study repair {self.path.parent}` keeps what can be read, or restore it, or start over in "
