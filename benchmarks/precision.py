@@ -303,7 +303,7 @@ def planned(reference: str, source: str, half_width: float) -> tuple[float, floa
     return time.perf_counter() - started - opening, opening
 
 
-def at_size_of_resnet50(photographs: str, n_images: int = 16, n_trials: int = 10, n_known: int = 200) -> float:
+def at_size_of_resnet50(photographs: str, n_images: int = 8, n_trials: int = 10, n_known: int = 48) -> float:
     """Print what a half-width costs at the size of ResNet-50; return the ratio of times.
 
     The published protocol takes 3 x 10,000 images x 54 layers times what its plainest form takes an image and layer.
