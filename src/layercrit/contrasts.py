@@ -73,12 +73,13 @@ def crossed_contrasts(
         matrices, not a pass over the images each.
 
         With R trials and N images the variance of the mean is (MS_trials - MS_rest + MS_images) / (R N). Many tests
-        at once need the far tail of its distribution, where degrees of freedom such as Satterthwaite's are
-        unreliable: three trials that happen to agree make them large. The p-value is therefore a generalised one (Tsui & Weerahandi 1989, *Journal of the American Statistical Association* 84, 602-607): the
-        mean, over the values that U, chi-squared with R - 1 degrees of freedom, can have, of Student's p-value under
-        the variance (max((R - 1) MS_trials / U - MS_rest, 0) + max(MS_images, MS_rest)) / (R N). Where trials are all
-        that varies it is close to Student's with R - 1 degrees of freedom, where images are, with N - 1. The interval
-        is the set of values that this test would not reject.
+        at once need the far tail of its distribution, where degrees of freedom such as Satterthwaite's are unreliable:
+        three trials that happen to agree make them large. The p-value is therefore a generalised one (Tsui &
+        Weerahandi 1989, *Journal of the American Statistical Association* 84, 602-607): the mean, over the values that
+        U, chi-squared with R - 1 degrees of freedom, can have, of Student's p-value under the variance
+        (max((R - 1) MS_trials / U - MS_rest, 0) + max(MS_images, MS_rest)) / (R N). Where trials are all that varies
+        it is close to Student's with R - 1 degrees of freedom, where images are, with N - 1. The interval is the set
+        of values that this test would not reject.
 
         Where nothing differs (normal effects of trials, images and rest of 0.05, 0.08 and 0.04, 50 images), one or
         more of 54 layers are significant (Holm, 0.05) in 3 % of 400 simulated studies, for 2, 3, 5 and 10 trials
