@@ -289,6 +289,7 @@ def test_repair__names_what_is_lost_and_what_is_next(ran, tmp_path):
     folder.mkdir()
     shutil.copyfile(ran[0] / FILE, folder / FILE)
     with contextlib.closing(sqlite3.connect(folder / FILE)) as connection:
+        ((key,),) = connection.execute("SELECT key FROM cells WHERE rowid = 1").fetchall()
         connection.execute("UPDATE cells SET status = 'other' WHERE rowid = 1")
         connection.commit()
     content = bytearray((folder / FILE).read_bytes())
@@ -297,9 +298,9 @@ def test_repair__names_what_is_lost_and_what_is_next(ran, tmp_path):
     with pytest.raises(StudyError, match="study repair"):
         call("status", folder)
     result = call("repair", folder)
-    left, lost = load_study(folder).cells, load_study(ran[0]).cells.iloc[0]
+    left, lost = load_study(folder).cells, load_study(ran[0]).cells.set_index("key").loc[key]
     assert len(left) == 2 * N_LAYERS - 1
-    assert lost["key"] not in set(left["key"])
+    assert key not in set(left["key"])
     assert f"the cell of {MARKUP}, {lost['layer']}, rerandomize, trial {lost['trial']}\n" in result.stderr
     assert result.stderr.count("damaged and left out") == 1
     assert result.stdout.startswith(f"{len(left)} cells kept; ")
