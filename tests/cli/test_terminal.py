@@ -47,7 +47,7 @@ def ended_while_measuring(command, folder, end):
             if not is_sent and re.search(rb"measuring[^%]* [1-9]\d*%", written):
                 is_sent = True
                 end(process.pid, signal.SIGTERM)
-        return process.wait(10), written
+        return process.wait(60), written
     finally:
         process.kill()
         process.wait()
