@@ -139,12 +139,14 @@ def measure(
         with untouched(opened.network), large_blocks_stay():
             subject = Subject(protocol, opened, donor)
             bar.say(_intention(subject, protocol))
-            source = images if isinstance(images, ProbeSet) else open_images(images, labels)
-            n_available = source.n_images if isinstance(source, ProbeSet) else min(protocol.n_images, len(source))
+            whole = None
+            if isinstance(images, ProbeSet):
+                whole = ProbeSet.from_source(images, opened.preprocessing, labels=labels, classes=classes)
+            n_available = whole.n_images if whole else min(protocol.n_images, len(open_images(images, labels)))
 
             def draw(n_images: int) -> ProbeSet:
-                if isinstance(source, ProbeSet):
-                    return source.first(n_images)
+                if whole is not None:
+                    return whole.first(n_images)
                 return ProbeSet.from_source(
                     images,
                     opened.preprocessing,
