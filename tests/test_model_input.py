@@ -232,7 +232,7 @@ def test_command__says_defaults_and_warnings_beside_the_table(tmp_path, monkeypa
     assert result.stdout.startswith("warning: top-1 accuracy 0.0% is no better than guessing")
     assert "8 x 8 pixels" in result.stdout
     assert "mean 0" in result.stdout
-    assert "2 layers, 1 trials" in result.stderr
+    assert "2 layers, 1 trial, " in result.stderr
     record = json.loads((tmp_path / "out" / "measurement.json").read_text())
     assert len(record["warnings"]) == len(record["summary"]["warnings"]) == 1
 
