@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,27 @@ def test_signals__whatever_native_code_makes_of_them(measured, monkeypatch, caps
             list(map(len, [""]))
         except KeyboardInterrupt:
             raise ImportError("numpy.core.multiarray failed to import") from None
+
+    monkeypatch.setattr(Measurement, "load", load)
+    assert call(monkeypatch, "show", measured) == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "Ended by SIGTERM."
+
+
+@pytest.mark.usefixtures("as_before")
+def test_signals__while_an_object_is_freed(measured, monkeypatch, capsys):
+    """Python drops the exception that a signal raises there, so it must come again."""
+
+    class Freed:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            list(map(len, [""]))
+
+    def load(folder):
+        Freed()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            list(map(len, [""]))
+        pytest.fail("the signal was lost")
 
     monkeypatch.setattr(Measurement, "load", load)
     assert call(monkeypatch, "show", measured) == 143

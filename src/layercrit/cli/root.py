@@ -1,5 +1,6 @@
 """The command line as a whole: its commands, and how errors are reported."""
 
+import _thread
 import contextlib
 import errno
 import io
@@ -30,6 +31,7 @@ __all__ = ["cli", "main"]
 
 
 # What ends a command from outside, beside Ctrl-C: schedulers and time limits, and a terminal that is closed.
+_MOMENT = 0.05  # seconds
 _ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -148,10 +150,21 @@ def _signals_end_like_ctrl_c(ended: list[int]) -> Iterator[None]:
         ended.append(number)
         raise KeyboardInterrupt
 
+    def once_more(lost: "sys.UnraisableHookArgs") -> None:
+        """Interrupt again, a moment later: Python drops what is raised while an object is freed."""
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            report(lost)
+        elif ended:
+            threading.Timer(_MOMENT, _thread.interrupt_main).start()
+
+    report, sys.unraisablehook = sys.unraisablehook, once_more
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, end)
-    yield
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
     if not ended:  # else it may be sent again until the process ends
         for number, handler in before.items():
             signal.signal(number, handler)
