@@ -24,6 +24,15 @@ HIDDEN, SHOWN = b"\x1b[?25l", b"\x1b[?25h"
 MANY = 3000  # trials: more than are run before the end
 
 
+@pytest.fixture(autouse=True)
+def ended_by_signals():
+    """What a process ignores, those that it starts ignore, too; another test may have left it so."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def ended_while_measuring(command, folder, end):
     """Run a command on a terminal of its own and end it at 1 % or more; return its exit code and what it wrote."""
     ours, theirs = pty.openpty()
