@@ -83,6 +83,18 @@ def test_measure__for_a_half_width_gives_every_layer_an_interval_no_wider(planne
             assert float(components.half_width(n - 1, values.shape[1], 0.95)) > 0.08, "one trial less would do"
 
 
+def test_measure__intervals_at_the_matched_temperature_rest_on_its_own_components(planned):
+    """What was planned is about the cosine at the model's own temperature."""
+    table = planned.to_pandas().set_index("layer")
+
+    for index, layer in enumerate(table.index):
+        n = table["n_trials"][layer]
+        values = planned.per_image["cosine_matched"][index, :n].astype(np.float64)
+        half_width = float(Components.of(values[:5], random_trials=True).half_width(n, values.shape[1], 0.95))
+        assert table["matched_low"][layer] == pytest.approx(max(values.mean() - half_width, 0))
+        assert table["matched_high"][layer] == pytest.approx(min(values.mean() + half_width, 1))
+
+
 def test_measure__means_over_layers_count_each_layer_with_its_own_trials(planned):
     summary, table = planned.summary(), planned.to_pandas()
     common = planned.per_image["cosine"][:, :5].mean(axis=0)
