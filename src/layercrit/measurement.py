@@ -5,6 +5,7 @@ import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ class Measurement:
         table.loc[(table["status"] == "ok") & ~np.array(reached, bool), "status"] = NOT_REACHED
         return table.drop(columns="n_images")
 
-    @property
+    @cached_property
     def plan(self) -> PrecisionPlan | None:
         """What was planned after the pilot, where a half-width or a time was asked for."""
         plan = self.record.get("precision")

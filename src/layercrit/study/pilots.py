@@ -1,6 +1,6 @@
 """What the pilot of a study found, and what was planned after it, as its store keeps them."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,21 @@ def plans_of(kept: Sequence[Sequence[Any]] | None) -> dict[tuple[str, str], Prec
     return {(str(model), str(reset)): PrecisionPlan.from_dict(plan) for model, reset, plan in kept or []}
 
 
-def pilots_of(store: Store, n_pilot: int) -> dict[tuple[str, str], Pilot]:
+def pilots_of(store: Store, n_pilot: int, planned: Container[tuple[str, str]]) -> dict[tuple[str, str], Pilot]:
     """Return model and reset -> what the pilot found.
 
     Args:
         store: of the study.
         n_pilot: trials of the pilot.
+        planned: models and resets to leave out, since they have a plan.
     """
     cells = store.cells()
     cells = cells[cells["trial"] < n_pilot]
     random = {row.model: (row.record or {}).get("random_trials", {}) for row in store.models()}
     pilots = {}
     for (model, reset), of_model in cells.groupby(["model", "reset"], sort=False):
+        if (str(model), str(reset)) in planned:
+            continue
         random_trials = bool(random[str(model)].get(reset, True))
         components: dict[str, Components | None] = {}
         for layer, of_layer in of_model.groupby("layer", sort=False):

@@ -223,9 +223,7 @@ class _Run:
     def _make_plans(self) -> dict[tuple[str, str], PrecisionPlan]:
         """Return the plan of each model and reset: as it was fixed before, or, where there is none, made now."""
         plans = plans_of(self.store.meta("precision"))
-        pilots = {
-            key: pilot for key, pilot in pilots_of(self.store, self.study.protocol.pilot).items() if key not in plans
-        }
+        pilots = pilots_of(self.store, self.study.protocol.pilot, plans)
         if not pilots:
             return plans
         protocol, n_images = self.study.protocol, self._n_images
