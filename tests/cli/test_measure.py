@@ -197,7 +197,7 @@ def test_measure__ctrl_c_keeps_finished_trials(photographs, tmp_path, monkeypatc
     def keep_then_interrupt(self, so_far):
         keep(self, so_far)
         if so_far().cells["trial"].nunique() == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_Saver, "keep", keep_then_interrupt)

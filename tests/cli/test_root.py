@@ -45,7 +45,7 @@ def images(tmp_path, monkeypatch):
 @pytest.fixture
 def as_before():
     """Signals have their handlers again after the test."""
-    before = {number: signal.getsignal(number) for number in (*root._ENDING, signal.SIGCHLD)}
+    before = {number: signal.getsignal(number) for number in (*root._ENDING, signal.SIGCHLD, signal.SIGINT)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -170,10 +170,10 @@ def test_measure__a_signal_keeps_finished_trials(images, monkeypatch, capsys, nu
     def keep_then_end(self, so_far):
         keep(self, so_far)
         if so_far().cells["trial"].nunique() == 2:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     def save_while_asked_again(self, folder):
-        os.kill(os.getpid(), number)  # schedulers repeat themselves
+        signal.raise_signal(number)  # schedulers repeat themselves
         return save(self, folder)
 
     signal.signal(number, signal.SIG_DFL)  # under nohup, the command ignores SIGHUP
@@ -199,7 +199,7 @@ def test_signals__to_workers_as_well_end_the_command_all_the_same(measured, monk
         signal.signal(signal.SIGCHLD, lose_worker)
         signal.pthread_sigmask(signal.SIG_BLOCK, both)
         for number in both:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, both)  # where both are raised
         try:
             (n for n in range(10**9))
@@ -218,7 +218,7 @@ def test_study__a_signal_while_sqlite_runs_a_checksum(tmp_path, monkeypatch, cap
     path, checksum = write_small(tmp_path), store.checksum
 
     def end(*values):
-        os.kill(os.getpid(), number)  # SQLite makes an error of its own of what is raised here
+        signal.raise_signal(number)  # SQLite makes an error of its own of what is raised here
         return checksum(*values)
 
     monkeypatch.setattr(store, "checksum", end)
@@ -235,7 +235,7 @@ def test_study__a_signal_while_sqlite_runs_a_checksum(tmp_path, monkeypatch, cap
 def test_signals__whatever_native_code_makes_of_them(measured, monkeypatch, capsys):
     def load(folder):
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             list(map(len, [""]))
         except KeyboardInterrupt:
             raise ImportError("numpy.core.multiarray failed to import") from None
@@ -246,12 +246,14 @@ def test_signals__whatever_native_code_makes_of_them(measured, monkeypatch, caps
 
 
 @pytest.mark.usefixtures("as_before")
-def test_signals__while_an_object_is_freed(measured, monkeypatch, capsys):
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN], ids=["", "in the background"])
+def test_signals__while_an_object_is_freed(measured, monkeypatch, capsys, ctrl_c):
     """Python drops the exception that a signal raises there, so it must come again."""
+    signal.signal(signal.SIGINT, ctrl_c)
 
     class Freed:
         def __del__(self):
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             list(map(len, [""]))
 
     def load(folder):
@@ -271,7 +273,7 @@ def test_signals__while_an_error_is_reported(tmp_path, monkeypatch, capsys):
     complain = root._complain
 
     def end(*given):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return complain(*given)
 
     monkeypatch.setattr(root, "_complain", end)
@@ -285,7 +287,7 @@ def test_signals__ignored_before_stay_ignored(measured, monkeypatch):
     load = Measurement.load
 
     def hang_up(folder):
-        os.kill(os.getpid(), signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
         return load(folder)
 
     monkeypatch.setattr(Measurement, "load", hang_up)

@@ -399,7 +399,7 @@ def test_interrupts_held__also_from_threads_that_do_not_block_them():
 
     def interrupt_inside():
         with executors._interrupts_held():
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             time.sleep(0.2)
             passed.append(True)
 

@@ -155,6 +155,7 @@ def _signals_end_like_ctrl_c(ended: list[int]) -> Iterator[None]:
         if not issubclass(lost.exc_type, KeyboardInterrupt):
             report(lost)
         elif ended:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in a shell's background
             threading.Timer(_MOMENT, _thread.interrupt_main).start()
 
     report, sys.unraisablehook = sys.unraisablehook, once_more
