@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layercrit.engine import graph
+from layercrit.engine import graph, onednn
 from layercrit.engine.graph import export_graph, speed_up
 from layercrit.engine.graph_replay import GraphReplay
 from tiny_networks import (
@@ -369,10 +369,10 @@ def test_export_graph__reference_is_exact_and_writes_over_nothing_that_is_still_
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SKETCHES)
 def test_speed_up__is_right_without_the_private_operators(name, dtype, monkeypatch):
-    monkeypatch.setattr(graph, "_fused_convolution_works", lambda dtype: False)
+    monkeypatch.setattr(onednn, "convolutions_work", lambda dtype: False)
     made, expected, exported = sketched(name)
     public = speed_up(exported, DTYPES[dtype], CPU)
-    assert not {graph.packed_weight, graph.fused_convolution, graph.fused_residual} & set(targets(public))
+    assert not {onednn.packed_weight, onednn.fused_convolution, onednn.fused_residual} & set(targets(public))
     assert_near(sweep(GraphReplay(public, made.layers, dtype), made), expected, RELATIVE[dtype])
 
 
@@ -408,7 +408,7 @@ def in_place(opened: GraphReplay) -> list[object]:
 def test_speed_up__fuses(name, residual, plain):
     _, _, exported = sketched(name)
     found = targets(speed_up(exported, torch.float32, CPU))
-    assert (found.count(graph.fused_residual), found.count(graph.fused_convolution)) == (residual, plain)
+    assert (found.count(onednn.fused_residual), found.count(onednn.fused_convolution)) == (residual, plain)
 
 
 @pytest.mark.parametrize(
@@ -441,8 +441,8 @@ def test_speed_up__folds_batch_normalisation(name, left):
 @pytest.mark.parametrize(
     ("name", "target"),
     [
-        ("two branches", graph.fused_residual_),
-        ("a branch of a branch", graph.fused_residual_),
+        ("two branches", onednn.fused_residual_),
+        ("a branch of a branch", onednn.fused_residual_),
         ("chain of in-place sums", torch.ops.aten.relu_.default),
         ("sum with a number", torch.ops.aten.relu_.default),
         ("of a sum", torch.ops.aten.add_.Tensor),
@@ -478,8 +478,8 @@ def test_speed_up__holds_activations_in_the_format_and_statics_in_float32():
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_fused_convolution_works__says_no_where_an_operator_is_missing_or_wrong(dtype, monkeypatch):
-    works = graph._fused_convolution_works.__wrapped__
+def test_convolutions_work__says_no_where_an_operator_is_missing_or_wrong(dtype, monkeypatch):
+    works = onednn.convolutions_work.__wrapped__
     if not works(dtype):
         pytest.skip("this build of torch or this processor is without them")
 
@@ -488,11 +488,11 @@ def test_fused_convolution_works__says_no_where_an_operator_is_missing_or_wrong(
 
     for name in ("packed_weight", "fused_convolution", "fused_residual", "fused_residual_"):
         with monkeypatch.context() as patch:
-            patch.setattr(graph, name, missing)
+            patch.setattr(onednn, name, missing)
             assert not works(dtype), name
-        right = getattr(graph, name)
+        right = getattr(onednn, name)
         with monkeypatch.context() as patch:
-            patch.setattr(graph, name, lambda *arguments, right=right: right(*arguments) * 1.5)
+            patch.setattr(onednn, name, lambda *arguments, right=right: right(*arguments) * 1.5)
             assert not works(dtype), name
     assert works(dtype)
 

@@ -13,27 +13,21 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from layercrit.engine import onednn
+from layercrit.engine.nodes import CONVOLUTIONS, value_of
 from layercrit.models.outputs import logits_of
 from layercrit.restoring import attributes_kept
 
 __all__ = ["WeightGraph", "export_graph", "speed_up"]
 
 aten = torch.ops.aten
-mkldnn = torch.ops.mkldnn
 
 _BATCH_NORM = aten._native_batch_norm_legit_no_training.default
-# `padding` is the variant whose padding is a word: "same" or "valid"
-_CONVOLUTIONS = {
-    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
-    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
-}
 
 
 @dataclass
@@ -147,8 +141,8 @@ def speed_up(weight_graph: WeightGraph, dtype: torch.dtype, device: torch.device
     _hold_dtype(fast, dtype)
     _fold_batch_norms(fast)
     _cast_inputs(fast, dtype)
-    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _fused_convolution_works(dtype):
-        _fuse_convolutions(fast)
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and onednn.convolutions_work(dtype):
+        onednn.fuse_convolutions(fast.graph, fast.dynamic_nodes())
     _cast_logits(fast)
     for node in reversed(list(fast.graph.nodes)):
         if node.op == "call_function" and not node.users:
@@ -183,68 +177,6 @@ def folded_bias(bias: Tensor | None, mean: Tensor, beta: Tensor | None, scale: T
     return shifted if beta is None else shifted + beta
 
 
-def packed_weight(
-    weight: Tensor, padding: list[int], stride: list[int], dilation: list[int], groups: int, shape: list[int]
-) -> Tensor:
-    """Return a convolution weight in the blocked order that oneDNN wants for inputs of this shape."""
-    packed: Tensor = mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, shape)
-    return packed
-
-
-def fused_convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    activation: str,
-    limits: list[float | None],
-) -> Tensor:
-    """Convolve and apply the activation in one call."""
-    y: Tensor = mkldnn._convolution_pointwise(
-        x, weight, bias, padding, stride, dilation, groups, activation, limits, ""
-    )
-    return y
-
-
-def fused_residual(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    shortcut: Tensor,
-    activation: str | None,
-) -> Tensor:
-    """Convolve, add the shortcut and apply the activation in one call."""
-    y: Tensor = mkldnn._convolution_pointwise.binary(
-        x, shortcut, weight, bias, padding, stride, dilation, groups, "add", 1.0, activation, [], None
-    )
-    return y
-
-
-def fused_residual_(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    shortcut: Tensor,
-    activation: str | None,
-) -> Tensor:
-    """Do as `fused_residual`, writing over the shortcut."""
-    y: Tensor = mkldnn._convolution_pointwise_.binary(
-        shortcut, x, weight, bias, padding, stride, dilation, groups, "add", 1.0, activation, [], None
-    )
-    return y
-
-
 # --- rewriting ------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +198,7 @@ def _fold_batch_norms(weight_graph: WeightGraph) -> None:
         outputs = list(norm.users)  # (normalised, saved mean, saved variance)
         if any(user.target is not operator.getitem or user.args[1] != 0 for user in outputs):
             continue
-        if x.target not in _CONVOLUTIONS or len(x.users) != 1:
+        if x.target not in CONVOLUTIONS or len(x.users) != 1:
             continue
         image, weight, bias, *where = [*x.args, None] if len(x.args) == 2 else x.args
         if any(value in dynamic for value in (weight, bias, gamma, beta, mean, variance)):
@@ -277,7 +209,7 @@ def _fold_batch_norms(weight_graph: WeightGraph) -> None:
             new_weight = graph.call_function(folded_weight, (weight, scale))
             new_bias = graph.call_function(folded_bias, (bias, mean, beta, scale))
             conv = graph.call_function(x.target, (image, new_weight, new_bias, *where))
-        new_weight.meta, new_bias.meta, conv.meta = {"val": _value(weight)}, {"val": _value(mean)}, dict(x.meta)
+        new_weight.meta, new_bias.meta, conv.meta = {"val": value_of(weight)}, {"val": value_of(mean)}, dict(x.meta)
         for user in outputs:
             user.replace_all_uses_with(conv)
         for node in (*outputs, norm, x):
@@ -295,7 +227,7 @@ def _cast_inputs(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
             continue
         with graph.inserting_after(node):
             cast = graph.call_function(in_layout, (node, dtype))
-        cast.meta = {"val": _value(node)}
+        cast.meta = {"val": value_of(node)}
         for reader in readers:
             reader.replace_input_with(node, cast)
 
@@ -305,100 +237,9 @@ def _cast_logits(weight_graph: WeightGraph) -> None:
     output = graph.output_node()
     with graph.inserting_before(output):
         logits = graph.call_function(aten._to_copy.default, (weight_graph.logits,), {"dtype": torch.float32})
-    logits.meta = {"val": _value(weight_graph.logits)}
+    logits.meta = {"val": value_of(weight_graph.logits)}
     output.args = ((logits,),)
     weight_graph.logits = logits
-
-
-_ACTIVATIONS = {
-    aten.relu.default: "relu",
-    aten.hardtanh.default: "hardtanh",
-    aten.hardswish.default: "hardswish",
-    aten.silu.default: "swish",
-    aten.sigmoid.default: "sigmoid",
-}
-
-
-def _fuse_convolutions(weight_graph: WeightGraph) -> None:
-    graph, dynamic = weight_graph.graph, weight_graph.dynamic_nodes()
-    for conv in [node for node in graph.nodes if node.target is aten.conv2d.default]:
-        if conv.args[1] in dynamic or _value(conv).dtype is not torch.float32:
-            continue  # the weight is made from the image, or the network itself computes in another format
-        chain, shortcut, activation, limits = _epilogue(conv)
-        x, weight, bias, stride, padding, dilation, groups = _conv_arguments(conv)
-        # computed where the last node of the chain stood, so that the shortcut is there by then
-        with graph.inserting_before(chain[-1]):
-            shape = list(_value(x).shape)
-            packed = graph.call_function(packed_weight, (weight, padding, stride, dilation, groups, shape))
-            arguments = (x, packed, bias, stride, padding, dilation, groups)
-            if shortcut is None:
-                fused = graph.call_function(fused_convolution, (*arguments, activation or "none", limits))
-            else:
-                fused = graph.call_function(fused_residual, (*arguments, shortcut, activation))
-        fused.meta = dict(conv.meta)
-        chain[-1].replace_all_uses_with(fused)
-        for node in reversed(chain):
-            graph.erase_node(node)
-
-
-def _epilogue(conv: fx.Node) -> tuple[list[fx.Node], fx.Node | None, str | None, list[float]]:
-    """Return what one call can do: the nodes (convolution, residual sum, activation), the shortcut, the activation."""
-    chain, shortcut = [conv], None
-    follower = _only_user(conv)
-    grouped = (
-        conv.args[6] != 1 if len(conv.args) > 6 else False
-    )  # oneDNN then computes the sum apart, and not in bfloat16
-    if follower is not None and follower.target is aten.add.Tensor and not follower.kwargs and not grouped:
-        other = follower.args[1] if follower.args[0] is conv else follower.args[0]
-        if isinstance(other, fx.Node) and other is not conv and alike(other, conv):
-            shortcut = other
-            chain.append(follower)
-            follower = _only_user(follower)
-    activation = None if follower is None else _ACTIVATIONS.get(follower.target)  # type: ignore[call-overload]
-    if follower is None or activation is None or (shortcut is not None and activation != "relu"):
-        return chain, shortcut, None, []
-    limits = [float(limit) for limit in follower.args[1:]] if activation == "hardtanh" else []  # type: ignore[arg-type]
-    return [*chain, follower], shortcut, activation, limits
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 else None
-
-
-def _conv_arguments(conv: fx.Node) -> tuple[Any, ...]:
-    defaults: list[Any] = [None, [1, 1], [0, 0], [1, 1], 1]
-    arguments = [*conv.args, *defaults[len(conv.args) - 2 :]]
-    for index in (3, 4, 5):
-        if len(arguments[index]) == 1:
-            arguments[index] = [*arguments[index]] * 2
-    return tuple(arguments)
-
-
-@cache
-def _fused_convolution_works(dtype: torch.dtype) -> bool:
-    """Try the private oneDNN operators once; where they are missing or wrong, the public ones are used."""
-    generator = torch.Generator().manual_seed(0)
-    x, shortcut = (
-        torch.randn(2, 4, 5, 5, generator=generator).to(dtype, memory_format=torch.channels_last) for _ in range(2)
-    )
-    weight = torch.randn(4, 4, 3, 3, generator=generator).to(dtype, memory_format=torch.channels_last)
-    where = ([1, 1], [1, 1], [1, 1], 1)
-    expected = nn.functional.conv2d(x.float(), weight.float(), None, 1, 1)
-    try:
-        with torch.inference_mode():
-            packed = packed_weight(weight, [1, 1], [1, 1], [1, 1], 1, [2, 4, 5, 5])
-            plain = fused_convolution(x, packed, None, *where, "relu", [])
-            added = fused_residual(x, packed, None, *where, shortcut, "relu")
-            written = fused_residual_(x, packed, None, *where, shortcut.clone(), "relu")
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False
-    tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    summed = (expected + shortcut.float()).relu()
-    return all(
-        torch.allclose(got.float(), wanted, atol=tolerance, rtol=tolerance)
-        for got, wanted in ((plain, expected.relu()), (added, summed), (written, summed))
-    )
 
 
 @contextlib.contextmanager
@@ -416,40 +257,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-# Target -> the variant that writes over one of its inputs, and that input's position.
-IN_PLACE: dict[Any, tuple[Callable[..., Any], int]] = {
-    fused_residual: (fused_residual_, 7),
-    aten.add.Tensor: (aten.add_.Tensor, 0),
-    aten.relu.default: (aten.relu_.default, 0),
-    aten.hardtanh.default: (aten.hardtanh_.default, 0),
-    aten.silu.default: (aten.silu_.default, 0),
-    aten.hardswish.default: (aten.hardswish_.default, 0),
-}
-# Targets whose output never shares memory with an input.
-KEEPS_INPUT = {
-    *IN_PLACE,
-    *_CONVOLUTIONS,
-    fused_convolution,
-    aten.linear.default,
-    aten.max_pool2d.default,
-    aten.adaptive_avg_pool2d.default,
-    aten.mean.dim,
-    aten.mul.Tensor,
-    aten.cat.default,
-    aten.layer_norm.default,
-    aten.gelu.default,
-}
-
-
-def alike(node: fx.Node, other: fx.Node) -> bool:
-    """Return whether two nodes have the same shape and dtype in the exported network."""
-    a, b = _value(node), _value(other)
-    return a.shape == b.shape and a.dtype == b.dtype
-
-
-def _value(node: fx.Node) -> Tensor:
-    """Return what stands for a node's value in the exported network: a tensor without memory."""
-    value: Tensor = node.meta["val"]
-    return value

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from typing_extensions import override
 
-from layercrit.engine.graph import IN_PLACE, KEEPS_INPUT, WeightGraph, alike, speed_up
+from layercrit.engine.graph import WeightGraph, speed_up
+from layercrit.engine.in_place import in_place
 from layercrit.engine.replay import Mode, Replay, Values
 from layercrit.errors import ProtocolError
 from layercrit.layers import Layer
@@ -165,7 +166,7 @@ class GraphReplay(Replay):
         steps = []
         for node, dead in zip(order, forget, strict=True):
             mine = tuple(a for a in dead if a in changed and a in self._dynamic)
-            steps.append(_Step(node, _in_place(node, mine), mine))
+            steps.append(_Step(node, in_place(node, mine), mine))
         return _Suffix(sources, static, steps, frontier)
 
     def _schedule(self, layers: Sequence[Layer]) -> list[_Step | _Visit]:
@@ -215,20 +216,3 @@ def _last_uses(events: Sequence[tuple[Any, Sequence[fx.Node]]], keep: set[fx.Nod
         if node not in keep and isinstance(node, fx.Node):
             forget[index].append(node)
     return forget
-
-
-def _in_place(node: fx.Node, dead: tuple[fx.Node, ...]) -> Callable[..., Any]:
-    """Return the node's target, or the variant that writes over an input which nothing else reads any more.
-
-    Safe only where no other node can see that input's memory: its maker returned fresh memory and so did every reader.
-    """
-    target: Any = node.target
-    variant, position = IN_PLACE.get(target, (None, 0))
-    if variant is None:
-        return target  # type: ignore[no-any-return]
-    victim = node.args[position]
-    if not isinstance(victim, fx.Node) or victim not in dead or node.args.count(victim) > 1 or not alike(victim, node):
-        return target  # type: ignore[no-any-return]
-    if all(other.target in KEEPS_INPUT for other in [victim, *victim.users]):
-        return variant
-    return target  # type: ignore[no-any-return]
