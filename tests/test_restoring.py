@@ -202,7 +202,54 @@ def default_device(device):
         torch.set_default_device(None)
 
 
+BACKENDS = (
+    *(torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul),
+    *(torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn, torch.backends.mkldnn.matmul),
+    *(torch.backends, torch.backends.cudnn, torch.backends.mkldnn),
+)
+
+
+BY_DEFAULT = [backend.fp32_precision for backend in BACKENDS]
+
+
+def products_now():
+    """How float32 is multiplied, by torch's newer and its older interface."""
+    now = [backend.fp32_precision for backend in BACKENDS]
+    for read in (lambda: torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision):
+        try:
+            now.append(read())
+        except RuntimeError:
+            now.append("the interfaces disagree")
+    return tuple(now)
+
+
+@contextlib.contextmanager
+def products(change):
+    """Multiply float32 otherwise, and then as torch does by default."""
+    change()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("highest")
+        for backend, precision in zip(BACKENDS, BY_DEFAULT, strict=True):
+            backend.fp32_precision = precision
+
+
+def bfloat16_on_the_cpu():
+    for backend in BACKENDS[3:6]:
+        backend.fp32_precision = "bf16"
+
+
+def both_interfaces():
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+
+
 SETTINGS = {
+    "bfloat16 products": lambda: products(bfloat16_on_the_cpu),
+    "medium products": lambda: products(lambda: torch.set_float32_matmul_precision("medium")),
+    "both interfaces": lambda: products(both_interfaces),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "float64": lambda: default_dtype(torch.float64),
     "meta": lambda: default_device("meta"),
@@ -219,6 +266,7 @@ def settings_now():
         torch.get_default_device(),
         torch.is_inference_mode_enabled(),
         torch.is_grad_enabled(),
+        *products_now(),
     )
 
 
@@ -235,6 +283,20 @@ def test_measure__is_not_disturbed_by_the_callers_settings(name, mode):
         assert settings_now() == before
     assert_same_cells(found, expected, atol=0)
     assert found.record["notes"] == expected.record["notes"]
+
+
+@pytest.mark.parametrize("name", ["bfloat16 products", "medium products", "both interfaces"])
+def test_measure__float32_is_multiplied_as_float32(name):
+    seen = set()
+
+    class Watching(nn.Sequential):
+        def forward(self, images):
+            seen.add(products_now())
+            return super().forward(images)
+
+    with SETTINGS[name]():
+        measure(Watching(nn.Flatten(), nn.Linear(12, 3)), PIXELS, **QUIET)
+    assert seen == {(*["ieee"] * len(BACKENDS), False, "highest")}
 
 
 def test_measure__several_settings_are_as_they_were_after_an_error():

@@ -22,7 +22,8 @@ def undisturbed() -> Iterator[None]:
     """Compute as in a process that has just started, one thread at a time; the caller's settings are then as before.
 
     Outside there may be autocast (which caches casts of the trained weights, so that no reset shows), inference mode,
-    gradients switched off, or another default dtype or device. Other threads wait: the random generators and the
+    gradients switched off, another default dtype or device, or float32 products that are rounded to TF32 or bfloat16
+    (for convolutions on GPUs the default of torch). Other threads wait: the random generators and the
     default dtype are the whole process's, and a reset writes to the network that another thread may have opened.
     """
     with contextlib.ExitStack() as stack:
@@ -36,6 +37,30 @@ def undisturbed() -> Iterator[None]:
         if torch.get_default_dtype() != torch.float32:
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(torch.float32)
+        stack.enter_context(_whole_float32())
+        yield
+
+
+@contextlib.contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Multiply float32 as float32.
+
+    Torch has two interfaces to this. The older one sets both, but cannot be read where they disagree.
+    """
+    backends = (torch.backends, torch.backends.cudnn, torch.backends.mkldnn, torch.backends.cudnn.conv,
+                torch.backends.cudnn.rnn, torch.backends.cuda.matmul,
+                torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn, torch.backends.mkldnn.matmul)  # fmt: skip
+    with contextlib.ExitStack() as before:
+        for backend in backends:  # the last to be put back: the older interface sets them, too
+            before.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+        with contextlib.suppress(RuntimeError):
+            before.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+        with contextlib.suppress(RuntimeError):
+            before.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         yield
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from layercrit.engine import onednn
+from layercrit.engine import cudnn, onednn
 from layercrit.engine.nodes import CONVOLUTIONS, value_of
 from layercrit.models.outputs import logits_of
 from layercrit.restoring import attributes_kept
@@ -143,6 +143,8 @@ def speed_up(weight_graph: WeightGraph, dtype: torch.dtype, device: torch.device
     _cast_inputs(fast, dtype)
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and onednn.convolutions_work(dtype):
         onednn.fuse_convolutions(fast.graph, fast.dynamic_nodes())
+    if device.type == "cuda" and cudnn.convolutions_work(dtype, device):
+        cudnn.fuse_convolutions(fast.graph, fast.dynamic_nodes())
     _cast_logits(fast)
     for node in reversed(list(fast.graph.nodes)):
         if node.op == "call_function" and not node.users:
@@ -181,14 +183,15 @@ def folded_bias(bias: Tensor | None, mean: Tensor, beta: Tensor | None, scale: T
 
 
 def _hold_dtype(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
-    """Keep every dynamic value that is float32 in the network in ``dtype`` instead, and drop layout promises."""
+    """Keep every dynamic value that is float32 in the network in ``dtype``; drop layout promises and copies."""
     for node in weight_graph.dynamic_nodes():
         node.args = map_aggregate(node.args, lambda a: dtype if a is torch.float32 else a)
         node.kwargs = map_aggregate(node.kwargs, lambda a: dtype if a is torch.float32 else a)
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default  # a channels-last value has no view in the other order
-        if node.target is aten.clone.default:
-            node.kwargs = {}
+        if node.target is aten.clone.default and node is not weight_graph.logits:
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            weight_graph.graph.erase_node(node)
 
 
 def _fold_batch_norms(weight_graph: WeightGraph) -> None:

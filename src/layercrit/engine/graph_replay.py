@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 from typing_extensions import override
 
+from layercrit.engine.cuda_graphs import SweepCaptures
 from layercrit.engine.graph import WeightGraph, speed_up
 from layercrit.engine.in_place import in_place
 from layercrit.engine.replay import Mode, Replay, Values
@@ -73,6 +74,7 @@ class GraphReplay(Replay):
         self._dynamic = weight_graph.dynamic_nodes()
         self._suffixes = {layer.name: self._plan_suffix(layer) for layer in layers}
         self._schedules: dict[frozenset[str], list[_Step | _Visit]] = {}
+        self._captures = SweepCaptures(self._run)
         read = {a for node in self._dynamic for a in node.all_input_nodes} | {weight_graph.logits}
         with torch.inference_mode():
             cache: dict[fx.Node, Any] = {}
@@ -104,6 +106,11 @@ class GraphReplay(Replay):
                 f"The images have shape {tuple(images.shape)}, but the network was exported for {tuple(self._shape)}. "
                 "Pad the last batch, or open another replay."
             )
+        if images.device.type == "cuda" and self.mode != "reference":
+            return self._captures.sweep(images, *prepared)
+        return self._run(images, *prepared)
+
+    def _run(self, images: Tensor, *prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
         key = frozenset(name for of_trial in prepared for name in of_trial)
         if key not in self._schedules:
             self._schedules[key] = self._schedule([layer for layer in self.layers if layer.name in key])

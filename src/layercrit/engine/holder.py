@@ -20,7 +20,8 @@ from layercrit.probes.probe_set import ProbeSet
 __all__ = ["ReplayHolder"]
 
 _CALIBRATION_LAYERS = 12
-_LONG_JOB = 4e12  # FLOPs from which `auto` considers bfloat16: some 20 s on a CPU, where a calibration pays
+# FLOPs from which `auto` considers bfloat16, where a calibration pays: some 20 s on a CPU, and so many more on a GPU.
+_LONG_JOB, _GPU_IS_FASTER = 4e12, 100
 
 Result = TypeVar("Result")
 
@@ -127,7 +128,8 @@ class ReplayHolder:
         if not isinstance(float32, GraphReplay) or not multiplies_bfloat16(subject.device):
             return float32
         flops, after = subject.flops
-        if flops * subject.n_trials * self._probe_set.n_images * (1 + sum(after.values())) < _LONG_JOB:
+        long = _LONG_JOB * (1 if subject.device.type == "cpu" else _GPU_IS_FASTER)
+        if flops * subject.n_trials * self._probe_set.n_images * (1 + sum(after.values())) < long:
             return float32
         bfloat16 = reopen(float32, images, "bfloat16")
         if bfloat16.mode != "bfloat16":

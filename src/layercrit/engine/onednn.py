@@ -5,12 +5,11 @@ ones are used.
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from layercrit.engine.nodes import alike, only_user, value_of
+from layercrit.engine.nodes import alike, convolution_arguments, only_user, value_of
 
 __all__ = ["convolutions_work", "fuse_convolutions"]
 
@@ -101,7 +100,7 @@ def fuse_convolutions(graph: fx.Graph, dynamic: set[fx.Node]) -> None:
         if conv.args[1] in dynamic or value_of(conv).dtype is not torch.float32:
             continue  # the weight is made from the image, or the network itself computes in another format
         chain, shortcut, activation, limits = _epilogue(conv)
-        x, weight, bias, stride, padding, dilation, groups = _conv_arguments(conv)
+        x, weight, bias, stride, padding, dilation, groups = convolution_arguments(conv)
         # computed where the last node of the chain stood, so that the shortcut is there by then
         with graph.inserting_before(chain[-1]):
             shape = list(value_of(x).shape)
@@ -135,15 +134,6 @@ def _epilogue(conv: fx.Node) -> tuple[list[fx.Node], fx.Node | None, str | None,
         return chain, shortcut, None, []
     limits = [float(limit) for limit in follower.args[1:]] if activation == "hardtanh" else []  # type: ignore[arg-type]
     return [*chain, follower], shortcut, activation, limits
-
-
-def _conv_arguments(conv: fx.Node) -> tuple[Any, ...]:
-    defaults: list[Any] = [None, [1, 1], [0, 0], [1, 1], 1]
-    arguments = [*conv.args, *defaults[len(conv.args) - 2 :]]
-    for index in (3, 4, 5):
-        if len(arguments[index]) == 1:
-            arguments[index] = [*arguments[index]] * 2
-    return tuple(arguments)
 
 
 @cache

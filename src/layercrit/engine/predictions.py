@@ -96,8 +96,9 @@ def predict(
         if start < _TEMPERATURE_IMAGES:
             first.append(logits)
         chance.add(logits.softmax(dim=1))
-        for name, values in scores_of(logits, labels, start).items():
-            scores.setdefault(name, []).append(values.cpu().numpy())
+        if labels is not None:
+            for name, values in scores_of(logits, labels[start : start + len(logits)]).items():
+                scores.setdefault(name, []).append(values.cpu().numpy())
         start += len(logits)
         bar.predicted(start, n_images)
     if chance.value > _ALIKE:
@@ -141,17 +142,9 @@ def _against_guessing(
     return {"guessing_accuracy": share, "p_guessing": p}
 
 
-def scores_of(logits: Tensor, labels: npt.NDArray[np.int64] | None, start: int) -> dict[str, Tensor]:
-    """Return column -> ``(n_images,)`` of logits ``(n_images, n_classes)``; nothing without labels.
-
-    Args:
-        logits: of the images from ``start`` on.
-        labels: of all images of the probe set, or None.
-        start: the position of the first image.
-    """
-    if labels is None:
-        return {}
-    wanted = torch.tensor(labels[start : start + len(logits)], device=logits.device)
+def scores_of(logits: Tensor, labels: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+    """Return column -> ``(n_images,)`` of logits ``(n_images, n_classes)`` and labels ``(n_images,)``."""
+    wanted = torch.tensor(labels, device=logits.device)
     return {_COLUMN_OF_SCORE[name]: values for name, values in label_scores(logits, wanted).items()}
 
 

@@ -27,6 +27,8 @@ from layercrit.protocol import MATCHED, Protocol
 __all__ = ["Batch", "Draws", "Session"]
 
 _BYTES_OF_LOGITS = 2**28  # of the trained network, up to which they are kept
+# Of logits that are compared in one call: about what stays in the cache of a CPU; on other devices calls cost more.
+_BYTES_OF_CELLS = {"cpu": 2**22, "other": 2**26}
 
 
 @dataclass(frozen=True)
@@ -159,17 +161,33 @@ class Session:
         started = time.perf_counter()
         images, n = self.holder.batch(start)
         before, after = self._logits(replay, images, prepared, start, n)
-        p, p_matched = before.softmax(dim=1), (before / self._temperature).softmax(dim=1)
-        rows = []
-        for trial, layer in draws.cells:
-            logits = after.get((trial, layer.name), before)
-            row = measure_distances(p, logits.softmax(dim=1), self.distances)
-            matched = measure_distances(p_matched, (logits / self._temperature).softmax(dim=1), ["cosine"])
-            row[MATCHED] = matched["cosine"]
-            rows.append(row | scores_of(logits, self.labels, start))
-        values = {name: torch.stack([row[name] for row in rows]).cpu().numpy() for name in rows[0]}
+        logits = [after.get((trial, layer.name), before) for trial, layer in draws.cells]
+        at_once = max(1, _BYTES_OF_CELLS["cpu" if before.device.type == "cpu" else "other"] // before.nbytes)
+        parts = [
+            self._measure(before, logits[first : first + at_once], start) for first in range(0, len(logits), at_once)
+        ]
+        values = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
         self.seconds_running += time.perf_counter() - started
         return Batch(start, start + n, values)
+
+    def _measure(self, before: Tensor, logits: Sequence[Tensor], start: int) -> dict[str, Tensor]:
+        """Return distance or score -> ``(n_cells, n_images)``, all cells in one call.
+
+        Args:
+            before: the trained network's logits, ``(n_images, n_classes)``.
+            logits: those after each reset.
+            start: the position of the first image.
+        """
+        n_cells, n = len(logits), len(before)
+        after = torch.cat(list(logits))
+        p, q = before.softmax(dim=1).repeat(n_cells, 1), after.softmax(dim=1)
+        found = measure_distances(p, q, self.distances)
+        p = (before / self._temperature).softmax(dim=1).repeat(n_cells, 1)
+        q = (after / self._temperature).softmax(dim=1)
+        found[MATCHED] = measure_distances(p, q, ["cosine"])["cosine"]
+        if self.labels is not None:
+            found |= scores_of(after, np.tile(self.labels[start : start + n], n_cells))
+        return {name: values.view(n_cells, n) for name, values in found.items()}
 
     def _logits(
         self, replay: Replay, images: Tensor, prepared: Mapping[int, Mapping[str, Any]], start: int, n: int

@@ -1,0 +1,281 @@
+"""What is particular to GPUs: cuDNN's fused operators, CUDA graphs, and that every tensor is on the device.
+
+Most of it is tested on the CPU, with stand-ins for what a GPU does; the tests marked so need one.
+"""
+
+import contextlib
+import types
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from layercrit.distances import label_scores, measure_distances
+from layercrit.engine import cuda_graphs, cudnn
+from layercrit.engine.cuda_graphs import SweepCaptures
+from layercrit.engine.graph import export_graph, speed_up
+from layercrit.engine.graph_replay import GraphReplay
+from layercrit.engine.replay import PlainReplay
+from layercrit.layers import find_layers, select_layers
+from layercrit.measuring import measure
+from layercrit.seeds import drawing
+
+CUDA = torch.device("cuda")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+ARCHITECTURES = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"]
+
+
+def opened(arch, n_images=4):
+    """Return a network that tells images apart, images, its layers, and new values for them."""
+    with drawing(0):
+        network = timm.create_model(arch, num_classes=5).eval()
+        donor = dict(timm.create_model(arch, num_classes=5).named_parameters())
+        size = network.default_cfg["input_size"][-1]
+        images = torch.randn(n_images, 3, size, size)
+        with torch.no_grad():
+            for module in network.modules():
+                if isinstance(module, nn.BatchNorm2d):  # statistics that matter when they are folded
+                    module.running_mean.normal_(0, 0.1)
+                    module.running_var.uniform_(0.5, 2)
+                    module.bias.normal_(0, 0.1)
+                    module.weight.uniform_(0.5, 1.5)
+            for name, parameter in network.named_parameters():
+                if name.endswith("gamma"):  # with which ConvNeXt's blocks would do next to nothing
+                    parameter.fill_(0.5)
+            network.get_classifier().weight.mul_(30)
+    layers = select_layers(find_layers(network, images))
+    return network, images, layers, {layer.name: {n: donor[n].detach() for n in layer.parameters} for layer in layers}
+
+
+def sweep(replay, images, values, run=None):
+    prepared = {layer.name: replay.prepare(layer, values[layer.name]) for layer in replay.layers}
+    return dict((run or replay.sweep)(images, prepared))
+
+
+@pytest.fixture
+def plain_cudnn(monkeypatch):
+    """cuDNN's operators, spelled out."""
+    monkeypatch.setattr(cudnn, "convolutions_work", lambda dtype, device: True)
+    monkeypatch.setattr(cudnn, "fused_convolution", lambda *conv: torch.conv2d(*conv).relu())
+    monkeypatch.setattr(cudnn, "fused_residual", lambda *conv: (torch.conv2d(*conv[:7]) + conv[7]).relu())
+
+
+# --- cuDNN ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("plain_cudnn")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_fused_convolutions__are_right_for_trained_and_for_drawn_weights(arch):
+    network, images, layers, values = opened(arch)
+    fast = GraphReplay(speed_up(export_graph(network, images), torch.float32, CUDA), layers, "float32")
+    expected = dict(PlainReplay(network, layers).sweep(images, values))
+    found = sweep(fast, images, values, fast._run)
+    for name, logits in expected.items():
+        torch.testing.assert_close(found[name], logits, rtol=1e-4, atol=1e-4)
+    changed = [(logits - expected[None]).abs().max() for name, logits in expected.items() if name is not None]
+    assert min(changed) > 1e-2
+
+
+@pytest.mark.usefixtures("plain_cudnn")
+def test_fused_convolutions__leave_no_bias_and_no_relu_alone():
+    network, images, *_ = opened("resnet18")
+    fast = speed_up(export_graph(network, images), torch.float32, CUDA)
+    called = [node.target for node in fast.graph.nodes]
+    assert called.count(cudnn.fused_convolution) == 1 + 8
+    assert called.count(cudnn.fused_residual) == 8
+    assert torch.ops.aten.relu.default not in called
+    alone = [node for node in fast.graph.nodes if node.target is torch.ops.aten.conv2d.default]
+    assert len(alone) == 3, "the shortcuts of the stages"
+    assert all(node.args[2] is None for node in alone)
+
+
+@pytest.mark.usefixtures("plain_cudnn")
+def test_fused_convolutions__a_shortcut_that_is_read_again_keeps_its_bias():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            shortcut = self.a(x)
+            return ((self.b(x) + shortcut).relu() + shortcut).mean(dim=(2, 3))
+
+    with drawing(0):
+        network, images = Network().eval(), torch.randn(2, 3, 8, 8)
+    fast = speed_up(export_graph(network, images), torch.float32, CUDA)
+    assert cudnn.fused_residual in [node.target for node in fast.graph.nodes]
+    torch.testing.assert_close(GraphReplay(fast, [], "float32").logits(images), network(images).detach())
+
+
+def test_convolutions_work__says_no_where_they_are_missing():
+    assert not cudnn.convolutions_work(torch.float32, torch.device("cpu"))
+
+
+# --- every tensor on the device -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "mode"),
+    # the reference mode of test_vit relies on the memory layout of the device it was exported on
+    [(arch, mode) for arch in ARCHITECTURES for mode in ("reference", "float32", "bfloat16")
+     if (arch, mode) != ("test_vit", "reference")],
+)  # fmt: skip
+def test_replay__every_tensor_is_on_the_gpu(arch, mode, monkeypatch):
+    """Fake tensors have devices and no memory; an operator with tensors of two devices raises."""
+    monkeypatch.setattr(cudnn, "convolutions_work", lambda dtype, device: False)  # unknown to fake tensors
+    network, images, layers, values = opened(arch)
+    exported = export_graph(network, images)
+    with FakeTensorMode(allow_non_fake_inputs=False):
+
+        def on_gpu(tensor):
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+        exported.values = {node: on_gpu(value) for node, value in exported.values.items()}
+        replay = GraphReplay(exported, layers)
+        if mode != "reference":
+            replay = replay.in_mode(mode, CUDA)
+        drawn = {name: {n: on_gpu(value) for n, value in of_layer.items()} for name, of_layer in values.items()}
+        found = sweep(replay, on_gpu(images), drawn, replay._run)
+        assert {logits.device.type for logits in found.values()} == {"cuda"}
+        p, q = (found[name].float().softmax(dim=1) for name in (None, layers[0].name))
+        measured = measure_distances(p, q, ["cosine", "js", "top1"])
+        measured |= label_scores(found[None].float(), torch.zeros(4, dtype=torch.int64, device="cuda"))
+        assert {value.device.type for value in measured.values()} == {"cuda"}
+
+
+# --- CUDA graphs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs whose capture is what the test runs, and whose replay runs it again on the captured memory."""
+    captured = []
+
+    class Graph:
+        replay: object = None
+
+    @contextlib.contextmanager
+    def capture(graph, **_):
+        captured.append(graph)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    return captured
+
+
+class Doubled:
+    """A sweep that is easy to check: for each layer images times its values, then the images."""
+
+    def __init__(self, graphs):
+        self.graphs, self.n_run = graphs, 0
+
+    def __call__(self, images, *prepared):
+        self.n_run += 1
+        outputs = []
+        for of_trial in prepared:
+            outputs += [(name, images * of_layer["weight"]) for name, of_layer in of_trial.items()]
+        outputs.append((None, images * 1))
+        if self.graphs and self.graphs[-1].replay is None:
+
+            def replay(prepared=prepared, outputs=outputs):
+                again = [images * v["weight"] for of_trial in prepared for v in of_trial.values()]
+                for (_, output), value in zip(outputs, [*again, images], strict=True):
+                    output.copy_(value)
+
+            self.graphs[-1].replay = replay
+        yield from outputs
+
+
+def trial(**factors):
+    return {name: {"weight": torch.tensor(float(factor))} for name, factor in factors.items()}
+
+
+def test_captures__give_what_the_sweep_gives(graphs):
+    run = Doubled(graphs)
+    captures = SweepCaptures(run)
+    kept = []
+    for prepared in ([trial(a=2, b=3)], [trial(a=4, b=5)], [trial(a=6)], [trial(a=7)], [trial(a=1), trial(a=2)]):
+        for batch in range(3):
+            images = torch.full((2, 2), float(1 + batch))
+            found = list(captures.sweep(images, *prepared))
+            expected = list(Doubled([])(images, *prepared))
+            kept.append((found, expected))
+    for found, expected in kept:  # later sweeps write over none of them
+        assert [name for name, _ in found] == [name for name, _ in expected]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found, expected, strict=True))
+    assert len(graphs) == 3
+    assert run.n_run == 6, "once as it is and once for the capture, for each set of layers"
+
+
+def test_captures__what_cannot_be_captured_is_run(monkeypatch):
+    tried = []
+
+    @contextlib.contextmanager
+    def capture(graph, **_):
+        tried.append(graph)
+        raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", types.SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    captures = SweepCaptures(Doubled([]))
+    for batch in range(4):
+        images = torch.full((2, 2), float(batch))
+        (_, found), (_, clean) = captures.sweep(images, trial(a=3))
+        assert torch.equal(found, 3 * images)
+        assert torch.equal(clean, images)
+    assert len(tried) == 1
+
+
+# --- a GPU ----------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize(("mode", "atol"), [("reference", 1e-5), ("float32", 1e-5), ("bfloat16", 0.02)])
+@pytest.mark.parametrize("arch", ["resnet18", *ARCHITECTURES])
+def test_measure__gives_on_a_gpu_what_it_gives_on_the_cpu(arch, mode, atol):
+    network, images, *_ = opened(arch)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    size = images.shape[-1]
+    pixels = torch.randint(0, 256, (24, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    settings = {"trials": 3, "progress": False, "batch_size": 8}
+    expected = measure(network, pixels, device="cpu", dtype="float32", **settings).cells
+    found = measure(network, pixels, device="cuda", dtype=mode, **settings)
+    assert found.record["dtype"] == mode
+    assert (found.cells["seed"] == expected["seed"]).all()
+    assert (found.cells["cosine"] - expected["cosine"]).abs().max() < atol
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@needs_gpu
+def test_convolutions_work__on_a_gpu():
+    assert all(
+        cudnn.convolutions_work(dtype, torch.zeros(1, device="cuda").device)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+
+
+@needs_gpu
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_captures__on_a_gpu(arch, monkeypatch):
+    captured: list[Tensor | None] = []
+    capture = cuda_graphs.SweepCaptures._captured
+    monkeypatch.setattr(
+        cuda_graphs.SweepCaptures, "_captured", lambda *given: captured.append(capture(*given)) or captured[-1]
+    )
+    network, images, layers, values = opened(arch)
+    network, images = network.to(CUDA), images.to(CUDA)
+    replay = GraphReplay(export_graph(network, images), layers).in_mode("bfloat16", CUDA)
+    for factor in (1.0, 1.5):
+        drawn = {name: {n: factor * v.to(CUDA) for n, v in of_layer.items()} for name, of_layer in values.items()}
+        prepared = {layer.name: replay.prepare(layer, drawn[layer.name]) for layer in layers}
+        for shift in (0.0, 0.5, 1.0):
+            found = dict(replay.sweep(images + shift, prepared))
+            expected = dict(replay._run(images + shift, prepared))
+            for name, logits in expected.items():
+                torch.testing.assert_close(found[name], logits, rtol=0, atol=1e-2)
+    assert len(captured) == 1
+    assert captured[0] is not None
