@@ -86,7 +86,7 @@ def _add_biases_once(graph: fx.Graph, dynamic: set[fx.Node]) -> None:
     for fused in [node for node in graph.nodes if node.target is fused_residual]:
         shortcut: Any = fused.args[7]
         bias = fused.args[2]
-        if shortcut.target is not aten.conv2d.default or only_user(shortcut) is not fused:
+        if shortcut.target is not aten.conv2d.default or len(shortcut.users) != 1:
             continue
         x, weight, own_bias, *where = convolution_arguments(shortcut)
         if own_bias is None or own_bias in dynamic or bias in dynamic:
