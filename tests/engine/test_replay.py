@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layercrit.engine import graph, graph_replay, opening
+from layercrit.engine import exports, graph, graph_replay, opening
 from layercrit.engine.graph import export_graph
 from layercrit.engine.graph_replay import GraphReplay
 from layercrit.engine.opening import open_replay
@@ -268,7 +268,7 @@ def test_open_replay__a_weight_that_the_graph_took_for_a_constant_is_found(monke
         weight_graph.names[lost] = ("a constant",)
         return weight_graph
 
-    monkeypatch.setattr(opening, "export_graph", forgetful)
+    monkeypatch.setattr(exports, "export_graph", forgetful)
     opened = open_replay(made.network, made.layers, made.images, "float32")
     assert opened.backend == "recorded outputs"
     assert opened.note == (

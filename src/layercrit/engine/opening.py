@@ -10,7 +10,7 @@ from itertools import islice
 
 from torch import Tensor, nn
 
-from layercrit.engine.graph import export_graph
+from layercrit.engine.exports import graph_of
 from layercrit.engine.graph_replay import GraphReplay
 from layercrit.engine.recorded_replay import RecordedReplay
 from layercrit.engine.replay import Mode, PlainReplay, ReadLogits, Replay
@@ -43,7 +43,7 @@ def open_replay(
         read_logits: takes the logits out of what the network returns.
     """
     try:
-        weight_graph = export_graph(network, images, read_logits)
+        weight_graph = graph_of(network, images, read_logits)
     except Exception as error:  # torch.export documents no base class for what it raises
         if is_out_of_memory(error):
             raise

@@ -1,0 +1,92 @@
+"""Export each architecture once: a study measures many models of one architecture, each with weights of its own."""
+
+import types
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from layercrit.engine.graph import WeightGraph, export_graph
+from layercrit.engine.replay import ReadLogits
+from layercrit.models.outputs import logits_of
+
+__all__ = ["graph_of"]
+
+_TENSORS_AND_PARTS = {"_parameters", "_buffers", "_modules"}
+_PLAIN = {type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device}
+_SHARED = (type, types.FunctionType, types.BuiltinFunctionType)
+
+_last: tuple[Any, WeightGraph] | None = None  # its description, and the graph, without values
+
+
+def graph_of(network: nn.Module, images: Tensor, read_logits: ReadLogits = logits_of) -> WeightGraph:
+    """Return the network's graph as `export_graph` does; that of the network before, if both must have the same.
+
+    The exporter sees shapes and formats of weights but no values. So networks have the same graph whose modules have
+    the same types, settings and weights' shapes. Where one of them has a setting whose equality cannot be told, as an
+    object of some other class, the network is exported.
+    """
+    global _last
+    description = _description(network, images) if read_logits is logits_of else None
+    if description is not None and _last is not None and _last[0] == description:
+        known, tensors = _last[1], _tensors(network)
+        values = {node: tensors[names[0]] for node, names in known.names.items()}
+        return WeightGraph(known.graph, known.images, known.logits, known.names, values)
+    found = export_graph(network, images, read_logits)
+    # a constant of the graph that is no parameter or buffer has the value that it has in this network
+    if description is not None and all(names[0] in _tensors(network) for names in found.names.values()):
+        _last = description, WeightGraph(found.graph, found.images, found.logits, found.names, {})
+    return found
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers by all of their names."""
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(network.named_buffers(remove_duplicate=False))}
+
+
+def _description(network: nn.Module, images: Tensor) -> Any:
+    """Return what decides which graph a network has, None if it cannot be told; equal descriptions are equal graphs."""
+    first: dict[int, str] = {}  # tied tensors and modules that are used twice are told by their first name
+    tensors = [
+        (name, first.setdefault(id(tensor), name), type(tensor), tensor.requires_grad, *_layout(tensor))
+        for name, tensor in _tensors(network).items()
+    ]
+    try:
+        modules = [
+            (name, first.setdefault(id(module), name), type(module), _settings(module))
+            for name, module in network.named_modules(remove_duplicate=False)
+        ]
+    except TypeError:
+        return None
+    return _layout(images), tensors, modules
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, _comparable(value)) for name, value in vars(module).items() if name not in _TENSORS_AND_PARTS]
+
+
+def _comparable(value: object) -> Any:
+    """Return something that is equal for values that a module's code cannot tell apart.
+
+    Raises:
+        TypeError: this cannot be told of such a value.
+    """
+    kind = type(value)
+    if kind in _PLAIN:
+        return kind, repr(value)  # 1, 1.0 and True are equal, but not the same setting
+    if isinstance(value, _SHARED) and getattr(value, "__closure__", None) is None:
+        return value
+    if kind in (list, tuple):
+        return kind, [_comparable(item) for item in cast(Iterable[object], value)]
+    if kind in (set, frozenset):
+        return kind, sorted(repr(_comparable(item)) for item in cast(Iterable[object], value))
+    if kind in (dict, OrderedDict):
+        return kind, [(_comparable(key), _comparable(item)) for key, item in cast(dict[Any, Any], value).items()]
+    raise TypeError(kind)

@@ -1,0 +1,143 @@
+import gc
+import weakref
+from collections.abc import Callable
+from types import MethodType
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layercrit.engine import exports
+from layercrit.engine.opening import open_replay
+from layercrit.layers import find_layers
+from tiny_networks import Case, PlainWay, case
+
+SHAPE = 4, 3, 6, 6
+
+
+class Small(nn.Module):
+    """A network with settings of many kinds; `last` is its classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.body, self.last = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+        self.slope, self.passes, self.around = 0.1, 1, F.leaky_relu
+        self.sizes, self.by_name = [1, 2], {"scale": 2.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        for _ in range(self.passes):
+            x = self.around(self.body(x), self.slope) * self.by_name["scale"]
+        logits: Tensor = self.last(x.mean((2, 3)) * self.sizes[1])
+        return logits
+
+
+@pytest.fixture
+def exported(monkeypatch) -> list[nn.Module]:
+    """Networks that were exported, in order."""
+    networks, real = list[nn.Module](), exports.export_graph
+
+    def counting(network: nn.Module, *asked: object) -> object:
+        networks.append(network)
+        return real(network, *asked)
+
+    monkeypatch.setattr(exports, "export_graph", counting)
+    monkeypatch.setattr(exports, "_last", None)
+    return networks
+
+
+def other_weights(made: Case) -> Case:
+    """The same architecture as if trained by another method: the donor, with the first network as its donor."""
+    return Case(made.donor, made.network, made.images, made.layers)
+
+
+def assert_right(made: Case) -> None:
+    opened = open_replay(made.network, made.layers, made.images, "reference")
+    prepared = {layer.name: opened.prepare(layer, made.values(layer)) for layer in made.layers}
+    expected = PlainWay(made.network).sweep(made)
+    for name, logits in opened.sweep(made.images, prepared):
+        assert torch.equal(logits, expected[name])
+
+
+def test_graph_of__networks_of_one_architecture_are_exported_once(exported):
+    made = case(Small, *SHAPE)
+    assert_right(made)
+    assert_right(other_weights(made))
+    assert_right(made)
+    assert exported == [made.network]
+
+
+def _tied(network: Small) -> None:
+    network.norm.bias = network.body.bias
+
+
+def _own_forward(network: Small) -> None:
+    network.body.forward = MethodType(lambda self, x: F.conv2d(x, self.weight) + 1, network.body)
+
+
+def _hooked(network: Small) -> None:
+    network.norm.register_forward_hook(lambda module, given, made: made + module.eps * 1e4)
+
+
+def _tensor(network: Small) -> None:
+    network.slope = torch.tensor(0.3)
+
+
+def _set(name: str, value: object) -> Callable[[Small], None]:
+    def change(network: Small) -> None:
+        owner, _, attribute = name.rpartition(".")
+        setattr(network.get_submodule(owner), attribute, value)
+
+    change.__name__ = f"{name}={getattr(value, '__name__', value)}"
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(_set("slope", 0.5), _set("passes", 2), _set("passes", True), _set("around", torch.mul)),
+        *(_set("sizes", [1, 3]), _set("by_name", {"scale": 3.0}), _set("norm.eps", 0.5)),
+        *(_set("body", nn.Conv2d(8, 8, 1, bias=False)), _set("norm", nn.Identity())),
+        *(_tied, _own_forward, _hooked, _tensor),
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_graph_of__a_network_that_is_unlike_in_one_thing_is_exported_again(exported, change):
+    made = case(Small, *SHAPE)
+    assert_right(made)
+    other = case(Small, *SHAPE)
+    for network in (other.network, other.donor):
+        change(network)
+    other.layers = find_layers(other.network, other.images)
+    assert_right(other)
+    assert exported == [made.network, other.network]
+
+
+def test_graph_of__another_batch_size_or_format_is_exported_again(exported):
+    made = case(Small, *SHAPE)
+    assert_right(made)
+    assert_right(Case(made.network, made.donor, made.images[:3], made.layers))
+    assert_right(Case(made.network.double(), made.donor.double(), made.images.double(), made.layers))
+    assert len(exported) == 3
+
+
+def test_graph_of__two_networks_with_hooks_of_their_own_are_exported_both(exported):
+    for shift in (1.0, 2.0):
+        made = case(Small, *SHAPE)
+        for network in (made.network, made.donor):
+            network.norm.register_forward_hook(lambda module, given, made, shift=shift: made + shift)
+        assert_right(made)
+    assert len(exported) == 2
+
+
+def test_graph_of__keeps_no_weights(exported):
+    made = case(Small, *SHAPE)
+    assert_right(made)
+    weight = weakref.ref(made.network.body.weight)
+    del made
+    exported.clear()
+    gc.collect()
+    assert weight() is None
+    assert exports._last is not None
