@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from layercrit.engine import cudnn, onednn
+from layercrit.engine.narrowing import narrow
 from layercrit.engine.nodes import CONVOLUTIONS, value_of
 from layercrit.models.outputs import logits_of
 from layercrit.restoring import attributes_kept
@@ -139,6 +140,7 @@ def speed_up(weight_graph: WeightGraph, dtype: torch.dtype, device: torch.device
     """
     fast = weight_graph.copy()
     _hold_dtype(fast, dtype)
+    narrow(fast.graph, fast.dynamic_nodes())
     _fold_batch_norms(fast)
     _cast_inputs(fast, dtype)
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and onednn.convolutions_work(dtype):
