@@ -127,15 +127,15 @@ def test_replay__every_tensor_is_on_the_gpu(arch, mode, monkeypatch):
     monkeypatch.setattr(cudnn, "convolutions_work", lambda dtype, device: False)  # unknown to fake tensors
     network, images, layers, values = opened(arch)
     exported = export_graph(network, images)
+    if mode != "reference":
+        exported = speed_up(exported, getattr(torch, mode), CUDA)
     with FakeTensorMode(allow_non_fake_inputs=False):
 
         def on_gpu(tensor):
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
         exported.values = {node: on_gpu(value) for node, value in exported.values.items()}
-        replay = GraphReplay(exported, layers)
-        if mode != "reference":
-            replay = replay.in_mode(mode, CUDA)
+        replay = GraphReplay(exported, layers, mode)
         drawn = {name: {n: on_gpu(value) for n, value in of_layer.items()} for name, of_layer in values.items()}
         found = sweep(replay, on_gpu(images), drawn, replay._run)
         assert {logits.device.type for logits in found.values()} == {"cuda"}
