@@ -7,7 +7,13 @@ import torch
 from torch import fx
 
 from layercrit.engine.nodes import CONVOLUTIONS, alike
-from layercrit.engine.onednn import fused_convolution, fused_residual, fused_residual_
+from layercrit.engine.onednn import (
+    fused_convolution,
+    fused_linear,
+    fused_linear_residual,
+    fused_residual,
+    fused_residual_,
+)
 
 __all__ = ["IN_PLACE", "KEEPS_INPUT", "in_place"]
 
@@ -27,6 +33,8 @@ KEEPS_INPUT = {
     *IN_PLACE,
     *CONVOLUTIONS,
     fused_convolution,
+    fused_linear,
+    fused_linear_residual,
     aten.linear.default,
     aten.max_pool2d.default,
     aten.adaptive_avg_pool2d.default,

@@ -1,7 +1,7 @@
-"""oneDNN's fused operators: a convolution with the residual sum and the activation after it, its weight packed once.
+"""oneDNN's fused operators: a convolution or linear layer with what follows it in one call, its weight packed once.
 
-The operators are private to torch: `convolutions_work` tries them once, and where they are missing or wrong the public
-ones are used.
+The operators are private to torch: `convolutions_work` and `linears_work` try them once, and where they are missing or
+wrong the public ones are used.
 """
 
 from functools import cache
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from layercrit.engine.nodes import alike, convolution_arguments, only_user, value_of
 
-__all__ = ["convolutions_work", "fuse_convolutions"]
+__all__ = ["convolutions_work", "fuse_convolutions", "fuse_linears", "linears_work"]
 
 aten = torch.ops.aten
 mkldnn = torch.ops.mkldnn
@@ -82,6 +82,24 @@ def fused_residual_(
     return y
 
 
+def packed_linear_weight(weight: Tensor, n_rows: int) -> Tensor:
+    """Return the weight of a linear layer in the blocked order that oneDNN wants for inputs of so many rows."""
+    packed: Tensor = mkldnn._reorder_linear_weight(weight, n_rows)
+    return packed
+
+
+def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, algorithm: str) -> Tensor:
+    """Multiply and apply the activation in one call."""
+    y: Tensor = mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
+    return y
+
+
+def fused_linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, shortcut: Tensor) -> Tensor:
+    """Multiply and add the shortcut in one call."""
+    y: Tensor = mkldnn._linear_pointwise.binary(x, shortcut, weight, bias, "add")
+    return y
+
+
 # --- rewriting ------------------------------------------------------------------------------------------------------
 
 
@@ -111,22 +129,57 @@ def fuse_convolutions(graph: fx.Graph, dynamic: set[fx.Node]) -> None:
             else:
                 fused = graph.call_function(fused_residual, (*arguments, shortcut, activation))
         fused.meta = dict(conv.meta)
+        dynamic.add(fused)
         chain[-1].replace_all_uses_with(fused)
         for node in reversed(chain):
             graph.erase_node(node)
+
+
+def fuse_linears(graph: fx.Graph, dynamic: set[fx.Node]) -> None:
+    """Make a linear layer and the activation or the residual sum after it one call with packed weights."""
+    for linear in [node for node in graph.nodes if node.target is aten.linear.default]:
+        x, weight, bias = [*linear.args, None][:3]
+        if linear not in dynamic or weight in dynamic or bias in dynamic or value_of(linear).dtype is not torch.float32:
+            continue
+        last, shortcut, activation, algorithm = linear, None, "none", ""
+        follower = only_user(linear)
+        if follower is not None:
+            shortcut = _shortcut(follower, linear)
+            if shortcut is not None:
+                last = follower
+            elif follower.target is aten.gelu.default:
+                last, activation, algorithm = follower, "gelu", follower.kwargs.get("approximate", "none")  # type: ignore[assignment]
+            elif follower.target in _ACTIVATIONS and follower.target is not aten.hardtanh.default:
+                last, activation = follower, _ACTIVATIONS[follower.target]
+        with graph.inserting_before(last):
+            packed = graph.call_function(packed_linear_weight, (weight, value_of(x).shape[:-1].numel()))
+            if shortcut is None:
+                fused = graph.call_function(fused_linear, (x, packed, bias, activation, algorithm))
+            else:
+                fused = graph.call_function(fused_linear_residual, (x, packed, bias, shortcut))
+        fused.meta = dict(linear.meta)
+        dynamic.add(fused)
+        last.replace_all_uses_with(fused)
+        for node in dict.fromkeys((last, linear)):
+            graph.erase_node(node)
+
+
+def _shortcut(follower: fx.Node, node: fx.Node) -> fx.Node | None:
+    """Return what a node's reader adds to it, if that is all the reader does and both have one shape."""
+    if follower.target is not aten.add.Tensor or follower.kwargs:
+        return None
+    other = follower.args[1] if follower.args[0] is node else follower.args[0]
+    return other if isinstance(other, fx.Node) and other is not node and alike(other, node) else None
 
 
 def _epilogue(conv: fx.Node) -> tuple[list[fx.Node], fx.Node | None, str | None, list[float]]:
     """Return what one call can do: the nodes (convolution, residual sum, activation), the shortcut, the activation."""
     chain, shortcut = [conv], None
     follower = only_user(conv)
-    grouped = (
-        conv.args[6] != 1 if len(conv.args) > 6 else False
-    )  # oneDNN then computes the sum apart, and not in bfloat16
-    if follower is not None and follower.target is aten.add.Tensor and not follower.kwargs and not grouped:
-        other = follower.args[1] if follower.args[0] is conv else follower.args[0]
-        if isinstance(other, fx.Node) and other is not conv and alike(other, conv):
-            shortcut = other
+    grouped = len(conv.args) > 6 and conv.args[6] != 1  # oneDNN then computes the sum apart, and not in bfloat16
+    if follower is not None and not grouped:
+        shortcut = _shortcut(follower, conv)
+        if shortcut is not None:
             chain.append(follower)
             follower = only_user(follower)
     activation = None if follower is None else _ACTIVATIONS.get(follower.target)  # type: ignore[call-overload]
@@ -159,4 +212,31 @@ def convolutions_work(dtype: torch.dtype) -> bool:
     return all(
         torch.allclose(got.float(), wanted, atol=tolerance, rtol=tolerance)
         for got, wanted in ((plain, expected.relu()), (added, summed), (written, summed))
+    )
+
+
+@cache
+def linears_work(dtype: torch.dtype) -> bool:
+    """Try the private operators of linear layers once, as `convolutions_work` does."""
+    generator = torch.Generator().manual_seed(0)
+    x, shortcut, weight, bias = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 3, 8), (2, 3, 4), (4, 8), (4,))
+    )
+    expected = nn.functional.linear(x.float(), weight.float(), bias.float())
+    try:
+        with torch.inference_mode():
+            packed = packed_linear_weight(weight, 6)
+            plain = fused_linear(x, packed, bias, "none", "")
+            curved = fused_linear(x, packed, bias, "gelu", "none")
+            added = fused_linear_residual(x, packed, bias, shortcut)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    return all(
+        torch.allclose(got.float(), wanted, atol=tolerance, rtol=tolerance)
+        for got, wanted in (
+            (plain, expected),
+            (curved, nn.functional.gelu(expected)),
+            (added, expected + shortcut.float()),
+        )
     )
