@@ -38,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         task = json.loads(arguments.child)
-        print(json.dumps({"limits": limits, "forward": forward, "published": published, "measure": measured}[
+        print(json.dumps({"limits": limits, "forward": forward, "published": published, "measure": measure_models}[
             task.pop("what")
         ](**task)))  # fmt: skip
         return
@@ -52,18 +52,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         photographs = arguments.photographs or write_photographs(Path(scratch))
         for arch in arguments.arch:
-            task = {"arch": arch, "trials": arguments.trials}
             found = {
                 "forward": child(what="forward", arch=arch),
                 "published": child(what="published", arch=arch, folder=str(photographs), n=arguments.plain_images),
-                "bfloat16": child(what="measure", n_images=arguments.images, mode="bfloat16", **task),
-                "float32": child(what="measure", n_images=arguments.images // 16, mode="float32", **task),
-                "exact": child(what="measure", n_images=arguments.images // 16, mode="bfloat16", **task),
+                "measure": child(what="measure", arch=arch, n_images=arguments.images, trials=arguments.trials),
             }
             figures["networks"][arch] = found
             print(table(arch, found, card), flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(figures, indent=1))
     first = figures["networks"][arguments.arch[0]]
-    figures |= {"gpu_ratio": ratio(first), "study_minutes": study_minutes(first["bfloat16"])}
+    figures |= {"gpu_ratio": ratio(first), "study_minutes": study_minutes(first["measure"])}
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
     print(f"gpu_ratio={figures['gpu_ratio']:.1f} study_minutes={figures['study_minutes']:.1f}")
@@ -71,43 +70,47 @@ def main() -> None:
 
 def ratio(found: dict) -> float:
     """Evaluations a second of `measure`, opening included, over those of the published protocol."""
-    return (
-        found["bfloat16"]["evaluations"] / found["bfloat16"]["seconds"] / found["published"]["evaluations_per_second"]
-    )
+    one = found["measure"]["next model"]
+    return one["evaluations"] / one["seconds"] / found["published"]["evaluations_per_second"]
 
 
 def study_minutes(found: dict) -> float:
-    per_trial = found["running"] / found["trials"] * IMAGES / found["n_images"] + found["drawing"] / found["trials"]
-    return MODELS * (found["seconds"] - found["running"] - found["drawing"] + TRIALS * per_trial) / 60
+    """What the study takes: its images once, and every model as the second one of this process."""
+    one = found["next model"]
+    by_image = IMAGES / one["n_images"]
+    trials = TRIALS / one["trials"] * (one["running"] * by_image + one["drawing"])
+    return (found["images"] * by_image + MODELS * (one["seconds"] - one["running"] - one["drawing"] + trials)) / 60
 
 
 def table(arch: str, found: dict, card: dict) -> str:
     """Return one network's table, in Markdown."""
-    bf16, plain = found["bfloat16"], found["published"]["evaluations_per_second"]
+    measured, plain = found["measure"], found["published"]["evaluations_per_second"]
+    first, one = measured["first model"], measured["next model"]
     lines = [
-        f"{arch}: {bf16['layers']} layers, {bf16['flops'] / 1e9:.1f} GFLOP an image, "
-        f"{bf16['after'] / bf16['flops']:.1f} forward passes after the layers together\n",
+        f"{arch}: {one['layers']} layers, {one['flops'] / 1e9:.1f} GFLOP an image, "
+        f"{one['after'] / one['flops']:.1f} forward passes after the layers together\n",
         "| | images a second | evaluations a second | times the published protocol |",
         "|---|---|---|---|",
         *(f"| forward pass, {name} | {speed:,.0f} | | |" for name, speed in found["forward"].items()),
         f"| published protocol | {plain:,.0f} | {plain:,.0f} | 1 |",
     ]
-    for mode in ("float32", "bfloat16"):
-        one = found[mode]
-        for words, seconds in (("while running", one["running"]), ("as a whole", one["seconds"])):
-            speed = one["evaluations"] / seconds
-            lines.append(f"| `measure --dtype {mode}`, {words} | | {speed:,.0f} | {speed / plain:.0f} |")
-    per_image = bf16["running"] / bf16["trials"] / bf16["n_images"]
-    difference = max(
-        abs(a - b) for a, b in zip(found["exact"]["criticality"], found["float32"]["criticality"], strict=True)
-    )
+    for words, of_mode, seconds in (
+        ("float32, while running", measured["float32"], measured["float32"]["running"]),
+        ("bfloat16, while running", one, one["running"]),
+        ("bfloat16, as a whole", one, one["seconds"]),
+    ):
+        speed = of_mode["evaluations"] / seconds
+        lines.append(f"| `measure`, {words} | | {speed:,.0f} | {speed / plain:.0f} |")
+    per_image = one["running"] / one["trials"] / one["n_images"]
     lines.append(
-        f"\nbfloat16: {bf16['after'] / per_image / 1e12:.0f} TFLOP/s, {bf16['after'] / per_image / card['flops']:.0%} "
-        f"of the rate of matrix products; activations {bf16['bytes'] / per_image / 1e12:.2f} TB/s, "
-        f"{bf16['bytes'] / per_image / card['bytes']:.0%} of the rate of copies. Of {bf16['seconds']:.1f} s for "
-        f"{bf16['trials']} trials on {bf16['n_images']:,} images opening took {bf16['opening']:.1f}, drawing "
-        f"{bf16['drawing']:.1f} and running {bf16['running']:.1f}; peak {bf16['peak'] / 2**30:.1f} GiB, batches of "
-        f"{bf16['batch_size']}. Largest difference of a layer's criticality from float32: {difference:.1e}\n"
+        f"\nbfloat16: {one['after'] / per_image / 1e12:.0f} TFLOP/s, {one['after'] / per_image / card['flops']:.0%} "
+        f"of the rate of matrix products; activations {one['bytes'] / per_image / 1e12:.2f} TB/s, "
+        f"{one['bytes'] / per_image / card['bytes']:.0%} of the rate of copies. Of {one['seconds']:.1f} s for "
+        f"{one['trials']} trials on {one['n_images']:,} images opening took {one['opening']:.1f}, drawing "
+        f"{one['drawing']:.1f} and running {one['running']:.1f}; the first model of a process took "
+        f"{first['seconds']:.1f} s, its opening {first['opening']:.1f}. Peak {measured['peak'] / 2**30:.1f} GiB, "
+        f"batches of {one['batch_size']}. Largest difference of a layer's criticality from float32: "
+        f"{measured['difference']:.1e}\n"
     )
     return "\n".join(lines)
 
@@ -193,23 +196,43 @@ def published(arch: str, folder: str, n: int) -> dict:
     return {"evaluations_per_second": LAYERS_TIMED * n / (time.perf_counter() - started)}
 
 
-def measured(arch: str, n_images: int, trials: int, mode: str) -> dict:
+def measure_models(arch: str, n_images: int, trials: int) -> dict:
+    """Two models one after the other on the same images, in bfloat16; then a few images in both number formats."""
+    import numpy as np
+    import torch
+
+    from layercrit.models.references import open_model
+    from layercrit.probes.probe_set import ProbeSet
+
+    models = []
+    for _ in range(2):
+        models.append(open_model(f"timm:{arch}?pretrained=false"))
+        with torch.no_grad():  # so that predictions differ from image to image
+            models[-1].network.get_classifier().weight.mul_(30)
+    pixels = np.random.default_rng(0).integers(0, 256, (n_images, 3, 224, 224), dtype=np.uint8)
+    started = time.perf_counter()
+    images = ProbeSet.from_source(pixels, models[0].preprocessing)
+    seconds_images = time.perf_counter() - started
+    found = {
+        "first model": measure_one(models[0], images, trials, "bfloat16"),
+        "next model": measure_one(models[1], images, trials, "bfloat16"),
+    }
+    peak = torch.cuda.max_memory_allocated()
+    some = images.first(n_images // 16)
+    exact, rough = (measure_one(models[1], some, trials, mode) for mode in ("float32", "bfloat16"))
+    differences = [abs(a - b) for a, b in zip(exact["criticality"], rough["criticality"], strict=True)]
+    return {**found, "images": seconds_images, "peak": peak, "float32": exact, "difference": max(differences)}
+
+
+def measure_one(model: object, images: object, trials: int, mode: str) -> dict:
     """One measurement, and where its seconds went."""
     import torch
 
     import layercrit
     from layercrit.engine.flops import count_flops
     from layercrit.engine.session import Session
-    from layercrit.engine.subject import Subject
     from layercrit.layers import find_layers, select_layers
 
-    model = layercrit.open_model(f"timm:{arch}?pretrained=false")
-    with torch.no_grad():  # so that predictions differ from image to image
-        model.network.get_classifier().weight.mul_(30)
-    pixels = torch.randint(
-        0, 256, (n_images, 3, 224, 224), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-    )
-    torch.zeros(1, device="cuda")
     sessions: list[Session] = []
     opened = Session.__init__
 
@@ -219,29 +242,27 @@ def measured(arch: str, n_images: int, trials: int, mode: str) -> dict:
 
     Session.__init__ = watched
     started = time.perf_counter()
-    found = layercrit.measure(model, pixels, trials=trials, dtype=mode, device="cuda", progress=False)
+    found = layercrit.measure(model, images, trials=trials, dtype=mode, device="cuda", progress=False)
     total = time.perf_counter() - started
+    Session.__init__ = opened
     (session,) = sessions
     one = torch.zeros(1, 3, 224, 224)
     layers = select_layers(find_layers(model.network, one))
     flops, after = count_flops(model.network, layers, one)
-    assert isinstance(session.subject, Subject)
-    table = found.to_pandas()
     return {
         "seconds": total,
         "opening": found.record["seconds_opening"],
         "drawing": session.seconds_drawing + session.seconds_packing,
         "running": session.seconds_running,
         "layers": len(layers),
-        "evaluations": len(layers) * trials * n_images,
-        "n_images": n_images,
+        "evaluations": len(layers) * trials * images.n_images,
+        "n_images": images.n_images,
         "trials": trials,
         "batch_size": found.record["protocol"]["batch_size"],
         "flops": flops,
         "after": flops * sum(after.values()),
         "bytes": activation_bytes(session),
-        "peak": torch.cuda.max_memory_allocated(),
-        "criticality": table["criticality"].tolist(),
+        "criticality": found.to_pandas()["criticality"].tolist(),
     }
 
 

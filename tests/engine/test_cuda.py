@@ -20,6 +20,8 @@ from layercrit.engine.graph_replay import GraphReplay
 from layercrit.engine.replay import PlainReplay
 from layercrit.layers import find_layers, select_layers
 from layercrit.measuring import measure
+from layercrit.probes.images import Preprocessing
+from layercrit.probes.probe_set import ProbeSet
 from layercrit.seeds import drawing
 
 CUDA = torch.device("cuda")
@@ -235,7 +237,7 @@ def test_captures__what_cannot_be_captured_is_run(monkeypatch):
 
 @needs_gpu
 @pytest.mark.parametrize(("mode", "atol"), [("reference", 1e-5), ("float32", 1e-5), ("bfloat16", 0.02)])
-@pytest.mark.parametrize("arch", ["resnet18", *ARCHITECTURES])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_measure__gives_on_a_gpu_what_it_gives_on_the_cpu(arch, mode, atol):
     network, images, *_ = opened(arch)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -248,6 +250,17 @@ def test_measure__gives_on_a_gpu_what_it_gives_on_the_cpu(arch, mode, atol):
     assert (found.cells["seed"] == expected["seed"]).all()
     assert (found.cells["cosine"] - expected["cosine"]).abs().max() < atol
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@needs_gpu
+def test_probe_set__is_put_on_a_gpu_once():
+    pixels = torch.randint(0, 256, (600, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    probe_set = ProbeSet.from_source(pixels, Preprocessing(height=4, width=4, resize=None))
+    device = torch.zeros(1, device="cuda").device
+    batches = [probe_set.batch_on(device, start, start + 256) for start in (0, 256, 512)]
+    assert torch.equal(torch.cat(batches).cpu(), pixels)
+    assert len({batch.untyped_storage().data_ptr() for batch in batches}) == 1
+    assert torch.equal(probe_set.first(5).batch_on(device, 2, 9).cpu(), pixels[2:5])
 
 
 @needs_gpu

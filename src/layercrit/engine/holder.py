@@ -98,7 +98,7 @@ class ReplayHolder:
 
     def batch(self, start: int) -> tuple[Tensor, int]:
         """Return a full batch of normalised images, and how many of them count: the last one repeats to fill it."""
-        pixels = self._probe_set.batch(start, start + self.batch_size)
+        pixels = self._probe_set.batch_on(self._subject.device, start, start + self.batch_size)
         n = len(pixels)
         if n < self.batch_size:
             pixels = torch.cat([pixels, pixels[-1:].expand(self.batch_size - n, *pixels.shape[1:])])

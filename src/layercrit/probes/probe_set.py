@@ -37,6 +37,7 @@ __all__ = ["MEMORY_LIMIT", "ProbeOptions", "ProbeSet", "Progress"]
 MEMORY_LIMIT = 2**30  # bytes
 _IMAGES, _ABOUT = "images.npy", "probe_set.json"
 _IMAGES_AT_ONCE = 256
+_SHARE_OF_GPU = 0.2  # of its free memory, that images may take
 _BYTES_OF_ORDER = 64  # for each image of a source, drawn or not
 _LARGE = 2**28  # bytes of an image, decoded, or of files read ahead
 Progress = Callable[[int, int], None]  # called with the number of images decoded so far, and of those wanted
@@ -84,6 +85,7 @@ class ProbeSet:
     skipped: tuple[str, ...] = field(repr=False)
     notes: tuple[str, ...]
     _pixels: PixelStore | KeptPixels = field(repr=False)
+    _on_gpus: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def n_images(self) -> int:
@@ -108,6 +110,24 @@ class ProbeSet:
         if not 0 <= start < min(stop, self.n_images):
             raise ProbeError(f"There are no images {start} to {stop} in a probe set of {self.n_images} images.")
         return torch.from_numpy(self._pixels.read(start, min(stop, self.n_images)))
+
+    def batch_on(self, device: torch.device, start: int, stop: int) -> torch.Tensor:
+        """Return `batch` on a device; a GPU with room for all images gets them once and keeps them.
+
+        They are freed with the probe set: all models that are shown it on this GPU share them.
+        """
+        if device.type != "cuda":
+            return self.batch(start, stop).to(device)
+        if device not in self._on_gpus:
+            n_bytes = math.prod((self.n_images, *self._pixels.shape[1:]))
+            if n_bytes > _SHARE_OF_GPU * torch.cuda.mem_get_info(device)[0]:
+                return self.batch(start, stop).to(device)
+            kept = torch.empty((self.n_images, *self._pixels.shape[1:]), dtype=torch.uint8, device=device)
+            for first in range(0, self.n_images, _IMAGES_AT_ONCE):
+                some = self.batch(first, first + _IMAGES_AT_ONCE)
+                kept[first : first + len(some)] = some
+            self._on_gpus[device] = kept
+        return self._on_gpus[device][start:stop]
 
     def first(self, n_images: int) -> "ProbeSet":
         """Return the probe set of the first images, or this one if it has no more."""
