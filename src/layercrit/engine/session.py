@@ -27,6 +27,7 @@ from layercrit.protocol import MATCHED, Protocol
 __all__ = ["Batch", "Draws", "Session"]
 
 _BYTES_OF_LOGITS = 2**28  # of the trained network, up to which they are kept
+_VALUES_AT_ONCE = 2**20  # logits that are compared in one call: for small tensors, the calls cost most
 
 
 @dataclass(frozen=True)
@@ -159,17 +160,25 @@ class Session:
         started = time.perf_counter()
         images, n = self.holder.batch(start)
         before, after = self._logits(replay, images, prepared, start, n)
-        p, p_matched = before.softmax(dim=1), (before / self._temperature).softmax(dim=1)
-        rows = []
-        for trial, layer in draws.cells:
-            logits = after.get((trial, layer.name), before)
-            row = measure_distances(p, logits.softmax(dim=1), self.distances)
-            matched = measure_distances(p_matched, (logits / self._temperature).softmax(dim=1), ["cosine"])
-            row[MATCHED] = matched["cosine"]
-            rows.append(row | scores_of(logits, self.labels, start))
-        values = {name: torch.stack([row[name] for row in rows]).cpu().numpy() for name in rows[0]}
+        logits = [after.get((trial, layer.name), before) for trial, layer in draws.cells]
+        at_once = max(1, _VALUES_AT_ONCE // before.numel())
+        parts = [
+            self._compare(before, logits[first : first + at_once], start) for first in range(0, len(logits), at_once)
+        ]
+        values = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
         self.seconds_running += time.perf_counter() - started
         return Batch(start, start + n, values)
+
+    def _compare(self, before: Tensor, after: Sequence[Tensor], start: int) -> dict[str, Tensor]:
+        """Return name of a distance or score -> ``(n_cells, n_images)`` of the logits of some cells, all at once."""
+        n_cells, n_images = len(after), len(before)
+        logits, temperature = torch.cat(list(after)), self._temperature  # (n_cells * n_images, n_classes)
+        p, p_matched = ((before / by).softmax(dim=1).repeat(n_cells, 1) for by in (1.0, temperature))
+        found = measure_distances(p, logits.softmax(dim=1), self.distances)
+        found[MATCHED] = measure_distances(p_matched, (logits / temperature).softmax(dim=1), ["cosine"])["cosine"]
+        if self.labels is not None:
+            found |= scores_of(logits, np.tile(self.labels[start : start + n_images], n_cells), 0)
+        return {name: values.view(n_cells, n_images) for name, values in found.items()}
 
     def _logits(
         self, replay: Replay, images: Tensor, prepared: Mapping[int, Mapping[str, Any]], start: int, n: int
