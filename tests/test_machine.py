@@ -118,7 +118,7 @@ def test_measure__the_format_stays_when_memory_runs_out(monkeypatch):
 
 @pytest.mark.parametrize(
     ("n_images", "size", "expected"),
-    [(10_000, 224, 16), (100, 224, 15), (20, 224, 10), (5, 224, 5), (3, 4096, 1), (1000, 32, 500), (512, 8, 512)],
+    [(10_000, 224, 16), (100, 224, 15), (20, 224, 10), (5, 224, 5), (3, 4096, 1), (1000, 32, 125), (512, 8, 128)],
 )
 def test_choose_batch_size__auto_divides_evenly(n_images, size, expected):
     cpu = torch.device("cpu")

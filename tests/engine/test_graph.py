@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layercrit.demo import small_resnet
 from layercrit.engine import graph, onednn
 from layercrit.engine.graph import export_graph, speed_up
 from layercrit.engine.graph_replay import GraphReplay
@@ -14,6 +15,7 @@ from tiny_networks import (
     IMAGES,
     Case,
     Counting,
+    InPlace,
     PlainWay,
     Remembering,
     Sketch,
@@ -498,6 +500,63 @@ def test_convolutions_work__says_no_where_an_operator_is_missing_or_wrong(dtype,
 
 
 # --- exporting ------------------------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """Made of operators that the exporter writes in their final form at once, beside its normalisation."""
+
+    def __init__(self, train_norm: bool = False) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, eps=0.5), nn.Conv2d(8, 8, 1)
+        self.last, self.train_norm = nn.Linear(8, 5), train_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.a(x)))
+        x = F.batch_norm(x, None, None, training=True) if self.train_norm else x
+        for activation in (F.silu, F.gelu, torch.sigmoid):
+            x = activation(self.b(x)) * x + 1
+        x = F.adaptive_avg_pool2d(F.avg_pool2d(F.max_pool2d(x, 2, 1), 2, 1), 2)
+        return self.last(x.mean((2, 3)))
+
+
+def written(weight_graph: graph.WeightGraph) -> list[object]:
+    """All nodes of a graph, each with its target, what it is called with and what stands for its value."""
+    nodes = list(weight_graph.graph.nodes)
+    place = {node: number for number, node in enumerate(nodes)}
+    return [
+        (
+            *(node.op, str(node.target) if node.op == "placeholder" else node.target),
+            graph.map_aggregate((node.args, node.kwargs), lambda a: ("node", place[a]) if a in place else a),
+            (lambda val: (val.shape, val.dtype) if isinstance(val, Tensor) else None)(node.meta.get("val")),
+        )
+        for node in nodes
+    ]
+
+
+KINDS = ["final operators", "the demo's network", "statistics of the batch", "writes to memory"]
+
+
+@pytest.mark.parametrize("build", [Plain, small_resnet, partial(Plain, True), InPlace], ids=KINDS)
+def test_export_graph__leaves_no_trace_of_whether_it_decomposed(build, monkeypatch):
+    made = case(build, *((4, 1, 28, 28) if build is small_resnet else IMAGES))
+    found = export_graph(made.network, made.images)
+    monkeypatch.setattr(graph, "_write_out", lambda _: False)
+    slowly = export_graph(made.network, made.images)
+    assert written(found) == written(slowly)
+    assert [found.names[node] for node in found.names] == [slowly.names[node] for node in slowly.names]
+
+
+@pytest.mark.parametrize(
+    ("build", "runs"), [(Plain, 0), (small_resnet, 0), (partial(Plain, True), 1), (InPlace, 1)], ids=KINDS
+)
+def test_export_graph__decomposes_only_where_it_must(build, runs, monkeypatch):
+    done, real = list[object](), torch.export.ExportedProgram.run_decompositions
+    monkeypatch.setattr(
+        torch.export.ExportedProgram, "run_decompositions", lambda self, table: done.append(table) or real(self, table)
+    )
+    made = case(build, *((4, 1, 28, 28) if build is small_resnet else IMAGES))
+    export_graph(made.network, made.images)
+    assert len(done) == runs
 
 
 def test_export_graph__names_every_weight_by_all_its_names():

@@ -30,6 +30,12 @@ __all__ = ["WeightGraph", "export_graph", "speed_up"]
 aten = torch.ops.aten
 
 _BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+# What the exporter writes in its final form at once: neither views nor writes to memory, nor made of other operators
+_FINAL = {
+    *(aten.conv2d.default, aten.linear.default, aten.add.Tensor, aten.mul.Tensor, aten.mean.dim),
+    *(aten.relu.default, aten.silu.default, aten.sigmoid.default, aten.gelu.default),
+    *(aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default),
+}
 
 
 @dataclass
@@ -98,7 +104,9 @@ def export_graph(
             depends on the image. The caller takes a slower backend.
     """
     with torch.no_grad(), _quiet(), attributes_kept(network):
-        program = torch.export.export(_Logits(network, read_logits), (images,)).run_decompositions({})
+        program = torch.export.export(_Logits(network, read_logits), (images,))
+        if not _write_out(program.graph):
+            program = program.run_decompositions({})
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise RuntimeError("the network writes to its own buffers or to its input")
@@ -129,6 +137,27 @@ def export_graph(
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)  # true of the float32 network; a fast mode changes types and layouts on purpose
     return WeightGraph(graph, images_node, logits_node, names, values)
+
+
+def _write_out(graph: fx.Graph) -> bool:
+    """Make a fresh export what ``run_decompositions({})`` would make of it, without tracing the network once more.
+
+    Returns:
+        whether that is known; if not, the graph is as it was.
+    """
+    calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    norms = [node for node in calls if node.target is aten.batch_norm.default and node.args[5] is False]
+    if not all(node.target in _FINAL for node in calls if node not in norms):
+        return False
+    for norm in norms:
+        x, gamma, beta, mean, variance, _, momentum, eps, _ = norm.args
+        with graph.inserting_before(norm):
+            written = graph.call_function(_BATCH_NORM, (x, gamma, beta, mean, variance, momentum, eps))
+            output = graph.call_function(operator.getitem, (written, 0))
+        output.meta = dict(norm.meta)
+        norm.replace_all_uses_with(output)
+        graph.erase_node(norm)
+    return True
 
 
 def speed_up(weight_graph: WeightGraph, dtype: torch.dtype, device: torch.device) -> WeightGraph:
