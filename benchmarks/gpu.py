@@ -43,12 +43,7 @@ def main() -> None:
         ](**task)))  # fmt: skip
         return
     figures = {"card": child(what="limits"), "networks": {}}
-    card = figures["card"]
-    print(
-        f"{card['name']}, torch {card['torch']}: matrix products {card['flops'] / 1e12:.0f} TFLOP/s in bfloat16, "
-        f"copies {card['bytes'] / 1e12:.2f} TB/s, {os.cpu_count()} CPU cores\n",
-        flush=True,
-    )
+    print(card_in_words(figures["card"]), end="\n\n", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         photographs = arguments.photographs or write_photographs(Path(scratch))
         for arch in arguments.arch:
@@ -58,13 +53,13 @@ def main() -> None:
                 "measure": child(what="measure", arch=arch, n_images=arguments.images, trials=arguments.trials),
             }
             figures["networks"][arch] = found
-            print(table(arch, found, card), flush=True)
+            print(table(arch, found, figures["card"]), end="\n\n", flush=True)
             if arguments.json:
-                arguments.json.write_text(json.dumps(figures, indent=1))
+                arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     first = figures["networks"][arguments.arch[0]]
     figures |= {"gpu_ratio": ratio(first), "study_minutes": study_minutes(first["measure"])}
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"gpu_ratio={figures['gpu_ratio']:.1f} study_minutes={figures['study_minutes']:.1f}")
 
 
@@ -110,9 +105,29 @@ def table(arch: str, found: dict, card: dict) -> str:
         f"{one['drawing']:.1f} and running {one['running']:.1f}; the first model of a process took "
         f"{first['seconds']:.1f} s, its opening {first['opening']:.1f}. Peak {measured['peak'] / 2**30:.1f} GiB, "
         f"batches of {one['batch_size']}. Largest difference of a layer's criticality from float32: "
-        f"{measured['difference']:.1e}\n"
+        f"{measured['difference']:.1e}."
     )
     return "\n".join(lines)
+
+
+def card_in_words(card: dict) -> str:
+    return (
+        f"{card['name']}, torch {card['torch'].split('+')[0]}, {card['cores']} CPU cores: matrix products at "
+        f"{card['flops'] / 1e12:.0f} TFLOP/s in bfloat16, copies at {card['bytes'] / 1e12:.2f} TB/s, counting bytes "
+        "read and written."
+    )
+
+
+def markdown(figures: dict) -> str:
+    """Return all tables as the documentation has them."""
+    first = next(iter(figures["networks"].values()))["measure"]["next model"]
+    tables = [table(arch, found, figures["card"]) for arch, found in figures["networks"].items()]
+    study = (
+        f"A study of {MODELS} such models, {TRIALS} trials on {IMAGES:,} images each, would take "
+        f"{figures['study_minutes']:.1f} minutes by these figures: {first['layers'] * MODELS * TRIALS:,} cells, one "
+        "process."
+    )
+    return "\n\n".join([card_in_words(figures["card"]), *tables, study])
 
 
 def child(**task: object) -> dict:
@@ -137,6 +152,7 @@ def limits() -> dict:
     return {
         "name": torch.cuda.get_device_name(),
         "torch": torch.__version__,
+        "cores": os.cpu_count(),
         "flops": 2 * 8192**3 / seconds(lambda: a @ b),
         "bytes": 2 * 2**31 / seconds(lambda: y.copy_(x)),
     }
@@ -221,7 +237,10 @@ def measure_models(arch: str, n_images: int, trials: int) -> dict:
     some = images.first(n_images // 16)
     exact, rough = (measure_one(models[1], some, trials, mode) for mode in ("float32", "bfloat16"))
     differences = [abs(a - b) for a, b in zip(exact["criticality"], rough["criticality"], strict=True)]
-    return {**found, "images": seconds_images, "peak": peak, "float32": exact, "difference": max(differences)}
+    found |= {"float32": exact}
+    for one in found.values():
+        del one["criticality"]
+    return {**found, "images": seconds_images, "peak": peak, "difference": max(differences)}
 
 
 def measure_one(model: object, images: object, trials: int, mode: str) -> dict:

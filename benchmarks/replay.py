@@ -1,13 +1,15 @@
 """How much faster than the plain way is `measure`, how near does it come to the machine's limit, and how exact is it?
 
-    python benchmarks/replay.py                  # resnet50 (all 54 layers), vit_tiny, convnext_tiny; about 25 minutes
-    python benchmarks/replay.py --arch resnet50 --rounds 1
+    python benchmarks/replay.py                  # resnet50 (all 54 layers), vit_tiny, convnext_tiny; about 12 minutes
+    python benchmarks/replay.py --arch resnet50 --rounds 2
+    python benchmarks/replay.py --json FILE      # writes the figures, too; benchmarks/tables.py puts them into the docs
     python benchmarks/replay.py --memory         # does the peak grow with layers, trials or images?
 
 The plain baseline follows the published protocol (Gavrikov et al. 2024): for every layer and trial it decodes the
 images again, loads the trained weights, replaces the layer's, and runs the whole model in float32 as timm builds it.
 Contenders take turns, each in a process of its own so that peak memory is its own. Seconds are those of the work per
-image and trial; imports and opening the model are left out on both sides, decoding and the donor are in.
+image and trial; imports and opening the model are left out on both sides, decoding and the donor are in. bfloat16 is
+left out where the processor has no instructions for it.
 
 The networks are not trained on anything (no weights can be assumed to be there). Their BatchNorm statistics are taken
 from the photographs and the last layer is scaled until the mean entropy of predictions is three nats, so that
@@ -23,89 +25,127 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-MODES = ("float32", "bfloat16", "auto")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=["resnet50", "vit_tiny_patch16_224", "convnext_tiny"])
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--plain-batches", type=int, nargs="+", default=[32, 8], help="batch sizes of the plain way")
     parser.add_argument("--memory", action="store_true", help="peak memory against layers, trials and images instead")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         task = json.loads(arguments.child)
-        result = {"plain": plain, "measure": layercrit_measure, "network": write_network, "exact": exactness}[
-            task.pop("what")
-        ](**task)
+        work = {"plain": plain, "measure": layercrit_measure, "network": write_network, "exact": exactness}
+        result = work[task.pop("what")](**task)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({**result, "peak_mb": peak}))
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_photographs(folder / "images", 4 * arguments.images if arguments.memory else arguments.images)
-        describe_machine()
+        figures: dict = {"machine": describe_machine(), "n_images": arguments.images, "rounds": arguments.rounds}
+        print(figures["machine"], flush=True)
         if arguments.memory:
             memory(folder, arguments.images)
             return
-        rates = {dtype: product_rate(dtype) for dtype in ("float32", "bfloat16")}
-        print("matrix products:", ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.items()))
-        last = ""
+        modes = ("float32", "bfloat16") if multiplies_bfloat16() else ("float32",)
+        figures |= {"rates": {mode: product_rate(mode) for mode in modes}, "networks": {}}
         for arch in arguments.arch:
-            line = compare(folder, arch, arguments.images, arguments.rounds, arguments.plain_batches, rates)
-            last = last or line
-        exact = child(what="exact", folder=scratch)
-        print(f"\nefficientnet_lite0, trained on ImageNet, {exact['n_images']} photographs, against reference mode")
-        for mode in ("float32", "bfloat16"):
-            print(f"  {mode}: largest difference of a layer {exact[mode][0]:.1e}, of the mean {exact[mode][1]:.1e}")
-        print(last)
+            found = compare(folder, arch, arguments.images, arguments.rounds, arguments.plain_batches, modes)
+            figures["networks"][arch] = found
+            print(f"\n{network_table(arch, figures)}", flush=True)
+        figures["exact"] = child(what="exact", folder=scratch, modes=modes)
+        print(f"\n{exactness_in_words(figures)}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(closing_line(figures, arguments.arch[0], modes[-1]))
 
 
-def compare(folder: Path, arch: str, n_images: int, rounds: int, batches: list[int], rates: dict[str, float]) -> str:
-    """Let the contenders take turns on one network; print the table, return the closing line."""
+def compare(folder: Path, arch: str, n_images: int, rounds: int, batches: list[int], modes: Sequence[str]) -> dict:
+    """Let the contenders take turns on one network, and return what each took."""
     work = child(what="network", arch=arch, folder=str(folder))
-    contenders = {f"plain, batch {b}": {"what": "plain", "batch_size": b} for b in batches}
-    contenders |= {f"measure, {mode}": {"what": "measure", "dtype": mode} for mode in MODES}
+    contenders = {f"plain, batches of {b}": {"what": "plain", "batch_size": b} for b in batches}
+    contenders |= {f"measure --dtype {mode}": {"what": "measure", "dtype": mode} for mode in modes}
     runs: dict[str, list[dict]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, task in contenders.items():
             runs[name].append(child(**task, arch=arch, folder=str(folder), n_images=n_images))
-    seconds = {name: statistics.median(run["seconds"] for run in found) / n_images for name, found in runs.items()}
-    plain = runs[f"plain, batch {batches[0]}"][0]["criticality"]
-    print(
-        f"\n{arch}: {len(plain)} layers, {n_images} images, {rounds} rounds; {work['flops'] / 1e9:.2f} GFLOP an image,"
-    )
-    print(f"  {work['after'] / 1e9:.0f} GFLOP after the layers together ({work['after'] / work['flops']:.1f} passes)")
-    print(
-        f"  {'':20} {'ms/image':>9} {'(min-max)':>13} {'ratios':>11} {'floor':>6} {'open s':>7} "
-        f"{'peak MB':>8} {'max diff':>9}"
-    )
-    for name, found in runs.items():
-        each = [1e3 * run["seconds"] / n_images for run in found]
-        ratios = " ".join(f"{seconds[f'plain, batch {b}'] / seconds[name]:.2f}" for b in batches)
-        dtype = found[0].get("dtype", "float32")
-        floor = work["after"] / rates[dtype] / seconds[name]
-        difference = max(abs(found[0]["criticality"][layer] - plain[layer]) for layer in plain)
-        opening = f"{found[0]['opening']:.1f}" if "opening" in found[0] else ""
-        peak = max(run["peak_mb"] for run in found)
-        print(f"  {name:20} {1e3 * seconds[name]:9.0f} {min(each):6.0f}-{max(each):<6.0f} {ratios:>11} {floor:6.0%} "
-              f"{opening:>7} {peak:8.0f} {difference:9.1e}")  # fmt: skip
-    default = runs["measure, auto"][0]
-    print("  auto:", "; ".join(default["notes"]) or default["dtype"])
-    best = min(seconds[f"plain, batch {b}"] for b in batches)
-    mine = seconds["measure, auto"]
-    difference = max(abs(default["criticality"][layer] - plain[layer]) for layer in plain)
+    exact = runs[f"plain, batches of {batches[0]}"][0]["criticality"]
+    return {
+        **{name: work[name] for name in ("flops", "after")},
+        "layers": len(exact),
+        "contenders": {
+            name: {
+                "ms": statistics.median(1e3 * run["seconds"] / n_images for run in found),
+                "opening": found[0].get("opening"),
+                "peak_mb": max(run["peak_mb"] for run in found),
+                "max_difference": max(abs(found[0]["criticality"][layer] - exact[layer]) for layer in exact),
+            }
+            for name, found in runs.items()
+        },
+    }
+
+
+def network_table(arch: str, figures: dict) -> str:
+    """Return one network's table, in Markdown."""
+    found = figures["networks"][arch]
+    contenders = found["contenders"]
+    plain = [name for name in contenders if name.startswith("plain")]
+    heads = [f"times {name}" for name in plain]
+    lines = [
+        f"{arch}: {found['layers']} layers, {found['flops'] / 1e9:.1f} GFLOP an image, "
+        f"{found['after'] / found['flops']:.1f} forward passes after the layers together.",
+        "",
+        f"| | ms an image and trial | {' | '.join(heads)} | share of the rate of products | seconds of opening "
+        "| peak MB | largest difference |",
+        f"|---|---|{'---|' * len(heads)}---|---|---|---|",
+    ]
+    for name, one in contenders.items():
+        ratios = " | ".join("" if name in plain else f"{contenders[of]['ms'] / one['ms']:.1f}" for of in plain)
+        mode = "float32" if name in plain else name.split()[-1]
+        share = found["after"] / figures["rates"][mode] / (one["ms"] / 1e3)
+        opening = "" if one["opening"] is None else f"{one['opening']:.1f}"
+        words = name if name in plain else f"`{name}`"
+        lines.append(
+            f"| {words} | {one['ms']:.0f} | {ratios} | {share:.0%} | {opening} | {one['peak_mb']:.0f} "
+            f"| {one['max_difference']:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+def exactness_in_words(figures: dict) -> str:
+    exact = figures["exact"]
+    each = [f"{exact[m][0]:.0e} in {m} (mean over layers: {exact[m][1]:.0e})" for m in figures["rates"]]
     return (
-        f"ratio={seconds[f'plain, batch {batches[0]}'] / mine:.2f} ratio_best={best / mine:.2f} "
-        f"floor_share={work['after'] / rates[default['dtype']] / mine:.2f} max_difference={difference:.1e} "
-        f"peak_mb={max(run['peak_mb'] for run in runs['measure, auto']):.0f}"
+        f"EfficientNet-Lite0, trained on ImageNet, {exact['n_images']} photographs, against the reference mode: the "
+        f"criticality of a layer differs by at most {' and '.join(each)}."
     )
+
+
+def closing_line(figures: dict, arch: str, mode: str) -> str:
+    contenders = figures["networks"][arch]["contenders"]
+    mine, *plain = contenders[f"measure --dtype {mode}"], *(c for name, c in contenders.items() if "plain" in name)
+    share = figures["networks"][arch]["after"] / figures["rates"][mode] / (mine["ms"] / 1e3)
+    return (
+        f"ratio={plain[0]['ms'] / mine['ms']:.2f} ratio_best={min(c['ms'] for c in plain) / mine['ms']:.2f} "
+        f"floor_share={share:.2f} max_difference={mine['max_difference']:.1e} peak_mb={mine['peak_mb']:.0f}"
+    )
+
+
+def markdown(figures: dict) -> str:
+    """Return all tables as the documentation has them."""
+    rates = " and ".join(f"{rate / 1e9:.0f} GFLOP/s in {mode}" for mode, rate in figures["rates"].items())
+    about = f"{figures['machine']}; matrix products at {rates}; {figures['n_images']} images, one trial."
+    tables = [network_table(arch, figures) for arch in figures["networks"]]
+    return "\n\n".join([about, *tables, exactness_in_words(figures)])
 
 
 def memory(folder: Path, n_images: int) -> None:
@@ -238,7 +278,7 @@ def write_network(arch: str, folder: str) -> dict:
     return {"flops": flops, "after": flops * sum(after.values())}
 
 
-def exactness(folder: str) -> dict:
+def exactness(folder: str, modes: Sequence[str]) -> dict:
     """Differences of the fast modes from the reference mode, on a network that was trained."""
     import layercrit
     from trained_models import efficientnet_lite0
@@ -246,10 +286,10 @@ def exactness(folder: str) -> dict:
     model = efficientnet_lite0()
     tables = {
         mode: layercrit.measure(model, f"{folder}/images", dtype=mode, progress=False).to_pandas()
-        for mode in ("reference", "float32", "bfloat16")
+        for mode in ("reference", *modes)
     }
     result: dict = {"n_images": len(list(Path(folder, "images").iterdir()))}
-    for mode in ("float32", "bfloat16"):
+    for mode in modes:
         difference = tables[mode]["criticality"] - tables["reference"]["criticality"]
         result[mode] = (difference.abs().max(), abs(difference.mean()))
     return result
@@ -295,12 +335,20 @@ def product_rate(dtype: str) -> float:
     return 2 * 3136 * 768 * 768 / min(times)
 
 
-def describe_machine() -> None:
+def multiplies_bfloat16() -> bool:
+    import torch
+
+    from layercrit.machine import multiplies_bfloat16
+
+    return multiplies_bfloat16(torch.device("cpu"))
+
+
+def describe_machine() -> str:
     import torch
 
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), "unknown")  # fmt: skip
-    print(f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
 
 
 if __name__ == "__main__":

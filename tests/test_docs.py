@@ -14,6 +14,7 @@ Four comments in the pages steer these tests, each on a line of its own:
 import ast
 import contextlib
 import importlib
+import importlib.util
 import io
 import os
 import re
@@ -444,6 +445,15 @@ def test_site__asks_nothing_of_any_network(site):
         for one in re.findall(r"url\(([^)]+)\)|@import ([^;]+)", path.read_text(encoding="utf-8")):
             address = "".join(one).strip("\"'")
             assert address.startswith("data:") or not outside.search(address), f"{path.name} loads {address}"
+
+
+def test_benchmarks__tables_are_those_of_the_results():
+    path = ROOT / "benchmarks" / "tables.py"
+    spec = importlib.util.spec_from_file_location("tables", path)
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.written(page) == page, "run python benchmarks/tables.py"
 
 
 def test_package__is_the_one_that_is_described():

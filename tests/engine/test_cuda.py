@@ -236,7 +236,10 @@ def test_captures__what_cannot_be_captured_is_run(monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.parametrize(("mode", "atol"), [("reference", 1e-5), ("float32", 1e-5), ("bfloat16", 0.02)])
+@pytest.mark.parametrize(
+    ("mode", "atol"),
+    [("reference", 1e-5), ("float32", 1e-5), ("bfloat16", 0.1)],  # on a CPU, too, bfloat16 moves a cell by up to 0.044
+)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_measure__gives_on_a_gpu_what_it_gives_on_the_cpu(arch, mode, atol):
     network, images, *_ = opened(arch)
