@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fast_graphs import CPU, DTYPES, RELATIVE, assert_near, sweep, targets
 from layercrit.demo import small_resnet
 from layercrit.engine import graph, onednn
 from layercrit.engine.graph import export_graph, speed_up
@@ -24,9 +25,6 @@ from tiny_networks import (
     normal,
 )
 
-CPU = torch.device("cpu")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def conv(channels: int = 8, kernel: int = 3, **options: object) -> nn.Conv2d:
     return nn.Conv2d(8, channels, kernel, **{"padding": "same" if "stride" not in options else 1, **options})
@@ -34,15 +32,6 @@ def conv(channels: int = 8, kernel: int = 3, **options: object) -> nn.Conv2d:
 
 def padded(**options: object) -> nn.Conv2d:
     return nn.Conv2d(8, 8, 3, padding=1, **options)
-
-
-def targets(weight_graph: graph.WeightGraph) -> list[object]:
-    return [node.target for node in weight_graph.graph.nodes if node.op == "call_function"]
-
-
-def sweep(opened: GraphReplay, made: Case) -> dict[str | None, Tensor]:
-    prepared = {layer.name: opened.prepare(layer, made.values(layer)) for layer in made.layers}
-    return dict(opened.sweep(made.images, prepared))
 
 
 # --- networks that rewriting could get wrong ------------------------------------------------------------------------
@@ -326,17 +315,6 @@ def sketched(name: str) -> tuple[Case, dict[str | None, Tensor], graph.WeightGra
     expected = PlainWay(made.network).sweep(made)
     assert not [n for n in expected if n is not None and torch.equal(expected[n], expected[None])]
     return made, expected, export_graph(made.network, made.images)
-
-
-def assert_near(got: dict[str | None, Tensor], expected: dict[str | None, Tensor], relative: float) -> None:
-    assert list(got) == list(expected)
-    for name in expected:
-        error = float((got[name] - expected[name]).abs().max() / expected[name].abs().max())
-        assert error <= relative, f"error {error:.1e} after a reset of {name}"
-
-
-# Measured, over all of these networks: 2e-6 and 0.02 of the largest logit.
-RELATIVE = {"float32": 1e-5, "bfloat16": 0.04}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -140,9 +140,14 @@ def _reshape(node: fx.Node, dim: int) -> Dims:
 
 
 def _attention(node: fx.Node, dim: int) -> Dims:
-    """The queries; keys and values are needed whole."""
-    plain = len(node.args) == 3 and not {"attn_mask", "is_causal", "dropout_p"} & set(node.kwargs)
-    return {0: dim} if plain and dim == value_of(node).ndim - 2 else None
+    """The queries and their rows of the mask; keys and values are needed whole."""
+    mask, _, causal = [*node.args[3:], None, None, None][:3]
+    if dim != value_of(node).ndim - 2 or causal or node.kwargs.keys() & {"attn_mask", "is_causal", "dropout_p"}:
+        return None
+    if not isinstance(mask, fx.Node):
+        return {0: dim}
+    rows = value_of(mask).ndim - 2
+    return {0: dim} if value_of(mask).shape[rows] == 1 else {0: dim, 3: rows}
 
 
 def _matmul(node: fx.Node, dim: int) -> Dims:
