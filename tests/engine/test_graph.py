@@ -119,6 +119,20 @@ def weight_from_image(net: Sketch, x: Tensor) -> Tensor:
     return F.batch_norm(F.conv2d(x, weight), net.logarithm, net.logarithm.exp())
 
 
+def weight_from_convolution(net: Sketch, x: Tensor) -> Tensor:
+    """The weight is what another convolution returns, with nothing between."""
+    y = F.conv2d(x, net.a(x[:, :, :3, :3]), padding=1)  # (n_images, 4, 8, 8)
+    return torch.cat([y, x[:, 4:]], 1)
+
+
+def copies(net: Sketch, x: Tensor) -> Tensor:
+    """Copies of what is written over later, and a pad of nothing."""
+    y = net.a(x)
+    copied = y.clone()
+    y = F.pad(y + 1, [0, 0, 0, 0]).relu()
+    return y.permute(0, 2, 3, 1).contiguous().view(len(x), 64, 8).transpose(1, 2).view_as(x) + copied
+
+
 def weight_standardised(net: Sketch, x: Tensor) -> Tensor:
     w = net.a.weight
     return F.conv2d(x, (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True) / 8, padding=1).relu()
@@ -193,6 +207,7 @@ SKETCHES: dict[str, Recipe] = {
     "sum with a factor": (lambda net, x: torch.add(net.a(x), x, alpha=-2).relu(), {"a": padded}),
     "sum with a number": (lambda net, x: (net.a(x) + 1.5).relu() + x, {"a": padded}),
     "chain of in-place sums": (lambda net, x: (((net.a(x) + x) + 1).relu() + x).relu(), {"a": padded}),
+    "copies": (copies, {"a": padded}),
     "values of other types": (mask_and_count, {"a": padded}),
     # convolutions
     "same": (lambda net, x: net.a(x), {"a": partial(nn.Conv2d, 8, 8, 3, padding="same")}),
@@ -224,6 +239,7 @@ SKETCHES: dict[str, Recipe] = {
         weight_from_image,
         {"a": partial(nn.Conv2d, 8, 8, 1), "logarithm": lambda: parameter(8)},
     ),
+    "weight from a convolution": (weight_from_convolution, {"a": padded}),
     "standardised weight": (weight_standardised, {"a": partial(padded, bias=False)}),
     "weight norm": (
         lambda net, x: net.a(x).relu(),
@@ -383,6 +399,7 @@ def in_place(opened: GraphReplay) -> list[object]:
         ("1-d", 0, 1),
         ("a region in bfloat16", 0, 1),
         ("weight from the image", 0, 1),
+        ("weight from a convolution", 0, 2),
     ],
 )
 def test_speed_up__fuses(name, residual, plain):
@@ -435,6 +452,13 @@ def test_speed_up__writes_over_what_is_read_no_more(name, target):
         for weight_graph in (speed_up(exported, torch.float32, CPU), exported)
     )
     assert target in [*fused, *public]
+
+
+def test_speed_up__drops_copies():
+    _, _, exported = sketched("copies")
+    dropped = {torch.ops.aten.clone.default, torch.ops.aten.pad.default}
+    assert dropped <= set(targets(exported))
+    assert not dropped & set(targets(speed_up(exported, torch.float32, CPU)))
 
 
 def test_speed_up__leaves_the_graph_it_is_given_alone():

@@ -62,9 +62,14 @@ def a_channel(net: Sketch, x: Tensor) -> Tensor:
 
 
 def square(net: Sketch, x: Tensor) -> Tensor:
-    """Two dimensions of one size: the index is of that which changes places."""
+    """Two dimensions of one size: the index is of the one that changes places."""
     t = net.b(x.permute(0, 2, 3, 1))  # (n_images, 8 rows, 8 columns, 8)
-    return pixel(net.b(t.transpose(1, 2).reshape(len(x), 64, 8).unflatten(1, (8, 8)))[:, 2, 5])
+    return pixel(net.b(t.transpose(1, 2))[:, 2, 5])
+
+
+def split_again(net: Sketch, x: Tensor) -> Tensor:
+    """Rows that are no dimension of the merged tokens, of which another one has their size."""
+    return pixel(net.b(net.b(tokens_of(x)).unflatten(1, (8, 8)))[:, 2, 5])
 
 
 def split(net: Sketch, x: Tensor) -> Tensor:
@@ -108,7 +113,8 @@ SKETCHES = {
     "two tokens": (two_tokens, PARTS, 0),
     "a token and the mean": (token_and_mean, PARTS, 0),
     "a channel": (a_channel, PARTS, 0),
-    "square": (square, PARTS, 1),
+    "square": (square, PARTS, 2),
+    "split again": (split_again, PARTS, 1),
     "split": (split, PARTS, 0),
     "of the batch": (of_the_batch, PARTS, 1),
     "softmax over tokens": (lambda net, x: pixel(net.b(net.b(tokens_of(x)).softmax(1))[:, 2]), PARTS, 1),
