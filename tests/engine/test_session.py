@@ -130,6 +130,17 @@ def test_batches__from_any_image_are_the_rest_up_to_rounding(network):
         np.testing.assert_allclose(rest[name], values[:, 3:], rtol=0, atol=1e-5, err_msg=name)
 
 
+def test_batches__cells_are_measured_at_once_as_one_by_one(network, monkeypatch):
+    session = open_session(network, mostly_right(network, N_IMAGES))
+    together = gathered(session.trial(0).batches())
+    for at_once in (1, 2 * 4 * 6):  # one cell, and two of 4 images and 6 classes
+        monkeypatch.setattr(session_module, "_VALUES_AT_ONCE", at_once)
+        apart = gathered(session.trial(0).batches())
+        assert list(apart) == list(together)
+        for name, values in together.items():
+            np.testing.assert_allclose(apart[name], values, rtol=1e-6, atol=1e-7)
+
+
 def test_batches__from_the_end_are_none(network):
     assert list(open_session(network).trial(0).batches(N_IMAGES)) == []
 
