@@ -13,6 +13,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -232,9 +233,10 @@ def _hold_dtype(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
 def _drop_copies(weight_graph: WeightGraph) -> None:
     """Take values as they are where the network copies them: `reshape` copies where it must, and nothing else need."""
     for node in [node for node in weight_graph.dynamic_nodes() if node.op == "call_function"]:
-        empty_pad = node.target is aten.pad.default and not any(node.args[1])
-        if (node.target in (aten.clone.default, aten.alias.default) or empty_pad) and node is not weight_graph.logits:
-            node.replace_all_uses_with(node.args[0])
+        arguments: Any = node.args
+        empty_pad = node.target is aten.pad.default and not any(arguments[1])
+        if node.target in (aten.clone.default, aten.alias.default) or empty_pad:
+            node.replace_all_uses_with(arguments[0])
             weight_graph.graph.erase_node(node)
 
 
@@ -282,7 +284,8 @@ def _cast_inputs(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
 def _cast_logits(weight_graph: WeightGraph) -> None:
     graph = weight_graph.graph
     output = graph.output_node()
-    ((logits,),) = output.args  # the node that was exported may have been replaced
+    outputs: Any = output.args[0]
+    (logits,) = outputs  # the node that was exported may have been replaced
     with graph.inserting_before(output):
         cast = graph.call_function(aten._to_copy.default, (logits,), {"dtype": torch.float32})
     cast.meta = {"val": value_of(logits)}

@@ -52,10 +52,12 @@ def _scales_outputs(x: Any, scale: fx.Node) -> bool:
     """Return whether x is a linear layer's output, read once and maybe permuted, with one scale for each output."""
     if not isinstance(x, fx.Node) or only_user(x) is None:
         return False
-    linear, outputs = x, -1  # the dimension of outputs, from the end
+    linear: Any = x
+    outputs = -1  # the dimension of outputs, from the end
     if x.target is aten.permute.default:
-        linear, order = x.args  # type: ignore[assignment]
-        outputs = [d % len(order) for d in order].index(len(order) - 1) - len(order)  # type: ignore[arg-type,union-attr]
+        order: Any
+        linear, order = x.args
+        outputs = [d % len(order) for d in order].index(len(order) - 1) - len(order)
     if linear.target is not aten.linear.default or only_user(linear) is None:
         return False
     shape, n_outputs = value_of(scale).shape, value_of(linear).shape[-1]
@@ -78,9 +80,8 @@ def add_before_permuting(graph: fx.Graph) -> None:
         linear, order = x.args
         back = sorted(range(len(order)), key=lambda d: order[d] % len(order))
         with graph.inserting_before(total):
-            if other.target is aten.permute.default and list(other.args[1]) == list(order):
-                shortcut = other.args[0]
-            else:
+            shortcut: Any = other.args[0] if other.args else None
+            if other.target is not aten.permute.default or list(other.args[1]) != list(order):  # type: ignore[arg-type]
                 shortcut = graph.call_function(aten.permute.default, (other, back))
                 shortcut.meta = {"val": value_of(linear)}
             inner = graph.call_function(aten.add.Tensor, (linear, shortcut))

@@ -38,7 +38,7 @@ def narrow(graph: fx.Graph, dynamic: set[fx.Node]) -> None:
         if arguments is None:
             continue
         with graph.inserting_before(node):
-            small = graph.call_function(node.target, arguments, dict(node.kwargs))  # type: ignore[arg-type]
+            small = graph.call_function(node.target, arguments, dict(node.kwargs))
         small.meta = {"val": value_of(node).narrow(dim, index, 1)}
         for reader in list(node.users):
             if reader.target is aten.select.int:
@@ -56,8 +56,9 @@ def _wanted(node: fx.Node) -> tuple[int, int] | None:
     shape, found = value_of(node).shape, set[tuple[int, int]]()
     for reader in node.users:
         if reader.target is aten.select.int:
-            dim, index = reader.args[1] % len(shape), reader.args[2]  # type: ignore[operator]
-            found.add((dim, index % shape[dim]))  # type: ignore[operator]
+            arguments: Any = reader.args
+            dim = arguments[1] % len(shape)
+            found.add((dim, arguments[2] % shape[dim]))
         elif reader.target is single:
             found.add(reader.args[1:])  # type: ignore[arg-type]
         else:
@@ -80,8 +81,9 @@ def _narrowed(graph: fx.Graph, node: fx.Node, dim: int, index: int) -> tuple[Any
     for position, of_input in dims.items():
         x: Any = arguments[position]
         with graph.inserting_before(node):
-            arguments[position] = graph.call_function(single, (x, of_input, index))
-        arguments[position].meta = {"val": value_of(x).narrow(of_input, index, 1)}
+            cut = graph.call_function(single, (x, of_input, index))
+        cut.meta = {"val": value_of(x).narrow(of_input, index, 1)}
+        arguments[position] = cut
     if node.target is aten.reshape.default:
         arguments[1] = [1 if d == dim else size for d, size in enumerate(value_of(node).shape)]
     return tuple(arguments)
@@ -121,7 +123,7 @@ def _softmax(node: fx.Node, dim: int) -> Dims:
 
 def _transpose(node: fx.Node, dim: int) -> Dims:
     n_dims = value_of(node).ndim
-    one, other = node.args[1] % n_dims, node.args[2] % n_dims  # type: ignore[operator]
+    one, other = (int(d) % n_dims for d in node.args[1:])  # type: ignore[arg-type]
     return {0: {one: other, other: one}.get(dim, dim)}
 
 
