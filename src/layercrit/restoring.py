@@ -47,17 +47,18 @@ def _whole_float32() -> Iterator[None]:
 
     Torch has two interfaces to this. The older one sets both, but cannot be read where they disagree.
     """
-    backends = (torch.backends, torch.backends.cudnn, torch.backends.mkldnn, torch.backends.cudnn.conv,
-                torch.backends.cudnn.rnn, torch.backends.cuda.matmul,
-                torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn, torch.backends.mkldnn.matmul)  # fmt: skip
+    torch_backends: Any = torch.backends  # partly untyped
+    cudnn, mkldnn = torch_backends.cudnn, torch_backends.mkldnn
+    backends = (torch_backends, cudnn, cudnn.conv, cudnn.rnn, torch_backends.cuda.matmul,
+                mkldnn, mkldnn.conv, mkldnn.rnn, mkldnn.matmul)  # fmt: skip
     with contextlib.ExitStack() as before:
         for backend in backends:  # the last to be put back: the older interface sets them, too
             before.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
         with contextlib.suppress(RuntimeError):
-            before.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+            before.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
         with contextlib.suppress(RuntimeError):
             before.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        torch.backends.cudnn.allow_tf32 = False
+        cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
         for backend in backends:
             backend.fp32_precision = "ieee"
