@@ -1,5 +1,6 @@
 """What holds for every command: what it prints is harmless, and what ends it early is said and loses nothing."""
 
+import contextlib
 import io
 import os
 import signal
@@ -266,6 +267,44 @@ def test_signals__while_an_object_is_freed(measured, monkeypatch, capsys, ctrl_c
     monkeypatch.setattr(Measurement, "load", load)
     assert call(monkeypatch, "show", measured) == 143
     assert capsys.readouterr().err.splitlines()[-1] == "Ended by SIGTERM."
+
+
+@pytest.mark.usefixtures("as_before")
+def test_signals__native_code_clears_them(measured, monkeypatch, capsys):
+    def load(folder):
+        for _ in range(3):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+                deadline = time.monotonic() + 10
+                while time.monotonic() < deadline:
+                    list(map(len, [""]))
+                pytest.fail("the signal was lost")
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            list(map(len, [""]))
+        pytest.fail("the signal was lost")
+
+    monkeypatch.setattr(Measurement, "load", load)
+    assert call(monkeypatch, "show", measured) == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "Ended by SIGTERM."
+
+
+@pytest.mark.usefixtures("as_before")
+def test_signals__saving_is_not_interrupted_again(measured, monkeypatch, capsys):
+    saved = []
+
+    def load(folder):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            deadline = time.monotonic() + 4 * root._MOMENT
+            while time.monotonic() < deadline:
+                list(map(len, [""]))
+            saved.append(folder)
+
+    monkeypatch.setattr(Measurement, "load", load)
+    assert call(monkeypatch, "show", measured) == 143
+    assert len(saved) == 1
 
 
 @pytest.mark.usefixtures("as_before")

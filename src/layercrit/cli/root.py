@@ -31,7 +31,7 @@ __all__ = ["cli", "main"]
 
 
 # What ends a command from outside, beside Ctrl-C: schedulers and time limits, and a terminal that is closed.
-_MOMENT = 0.05  # seconds
+_MOMENT = 0.2  # seconds
 _ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -141,34 +141,46 @@ def _signals_end_like_ctrl_c(ended: list[int]) -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in _ENDING}
+    over = threading.Event()
 
     def end(number: int, _: FrameType | None) -> NoReturn:
         for one in _ENDING:  # they often come twice, and the second must not stop the saving
             signal.signal(one, signal.SIG_IGN)
         if hasattr(signal, "SIGCHLD"):  # of torch's data loaders, whose workers may have been sent the signal as well
             signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in a shell's background
         ended.append(number)
+        threading.Thread(target=_interrupt_again, args=(over,), daemon=True).start()
         raise KeyboardInterrupt
 
-    def once_more(lost: "sys.UnraisableHookArgs") -> None:
-        """Interrupt again, a moment later: Python drops what is raised while an object is freed."""
+    def silent(lost: "sys.UnraisableHookArgs") -> None:
         if not issubclass(lost.exc_type, KeyboardInterrupt):
             report(lost)
-        elif ended:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in a shell's background
-            threading.Timer(_MOMENT, _thread.interrupt_main).start()
 
-    report, sys.unraisablehook = sys.unraisablehook, once_more
+    report, sys.unraisablehook = sys.unraisablehook, silent
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, end)
     try:
         yield
     finally:
+        over.set()
         sys.unraisablehook = report
     if not ended:  # else it may be sent again until the process ends
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _interrupt_again(over: threading.Event) -> None:
+    """Interrupt the main thread whenever it goes on as if nothing had been raised, until its work is over.
+
+    Python drops what is raised while an object is freed, and native code may clear it.
+    """
+    main_thread = threading.main_thread().ident or 0
+    while not over.wait(_MOMENT):
+        handled = sys._current_exceptions().get(main_thread)
+        if handled in (None, (None, None, None)):  # the latter before Python 3.12
+            _thread.interrupt_main()
 
 
 def _of_surroundings(error: Exception) -> str | None:
