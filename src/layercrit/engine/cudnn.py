@@ -106,14 +106,12 @@ def _add_biases_once(graph: fx.Graph, dynamic: set[fx.Node]) -> None:
 def convolutions_work(dtype: torch.dtype, device: torch.device) -> bool:
     """Try the operators once; where they are missing or wrong, the public ones are used."""
     generator = torch.Generator().manual_seed(0)
-    x, shortcut, weight = (
-        torch.randn(*shape, generator=generator).to(device, dtype, memory_format=torch.channels_last)
-        for shape in ((2, 8, 5, 5), (2, 16, 5, 5), (16, 8, 3, 3))
-    )
-    bias = torch.randn(16, generator=generator).to(device, dtype)
+    shapes = ((2, 8, 5, 5), (2, 16, 5, 5), (16, 8, 3, 3), (16,))
     where = ([1, 1], [1, 1], [1, 1], 1)
-    expected = nn.functional.conv2d(x.float(), weight.float(), bias.float(), 1, 1)
     try:
+        x, shortcut, weight, bias = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+        x, shortcut, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, shortcut, weight))
+        expected = nn.functional.conv2d(x.float(), weight.float(), bias.float(), 1, 1)
         with torch.inference_mode():
             plain = fused_convolution(x, weight, bias, *where)
             added = fused_residual(x, weight, bias, *where, shortcut)
