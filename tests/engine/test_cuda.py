@@ -163,6 +163,7 @@ def graphs(monkeypatch):
         captured.append(graph)
         yield
 
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     return captured
@@ -197,12 +198,12 @@ def trial(**factors):
 
 def test_captures__give_what_the_sweep_gives(graphs):
     run = Doubled(graphs)
-    captures = SweepCaptures(run)
+    captures = SweepCaptures()
     kept = []
     for prepared in ([trial(a=2, b=3)], [trial(a=4, b=5)], [trial(a=6)], [trial(a=7)], [trial(a=1), trial(a=2)]):
         for batch in range(3):
             images = torch.full((2, 2), float(1 + batch))
-            found = list(captures.sweep(images, *prepared))
+            found = list(captures.sweep(run, images, *prepared))
             expected = list(Doubled([])(images, *prepared))
             kept.append((found, expected))
     for found, expected in kept:  # later sweeps write over none of them
@@ -221,15 +222,19 @@ def test_captures__what_cannot_be_captured_is_run(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
         yield
 
+    streams = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the stream before")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", types.SimpleNamespace)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    captures = SweepCaptures(Doubled([]))
+    captures = SweepCaptures()
     for batch in range(4):
         images = torch.full((2, 2), float(batch))
-        (_, found), (_, clean) = captures.sweep(images, trial(a=3))
+        (_, found), (_, clean) = captures.sweep(Doubled([]), images, trial(a=3))
         assert torch.equal(found, 3 * images)
         assert torch.equal(clean, images)
     assert len(tried) == 1
+    assert streams == ["the stream before"]
 
 
 # --- a GPU ----------------------------------------------------------------------------------------------------------

@@ -141,3 +141,45 @@ def test_graph_of__keeps_no_weights(exported):
     gc.collect()
     assert weight() is None
     assert exports._last is not None
+
+
+def test_graph_of__another_forward_of_the_class_is_exported_again(exported, monkeypatch):
+    assert_right(case(Small, *SHAPE))
+    forward = Small.forward
+    monkeypatch.setattr(Small, "forward", lambda self, x: forward(self, x) * 2)
+    assert_right(case(Small, *SHAPE))
+    assert len(exported) == 2
+
+
+def test_graph_of__a_setting_of_the_class_is_seen(exported, monkeypatch):
+    monkeypatch.setattr(Small, "factor", 1.0, raising=False)
+    forward = Small.forward
+    monkeypatch.setattr(Small, "forward", lambda self, x: forward(self, x) * self.factor)
+    assert_right(case(Small, *SHAPE))
+    monkeypatch.setattr(Small, "factor", 2.0)
+    assert_right(case(Small, *SHAPE))
+    assert len(exported) == 2
+
+
+FACTOR = 1.0
+
+
+def test_graph_of__a_shared_graph_that_is_another_networks_is_exported_again(exported, monkeypatch):
+    """A variable of the file is read, which no description has; the network's own logits show it."""
+    forward = Small.forward
+    monkeypatch.setattr(Small, "forward", lambda self, x: forward(self, x) * FACTOR)
+    for factor in (1.0, 2.0):
+        monkeypatch.setitem(globals(), "FACTOR", factor)
+        made = case(Small, *SHAPE)
+        assert open_replay(made.network, made.layers, made.images, "reference").backend == "exported graph"
+        assert_right(made)
+    assert len({id(network) for network in exported}) == 2
+
+
+def test_graph_of__a_setting_that_contains_itself_is_no_trouble(exported):
+    for _ in range(2):
+        made = case(Small, *SHAPE)
+        for network in (made.network, made.donor):
+            network.sizes.append(network.sizes)
+        assert_right(made)
+    assert len(exported) == 2

@@ -22,6 +22,7 @@ from layercrit.engine.replay import MODES, PlainReplay, Replay
 from layercrit.errors import ProtocolError
 from layercrit.layers import Layer, find_layers, select_layers
 from layercrit.machine import multiplies_bfloat16
+from layercrit.seeds import drawing
 from tiny_networks import (
     ARCHITECTURES,
     BY_HAND_IMAGES,
@@ -678,3 +679,89 @@ def test_sweep__a_network_made_in_inference_mode():
     got = sweep(PlainReplay(network, made.layers), made)
     assert_equal(got, PlainWay(made.network).sweep(made))
     snapshot.assert_same()
+
+
+class OneMask(nn.Module):
+    """Attention with one bias for each key, the same for all queries, which is zero before training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.head = nn.Linear(12, 8), nn.Linear(8, 24), nn.Linear(8, 5)
+        self.mask = nn.Parameter(torch.zeros(16))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images.flatten(1).view(len(images), 16, 12))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.head(nn.functional.scaled_dot_product_attention(q, k, v, self.mask)[:, 0])
+
+
+class Strided(nn.Module):
+    """Reads values as they lie in memory, behind a gate that is closed before training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv(images)
+        turned = x.contiguous().as_strided(x.shape, (256, 1, 4, 32))
+        return self.head((x + self.gate * turned).mean(dim=(2, 3)))
+
+
+class OneOutput(nn.Module):
+    """A linear layer whose weight is a vector, and a scale of its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight = nn.Linear(12, 8), nn.Parameter(torch.ones(8))
+        self.scale, self.head = nn.Parameter(torch.ones(16)), nn.Linear(16, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.first(images.flatten(1).view(len(images), 16, 12))
+        return self.head(nn.functional.linear(tokens, self.weight) * self.scale)
+
+
+@pytest.mark.parametrize("build", [OneMask, Strided, OneOutput])
+def test_open_replay__float32_is_right_where_only_drawn_values_tell(build):
+    with drawing(0):
+        network = build().eval()
+        images = torch.randn(3, 3, 8, 8)
+        layers = [Layer(name, "linear", (name,), (), 0) for name, _ in network.named_parameters()]
+        values = {name: {name: torch.randn_like(p)} for name, p in network.named_parameters()}
+    replay = open_replay(network, layers, images, "float32")
+    prepared = {layer.name: replay.prepare(layer, values[layer.name]) for layer in layers}
+    expected = PlainReplay(network, layers).sweep(images, values)
+    for (name, found), (_, logits) in zip(replay.sweep(images, prepared), expected, strict=True):
+        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5, msg=str(name))
+    assert (replay.mode, "as they lie in memory" in replay.note) == (
+        ("reference", True) if build is Strided else ("float32", False)
+    )
+
+
+def test_open_replay__a_mode_that_fails_in_any_way_is_not_taken(monkeypatch):
+    with drawing(0):
+        network, images = OneOutput().eval(), torch.randn(3, 3, 8, 8)
+
+    def fails(*_: object) -> None:
+        raise IndexError("out of range")
+
+    monkeypatch.setattr(graph_replay, "speed_up", fails)
+    replay = open_replay(network, [], images, "bfloat16")
+    assert replay.mode == "reference"
+    assert "bfloat16 fails (IndexError: out of range)" in replay.note
+
+
+def test_open_replay__is_freed_at_once():
+    with drawing(0):
+        network, images = OneOutput().eval(), torch.randn(3, 3, 8, 8)
+    replay = open_replay(network, [], images, "float32")
+    list(replay.sweep(images, {}))
+    gc.collect()
+    gc.disable()
+    try:
+        known = weakref.ref(replay)
+        del replay
+        assert known() is None
+    finally:
+        gc.enable()

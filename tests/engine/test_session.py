@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -133,8 +136,8 @@ def test_batches__from_any_image_are_the_rest_up_to_rounding(network):
 def test_batches__cells_are_measured_at_once_as_one_by_one(network, monkeypatch):
     session = open_session(network, mostly_right(network, N_IMAGES))
     together = gathered(session.trial(0).batches())
-    for at_once in (1, 2 * 4 * 6):  # one cell, and two of 4 images and 6 classes
-        monkeypatch.setattr(session_module, "_VALUES_AT_ONCE", at_once)
+    for at_once in (1, 4 * 2 * 4 * 6):  # bytes of one cell, and of two of 4 images and 6 classes
+        monkeypatch.setattr(session_module, "_BYTES_OF_CELLS", {"cpu": at_once})
         apart = gathered(session.trial(0).batches())
         assert list(apart) == list(together)
         for name, values in together.items():
@@ -252,3 +255,32 @@ def mostly_sure(network):
         network.fc.weight.mul_(scale[:, None])
         network.fc.bias.copy_((network.fc.bias - logits.mean(dim=0)) * scale)
     return network
+
+
+def test_batches__the_replay_is_freed_before_another_one_is_opened(network, monkeypatch):
+    """Else halving the batch would free nothing."""
+    session = open_session(network)
+    draws = session.trial(0)
+    freed, of_first, opened = [], [], session.holder._open
+
+    def opening():
+        gc.disable()
+        freed.extend(replay() is None for replay in of_first)
+        return opened()
+
+    compared = session._compare_cells
+
+    def short_of_memory(*given):
+        monkeypatch.setattr(session, "_compare_cells", compared)
+        of_first.append(weakref.ref(session.holder.replay))
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(session, "_compare_cells", short_of_memory)
+    monkeypatch.setattr(session.holder, "_open", opening)
+    try:
+        found = gathered(draws.batches())
+    finally:
+        gc.enable()
+    assert freed == [True]
+    assert any("batch size halved" in note for note in session.notes)
+    assert np.isfinite(found["cosine"]).all()

@@ -93,11 +93,13 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no error
     ended: list[int] = []
+    over = threading.Event()
     try:
-        with _signals_end_like_ctrl_c(ended):
+        with _signals_end_like_ctrl_c(ended, over):
             code = _run("--traceback" in sys.argv[1:])
     except KeyboardInterrupt:  # while an error was reported
         code = _INTERRUPTED
+    over.set()
     if ended and code:  # whatever was made of the exception on its way: C code has its own
         _print(f"Ended by {signal.Signals(ended[0]).name}.")
         code = 128 + ended[0]
@@ -131,17 +133,17 @@ def _run(debug: bool) -> int:
 
 
 @contextlib.contextmanager
-def _signals_end_like_ctrl_c(ended: list[int]) -> Iterator[None]:
+def _signals_end_like_ctrl_c(ended: list[int], over: threading.Event) -> Iterator[None]:
     """Let signals that end a command raise, so that it keeps what is finished and leaves the terminal as it was.
 
     Args:
         ended: gets the number of the signal that was sent.
+        over: set when the command is at its end, which nothing is to interrupt.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in _ENDING}
-    over = threading.Event()
 
     def end(number: int, _: FrameType | None) -> NoReturn:
         for one in _ENDING:  # they often come twice, and the second must not stop the saving

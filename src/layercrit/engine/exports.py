@@ -16,29 +16,41 @@ __all__ = ["graph_of"]
 
 _TENSORS_AND_PARTS = {"_parameters", "_buffers", "_modules"}
 _PLAIN = {type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device}
+_GLOBAL_HOOKS: Any = nn.modules.module
 _SHARED = (type, types.FunctionType, types.BuiltinFunctionType)
 
 _last: tuple[Any, WeightGraph] | None = None  # its description, and the graph, without values
 
 
-def graph_of(network: nn.Module, images: Tensor, read_logits: ReadLogits = logits_of) -> WeightGraph:
-    """Return the network's graph as `export_graph` does; that of the network before, if both must have the same.
+def graph_of(
+    network: nn.Module, images: Tensor, read_logits: ReadLogits = logits_of, *, anew: bool = False
+) -> tuple[WeightGraph, bool]:
+    """Return the network's graph as `export_graph` does, and whether it is that of the network before.
 
     The exporter sees shapes and formats of weights but no values. So networks have the same graph whose modules have
     the same types, settings and weights' shapes. Where one of them has a setting whose equality cannot be told, as an
-    object of some other class, the network is exported.
+    object of some other class, the network is exported. Variables of a module's file that its forward reads are taken
+    to stay the same.
+
+    Args:
+        network: as for `export_graph`.
+        images: likewise.
+        read_logits: likewise.
+        anew: export it in any case.
     """
     global _last
+    if anew:
+        _last = None
     description = _description(network, images) if read_logits is logits_of else None
     if description is not None and _last is not None and _last[0] == description:
         known, tensors = _last[1], _tensors(network)
         values = {node: tensors[names[0]] for node, names in known.names.items()}
-        return WeightGraph(known.graph, known.images, known.logits, known.names, values)
+        return WeightGraph(known.graph, known.images, known.logits, known.names, values), True
     found = export_graph(network, images, read_logits)
     # a constant of the graph that is no parameter or buffer has the value that it has in this network
     if description is not None and all(names[0] in _tensors(network) for names in found.names.values()):
         _last = description, WeightGraph(found.graph, found.images, found.logits, found.names, {})
-    return found
+    return found, False
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -49,6 +61,8 @@ def _tensors(network: nn.Module) -> dict[str, Tensor]:
 
 def _description(network: nn.Module, images: Tensor) -> Any:
     """Return what decides which graph a network has, None if it cannot be told; equal descriptions are equal graphs."""
+    if _GLOBAL_HOOKS._global_forward_hooks or _GLOBAL_HOOKS._global_forward_pre_hooks:
+        return None
     first: dict[int, str] = {}  # tied tensors and modules that are used twice are told by their first name
     tensors = [
         (name, first.setdefault(id(tensor), name), type(tensor), tensor.requires_grad, *_layout(tensor))
@@ -59,13 +73,27 @@ def _description(network: nn.Module, images: Tensor) -> Any:
             (name, first.setdefault(id(module), name), type(module), _settings(module))
             for name, module in network.named_modules(remove_duplicate=False)
         ]
-    except TypeError:
+        classes = {type(module): _class_settings(type(module)) for module in network.modules()}
+    except (TypeError, RecursionError):
         return None
-    return _layout(images), tensors, modules
+    return _layout(images), tensors, modules, classes
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _class_settings(kind: type[nn.Module]) -> list[Any]:
+    """Return what the code of a class is and what plain values it reads from itself."""
+    forward = kind.forward
+    values = [
+        (one, name, _comparable(value))
+        for one in kind.__mro__
+        if one.__module__ != nn.Module.__module__
+        for name, value in vars(one).items()
+        if type(value) in _PLAIN
+    ]
+    return [forward, _comparable(getattr(forward, "__defaults__", None)), values]
 
 
 def _settings(module: nn.Module) -> list[tuple[str, Any]]:

@@ -31,6 +31,7 @@ __all__ = ["WeightGraph", "export_graph", "speed_up"]
 aten = torch.ops.aten
 
 _BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+_READ_MEMORY = {aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default, aten.view_as_real.default}
 # What the exporter writes in its final form at once: neither views nor writes to memory, nor made of other operators
 _FINAL = {
     *(aten.conv2d.default, aten.linear.default, aten.add.Tensor, aten.mul.Tensor, aten.mean.dim),
@@ -222,8 +223,14 @@ def folded_bias(bias: Tensor | None, mean: Tensor, beta: Tensor | None, scale: T
 
 
 def _hold_dtype(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
-    """Keep every dynamic value that is float32 in the network in ``dtype``; drop layout promises."""
+    """Keep every dynamic value that is float32 in the network in ``dtype``; drop layout promises.
+
+    Raises:
+        RuntimeError: the network reads a value as it lies in memory.
+    """
     for node in weight_graph.dynamic_nodes():
+        if node.target in _READ_MEMORY:
+            raise RuntimeError(f"the network reads values as they lie in memory: {node.target}")
         node.args = map_aggregate(node.args, lambda a: dtype if a is torch.float32 else a)
         node.kwargs = map_aggregate(node.kwargs, lambda a: dtype if a is torch.float32 else a)
         if node.target in (aten.view.default, aten._unsafe_view.default):

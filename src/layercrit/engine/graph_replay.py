@@ -74,7 +74,7 @@ class GraphReplay(Replay):
         self._dynamic = weight_graph.dynamic_nodes()
         self._suffixes = {layer.name: self._plan_suffix(layer) for layer in layers}
         self._schedules: dict[frozenset[str], list[_Step | _Visit]] = {}
-        self._captures = SweepCaptures(self._run)
+        self._captures = SweepCaptures()
         read = {a for node in self._dynamic for a in node.all_input_nodes} | {weight_graph.logits}
         with torch.inference_mode():
             cache: dict[fx.Node, Any] = {}
@@ -107,7 +107,7 @@ class GraphReplay(Replay):
                 "Pad the last batch, or open another replay."
             )
         if images.device.type == "cuda" and self.mode != "reference":
-            return self._captures.sweep(images, *prepared)
+            return self._captures.sweep(self._run, images, *prepared)
         return self._run(images, *prepared)
 
     def _run(self, images: Tensor, *prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:

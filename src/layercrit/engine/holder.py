@@ -87,6 +87,7 @@ class ReplayHolder:
                 reason = first_line(error)
             # Only here, where the error's traceback no longer holds the tensors that were too many:
             self._replay = None
+            self._probe_set.leave_gpus()
             if self.batch_size == 1:
                 raise LayercritError(
                     f"Out of memory on {self._subject.device} even with a batch of one image ({reason}). "

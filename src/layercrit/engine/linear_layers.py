@@ -60,6 +60,8 @@ def _scales_outputs(x: Any, scale: fx.Node) -> bool:
         outputs = [d % len(order) for d in order].index(len(order) - 1) - len(order)
     if linear.target is not aten.linear.default or only_user(linear) is None:
         return False
+    if value_of(linear.args[1]).ndim != 2:  # a single output, whose dimension is dropped
+        return False
     shape, n_outputs = value_of(scale).shape, value_of(linear).shape[-1]
     whole = value_of(scale).numel() == n_outputs and len(shape) <= value_of(x).ndim
     return whole and -outputs <= len(shape) and shape[outputs] == n_outputs and value_of(scale).dtype is torch.float32

@@ -149,7 +149,8 @@ def _attention(node: fx.Node, dim: int) -> Dims:
     if not isinstance(mask, fx.Node):
         return {0: dim}
     rows = value_of(mask).ndim - 2
-    return {0: dim} if value_of(mask).shape[rows] == 1 else {0: dim, 3: rows}
+    alike = rows < 0 or value_of(mask).shape[rows] == 1  # the mask is the same for all queries
+    return {0: dim} if alike else {0: dim, 3: rows}
 
 
 def _matmul(node: fx.Node, dim: int) -> Dims:

@@ -42,20 +42,22 @@ def open_replay(
         mode: one of `MODES`. Backends other than the exported graph have ``reference`` only.
         read_logits: takes the logits out of what the network returns.
     """
-    try:
-        weight_graph = graph_of(network, images, read_logits)
-    except Exception as error:  # torch.export documents no base class for what it raises
-        if is_out_of_memory(error):
-            raise
-        reason = f"the network cannot be exported ({first_line(error)})"
-    else:
-        whole = Layer("", "", tuple(name for name, _ in network.named_parameters()), (), 0)
-        rounding = 0.0 if mode == "reference" else _ROUNDING
-        if _agrees(
-            GraphReplay(weight_graph, [whole]), PlainReplay(network, [whole], read_logits=read_logits), images, rounding
-        ):
+    whole = Layer("", "", tuple(name for name, _ in network.named_parameters()), (), 0)
+    own = PlainReplay(network, [whole], read_logits=read_logits)
+    rounding = 0.0 if mode == "reference" else _ROUNDING
+    for anew in (False, True):
+        try:
+            weight_graph, is_shared = graph_of(network, images, read_logits, anew=anew)
+        except Exception as error:  # torch.export documents no base class for what it raises
+            if is_out_of_memory(error):
+                raise
+            reason = f"the network cannot be exported ({first_line(error)})"
+            break
+        if _agrees(GraphReplay(weight_graph, [whole]), own, images, rounding):
             return _in_mode(GraphReplay(weight_graph, layers), mode, images)
         reason = "the exported network does not reproduce the network's own logits"
+        if not is_shared:
+            break
     recorded = RecordedReplay(network, layers, f"recorded outputs instead of an exported graph: {reason}", read_logits)
     both = f"{reason}, and recorded outputs give other logits"
     plain = PlainReplay(network, layers, f"the plain backend, without reuse: {both}", read_logits)
@@ -96,7 +98,7 @@ def _in_mode(reference: GraphReplay, mode: Mode, images: Tensor) -> GraphReplay:
         try:
             fast = reference.in_mode(attempt, images.device)
             logits = fast.logits(images)
-        except RuntimeError as error:  # an operator that does not know this number format
+        except Exception as error:  # an operator that does not know this number format raises what it likes
             if is_out_of_memory(error):
                 raise
             reasons.append(f"{attempt} fails ({first_line(error)})")

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -154,7 +153,17 @@ class Session:
 
     def run_batch(self, draws: "Draws", start: int) -> Batch:
         """Run the resets of some trials on the images from ``start`` on, as many as fit into a batch."""
-        return self.holder.run(partial(self._run_batch, draws=draws, start=start))
+
+        def work(replay: Replay) -> Batch:
+            try:
+                return self._run_batch(replay, draws, start)
+            except (RuntimeError, MemoryError) as error:
+                if is_out_of_memory(error):  # what holds the replay must go before another one is opened
+                    self._kept = (None, {})
+                    draws.drop_prepared()
+                raise
+
+        return self.holder.run(work)
 
     def _run_batch(self, replay: Replay, draws: "Draws", start: int) -> Batch:
         prepared = draws.prepared(replay)
@@ -164,13 +173,13 @@ class Session:
         logits = [after.get((trial, layer.name), before) for trial, layer in draws.cells]
         at_once = max(1, _BYTES_OF_CELLS["cpu" if before.device.type == "cpu" else "other"] // before.nbytes)
         parts = [
-            self._measure(before, logits[first : first + at_once], start) for first in range(0, len(logits), at_once)
+            self._compare_cells(before, logits[first : first + at_once], start) for first in range(0, len(logits), at_once)
         ]
         values = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
         self.seconds_running += time.perf_counter() - started
         return Batch(start, start + n, values)
 
-    def _measure(self, before: Tensor, logits: Sequence[Tensor], start: int) -> dict[str, Tensor]:
+    def _compare_cells(self, before: Tensor, logits: Sequence[Tensor], start: int) -> dict[str, Tensor]:
         """Return distance or score -> ``(n_cells, n_images)``, all cells in one call.
 
         Args:
@@ -260,6 +269,10 @@ class Draws:
             self._prepared = (replay, made)
             self._session.seconds_packing += time.perf_counter() - started
         return self._prepared[1]
+
+    def drop_prepared(self) -> None:
+        """Free what was made for a replay; it is made again when it is needed."""
+        self._prepared = None
 
     def forget(self) -> None:
         """Free the drawn values; the trials are over."""

@@ -116,7 +116,7 @@ class ProbeSet:
 
         They are freed with the probe set: all models that are shown it on this GPU share them.
         """
-        if device.type != "cuda":
+        if device.type != "cuda" or not 0 <= start < min(stop, self.n_images):
             return self.batch(start, stop).to(device)
         if device not in self._on_gpus:
             n_bytes = math.prod((self.n_images, *self._pixels.shape[1:]))
@@ -128,6 +128,10 @@ class ProbeSet:
                 kept[first : first + len(some)] = some
             self._on_gpus[device] = kept
         return self._on_gpus[device][start:stop]
+
+    def leave_gpus(self) -> None:
+        """Free the images that GPUs keep; they are put there again where there is room."""
+        self._on_gpus.clear()
 
     def first(self, n_images: int) -> "ProbeSet":
         """Return the probe set of the first images, or this one if it has no more."""
