@@ -136,8 +136,8 @@ def test_batches__from_any_image_are_the_rest_up_to_rounding(network):
 def test_batches__cells_are_measured_at_once_as_one_by_one(network, monkeypatch):
     session = open_session(network, mostly_right(network, N_IMAGES))
     together = gathered(session.trial(0).batches())
-    for at_once in (1, 4 * 2 * 4 * 6):  # bytes of one cell, and of two of 4 images and 6 classes
-        monkeypatch.setattr(session_module, "_BYTES_OF_CELLS", {"cpu": at_once})
+    for at_once in (2, 100):
+        monkeypatch.setattr(session, "_n_at_once", lambda before, at_once=at_once: at_once)
         apart = gathered(session.trial(0).batches())
         assert list(apart) == list(together)
         for name, values in together.items():

@@ -26,8 +26,7 @@ from layercrit.protocol import MATCHED, Protocol
 __all__ = ["Batch", "Draws", "Session"]
 
 _BYTES_OF_LOGITS = 2**28  # of the trained network, up to which they are kept
-# Of logits that are compared in one call: about what stays in the cache of a CPU; on other devices calls cost more.
-_BYTES_OF_CELLS = {"cpu": 2**22, "other": 2**26}
+_BYTES_OF_CELLS = 2**26  # of logits that a GPU compares in one call, for calls cost more there than what they compute
 
 
 @dataclass(frozen=True)
@@ -171,13 +170,22 @@ class Session:
         images, n = self.holder.batch(start)
         before, after = self._logits(replay, images, prepared, start, n)
         logits = [after.get((trial, layer.name), before) for trial, layer in draws.cells]
-        at_once = max(1, _BYTES_OF_CELLS["cpu" if before.device.type == "cpu" else "other"] // before.nbytes)
+        at_once = self._n_at_once(before)
         parts = [
-            self._compare_cells(before, logits[first : first + at_once], start) for first in range(0, len(logits), at_once)
+            self._compare_cells(before, logits[first : first + at_once], start)
+            for first in range(0, len(logits), at_once)
         ]
         values = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
         self.seconds_running += time.perf_counter() - started
         return Batch(start, start + n, values)
+
+    def _n_at_once(self, before: Tensor) -> int:
+        """Return how many cells to compare in one call.
+
+        One on a CPU: its vector instructions round the end of a tensor in another way, so that a cell's distances would
+        depend on the cells beside it.
+        """
+        return 1 if before.device.type == "cpu" else max(1, _BYTES_OF_CELLS // before.nbytes)
 
     def _compare_cells(self, before: Tensor, logits: Sequence[Tensor], start: int) -> dict[str, Tensor]:
         """Return distance or score -> ``(n_cells, n_images)``, all cells in one call.
