@@ -135,9 +135,11 @@ def export_graph(
             names[node] = names_of.get(id(values[node]), (name,))
     (images_node,) = (node for node in graph.nodes if node.op == "placeholder" and node not in values)
     (logits_node,) = graph.output_node().args[0]
-    for node in list(graph.nodes):
-        if node.target is aten._assert_tensor_metadata.default:
-            graph.erase_node(node)  # true of the float32 network; a fast mode changes types and layouts on purpose
+    for node in reversed(list(graph.nodes)):
+        # true of the float32 network; a fast mode changes types and layouts on purpose
+        is_promise = node.target is aten._assert_tensor_metadata.default
+        if is_promise or (node.op == "call_function" and not node.users):  # or the output does not depend on it
+            graph.erase_node(node)
     return WeightGraph(graph, images_node, logits_node, names, values)
 
 
