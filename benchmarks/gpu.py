@@ -42,10 +42,15 @@ def main() -> None:
             task.pop("what")
         ](**task)))  # fmt: skip
         return
+    from replay import write_photographs  # the benchmark beside this one
+
     figures = {"card": child(what="limits"), "networks": {}}
     print(card_in_words(figures["card"]), end="\n\n", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        photographs = arguments.photographs or write_photographs(Path(scratch))
+        photographs = arguments.photographs
+        if photographs is None:
+            photographs = Path(scratch) / "images"
+            write_photographs(photographs, 64)
         for arch in arguments.arch:
             found = {
                 "forward": child(what="forward", arch=arch),
@@ -314,22 +319,6 @@ def seconds(work: Callable[[], object], n: int = 10) -> float:
     torch.cuda.synchronize()
     times = sorted(a.elapsed_time(b) for a, b in pairwise(events))
     return times[n // 2] / 1e3
-
-
-def write_photographs(folder: Path, n: int = 64) -> Path:
-    import numpy as np
-    import skimage
-    from PIL import Image
-
-    whole = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee(), skimage.data.rocket()]
-    generator = np.random.default_rng(0)
-    for index in range(n):
-        picture = Image.fromarray(whole[index % len(whole)])
-        side = int(generator.integers(220, min(picture.size)))
-        left, top = (int(generator.integers(0, size - side + 1)) for size in picture.size)
-        cut = picture.crop((left, top, left + side, top + side)).resize((500, 375))
-        cut.save(folder / f"{index:05}.jpg", quality=90)
-    return folder
 
 
 if __name__ == "__main__":

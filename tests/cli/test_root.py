@@ -52,6 +52,13 @@ def as_before():
         signal.signal(number, handler)
 
 
+def go_on(seconds):
+    """Run Python code, between whose steps signals are seen."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        list(map(len, [""]))
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """A saved measurement of a network whose layers have hostile names."""
@@ -259,9 +266,7 @@ def test_signals__while_an_object_is_freed(measured, monkeypatch, capsys, ctrl_c
 
     def load(folder):
         Freed()
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            list(map(len, [""]))
+        go_on(10)
         pytest.fail("the signal was lost")
 
     monkeypatch.setattr(Measurement, "load", load)
@@ -275,13 +280,9 @@ def test_signals__native_code_clears_them(measured, monkeypatch, capsys):
         for _ in range(3):
             with contextlib.suppress(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGTERM)
-                deadline = time.monotonic() + 10
-                while time.monotonic() < deadline:
-                    list(map(len, [""]))
+                go_on(10)
                 pytest.fail("the signal was lost")
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            list(map(len, [""]))
+        go_on(10)
         pytest.fail("the signal was lost")
 
     monkeypatch.setattr(Measurement, "load", load)
@@ -297,9 +298,7 @@ def test_signals__saving_is_not_interrupted_again(measured, monkeypatch, capsys)
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
-            deadline = time.monotonic() + 4 * root._MOMENT
-            while time.monotonic() < deadline:
-                list(map(len, [""]))
+            go_on(4 * root._MOMENT)
             saved.append(folder)
 
     monkeypatch.setattr(Measurement, "load", load)

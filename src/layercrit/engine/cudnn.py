@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from layercrit.engine.nodes import alike, convolution_arguments, only_user, value_of
+from layercrit.engine.nodes import convolution_arguments, epilogue, value_of
 
 __all__ = ["convolutions_work", "fuse_convolutions"]
 
@@ -54,17 +54,9 @@ def fuse_convolutions(graph: fx.Graph, dynamic: set[fx.Node]) -> None:
         arguments = convolution_arguments(conv)
         if conv.args[1] in dynamic or value_of(conv).dtype is not torch.float32 or arguments[6] != 1:
             continue  # the weight is made from the image, another format is the network's own, or it is grouped
-        chain, shortcut = [conv], None
-        follower = only_user(conv)
-        if follower is not None and follower.target is aten.add.Tensor and not follower.kwargs:
-            other = follower.args[1] if follower.args[0] is conv else follower.args[0]
-            if isinstance(other, fx.Node) and other is not conv and alike(other, conv):
-                shortcut = other
-                chain.append(follower)
-                follower = only_user(follower)
-        if follower is None or follower.target is not aten.relu.default:
+        chain, shortcut, activation, _ = epilogue(conv, {aten.relu.default: "relu"})
+        if activation is None:
             continue
-        chain.append(follower)
         # computed where the last node of the chain stood, so that the shortcut is there by then
         with graph.inserting_before(chain[-1]):
             if shortcut is None:

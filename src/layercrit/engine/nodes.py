@@ -1,11 +1,12 @@
 """What rewriting asks of the nodes of an exported graph: what they are, their shapes, their readers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-__all__ = ["CONVOLUTIONS", "alike", "convolution_arguments", "only_user", "value_of"]
+__all__ = ["CONVOLUTIONS", "alike", "convolution_arguments", "epilogue", "only_user", "shortcut_of", "value_of"]
 
 aten = torch.ops.aten
 
@@ -42,3 +43,38 @@ def convolution_arguments(conv: fx.Node) -> tuple[Any, ...]:
         if len(arguments[index]) == 1:
             arguments[index] = [*arguments[index]] * 2
     return tuple(arguments)
+
+
+def shortcut_of(follower: fx.Node, node: fx.Node) -> fx.Node | None:
+    """Return what a node's reader adds to it, if that is all the reader does and both have one shape."""
+    if follower.target is not aten.add.Tensor or follower.kwargs:
+        return None
+    other = follower.args[1] if follower.args[0] is node else follower.args[0]
+    return other if isinstance(other, fx.Node) and other is not node and alike(other, node) else None
+
+
+def epilogue(
+    conv: fx.Node, activations: Mapping[Any, str]
+) -> tuple[list[fx.Node], fx.Node | None, str | None, list[float]]:
+    """Return what one call can do: the nodes (convolution, residual sum, activation), the shortcut, the activation.
+
+    Args:
+        conv: a two-dimensional convolution.
+        activations: those that the call knows, target -> name; after a residual sum only ``relu``.
+
+    Returns:
+        the nodes; what is added, or None; the activation's name, or None; the limits of a ``hardtanh``.
+    """
+    chain, shortcut = [conv], None
+    follower = only_user(conv)
+    grouped = len(conv.args) > 6 and conv.args[6] != 1  # oneDNN then computes the sum apart, and not in bfloat16
+    if follower is not None and not grouped:
+        shortcut = shortcut_of(follower, conv)
+        if shortcut is not None:
+            chain.append(follower)
+            follower = only_user(follower)
+    activation = None if follower is None else activations.get(follower.target)
+    if follower is None or activation is None or (shortcut is not None and activation != "relu"):
+        return chain, shortcut, None, []
+    limits = [float(limit) for limit in follower.args[1:]] if activation == "hardtanh" else []  # type: ignore[arg-type]
+    return [*chain, follower], shortcut, activation, limits

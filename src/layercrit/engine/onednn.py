@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, fx, nn
 
-from layercrit.engine.nodes import alike, convolution_arguments, only_user, value_of
+from layercrit.engine.nodes import convolution_arguments, epilogue, only_user, shortcut_of, value_of
 
 __all__ = ["convolutions_work", "fuse_convolutions", "fuse_linears", "linears_work"]
 
@@ -117,7 +117,7 @@ def fuse_convolutions(graph: fx.Graph, dynamic: set[fx.Node]) -> None:
     for conv in [node for node in graph.nodes if node.target is aten.conv2d.default]:
         if conv.args[1] in dynamic or value_of(conv).dtype is not torch.float32:
             continue  # the weight is made from the image, or the network itself computes in another format
-        chain, shortcut, activation, limits = _epilogue(conv)
+        chain, shortcut, activation, limits = epilogue(conv, _ACTIVATIONS)
         x, weight, bias, stride, padding, dilation, groups = convolution_arguments(conv)
         # computed where the last node of the chain stood, so that the shortcut is there by then
         with graph.inserting_before(chain[-1]):
@@ -144,7 +144,7 @@ def fuse_linears(graph: fx.Graph, dynamic: set[fx.Node]) -> None:
         last, shortcut, activation, algorithm = linear, None, "none", ""
         follower = only_user(linear)
         if follower is not None:
-            shortcut = _shortcut(follower, linear)
+            shortcut = shortcut_of(follower, linear)
             if shortcut is not None:
                 last = follower
             elif follower.target is aten.gelu.default:
@@ -162,31 +162,6 @@ def fuse_linears(graph: fx.Graph, dynamic: set[fx.Node]) -> None:
         last.replace_all_uses_with(fused)
         for node in dict.fromkeys((last, linear)):
             graph.erase_node(node)
-
-
-def _shortcut(follower: fx.Node, node: fx.Node) -> fx.Node | None:
-    """Return what a node's reader adds to it, if that is all the reader does and both have one shape."""
-    if follower.target is not aten.add.Tensor or follower.kwargs:
-        return None
-    other = follower.args[1] if follower.args[0] is node else follower.args[0]
-    return other if isinstance(other, fx.Node) and other is not node and alike(other, node) else None
-
-
-def _epilogue(conv: fx.Node) -> tuple[list[fx.Node], fx.Node | None, str | None, list[float]]:
-    """Return what one call can do: the nodes (convolution, residual sum, activation), the shortcut, the activation."""
-    chain, shortcut = [conv], None
-    follower = only_user(conv)
-    grouped = len(conv.args) > 6 and conv.args[6] != 1  # oneDNN then computes the sum apart, and not in bfloat16
-    if follower is not None and not grouped:
-        shortcut = _shortcut(follower, conv)
-        if shortcut is not None:
-            chain.append(follower)
-            follower = only_user(follower)
-    activation = None if follower is None else _ACTIVATIONS.get(follower.target)  # type: ignore[call-overload]
-    if follower is None or activation is None or (shortcut is not None and activation != "relu"):
-        return chain, shortcut, None, []
-    limits = [float(limit) for limit in follower.args[1:]] if activation == "hardtanh" else []  # type: ignore[arg-type]
-    return [*chain, follower], shortcut, activation, limits
 
 
 @cache
