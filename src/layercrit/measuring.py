@@ -208,7 +208,7 @@ def _intention(subject: Subject, protocol: Protocol) -> str:
     if protocol.half_width is not None:
         trials = f"a pilot of {trials}, then as many as a half-width of {protocol.half_width:g} takes"
     elif protocol.minutes is not None:
-        trials = f"a pilot of {trials}, then as many as {protocol.minutes:g} minutes allow"
+        trials = f"a pilot of {trials}, then as many as {protocol.minutes:g} min allow"
     return (
         f"{model.reference}: {len(subject.layers)} layers, {trials}, {protocol.n_images:,} images at "
         f"most, of {size.channels} x {size.height} x {size.width} pixels{resized}; mean {mean}; std {std}"
