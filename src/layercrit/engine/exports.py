@@ -2,13 +2,13 @@
 
 import types
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from layercrit.engine.graph import WeightGraph, export_graph
+from layercrit.engine.graph import WeightGraph, export_graph, named_tensors
 from layercrit.engine.replay import ReadLogits
 from layercrit.models.outputs import logits_of
 
@@ -41,32 +41,27 @@ def graph_of(
     global _last
     if anew:
         _last = None
-    description = _description(network, images) if read_logits is logits_of else None
+    tensors = named_tensors(network)
+    description = _description(network, tensors, images) if read_logits is logits_of else None
     if description is not None and _last is not None and _last[0] == description:
-        known, tensors = _last[1], _tensors(network)
+        known = _last[1]
         values = {node: tensors[names[0]] for node, names in known.names.items()}
         return WeightGraph(known.graph, known.images, known.logits, known.names, values), True
     found = export_graph(network, images, read_logits)
     # a constant of the graph that is no parameter or buffer has the value that it has in this network
-    if description is not None and all(names[0] in _tensors(network) for names in found.names.values()):
+    if description is not None and all(names[0] in tensors for names in found.names.values()):
         _last = description, WeightGraph(found.graph, found.images, found.logits, found.names, {})
     return found, False
 
 
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers by all of their names."""
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    return {**parameters, **dict(network.named_buffers(remove_duplicate=False))}
-
-
-def _description(network: nn.Module, images: Tensor) -> Any:
+def _description(network: nn.Module, tensors: Mapping[str, Tensor], images: Tensor) -> Any:
     """Return what decides which graph a network has, None if it cannot be told; equal descriptions are equal graphs."""
     if _GLOBAL_HOOKS._global_forward_hooks or _GLOBAL_HOOKS._global_forward_pre_hooks:
         return None
     first: dict[int, str] = {}  # tied tensors and modules that are used twice are told by their first name
-    tensors = [
+    weights = [
         (name, first.setdefault(id(tensor), name), type(tensor), tensor.requires_grad, *_layout(tensor))
-        for name, tensor in _tensors(network).items()
+        for name, tensor in tensors.items()
     ]
     try:
         modules = [
@@ -76,7 +71,7 @@ def _description(network: nn.Module, images: Tensor) -> Any:
         classes = {type(module): _class_settings(type(module)) for module in network.modules()}
     except (TypeError, RecursionError):
         return None
-    return _layout(images), tensors, modules, classes
+    return _layout(images), weights, modules, classes
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -26,7 +26,7 @@ from layercrit.engine.nodes import CONVOLUTIONS, value_of
 from layercrit.models.outputs import logits_of
 from layercrit.restoring import attributes_kept
 
-__all__ = ["WeightGraph", "export_graph", "speed_up"]
+__all__ = ["WeightGraph", "export_graph", "named_tensors", "speed_up"]
 
 aten = torch.ops.aten
 
@@ -120,10 +120,7 @@ def export_graph(
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
-    tensors: dict[str, Tensor] = {
-        **dict(network.named_parameters(remove_duplicate=False)),
-        **dict(network.named_buffers(remove_duplicate=False)),
-    }
+    tensors = named_tensors(network)
     names_of: dict[int, tuple[str, ...]] = {}
     for name, tensor in tensors.items():
         names_of[id(tensor)] = (*names_of.get(id(tensor), ()), name)
@@ -141,6 +138,12 @@ def export_graph(
         if is_promise or (node.op == "call_function" and not node.users):  # or the output does not depend on it
             graph.erase_node(node)
     return WeightGraph(graph, images_node, logits_node, names, values)
+
+
+def named_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers by all of their names; tied ones have several."""
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(network.named_buffers(remove_duplicate=False))}
 
 
 def _write_out(graph: fx.Graph) -> bool:
@@ -168,9 +171,10 @@ def speed_up(weight_graph: WeightGraph, dtype: torch.dtype, device: torch.device
     """Return a graph rewritten for speed: same function, other rounding.
 
     Batch normalisation is folded into the convolution before it (scale ``gamma / sqrt(var + eps)``), values that depend
-    on the image are kept in ``dtype`` and channels-last order, and on a CPU a convolution, the residual sum and the
-    activation after it become one oneDNN call with packed weights. What depends on weights alone is computed in
-    float32 and cast last. Logits stay float32.
+    on the image are kept in ``dtype`` and channels-last order, what only one token is read of is computed for it alone,
+    and a convolution, the residual sum and the activation after it become one call: of oneDNN with packed weights on a
+    CPU (in bfloat16 linear layers, too), of cuDNN on a GPU. What depends on weights alone is computed in float32 and
+    cast last. Logits stay float32.
     """
     fast = weight_graph.copy()
     _hold_dtype(fast, dtype)

@@ -170,9 +170,10 @@ class Session:
         images, n = self.holder.batch(start)
         before, after = self._logits(replay, images, prepared, start, n)
         logits = [after.get((trial, layer.name), before) for trial, layer in draws.cells]
+        clean = before.softmax(dim=1), (before / self._temperature).softmax(dim=1)
         at_once = self._n_at_once(before)
         parts = [
-            self._compare_cells(before, logits[first : first + at_once], start)
+            self._compare_cells(clean, logits[first : first + at_once], start)
             for first in range(0, len(logits), at_once)
         ]
         values = {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
@@ -187,21 +188,20 @@ class Session:
         """
         return 1 if before.device.type == "cpu" else max(1, _BYTES_OF_CELLS // before.nbytes)
 
-    def _compare_cells(self, before: Tensor, logits: Sequence[Tensor], start: int) -> dict[str, Tensor]:
+    def _compare_cells(self, clean: tuple[Tensor, Tensor], logits: Sequence[Tensor], start: int) -> dict[str, Tensor]:
         """Return distance or score -> ``(n_cells, n_images)``, all cells in one call.
 
         Args:
-            before: the trained network's logits, ``(n_images, n_classes)``.
-            logits: those after each reset.
+            clean: the trained network's predictions, ``(n_images, n_classes)``, and those at the matched temperature.
+            logits: those after each reset, ``(n_images, n_classes)``.
             start: the position of the first image.
         """
-        n_cells, n = len(logits), len(before)
-        after = torch.cat(list(logits))
-        p, q = before.softmax(dim=1).repeat(n_cells, 1), after.softmax(dim=1)
-        found = measure_distances(p, q, self.distances)
-        p = (before / self._temperature).softmax(dim=1).repeat(n_cells, 1)
-        q = (after / self._temperature).softmax(dim=1)
-        found[MATCHED] = measure_distances(p, q, ["cosine"])["cosine"]
+        n_cells, n = len(logits), len(clean[0])
+        p, p_matched = (predictions.repeat(n_cells, 1) for predictions in clean)
+        after = torch.cat(list(logits))  # (n_cells * n_images, n_classes)
+        found = measure_distances(p, after.softmax(dim=1), self.distances)
+        matched = measure_distances(p_matched, (after / self._temperature).softmax(dim=1), ["cosine"])
+        found[MATCHED] = matched["cosine"]
         if self.labels is not None:
             found |= scores_of(after, np.tile(self.labels[start : start + n], n_cells))
         return {name: values.view(n_cells, n) for name, values in found.items()}
