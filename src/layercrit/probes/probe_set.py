@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -139,6 +140,14 @@ class ProbeSet:
             return self
         labels = None if self.labels is None else self.labels[:n_images]
         return replace(self, names=self.names[:n_images], labels=labels, sha256=_digest(self._pixels, n_images, labels))
+
+    def in_memory(self) -> "ProbeSet":
+        """Return the same probe set without its file, to send it to a machine that does not see that."""
+        pixels = PixelStore((self.n_images, *self._pixels.shape[1:]), memory_limit=sys.maxsize)
+        for start in range(0, self.n_images, _IMAGES_AT_ONCE):
+            for slot, image in enumerate(self._pixels.read(start, min(start + _IMAGES_AT_ONCE, self.n_images)), start):
+                pixels.write(slot, image)
+        return replace(self, _pixels=pixels)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what identifies the probe set and how it was made, as plain data."""

@@ -38,7 +38,16 @@ from layercrit.study.executors import (
 from layercrit.study.file import StudyFile
 from layercrit.study.pilots import pilots_of, plans_of
 from layercrit.study.store import FailureRow, ModelRow, Store
-from layercrit.study.worker import Job, Measured, Planned, Progressed, start_worker
+from layercrit.study.worker import (
+    Job,
+    Left,
+    Measured,
+    Opening,
+    Planned,
+    Progressed,
+    name_of_parts,
+    start_worker,
+)
 
 __all__ = ["RunReport", "run_study"]
 
@@ -213,7 +222,10 @@ class _Run:
         self.expected |= dict.fromkeys((task.name for task in tasks), 0.0)
         self.done |= dict.fromkeys((task.name for task in tasks), 0.0)
         self._show()
-        events = executor.run(tasks, partial(start_worker, self.study, self.folder))
+        probe_set = ProbeSet.load(self.folder / _PROBE_SET, verify=False)
+        if executor.is_remote:
+            probe_set = probe_set.in_memory()
+        events = executor.run(tasks, partial(start_worker, self.study, probe_set), self._answer)
         with contextlib.closing(events):  # type: ignore[type-var]
             for event in events:
                 with self.store.transaction():
@@ -278,10 +290,37 @@ class _Run:
                     tasks.append(_task(entry, reset, {trial: None}))
         return tasks
 
+    def _answer(self, task: Task, asked: Opening | Planned) -> dict[str, Any] | Left:
+        """Tell a worker what is known."""
+        if isinstance(asked, Opening):
+            return dict(self._known_record(asked.model))
+        with self.store.transaction():
+            return self._plan(task, asked)
+
+    def _known_record(self, model: str) -> Mapping[str, Any]:
+        return next(row.record for row in self.store.models() if row.model == model) or {}
+
+    def _plan(self, task: Task, planned: Planned) -> Left:
+        """Keep which cells a task has, and return which of them are left."""
+        model, name = task.payload.model.name, task.name
+        self._put_record(model, planned.record)
+        self._say_about(model, planned.record)
+        for where in _places(task.payload):
+            self.store.clear_plan(*where)
+        self.store.put_plan(planned.plan)
+        keys = {row.key for row in planned.plan}
+        known = self.store.known(keys)
+        self.expected[name], self.done[name] = len(planned.plan), len(known)
+        if name not in self.opened:  # else its worker died, and another one begins anew
+            self.report.n_known += len(known)
+        self.opened.add(name)
+        parts = name_of_parts(keys - known)
+        return Left(known, parts, self.store.parts(parts))
+
     def _keep(self, event: Event) -> None:
         job: Job = event.task.payload
         name = event.task.name
-        places = [(job.model.name, job.reset, trial) for trial in job.layers]
+        places = _places(job)
         match event:
             case Failed(error=error, details=details):
                 for where in places:
@@ -290,16 +329,6 @@ class _Run:
                     self.said.add((job.model.name, error))
                     self.bar.say(f"{name} failed: {error.splitlines()[0][:160]}")
                 self.expected[name] = self.done[name]
-            case Message(content=Planned(record, plan, n_known)):
-                self._put_record(job.model.name, record)
-                self._say_about(job.model.name, record)
-                for where in places:
-                    self.store.clear_plan(*where)
-                self.store.put_plan(plan)
-                self.expected[name], self.done[name] = len(plan), n_known
-                if name not in self.opened:  # else its worker died, and another one begins anew
-                    self.report.n_known += n_known
-                self.opened.add(name)
             case Message(content=Progressed(task, part, n_cells)):
                 self.store.put_part(task, part)
                 self.done[name] += n_cells * (part.stop - part.start) / self._n_images
@@ -324,7 +353,7 @@ class _Run:
 
     def _put_record(self, model: str, record: dict[str, Any]) -> None:
         """Keep what is known of a model; where its weights or other content changed, its cells are others, too."""
-        known = next(row.record for row in self.store.models() if row.model == model) or {}
+        known = self._known_record(model)
         if known.get("sha256") == record["sha256"]:
             for reset, content in record["content"].items():
                 if known["content"].get(reset) != content:
@@ -353,6 +382,11 @@ def _task(entry: ModelEntry, reset: str, layers: Mapping[int, Sequence[str] | No
     first, last = min(layers), max(layers)
     numbers = f"trial {first}" if first == last else f"trials {first} to {last}"
     return Task(f"{entry.name}, {reset}, {numbers}", f"{entry.name}, {reset}", Job(entry, reset, layers))
+
+
+def _places(job: Job) -> list[tuple[str, str, int]]:
+    """Return model, reset and trial of each trial of a task."""
+    return [(job.model.name, job.reset, trial) for trial in job.layers]
 
 
 def _about(study: StudyFile, probe_set: ProbeSet, n_first_images: int) -> dict[str, Any]:
