@@ -18,9 +18,9 @@ _OUT_OF_MEMORY = re.compile(
     r"|could not create a (memory object|primitive(?! descriptor))"
 )
 
-_NETWORK_FILE_SYSTEMS = frozenset(
-    "nfs nfs4 lustre gpfs beegfs ceph cifs smb3 smbfs glusterfs orangefs pvfs2 wekafs panfs afs 9p fuse.sshfs "
-    "fuse.ceph fuse.glusterfs fuse.beegfs".split()
+_NETWORK_FILE_SYSTEMS = (
+    *("9p", "afs", "beegfs", "ceph", "cifs", "fuse.beegfs", "fuse.ceph", "fuse.glusterfs", "fuse.sshfs", "glusterfs"),
+    *("gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb3", "smbfs", "wekafs"),
 )
 
 

@@ -180,13 +180,15 @@ class ProbeSet:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / _ABOUT).unlink(missing_ok=True)  # without it, half-written images are none
+            (folder / _ABOUT).unlink(missing_ok=True)  # without it, images of another probe set are none
+            new = folder / f".{_IMAGES}.new"  # whoever reads the former images may go on
             shape = (self.n_images, *self._pixels.shape[1:])
-            with (folder / _IMAGES).open("wb") as file:
+            with new.open("wb") as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 for start in range(0, self.n_images, _IMAGES_AT_ONCE):
                     file.write(self._pixels.read(start, min(start + _IMAGES_AT_ONCE, self.n_images)).data)
+            new.replace(folder / _IMAGES)
             (folder / _ABOUT).write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise ProbeError(

@@ -25,6 +25,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, ClassVar, TypeAlias
 
 from layercrit.errors import ProtocolError
+from layercrit.study.ranks import Rank, cores_here, gpus_of
 
 __all__ = [
     "Answer",
@@ -218,14 +219,15 @@ class LocalProcesses(Executor):
         return _Run(self._places, tasks, pickle.dumps(start), answer, self._attempts).events()
 
 
-def local_places(n_workers: int | None, device: str, n_gpus: int) -> list[Place]:
-    """Divide this machine among workers.
+def local_places(n_workers: int | None, device: str, n_gpus: int, shard: Rank | None = None) -> list[Place]:
+    """Divide this machine, or what a shard has of it, among workers.
 
     Args:
         n_workers: how many; None: one for each GPU with the devices ``auto`` and ``cuda``, else one.
         device: ``auto``: the GPUs if there are any, else the CPU. Workers on ``auto`` or ``cuda`` take the GPUs in
             turn; any other device is used by all workers.
         n_gpus: how many GPUs there are, as ``torch.cuda.device_count()`` says.
+        shard: the share of the study that this process has; those on one machine divide its GPUs and cores.
 
     Returns:
         A place for each worker. The cores this process may use are divided among them, at least one each.
@@ -239,11 +241,10 @@ def local_places(n_workers: int | None, device: str, n_gpus: int) -> list[Place]
         raise ProtocolError(
             "The device is 'cuda', but torch sees no GPU here. Use 'cpu', or 'auto' for whatever there is."
         )
-    gpus = [f"cuda:{number}" for number in range(n_gpus)] if device in ("auto", "cuda") else []
+    gpus = [f"cuda:{number}" for number in gpus_of(shard, n_gpus, os.environ)] if device in ("auto", "cuda") else []
     devices = gpus or ["cpu" if device == "auto" else device]
     n_workers = n_workers or len(devices)
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n_threads = max(1, n_cores // n_workers)
+    n_threads = max(1, cores_here(shard, os.environ) // n_workers)
     return [Place(devices[number % len(devices)], n_threads) for number in range(n_workers)]
 
 

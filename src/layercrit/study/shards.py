@@ -5,8 +5,8 @@ processes write one file, and none is in write-ahead mode, so that other machine
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from layercrit.study.cell_table import cells_table
 from layercrit.study.rows import FailureRow, ModelRow, PlanRow
 from layercrit.study.store import FILE, Store
 
-__all__ = ["Shards", "StoredStudy", "holders", "is_study", "open_study", "shard_folder", "store_folders"]
+__all__ = ["Elsewhere", "Shards", "StoredStudy", "holders", "is_study", "open_study", "shard_folder", "store_folders"]
 
 _SHARDS = "shards"
 _RUNS_OF_A_STORE = 1_000_000  # the runs of shard 3 are numbered from 3,000,001
@@ -71,6 +71,7 @@ class Shards:
     Args:
         folder: of the study.
         without: number of a shard to leave out.
+        measured: what the study is about, of its record; None: what the newest store is about.
 
     Attributes:
         folder: of the study.
@@ -79,8 +80,8 @@ class Shards:
         StudyError: a store cannot be read.
     """
 
-    def __init__(self, folder: Path, without: int | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, without: int | None = None, measured: Mapping[str, Any] | None = None) -> None:
+        self.folder, self._measured = folder, measured
         self._close = contextlib.ExitStack()
         self._stores: dict[int, Store] = {}
         with contextlib.ExitStack() as unless_opened:
@@ -119,7 +120,8 @@ class Shards:
         """The stores that are about what the newest is about, the newest first."""
         newest_first = sorted(self._begun, key=lambda n: self._begun[n], reverse=True)
         about = {n: self._stores[n].meta("study", {}).get("measured") for n in newest_first}
-        return {n: self._stores[n] for n in newest_first if about[n] == about[newest_first[0]]}
+        wanted = about.get(newest_first[0] if newest_first else 0) if self._measured is None else self._measured
+        return {n: self._stores[n] for n in newest_first if about[n] == wanted}
 
     @cached_property
     def _records(self) -> dict[str, dict[int, Mapping[str, Any]]]:
@@ -133,7 +135,7 @@ class Shards:
 
     def _content(self, model: str, reset: str) -> str | None:
         """Return the hash of what is measured of a model and reset, as the newest store that knows it says."""
-        contents = (record["content"].get(reset) for record in self._records.get(model, {}).values())
+        contents = (record.get("content", {}).get(reset) for record in self._records.get(model, {}).values())
         return next((content for content in contents if content is not None), None)
 
     def _counts(self, n: int, model: str, reset: str) -> bool:
@@ -224,16 +226,12 @@ class Shards:
 
     def n_cells(self) -> int:
         """Return how many cells are measured, planned or not."""
-        return len(self._where)
+        return len(self.where)
 
     @cached_property
-    def _where(self) -> dict[str, int]:
+    def where(self) -> dict[str, int]:
         """Key of a cell -> number of the first store that has it."""
         return {key: n for n, store in reversed(self._stores.items()) for key in store.keys()}  # noqa: SIM118
-
-    def keys(self) -> set[str]:
-        """Return the keys of all measured cells."""
-        return set(self._where)
 
     def keys_with_images(self) -> set[str]:
         """Return the keys of all cells for which per-image values were kept."""
@@ -245,26 +243,24 @@ class Shards:
         Raises:
             StudyError: a cell is not found.
         """
-        found = {}
+        found: dict[str, dict[str, npt.NDArray[np.float32]]] = {}
         for key in keys:
-            if key not in self._where:
+            if key not in self.where:
                 raise StudyError(f"No store in {self.folder} has the cell {key[:8]}: it was there before. Try again.")
-            found |= self._stores[self._where[key]].per_image([key])
+            found |= self._stores[self.where[key]].per_image([key])
         return found
 
     def failures(self) -> list[FailureRow]:
         """Return what could not be measured and was neither measured nor tried again later."""
-        retried = max(
-            (datetime.fromisoformat(run["started"]) for run in self.runs() if run.get("retry")), default=None
-        )
+        retried = max((datetime.fromisoformat(run["started"]) for run in self.runs() if run.get("retry")), default=None)
         by_place: dict[tuple[str, str, int], set[str]] = {}
-        for row in self.plan():
-            by_place.setdefault((row.model, row.reset, row.trial), set()).add(row.key)
+        for cell in self.plan():
+            by_place.setdefault((cell.model, cell.reset, cell.trial), set()).add(cell.key)
         found: dict[tuple[str, str, int], FailureRow] = {}
         for store in self._current.values():
             for row in store.failures():
                 where = (row.model, row.reset, row.trial)
-                measured = where in by_place and by_place[where] <= self._where.keys()
+                measured = where in by_place and by_place[where] <= self.where.keys()
                 if not measured and (retried is None or datetime.fromisoformat(row.at) >= retried):
                     found.setdefault(where, row)
         position = {row.model: place for place, row in enumerate(self.models())}
@@ -280,3 +276,40 @@ class Shards:
 
 StoredStudy: TypeAlias = Store | Shards
 """A study to be read: its only store, or all of them."""
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What the other stores of a study held when a run began.
+
+    Attributes:
+        folder: of the study.
+        where: key of a cell -> number of the store that has it.
+        records: model and reference -> what is known of the model.
+        failures: what could not be measured, and was not tried again since.
+    """
+
+    folder: Path
+    where: Mapping[str, int] = field(default_factory=dict)
+    records: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+    failures: tuple[FailureRow, ...] = ()
+
+    @classmethod
+    def read(cls, folder: Path, without: int, measured: Mapping[str, Any]) -> "Elsewhere":
+        """Read the other stores than number ``without``, for a study that is about what ``measured`` says."""
+        if not store_folders(folder).keys() - {without}:
+            return cls(folder)
+        with Shards(folder, without=without, measured=measured) as shards:
+            records = {(row.model, row.reference): row.record for row in shards.models() if row.record is not None}
+            return cls(folder, shards.where, records, tuple(shards.failures()))
+
+    def known(self, keys: Set[str]) -> set[str]:
+        """Return those of some keys whose cells are measured and undamaged."""
+        by_store: dict[int, list[str]] = {}
+        for key in keys & self.where.keys():
+            by_store.setdefault(self.where[key], []).append(key)
+        found: set[str] = set()
+        for number, of_store in by_store.items():
+            with Store(shard_folder(self.folder, number), read_only=number > 0) as store:
+                found |= store.known(of_store)
+        return found
