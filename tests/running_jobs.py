@@ -23,7 +23,9 @@ from layercrit.resets import RESETS
 from layercrit.seeds import drawing
 from layercrit.study.executors import Executor, Failed, Finished, LocalProcesses, Message, Place, Question
 from layercrit.study.file import read_study_file
+from layercrit.study.ranks import Rank
 from layercrit.study.running import run_study
+from layercrit.study.shards import open_study
 from layercrit.study.store import FILE, Store
 from layercrit.study.tables import load_study
 from layercrit.study.worker import Planned
@@ -162,6 +164,10 @@ def run(path, folder, executor=None, **settings):
     return run_study(read_study_file(path), folder, progress=False, executor=executor or Inline(), **settings)
 
 
+def run_shard(path, folder, shard, executor=None, **settings):
+    return run(path, folder, executor, shard=Rank.parse(shard), **settings)
+
+
 def run_slowly(path, folder, seconds):
     """Be a process that is killed: give a part after every batch, and wait a little after every event."""
     import layercrit.study.worker as worker
@@ -190,8 +196,8 @@ def tables(folder):
     """Everything that a study found: its cells with their keys, its tables, the values of each image, the records."""
     study = load_study(folder)
     cells = study.cells.drop(columns=CHANGING)
-    with Store(folder) as store:
-        per_image = store.per_image(cells["key"].to_list())
+    with open_study(folder) as stored:
+        per_image = stored.per_image(cells["key"].to_list())
     records = {}
     for model, record in zip(study.models["model"], study.models["record"], strict=True):
         of_resets = {name: {reset: record[name][reset] for reset in study.resets} for name in ("content", "donor")}

@@ -242,7 +242,8 @@ def _status(found: "Study") -> dict[str, Any]:
 
 def _show_running(running: list[dict[str, Any]]) -> None:
     for one in running[:_LISTED]:
-        say(f"running: {f'shard {one["shard"]}, ' if one['shard'] else ''}{one['by']}")
+        of_shard = f"shard {one['shard']}, " if one["shard"] else ""
+        say(f"running: {of_shard}{one['by']}")
     if len(running) > _LISTED:
         say(f"and {len(running) - _LISTED} more shards")
     if not running:

@@ -172,7 +172,7 @@ class Shards:
     def runs(self) -> list[dict[str, Any]]:
         """Return when and with what cells were measured, in order of time."""
         found = [
-            {**run, "run": _RUNS_OF_A_STORE * n + run["run"], "shard": n}
+            {**run, "run": _RUNS_OF_A_STORE * n + run["run"]}
             for n, store in self._stores.items()
             for run in store.runs()
         ]

@@ -149,7 +149,7 @@ class Study:
             return None
         n_trials = status.trials_of_models(self.record, self.models["record"])
         return status.seconds_left(
-            self.models["model"], self.cells, self.failures, self.planned, n_trials=n_trials, run=self.runs[-1]
+            self.models["model"], self.cells, self.failures, self.planned, n_trials=n_trials, runs=self.runs
         )
 
     def compare(
