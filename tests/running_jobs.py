@@ -147,8 +147,8 @@ class Inline(Executor):
 class KillingWorkers(LocalProcesses):
     """Processes of which one is killed from outside at each of some events."""
 
-    def __init__(self, places, at):
-        super().__init__(places)
+    def __init__(self, places, at, **settings):
+        super().__init__(places, **settings)
         self.at, self.killed = set(at), []
 
     def run(self, tasks, start, answer):
@@ -168,20 +168,26 @@ def run_shard(path, folder, shard, executor=None, **settings):
     return run(path, folder, executor, shard=Rank.parse(shard), **settings)
 
 
-def run_slowly(path, folder, seconds):
+class Slow(Inline):
+    """Waits a little after every event."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def _run(self, tasks, start, answer):
+        for event in super()._run(tasks, start, answer):
+            yield event
+            time.sleep(self.seconds)
+
+
+def run_slowly(path, folder, seconds, shard=None):
     """Be a process that is killed: give a part after every batch, and wait a little after every event."""
     import layercrit.study.worker as worker
 
     torch.set_num_threads(1)
     worker._SECONDS_BETWEEN_PARTS = 0
-
-    class Slow(Inline):
-        def _run(self, tasks, start, answer):
-            for event in super()._run(tasks, start, answer):
-                yield event
-                time.sleep(seconds)
-
-    run(path, folder, Slow())
+    run(path, folder, Slow(seconds), shard=None if shard is None else Rank.parse(shard))
 
 
 def run_with_workers(path, folder, n_workers):

@@ -346,7 +346,7 @@ def _cells(
     keys: Mapping[tuple[int, str], str],
     seconds: float,
 ) -> list[CellRow]:
-    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    finished = datetime.now(UTC).isoformat(timespec="milliseconds")
     kept = [*opened.study.distances, MATCHED]
     cells = []
     for index, ((trial, layer), status) in enumerate(zip(draws.cells, draws.status(values["cosine"]), strict=True)):
