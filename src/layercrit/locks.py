@@ -1,4 +1,4 @@
-"""Locks on the folders of studies and training runs: one process writes at a time."""
+"""Locks on the folders of studies and training runs: one process writes at a time, also over a network."""
 
 import contextlib
 import errno
@@ -15,11 +15,15 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from layercrit.errors import StudyError
 from layercrit.foreign_files import read_json
 
-__all__ = ["about_holder", "hold", "holder"]
+__all__ = ["about_holder", "hold", "holder", "is_on_network"]
 
 _LOCK = ".lock"  # released when the process that holds it ends, however it ends
 _SOFT_LOCK = ".lock-soft"  # its being there is the lock: for file systems that know no other
 _HOLDER = "running.json"  # who that is
+_NETWORK_FILE_SYSTEMS = (
+    *("9p", "afs", "beegfs", "ceph", "cifs", "fuse.beegfs", "fuse.ceph", "fuse.glusterfs", "fuse.sshfs", "glusterfs"),
+    *("gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb3", "smbfs", "wekafs"),
+)
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
@@ -116,3 +120,14 @@ def _acquired(folder: Path, timeout: float) -> BaseFileLock:
     lock = SoftFileLock(folder / _SOFT_LOCK)
     lock.acquire(timeout=timeout)
     return lock
+
+
+def is_on_network(path: Path) -> bool:
+    """Return whether a file is in a file system that other machines share, as far as the system says."""
+    try:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError):
+        return False
+    where = str(path.resolve())
+    on = [(len(at), kind) for _, at, kind, *_ in mounts if where == at or where.startswith(f"{at.rstrip('/')}/")]
+    return bool(on) and max(on)[1] in _NETWORK_FILE_SYSTEMS

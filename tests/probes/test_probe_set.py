@@ -773,7 +773,7 @@ def test_save__interrupted_leaves_none(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_save__disk_full(tmp_path: Path) -> None:
-    (tmp_path / "images.npy").symlink_to("/dev/full")
+    (tmp_path / ".images.npy.new").symlink_to("/dev/full")
     with pytest.raises(
         ProbeError, match=rf"images cannot be written to {tmp_path} \(No space left on device\). Free some space"
     ):

@@ -22,7 +22,7 @@ from layercrit.study.file import read_study_file
 from layercrit.study.running import run_study
 from layercrit.study.store import Store
 from layercrit.study.tables import load_study
-from layercrit.study.worker import Measured, Progressed
+from layercrit.study.worker import Measured, Planned, Progressed
 from running_jobs import (
     ARCHITECTURE,
     LAYERS,
@@ -821,5 +821,5 @@ def test_inline__says_what_local_processes_say(study, folder):
     executor = Inline()
     run(study, folder, executor)
 
-    assert {type(event) for event in executor.events} == {Message, Finished}
+    assert {type(event) for event in executor.events} == {Planned, Message, Finished}
     assert Failed not in map(type, executor.events)

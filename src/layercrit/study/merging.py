@@ -44,15 +44,18 @@ def merge_studies(folders: Sequence[str | Path], out: str | Path) -> Study:
     paths = [Path(folder).expanduser() for folder in folders]
     out = Path(out).expanduser()
     if len(paths) < 2 and not any(len(store_folders(path)) > 1 for path in paths):
-        raise StudyError(f"Expected two or more studies to merge, or one in several shards; got {len(paths)}.")
+        raise StudyError(
+            f"Expected two or more studies to merge, got {len(paths)}: a single one only where it was run in shards."
+        )
     if is_study(out):
         raise StudyError(f"{out} already contains a study. Name another folder with --out.")
     studies = [load_study(path) for path in paths]
     models, plan, measured = _models(studies), *_plan(paths)
     with Store(out, create=True) as merged:
-        for store_folder in (own for path in paths for own in store_folders(path).values()):
-            with Store(store_folder, read_only=True) as store:
-                merged.copy_cells(store)
+        for path in paths:
+            for number, own in store_folders(path).items():
+                with Store(own, read_only=number > 0) as store:
+                    merged.copy_cells(store)
         with merged.transaction():
             merged.put_models(models)
             merged.put_plan(plan)

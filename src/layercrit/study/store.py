@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from layercrit.errors import StudyError
-from layercrit.machine import is_on_network
+from layercrit.locks import is_on_network
 from layercrit.study.cell_table import cells_table
 from layercrit.study.migrations import MIGRATIONS, statements
 from layercrit.study.packing import pack, unpack
