@@ -17,6 +17,7 @@ from layercrit.cli.printing import (
     say_damaged,
     visible_lines,
 )
+from layercrit.cli.tracking import track_option, tracked_study
 from layercrit.errors import StudyError
 from layercrit.foreign_text import visible
 
@@ -51,8 +52,11 @@ def study() -> None:
 @_OUT
 @click.option("--workers", type=int, metavar="N", help="Local processes. [default: one for each GPU, else one]")
 @click.option("--retry", is_flag=True, help="Retry the trials that failed before.")
+@track_option
 @_JSON
-def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, as_json: bool) -> None:
+def run_command(
+    file: Path, out: Path | None, workers: int | None, retry: bool, trackers: tuple[str, ...], as_json: bool
+) -> None:
     """Measure what is missing from a study. Run it again to resume after an interruption.
 
     STUDY.toml may also be the folder of a study that was started before.
@@ -65,7 +69,8 @@ def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, 
     _keep_own_file(folder)
     read = read_study_file(file)
     try:
-        report = run_study(read, folder, n_workers=workers, retry=retry)
+        with tracked_study(trackers, read, folder) as on_cell:
+            report = run_study(read, folder, n_workers=workers, retry=retry, on_cell=on_cell)
     except KeyboardInterrupt:
         say(f"Stopped. What has been measured is kept in {folder}; run the same command again to resume.", err=True)
         raise

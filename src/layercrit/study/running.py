@@ -37,8 +37,10 @@ from layercrit.study.executors import (
 )
 from layercrit.study.file import StudyFile
 from layercrit.study.pilots import pilots_of, plans_of
-from layercrit.study.store import FailureRow, ModelRow, Store
+from layercrit.study.rows import as_plain_row
+from layercrit.study.store import FailureRow, ModelRow, PlanRow, Store
 from layercrit.study.worker import Job, Measured, Planned, Progressed, start_worker
+from layercrit.trackers.callbacks import Caller, OnCell
 
 __all__ = ["RunReport", "run_study"]
 
@@ -76,6 +78,7 @@ def run_study(
     retry: bool = False,
     progress: bool = True,
     executor: Executor | None = None,
+    on_cell: OnCell | None = None,
 ) -> RunReport:
     """Measure what is missing from a study; run again to resume after an interruption.
 
@@ -89,6 +92,10 @@ def run_study(
         retry: whether to retry what failed in an earlier run.
         progress: whether to show a progress bar on a terminal.
         executor: runs the tasks in place of local processes.
+        on_cell: called in this process with every cell that was measured now, once it is committed: a row as in
+            `layercrit.study.tables.Study.cells`, without what the file alone knows (``run``, ``raw``), and with
+            ``n_done`` and ``n_planned``, the study's cells that are done and that it has. Models that were not opened
+            yet count with the mean of the others. An exception is said once, as a RuntimeWarning, and the run goes on.
 
     Raises:
         StudyError: models are not trained yet, another process runs this study, or the folder cannot be used.
@@ -99,7 +106,7 @@ def run_study(
     folder = Path(folder).expanduser().absolute()
     executor = executor or LocalProcesses(local_places(n_workers, study.protocol.device, torch.cuda.device_count()))
     with hold(folder), Store(folder, create=True) as store, Bar(progress) as bar:
-        run = _Run(study, folder, store, bar)
+        run = _Run(study, folder, store, bar, on_cell and Caller(on_cell))
         run.begin(retry)
         run.fetch()
         run.work(executor)
@@ -110,14 +117,16 @@ def run_study(
 class _Run:
     """One run of a study under way."""
 
-    def __init__(self, study: StudyFile, folder: Path, store: Store, bar: Bar) -> None:
-        self.study, self.folder, self.store, self.bar = study, folder, store, bar
+    def __init__(self, study: StudyFile, folder: Path, store: Store, bar: Bar, on_cell: OnCell | None = None) -> None:
+        self.study, self.folder, self.store, self.bar, self.on_cell = study, folder, store, bar, on_cell
         self.report = RunReport(folder)
         self.number = 0
         self.expected: dict[str, float] = {}  # task name -> cells, as far as its model was opened
         self.opened: set[str] = set()  # tasks whose model was opened
         self.said: set[tuple[str, str]] = set()  # what was printed, once for each model, or with "" once for all
         self.done: dict[str, float] = {}  # task name -> cells, parts of them while under way
+        self.planned: dict[str, dict[str, PlanRow]] = {}  # task name -> key of a cell -> what it is
+        self.whole: dict[str, int] = {}  # task name -> cells, without parts of them
 
     def begin(self, retry: bool) -> None:
         """Write down what the study is about, and make sure of its images."""
@@ -219,6 +228,22 @@ class _Run:
                 with self.store.transaction():
                     self._keep(event)
                 self._show()
+                self._pass_on(event)
+
+    def _pass_on(self, event: Event) -> None:
+        """Call the user's callback with the cells that were measured."""
+        if self.on_cell is None:
+            return
+        name = event.task.name
+        match event:
+            case Message(content=Planned(plan=plan, n_known=n_known)):
+                self.planned[name], self.whole[name] = {row.key: row for row in plan}, n_known
+            case Message(content=Measured(cells=cells)):
+                planned, n_planned = self.planned.pop(name), round(self._how_far()[1])
+                for n_done, cell in enumerate(cells, 1 + sum(self.whole.values())):
+                    row = as_plain_row(planned[cell.key], cell)
+                    self.on_cell(row | {"n_done": n_done, "n_planned": n_planned})
+                self.whole[name] += len(cells)
 
     def _make_plans(self) -> dict[tuple[str, str], PrecisionPlan]:
         """Return the plan of each model and reset: as it was fixed before, or, where there is none, made now."""
@@ -341,11 +366,14 @@ class _Run:
     def _n_images(self) -> int:
         return int(self.store.meta("study")["probe_set"]["n_images"])
 
-    def _show(self) -> None:
-        """Show how far the study is; models that are not open yet are taken to have as many cells as the others."""
+    def _how_far(self) -> tuple[float, float]:
+        """Return how many cells are done, and there are; models not open yet are taken to have as many as others."""
         opened = [n for n in self.expected.values() if n]
         typical = sum(opened) / len(opened) if opened else 1.0
-        self.bar.measured(sum(self.done.values()), sum(n or typical for n in self.expected.values()))
+        return sum(self.done.values()), sum(n or typical for n in self.expected.values())
+
+    def _show(self) -> None:
+        self.bar.measured(*self._how_far())
 
 
 def _task(entry: ModelEntry, reset: str, layers: Mapping[int, Sequence[str] | None]) -> Task:
