@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layercrit.errors import TrackingError
+from layercrit.errors import TrackingError, first_line
 from layercrit.trackers.tracker import Tracker, metric_of, need, plain_name, tracker
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = ["Mlflow", "TensorBoard", "Trackio", "WandB"]
 _PROJECT = "layercrit"
 _OLDEST_TRACKIO = (0, 22)  # before, it had other dependencies
 _SECONDS_TO_ANSWER = 3.0  # for W&B's server
+_SECONDS_TO_OPEN = 20.0  # a run on W&B's server
 _OK = "ok"
 
 
@@ -37,25 +38,36 @@ class WandB(Tracker):
 
     def begin(self, name: str, config: Mapping[str, Any], folder: Path) -> str:
         """Begin or resume the run whose id is kept in the folder; the user's own WANDB_ variables go first."""
-        mode, why = self._mode()
-        online = mode in ("online", "shared")
         given = {"project": _PROJECT, "name": name, "dir": str(folder), "id": _kept(folder / "wandb-run-id", _new_id)}
         variables = {"project": "WANDB_PROJECT", "name": "WANDB_NAME", "dir": "WANDB_DIR", "id": "WANDB_RUN_ID"}
         given = {key: value for key, value in given.items() if not os.environ.get(variables[key])}
+        mode, why = self._mode()
+        sync = "wandb sync"
+        if mode == "online":
+            try:
+                self._open(mode, given, config)
+            except self._wandb.errors.Error as error:  # the key is wrong, or the server does not answer to it
+                mode, why = "offline", f", as W&B did not take the run ({first_line(error)})"
+                sync += f" --id {given.get('id') or os.environ['WANDB_RUN_ID']}"
+                given["id"] = _new_id()  # W&B's service has the other one in use until this process ends
+        if self._run is None:
+            self._open(mode, given, config)
+        self._run.define_metric("criticality/*", step_metric="trial")
+        self._run.define_metric("progress/*", step_metric="progress/n_done")
+        if mode == "online":
+            return str(self._run.url)
+        files = Path(self._run.settings.sync_dir).parent
+        return f"offline{why}; upload with `{sync} {files}/offline-run-*`" if mode == "offline" else mode
+
+    def _open(self, mode: str, given: Mapping[str, str], config: Mapping[str, Any]) -> None:
         self._run = self._wandb.init(
             **given,
             mode=mode,
             config=dict(config),
-            resume="allow" if online else None,  # offline files of one id become one run when they are synced
+            resume="allow" if mode == "online" else None,  # offline files of one id are one run once they are synced
             reinit="create_new",  # the user's own runs in this process stay open
-            settings=self._wandb.Settings(silent=True, console="off"),
+            settings=self._wandb.Settings(silent=True, console="off", init_timeout=_SECONDS_TO_OPEN),
         )
-        self._run.define_metric("criticality/*", step_metric="trial")
-        self._run.define_metric("progress/*", step_metric="progress/n_done")
-        if online:
-            return str(self._run.url)
-        files = Path(self._run.settings.sync_dir)
-        return f"{mode}{why}; upload with `wandb sync {files.parent}/offline-run-*`" if mode == "offline" else mode
 
     def _mode(self) -> tuple[str, str]:
         """Return the mode, and why it is so in words."""
