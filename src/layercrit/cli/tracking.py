@@ -107,6 +107,7 @@ def _pass_result(tracking: "Tracking", found: "Study") -> None:
 
     if found.cells.empty:
         return
+    tracking.progress(len(found.cells), int(found.progress()["n_planned"].sum()))
     try:
         figures = save_figures(found, found.folder / _FOLDER / "figures", _FIGURES)
     except LayercritError as error:

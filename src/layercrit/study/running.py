@@ -94,8 +94,9 @@ def run_study(
         executor: runs the tasks in place of local processes.
         on_cell: called in this process with every cell that was measured now, once it is committed: a row as in
             `layercrit.study.tables.Study.cells`, without what the file alone knows (``run``, ``raw``), and with
-            ``n_done`` and ``n_planned``, the study's cells that are done and that it has. Models that were not opened
-            yet count with the mean of the others. An exception is said once, as a RuntimeWarning, and the run goes on.
+            ``n_done`` and ``n_planned``, the study's cells that are done and that it has: of models that this run has
+            not opened yet, none is done, and they count with the mean of the others. An exception is said once, as a
+            RuntimeWarning, and the run goes on.
 
     Raises:
         StudyError: models are not trained yet, another process runs this study, or the folder cannot be used.

@@ -51,7 +51,8 @@ class WandB(Tracker):
                 sync += f" --id {given.get('id') or os.environ['WANDB_RUN_ID']}"
                 given["id"] = _new_id()  # W&B's service has the other one in use until this process ends
         if self._run is None:
-            self._open(mode, given, config)
+            with _variable("WANDB_ERROR_REPORTING", "false"):  # else W&B reports on itself to its server, offline, too
+                self._open(mode, given, config)
         self._run.define_metric("criticality/*", step_metric="trial")
         self._run.define_metric("progress/*", step_metric="progress/n_done")
         if mode == "online":

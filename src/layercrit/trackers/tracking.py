@@ -58,6 +58,10 @@ class Tracking:
         """Pass on a cell; to be given as ``on_cell``."""
         self._put("cell", row)
 
+    def progress(self, n_done: int, n_planned: int) -> None:
+        """Pass on how many cells are done, of how many; that of each cell is passed on with it."""
+        self._put("progress", n_done, n_planned)
+
     def result(self, summary: Mapping[str, float], layers: "pd.DataFrame", figures: Mapping[str, Path]) -> None:
         """Pass on what a finished run found; see `Tracker.result`."""
         self._put("result", summary, layers, figures)
