@@ -4,9 +4,13 @@ Runs are processes of their own, without network, that begin with two trials and
 """
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections import defaultdict
 from importlib import metadata
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
@@ -17,10 +21,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from layercrit.study.tables import load_study
+from layercrit.trackers.libraries import OLDEST_TRACKIO
 from layercrit.trackers.tracker import metric_of
 from running_jobs import assert_same_tables, run, tables, write_small
 from tracked_runs import Server, track
 
+pytestmark = pytest.mark.slow
 TRACKED = ("tensorboard", "mlflow", "wandb")
 
 
@@ -303,11 +309,53 @@ def test_wandb__the_users_variables_go_first(tmp_path):
 # Trackio
 
 
-def test_trackio__cells_progress_and_result(tmp_path):
-    trackio = pytest.importorskip("trackio", exc_type=ImportError)
-    if int(metadata.version("trackio").split(".")[1]) < 22:
-        pytest.skip(f"trackio {trackio.__version__} is too old")
+@pytest.fixture(scope="module")
+def trackio_says(tmp_path_factory):
+    """A study that was run and resumed with trackio, and a function that asks its command."""
+    if find_spec("trackio") is None:
+        pytest.skip("trackio is not installed: none that fits the versions of constraints.txt")
+    if tuple(map(int, metadata.version("trackio").split(".")[:2])) < OLDEST_TRACKIO:
+        pytest.skip(f"trackio {metadata.version('trackio')} is too old")
+    folder = tmp_path_factory.mktemp("trackio")
     for trials in (2, 3):
-        result = track(write(tmp_path, trials), tmp_path / "out", "trackio", options=["--json"])
+        result = track(write(folder, trials), folder / "out", "trackio", options=["--json"])
         assert result.returncode == 0, result.stderr
+        assert "warning: the tracker" not in result.stderr
         assert json.loads(result.stdout)["measured_now"]
+
+    def ask(*words):
+        command = [
+            sys.executable,
+            "-m",
+            "trackio.cli",
+            "get",
+            *words,
+            "--project",
+            "layercrit",
+            "--run",
+            "small",
+            "--json",
+        ]
+        place = os.environ | {"TRACKIO_DIR": str(folder / "out" / "tracking" / "trackio")}
+        return json.loads(subprocess.run(command, env=place, capture_output=True, text=True, check=True).stdout)
+
+    return folder / "out", ask
+
+
+def test_trackio__cells(trackio_says):
+    folder, ask = trackio_says
+    for name, values in expected(folder).items():
+        assert {one["step"]: one["value"] for one in ask("metric", "--metric", name)["values"]} == values
+
+
+def test_trackio__config_progress_and_result(trackio_says):
+    folder, ask = trackio_says
+    study, about = load_study(folder), ask("run")
+    assert about["config"]["probe_set"]["sha256"] == study.record["probe_set"]["sha256"]
+    assert {"layers", "figures/criticality", "figures/ranking", *expected(folder), *means(folder)} <= set(
+        about["metrics"]
+    )
+    assert ask("metric", "--metric", "progress/n_done")["values"][-1]["value"] == len(study.cells)
+    for name, value in means(folder).items():
+        assert ask("metric", "--metric", name)["values"][-1]["value"] == value
+    assert list((folder.parent / "cwd").iterdir()) == []

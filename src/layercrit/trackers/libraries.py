@@ -19,10 +19,12 @@ from layercrit.trackers.tracker import Tracker, metric_of, need, plain_name, tra
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Mlflow", "TensorBoard", "Trackio", "WandB"]
+__all__ = ["OLDEST_TRACKIO", "Mlflow", "TensorBoard", "Trackio", "WandB"]
+
+OLDEST_TRACKIO = (0, 22)
+"""Earlier versions have no tables, or others."""
 
 _PROJECT = "layercrit"
-_OLDEST_TRACKIO = (0, 22)  # before, it had other dependencies
 _SECONDS_TO_ANSWER = 3.0  # for W&B's server
 _SECONDS_TO_OPEN = 20.0  # a run on W&B's server
 _OK = "ok"
@@ -233,9 +235,9 @@ class Trackio(Tracker):
         if find_spec("trackio") is None:
             need("trackio", "trackio", "trackio")
         version = metadata.version("trackio")
-        if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRACKIO:
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRACKIO:
             raise TrackingError(
-                f"The tracker 'trackio' needs trackio {'.'.join(map(str, _OLDEST_TRACKIO))} or newer, but {version} is "
+                f"The tracker 'trackio' needs trackio {'.'.join(map(str, OLDEST_TRACKIO))} or newer, but {version} is "
                 "installed. Run `pip install -U trackio`, or leave out --track trackio."
             )
         self._trackio: Any = None
