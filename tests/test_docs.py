@@ -42,6 +42,7 @@ from layercrit.reporting.reports import FIGURES
 from layercrit.resets import RESETS
 from layercrit.study.file import read_study_file
 from layercrit.study.running import run_study
+from layercrit.trackers import TRACKERS
 from layercrit.training.methods import CATEGORIES, METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +85,12 @@ def model_sources() -> str:
         for kind, source in MODEL_SOURCES.items()
     ]
     return table("reference", "model", rows=rows)
+
+
+def trackers() -> str:
+    return table(
+        "name", "where it shows a run", rows=[(f"`{k}`", markdown(v)) for k, v in TRACKERS.summaries().items()]
+    )
 
 
 def methods() -> str:
@@ -141,6 +148,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "distances": distances,
     "model sources": model_sources,
     "methods": methods,
+    "trackers": trackers,
     "modules": tree,
     "papers of methods": papers_of_methods,
     "papers of the zoo": papers_of_zoo,
@@ -244,7 +252,7 @@ def measure_some_of(demo: Path) -> None:
 @pytest.fixture
 def as_a_reader(demo, monkeypatch):
     """In the demo's folder, as a program there; what the pages register or import is forgotten afterwards."""
-    registries = (RESETS, DISTANCES, MODEL_SOURCES, METHODS)
+    registries = (RESETS, DISTANCES, MODEL_SOURCES, METHODS, TRACKERS)
     before, known = [dict(registry) for registry in registries], set(sys.modules)
     monkeypatch.chdir(demo)
     monkeypatch.setattr(sys, "path", [str(demo), *sys.path])
@@ -383,7 +391,7 @@ def test_errors__messages_are_those_of_the_code():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant | ast.JoinedStr)
     ]
-    for registry in (RESETS, DISTANCES, METHODS):  # whose messages have a value for what they hold
+    for registry in (RESETS, DISTANCES, METHODS, TRACKERS):  # whose messages have a value for what they hold
         with pytest.raises(errors.LayercritError) as refused:
             registry.find("zzz")
         texts.append(str(refused.value))

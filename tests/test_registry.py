@@ -193,6 +193,7 @@ PLUG_IN = '''
 
     import layercrit
     from layercrit.models import model_source, open_model
+    from layercrit.trackers import Tracker, metric_of, tracker
     from layercrit.training import Method, method
 
 
@@ -215,6 +216,21 @@ PLUG_IN = '''
         return open_model(network.eval(), input_size=(3, 2, 2))
 
 
+    @tracker("lab_tracker")
+    class Lines(Tracker):
+        """Writes a line a cell."""
+
+        def begin(self, name, config, folder):
+            self.file = folder / "lines.txt"
+
+        def cell(self, row):
+            with self.file.open("a") as file:
+                print(metric_of(row), row["cosine"], file=file)
+
+        def end(self, ok):
+            pass
+
+
     @method("lab_method", category="augmentation", changes="nothing at all", paper="none")
     class Lab(Method):
         """As the baseline."""
@@ -225,7 +241,7 @@ COMMANDS = {
     "help": ["measure", "--help"],
     "methods": ["methods", "--json"],
     "measure": ["measure", "lab:5", "--images", "images.npy", "--reset", "lab_halve", "--distances", "lab_largest",
-                "--out", "measured", "--json"],
+                "--track", "lab_tracker", "--out", "measured", "--json"],
     "unknown": ["measure", "lab:5", "--images", "images.npy", "--reset", "lab_broken", "--out", "unknown"],
 }  # fmt: skip
 PROGRAM = """
@@ -247,10 +263,16 @@ print(json.dumps(said))
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory):
-    """What layercrit prints where a plug-in is installed, and another one that is broken."""
-    folder = tmp_path_factory.mktemp("laboratory")
-    groups = [f"layercrit.{name}" for name in ("resets", "distances", "model_sources", "methods")]
+def laboratory(tmp_path_factory):
+    """Where a plug-in is installed, and another one that is broken."""
+    return tmp_path_factory.mktemp("laboratory")
+
+
+@pytest.fixture(scope="module")
+def said(laboratory):
+    """What layercrit prints there."""
+    folder = laboratory
+    groups = [f"layercrit.{name}" for name in ("resets", "distances", "model_sources", "methods", "trackers")]
     install(folder / "site", "layercrit-lab", "layercrit_lab", groups, PLUG_IN)
     install(folder / "site", "lab-broken", "lab_broken", groups[:1], "import a_package_that_is_missing\n")
     np.save(folder / "images.npy", np.random.default_rng(0).integers(0, 256, (8, 2, 2, 3), np.uint8))
@@ -273,6 +295,7 @@ def test_plug_in__is_in_the_help_beside_a_broken_one(said):
     for line in (
         "lab_halve: Half of each value.",
         "lab_largest: Largest change of any class.",
+        "lab_tracker: Writes a line a cell.",
         "lab:NAME A linear network of N classes.",
     ):
         assert line in text
@@ -287,6 +310,14 @@ def test_plug_in__can_be_used(said):
     assert layer["status"] == "ok"
     assert 0 < layer["lab_largest"] < 1
     assert "l1" not in layer
+
+
+def test_plug_in__a_tracker_is_passed_the_cells(said, laboratory):
+    (layer,) = json.loads(said["measure"][1])["layers"]
+    (line,) = (laboratory / "measured" / "tracking" / "lines.txt").read_text().splitlines()
+    name, value = line.split()
+    assert name == f"criticality/lab:5/{layer['layer']}/lab_halve"
+    assert float(value) == pytest.approx(layer["criticality"], rel=1e-14)
 
 
 def test_plug_in__adds_a_training_method(said):

@@ -11,6 +11,7 @@ __all__ = [
     "ProbeError",
     "ProtocolError",
     "StudyError",
+    "TrackingError",
     "TrainingError",
     "ZooError",
     "near",
@@ -45,6 +46,10 @@ class ProtocolError(LayercritError, ValueError):
 
 class StudyError(LayercritError, ValueError):
     """A study cannot be read, planned or run."""
+
+
+class TrackingError(LayercritError, ValueError):
+    """An experiment tracker is unknown, or its library is missing."""
 
 
 class TrainingError(LayercritError, ValueError):

@@ -26,6 +26,7 @@ from layercrit.resets import get_reset
 from layercrit.restoring import rng_untouched, undisturbed, untouched
 from layercrit.sampling import OnTrial, Sampling
 from layercrit.seeds import probe_set_seed
+from layercrit.trackers.callbacks import Caller, OnCell
 
 __all__ = ["Measurement", "measure"]
 
@@ -57,6 +58,7 @@ def measure(
     progress: bool = True,
     resume: Measurement | None = None,
     on_trial: OnTrial | None = None,
+    on_cell: OnCell | None = None,
 ) -> Measurement:
     """Reset each layer of a model in turn and measure how far its predictions move.
 
@@ -97,6 +99,9 @@ def measure(
         resume: an unfinished measurement of the same, or one of fewer trials, to go on with.
         on_trial: called after every finished trial with a function without arguments, which builds and returns the
             measurement of the trials up to that one: call it when you want to save them, now or later.
+        on_cell: called with every cell that was measured now: a row as in `Measurement.cells`, and with ``n_done`` and
+            ``n_planned``, the cells that are done and that there are to be. Cells of a pilot come again where it is run
+            again on more images. An exception is said once, as a RuntimeWarning, and the measurement goes on.
 
     Returns:
         the measurement, with tables, summary, figure and files.
@@ -158,7 +163,7 @@ def measure(
                 )
 
             sampling = Sampling(started, protocol, subject, draw, n_available, names, are_wanted(labels), bar)
-            return sampling.run(resume, on_trial)
+            return sampling.run(resume, on_trial, on_cell and Caller(on_cell))
 
 
 def distance_names(distances: str | Iterable[str] | None) -> list[str]:

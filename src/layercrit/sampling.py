@@ -26,6 +26,7 @@ from layercrit.precision import n_pilot_images as pilot_images
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.protocol import MATCHED, Protocol
+from layercrit.trackers.callbacks import OnCell
 
 __all__ = ["OnTrial", "Sampling"]
 
@@ -62,6 +63,7 @@ class Sampling:
     """
 
     session: Session
+    on_cell: OnCell | None = None
 
     def __init__(
         self,
@@ -83,8 +85,9 @@ class Sampling:
         self.notes: list[str] = []
         self.seconds_before = 0.0  # that an interrupted run took
 
-    def run(self, resume: Measurement | None, on_trial: OnTrial | None) -> Measurement:
+    def run(self, resume: Measurement | None, on_trial: OnTrial | None, on_cell: OnCell | None = None) -> Measurement:
         """Run all trials and return the measurement."""
+        self.on_cell = on_cell
         n_pilot_images = self.n_available
         if self.protocol.is_planned:
             protocol = self.protocol
@@ -207,6 +210,18 @@ class Sampling:
         draws.forget()
         if on_trial is not None:
             on_trial(partial(self._measurement, len(self.finished)))
+        if self.on_cell is not None:
+            rows, n_planned = self.finished[-1].rows, self._n_planned()
+            for n_done, row in enumerate(rows, 1 + len(self._done()) - len(rows)):
+                self.on_cell(row | {"n_done": n_done, "n_planned": n_planned})
+
+    def _n_planned(self) -> int:
+        """Return how many cells there are to be, as far as is known."""
+        first = {(layer, trial) for layer in range(len(self.subject.layers)) for trial in range(self.subject.n_trials)}
+        if self.plan is None:
+            return len(first)
+        place = {layer.name: number for number, layer in enumerate(self.subject.layers)}
+        return len(first | {(place[name], trial) for trial, names in self.plan.trials().items() for name in names})
 
     def _seconds_left(self) -> float:
         if self.protocol.minutes is None:

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from layercrit.cli.printing import bar, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption
+from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, DTYPES, INTERVALS
 
@@ -133,6 +134,7 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to save. [default: layercrit-MODEL]")
 @click.option("--overwrite", is_flag=True, help="Replace a measurement that is already in DIR.")
+@track_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 @click.pass_context
 def measure_command(
@@ -142,6 +144,7 @@ def measure_command(
     images: str,
     out: Path | None,
     overwrite: bool,
+    trackers: tuple[str, ...],
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -159,15 +162,19 @@ def measure_command(
     folder = _folder_for(model, out)
     earlier = None if overwrite else _earlier(folder, settings)
     saver = _Saver(folder)
-    try:
-        measurement = measure(model, images, resume=earlier, on_trial=saver.keep, **settings)
-    except BaseException:
-        saver.save_what_is_finished()
-        raise
-    try:
-        saver.save(measurement)  # before anything is printed, since that may fail
-    finally:
-        _show(measurement, as_json, folder)
+    with tracked_measurement(trackers, model, settings, folder) as tracking:
+        on_cell = None if tracking is None else tracking.cell
+        try:
+            measurement = measure(model, images, resume=earlier, on_trial=saver.keep, on_cell=on_cell, **settings)
+        except BaseException:
+            saver.save_what_is_finished()
+            raise
+        try:
+            saver.save(measurement)  # before anything is printed, since that may fail
+        finally:
+            _show(measurement, as_json, folder)
+        if tracking is not None:
+            pass_measurement(tracking, measurement, folder)
 
 
 @click.command("layers", cls=ModelCommand)

@@ -18,6 +18,7 @@ from layercrit.cli.printing import (
     say_damaged,
     visible_lines,
 )
+from layercrit.cli.tracking import track_option, tracked_study
 from layercrit.errors import StudyError
 from layercrit.foreign_text import visible
 
@@ -58,9 +59,16 @@ def study() -> None:
     help="Measure the I-th of N shares of the study, beside other processes that measure the others. [default: as "
     "srun, a job array of SLURM, mpirun or torchrun say, else all]",
 )
+@track_option
 @_JSON
 def run_command(
-    file: Path, out: Path | None, workers: int | None, retry: bool, shard: str | None, as_json: bool
+    file: Path,
+    out: Path | None,
+    workers: int | None,
+    retry: bool,
+    shard: str | None,
+    trackers: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Measure what is missing from a study. Run it again to resume after an interruption.
 
@@ -80,7 +88,8 @@ def run_command(
     if own is not None:
         say(f"{own.in_words()}", err=True)
     try:
-        report = run_study(read, folder, n_workers=workers, retry=retry, shard=own)
+        with tracked_study(trackers, read, folder, own) as on_cell:
+            report = run_study(read, folder, n_workers=workers, retry=retry, shard=own, on_cell=on_cell)
     except KeyboardInterrupt:
         say(f"Stopped. What has been measured is kept in {folder}; run the same command again to resume.", err=True)
         raise

@@ -31,7 +31,7 @@ from layercrit.wrappers import wrapper_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["FIGURES", "Report", "report"]
+__all__ = ["FIGURES", "Report", "report", "save_figures"]
 
 _UNFINISHED = ".writing-"  # before the name of a file that is being written
 _LONGEST = 100  # bytes of a model's name in that of a file; some file systems take no more than 143 in all
@@ -158,6 +158,25 @@ def report(
         bar.drawn("report.html", len(asked), len(asked) + 1)
         page = write_page(study, comparison, folder / "report.html")
     return Report(page, written, left_out, comparison)
+
+
+def save_figures(
+    study: Study, folder: str | Path, figures: Sequence[str], formats: Sequence[str] = ("png",)
+) -> dict[str, list[Path]]:
+    """Write those of some figures of `FIGURES` that can be plotted; return the name of each with its files.
+
+    Raises:
+        StudyError: the study has no finished cell, or the folder cannot be written to.
+    """
+    tables = _tables(study, compare(study), None)
+    written = {}
+    for name in figures:
+        try:
+            drawn = _drawn(name, tables)
+        except StudyError:
+            continue
+        written[name] = _saved(drawn, Path(folder), formats)
+    return written
 
 
 def _tables(study: Study, comparison: Comparison, profiles: Sequence[str] | None) -> _Tables:

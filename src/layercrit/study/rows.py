@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from layercrit.study.packing import unpack
 
-__all__ = ["COLUMNS", "CellRow", "FailureRow", "ModelRow", "PartRow", "PlanRow", "checksum", "is_sound"]
+__all__ = ["COLUMNS", "CellRow", "FailureRow", "ModelRow", "PartRow", "PlanRow", "as_plain_row", "checksum", "is_sound"]
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "meta": ("name", "value"),
@@ -130,6 +130,12 @@ class FailureRow:
     error: str
     details: str = field(repr=False)
     at: str
+
+
+def as_plain_row(plan: PlanRow, cell: CellRow) -> dict[str, Any]:
+    """Return a cell as a row of the table of cells, without the values of single images."""
+    measured = {k: v for k, v in vars(cell).items() if k not in ("per_image", "raw", "means")}
+    return {**vars(plan), **measured, **cell.means}
 
 
 def checksum(*values: Any) -> int:

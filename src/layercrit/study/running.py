@@ -26,11 +26,12 @@ from layercrit.study.images import draw_images, drawn_images, n_available_images
 from layercrit.study.peers import about_run, check_folder, check_peers, wait_for_pilots
 from layercrit.study.pilots import pilots_of, plans_of
 from layercrit.study.ranks import Rank
-from layercrit.study.rows import FailureRow, ModelRow
+from layercrit.study.rows import FailureRow, ModelRow, PlanRow, as_plain_row
 from layercrit.study.shards import Elsewhere, is_study, open_study, shard_folder
 from layercrit.study.store import Store
 from layercrit.study.tasks import deal, first_tasks, further_tasks, places_of
 from layercrit.study.worker import Job, Left, Measured, Opening, Planned, Progressed, name_of_parts, start_worker
+from layercrit.trackers.callbacks import Caller, OnCell
 
 __all__ = ["RunReport", "run_study"]
 
@@ -68,6 +69,7 @@ def run_study(
     progress: bool = True,
     executor: Executor | None = None,
     shard: Rank | None = None,
+    on_cell: OnCell | None = None,
 ) -> RunReport:
     """Measure what is missing from a study; run again to resume after an interruption.
 
@@ -84,6 +86,11 @@ def run_study(
         shard: which share of the study this process has, of several that run it at the same time, on one machine or
             many: ``Rank.parse("3/16")``. Each has a store of its own in the folder, and whoever reads the study reads
             all of them. None: all of it.
+        on_cell: called in this process with every cell that was measured now, once it is committed: a row as in
+            `layercrit.study.tables.Study.cells`, without what the file alone knows (``run``, ``raw``), and with
+            ``n_done`` and ``n_planned``, the study's cells that are done and that it has: of models that this run has
+            not opened yet, none is done, and they count with the mean of the others. An exception is said once, as a
+            RuntimeWarning, and the run goes on.
 
     Raises:
         StudyError: models are not trained yet, another process runs this study or shard, others run shards of another
@@ -102,7 +109,7 @@ def run_study(
         if shard is not None:
             check_folder(folder, shard)
         with Store(own, create=True, shared=number > 0) as store:
-            run = _Run(study, folder, store, bar, shard)
+            run = _Run(study, folder, store, bar, shard, on_cell and Caller(on_cell))
             run.begin(retry)
             run.work(executor)
         run.report.seconds = time.monotonic() - started
@@ -112,8 +119,17 @@ def run_study(
 class _Run:
     """One run of a study under way."""
 
-    def __init__(self, study: StudyFile, folder: Path, store: Store, bar: Bar, shard: Rank | None) -> None:
+    def __init__(
+        self,
+        study: StudyFile,
+        folder: Path,
+        store: Store,
+        bar: Bar,
+        shard: Rank | None,
+        on_cell: OnCell | None = None,
+    ) -> None:
         self.study, self.folder, self.store, self.bar, self.shard = study, folder, store, bar, shard
+        self.on_cell = on_cell
         self.own_number = 0 if shard is None else shard.number + 1
         self.elsewhere = Elsewhere(folder)
         self.dealt: set[tuple[str, str, int]] = set()  # models, resets and trials that are this run's to measure
@@ -123,6 +139,8 @@ class _Run:
         self.opened: set[str] = set()  # tasks whose model was opened
         self.said: set[tuple[str, str]] = set()  # what was printed, once for each model, or with "" once for all
         self.done: dict[str, float] = {}  # task name -> cells, parts of them while under way
+        self.planned: dict[str, dict[str, PlanRow]] = {}  # task name -> key of a cell -> what it is
+        self.whole: dict[str, int] = {}  # task name -> cells, without parts of them
 
     def begin(self, retry: bool) -> None:
         """Write down what the study is about, and make sure of its images."""
@@ -237,6 +255,20 @@ class _Run:
                 with self.store.transaction():
                     self._keep(event)
                 self._show()
+                self._pass_on(event)
+
+    def _pass_on(self, event: Event) -> None:
+        """Call the user's callback with the cells that were measured."""
+        if self.on_cell is None:
+            return
+        name = event.task.name
+        if isinstance(event, Message) and isinstance(event.content, Measured):
+            cells = event.content.cells
+            planned, n_planned = self.planned.pop(name), round(self._how_far()[1])
+            for n_done, cell in enumerate(cells, 1 + sum(self.whole.values())):
+                row = as_plain_row(planned[cell.key], cell)
+                self.on_cell(row | {"n_done": n_done, "n_planned": n_planned})
+            self.whole[name] += len(cells)
 
     def _make_plans(self) -> dict[tuple[str, str], PrecisionPlan]:
         """Return the plan of each model and reset: as it was fixed before, or, where there is none, made now."""
@@ -296,6 +328,7 @@ class _Run:
         known = self.store.known(keys)
         known |= self.elsewhere.known(keys - known)
         self.expected[name], self.done[name] = len(planned.plan), len(known)
+        self.planned[name], self.whole[name] = {row.key: row for row in planned.plan}, len(known)
         if name not in self.opened:  # else its worker died, and another one begins anew
             self.report.n_known += len(known)
         self.opened.add(name)
@@ -355,11 +388,14 @@ class _Run:
     def _n_images(self) -> int:
         return int(self.store.meta("study")["probe_set"]["n_images"])
 
-    def _show(self) -> None:
-        """Show how far the study is; models that are not open yet are taken to have as many cells as the others."""
+    def _how_far(self) -> tuple[float, float]:
+        """Return how many cells are done, and there are; models not open yet are taken to have as many as others."""
         opened = [n for n in self.expected.values() if n]
         typical = sum(opened) / len(opened) if opened else 1.0
-        self.bar.measured(sum(self.done.values()), sum(n or typical for n in self.expected.values()))
+        return sum(self.done.values()), sum(n or typical for n in self.expected.values())
+
+    def _show(self) -> None:
+        self.bar.measured(*self._how_far())
 
 
 def _about(study: StudyFile, probe_set: ProbeSet, n_first_images: int) -> dict[str, Any]:
