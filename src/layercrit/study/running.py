@@ -161,7 +161,7 @@ class _Run:
                 for entry in self.study.models:
                     self.store.drop_failures(entry.name)
             self.store.put_meta("study", about)
-            about_run = {"versions": versions(), "machine": platform.node()}
+            about_run: dict[str, Any] = {"versions": versions(), "machine": platform.node()}
             about_run |= {"retry": True} if retry else {}
             about_run |= {"shard": str(self.shard)} if self.shard else {}
             self.number = self.store.put_run(_now(), about_run)
