@@ -88,7 +88,9 @@ def model_sources() -> str:
 
 
 def trackers() -> str:
-    return table("name", "where it shows a run", rows=[(f"`{k}`", markdown(v)) for k, v in TRACKERS.summaries().items()])
+    return table(
+        "name", "where it shows a run", rows=[(f"`{k}`", markdown(v)) for k, v in TRACKERS.summaries().items()]
+    )
 
 
 def methods() -> str:
