@@ -101,9 +101,10 @@ def pass_measurement(tracking: "Tracking", measurement: "Measurement", folder: P
     from layercrit.trackers.tracker import metric_of
 
     tracking.config({"probe_set": measurement.record["probe_set"]})
-    about, mean = {"model": str(measurement.record["model"]["reference"])}, measurement.summary()["criticality"]
-    layers = measurement.to_pandas().assign(**about, reset=measurement.record["protocol"]["reset"])
-    summary = {} if mean is None else {metric_of(layers.iloc[0][["model", "reset"]], _MEAN): mean["mean"]}
+    record, mean = measurement.record, measurement.summary()["criticality"]
+    about = {"model": record["model"]["reference"], "reset": record["protocol"]["reset"]}
+    layers = measurement.to_pandas().assign(**about)
+    summary = {} if mean is None else {metric_of(about, _MEAN): mean["mean"]}
     tracking.result(summary, layers[list(_COLUMNS)], {"criticality": folder / "criticality.png"})
 
 
