@@ -112,8 +112,8 @@ def test_tracker__is_told_of_a_run_that_is_stopped(tmp_path, monkeypatch):
 class Stopped(Inline):
     """Ctrl-C after the first task."""
 
-    def _run(self, tasks, start):
-        yield from super()._run(tasks[:1], start)
+    def _run(self, tasks, start, answer):
+        yield from super()._run(tasks[:1], start, answer)
         raise KeyboardInterrupt
 
 
