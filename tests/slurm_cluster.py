@@ -5,7 +5,6 @@ a SLURM that this machine may belong to is read or touched.
 """
 
 import contextlib
-import json
 import os
 import platform
 import pwd
