@@ -30,8 +30,8 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# a job that is requeued waits until its credentials have expired
-AuthInfo=socket={folder}/munge.socket,cred_expire=2
+# a job that is requeued waits until its credentials have expired; SLURM takes no less than 5 seconds
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
 StateSaveLocation={folder}/state

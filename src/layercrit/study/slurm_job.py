@@ -12,6 +12,7 @@ import shlex
 import signal
 import sqlite3
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -33,6 +34,7 @@ LOGS = "logs"
 _STORE = "cells.sqlite"
 _IDLE = 2  # jobs in a row that time ended with nothing new
 _PATIENCE = 45.0  # seconds for a run to end by itself once it is told to
+_MOMENT = 0.2  # seconds
 # of a job, which would confuse another one that is submitted from it; SLURM_CONF says where SLURM is
 _OF_JOBS = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "PMI_", "PMIX_")
 _PLACE_OF_SLURM = "SLURM_CONF"
@@ -173,19 +175,33 @@ class Share:
 
         print(f"$ {shlex.join(self.command)}", flush=True)
         self._run = subprocess.Popen(self.command, cwd=self.directory, preexec_fn=ignore)
-        return self._run.wait()
+        code = None
+        while code is None:
+            code = self._exit_code(_MOMENT)
+        return code
 
     def _stop(self) -> int | None:
         """Let the run end, and return its exit code; None if it never ran."""
         if self._run is None:
             return None
-        with contextlib.suppress(ProcessLookupError):
-            self._run.terminate()
-        try:
-            return self._run.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._run.kill()
-            return self._run.wait()
+        os.kill(self._run.pid, signal.SIGTERM)
+        code = self._exit_code(_PATIENCE)
+        if code is None:
+            os.kill(self._run.pid, signal.SIGKILL)
+        return self._exit_code(_PATIENCE)
+
+    def _exit_code(self, seconds: float) -> int | None:
+        """Return the exit code of the run, negative where a signal killed it; None if it runs on for so long.
+
+        It is not reaped, and `Popen.wait` not used: that holds a lock while a signal's handler asks here as well.
+        """
+        assert self._run is not None  # noqa: S101 - it was started
+        deadline = time.monotonic() + seconds
+        while (found := os.waitid(os.P_PID, self._run.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)) is None:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(_MOMENT)
+        return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
     def _hand_over(self, refused: Exception) -> str:
         """Submit another job in place of this one, which SLURM did not requeue, and return that in words."""
