@@ -1,6 +1,7 @@
 """Submit a study to SLURM: an array of jobs by submitit, each of which runs a share of it until that is finished."""
 
 import contextlib
+import io
 import re
 import secrets
 import shlex
@@ -138,7 +139,8 @@ def _submit(file: Path, folder: Path, n_jobs: int, resources: Resources) -> None
     ]
     before = set(logs.glob("*")) if logs.exists() else set()
     try:
-        submitted = executor(folder, resources, **parameters).submit_array(shares)
+        with contextlib.redirect_stderr(io.StringIO()):  # what submitit prints of an error is in the error as well
+            submitted = executor(folder, resources, **parameters).submit_array(shares)
     except Exception as error:  # submitit's own, with what sbatch said
         for left in set(logs.glob("*")) - before:
             left.unlink(missing_ok=True)

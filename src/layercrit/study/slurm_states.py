@@ -73,7 +73,7 @@ def job_states(folder: str | Path) -> tuple[JobState, ...]:
     ]
     found, problem = _ask(sorted({job.partition("_")[0] for job in jobs}))
     return tuple(
-        _state(folder, share, job, one, found.get(job), problem)
+        _state(folder, share, job, one, found.get(job) or found.get(job.partition("_")[0]), problem)
         for share, job, one in zip(shares, jobs, told, strict=True)
     )
 
@@ -87,10 +87,9 @@ def _state(
     node = node or told.get("node", "")
     own = told.get("state", "")
     if name in _WAITING:
-        return JobState(share, job, "waiting", "", reason, log)
+        return JobState(share, job, "waiting", "", reason.replace("None", ""), log)
     if name and name not in _ENDED:
-        said = "" if told else _unseen(folder, node)
-        return JobState(share, job, "running", node, said or f"{left} left", log)
+        return JobState(share, job, "running", node, f"{left} left", log)
     if own in ("finished", "failed", "refused", "gave up", "stopped"):
         return JobState(share, job, own, node, told.get("said", ""), log)
     if problem:
@@ -134,7 +133,7 @@ def _rows(lines: Iterable[str]) -> Iterable[tuple[str, tuple[str, ...]]]:
     for line in lines:
         job, *values = line.strip().split(_SEPARATOR)
         if len(values) == 4:
-            yield job, tuple(values)
+            yield job.partition("_[")[0], tuple(values)  # those of an array that never began are one
 
 
 def _run(command: list[str]) -> "subprocess.CompletedProcess[str] | str":
