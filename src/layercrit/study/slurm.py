@@ -72,9 +72,9 @@ def sbatch_script(file: str | Path, folder: str | Path, n_jobs: int, resources: 
     from submitit.slurm.slurm import _make_sbatch_string
 
     command = shlex.join([sys.executable, "-u", "-m", "submitit.core._submit", str(folder / LOGS)])
-    array = {"map_count": n_jobs} if n_jobs > 1 else {}
     parameters = resources.parameters() | _parameters(file, folder, n_jobs, "0" * 16)
-    return _make_sbatch_string(command=command, folder=folder / LOGS, **parameters, **array)
+    n_in_array = n_jobs if n_jobs > 1 else None
+    return _make_sbatch_string(command=command, folder=folder / LOGS, map_count=n_in_array, **parameters)
 
 
 def command_of(file: Path, folder: Path, share: str) -> list[str]:
