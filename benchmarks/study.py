@@ -8,6 +8,7 @@ tables    planning a study of the whole zoo, and loading and comparing one of 8,
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -23,14 +24,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from layercrit.models.zoo.fetching import ZOO
 from layercrit.study.executors import (
+    Answer,
     Event,
     Executor,
     Finished,
     LocalProcesses,
     Message,
     Place,
+    Question,
     Start,
     Task,
+    no_answer,
 )
 from layercrit.study.file import StudyFile, read_study_file
 from layercrit.study.planning import plan_study
@@ -38,7 +42,7 @@ from layercrit.study.published import import_published
 from layercrit.study.running import run_study
 from layercrit.study.store import Store
 from layercrit.study.tables import load_study
-from layercrit.study.worker import Measured, Planned, Progressed
+from layercrit.study.worker import Measured, Opening, Planned, Progressed
 
 N_LAYERS, N_TRIALS = 54, 3  # of the published study
 
@@ -178,15 +182,23 @@ class Watched(Executor):
     """Runs tasks in this process, and times what the run does with each kind of message."""
 
     def __init__(self) -> None:
-        self.seconds: dict[Any, float] = {Planned: 0.0, Progressed: 0.0, Measured: 0.0}
+        self.seconds: dict[Any, float] = {Opening: 0.0, Planned: 0.0, Progressed: 0.0, Measured: 0.0}
 
-    def run(self, tasks: Sequence[Task], start: Start) -> Iterator[Event]:
+    def run(self, tasks: Sequence[Task], start: Start, answer: Answer = no_answer) -> Iterator[Event]:
         work = start(Place("cpu", torch.get_num_threads()))
         for task in tasks:
-            for content in work(task):
-                started = time.perf_counter()
-                yield Message(task, content)
-                self.seconds[type(content)] += time.perf_counter() - started
+            said, reply = work(task), None
+            with contextlib.suppress(StopIteration):
+                while True:
+                    content = said.send(reply)
+                    started = time.perf_counter()
+                    if isinstance(content, Question):
+                        content = content.content
+                        reply = answer(task, content)
+                    else:
+                        reply = None
+                        yield Message(task, content)
+                    self.seconds[type(content)] += time.perf_counter() - started
             yield Finished(task)
 
 
@@ -197,9 +209,9 @@ class Timed(LocalProcesses):
         super().__init__(places)
         self.seconds: list[float] = []
 
-    def run(self, tasks: Sequence[Task], start: Start) -> Iterator[Event]:
+    def run(self, tasks: Sequence[Task], start: Start, answer: Answer = no_answer) -> Iterator[Event]:
         begun: dict[str, float] = {}
-        for event in super().run(tasks, start):
+        for event in super().run(tasks, start, answer):
             begun.setdefault(event.task.name, time.perf_counter())
             if isinstance(event, Finished):
                 self.seconds.append(time.perf_counter() - begun[event.task.name])

@@ -94,7 +94,7 @@ def say_unpicklable():
 
 class Unpicklable:
     def __call__(self):
-        return iter(())
+        yield from ()
 
     def __reduce__(self):
         raise ValueError("stays at home")

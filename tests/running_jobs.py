@@ -9,6 +9,7 @@ import sqlite3
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,14 @@ from torch import nn
 from layercrit.distances import DISTANCES
 from layercrit.resets import RESETS
 from layercrit.seeds import drawing
-from layercrit.study.executors import Executor, Failed, Finished, LocalProcesses, Message, Place
+from layercrit.study.executors import Executor, Failed, Finished, LocalProcesses, Message, Place, Question
 from layercrit.study.file import read_study_file
+from layercrit.study.ranks import Rank
 from layercrit.study.running import run_study
+from layercrit.study.shards import open_study
 from layercrit.study.store import FILE, Store
 from layercrit.study.tables import load_study
+from layercrit.study.worker import Planned
 from small_studies import write_study
 
 ARCHITECTURE = "arch=py:running_jobs:small_network"
@@ -88,20 +92,35 @@ class Killed(BaseException):
     """The run ends here."""
 
 
+def conversation(work, answer):
+    """What a task says, and the plan of which it asks what is left, once that is answered."""
+    reply = None
+    with contextlib.suppress(StopIteration):
+        while True:
+            said = work.send(reply)
+            reply = None
+            if not isinstance(said, Question):
+                yield said
+                continue
+            reply = answer(said.content)
+            if isinstance(said.content, Planned):
+                yield said.content
+
+
 class Inline(Executor):
     """Runs tasks in this process, one after the other; ``stop_after`` events the run is over.
 
     Attributes:
         tasks: names of those that were begun.
-        events: those that happened.
+        events: those that happened, and the plans of which tasks asked what was left.
     """
 
     def __init__(self, stop_after=None, place=PLACE):
         self.stop_after, self.place = stop_after, place
         self.tasks, self.events = [], []
 
-    def run(self, tasks, start):
-        events = self._run(tasks, start)
+    def run(self, tasks, start, answer):
+        events = self._run(tasks, start, answer)
         while True:
             if self.stop_after == len(self.events):
                 raise Killed
@@ -109,15 +128,16 @@ class Inline(Executor):
             if event is None:
                 return
             self.events.append(event)
-            yield event
+            if not isinstance(event, Planned):
+                yield event
 
-    def _run(self, tasks, start):
+    def _run(self, tasks, start, answer):
         work = start(self.place)
         for task in tasks:
             self.tasks.append(task.name)
             try:
-                for content in work(task):
-                    yield Message(task, content)
+                for said in conversation(work(task), partial(answer, task)):
+                    yield said if isinstance(said, Planned) else Message(task, said)
             except Exception as error:
                 yield Failed(task, f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
             else:
@@ -127,12 +147,12 @@ class Inline(Executor):
 class KillingWorkers(LocalProcesses):
     """Processes of which one is killed from outside at each of some events."""
 
-    def __init__(self, places, at):
-        super().__init__(places)
+    def __init__(self, places, at, **settings):
+        super().__init__(places, **settings)
         self.at, self.killed = set(at), []
 
-    def run(self, tasks, start):
-        for number, event in enumerate(super().run(tasks, start)):
+    def run(self, tasks, start, answer):
+        for number, event in enumerate(super().run(tasks, start, answer)):
             if number in self.at:
                 victim = next(process for process in multiprocessing.active_children() if "Spawn" in str(process))
                 victim.kill()
@@ -144,20 +164,30 @@ def run(path, folder, executor=None, **settings):
     return run_study(read_study_file(path), folder, progress=False, executor=executor or Inline(), **settings)
 
 
-def run_slowly(path, folder, seconds):
+def run_shard(path, folder, shard, executor=None, **settings):
+    return run(path, folder, executor, shard=Rank.parse(shard), **settings)
+
+
+class Slow(Inline):
+    """Waits a little after every event."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def _run(self, tasks, start, answer):
+        for event in super()._run(tasks, start, answer):
+            yield event
+            time.sleep(self.seconds)
+
+
+def run_slowly(path, folder, seconds, shard=None):
     """Be a process that is killed: give a part after every batch, and wait a little after every event."""
     import layercrit.study.worker as worker
 
     torch.set_num_threads(1)
     worker._SECONDS_BETWEEN_PARTS = 0
-
-    class Slow(Inline):
-        def _run(self, tasks, start):
-            for event in super()._run(tasks, start):
-                yield event
-                time.sleep(seconds)
-
-    run(path, folder, Slow())
+    run(path, folder, Slow(seconds), shard=None if shard is None else Rank.parse(shard))
 
 
 def run_with_workers(path, folder, n_workers):
@@ -172,8 +202,8 @@ def tables(folder):
     """Everything that a study found: its cells with their keys, its tables, the values of each image, the records."""
     study = load_study(folder)
     cells = study.cells.drop(columns=CHANGING)
-    with Store(folder) as store:
-        per_image = store.per_image(cells["key"].to_list())
+    with open_study(folder) as stored:
+        per_image = stored.per_image(cells["key"].to_list())
     records = {}
     for model, record in zip(study.models["model"], study.models["record"], strict=True):
         of_resets = {name: {reset: record[name][reset] for reset in study.resets} for name in ("content", "donor")}

@@ -19,7 +19,7 @@ from layercrit.contrasts import (
 )
 from layercrit.errors import StudyError, near
 from layercrit.protocol import MATCHED
-from layercrit.study.store import Store
+from layercrit.study.shards import StoredStudy, open_study
 from layercrit.study.tables import Study
 
 __all__ = ["Differences", "differences"]
@@ -167,7 +167,7 @@ def compared_differences(
     sides = [_members(comparison, [pair[side] for pair in chosen], between) for side in (0, 1)]
     found: list[dict[str, Any]] = []
     notes = [_NEW if unit == "models" else _THESE, *_about_fewer_models(comparison, between)]
-    with Store(study.folder) as store:
+    with open_study(study.folder) as store:
         for layer, samples in _samples(store, study, comparison, cells[cells["status"] == "ok"], quantity).items():
             usable = comparison.criticality[layer].notna().to_numpy()
             if unit == "models":
@@ -244,7 +244,7 @@ class _Sample:
 
 
 def _samples(
-    store: Store, study: Study, comparison: Comparison, cells: pd.DataFrame, quantity: str
+    store: StoredStudy, study: Study, comparison: Comparison, cells: pd.DataFrame, quantity: str
 ) -> dict[str, list[_Sample]]:
     """Return layer -> the samples of its models; that of a model without a cell is empty."""
     records = dict(zip(study.models["model"], study.models["record"], strict=True))
@@ -278,7 +278,7 @@ def _weights(sides: Sequence[Array], usable: npt.NDArray[np.bool_]) -> Array:
 
 
 def _over_trials(
-    store: Store,
+    store: StoredStudy,
     sides: Sequence[Array],
     samples: Sequence[_Sample],
     usable: npt.NDArray[np.bool_],
@@ -352,7 +352,7 @@ def _pairing(samples: Sequence[_Sample]) -> _Pairing | None:
     return _Pairing(tuple(common), asked, chance, every_image) if len(common) > 1 or (alike and common) else None
 
 
-def _distances(store: Store, samples: Sequence[_Sample], paired: _Pairing, quantity: str) -> Array:
+def _distances(store: StoredStudy, samples: Sequence[_Sample], paired: _Pairing, quantity: str) -> Array:
     """Return the distances of paired models, ``(n_models, n_trials, n_images)``; means if images are not known."""
     found = []
     for sample in samples:

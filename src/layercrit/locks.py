@@ -5,16 +5,17 @@ import errno
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from layercrit.errors import StudyError
 from layercrit.foreign_files import read_json
 
-__all__ = ["hold", "holder"]
+__all__ = ["about_holder", "hold", "holder"]
 
 _LOCK = ".lock"  # released when the process that holds it ends, however it ends
 _SOFT_LOCK = ".lock-soft"  # its being there is the lock: for file systems that know no other
@@ -23,15 +24,23 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextlib.contextmanager
-def hold(folder: Path, what: str = "study") -> Iterator[None]:
+def hold(
+    folder: Path, what: str = "study", *, patience: float = 1, about: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """Hold the folder of a study or training run, so that one process at a time writes it.
+
+    Args:
+        folder: made where it is missing.
+        what: is in it.
+        patience: seconds to wait for another process that holds it.
+        about: what `about_holder` tells other processes, beside who holds it.
 
     Raises:
         StudyError: another process holds it, or the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _acquired(folder, timeout=1)  # `holder` takes it for a moment
+        lock = _acquired(folder, patience)  # a moment at least: `holder` takes it
     except Timeout as error:
         left = folder / _SOFT_LOCK
         raise StudyError(
@@ -42,12 +51,15 @@ def hold(folder: Path, what: str = "study") -> Iterator[None]:
     except OSError as error:
         raise StudyError(f"The folder {folder} cannot be used ({error.strerror}). Name another with --out.") from error
     try:
-        about = {
+        told = {
             "process": os.getpid(),
             "machine": platform.node(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            **(about or {}),
         }
-        (folder / _HOLDER).write_text(json.dumps(about), encoding="utf-8")
+        new = folder / f".{_HOLDER}.new"
+        new.write_text(json.dumps(told), encoding="utf-8")
+        new.replace(folder / _HOLDER)
         yield
     finally:
         (folder / _HOLDER).unlink(missing_ok=True)
@@ -56,6 +68,17 @@ def hold(folder: Path, what: str = "study") -> Iterator[None]:
 
 def holder(folder: Path) -> str | None:
     """Say which process runs the study in a folder; None if none does."""
+    about = about_holder(folder)
+    if about is None:
+        return None
+    try:
+        return f"process {about['process']} on {about['machine']}, since {about['since']}"
+    except KeyError:
+        return "another process"
+
+
+def about_holder(folder: Path) -> Mapping[str, Any] | None:
+    """Return what the process that runs the study in a folder told of itself; None if none does."""
     if not (folder / _LOCK).exists():
         return None
     try:
@@ -67,9 +90,9 @@ def holder(folder: Path) -> str | None:
         return None  # a folder that cannot be written is run by nobody
     try:
         about = read_json(folder / _HOLDER)
-        return f"process {about['process']} on {about['machine']}, since {about['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _acquired(folder: Path, timeout: float) -> BaseFileLock:

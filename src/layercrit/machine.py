@@ -18,6 +18,11 @@ _OUT_OF_MEMORY = re.compile(
     r"|could not create a (memory object|primitive(?! descriptor))"
 )
 
+_NETWORK_FILE_SYSTEMS = (
+    *("9p", "afs", "beegfs", "ceph", "cifs", "fuse.beegfs", "fuse.ceph", "fuse.glusterfs", "fuse.sshfs", "glusterfs"),
+    *("gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb3", "smbfs", "wekafs"),
+)
+
 
 def find_device(name: str) -> torch.device:
     """Return the device of that name, with its number; ``auto`` is a GPU if there is one.
@@ -74,6 +79,17 @@ def available_memory() -> int | None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # what systems without it raise
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return min(limits, default=None)
+
+
+def is_on_network(path: Path) -> bool:
+    """Return whether a file is in a file system that other machines share, as far as the system says."""
+    try:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError):
+        return False
+    where = str(path.resolve())
+    on = [(len(at), kind) for _, at, kind, *_ in mounts if where == at or where.startswith(f"{at.rstrip('/')}/")]
+    return bool(on) and max(on)[1] in _NETWORK_FILE_SYSTEMS
 
 
 def versions() -> dict[str, str]:

@@ -68,7 +68,7 @@ def test_run__json_is_all_of_stdout(ran):
     ]  # fmt: skip
     assert printed["measured_now"] == printed["n_done"] == len(load_study(folder).cells) == 2 * N_LAYERS
     assert printed["folder"] == "small"
-    assert printed["run_by"] is None
+    assert printed["running"] == []
     assert [failure["trial"] for failure in printed["failures"]] == [0, 1]
 
 
@@ -222,7 +222,7 @@ def test_status__json(tmp_path):
         "warnings": [],
         "damaged": [],
         "seconds_left": None,
-        "run_by": None,
+        "running": [],
     }
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from layercrit.errors import StudyError
-from layercrit.study.executors import Executor, Finished, Message, Place
 from layercrit.study.file import read_study_file
 from layercrit.study.merging import merge_studies
 from layercrit.study.pilots import plans_of
@@ -15,6 +14,7 @@ from layercrit.study.planning import plan_study
 from layercrit.study.running import run_study
 from layercrit.study.store import Store
 from layercrit.study.tables import load_study
+from running_jobs import Inline
 from small_studies import write_study
 
 ASKED = {
@@ -27,19 +27,8 @@ ASKED = {
 N_LAYERS = 4
 
 
-class Here(Executor):
-    """Runs tasks in this process, which is faster to begin than a worker."""
-
-    def run(self, tasks, start):
-        work = start(Place("cpu", 1))
-        for task in tasks:
-            for content in work(task):
-                yield Message(task, content)
-            yield Finished(task)
-
-
 def run(path, folder):
-    return run_study(read_study_file(path), folder, progress=False, executor=Here())
+    return run_study(read_study_file(path), folder, progress=False, executor=Inline())
 
 
 def plans_in(folder):
@@ -141,7 +130,7 @@ def test_run__resumes_after_an_interruption_in_each_stage(planned, tmp_path, mon
         def stopping(self, event, calls=calls, stop_after=stop_after):
             keep(self, event)
             calls.append(event)
-            if len(calls) == 3 * stop_after:
+            if len(calls) == 2 * stop_after:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(running._Run, "_keep", stopping)

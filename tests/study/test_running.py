@@ -800,8 +800,8 @@ def test_run_study__keeps_what_workers_say_as_they_say_it(study, folder, each_ba
     seen = []
 
     class Looking(Inline):
-        def _run(self, tasks, start):
-            for event in super()._run(tasks, start):
+        def _run(self, tasks, start, answer):
+            for event in super()._run(tasks, start, answer):
                 yield event
                 content = getattr(event, "content", event)
                 with Store(folder) as store:

@@ -11,20 +11,31 @@ import layercrit.study.worker as worker_module
 from layercrit.engine.holder import ReplayHolder
 from layercrit.engine.opening import open_replay
 from layercrit.engine.session import Session
-from layercrit.errors import CheckpointError, ModelError, ProbeError
+from layercrit.errors import CheckpointError, ModelError
 from layercrit.layers import find_layers, select_layers
 from layercrit.measuring import measure
 from layercrit.models.references import open_model
+from layercrit.probes.probe_set import ProbeSet
 from layercrit.study.executors import Task
 from layercrit.study.file import read_study_file
 from layercrit.study.store import Store
-from layercrit.study.worker import Job, Measured, Planned, Progressed, start_worker
+from layercrit.study.worker import (
+    Job,
+    Left,
+    Measured,
+    Opening,
+    Planned,
+    Progressed,
+    name_of_parts,
+    start_worker,
+)
 from running_jobs import (
     ARCHITECTURE,
     LAYERS,
     PLACE,
     Inline,
     Killed,
+    conversation,
     forgotten,
     run,
     small_network,
@@ -48,9 +59,30 @@ def prepare(tmp_path):
         with pytest.raises(Killed):
             run(path, tmp_path / "out", Inline(stop_after=0))
         study = read_study_file(path)
-        return study, start_worker(study, tmp_path / "out", PLACE)
+        return study, Worker(study, tmp_path / "out")
 
     return prepared
+
+
+class Worker:
+    """A worker, whose questions are answered from a store; ``n_known`` cells of its last task were there already."""
+
+    def __init__(self, study, folder):
+        self._work = start_worker(study, ProbeSet.load(folder / "probe_set"), PLACE)
+        self._folder = folder
+
+    def __call__(self, task):
+        return conversation(self._work(task), self._answer)
+
+    def _answer(self, asked):
+        with Store(self._folder) as store:
+            if isinstance(asked, Opening):
+                return next(row.record for row in store.models() if row.model == asked.model) or {}
+            cells = {row.key for row in asked.plan}
+            known = store.known(cells)
+            self.n_known = len(known)
+            parts = name_of_parts(cells - known)
+            return Left(known, parts, store.parts(parts))
 
 
 def ask(work, study, model=0, reset="rerandomize", trial=0):
@@ -81,7 +113,7 @@ def test_worker__plans_and_measures_a_trial(prepare):
     planned, measured = ask(work, study, trial=2)
 
     assert isinstance(planned, Planned)
-    assert planned.n_known == 0
+    assert work.n_known == 0
     network = small_network()
     layers = select_layers(find_layers(network, torch.zeros(1, 3, 2, 2)))
     for row, layer, cell in zip(planned.plan, layers, measured.cells, strict=True):
@@ -117,7 +149,7 @@ def test_worker__what_is_known_is_planned_only(prepare, tmp_path):
     second = ask(work, study)
 
     assert [type(message) for message in second] == [Planned]
-    assert second[0].n_known == len(LAYERS)
+    assert work.n_known == len(LAYERS)
     assert keys(second) == keys(first)
 
 
@@ -126,9 +158,9 @@ def test_worker__measures_the_layers_that_are_missing(prepare, tmp_path):
     whole = ask(work, study)[-1]
     keep(tmp_path / "out", replace(whole, cells=[whole.cells[0], whole.cells[2]]))
 
-    planned, measured = ask(work, study)
+    _, measured = ask(work, study)
 
-    assert planned.n_known == 2
+    assert work.n_known == 2
     assert [cell.key for cell in measured.cells] == [whole.cells[1].key]
     assert measured.cells[0].means == whole.cells[1].means
     for name, values in whole.cells[1].per_image.items():
@@ -182,7 +214,7 @@ def test_worker__parts_of_other_content_are_not_used(prepare, tmp_path, each_bat
     keep(tmp_path / "out", first[1])
     write_model(tmp_path / "study" / "m0.safetensors", 9)
 
-    other = ask(start_worker(study, tmp_path / "out", PLACE), study)
+    other = ask(Worker(study, tmp_path / "out"), study)
 
     assert other[1].part.start == 0
     assert other[1].task != first[1].task
@@ -261,13 +293,6 @@ def test_worker__lets_go_of_a_model_before_it_opens_the_next(prepare, monkeypatc
     assert alive[::2] == [0, 0, 0]
 
 
-def test_worker__without_images_cannot_start(prepare, tmp_path):
-    study, _ = prepare()
-
-    with pytest.raises(ProbeError, match="no complete probe set"):
-        start_worker(study, tmp_path / "elsewhere", PLACE)
-
-
 def test_worker__says_where_a_model_differs_from_the_study(prepare):
     study, work = prepare(models=[{"reference": f"file:m0.safetensors?{ARCHITECTURE}&input_size=(3,4,4)"}])
 
@@ -331,7 +356,7 @@ def test_worker__the_first_reset_chooses_the_format(prepare, tmp_path, unsteady_
     study, work = prepare(protocol={"resets": resets, "dtype": "auto"})
 
     one = ask(work, study, reset=resets[first])
-    other = ask(start_worker(study, tmp_path / "out", PLACE), study, reset=resets[1 - first])
+    other = ask(Worker(study, tmp_path / "out"), study, reset=resets[1 - first])
 
     assert unsteady_format == [resets[0]] * 2
     assert one[0].record["dtype"] == other[0].record["dtype"] == {"zero": "bfloat16"}.get(resets[0], "float32")
@@ -356,7 +381,7 @@ def test_worker__keeps_the_format_and_predictions_of_an_earlier_run(prepare, tmp
     unsteady_format.clear()
     monkeypatch.setattr("layercrit.engine.session.predict", lambda *a, **k: pytest.fail("it was asked already"))
 
-    second = ask(start_worker(study, tmp_path / "out", PLACE), study, trial=1)
+    second = ask(Worker(study, tmp_path / "out"), study, trial=1)
 
     assert unsteady_format == []
     assert second[0].record["predictions"] == first[0].record["predictions"]

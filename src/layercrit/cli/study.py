@@ -1,6 +1,7 @@
 """Commands about whole studies: run, plan, status, merge."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,24 +52,45 @@ def study() -> None:
 @_OUT
 @click.option("--workers", type=int, metavar="N", help="Local processes. [default: one for each GPU, else one]")
 @click.option("--retry", is_flag=True, help="Retry the trials that failed before.")
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Measure the I-th of N shares of the study, beside other processes that measure the others. [default: as "
+    "srun, a job array of SLURM, mpirun or torchrun say, else all]",
+)
 @_JSON
-def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, as_json: bool) -> None:
+def run_command(
+    file: Path, out: Path | None, workers: int | None, retry: bool, shard: str | None, as_json: bool
+) -> None:
     """Measure what is missing from a study. Run it again to resume after an interruption.
 
     STUDY.toml may also be the folder of a study that was started before.
     """
     from layercrit.study.file import read_study_file
+    from layercrit.study.ranks import Rank, rank_of
     from layercrit.study.running import run_study
     from layercrit.study.tables import load_study
 
+    own = rank_of(os.environ) if shard is None else Rank.parse(shard)
+    if own is not None and own.of == 1:
+        own = None
     folder = _folder_of(file, out)
     _keep_own_file(folder)
     read = read_study_file(file)
+    if own is not None:
+        say(f"{own.in_words()}", err=True)
     try:
-        report = run_study(read, folder, n_workers=workers, retry=retry)
+        report = run_study(read, folder, n_workers=workers, retry=retry, shard=own)
     except KeyboardInterrupt:
         say(f"Stopped. What has been measured is kept in {folder}; run the same command again to resume.", err=True)
         raise
+    if own is not None and not as_json:
+        say(
+            f"shard {own}: {report.n_measured} cells measured, {report.n_known} were already there "
+            f"({duration(report.seconds)}). Next: `layercrit study status {folder}`."
+        )
+        _end_run(report.failures)
+        return
     found = load_study(folder)
     if as_json:
         click.echo(json.dumps({**_status(found), "measured_now": report.n_measured, "seconds": report.seconds}))
@@ -80,8 +102,12 @@ def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, 
             f"Saved in {folder}{go_on}."
         )
     _say_unreadable(found)
-    if report.failures:
-        _show_failures(report.failures)
+    _end_run(report.failures)
+
+
+def _end_run(failures: "list[FailureRow]") -> None:
+    if failures:
+        _show_failures(failures)
         say("Fix the causes, then run again with --retry.", err=True)
         raise click.exceptions.Exit(1)
 
@@ -121,7 +147,7 @@ def status_command(folder: Path, as_json: bool) -> None:
     left = f", about {duration(status['seconds_left'])} left" if status["seconds_left"] else ""
     known = " planned so far" if status["not_opened"] else ""
     say(f"{status['n_done']} of {status['n_planned']} cells{known} are done{left}")
-    say(f"running: {status['run_by']}" if status["run_by"] else "not running")
+    _show_running(status["running"])
     _say_unreadable(found)
     say_damaged(found.damaged)
     if found.failures:
@@ -173,21 +199,21 @@ def schema_command() -> None:
 
 def _folder_of(file: Path, out: Path | None) -> Path:
     """Return the study's folder; by default that of a study that was started before, or one named like the file."""
-    from layercrit.study.store import FILE
+    from layercrit.study.shards import is_study
 
     if out is not None:
         return out
     if file.is_dir():
         return file
-    begun = file.name == "study.toml" and (file.parent / FILE).exists()
+    begun = file.name == "study.toml" and is_study(file.parent)
     return file.absolute().parent if begun else Path(file.stem)
 
 
 def _keep_own_file(folder: Path) -> None:
     """Refuse a folder in which a run would overwrite a study file that somebody wrote with the resolved one."""
-    from layercrit.study.store import FILE
+    from layercrit.study.shards import is_study
 
-    if (folder / "study.toml").exists() and not (folder / FILE).exists():
+    if (folder / "study.toml").exists() and not is_study(folder):
         raise StudyError(
             f"{folder} contains a study.toml but no study yet, and a run would replace that file. Give the file "
             "itself, and another folder with --out."
@@ -196,7 +222,7 @@ def _keep_own_file(folder: Path) -> None:
 
 def _status(found: "Study") -> dict[str, Any]:
     """Return how far a study is, as plain data."""
-    from layercrit.locks import holder
+    from layercrit.study.shards import holders
 
     progress = found.progress()
     return {
@@ -210,8 +236,18 @@ def _status(found: "Study") -> dict[str, Any]:
         "damaged": list(found.damaged),
         "failures": [vars(failure) for failure in found.failures],
         "seconds_left": found.seconds_left(),
-        "run_by": holder(found.folder),
+        "running": [{"shard": number or None, "by": who} for number, who in holders(found.folder).items()],
     }
+
+
+def _show_running(running: list[dict[str, Any]]) -> None:
+    for one in running[:_LISTED]:
+        of_shard = f"shard {one['shard']}, " if one["shard"] else ""
+        say(f"running: {of_shard}{one['by']}")
+    if len(running) > _LISTED:
+        say(f"and {len(running) - _LISTED} more shards")
+    if not running:
+        say("not running")
 
 
 def _show_means(found: "Study") -> None:

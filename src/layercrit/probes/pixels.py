@@ -15,7 +15,7 @@ from layercrit.probes.images import Pixels
 
 
 class KeptPixels:
-    """uint8 images of one shape in a ``.npy`` file."""
+    """uint8 images of one shape in a ``.npy`` file; a pickled copy, as for another process, reads the same file."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -32,6 +32,9 @@ class KeptPixels:
             )
         self._images: Pixels = images
         self._path, self._offset = path, int(images.offset)
+
+    def __reduce__(self) -> tuple[type["KeptPixels"], tuple[Path]]:
+        return type(self), (self._path,)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -140,6 +141,14 @@ class ProbeSet:
         labels = None if self.labels is None else self.labels[:n_images]
         return replace(self, names=self.names[:n_images], labels=labels, sha256=_digest(self._pixels, n_images, labels))
 
+    def in_memory(self) -> "ProbeSet":
+        """Return the same probe set without its file, to send it to a machine that does not see that."""
+        pixels = PixelStore((self.n_images, *self._pixels.shape[1:]), memory_limit=sys.maxsize)
+        for start in range(0, self.n_images, _IMAGES_AT_ONCE):
+            for slot, image in enumerate(self._pixels.read(start, min(start + _IMAGES_AT_ONCE, self.n_images)), start):
+                pixels.write(slot, image)
+        return replace(self, _pixels=pixels)
+
     def to_dict(self) -> dict[str, Any]:
         """Return what identifies the probe set and how it was made, as plain data."""
         return {
@@ -171,13 +180,15 @@ class ProbeSet:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / _ABOUT).unlink(missing_ok=True)  # without it, half-written images are none
+            (folder / _ABOUT).unlink(missing_ok=True)  # without it, images of another probe set are none
+            new = folder / f".{_IMAGES}.new"  # whoever reads the former images may go on
             shape = (self.n_images, *self._pixels.shape[1:])
-            with (folder / _IMAGES).open("wb") as file:
+            with new.open("wb") as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
                 for start in range(0, self.n_images, _IMAGES_AT_ONCE):
                     file.write(self._pixels.read(start, min(start + _IMAGES_AT_ONCE, self.n_images)).data)
+            new.replace(folder / _IMAGES)
             (folder / _ABOUT).write_text(json.dumps(about, ensure_ascii=False) + "\n", encoding="utf-8")
         except OSError as error:
             raise ProbeError(

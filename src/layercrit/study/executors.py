@@ -1,8 +1,8 @@
 """Run the tasks of a study on workers: here local processes; other executors have the same interface.
 
 A worker is told once how to start and then runs one task after the other, sending messages as parts of a task are
-finished. Every task ends in exactly one `Finished` or `Failed`: an exception fails only its own task, and so do
-repeated deaths of its worker.
+finished, and asking for what only the process that runs the study knows. Every task ends in exactly one `Finished` or
+`Failed`: an exception fails only its own task, and so do repeated deaths of its worker.
 """
 
 import bisect
@@ -16,17 +16,19 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from layercrit.errors import ProtocolError
+from layercrit.study.ranks import Rank, cores_here, gpus_of
 
 __all__ = [
+    "Answer",
     "Event",
     "Executor",
     "Failed",
@@ -34,10 +36,13 @@ __all__ = [
     "LocalProcesses",
     "Message",
     "Place",
+    "Question",
     "Start",
     "Task",
     "Work",
+    "check_names",
     "local_places",
+    "no_answer",
 ]
 
 _PATIENCE = 3.0  # seconds a worker is given to end by itself before it is killed
@@ -82,11 +87,25 @@ class Task:
     payload: Any
 
 
-Work: TypeAlias = Callable[[Task], Iterator[Any]]
-"""Does a task; yields picklable messages as parts are finished."""
+@dataclass(frozen=True)
+class Question:
+    """What a worker asks: no message, but the value of its ``yield`` is the answer.
+
+    Attributes:
+        content: picklable.
+    """
+
+    content: Any
+
+
+Work: TypeAlias = Callable[[Task], Generator[Any, Any, None]]
+"""Does a task; yields picklable messages as parts are finished, and a `Question` where it needs an answer."""
 
 Start: TypeAlias = Callable[[Place], Work]
 """Called once in each worker. Picklable: a function of a module, or a `functools.partial` of one."""
+
+Answer: TypeAlias = Callable[[Task, Any], Any]
+"""Answers the question that a task asks, in the process that runs the study; picklable."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +141,22 @@ class Failed:
 Event: TypeAlias = Message | Finished | Failed
 
 
+def no_answer(task: Task, content: Any) -> Any:
+    """Be the `Answer` of tasks that ask nothing."""
+    raise ProtocolError(f"{task.name} asks {content!r}, and nobody answers: give run(..., answer=).")
+
+
 class Executor(ABC):
-    """Runs tasks on workers."""
+    """Runs tasks on workers.
+
+    Attributes:
+        is_remote: whether workers may be on machines that do not see the files of this one.
+    """
+
+    is_remote: ClassVar[bool] = False
 
     @abstractmethod
-    def run(self, tasks: Sequence[Task], start: Start) -> Iterator[Event]:
+    def run(self, tasks: Sequence[Task], start: Start, answer: Answer = no_answer) -> Iterator[Event]:
         """Run tasks and yield what happens.
 
         Every task ends in exactly one `Finished` or `Failed`, and its messages come before it, in their order. A
@@ -135,10 +165,22 @@ class Executor(ABC):
         Args:
             tasks: in the order in which those of one affinity are begun.
             start: prepares a worker.
+            answer: answers what tasks ask, in this process. What it raises ends the run.
 
         Raises:
-            ProtocolError: two tasks have the same name.
+            ProtocolError: two tasks have the same name, or one asks and nobody answers.
         """
+
+
+def check_names(tasks: Sequence[Task]) -> None:
+    """Make sure that the names of tasks are unique.
+
+    Raises:
+        ProtocolError: two tasks have the same name.
+    """
+    repeated = [name for name, n in Counter(task.name for task in tasks).items() if n > 1]
+    if repeated:
+        raise ProtocolError(f"Two tasks are named {repeated[0]!r}; expected unique names.")
 
 
 class LocalProcesses(Executor):
@@ -171,22 +213,21 @@ class LocalProcesses(Executor):
         self._places = list(places)
         self._attempts = attempts
 
-    def run(self, tasks: Sequence[Task], start: Start) -> Iterator[Event]:
+    def run(self, tasks: Sequence[Task], start: Start, answer: Answer = no_answer) -> Iterator[Event]:
         """Run tasks on the processes; see `Executor.run`."""
-        repeated = [name for name, n in Counter(task.name for task in tasks).items() if n > 1]
-        if repeated:
-            raise ProtocolError(f"Two tasks are named {repeated[0]!r}; expected unique names.")
-        return _Run(self._places, tasks, pickle.dumps(start), self._attempts).events()
+        check_names(tasks)
+        return _Run(self._places, tasks, pickle.dumps(start), answer, self._attempts).events()
 
 
-def local_places(n_workers: int | None, device: str, n_gpus: int) -> list[Place]:
-    """Divide this machine among workers.
+def local_places(n_workers: int | None, device: str, n_gpus: int, shard: Rank | None = None) -> list[Place]:
+    """Divide this machine, or what a shard has of it, among workers.
 
     Args:
         n_workers: how many; None: one for each GPU with the devices ``auto`` and ``cuda``, else one.
         device: ``auto``: the GPUs if there are any, else the CPU. Workers on ``auto`` or ``cuda`` take the GPUs in
             turn; any other device is used by all workers.
         n_gpus: how many GPUs there are, as ``torch.cuda.device_count()`` says.
+        shard: the share of the study that this process has; those on one machine divide its GPUs and cores.
 
     Returns:
         A place for each worker. The cores this process may use are divided among them, at least one each.
@@ -200,18 +241,22 @@ def local_places(n_workers: int | None, device: str, n_gpus: int) -> list[Place]
         raise ProtocolError(
             "The device is 'cuda', but torch sees no GPU here. Use 'cpu', or 'auto' for whatever there is."
         )
-    gpus = [f"cuda:{number}" for number in range(n_gpus)] if device in ("auto", "cuda") else []
+    gpus = [f"cuda:{number}" for number in gpus_of(shard, n_gpus, os.environ)] if device in ("auto", "cuda") else []
     devices = gpus or ["cpu" if device == "auto" else device]
     n_workers = n_workers or len(devices)
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n_threads = max(1, n_cores // n_workers)
+    n_threads = max(1, cores_here(shard, os.environ) // n_workers)
     return [Place(devices[number % len(devices)], n_threads) for number in range(n_workers)]
 
 
-# What a worker answers. It is pickled plainly, not by `Connection.send`: that sends a tensor as a reference to shared
+# What a worker says. It is pickled plainly, not by `Connection.send`: that sends a tensor as a reference to shared
 # memory, which is gone when the worker is.
 @dataclass(frozen=True)
 class _Part:
+    content: Any
+
+
+@dataclass(frozen=True)
+class _Asked:
     content: Any
 
 
@@ -227,7 +272,7 @@ class _Error:
     is_last: bool  # the worker could not start, and ends
 
 
-_Answer: TypeAlias = _Part | _Done | _Error
+_Said: TypeAlias = _Part | _Asked | _Done | _Error
 
 
 @dataclass
@@ -242,24 +287,27 @@ class _Worker:
         with contextlib.suppress(ConnectionError):  # it is dead, which shows when it is next asked
             self.connection.send_bytes(data)
 
-    def receive(self) -> _Answer | None:
-        """Return the next answer, None if there will be no more."""
+    def receive(self) -> _Said | None:
+        """Return what it says next, None if that will be nothing more."""
         try:
             data = self.connection.recv_bytes()
-        except (EOFError, OSError):  # closed before an answer, or within one
+        except (EOFError, OSError):  # closed before a word, or within one
             return None
-        answer: _Answer = pickle.loads(data)  # noqa: S301 - written by our own process
-        return answer
+        said: _Said = pickle.loads(data)  # noqa: S301 - written by our own process
+        return said
 
 
 class _Run:
     """The tasks and workers of one run."""
 
-    def __init__(self, places: Sequence[Place], tasks: Sequence[Task], start: bytes, attempts: int) -> None:
+    def __init__(
+        self, places: Sequence[Place], tasks: Sequence[Task], start: bytes, answer: Answer, attempts: int
+    ) -> None:
         self._free_places = list(reversed(places))
         self._waiting = list(tasks)
         self._position = {task.name: position for position, task in enumerate(tasks)}
         self._start = start
+        self._answer = answer
         self._attempts = attempts
         self._deaths: defaultdict[str, list[str]] = defaultdict(list)  # name of a task -> how its workers died
         self._workers: list[_Worker] = []
@@ -305,31 +353,38 @@ class _Run:
         worker.send(data)
 
     def _collect(self) -> Iterator[Event]:
-        """Wait for answers and deaths, and say what happened."""
+        """Wait for words and deaths, and say what happened."""
         connections = [worker.connection for worker in self._workers]
         deaths = [worker.process.sentinel for worker in self._workers]
         wait([*connections, *deaths], _LOOK_AGAIN)
         for worker in list(self._workers):
             is_dead = not worker.process.is_alive()  # asked first: what a dead worker sent is then read to its end
             while wait([worker.connection], 0):
-                answer = worker.receive()
-                if answer is None:
+                said = worker.receive()
+                if said is None:
                     is_dead = True
                     break
-                yield self._event(worker, answer)
-                is_dead = is_dead or (isinstance(answer, _Error) and answer.is_last)
+                if isinstance(said, _Asked):
+                    self._tell(worker, said)
+                else:
+                    yield self._event(worker, said)
+                is_dead = is_dead or (isinstance(said, _Error) and said.is_last)
                 if not is_dead:
                     break  # so that a worker of many words does not keep the others waiting
             if is_dead:
                 yield from self._bury(worker)
 
-    def _event(self, worker: _Worker, answer: _Answer) -> Event:
+    def _tell(self, worker: _Worker, asked: _Asked) -> None:
+        assert worker.task is not None  # noqa: S101 - a worker speaks of a task only
+        worker.send(pickle.dumps(self._answer(worker.task, asked.content)))
+
+    def _event(self, worker: _Worker, said: _Part | _Done | _Error) -> Event:
         task = worker.task
-        assert task is not None  # noqa: S101 - a worker answers to a task only
-        if isinstance(answer, _Part):
-            return Message(task, answer.content)
+        assert task is not None  # noqa: S101 - a worker speaks of a task only
+        if isinstance(said, _Part):
+            return Message(task, said.content)
         worker.task = None
-        return Finished(task) if isinstance(answer, _Done) else Failed(task, answer.error, answer.details)
+        return Finished(task) if isinstance(said, _Done) else Failed(task, said.error, said.details)
 
     def _bury(self, worker: _Worker) -> Iterator[Failed]:
         """Make room for another worker; the task of the dead one waits again, or has failed too often."""
@@ -437,13 +492,25 @@ def _serve_tasks(connection: "Connection[bytes, bytes]", place: Place) -> None:
         return
     while True:
         task = connection.recv_bytes()
-        answer: _Answer = _Done()
+        end: _Done | _Error = _Done()
         try:
-            for content in work(pickle.loads(task)):  # noqa: S301 - written by our own process
-                connection.send_bytes(pickle.dumps(_Part(content)))
+            _serve_task(connection, work(pickle.loads(task)))  # noqa: S301 - written by our own process
         except Exception as error:
-            answer = _Error(_text(error), traceback.format_exc(), is_last=False)
-        connection.send_bytes(pickle.dumps(answer))
+            end = _Error(_text(error), traceback.format_exc(), is_last=False)
+        connection.send_bytes(pickle.dumps(end))
+
+
+def _serve_task(connection: "Connection[bytes, bytes]", said: Generator[Any, Any, None]) -> None:
+    answer = None
+    with contextlib.suppress(StopIteration):
+        while True:
+            content = said.send(answer)
+            answer = None
+            if isinstance(content, Question):
+                connection.send_bytes(pickle.dumps(_Asked(content.content)))
+                answer = pickle.loads(connection.recv_bytes())  # noqa: S301 - written by our own process
+            else:
+                connection.send_bytes(pickle.dumps(_Part(content)))
 
 
 def _text(error: Exception) -> str:

@@ -55,7 +55,7 @@ from layercrit.study.schema import (
     StudyTable,
     TrainingTable,
 )
-from layercrit.study.store import FILE
+from layercrit.study.shards import is_study
 from layercrit.study.training_entries import Training, TrainingRun, model_mistakes, run_of, training_mistakes
 
 __all__ = ["ModelEntry", "StudyFile", "Training", "TrainingRun", "read_study_file"]
@@ -137,7 +137,7 @@ def read_study_file(path: str | Path) -> StudyFile:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        if (path / FILE).is_file() and not (path / "study.toml").is_file():
+        if is_study(path) and not (path / "study.toml").is_file():
             raise StudyError(f"The study in {path} was imported or merged, so it cannot be run.")
         path = path / "study.toml"
     try:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from layercrit.errors import StudyError
-from layercrit.study.store import FILE, ModelRow, PlanRow, Store
+from layercrit.study.rows import ModelRow, PlanRow
+from layercrit.study.shards import is_study, open_study, store_folders
+from layercrit.study.store import Store
 from layercrit.study.tables import Study, load_study
 
 __all__ = ["merge_studies"]
@@ -32,7 +34,7 @@ def merge_studies(folders: Sequence[str | Path], out: str | Path) -> Study:
     images are merged all the same, and the new study's notes say so.
 
     Args:
-        folders: of the studies, two or more.
+        folders: of the studies, two or more; or of one that was run in shards, whose stores become one.
         out: the folder of the new study.
 
     Raises:
@@ -41,15 +43,15 @@ def merge_studies(folders: Sequence[str | Path], out: str | Path) -> Study:
     """
     paths = [Path(folder).expanduser() for folder in folders]
     out = Path(out).expanduser()
-    if len(paths) < 2:
-        raise StudyError(f"Expected two or more studies to merge, got {len(paths)}.")
-    if (out / FILE).exists():
+    if len(paths) < 2 and not any(len(store_folders(path)) > 1 for path in paths):
+        raise StudyError(f"Expected two or more studies to merge, or one in several shards; got {len(paths)}.")
+    if is_study(out):
         raise StudyError(f"{out} already contains a study. Name another folder with --out.")
     studies = [load_study(path) for path in paths]
     models, plan, measured = _models(studies), *_plan(paths)
     with Store(out, create=True) as merged:
-        for path in paths:
-            with Store(path) as store:
+        for store_folder in (own for path in paths for own in store_folders(path).values()):
+            with Store(store_folder, read_only=True) as store:
                 merged.copy_cells(store)
         with merged.transaction():
             merged.put_models(models)
@@ -69,7 +71,7 @@ def _models(studies: Sequence[Study]) -> list[ModelRow]:
     """Return the models of all studies, in their order, those of the same name and weights once."""
     found: dict[str, tuple[ModelRow, Study]] = {}
     for study in studies:
-        with Store(study.folder) as store:
+        with open_study(study.folder) as store:
             rows = store.models()
         for row in rows:
             if row.model not in found:
@@ -102,7 +104,7 @@ def _plan(paths: Sequence[Path]) -> tuple[list[PlanRow], set[tuple[str, str, int
     planned: dict[tuple[str, str, int, str], PlanRow] = {}
     measured: dict[tuple[str, str, int, str], Path] = {}
     for path in paths:
-        with Store(path) as store:
+        with open_study(path) as store:
             rows = store.plan()
             known = store.known(row.key for row in rows)
         for row in rows:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from layercrit.precision import Components, Cost, Pilot, PrecisionPlan
-from layercrit.study.store import Store
+from layercrit.study.shards import StoredStudy
 
 __all__ = ["pilots_of", "plans_of"]
 
@@ -16,7 +16,7 @@ def plans_of(kept: Sequence[Sequence[Any]] | None) -> dict[tuple[str, str], Prec
     return {(str(model), str(reset)): PrecisionPlan.from_dict(plan) for model, reset, plan in kept or []}
 
 
-def pilots_of(store: Store, n_pilot: int, planned: Container[tuple[str, str]]) -> dict[tuple[str, str], Pilot]:
+def pilots_of(store: StoredStudy, n_pilot: int, planned: Container[tuple[str, str]]) -> dict[tuple[str, str], Pilot]:
     """Return model and reset -> what the pilot found.
 
     Args:

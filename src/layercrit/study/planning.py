@@ -1,6 +1,5 @@
 """What a study will cost, before anything is measured: cells, FLOPs, bytes to download, time on this machine."""
 
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
 from layercrit.study.file import StudyFile
 from layercrit.study.pilots import plans_of
-from layercrit.study.store import FILE, Store
+from layercrit.study.shards import is_study, open_study
 
 __all__ = ["StudyPlan", "plan_study"]
 
@@ -139,9 +138,9 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
 
 def _plans(folder: Path) -> dict[tuple[str, str], PrecisionPlan]:
     """Return what was planned after the pilots of a study."""
-    if not (folder / FILE).is_file():
+    if not is_study(folder):
         return {}
-    with contextlib.closing(Store(folder)) as store:
+    with open_study(folder) as store:
         return plans_of(store.meta("precision"))
 
 
@@ -245,7 +244,7 @@ def _is_here(entry: ModelEntry, mistake: str) -> tuple[bool, str]:
 
 def _done(folder: Path) -> Counter[str]:
     """Count the measured cells of each model."""
-    if not (folder / FILE).is_file():
+    if not is_study(folder):
         return Counter()
-    with contextlib.closing(Store(folder)) as store:
+    with open_study(folder) as store:
         return Counter(store.cells()["model"])

@@ -22,7 +22,9 @@ from layercrit.foreign_text import guarded, unguarded
 from layercrit.layers import Layer, find_layers, stages_of
 from layercrit.models.references import open_model, without_weights
 from layercrit.models.zoo.fetching import ZOO
-from layercrit.study.store import FILE, CellRow, ModelRow, PlanRow, Store
+from layercrit.study.rows import CellRow, ModelRow, PlanRow
+from layercrit.study.shards import is_study
+from layercrit.study.store import Store
 from layercrit.study.tables import Study, load_study
 
 __all__ = ["COLUMNS", "MODEL_COLUMNS", "import_published", "write_models", "write_published"]
@@ -81,7 +83,7 @@ def import_published(results: str | Path, folder: str | Path, models: str | Path
             contains a study.
     """
     results, folder = Path(results).expanduser(), Path(folder).expanduser()
-    if (folder / FILE).exists():
+    if is_study(folder):
         raise StudyError(f"{folder} already contains a study. Name another folder, or delete that study first.")
     data = _read(results)
     sha256 = hashlib.sha256(data).hexdigest()

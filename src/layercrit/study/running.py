@@ -1,11 +1,10 @@
 """Run a study: every cell is measured once, nothing is lost, and a failing model does not stop the others."""
 
 import contextlib
-import hashlib
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,36 +12,28 @@ from typing import Any, cast
 
 import torch
 
-from layercrit.errors import LayercritError, ProbeError
+from layercrit.errors import LayercritError
 from layercrit.locks import hold
 from layercrit.machine import versions
 from layercrit.models.references import fetch
-from layercrit.precision import PrecisionPlan, n_pilot_images, plan_half_width, run_together
-from layercrit.probes.labelling import open_images
-from layercrit.probes.parts import without_split
+from layercrit.precision import PrecisionPlan, n_pilot_images, plan_half_width
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
-from layercrit.resets import RESETS
-from layercrit.seeds import probe_set_seed
-from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
-from layercrit.study.executors import (
-    Event,
-    Executor,
-    Failed,
-    LocalProcesses,
-    Message,
-    Task,
-    local_places,
-)
+from layercrit.study.executors import Event, Executor, Failed, LocalProcesses, Message, Task, local_places
 from layercrit.study.file import StudyFile
+from layercrit.study.images import draw_images, drawn_images, n_available_images
+from layercrit.study.peers import about_run, check_folder, check_peers, wait_for_pilots
 from layercrit.study.pilots import pilots_of, plans_of
-from layercrit.study.store import FailureRow, ModelRow, Store
-from layercrit.study.worker import Job, Measured, Planned, Progressed, start_worker
+from layercrit.study.ranks import Rank
+from layercrit.study.rows import FailureRow, ModelRow
+from layercrit.study.shards import Elsewhere, is_study, open_study, shard_folder
+from layercrit.study.store import Store
+from layercrit.study.tasks import deal, first_tasks, further_tasks, places_of
+from layercrit.study.worker import Job, Left, Measured, Opening, Planned, Progressed, name_of_parts, start_worker
 
 __all__ = ["RunReport", "run_study"]
 
-_PROBE_SET = "probe_set"
 # settings that do not decide which cells a study has
 _UNDECIDING = ("batch_size", "device", "level", "interval", "half_width", "minutes", "pilot", "max_trials")
 
@@ -76,6 +67,7 @@ def run_study(
     retry: bool = False,
     progress: bool = True,
     executor: Executor | None = None,
+    shard: Rank | None = None,
 ) -> RunReport:
     """Measure what is missing from a study; run again to resume after an interruption.
 
@@ -89,20 +81,30 @@ def run_study(
         retry: whether to retry what failed in an earlier run.
         progress: whether to show a progress bar on a terminal.
         executor: runs the tasks in place of local processes.
+        shard: which share of the study this process has, of several that run it at the same time, on one machine or
+            many: ``Rank.parse("3/16")``. Each has a store of its own in the folder, and whoever reads the study reads
+            all of them. None: all of it.
 
     Raises:
-        StudyError: models are not trained yet, another process runs this study, or the folder cannot be used.
+        StudyError: models are not trained yet, another process runs this study or shard, others run shards of another
+            study file or under other versions, or the folder cannot be used or is not the same one on all machines.
         ProbeError: the images cannot be read.
     """
     study.check_trained()
     started = time.monotonic()
     folder = Path(folder).expanduser().absolute()
-    executor = executor or LocalProcesses(local_places(n_workers, study.protocol.device, torch.cuda.device_count()))
-    with hold(folder), Store(folder, create=True) as store, Bar(progress) as bar:
-        run = _Run(study, folder, store, bar)
-        run.begin(retry)
-        run.fetch()
-        run.work(executor)
+    n_gpus = torch.cuda.device_count()
+    executor = executor or LocalProcesses(local_places(n_workers, study.protocol.device, n_gpus, shard))
+    number = 0 if shard is None else shard.number + 1
+    own, about = shard_folder(folder, number), about_run(study, shard)
+    with hold(own, about=about), Bar(progress) as bar:
+        check_peers(folder, number, about)
+        if shard is not None:
+            check_folder(folder, shard)
+        with Store(own, create=True, shared=number > 0) as store:
+            run = _Run(study, folder, store, bar, shard)
+            run.begin(retry)
+            run.work(executor)
         run.report.seconds = time.monotonic() - started
         return run.report
 
@@ -110,8 +112,11 @@ def run_study(
 class _Run:
     """One run of a study under way."""
 
-    def __init__(self, study: StudyFile, folder: Path, store: Store, bar: Bar) -> None:
-        self.study, self.folder, self.store, self.bar = study, folder, store, bar
+    def __init__(self, study: StudyFile, folder: Path, store: Store, bar: Bar, shard: Rank | None) -> None:
+        self.study, self.folder, self.store, self.bar, self.shard = study, folder, store, bar, shard
+        self.own_number = 0 if shard is None else shard.number + 1
+        self.elsewhere = Elsewhere(folder)
+        self.dealt: set[tuple[str, str, int]] = set()  # models, resets and trials that are this run's to measure
         self.report = RunReport(folder)
         self.number = 0
         self.expected: dict[str, float] = {}  # task name -> cells, as far as its model was opened
@@ -121,9 +126,12 @@ class _Run:
 
     def begin(self, retry: bool) -> None:
         """Write down what the study is about, and make sure of its images."""
-        plans = plans_of(self.store.meta("precision"))
+        before, plans = self._before()
         probe_set = self._probe_set(next((plan.n_images for plan in plans.values()), self.n_first_images))
         about = _about(self.study, probe_set, self.n_first_images)
+        self.elsewhere = Elsewhere.read(self.folder, self.own_number, about["measured"])
+        if retry:
+            self.elsewhere = replace(self.elsewhere, failures=())
         with self.store.transaction():
             self.store.drop_damaged()
             changed = self.store.meta("study", {}).get("measured") != about["measured"]
@@ -135,18 +143,33 @@ class _Run:
                 for entry in self.study.models:
                     self.store.drop_failures(entry.name)
             self.store.put_meta("study", about)
-            self.number = self.store.put_run(_now(), {"versions": versions(), "machine": platform.node()})
+            about_run = {"versions": versions(), "machine": platform.node()}
+            about_run |= {"retry": True} if retry else {}
+            about_run |= {"shard": str(self.shard)} if self.shard else {}
+            self.number = self.store.put_run(_now(), about_run)
         _write(self.folder / "study.toml", self.study.to_toml())
         for row in self.store.damaged:
             self.bar.say(f"damaged on the disk, so made anew: {row}")
-        if changed and plans:
+        if plans and before.get("measured") != about["measured"]:
             self._take_images(self.n_first_images)
+
+    def _before(self) -> tuple[dict[str, Any], dict[tuple[str, str], PrecisionPlan]]:
+        """Return what earlier runs, or other shards, were about, and what they planned."""
+        if not is_study(self.folder):
+            return {}, {}
+        with open_study(self.folder) as stored:
+            return stored.meta("study", {}), plans_of(stored.meta("precision"))
+
+    def fetch(self, models: Iterable[ModelEntry]) -> None:
+        """Download what opening models would lack; what cannot be had fails when it is opened."""
+        for entry in models:
+            with contextlib.suppress(LayercritError):
+                fetch(entry.reference, self.bar.fetched)
 
     @cached_property
     def n_available(self) -> int:
         """How many images there are, those of the file at most."""
-        labels = self.study.labels if isinstance(self.study.labels, str) else "auto"
-        return min(self.study.n_images, len(open_images(self.study.source, labels)))
+        return n_available_images(self.study)
 
     @cached_property
     def n_first_images(self) -> int:
@@ -163,57 +186,52 @@ class _Run:
             self.store.put_meta("study", about)
 
     def _probe_set(self, n_images: int) -> ProbeSet:
-        """Return the images as an earlier run decoded them, or decode them now."""
-        asked = {"source": self.study.source, "n_images": n_images, "labels": self.study.labels,
-                 "seed": self.study.protocol.seed, "preprocessing": str(self.study.preprocessing)}  # fmt: skip
-        labels = self.study.labels
-        lists = [path for path in (labels, self.study.classes) if isinstance(path, str)]
-        asked |= {"classes": self.study.classes} if self.study.classes is not None else {}
-        kept = self.folder / _PROBE_SET
-        files = _state_of(self.study.source, lists)
-        known = self.store.meta("images", {})
-        if known.get("asked") == asked and files in (None, known["files"]):
-            with contextlib.suppress(ProbeError):  # gone or damaged: decoded anew
-                probe_set = ProbeSet.load(kept)
-                if probe_set.sha256 == known["sha256"]:
-                    return probe_set
-        probe_set = ProbeSet.from_source(
-            self.study.source,
-            self.study.preprocessing,
-            n_images=n_images,
-            seed=probe_set_seed(self.study.protocol.seed),
-            labels=labels if isinstance(labels, str) else "auto" if labels else "none",
-            classes=self.study.classes,
-            progress=self.bar.decoded,
-        )
-        probe_set.save(kept)
-        with self.store.transaction():
-            self.store.put_meta("images", {"asked": asked, "files": files, "sha256": probe_set.sha256})
-        return ProbeSet.load(kept, verify=False)
-
-    def fetch(self) -> None:
-        """Download what opening the models would lack; what cannot be had fails when it is opened."""
-        for entry in self.study.models:
-            with contextlib.suppress(LayercritError):
-                fetch(entry.reference, self.bar.fetched)
+        shared = self.shard is not None
+        return draw_images(self.study, self.folder, n_images, self.store, shared=shared, progress=self.bar.decoded)
 
     def work(self, executor: Executor) -> None:
-        """Run all trials: those that were asked for, or those of the pilot and what is planned after it."""
-        self._run_tasks(executor, self._first_tasks())
+        """Run all trials, or the shard's: those that were asked for, or the pilot's and what is planned after it."""
+        self._run_tasks(executor, first_tasks(self.study))
         if self.study.protocol.is_planned:
             n_images = self._n_images
+            if self.shard is not None:
+                self._wait_for_pilots(self.shard)
             plans = self._make_plans()
             if self._n_images > n_images:  # the pilot's trials run again
-                self._run_tasks(executor, self._first_tasks())
+                self._run_tasks(executor, first_tasks(self.study))
             self._run_tasks(executor, self._further_tasks(plans))
-        self.report.failures = self.store.failures()
+        self.report.failures = [row for row in self._failures() if (row.model, row.reset, row.trial) in self.dealt]
+
+    def _wait_for_pilots(self, shard: Rank) -> None:
+        """Wait until the others have run their share of the pilot, unless everything is planned already."""
+        wanted = {(entry.name, reset) for entry in self.study.models for reset in self.study.resets}
+        if wanted <= self._before()[1].keys():
+            return
+        mark = {"of": shard.of, "models": [entry.name for entry in self.study.models], "n_images": self._n_images,
+                "measured": self.store.meta("study")["measured"]}  # fmt: skip
+        wait_for_pilots(self.folder, shard, mark, self.store, self.bar.say)
+
+    def _failures(self) -> list[FailureRow]:
+        """Return what failed, now or in an earlier run, here or in another shard."""
+        own = {(row.model, row.reset, row.trial): row for row in self.store.failures()}
+        others = [row for row in self.elsewhere.failures if (row.model, row.reset, row.trial) not in own]
+        return [*own.values(), *others]
 
     def _run_tasks(self, executor: Executor, tasks: Sequence[Task]) -> None:
-        """Run tasks, and keep what they give."""
-        self.expected |= dict.fromkeys((task.name for task in tasks), 0.0)
-        self.done |= dict.fromkeys((task.name for task in tasks), 0.0)
+        """Run those tasks that are dealt to this shard, if there are several, and keep what they give."""
+        failed = {(row.model, row.reset, row.trial) for row in self._failures()}
+        dealt = deal(tasks, self.shard)
+        self.dealt |= {place for task in dealt for place in places_of(task)}
+        left = [task for task in dealt if not failed.intersection(places_of(task))]
+        self.report.n_retryable += len(dealt) - len(left)
+        self.fetch({task.payload.model for task in left})
+        self.expected |= dict.fromkeys((task.name for task in left), 0.0)
+        self.done |= dict.fromkeys((task.name for task in left), 0.0)
         self._show()
-        events = executor.run(tasks, partial(start_worker, self.study, self.folder))
+        probe_set = drawn_images(self.folder)
+        if executor.is_remote:
+            probe_set = probe_set.in_memory()
+        events = executor.run(left, partial(start_worker, self.study, probe_set), self._answer)
         with contextlib.closing(events):  # type: ignore[type-var]
             for event in events:
                 with self.store.transaction():
@@ -222,8 +240,9 @@ class _Run:
 
     def _make_plans(self) -> dict[tuple[str, str], PrecisionPlan]:
         """Return the plan of each model and reset: as it was fixed before, or, where there is none, made now."""
-        plans = plans_of(self.store.meta("precision"))
-        pilots = pilots_of(self.store, self.study.protocol.pilot, plans)
+        with open_study(self.folder) as stored:
+            plans = plans_of(stored.meta("precision"))
+            pilots = pilots_of(stored, self.study.protocol.pilot, plans)
         if not pilots:
             return plans
         protocol, n_images = self.study.protocol, self._n_images
@@ -248,40 +267,45 @@ class _Run:
         return plans
 
     def _further_tasks(self, plans: Mapping[tuple[str, str], PrecisionPlan]) -> list[Task]:
-        """Return the tasks after the pilot: trials that are run together, for the layers that get them."""
-        failed = {(row.model, row.reset, row.trial) for row in self.store.failures()}
-        sizes = {(row.model, row.layer): row.n_parameters or 0 for row in self.store.plan()}
-        entries = {entry.name: entry for entry in self.study.models}
-        tasks = []
-        for (model, reset), plan in plans.items():
-            if model not in entries or reset not in self.study.resets:
-                continue
-            trials = {}
-            for trial, names in plan.trials().items():
-                if (model, reset, trial) in failed:
-                    self.report.n_retryable += 1
-                else:
-                    trials[trial] = names
-            of_model = {layer: size for (name, layer), size in sizes.items() if name == model}
-            tasks += [_task(entries[model], reset, together) for together in run_together(trials, of_model)]
-        return tasks
+        failed = {(row.model, row.reset, row.trial) for row in self._failures()}
+        with open_study(self.folder) as stored:
+            sizes = {(row.model, row.layer): row.n_parameters or 0 for row in stored.plan()}
+        return further_tasks(self.study, plans, sizes, failed)
 
-    def _first_tasks(self) -> list[Task]:
-        failed = {(row.model, row.reset, row.trial) for row in self.store.failures()}
-        tasks = []
-        for entry in self.study.models:
-            for reset in self.study.resets:
-                for trial in range(needed_trials(self.study.protocol.first_trials, RESETS[reset].random)):
-                    if (entry.name, reset, trial) in failed:
-                        self.report.n_retryable += 1
-                        continue
-                    tasks.append(_task(entry, reset, {trial: None}))
-        return tasks
+    def _answer(self, task: Task, asked: Opening | Planned) -> dict[str, Any] | Left:
+        """Tell a worker what is known."""
+        if isinstance(asked, Opening):
+            return dict(self._known_record(asked.model))
+        with self.store.transaction():
+            return self._plan(task, asked)
+
+    def _known_record(self, model: str) -> Mapping[str, Any]:
+        """Return what this store knows of a model, else what others do."""
+        own = next(row for row in self.store.models() if row.model == model)
+        return own.record or self.elsewhere.records.get((own.model, own.reference), {})
+
+    def _plan(self, task: Task, planned: Planned) -> Left:
+        """Keep which cells a task has, and return which of them are left."""
+        model, name = task.payload.model.name, task.name
+        self._put_record(model, planned.record)
+        self._say_about(model, planned.record)
+        for where in places_of(task):
+            self.store.clear_plan(*where)
+        self.store.put_plan(planned.plan)
+        keys = {row.key for row in planned.plan}
+        known = self.store.known(keys)
+        known |= self.elsewhere.known(keys - known)
+        self.expected[name], self.done[name] = len(planned.plan), len(known)
+        if name not in self.opened:  # else its worker died, and another one begins anew
+            self.report.n_known += len(known)
+        self.opened.add(name)
+        parts = name_of_parts(keys - known)
+        return Left(known, parts, self.store.parts(parts))
 
     def _keep(self, event: Event) -> None:
         job: Job = event.task.payload
         name = event.task.name
-        places = [(job.model.name, job.reset, trial) for trial in job.layers]
+        places = places_of(event.task)
         match event:
             case Failed(error=error, details=details):
                 for where in places:
@@ -290,16 +314,6 @@ class _Run:
                     self.said.add((job.model.name, error))
                     self.bar.say(f"{name} failed: {error.splitlines()[0][:160]}")
                 self.expected[name] = self.done[name]
-            case Message(content=Planned(record, plan, n_known)):
-                self._put_record(job.model.name, record)
-                self._say_about(job.model.name, record)
-                for where in places:
-                    self.store.clear_plan(*where)
-                self.store.put_plan(plan)
-                self.expected[name], self.done[name] = len(plan), n_known
-                if name not in self.opened:  # else its worker died, and another one begins anew
-                    self.report.n_known += n_known
-                self.opened.add(name)
             case Message(content=Progressed(task, part, n_cells)):
                 self.store.put_part(task, part)
                 self.done[name] += n_cells * (part.stop - part.start) / self._n_images
@@ -324,7 +338,7 @@ class _Run:
 
     def _put_record(self, model: str, record: dict[str, Any]) -> None:
         """Keep what is known of a model; where its weights or other content changed, its cells are others, too."""
-        known = next(row.record for row in self.store.models() if row.model == model) or {}
+        known = self._known_record(model)
         if known.get("sha256") == record["sha256"]:
             for reset, content in record["content"].items():
                 if known["content"].get(reset) != content:
@@ -346,13 +360,6 @@ class _Run:
         opened = [n for n in self.expected.values() if n]
         typical = sum(opened) / len(opened) if opened else 1.0
         self.bar.measured(sum(self.done.values()), sum(n or typical for n in self.expected.values()))
-
-
-def _task(entry: ModelEntry, reset: str, layers: Mapping[int, Sequence[str] | None]) -> Task:
-    """Return the task of some trials of one reset of a model: trial -> the layers that get it; None: all of them."""
-    first, last = min(layers), max(layers)
-    numbers = f"trial {first}" if first == last else f"trials {first} to {last}"
-    return Task(f"{entry.name}, {reset}, {numbers}", f"{entry.name}, {reset}", Job(entry, reset, layers))
 
 
 def _about(study: StudyFile, probe_set: ProbeSet, n_first_images: int) -> dict[str, Any]:
@@ -385,20 +392,6 @@ def _model_row(entry: ModelEntry) -> ModelRow:
     )
 
 
-def _state_of(source: str, lists: Sequence[str]) -> str | None:
-    """Return what changes when the files of an image source, or lists of labels do; None where it is no path here."""
-    path = Path(without_split(source)[0])
-    if not path.exists():
-        return None
-    digest = hashlib.sha256()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    for file in filter(Path.is_file, [*files, *(Path(one.partition("?column=")[0]) for one in lists)]):
-        about = file.stat()
-        name = file.relative_to(path) if file.is_relative_to(path) else file
-        digest.update(f"{name} {about.st_size} {about.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
 def _write(path: Path, text: str) -> None:
     new = path.with_name(f".{path.name}.new")
     new.write_text(text, encoding="utf-8")
@@ -406,4 +399,4 @@ def _write(path: Path, text: str) -> None:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

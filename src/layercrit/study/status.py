@@ -36,9 +36,9 @@ def seconds_left(
     planned: Mapping[str, int],
     *,
     n_trials: int,
-    run: Mapping[str, Any],
+    runs: Sequence[Mapping[str, Any]],
 ) -> float | None:
-    """Return the time for the cells left, at the speed of a run; None if it measured nothing.
+    """Return the time for the cells left, at the speed of the last run, of all its shards; None if it measured nothing.
 
     Args:
         models: all models of the study.
@@ -46,16 +46,29 @@ def seconds_left(
         failures: what failed; it is not left.
         planned: model -> how many cells it has; a model that was not opened yet counts with the mean of the others.
         n_trials: how many trials each model has, those of all resets together.
-        run: the run whose speed counts.
+        runs: all of them, in order of time.
     """
-    finished = cells.loc[cells["run"] == run["run"], "finished"].map(datetime.fromisoformat)
-    if finished.empty or not planned:
+    speed = 0.0  # cells a second
+    for run in _last(runs):
+        finished = cells.loc[cells["run"] == run["run"], "finished"].map(datetime.fromisoformat)
+        if not finished.empty:
+            took = (finished.max() - datetime.fromisoformat(run["started"])).total_seconds()
+            speed += len(finished) / max(took, 1.0)
+    if not speed or not planned:
         return None
-    took = (finished.max() - datetime.fromisoformat(run["started"])).total_seconds()
     typical = sum(planned.values()) / len(planned)
     failed = Counter(failure.model for failure in failures)
     wanted = sum(planned.get(model, typical) * max(0.0, 1 - failed[model] / n_trials) for model in models)
-    return float(max(0.0, wanted - len(cells)) * took / len(finished))
+    return float(max(0.0, wanted - len(cells)) / speed)
+
+
+def _last(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the last run; if it was in shards, that of each of them."""
+    shard = str(runs[-1].get("shard", ""))
+    if not shard:
+        return [runs[-1]]
+    of = shard.partition("/")[2]
+    return list({run["shard"]: run for run in runs if str(run.get("shard", "")).partition("/")[2] == of}.values())
 
 
 def planned(

@@ -18,7 +18,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,28 @@ import numpy.typing as npt
 import pandas as pd
 
 from layercrit.errors import StudyError
+from layercrit.machine import is_on_network
+from layercrit.study.cell_table import cells_table
 from layercrit.study.migrations import MIGRATIONS, statements
 from layercrit.study.packing import pack, unpack
 from layercrit.study.rows import COLUMNS, CellRow, FailureRow, ModelRow, PartRow, PlanRow, checksum, is_sound
 
-__all__ = ["ABOUT_LAYER", "FILE", "CellRow", "FailureRow", "ModelRow", "PartRow", "PlanRow", "Store", "mean_names"]
+__all__ = [
+    "FILE",
+    "CellRow",
+    "FailureRow",
+    "ModelRow",
+    "PartRow",
+    "PlanRow",
+    "Store",
+]
 
 FILE = "cells.sqlite"
-ABOUT_LAYER = ("type", "stage", "depth", "n_parameters", "shape", "flops_after")  # of all its cells
-_CELL_COLUMNS = ("model", "layer", *ABOUT_LAYER, "reset", "trial", "seed", "status", "delta_norm", "n_images", "key",
-                 "seconds", "finished", "run", "raw")  # fmt: skip
 _MAGIC = 0x6C637274  # "lcrt": tells a study's file from other SQLite files
 # `checksum` itself raises nothing, but a signal may while it runs; SQLite lets no exception through as it is
 _CHECKSUM_STOPPED = "user-defined function raised exception"
+
+_PATIENCE = 600  # seconds that a writer waits for readers, of a large file in a slow network, or these for it
 
 SCHEMA = len(MIGRATIONS)
 
@@ -47,8 +56,15 @@ SCHEMA = len(MIGRATIONS)
 class Store:
     """The SQLite file of a study's folder; a context manager that closes it.
 
-    Any number of processes may read while one writes. What is put into it is put inside a `transaction`. A study that
-    cannot be written, as on read-only media, can be read. Rows that were damaged on the disk are left out.
+    Any number of processes may read while one writes; of other machines, where the file is in a file system of a
+    network or was created as ``shared``. What is put into it is put inside a `transaction`. A study that cannot be
+    written, as on read-only media, can be read. Rows that were damaged on the disk are left out.
+
+    Args:
+        folder: of the study.
+        create: whether to make one where there is none.
+        shared: whether processes on other machines read it, too, while this one writes.
+        read_only: whether to leave the file as it is, such as that of another process.
 
     Attributes:
         path: of the file.
@@ -59,7 +75,10 @@ class Store:
             full.
     """
 
-    def __init__(self, folder: str | Path, *, create: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, *, create: bool = False, shared: bool = False, read_only: bool = False
+    ) -> None:
+        self._shared = shared
         self.path = Path(folder).expanduser() / FILE
         if not create and not self.path.is_file():
             raise StudyError(
@@ -74,28 +93,28 @@ class Store:
         self._cleared_up = contextlib.ExitStack()
         with self._explained(), contextlib.ExitStack() as unless_opened:
             unless_opened.callback(self.close)
-            if _is_writable(self.path):
+            if _is_writable(self.path) and not read_only:
                 self._connect(self.path)
             else:
-                self._connect_read_only()
+                self._connect_read_only(may_change=read_only)
             unless_opened.pop_all()
 
     def _connect(self, path: Path, how: str = "") -> None:
         """Open a file, the study's own or a copy, and bring it to the current schema."""
         self._uri = f"{path.absolute().as_uri()}{how}"
         # transactions are written out below: the module's own begin them where it guesses
-        self._connection = sqlite3.connect(self._uri, timeout=60, isolation_level=None, uri=True)
+        self._connection = sqlite3.connect(self._uri, timeout=_PATIENCE, isolation_level=None, uri=True)
         self._cleared_up.callback(self._connection.close)
         self._connection.text_factory = lambda text: text.decode(errors="surrogateescape")
         self._connection.create_function("checksum", -1, checksum, deterministic=True)
         self._open()
 
-    def _connect_read_only(self) -> None:
-        """Open a file that cannot be written, or a copy where SQLite would have to write to read it."""
+    def _connect_read_only(self, may_change: bool) -> None:
+        """Open a file that is not to be written, or a copy where SQLite would have to write to read it."""
         logs = [log for suffix in ("-wal", "-journal") if (log := Path(f"{self.path}{suffix}")).exists()]
         try:
-            # without a log nobody is writing it, so it needs no locks, which could not be made here
-            self._connect(self.path, "?mode=ro" if logs else "?mode=ro&immutable=1")
+            # without a log nobody is writing it, so it needs no locks, which cannot be made on read-only media
+            self._connect(self.path, "?mode=ro" if logs or may_change else "?mode=ro&immutable=1")
         except (sqlite3.OperationalError, StudyError) as error:  # there is a log to be read first, or an old schema
             if not isinstance(error.__cause__ or error, sqlite3.OperationalError):
                 raise
@@ -122,10 +141,7 @@ class Store:
             )
         if version == SCHEMA:
             return
-        try:
-            self._connection.execute("PRAGMA journal_mode = WAL")  # readers go on while a cell is committed
-        except sqlite3.OperationalError:  # a network file system lacks the shared memory that it needs
-            self._connection.execute("PRAGMA journal_mode = DELETE")
+        self._choose_journal()
         with self.transaction():
             (version,) = self._connection.execute("PRAGMA user_version").fetchone()  # another process was faster?
             for step in MIGRATIONS[version:]:
@@ -133,6 +149,14 @@ class Store:
                     self._connection.execute(statement)
             self._connection.execute(f"PRAGMA application_id = {_MAGIC}")
             self._connection.execute(f"PRAGMA user_version = {SCHEMA}")
+
+    def _choose_journal(self) -> None:
+        """Let readers go on while a cell is committed, where all of them are on this machine."""
+        if not self._shared and not is_on_network(self.path):
+            with contextlib.suppress(sqlite3.OperationalError):  # a file system lacks the shared memory that it needs
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                return
+        self._connection.execute("PRAGMA journal_mode = DELETE")
 
     def __enter__(self) -> "Store":
         return self
@@ -303,29 +327,26 @@ class Store:
 
         Columns are those of `PlanRow`, of `CellRow` without ``per_image``, and one for each mean.
         """
-        position = {row.model: place for place, row in enumerate(self.models())}
-        plan = [row for row in self.plan() if row.model in position]
-        planned, measured = {row.key for row in plan}, {}
-        for values in self._sound("cells", more=("run",)):  # joined here, since an index may be damaged, too
+        plan = self.plan()
+        return cells_table(self.models(), plan, self.measured({row.key for row in plan}))
+
+    def measured(self, keys: Set[str]) -> dict[str, dict[str, Any]]:
+        """Return key -> the cell's row, without per-image values, of those of some keys whose cells are measured."""
+        found = {}
+        for values in self._sound("cells", more=("run",)):  # not joined with the plan, whose index may be damaged, too
             cell = dict(zip(("run", *COLUMNS["cells"]), values, strict=True))
             del cell["per_image"]
-            if cell["key"] in planned:
-                measured[cell["key"]] = cell
-        plan = [row for row in plan if row.key in measured]
-        plan.sort(key=lambda row: (position[row.model], row.reset, row.depth, row.trial))
-        found = [{**measured[row.key], **vars(row)} for row in plan]
-        rows = [[cell[name] for name in (*_CELL_COLUMNS, "means")] for cell in found]
-        table = pd.DataFrame(rows, columns=[*_CELL_COLUMNS, "means"])
-        means = pd.DataFrame([json.loads(text) for text in table.pop("means")], index=table.index, dtype=np.float64)
-        # from the rows: where only some are None, the table has NaN in their place
-        seeds, raws = ([row[_CELL_COLUMNS.index(name)] for row in rows] for name in ("seed", "raw"))
-        table["seed"] = pd.array([None if seed is None else int(seed) for seed in seeds], dtype="UInt64")
-        table["raw"] = pd.Series([None if raw is None else json.loads(raw) for raw in raws], dtype=object)
-        return pd.concat([table.drop(columns="raw"), means, table[["raw"]]], axis=1)
+            if cell["key"] in keys:
+                found[cell["key"]] = cell
+        return found
 
     def n_cells(self) -> int:
         """Return how many cells are measured, planned or not."""
         return int(self._rows("SELECT count(*) FROM cells")[0][0])
+
+    def keys(self) -> set[str]:
+        """Return the keys of all measured cells, planned or not, damaged or not."""
+        return {key for (key,) in self._rows("SELECT key FROM cells")}
 
     def keys_with_images(self) -> set[str]:
         """Return the keys of all cells for which per-image values were kept."""
@@ -484,11 +505,6 @@ class Store:
 
 def _is_writable(path: Path) -> bool:
     return os.access(path if path.exists() else path.parent, os.W_OK) and os.access(path.parent, os.W_OK)
-
-
-def mean_names(cells: pd.DataFrame) -> list[str]:
-    """Return which columns of a table from `Store.cells` are means over images."""
-    return [name for name in cells.columns if name not in _CELL_COLUMNS]
 
 
 def _unpacked(data: bytes) -> dict[str, npt.NDArray[np.float32]]:

@@ -18,8 +18,10 @@ from layercrit.precision import PrecisionPlan
 from layercrit.protocol import MATCHED
 from layercrit.statistics import estimate
 from layercrit.study import status
+from layercrit.study.cell_table import ABOUT_LAYER, mean_names
 from layercrit.study.pilots import plans_of
-from layercrit.study.store import ABOUT_LAYER, FailureRow, Store, mean_names
+from layercrit.study.rows import FailureRow
+from layercrit.study.shards import Shards, StoredStudy, open_study
 
 __all__ = ["Study", "load_study"]
 
@@ -47,6 +49,7 @@ class Study:
         runs: when, where and with which versions cells were measured.
         damaged: which rows of the study's file are damaged and so left out, in words.
         plans: model and reset -> what was planned after its pilot, where a half-width was asked for.
+        conflicts: which stores of its shards are about different weights, images or number formats, in words.
     """
 
     folder: Path
@@ -58,6 +61,7 @@ class Study:
     runs: tuple[Mapping[str, Any], ...]
     damaged: tuple[str, ...] = ()
     plans: Mapping[tuple[str, str], PrecisionPlan] = field(default_factory=dict)
+    conflicts: tuple[str, ...] = ()
 
     @property
     def resets(self) -> list[str]:
@@ -113,7 +117,7 @@ class Study:
             if name not in known:
                 raise StudyError(f"The study in {self.folder} has no measured {what} {name!r}. {near(name, known)}")
             cells = cells[cells[what] == name]
-        with Store(self.folder) as store:
+        with open_study(self.folder) as store:
             found = list(store.per_image(cells["key"].to_list()).values())
         if found and distance not in found[0]:
             raise StudyError(f"No per-image distances {distance!r} were kept. {near(distance, found[0])}")
@@ -145,7 +149,7 @@ class Study:
             return None
         n_trials = status.trials_of_models(self.record, self.models["record"])
         return status.seconds_left(
-            self.models["model"], self.cells, self.failures, self.planned, n_trials=n_trials, run=self.runs[-1]
+            self.models["model"], self.cells, self.failures, self.planned, n_trials=n_trials, runs=self.runs
         )
 
     def compare(
@@ -162,6 +166,12 @@ class Study:
     @property
     def warnings(self) -> list[str]:
         """What puts the numbers of a model in doubt, such as an accuracy no better than guessing, in words."""
+        return [
+            *self.conflicts,
+            *self._warnings_of_models(),
+        ]
+
+    def _warnings_of_models(self) -> list[str]:
         return [
             f"{model}: {text}"
             for model, record in zip(self.models["model"], self.models["record"], strict=True)
@@ -239,7 +249,7 @@ class Study:
             zip(self.models["model"], (r.get("random_trials", {}) for r in self.models["record"]), strict=True)
         )
         rows = []
-        with Store(self.folder) as store:
+        with open_study(self.folder) as store:
             with_images = store.keys_with_images()
             for group in groups:
                 own = places.get(group, [])
@@ -271,7 +281,7 @@ def load_study(folder: str | Path) -> Study:
         StudyError: the folder contains no study, or a damaged one.
     """
     folder = Path(folder).expanduser()
-    with Store(folder) as store:
+    with open_study(folder) as store:
         models, record = _models_table(store), store.meta("study", {})
         plans = plans_of(store.meta("precision"))
         return Study(
@@ -284,10 +294,11 @@ def load_study(folder: str | Path) -> Study:
             runs=tuple(store.runs()),
             damaged=tuple(store.damaged),  # by the reads above
             plans=plans,
+            conflicts=tuple(store.conflicts) if isinstance(store, Shards) else (),
         )
 
 
-def _models_table(store: Store) -> pd.DataFrame:
+def _models_table(store: StoredStudy) -> pd.DataFrame:
     rows = []
     for row in store.models():
         record = row.record or {}
@@ -299,7 +310,7 @@ def _models_table(store: Store) -> pd.DataFrame:
 
 
 def _per_image(
-    store: Store, keys: npt.NDArray[np.object_], trials: npt.NDArray[np.int64]
+    store: StoredStudy, keys: npt.NDArray[np.object_], trials: npt.NDArray[np.int64]
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Return name -> ``(n_trials, n_images)`` of some cells, given by key and trial, the mean over those of a trial."""
     found: dict[str, list[npt.NDArray[np.float64]]] = {}

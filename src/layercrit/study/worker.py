@@ -4,12 +4,11 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +30,9 @@ from layercrit.protocol import MATCHED
 from layercrit.resets import RESETS
 from layercrit.restoring import undisturbed
 from layercrit.study.entries import ModelEntry
-from layercrit.study.executors import Place, Task, Work
+from layercrit.study.executors import Place, Question, Task, Work
 from layercrit.study.file import StudyFile
-from layercrit.study.store import CellRow, PartRow, PlanRow, Store
+from layercrit.study.rows import CellRow, PartRow, PlanRow
 
 _MEANING = 1  # of a cell's numbers; raised when the same cell would be measured as something else
 _SECONDS_BETWEEN_PARTS = 1.0
@@ -55,12 +54,38 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Opening:
+    """Asks what is known of a model before it is opened: the answer is its record, empty where nothing is."""
+
+    model: str
+
+
+@dataclass(frozen=True)
 class Planned:
-    """A model is open: what is known of it, and which cells the task has."""
+    """Asks, with a model open, what is left of a task: the answer is a `Left`.
+
+    Attributes:
+        record: what is known of the model.
+        plan: the cells of the task.
+    """
 
     record: dict[str, Any]
     plan: list[PlanRow]
-    n_known: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """What is left of a task.
+
+    Attributes:
+        known: keys of its cells that are measured already.
+        task: names the cells that are not, for `Progressed`.
+        parts: what an interrupted run measured of these.
+    """
+
+    known: Set[str]
+    task: str
+    parts: Sequence[PartRow]
 
 
 @dataclass(frozen=True)
@@ -79,6 +104,9 @@ class Measured:
     task: str
     cells: list[CellRow]
     record: dict[str, Any]
+
+
+_Steps: TypeAlias = Generator[Question | Progressed | Measured, Any, None]
 
 
 class _Opened:
@@ -237,38 +265,32 @@ class _Opened:
 class _Worker:
     """Measures trials; keeps the model of the last one open."""
 
-    def __init__(self, study: StudyFile, folder: Path, place: Place) -> None:
+    def __init__(self, study: StudyFile, probe_set: ProbeSet, place: Place) -> None:
         for module in study.imports:
             import_here(module)
         torch.set_num_threads(place.n_threads)
-        self._study, self._folder, self._device = study, folder, place.device
-        self._probe_set = ProbeSet.load(folder / "probe_set", verify=False)
+        self._study, self._probe_set, self._device = study, probe_set, place.device
         self._opened: tuple[tuple[ModelEntry, str], _Opened | Exception] | None = None
 
-    def __call__(self, task: Task) -> Iterator[Planned | Progressed | Measured]:
+    def __call__(self, task: Task) -> _Steps:
         job: Job = task.payload
         with undisturbed(), large_blocks_stay():  # the study's own imports may have changed settings of the process
-            opened = self._open(job)
+            opened = yield from self._open(job)
             plan = opened.plan(job)
-            with Store(self._folder) as store:
-                known = store.known(row.key for row in plan)
-                missing = {(row.trial, row.layer): row.key for row in plan if row.key not in known}
-                task_hash = _hash(sorted(missing.values()))
-                parts = store.parts(task_hash)
-            yield Planned(opened.record, plan, len(known))
+            left: Left = yield Question(Planned(opened.record, plan))
+            missing = {(row.trial, row.layer): row.key for row in plan if row.key not in left.known}
             if missing:
-                yield from self._measure(opened, missing, task_hash, parts)
+                yield from self._measure(opened, missing, left)
 
-    def _open(self, job: Job) -> _Opened:
+    def _open(self, job: Job) -> Generator[Question, Any, _Opened]:
         """Open a model; one that failed fails again at once."""
         what = (job.model, job.reset)
         if self._opened is None or self._opened[0] != what:
             self._opened = None  # frees the model before
-            with Store(self._folder) as store:
-                known = next((row.record for row in store.models() if row.model == job.model.name), None)
+            known = yield Question(Opening(job.model.name))
             try:
                 opened: _Opened | Exception = _Opened(
-                    self._study, job.model, job.reset, self._probe_set, self._device, known or {}
+                    self._study, job.model, job.reset, self._probe_set, self._device, known
                 )
             except Exception as error:  # raised below, and again for the model's other trials
                 opened = error
@@ -278,7 +300,7 @@ class _Worker:
         return self._opened[1]
 
     def _measure(
-        self, opened: _Opened, missing: Mapping[tuple[int, str], str], task: str, parts: Sequence[PartRow]
+        self, opened: _Opened, missing: Mapping[tuple[int, str], str], left: Left
     ) -> Iterator[Progressed | Measured]:
         session = opened.start()
         layers = opened.subject.layers
@@ -288,7 +310,7 @@ class _Worker:
                 for trial in dict.fromkeys(trial for trial, _ in missing)
             }
         )
-        done = [part for part in parts if all(len(rows) == len(missing) for rows in part.values.values())]
+        done = [part for part in left.parts if all(len(rows) == len(missing) for rows in part.values.values())]
         pending: list[Batch] = []
         started = time.perf_counter()
         for batch in draws.batches(done[-1].stop if done else 0):
@@ -299,16 +321,21 @@ class _Worker:
                 done.append(part)
                 pending, started = [], time.perf_counter()
                 if batch.stop < opened.probe_set.n_images:
-                    yield Progressed(task, part, len(missing))
+                    yield Progressed(left.task, part, len(missing))
         values = _joined([part.values for part in done])
         cells = _cells(opened, session, draws, values, missing, sum(part.seconds for part in done))
         opened.take_notes(session)
-        yield Measured(task, cells, opened.record)
+        yield Measured(left.task, cells, opened.record)
 
 
-def start_worker(study: StudyFile, folder: Path, place: Place) -> Work:
+def start_worker(study: StudyFile, probe_set: ProbeSet, place: Place) -> Work:
     """Prepare a worker; see `layercrit.study.executors.Start`."""
-    return _Worker(study, folder, place)
+    return _Worker(study, probe_set, place)
+
+
+def name_of_parts(keys: Iterable[str]) -> str:
+    """Name what the parts of cells that are measured together are kept under."""
+    return _hash(sorted(keys))
 
 
 def _cells(
@@ -319,7 +346,7 @@ def _cells(
     keys: Mapping[tuple[int, str], str],
     seconds: float,
 ) -> list[CellRow]:
-    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    finished = datetime.now(UTC).isoformat(timespec="milliseconds")
     kept = [*opened.study.distances, MATCHED]
     cells = []
     for index, ((trial, layer), status) in enumerate(zip(draws.cells, draws.status(values["cosine"]), strict=True)):

@@ -1,0 +1,323 @@
+"""What it costs to share a study among workers: efficiency, overhead, idle workers, many stores; and what kills lose.
+
+Networks have random weights and images random pixels: only times are of interest. Figures are printed, none is a test.
+
+efficiency  trials a second of two workers against one, after start-up: local processes, shards, SLURM, Ray
+overhead    what a task costs beside its work
+dealing     idle share of up to 1,000 workers, simulated on the times that tasks took
+stores      opening and comparing a study of 100 shards
+kills       random kills of whatever runs: cells that were lost, tables that differ (only with --kills)
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import executor_jobs
+import running_jobs
+from layercrit.study.executors import Executor, Finished, LocalProcesses, Place, Task
+from layercrit.study.file import StudyFile, read_study_file
+from layercrit.study.ranks import Rank
+from layercrit.study.running import run_study
+from layercrit.study.shards import store_folders
+from layercrit.study.store import Store
+from layercrit.study.tables import load_study
+from layercrit.study.tasks import deal, first_tasks
+from small_studies import write_study
+
+ONE = Place("cpu", 1)
+N_SHARDS = 100
+WORKERS = (16, 100, 1000)
+N_MODELS, N_TRIALS = 50, 20  # of the simulated study
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = {"efficiency": efficiency, "overhead": overhead, "dealing": dealing, "stores": stores, "kills": kills}
+    parser.add_argument("--only", choices=parts, action="append", help="one part instead of all but the kills")
+    parser.add_argument("--trials", type=int, default=30, help="of each of two models, in efficiency and dealing")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file to write the figures into")
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in arguments.only or [name for name in parts if name != "kills"]:
+            figures[name] = parts[name](Path(scratch) / name, arguments)
+            print(f"\n{name}\n{table(name, figures[name])}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+# --- efficiency -------------------------------------------------------------------------------------------------------
+
+
+def efficiency(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return way -> trials a second of one worker and of two, and of two workers that share nothing."""
+    path = write_study(folder, 2, arguments.trials, arguments.images, images={"input_size": [1, 28, 28], "resize": 28})
+    found: dict[str, Any] = {"apart": {"one": None, "two": apart(path, folder)}}
+    for way, run in ways().items():
+        rates = {}
+        for n_workers, word in ((1, "one"), (2, "two")):
+            out = folder / f"{way} {n_workers}"
+            run(path, out, n_workers)
+            rates[word] = trials_a_second(out, n_workers)
+        found[way] = rates
+    return found
+
+
+def apart(path: Path, folder: Path) -> float:
+    """Return the trials a second of two processes that run a study each: what this machine gives two workers."""
+    context = multiprocessing.get_context("spawn")
+    outs = [folder / f"apart {number}" for number in range(2)]
+    processes = [context.Process(target=run_here, args=(path, out)) for out in outs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return sum(trials_a_second(out, 1) for out in outs)
+
+
+def run_here(path: Path, out: Path, shard: str | None = None) -> None:
+    """Run a study, or a shard of it, with one worker."""
+    run_study(
+        read_study_file(path), out, progress=False, executor=LocalProcesses([ONE]),
+        shard=None if shard is None else Rank.parse(shard),
+    )  # fmt: skip
+
+
+def ways() -> dict[str, Callable[[Path, Path, int], None]]:
+    """Return the ways to share a study that can be had here, by name."""
+    return {"local processes": run_local, "shards": run_shards}
+
+
+def run_local(path: Path, out: Path, n_workers: int) -> None:
+    run_study(read_study_file(path), out, progress=False, executor=LocalProcesses([ONE] * n_workers))
+
+
+def run_shards(path: Path, out: Path, n_workers: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    shards = [f"{number}/{n_workers}" for number in range(1, n_workers + 1)]
+    processes = [context.Process(target=run_here, args=(path, out, shard)) for shard in shards]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+def trials_a_second(out: Path, n_workers: int) -> float:
+    """Return the speed from when every worker has finished a trial to when one has none left."""
+    cells = load_study(out).cells
+    ends = cells.groupby(["model", "trial"])["finished"].max().map(datetime.fromisoformat)
+    seconds = sorted(end.timestamp() for end in ends)
+    return (len(seconds) - 2 * n_workers + 1) / (seconds[-n_workers] - seconds[n_workers - 1])
+
+
+# --- overhead ---------------------------------------------------------------------------------------------------------
+
+
+def overhead(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return way -> milliseconds that a task costs which does nothing, after start-up."""
+    return {name: {"ms": idle_task(executor)} for name, executor in executors().items()}
+
+
+def executors() -> dict[str, Executor]:
+    return {"local processes": LocalProcesses([ONE])}
+
+
+def idle_task(executor: Executor) -> float:
+    tasks = [Task(f"{number}", "model", partial(executor_jobs.say, number)) for number in range(300)]
+    ends = [time.perf_counter() for event in executor.run(tasks, executor_jobs.start) if isinstance(event, Finished)]
+    return 1e3 * (ends[-1] - ends[50]) / (len(ends) - 51)
+
+
+# --- dealing ----------------------------------------------------------------------------------------------------------
+
+
+def dealing(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return number of workers -> idle share, with shards that are dealt and with workers that take the next task."""
+    path = write_study(folder, 2, arguments.trials, arguments.images, images={"input_size": [1, 28, 28], "resize": 28})
+    run_local(path, folder / "out", 1)
+    measured = load_study(folder / "out").cells.groupby(["model", "trial"])["seconds"].sum().to_numpy()
+    generator = np.random.default_rng(arguments.seed)
+    study = named_study(folder / "named", N_MODELS, N_TRIALS)
+    tasks = first_tasks(study)
+    seconds = dict(zip((task.name for task in tasks), generator.choice(measured, len(tasks)), strict=True))
+    found = {}
+    for n_workers in WORKERS:
+        shares = [deal(tasks, Rank(number, n_workers)) for number in range(n_workers)]
+        names = [task.name for share in shares for task in share]
+        busy = [sum(seconds[task.name] for task in share) for share in shares]
+        queue = [0.0] * n_workers
+        for task in tasks:
+            first = min(range(n_workers), key=queue.__getitem__)
+            queue[first] += seconds[task.name]
+        found[str(n_workers)] = {
+            "shards": 1 - sum(busy) / (n_workers * max(busy)),
+            "queue": 1 - sum(queue) / (n_workers * max(queue)),
+            "repeated": len(names) - len(set(names)),
+            "left": len(set(seconds) - set(names)),
+        }
+    return found
+
+
+def named_study(folder: Path, n_models: int, n_trials: int) -> StudyFile:
+    models = [{"reference": "file:m0.safetensors?" + running_jobs.ARCHITECTURE, "name": f"model{number}"}
+              for number in range(n_models)]  # fmt: skip
+    return read_study_file(write_study(folder, 1, n_trials, models=models, study={"baseline": "model0"}))
+
+
+# --- stores -----------------------------------------------------------------------------------------------------------
+
+
+def stores(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the seconds of opening and of comparing a study of 100 shards, and how many cells it has."""
+    path = running_jobs.write_small(folder, n_models=N_MODELS, trials=N_TRIALS, n_images=arguments.images)
+    study = read_study_file(path)
+    out = folder / "out"
+    for number in range(N_SHARDS):
+        run_study(study, out, progress=False, executor=running_jobs.Inline(), shard=Rank(number, N_SHARDS))
+    started = time.perf_counter()
+    found = load_study(out)
+    opened = time.perf_counter()
+    found.compare()
+    compared = time.perf_counter()
+    return {f"{N_SHARDS} shards": {"cells": len(found.cells), "open": opened - started, "compare": compared - opened}}
+
+
+# --- kills ------------------------------------------------------------------------------------------------------------
+
+
+def kills(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return way -> kills, committed cells that were gone afterwards, and studies whose tables differ at the end."""
+    generator = random.Random(arguments.seed)
+    path = running_jobs.write_small(folder, n_models=2, trials=4, protocol={"batch_size": 8})
+    running_jobs.run(path, folder / "whole")
+    expected = running_jobs.tables(folder / "whole")
+    found = {}
+    for way, (share, killed) in ways_to_die().items():
+        n_kills = n_lost = n_differing = n_studies = 0
+        while n_kills < share * arguments.kills:
+            out = folder / f"{way} {n_studies}"
+            known: set[str] = set()
+            for n_now in killed(path, out, generator):
+                n_kills += n_now
+                cells = cells_in(out)
+                n_lost += len(known - cells)
+                known = cells
+            n_studies += 1
+            running_jobs.run(path, out) if way == "main process" else None
+            n_differing += differs(out, expected)
+            print(f"  {way}: {n_kills} kills, {n_studies} studies, {n_lost} lost, {n_differing} differ", flush=True)
+        found[way] = {"kills": n_kills, "studies": n_studies, "lost": n_lost, "differing": n_differing}
+    return found
+
+
+def ways_to_die() -> dict[str, tuple[float, Callable[[Path, Path, random.Random], Iterator[int]]]]:
+    """Return way -> its share of the kills, and what runs a study to its end and yields how many were killed."""
+    return {"main process": (0.4, kill_main), "shards": (0.4, kill_shards), "workers": (0.2, kill_workers)}
+
+
+def cells_in(out: Path) -> set[str]:
+    found: set[str] = set()
+    for own in store_folders(out).values():
+        with Store(own) as store:
+            found |= store.keys()
+    return found
+
+
+def differs(out: Path, expected: Any) -> bool:
+    try:
+        running_jobs.assert_same_tables(running_jobs.tables(out), expected)
+    except AssertionError as error:
+        print(f"  {out.name}: {str(error).splitlines()[0]}", flush=True)
+        return True
+    return False
+
+
+def forks() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["layercrit.study.running", "torch._dynamo", "torch.export", "timm", "running_jobs"])
+    return context
+
+
+def kill_main(path: Path, out: Path, generator: random.Random) -> Iterator[int]:
+    """Kill a run again and again, at some moment of its life."""
+    for _ in range(10):
+        process = forks().Process(target=running_jobs.run_slowly, args=(path, out, 0.01))
+        process.start()
+        process.join(generator.uniform(0, 1.5))
+        process.kill()
+        process.join()
+        yield int(process.exitcode != 0)
+
+
+def kill_shards(path: Path, out: Path, generator: random.Random) -> Iterator[int]:
+    """Run three shards at the same time, one of which is killed and started again, until all are finished."""
+    shards = ["1/3", "2/3", "3/3"]
+    processes: dict[str, Any] = {}
+    n_kills = 0
+    while True:
+        for shard in shards:
+            if shard not in processes or processes[shard].exitcode not in (None, 0):
+                processes[shard] = forks().Process(target=running_jobs.run_slowly, args=(path, out, 0.01, shard))
+                processes[shard].start()
+        alive = [shard for shard in shards if processes[shard].exitcode is None]
+        if not alive:
+            return
+        victim = processes[generator.choice(alive)]
+        victim.join(generator.uniform(0, 1.0))
+        if n_kills < 15:
+            victim.kill()
+            victim.join()
+            n_kills += victim.exitcode != 0
+            yield int(victim.exitcode != 0)
+
+
+def kill_workers(path: Path, out: Path, generator: random.Random) -> Iterator[int]:
+    """Kill workers of local processes at random events of a run."""
+    executor = running_jobs.KillingWorkers([ONE] * 2, sorted(generator.sample(range(12), 4)), attempts=10)
+    running_jobs.run(path, out, executor)
+    yield len(executor.killed)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def table(name: str, figures: dict[str, Any]) -> str:
+    """Return figures as a Markdown table."""
+    columns = list(dict.fromkeys(column for row in figures.values() for column in row))
+    lines = [f"| {name} | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    lines += [
+        f"| {row} | {' | '.join(number(values.get(column)) for column in columns)} |" for row, values in figures.items()
+    ]
+    return "\n".join(lines)
+
+
+def number(value: Any) -> str:
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.3g}"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Return the tables for the docs."""
+    return "\n\n".join(table(name, figures) for name, figures in results.items())
+
+
+if __name__ == "__main__":
+    main()

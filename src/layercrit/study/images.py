@@ -1,0 +1,105 @@
+"""The images of a study: decoded once into its folder, whichever process comes first."""
+
+import contextlib
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layercrit.errors import ProbeError
+from layercrit.locks import hold
+from layercrit.probes.labelling import open_images
+from layercrit.probes.parts import without_split
+from layercrit.probes.probe_set import ProbeSet, Progress
+from layercrit.seeds import probe_set_seed
+from layercrit.study.file import StudyFile
+from layercrit.study.shards import Shards
+from layercrit.study.store import Store
+
+__all__ = ["draw_images", "drawn_images", "n_available_images"]
+
+_PROBE_SET = "probe_set"
+_LOCK = "shards"  # folder whose lock the shard that decodes holds
+_PATIENCE = 3600.0  # seconds that the others wait for it
+
+
+def n_available_images(study: StudyFile) -> int:
+    """Return how many images there are, those of the study file at most."""
+    labels = study.labels if isinstance(study.labels, str) else "auto"
+    return min(study.n_images, len(open_images(study.source, labels)))
+
+
+def drawn_images(folder: Path) -> ProbeSet:
+    """Return the images that `draw_images` put into a study's folder."""
+    return ProbeSet.load(folder / _PROBE_SET, verify=False)
+
+
+def draw_images(
+    study: StudyFile, folder: Path, n_images: int, store: Store, *, shared: bool, progress: Progress
+) -> ProbeSet:
+    """Return the images as an earlier run or another shard decoded them, or decode them now.
+
+    Args:
+        study: the study.
+        folder: its folder.
+        n_images: how many to draw.
+        store: of the run or shard, in which is written what was decoded.
+        shared: whether other shards may decode them at the same time.
+        progress: called with the number of images decoded, and of those wanted.
+    """
+    labels = study.labels
+    asked = {"source": study.source, "n_images": n_images, "labels": labels,
+             "seed": study.protocol.seed, "preprocessing": str(study.preprocessing)}  # fmt: skip
+    lists = [path for path in (labels, study.classes) if isinstance(path, str)]
+    asked |= {"classes": study.classes} if study.classes is not None else {}
+    kept = folder / _PROBE_SET
+    with hold(folder / _LOCK, "decoding of images", patience=_PATIENCE) if shared else contextlib.nullcontext():
+        files = _state_of(study.source, lists)
+        for known in _known(folder, store, shared):
+            if known.get("asked") == asked and files in (None, known["files"]):
+                with contextlib.suppress(ProbeError):  # gone or damaged: decoded anew
+                    probe_set = ProbeSet.load(kept)
+                    if probe_set.sha256 == known["sha256"]:
+                        _write_down(store, known)
+                        return probe_set
+        probe_set = ProbeSet.from_source(
+            study.source,
+            study.preprocessing,
+            n_images=n_images,
+            seed=probe_set_seed(study.protocol.seed),
+            labels=labels if isinstance(labels, str) else "auto" if labels else "none",
+            classes=study.classes,
+            progress=progress,
+        )
+        probe_set.save(kept)
+        _write_down(store, {"asked": asked, "files": files, "sha256": probe_set.sha256})
+    return drawn_images(folder)
+
+
+def _known(folder: Path, store: Store, shared: bool) -> list[dict[str, Any]]:
+    """Return which images the stores of a study say are in its folder."""
+    known = [store.meta("images")]
+    if shared:
+        with Shards(folder) as shards:
+            known += [other.meta("images") for _, other in shards.stores()]
+    return [one for one in known if one is not None]
+
+
+def _write_down(store: Store, known: Mapping[str, Any]) -> None:
+    if store.meta("images") != known:
+        with store.transaction():
+            store.put_meta("images", known)
+
+
+def _state_of(source: str, lists: Sequence[str]) -> str | None:
+    """Return what changes when the files of an image source, or lists of labels do; None where it is no path here."""
+    path = Path(without_split(source)[0])
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in filter(Path.is_file, [*files, *(Path(one.partition("?column=")[0]) for one in lists)]):
+        about = file.stat()
+        name = file.relative_to(path) if file.is_relative_to(path) else file
+        digest.update(f"{name} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
