@@ -11,11 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from layercrit.cli.root import cli
-from layercrit.cli.study import run_command
 from layercrit.errors import StudyError
 from layercrit.study import slurm, slurm_states
 from layercrit.study.ranks import rank_of
-from layercrit.study.slurm import command_of, minutes_of, sbatch_script, submit_study
+from layercrit.study.slurm import minutes_of, sbatch_script, submit_study
 from layercrit.study.slurm_job import JOBS, LOGS, Resources, record_file, write_json
 from layercrit.study.slurm_states import SUBMISSION, job_states
 from layercrit.study.store import Store
@@ -26,7 +25,6 @@ from slurm_cluster import slurm_cluster  # noqa: F401 - a fixture
 submitit = pytest.importorskip("submitit")
 
 TESTS = Path(__file__).parents[1]
-HAS_SHARDS = any(parameter.name == "shard" for parameter in run_command.params)
 TEN_MINUTES = Resources(10, cpus=1)
 PROTOCOL = {"resets": ["gated"], "trials": 5}
 N_CELLS = 2 * 5 * 3
@@ -50,8 +48,6 @@ def place(tmp_path, monkeypatch):
 def cluster(slurm_cluster, monkeypatch):  # noqa: F811
     for name, value in slurm_cluster.environment.items():
         monkeypatch.setenv(name, value)
-    if not HAS_SHARDS:
-        monkeypatch.setattr(slurm, "command_of", lambda *given: command_of(*given)[:-2])
     yield slurm_cluster
     slurm_cluster.ask("scancel", "--user", str(os.getuid()), "--signal=KILL", "--full", check=False)
     slurm_cluster.ask("scancel", "--user", str(os.getuid()), check=False)
@@ -355,11 +351,12 @@ def test_rank_of__shells_and_scripts_in_jobs_on_a_real_slurm(cluster, tmp_path):
 def test_submit__runs_a_study_to_its_end(cluster, place, expected):
     done = CliRunner().invoke(
         cli,
-        ["study", "submit", "study/study.toml", "--jobs", "2" if HAS_SHARDS else "1", "--time", "10",
+        ["study", "submit", "study/study.toml", "--jobs", "2", "--time", "10",
          "--cpus-per-job", "1", "--out", "out"],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert {state.state for state in ended(cluster, "out")} == {"finished"}
+    assert [state.state for state in ended(cluster, "out")] == ["finished", "finished"]
+    assert sorted(path.name for path in (place / "out" / "shards").iterdir()) == ["0001", "0002"]
     assert_same_tables(tables("out"), expected)
 
 

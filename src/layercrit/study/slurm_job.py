@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from layercrit.errors import StudyError
 from layercrit.foreign_files import read_json
+from layercrit.study.shards import shard_folder
+from layercrit.study.store import FILE
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
@@ -31,7 +33,6 @@ __all__ = ["JOBS", "LOGS", "Resources", "Share", "executor", "record_file", "ver
 
 JOBS = "jobs"  # folder in that of the study: what was submitted, and what each share tells
 LOGS = "logs"
-_STORE = "cells.sqlite"
 _IDLE = 2  # jobs in a row that time ended with nothing new
 _PATIENCE = 45.0  # seconds for a run to end by itself once it is told to
 _MOMENT = 0.2  # seconds
@@ -248,18 +249,16 @@ class Share:
         self._tell(state, said)
         return StudyError(f"Share {self.name} of the study in {self.folder}: {said}.")
 
-    def _kept(self) -> list[list[int]]:
-        """Return how much is kept in each store: cells, and batches of those under way."""
-        return [_n_rows(path) for path in sorted(self.folder.rglob(_STORE))]
-
-
-def _n_rows(path: Path) -> list[int]:
-    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as store:
+    def _kept(self) -> list[int]:
+        """Return how many cells are kept, and how many batches of those under way; nothing before the first run."""
+        number, _, of = self.name.partition("/")
+        store = shard_folder(self.folder, int(number) if int(of) > 1 else 0).absolute() / FILE
         try:
-            (counted,) = store.execute("SELECT (SELECT count(*) FROM cells), (SELECT count(*) FROM parts)")
-            return list(counted)
+            with contextlib.closing(sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)) as opened:
+                (counted,) = opened.execute("SELECT (SELECT count(*) FROM cells), (SELECT count(*) FROM parts)")
         except sqlite3.Error:
             return []
+        return list(counted)
 
 
 def versions_here() -> dict[str, str]:
