@@ -20,6 +20,7 @@ from layercrit.cli.measure import layers_command, measure_command, show_command
 from layercrit.cli.printing import visible_lines
 from layercrit.cli.report import report_command
 from layercrit.cli.study import study
+from layercrit.cli.submit import submit_command
 from layercrit.cli.tables import compare_command, export_command, import_command
 from layercrit.cli.train import methods_command, train_command
 from layercrit.cli.zoo import zoo
@@ -85,6 +86,7 @@ for command in (
     zoo,
 ):
     cli.add_command(command)
+study.add_command(submit_command)
 
 
 def main() -> None:

@@ -110,9 +110,10 @@ def _torchrun(environment: Mapping[str, str]) -> Rank | None:
 
 
 def _open_mpi(environment: Mapping[str, str]) -> Rank | None:
-    names = (f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
     space = environment.get("PMIX_NAMESPACE")
-    return _read(environment, *names, f"mpirun {space}" if space else None)
+    world = "OMPI_COMM_WORLD_"
+    local = f"{world}LOCAL_RANK", f"{world}LOCAL_SIZE"
+    return _read(environment, f"{world}RANK", f"{world}SIZE", *local, f"mpirun {space}" if space else None)
 
 
 def _pmi(environment: Mapping[str, str]) -> Rank | None:
