@@ -144,10 +144,16 @@ def plan_command(file: Path, out: Path | None, as_json: bool) -> None:
 @_JSON
 def status_command(folder: Path, as_json: bool) -> None:
     """Show how much of a study is done, left and failed, and how long the rest will take."""
+    from layercrit.study.shards import is_study
+    from layercrit.study.slurm_states import job_states
     from layercrit.study.tables import load_study
 
+    jobs = [{**vars(job), "log": str(job.log)} for job in job_states(folder)]
+    if jobs and not is_study(folder):
+        click.echo(json.dumps({"folder": str(folder), "jobs": jobs})) if as_json else _show_jobs(jobs)
+        return
     found = load_study(folder)
-    status = _status(found)
+    status = {**_status(found), "jobs": jobs}
     if as_json:
         click.echo(json.dumps(status, allow_nan=False))
         return
@@ -157,6 +163,7 @@ def status_command(folder: Path, as_json: bool) -> None:
     known = " planned so far" if status["not_opened"] else ""
     say(f"{status['n_done']} of {status['n_planned']} cells{known} are done{left}")
     _show_running(status["running"])
+    _show_jobs(status["jobs"])
     _say_unreadable(found)
     say_damaged(found.damaged)
     if found.failures:
@@ -257,6 +264,18 @@ def _show_running(running: list[dict[str, Any]]) -> None:
         say(f"and {len(running) - _LISTED} more shards")
     if not running:
         say("not running")
+
+
+def _show_jobs(jobs: list[dict[str, Any]]) -> None:
+    """Show the jobs of SLURM, those that are alike as one line."""
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for job in jobs:
+        alike.setdefault((job["state"], job["said"] if job["state"] != "running" else ""), []).append(job)
+    for (state, words), some in alike.items():
+        listed = ", ".join(f"{job['job']}{' on ' + job['node'] if job['node'] else ''}" for job in some[:_LISTED])
+        more = f" and {len(some) - _LISTED} more" if len(some) > _LISTED else ""
+        of_words = f" ({words})" if words else ""
+        say(f"jobs {state}: {listed}{more}{visible(of_words)}")
 
 
 def _show_means(found: "Study") -> None:
