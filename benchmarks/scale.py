@@ -31,7 +31,7 @@ import executor_jobs
 import running_jobs
 from layercrit.study.executors import Executor, Finished, LocalProcesses, Place, Task
 from layercrit.study.file import StudyFile, read_study_file
-from layercrit.study.ranks import Rank
+from layercrit.study.ranks import Shard
 from layercrit.study.running import run_study
 from layercrit.study.shards import store_folders
 from layercrit.study.store import Store
@@ -98,7 +98,7 @@ def run_here(path: Path, out: Path, shard: str | None = None) -> None:
     """Run a study, or a shard of it, with one worker."""
     run_study(
         read_study_file(path), out, progress=False, executor=LocalProcesses([ONE]),
-        shard=None if shard is None else Rank.parse(shard),
+        shard=None if shard is None else Shard.parse(shard),
     )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def dealing(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = dict(zip((task.name for task in tasks), generator.choice(measured, len(tasks)), strict=True))
     found = {}
     for n_workers in WORKERS:
-        shares = [deal(tasks, Rank(number, n_workers)) for number in range(n_workers)]
+        shares = [deal(tasks, Shard(number, n_workers)) for number in range(n_workers)]
         names = [task.name for share in shares for task in share]
         busy = [sum(seconds[task.name] for task in share) for share in shares]
         queue = [0.0] * n_workers
@@ -192,7 +192,7 @@ def stores(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     study = read_study_file(path)
     out = folder / "out"
     for number in range(N_SHARDS):
-        run_study(study, out, progress=False, executor=running_jobs.Inline(), shard=Rank(number, N_SHARDS))
+        run_study(study, out, progress=False, executor=running_jobs.Inline(), shard=Shard(number, N_SHARDS))
     started = time.perf_counter()
     found = load_study(out)
     opened = time.perf_counter()

@@ -23,9 +23,10 @@ from layercrit.resets import RESETS
 from layercrit.seeds import drawing
 from layercrit.study.executors import Executor, Failed, Finished, LocalProcesses, Message, Place, Question
 from layercrit.study.file import read_study_file
-from layercrit.study.ranks import Rank
+from layercrit.study.ranks import Shard
+from layercrit.study.rows import CellRow
 from layercrit.study.running import run_study
-from layercrit.study.shards import open_study
+from layercrit.study.shards import open_study, shard_folder
 from layercrit.study.store import FILE, Store
 from layercrit.study.tables import load_study
 from layercrit.study.worker import Planned
@@ -164,8 +165,19 @@ def run(path, folder, executor=None, **settings):
     return run_study(read_study_file(path), folder, progress=False, executor=executor or Inline(), **settings)
 
 
+def make_stores(folder, n_stores):
+    """Be a process that makes the stores of shards, one after the other, and puts a cell into each at a time."""
+    for number in range(1, n_stores + 1):
+        with Store(shard_folder(folder, number), create=True, shared=True) as store:
+            for cell in range(5):
+                with store.transaction():
+                    store.put_run("2026-01-01T00:00:00+00:00", {})
+                    store.put_cells([CellRow(f"{number} {cell}", "ok", 0, 0.0, 1, {"cosine": 0.0})])
+                    time.sleep(0.002)
+
+
 def run_shard(path, folder, shard, executor=None, **settings):
-    return run(path, folder, executor, shard=Rank.parse(shard), **settings)
+    return run(path, folder, executor, shard=Shard.parse(shard), **settings)
 
 
 class Slow(Inline):
@@ -187,7 +199,7 @@ def run_slowly(path, folder, seconds, shard=None):
 
     torch.set_num_threads(1)
     worker._SECONDS_BETWEEN_PARTS = 0
-    run(path, folder, Slow(seconds), shard=None if shard is None else Rank.parse(shard))
+    run(path, folder, Slow(seconds), shard=None if shard is None else Shard.parse(shard))
 
 
 def run_with_workers(path, folder, n_workers):

@@ -13,9 +13,13 @@ __all__ = [
     "StudyError",
     "TrackingError",
     "TrainingError",
+    "UnfinishedPilotError",
     "ZooError",
     "near",
 ]
+
+TRY_AGAIN = 75
+"""Exit code of a command that can do its work later, and not yet: EX_TEMPFAIL of sysexits.h."""
 
 _COMPARED = 5_000  # names that a wrong one is compared with, which takes a second
 
@@ -46,6 +50,10 @@ class ProtocolError(LayercritError, ValueError):
 
 class StudyError(LayercritError, ValueError):
     """A study cannot be read, planned or run."""
+
+
+class UnfinishedPilotError(StudyError):
+    """A shard has nothing to do before others have run their share of the pilot, and none of these is being run."""
 
 
 class TrackingError(LayercritError, ValueError):

@@ -223,6 +223,7 @@ def test_status__json(tmp_path):
         "damaged": [],
         "seconds_left": None,
         "running": [],
+        "jobs": [],
     }
 
 
@@ -310,7 +311,7 @@ def test_repair__names_what_is_lost_and_what_is_next(ran, tmp_path):
 def test_help__lists_the_commands():
     text = call("--help").stdout
     assert [line.split()[0] for line in text.split("Commands:")[1].splitlines() if line.strip()] == [
-        "example", "merge", "plan", "repair", "run", "schema", "status"
+        "example", "merge", "plan", "repair", "run", "schema", "status", "submit"
     ]  # fmt: skip
     assert call("example", "digit").exit_code == 2
 

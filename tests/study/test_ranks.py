@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layercrit.errors import StudyError
-from layercrit.study.ranks import Rank, cores_here, counts, gpus_of, n_cores, rank_of
+from layercrit.study.ranks import Shard, cores_here, counts, gpus_of, n_cores, rank_of
 
 # as SLURM 22.05 sets them, see test_slurm.py
 STEP = {
@@ -34,15 +34,15 @@ TORCHRUN = {
 @pytest.mark.parametrize("text", ["1/1", "3/16", "16/16", " 3 / 16 ", "003/016"])
 def test_parse__counts_from_1(text):
     number, of = map(int, text.split("/"))
-    found = Rank.parse(text)
+    found = Shard.parse(text)
     assert (found.number, found.of) == (number - 1, of)
     assert str(found) == f"{number}/{of}"
 
 
 @given(st.integers(1, 10_000).flatmap(lambda of: st.tuples(st.integers(1, of), st.just(of))))
-def test_parse__reads_what_it_writes(share):
-    number, of = share
-    assert str(Rank.parse(f"{number}/{of}")) == f"{number}/{of}"
+def test_parse__reads_what_it_writes(shard):
+    number, of = shard
+    assert str(Shard.parse(f"{number}/{of}")) == f"{number}/{of}"
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def test_parse__reads_what_it_writes(share):
     ["17/16", "0/16", "0/0", "1/0", "a/b", "3", "", "/", "3/", "/16", "-1/16", "3/-16", "1.5/2", "3/16/2", "3\\16",
      "³/16", "٣/16", "1" * 5000 + "/1", "3/16\nx", "3 16", "+3/16"],
 )  # fmt: skip
-def test_parse__refuses_what_is_no_share(text):
+def test_parse__refuses_what_is_no_shard(text):
     with pytest.raises(StudyError, match="I/N"):
-        Rank.parse(text)
+        Shard.parse(text)
 
 
 def test_parse__says_which_shards_there_are():
     with pytest.raises(StudyError, match=r"no shard 17/16.*from 1/16 to 16/16"):
-        Rank.parse("17/16")
+        Shard.parse("17/16")
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,14 @@ def test_parse__says_which_shards_there_are():
     [
         ({}, None),
         ({"HOME": "/root", "SLURM_CONF": "/etc/slurm.conf"}, None),
-        (TORCHRUN, Rank(3, 4, 1, 2, "RANK", "torchrun run7")),
-        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}, Rank(3, 4, 1, 2, "RANK", None)),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, Rank(3, 4, 0, 1, "RANK", None)),
-        (OPEN_MPI, Rank(5, 8, 1, 4, "OMPI_COMM_WORLD_RANK", "mpirun prterun-host-77@1")),
-        (PMI, Rank(2, 6, 0, 2, "PMI_RANK", None)),
-        ({"PMI_RANK": "2", "PMI_SIZE": "6"}, Rank(2, 6, 0, 1, "PMI_RANK", None)),
-        (STEP, Rank(3, 16, 1, 2, "SLURM_PROCID", "srun 9.0")),
-        (ARRAY, Rank(2, 4, 0, 1, "SLURM_ARRAY_TASK_ID", "array 20")),
+        (TORCHRUN, Shard(3, 4, 1, 2, "RANK", "torchrun run7")),
+        (TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}, Shard(3, 4, 1, 2, "RANK", None)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, Shard(3, 4, 0, 1, "RANK", None)),
+        (OPEN_MPI, Shard(5, 8, 1, 4, "OMPI_COMM_WORLD_RANK", "mpirun prterun-host-77@1")),
+        (PMI, Shard(2, 6, 0, 2, "PMI_RANK", None)),
+        ({"PMI_RANK": "2", "PMI_SIZE": "6"}, Shard(2, 6, 0, 1, "PMI_RANK", None)),
+        (STEP, Shard(3, 16, 1, 2, "SLURM_PROCID", "srun 9.0")),
+        (ARRAY, Shard(2, 4, 0, 1, "SLURM_ARRAY_TASK_ID", "array 20")),
     ],
     ids=["nothing", "other variables", "torchrun", "torchrun on one machine", "by hand", "Open MPI", "MPICH",
          "other MPI", "srun", "array"],
@@ -112,7 +112,7 @@ def test_rank_of__is_nothing_where_one_process_does_everything(environment):
     ],
     ids=["torchrun", "Open MPI", "MPICH", "srun", "array"],
 )  # fmt: skip
-def test_rank_of__one_process_is_no_share_and_leaves_those_around_it(environment):
+def test_rank_of__one_process_is_no_shard_and_leaves_those_around_it(environment):
     assert rank_of(environment) is None
     around = TORCHRUN if "RANK" not in environment else PMI
     assert rank_of(around | environment) == rank_of(around)
@@ -155,7 +155,7 @@ def test_rank_of__the_steps_of_an_array_have_one_start():
     lowest=st.integers(0, 5),
     slack=st.integers(0, 3),
 )
-def test_rank_of__processes_of_an_array_have_every_share_once(n_tasks, n_jobs, step, lowest, slack):
+def test_rank_of__processes_of_an_array_have_every_shard_once(n_tasks, n_jobs, step, lowest, slack):
     highest = lowest + (n_jobs - 1) * step
     found = []
     for index in range(lowest, highest + 1, step):
@@ -241,7 +241,7 @@ def test_counts__refuses_other_texts(text):
     ("n_local", "n_own", "n_node", "per_task", "expected"),
     [
         (1, 8, 8, None, 8),
-        (4, 8, 8, None, 2),  # not bound: they share the node
+        (4, 8, 8, None, 2),  # not bound: they shard the node
         (4, 2, 8, None, 2),  # bound
         (3, 8, 8, None, 2),
         (16, 8, 8, None, 1),
@@ -253,14 +253,14 @@ def test_counts__refuses_other_texts(text):
     ],
 )
 def test_n_cores(n_local, n_own, n_node, per_task, expected):
-    assert n_cores(Rank(0, 16, 0, n_local), n_own, n_node, per_task) == expected
+    assert n_cores(Shard(0, 16, 0, n_local), n_own, n_node, per_task) == expected
     if n_local == 1:
         assert n_cores(None, n_own, n_node, per_task) == expected
 
 
 @given(st.integers(1, 64), st.integers(1, 128), st.integers(1, 128))
 def test_n_cores__processes_that_are_not_bound_never_use_more_than_there_are(n_local, n_own, n_node):
-    found = n_cores(Rank(0, n_local, 0, n_local), n_own, n_node)
+    found = n_cores(Shard(0, n_local, 0, n_local), n_own, n_node)
     assert 1 <= found <= max(1, n_own)
     assert found * n_local <= n_node or found == 1
 
@@ -268,8 +268,8 @@ def test_n_cores__processes_that_are_not_bound_never_use_more_than_there_are(n_l
 def test_cores_here__is_what_the_system_and_slurm_allow():
     n_own = len(os.sched_getaffinity(0))
     assert cores_here(None, {}) == n_own
-    assert cores_here(Rank(0, 2), {"SLURM_CPUS_PER_TASK": "1"}) == 1
-    assert cores_here(Rank(0, 10_000, 0, 10_000), {}) == 1
+    assert cores_here(Shard(0, 2), {"SLURM_CPUS_PER_TASK": "1"}) == 1
+    assert cores_here(Shard(0, 10_000, 0, 10_000), {}) == 1
     # a batch script of many tasks in which one process does everything
     assert cores_here(None, {"SLURM_CPUS_PER_TASK": "1", "SLURM_NTASKS": f"{n_own}"}) == n_own
     with pytest.raises(StudyError, match="SLURM_CPUS_PER_TASK"):
@@ -289,17 +289,17 @@ def test_cores_here__is_what_the_system_and_slurm_allow():
     ],
 )
 def test_gpus_of__each_process_takes_its_own_in_turn(n_local, n_visible, expected):
-    assert [gpus_of(Rank(n, n_local, n, n_local), n_visible, {}) for n in range(n_local)] == expected
+    assert [gpus_of(Shard(n, n_local, n, n_local), n_visible, {}) for n in range(n_local)] == expected
 
 
 def test_gpus_of__takes_all_that_are_its_own():
     assert gpus_of(None, 4, {}) == [0, 1, 2, 3]
-    assert gpus_of(Rank(1, 2, 1, 2), 2, {"SLURM_GPUS_PER_TASK": "2"}) == [0, 1]
+    assert gpus_of(Shard(1, 2, 1, 2), 2, {"SLURM_GPUS_PER_TASK": "2"}) == [0, 1]
 
 
 @given(st.integers(1, 16), st.integers(1, 16))
 def test_gpus_of__uses_every_gpu_nearly_as_often(n_local, n_visible):
-    used = [gpu for n in range(n_local) for gpu in gpus_of(Rank(n, n_local, n, n_local), n_visible, {})]
+    used = [gpu for n in range(n_local) for gpu in gpus_of(Shard(n, n_local, n, n_local), n_visible, {})]
     times = [used.count(gpu) for gpu in range(n_visible)]
     assert min(times) >= 1
     assert max(times) - min(times) <= 1

@@ -20,8 +20,8 @@ from layercrit.study.executors import Failed
 from layercrit.study.file import read_study_file
 from layercrit.study.merging import merge_studies
 from layercrit.study.planning import plan_study
-from layercrit.study.ranks import Rank
-from layercrit.study.shards import is_study, shard_folder, store_folders
+from layercrit.study.ranks import Shard
+from layercrit.study.shards import Shards, is_study, shard_folder, store_folders
 from layercrit.study.store import FILE, Store
 from layercrit.study.tables import load_study
 from layercrit.study.tasks import deal, first_tasks, places_of
@@ -31,6 +31,7 @@ from running_jobs import (
     Inline,
     Killed,
     assert_same_tables,
+    make_stores,
     run,
     run_shard,
     tables,
@@ -64,7 +65,7 @@ def whole(study, tmp_path):
 @pytest.mark.parametrize("of", [1, 2, 3, 7, 8, 100])
 def test_deal__every_task_once_and_shards_of_one_size(study, of):
     tasks = first_tasks(read_study_file(study))
-    dealt = [deal(tasks, Rank(number, of)) for number in range(of)]
+    dealt = [deal(tasks, Shard(number, of)) for number in range(of)]
     assert sorted(task.name for share in dealt for task in share) == sorted(task.name for task in tasks)
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
@@ -75,7 +76,7 @@ def test_deal__keeps_models_together(tmp_path):
         read_study_file(write_small(tmp_path, n_models=1, trials=5, models=models, study={"baseline": "n0"}))
     )
     for of in (3, 5, 12):
-        opened = [len({task.affinity for task in deal(tasks, Rank(number, of))}) for number in range(of)]
+        opened = [len({task.affinity for task in deal(tasks, Shard(number, of))}) for number in range(of)]
         assert sum(opened) <= 12 + of - 1, "more than at the borders of shards"
 
 
@@ -83,7 +84,7 @@ def test_deal__depends_on_names_only(study):
     tasks = first_tasks(read_study_file(study))
     shuffled = random.Random(0).sample(tasks, len(tasks))
     by_model = sorted(shuffled, key=lambda task: places_of(task)[0][2])
-    assert {t.name for t in deal(by_model, Rank(0, 2))} == {t.name for t in deal(tasks, Rank(0, 2))}
+    assert {t.name for t in deal(by_model, Shard(0, 2))} == {t.name for t in deal(tasks, Shard(0, 2))}
 
 
 # one study
@@ -319,7 +320,7 @@ def test_shards__damaged_cells_are_measured_anew(study, folder, whole):
 
 @contextlib.contextmanager
 def running(folder, number, study, shard, **changes):
-    about = peers.about_run(read_study_file(study), None if shard is None else Rank.parse(shard)) | changes
+    about = peers.about_run(read_study_file(study), None if shard is None else Shard.parse(shard)) | changes
     with locks.hold(shard_folder(folder, number), about=about):
         Store(shard_folder(folder, number), create=True, shared=number > 0).close()
         yield
@@ -335,7 +336,7 @@ def running(folder, number, study, shard, **changes):
     ],
 )
 def test_shards__that_do_not_go_together(study, folder, monkeypatch, number, theirs, ours, words):
-    shard = None if ours is None else Rank.parse(ours)
+    shard = None if ours is None else Shard.parse(ours)
     with running(folder, number, study, theirs), pytest.raises(StudyError, match=words):
         _in_another_process(study, folder, shard, monkeypatch)
 
@@ -363,7 +364,7 @@ def test_shards__under_other_versions(study, folder, package):
 def test_shards__in_folders_that_are_not_the_same(study, folder, tmp_path, monkeypatch):
     """Ranks of one start on machines whose disks are their own."""
     monkeypatch.setattr(peers, "_PATIENCE", 0.2)
-    first, second = (Rank(number, 2, origin="SLURM_PROCID", start="srun 7.0") for number in (0, 1))
+    first, second = (Shard(number, 2, origin="SLURM_PROCID", start="srun 7.0") for number in (0, 1))
     run(study, folder, shard=first)
     with pytest.raises(StudyError, match=r"does not see in .* what shard 1/2 has written there"):
         run(study, tmp_path / "elsewhere", shard=second)
@@ -373,9 +374,24 @@ def test_shards__in_folders_that_are_not_the_same(study, folder, tmp_path, monke
 
 def test_shards__of_an_earlier_start_do_not_count(study, folder, monkeypatch):
     monkeypatch.setattr(peers, "_PATIENCE", 0.2)
-    run(study, folder, shard=Rank(0, 2, origin="SLURM_PROCID", start="srun 7.0"))
+    run(study, folder, shard=Shard(0, 2, origin="SLURM_PROCID", start="srun 7.0"))
     with pytest.raises(StudyError, match="does not see"):
-        run(study, folder, shard=Rank(1, 2, origin="SLURM_PROCID", start="srun 7.1"))
+        run(study, folder, shard=Shard(1, 2, origin="SLURM_PROCID", start="srun 7.1"))
+
+
+def test_shards__can_be_read_while_they_are_made_and_written(tmp_path):
+    """By a process that finds a store at any moment of its life: being created, in a transaction, given up."""
+    context = multiprocessing.get_context("spawn")
+    writer = context.Process(target=make_stores, args=(tmp_path, 40))
+    writer.start()
+    n_read = n_found = 0
+    while writer.exitcode is None:
+        with Shards(tmp_path) as shards:
+            n_found = max(n_found, shards.n_cells())
+            n_read += bool(shards.runs())
+    assert writer.exitcode == 0
+    assert n_read > 5
+    assert n_found > 0
 
 
 @pytest.mark.slow

@@ -56,10 +56,10 @@ def cluster(slurm_cluster, monkeypatch):  # noqa: F811
 
 @pytest.fixture
 def instead(monkeypatch):
-    """Let jobs run a line of Python in place of their share."""
+    """Let jobs run a line of Python in place of their shard."""
 
     def set_line(line):
-        monkeypatch.setattr(slurm, "command_of", lambda file, folder, share: [sys.executable, "-c", line, share])
+        monkeypatch.setattr(slurm, "command_of", lambda file, folder, shard: [sys.executable, "-c", line, shard])
 
     return set_line
 
@@ -211,11 +211,11 @@ def answers(tmp_path, monkeypatch):
 
 
 def submitted(folder, n_jobs, told):
-    """Write what a submission of some jobs, and shares of it, would have written."""
+    """Write what a submission of some jobs, and shards of it, would have written."""
     (folder / JOBS).mkdir(parents=True)
     write_json(folder / JOBS / SUBMISSION, {"job": "7", "n_jobs": n_jobs, "token": "abc"})
-    for share, about in told.items():
-        write_json(record_file(folder, share), {"token": "abc", "share": share} | about)
+    for shard, about in told.items():
+        write_json(record_file(folder, shard), {"token": "abc", "shard": shard} | about)
     return folder
 
 
@@ -239,7 +239,7 @@ def test_job_states__bring_together_what_slurm_and_the_jobs_say(tmp_path, answer
         "7_6|CANCELLED by 0|0:0|n4|00:00:03\\n7_0|PENDING|0:0|x|0\\n'",
     )
     states = job_states(submitted(tmp_path / "out", 7, told))
-    assert [(state.share, state.job, state.state, state.node) for state in states] == [
+    assert [(state.shard, state.job, state.state, state.node) for state in states] == [
         ("1/7", "7_0", "running", "n1"),
         ("2/7", "7_1", "waiting", ""),
         ("3/7", "12", "waiting", ""),
@@ -291,7 +291,7 @@ def test_job_states__jobs_that_slurm_forgot(tmp_path, answers):
 
 
 def test_rank_of__on_a_real_slurm(cluster, tmp_path):
-    """In a batch script one process does everything; in a step, and in an array, each has its share."""
+    """In a batch script one process does everything; in a step, and in an array, each has its shard."""
     script = tmp_path / "job.sh"
     script.write_text(
         "#!/bin/sh\n"
@@ -306,21 +306,21 @@ def test_rank_of__on_a_real_slurm(cluster, tmp_path):
             for path in sorted(tmp_path.glob(pattern))
         ]
 
-    def shares(pattern):
+    def shards(pattern):
         return sorted((str(rank), rank.local_number, rank.n_local) for rank in map(rank_of, environments(pattern)))
 
     cluster.ask("sbatch", "--wait", "--ntasks=2", script, cwd=tmp_path)
     assert environments("batch-*")[0]["SLURM_NTASKS"] == "2"
     assert [rank_of(one) for one in environments("batch-*")] == [None]
-    assert shares("step-*") == [("1/2", 0, 2), ("2/2", 1, 2)]
-    assert shares("pmi-*") in ([], shares("step-*"))  # the plug-in may not be installed
+    assert shards("step-*") == [("1/2", 0, 2), ("2/2", 1, 2)]
+    assert shards("pmi-*") in ([], shards("step-*"))  # the plug-in may not be installed
     assert len({rank_of(one).start for one in environments("step-*")}) == 1
     for left in tmp_path.glob("*-*"):
         left.unlink()
 
     cluster.ask("sbatch", "--wait", "--ntasks=2", "--array=3-7:4", script, cwd=tmp_path)
     assert sorted(str(rank_of(one)) for one in environments("batch-*")) == ["1/2", "2/2"]
-    assert [share for share, *_ in shares("step-*")] == ["1/4", "2/4", "3/4", "4/4"]
+    assert [shard for shard, *_ in shards("step-*")] == ["1/4", "2/4", "3/4", "4/4"]
     assert len({rank_of(one).start for one in environments("step-*")}) == 1
     for left in tmp_path.glob("*-*"):
         left.unlink()
@@ -332,7 +332,7 @@ def test_rank_of__on_a_real_slurm(cluster, tmp_path):
 
 
 def test_rank_of__shells_and_scripts_in_jobs_on_a_real_slurm(cluster, tmp_path):
-    """Neither an interactive shell nor a script that a step submitted, which inherits variables, has a share."""
+    """Neither an interactive shell nor a script that a step submitted, which inherits variables, has a shard."""
     shell = cluster.ask("salloc", "--ntasks=2", "env", cwd=tmp_path)
     assert "SLURM_NTASKS=2" in shell
     assert rank_of(dict(line.partition("=")[::2] for line in shell.splitlines())) is None
@@ -399,7 +399,7 @@ SLEEP = "import time; time.sleep(300)"
 
 
 @pytest.mark.slow
-def test_submit__shares_that_measure_nothing_new_give_up(cluster, place, instead):
+def test_submit__shards_that_measure_nothing_new_give_up(cluster, place, instead):
     """The signal is sent by hand, as SLURM does near the time limit."""
     instead(SLEEP)
     (job,) = submit_study("study/study.toml", "out", 1, TEN_MINUTES)
@@ -412,7 +412,7 @@ def test_submit__shares_that_measure_nothing_new_give_up(cluster, place, instead
 
 
 @pytest.mark.slow
-def test_submit__a_share_that_slurm_does_not_requeue_gets_another_job(cluster, place, instead):
+def test_submit__a_shard_that_slurm_does_not_requeue_gets_another_job(cluster, place, instead):
     instead("import os, time; os.path.exists('go on') or time.sleep(300)")
     first, second = submit_study("study/study.toml", "out", 2, TEN_MINUTES)
     cluster.ask("scontrol", "update", f"JobId={first.job}", "Requeue=0")
@@ -427,9 +427,9 @@ def test_submit__a_share_that_slurm_does_not_requeue_gets_another_job(cluster, p
     assert cluster.job(job_states("out")[0].job)["TimeLimit"] == cluster.job(second.job)["TimeLimit"]
 
 
-def began(cluster, folder, share, n_restarts):
-    """Wait until a share's command runs, after so many restarts of its job."""
-    state = next(state for state in job_states(folder) if state.share == share)
+def began(cluster, folder, shard, n_restarts):
+    """Wait until a shard's command runs, after so many restarts of its job."""
+    state = next(state for state in job_states(folder) if state.shard == shard)
     cluster.wait_until(
         lambda: state.log.exists() and log_of(state).count("\n$ ") == n_restarts + 1 and has_child(state.log), 60
     )
@@ -438,13 +438,13 @@ def began(cluster, folder, share, n_restarts):
 def has_child(log):
     """The command that a log names last runs."""
     line = [line for line in log.read_text().splitlines() if line.startswith("$ ")][-1]
-    share = line.rpartition(" ")[2]
+    shard = line.rpartition(" ")[2]
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             arguments = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if arguments[1:2] == [b"-c"] and share.encode() in arguments[2:]:
+        if arguments[1:2] == [b"-c"] and shard.encode() in arguments[2:]:
             return True
     return False
 

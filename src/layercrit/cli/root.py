@@ -24,7 +24,7 @@ from layercrit.cli.submit import submit_command
 from layercrit.cli.tables import compare_command, export_command, import_command
 from layercrit.cli.train import methods_command, train_command
 from layercrit.cli.zoo import zoo
-from layercrit.errors import LayercritError
+from layercrit.errors import TRY_AGAIN, LayercritError, UnfinishedPilotError
 
 __all__ = ["cli", "main"]
 
@@ -125,6 +125,8 @@ def _run(debug: bool) -> int:
         return _INTERRUPTED
     except _ReaderGoneError:
         return 141
+    except UnfinishedPilotError as error:
+        return _complain(str(error), debug, TRY_AGAIN)
     except LayercritError as error:
         return _complain(str(error), debug, 1)
     except Exception as error:

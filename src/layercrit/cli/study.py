@@ -75,11 +75,11 @@ def run_command(
     STUDY.toml may also be the folder of a study that was started before.
     """
     from layercrit.study.file import read_study_file
-    from layercrit.study.ranks import Rank, rank_of
+    from layercrit.study.ranks import Shard, rank_of
     from layercrit.study.running import run_study
     from layercrit.study.tables import load_study
 
-    own = rank_of(os.environ) if shard is None else Rank.parse(shard)
+    own = rank_of(os.environ) if shard is None else Shard.parse(shard)
     if own is not None and own.of == 1:
         own = None
     folder = _folder_of(file, out)

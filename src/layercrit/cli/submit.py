@@ -14,7 +14,7 @@ __all__ = ["submit_command"]
 
 @click.command("submit")
 @click.argument("file", type=click.Path(path_type=Path), metavar="STUDY.toml")
-@click.option("--jobs", "n_jobs", type=int, default=1, show_default=True, metavar="N", help="Shares of the study.")
+@click.option("--jobs", "n_jobs", type=int, default=1, show_default=True, metavar="N", help="Shards of the study.")
 @click.option("--time", required=True, metavar="TIME", help="Time limit of a job, such as 4:00:00; others follow it.")
 @click.option("--gpus-per-job", type=int, default=0, show_default=True, metavar="N", help="GPUs of each job.")
 @click.option("--cpus-per-job", type=int, metavar="N", help="Cores of each job. [default: what the cluster gives]")
@@ -40,9 +40,9 @@ def submit_command(
     out: Path | None,
     dry_run: bool,
 ) -> None:
-    """Submit a study to SLURM as an array of jobs, each of which measures a share of it.
+    """Submit a study to SLURM as an array of jobs, each of which measures a shard of it.
 
-    A job whose time limit comes near stops, keeps what it has measured, and is followed by another one until its share
+    A job whose time limit comes near stops, keeps what it has measured, and is followed by another one until its shard
     is finished. Anything else that sbatch can be asked for is taken from its own variables, such as SBATCH_QOS.
     """
     from layercrit.study.slurm import minutes_of, sbatch_script, submit_study
@@ -56,5 +56,5 @@ def submit_command(
     _keep_own_file(folder)
     jobs = submit_study(file, folder, n_jobs, resources)
     number = jobs[0].job.partition("_")[0]
-    say(f"Submitted as job {number}, of {n_jobs} share{'s' * (n_jobs > 1)}; logs are in {folder / 'logs'}.")
+    say(f"Submitted as job {number}, of {n_jobs} shard{'s' * (n_jobs > 1)}; logs are in {folder / 'logs'}.")
     say(f"Watch it with `layercrit study status {folder}`, end it with `scancel {number}`.")

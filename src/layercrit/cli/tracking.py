@@ -15,7 +15,7 @@ from layercrit.errors import LayercritError
 if TYPE_CHECKING:
     from layercrit.measurement import Measurement
     from layercrit.study.file import StudyFile
-    from layercrit.study.ranks import Rank
+    from layercrit.study.ranks import Shard
     from layercrit.study.tables import Study
     from layercrit.trackers.callbacks import OnCell
     from layercrit.trackers.tracking import Tracking
@@ -41,7 +41,7 @@ track_option = click.option(
 
 @contextlib.contextmanager
 def tracked_study(
-    names: Sequence[str], study: "StudyFile", folder: Path, shard: "Rank | None" = None
+    names: Sequence[str], study: "StudyFile", folder: Path, shard: "Shard | None" = None
 ) -> "Iterator[OnCell | None]":
     """Pass the study that runs in this context to trackers.
 

@@ -25,7 +25,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, ClassVar, TypeAlias
 
 from layercrit.errors import ProtocolError
-from layercrit.study.ranks import Rank, cores_here, gpus_of
+from layercrit.study.ranks import Shard, cores_here, gpus_of
 
 __all__ = [
     "Answer",
@@ -219,7 +219,7 @@ class LocalProcesses(Executor):
         return _Run(self._places, tasks, pickle.dumps(start), answer, self._attempts).events()
 
 
-def local_places(n_workers: int | None, device: str, n_gpus: int, shard: Rank | None = None) -> list[Place]:
+def local_places(n_workers: int | None, device: str, n_gpus: int, shard: Shard | None = None) -> list[Place]:
     """Divide this machine, or what a shard has of it, among workers.
 
     Args:

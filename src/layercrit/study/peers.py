@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from layercrit.errors import StudyError
+from layercrit.errors import StudyError, UnfinishedPilotError
 from layercrit.locks import about_holder
 from layercrit.machine import versions
 from layercrit.study.file import StudyFile
-from layercrit.study.ranks import Rank
+from layercrit.study.ranks import Shard
 from layercrit.study.shards import holders, shard_folder
 from layercrit.study.store import FILE, Store
 
@@ -23,7 +23,7 @@ _LOOK_AGAIN = 0.5  # seconds
 _SAME_VERSIONS = ("layercrit", "torch")
 
 
-def about_run(study: StudyFile, shard: Rank | None) -> dict[str, Any]:
+def about_run(study: StudyFile, shard: Shard | None) -> dict[str, Any]:
     """Return what a process tells others while it runs a study."""
     return {
         "shard": None if shard is None else str(shard),
@@ -76,7 +76,7 @@ def check_peers(folder: Path, number: int, about: Mapping[str, Any]) -> None:
             )
 
 
-def check_folder(folder: Path, shard: Rank) -> None:
+def check_folder(folder: Path, shard: Shard) -> None:
     """Make sure that all shards that a launcher started together see one folder: the first one leaves a file in it.
 
     Raises:
@@ -105,7 +105,7 @@ def check_folder(folder: Path, shard: Rank) -> None:
 
 
 def wait_for_pilots(
-    folder: Path, shard: Rank, mark: Mapping[str, Any], store: Store, say: Callable[[str], Any]
+    folder: Path, shard: Shard, mark: Mapping[str, Any], store: Store, say: Callable[[str], Any]
 ) -> None:
     """Wait until all shards have run their share of the pilot, from which the further trials are planned.
 
@@ -117,7 +117,7 @@ def wait_for_pilots(
         say: told once for which shards it waits.
 
     Raises:
-        StudyError: nobody runs the shares that are missing.
+        UnfinishedPilotError: nobody runs the shards that are missing.
     """
     with store.transaction():
         store.put_meta("pilot", mark)
@@ -127,7 +127,7 @@ def wait_for_pilots(
         if set(missing) & holders(folder).keys():
             last_seen = time.monotonic()
         elif time.monotonic() - last_seen > _PATIENCE:
-            raise StudyError(
+            raise UnfinishedPilotError(
                 f"The pilot, from which the further trials are planned, is not finished: nobody runs shard {listed} of "
                 f"{shard.of}. Run these, and then all shards again; what has been measured is kept."
             )

@@ -1,7 +1,7 @@
-"""Which share of a study a process has: as it was told, or as launchers tell the processes that they start.
+"""Which shard of a study a process has: as it was told, or as launchers tell the processes that they start.
 
 Open MPI, other MPIs, torchrun and SLURM set variables of their own. Each is read as its launcher means it: SLURM's, for
-one, mean a share only within a step of ``srun``, since in a batch script one process is to do everything.
+one, mean a shard only within a step of ``srun``, since in a batch script one process is to do everything.
 """
 
 import contextlib
@@ -12,22 +12,22 @@ from dataclasses import dataclass, replace
 
 from layercrit.errors import StudyError, shown
 
-__all__ = ["Rank", "cores_here", "counts", "gpus_of", "n_cores", "rank_of"]
+__all__ = ["Shard", "cores_here", "counts", "gpus_of", "n_cores", "rank_of"]
 
-_WAY_OUT = "Unset what is wrong, or say which share this process has, as with --shard 3/16; --shard 1/1 is everything."
+_WAY_OUT = "Unset what is wrong, or say which shard this process has, as with --shard 3/16; --shard 1/1 is everything."
 _COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?(?:\(S:[\d,-]+\))?")
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # SLURM's numbers from here on are no steps of srun, but shells and batch scripts
 
 
 @dataclass(frozen=True)
-class Rank:
-    """The share of a study that one of several processes has.
+class Shard:
+    """The shard of a study that one of several processes has.
 
     Attributes:
         number: which one, from 0.
-        of: how many shares there are.
+        of: how many shards there are.
         local_number: which one it is of those on its node, from 0.
-        n_local: how many shares there are on its node.
+        n_local: how many shards there are on its node.
         origin: where this was found, such as ``SLURM_PROCID``.
         start: what all processes that were started together share and no others, such as the number of a job and its
             step; None where the launcher does not tell.
@@ -41,16 +41,16 @@ class Rank:
     start: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "Rank":
-        """Read a share as the command line has it, counted from 1: ``3/16``.
+    def parse(cls, text: str) -> "Shard":
+        """Read a shard as the command line has it, counted from 1: ``3/16``.
 
         Raises:
-            StudyError: it is not written so, or there is no such share.
+            StudyError: it is not written so, or there is no such shard.
         """
         found = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", text, re.ASCII)
         if found is None:
             raise StudyError(
-                f"The shard {shown(text)} is not understood; expected I/N, such as 3/16: the third of 16 shares."
+                f"The shard {shown(text)} is not understood; expected I/N, such as 3/16: the third of 16 shards."
             )
         number, of = int(found[1]), int(found[2])
         if not 1 <= number <= of:
@@ -61,19 +61,19 @@ class Rank:
         return cls(number - 1, of, origin="--shard")
 
     def __str__(self) -> str:
-        """Return the share as the command line has it, counted from 1."""
+        """Return the shard as the command line has it, counted from 1."""
         return f"{self.number + 1}/{self.of}"
 
     def in_words(self) -> str:
-        """Return the share and where it was found, for a message."""
-        return f"share {self.number + 1} of {self.of}" + (f", from {self.origin}" if self.origin else "")
+        """Return the shard and where it was found, for a message."""
+        return f"shard {self.number + 1} of {self.of}" + (f", from {self.origin}" if self.origin else "")
 
 
-def rank_of(environment: Mapping[str, str]) -> Rank | None:
-    """Return the share that a launcher gave this process; None where there is no launcher, or only one process.
+def rank_of(environment: Mapping[str, str]) -> Shard | None:
+    """Return the shard that a launcher gave this process; None where there is no launcher, or only one process.
 
     The innermost launcher decides, such as mpirun in a job of SLURM. A job array is around all of them, so that each of
-    its jobs gets as many shares as it has processes. A launcher that started one process does not count.
+    its jobs gets as many shards as it has processes. A launcher that started one process does not count.
 
     Args:
         environment: that of the process.
@@ -103,20 +103,20 @@ class _IncompleteError(StudyError):
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def _torchrun(environment: Mapping[str, str]) -> Rank | None:
+def _torchrun(environment: Mapping[str, str]) -> Shard | None:
     run = environment.get("TORCHELASTIC_RUN_ID")
     start = f"torchrun {run}" if run and run != "none" else None  # which is what it says of a start on one machine
     return _read(environment, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", start)
 
 
-def _open_mpi(environment: Mapping[str, str]) -> Rank | None:
+def _open_mpi(environment: Mapping[str, str]) -> Shard | None:
     space = environment.get("PMIX_NAMESPACE")
     world = "OMPI_COMM_WORLD_"
     local = f"{world}LOCAL_RANK", f"{world}LOCAL_SIZE"
     return _read(environment, f"{world}RANK", f"{world}SIZE", *local, f"mpirun {space}" if space else None)
 
 
-def _pmi(environment: Mapping[str, str]) -> Rank | None:
+def _pmi(environment: Mapping[str, str]) -> Shard | None:
     """Read the variables of MPICH, Intel MPI and others, and those of SLURM's own PMI."""
     size = _number(environment, "PMI_SIZE")
     if size is not None and size == _step_size(environment):
@@ -126,7 +126,7 @@ def _pmi(environment: Mapping[str, str]) -> Rank | None:
     return _read(environment, *names, f"mpirun {job}" if job else None)
 
 
-def _slurm_step(environment: Mapping[str, str]) -> Rank | None:
+def _slurm_step(environment: Mapping[str, str]) -> Shard | None:
     """Read the variables of a step of srun; elsewhere in a job SLURM_PROCID is 0 and means nothing."""
     if _step_size(environment) is None:
         return None
@@ -153,7 +153,7 @@ def _step_size(environment: Mapping[str, str]) -> int | None:
     return _number(environment, "SLURM_STEP_NUM_TASKS")
 
 
-def _array(environment: Mapping[str, str]) -> Rank | None:
+def _array(environment: Mapping[str, str]) -> Shard | None:
     """Read the variables of SLURM's job arrays."""
     names = [f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "MAX", "COUNT", "STEP")]
     if names[0] not in environment:
@@ -168,15 +168,15 @@ def _array(environment: Mapping[str, str]) -> Rank | None:
     if rest or (highest - lowest) // step + 1 != of or not 0 <= number < of:
         raise StudyError(
             f"The indices of this job array have gaps or contradict each other ({_quoted(environment, *names)}), so "
-            "that nobody can tell which share each of its jobs has. Expected an array such as --array=0-15. Submit "
-            "such a one, or say which share each job has, as with --shard 3/16; --shard 1/1 is everything."
+            "that nobody can tell which shard each of its jobs has. Expected an array such as --array=0-15. Submit "
+            "such a one, or say which shard each job has, as with --shard 3/16; --shard 1/1 is everything."
         )
     job = environment.get("SLURM_ARRAY_JOB_ID")
-    return Rank(number, of, origin=names[0], start=f"array {job}" if job else None)
+    return Shard(number, of, origin=names[0], start=f"array {job}" if job else None)
 
 
-def _within(outer: Rank | None, inner: Rank) -> Rank:
-    """Return the share of a process whose launcher ran in one of the jobs of an array."""
+def _within(outer: Shard | None, inner: Shard) -> Shard:
+    """Return the shard of a process whose launcher ran in one of the jobs of an array."""
     if outer is None:
         return inner
     start = f"{outer.start}, {inner.start}" if outer.start and inner.start else None
@@ -201,8 +201,8 @@ def _read(
     local_number: str | None,
     n_local: str | None,
     start: str | None,
-) -> Rank | None:
-    """Return the share that variables of these names tell; None where a launcher set none of the first two."""
+) -> Shard | None:
+    """Return the shard that variables of these names tell; None where a launcher set none of the first two."""
     if number not in environment and size not in environment:
         return None
     rank, of = _number(environment, number), _number(environment, size)
@@ -214,7 +214,7 @@ def _read(
     on_node = _number(environment, n_local) if n_local else None
     if local is not None and on_node is not None and local >= on_node:
         raise _contradiction(environment, str(local_number), str(n_local))
-    return Rank(rank, of, local or 0, on_node or 1, number, start)
+    return Shard(rank, of, local or 0, on_node or 1, number, start)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:
@@ -259,27 +259,27 @@ def counts(text: str) -> list[int]:
     return [int(part[1]) for part in found if part for _ in range(int(part[2] or 1))]
 
 
-# --- what a share may use ---------------------------------------------------------------------------------------------
+# --- what a shard may use ---------------------------------------------------------------------------------------------
 
 
-def n_cores(rank: Rank | None, n_own: int, n_node: int, per_task: int | None = None) -> int:
+def n_cores(shard: Shard | None, n_own: int, n_node: int, per_task: int | None = None) -> int:
     """Return how many cores a process may use, at least 1.
 
     Args:
-        rank: its share, None: it is alone.
+        shard: the process', None: it is alone.
         n_own: on how many cores the system lets it run.
         n_node: how many there are for all processes on its node. Where ``n_own`` are too many for each of them to have
             its own, they share them.
         per_task: how many SLURM was asked for, for each process.
     """
-    n_local = 1 if rank is None else rank.n_local
+    n_local = 1 if shard is None else shard.n_local
     n_own = min(n_own, n_node)
     if per_task is not None:
         return max(1, min(per_task, n_own))
     return max(1, n_own if n_own * n_local <= n_node else n_own // n_local)
 
 
-def cores_here(rank: Rank | None, environment: Mapping[str, str]) -> int:
+def cores_here(shard: Shard | None, environment: Mapping[str, str]) -> int:
     """Return how many cores this process may use; see `n_cores`.
 
     Raises:
@@ -292,22 +292,22 @@ def cores_here(rank: Rank | None, environment: Mapping[str, str]) -> int:
             n_node = len(os.sched_getaffinity(1))
     n_node = _number(environment, "SLURM_CPUS_ON_NODE") or n_node
     per_task = _number(environment, "SLURM_CPUS_PER_TASK")
-    if rank is None and per_task is not None:  # this process does what all tasks of a job would
+    if shard is None and per_task is not None:  # this process does what all tasks of a job would
         per_task *= _number(environment, "SLURM_NTASKS") or 1
-    return n_cores(rank, n_own, n_node, per_task)
+    return n_cores(shard, n_own, n_node, per_task)
 
 
-def gpus_of(rank: Rank | None, n_visible: int, environment: Mapping[str, str]) -> list[int]:
+def gpus_of(shard: Shard | None, n_visible: int, environment: Mapping[str, str]) -> list[int]:
     """Return which of the GPUs that a process sees it is to use, by their numbers from 0.
 
     Processes that see the same ones take them in turn. Where there are more than processes, each gets several; where
     there are fewer, some processes share one.
 
     Args:
-        rank: the share of the process, None: it is alone.
+        shard: the process', None: it is alone.
         n_visible: how many GPUs it sees.
         environment: that of the process, where SLURM says whether each process has GPUs of its own.
     """
-    if rank is None or "SLURM_GPUS_PER_TASK" in environment:
+    if shard is None or "SLURM_GPUS_PER_TASK" in environment:
         return list(range(n_visible))
-    return list(range(rank.local_number % max(1, n_visible), n_visible, rank.n_local))
+    return list(range(shard.local_number % max(1, n_visible), n_visible, shard.n_local))

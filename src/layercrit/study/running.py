@@ -25,7 +25,7 @@ from layercrit.study.file import StudyFile
 from layercrit.study.images import draw_images, drawn_images, n_available_images
 from layercrit.study.peers import about_run, check_folder, check_peers, wait_for_pilots
 from layercrit.study.pilots import pilots_of, plans_of
-from layercrit.study.ranks import Rank
+from layercrit.study.ranks import Shard
 from layercrit.study.rows import FailureRow, ModelRow, PlanRow, as_plain_row
 from layercrit.study.shards import Elsewhere, is_study, open_study, shard_folder
 from layercrit.study.store import Store
@@ -68,7 +68,7 @@ def run_study(
     retry: bool = False,
     progress: bool = True,
     executor: Executor | None = None,
-    shard: Rank | None = None,
+    shard: Shard | None = None,
     on_cell: OnCell | None = None,
 ) -> RunReport:
     """Measure what is missing from a study; run again to resume after an interruption.
@@ -84,7 +84,7 @@ def run_study(
         progress: whether to show a progress bar on a terminal.
         executor: runs the tasks in place of local processes.
         shard: which share of the study this process has, of several that run it at the same time, on one machine or
-            many: ``Rank.parse("3/16")``. Each has a store of its own in the folder, and whoever reads the study reads
+            many: ``Shard.parse("3/16")``. Each has a store of its own in the folder, and whoever reads the study reads
             all of them. None: all of it.
         on_cell: called in this process with every cell that was measured now, once it is committed: a row as in
             `layercrit.study.tables.Study.cells`, without what the file alone knows (``run``, ``raw``), and with
@@ -125,7 +125,7 @@ class _Run:
         folder: Path,
         store: Store,
         bar: Bar,
-        shard: Rank | None,
+        shard: Shard | None,
         on_cell: OnCell | None = None,
     ) -> None:
         self.study, self.folder, self.store, self.bar, self.shard = study, folder, store, bar, shard
@@ -220,7 +220,7 @@ class _Run:
             self._run_tasks(executor, self._further_tasks(plans))
         self.report.failures = [row for row in self._failures() if (row.model, row.reset, row.trial) in self.dealt]
 
-    def _wait_for_pilots(self, shard: Rank) -> None:
+    def _wait_for_pilots(self, shard: Shard) -> None:
         """Wait until the others have run their share of the pilot, unless everything is planned already."""
         wanted = {(entry.name, reset) for entry in self.study.models for reset in self.study.resets}
         if wanted <= self._before()[1].keys():

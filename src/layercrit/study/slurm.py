@@ -1,4 +1,4 @@
-"""Submit a study to SLURM: an array of jobs by submitit, each of which runs a share of it until that is finished."""
+"""Submit a study to SLURM: an array of jobs by submitit, each of which runs a shard of it until that is finished."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from typing import Any
 from layercrit.errors import StudyError, shown
 from layercrit.locks import hold
 from layercrit.study.file import read_study_file
-from layercrit.study.slurm_job import JOBS, LOGS, Resources, Share, executor, versions_here, write_json
+from layercrit.study.slurm_job import JOBS, LOGS, Resources, ShardJob, executor, versions_here, write_json
 from layercrit.study.slurm_states import SUBMISSION, JobState, job_states
 
 __all__ = ["command_of", "minutes_of", "sbatch_script", "submit_study"]
@@ -27,12 +27,12 @@ _DURATION = re.compile(r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<min>\d+)(?::(?P<
 
 
 def submit_study(file: str | Path, folder: str | Path, n_jobs: int, resources: Resources) -> tuple[JobState, ...]:
-    """Submit jobs that run a study; each goes on in another job when its time is over, until its share is finished.
+    """Submit jobs that run a study; each goes on in another job when its time is over, until its shard is finished.
 
     Args:
         file: the study file, or the folder of a study that was started before.
         folder: of the study, which the nodes of the cluster must see as well.
-        n_jobs: into how many shares the study is divided.
+        n_jobs: into how many shards the study is divided.
         resources: of each job.
 
     Returns:
@@ -47,7 +47,7 @@ def submit_study(file: str | Path, folder: str | Path, n_jobs: int, resources: R
         command = shlex.join(command_of(file, folder, f"1/{n_jobs}")[3:])
         raise StudyError(
             "There is no SLURM here: the program sbatch is not found. Submit from a machine that has it, look at what "
-            "would be submitted with --dry-run, or start the shares yourself wherever you like: `layercrit "
+            "would be submitted with --dry-run, or start the shards yourself wherever you like: `layercrit "
             f"{command}`" + (f", and so on to {n_jobs}/{n_jobs}." if n_jobs > 1 else ".")
         )
     is_new = not folder.exists()
@@ -77,9 +77,9 @@ def sbatch_script(file: str | Path, folder: str | Path, n_jobs: int, resources: 
     return _make_sbatch_string(command=command, folder=folder / LOGS, map_count=n_in_array, **parameters)
 
 
-def command_of(file: Path, folder: Path, share: str) -> list[str]:
-    """Return the command that runs a share of a study, such as ``3/16``."""
-    run = ["study", "run", str(file), "--out", str(folder), "--shard", share]
+def command_of(file: Path, folder: Path, shard: str) -> list[str]:
+    """Return the command that runs a shard of a study, such as ``3/16``."""
+    run = ["study", "run", str(file), "--out", str(folder), "--shard", shard]
     return [sys.executable, "-m", "layercrit", *run]
 
 
@@ -129,18 +129,20 @@ def _refuse_second(folder: Path) -> None:
 
 def _submit(file: Path, folder: Path, n_jobs: int, resources: Resources) -> None:
     token, jobs, logs = secrets.token_hex(8), folder / JOBS, folder / LOGS
-    for left in jobs.glob("share-*.json"):
+    for left in jobs.glob("shard-*.json"):
         left.unlink()
     (jobs / _TOKEN).write_text(f"{token}\n", encoding="ascii")
     parameters = _parameters(file, folder, n_jobs, token)
-    shares = [
-        Share(command_of(file, folder, name), folder, name, token, versions_here(), resources, Path.cwd(), parameters)
+    shards = [
+        ShardJob(
+            command_of(file, folder, name), folder, name, token, versions_here(), resources, Path.cwd(), parameters
+        )
         for name in (f"{number}/{n_jobs}" for number in range(1, n_jobs + 1))
     ]
     before = set(logs.glob("*")) if logs.exists() else set()
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # what submitit prints of an error is in the error as well
-            submitted = executor(folder, resources, **parameters).submit_array(shares)
+            submitted = executor(folder, resources, **parameters).submit_array(shards)
     except Exception as error:  # submitit's own, with what sbatch said
         for left in set(logs.glob("*")) - before:
             left.unlink(missing_ok=True)

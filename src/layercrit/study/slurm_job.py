@@ -1,6 +1,6 @@
-"""What a job of SLURM does: it runs its share of a study, and is succeeded by another job where time runs out.
+"""What a job of SLURM does: it runs its shard of a study, and is succeeded by another job where time runs out.
 
-submitit calls a `Share` in each job, and hands it the signal that SLURM sends before the time limit. All that a share
+submitit calls a `Shard` in each job, and hands it the signal that SLURM sends before the time limit. All that a shard
 wants to tell, to its successor or to ``study status``, it writes into a file of its own in the study's folder.
 """
 
@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layercrit.errors import StudyError
+from layercrit.errors import TRY_AGAIN, StudyError
 from layercrit.foreign_files import read_json
 from layercrit.study.shards import shard_folder
 from layercrit.study.store import FILE
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from submitit import SlurmExecutor
     from submitit.helpers import DelayedSubmission
 
-__all__ = ["JOBS", "LOGS", "Resources", "Share", "executor", "record_file", "versions_here", "write_json"]
+__all__ = ["JOBS", "LOGS", "Resources", "ShardJob", "executor", "record_file", "versions_here", "write_json"]
 
-JOBS = "jobs"  # folder in that of the study: what was submitted, and what each share tells
+JOBS = "jobs"  # folder in that of the study: what was submitted, and what each shard tells
 LOGS = "logs"
 _IDLE = 2  # jobs in a row that time ended with nothing new
 _PATIENCE = 45.0  # seconds for a run to end by itself once it is told to
@@ -100,13 +100,13 @@ def executor(folder: Path, resources: Resources, **parameters: Any) -> "SlurmExe
 
 
 @dataclass
-class Share:
-    """One share of a study, as a function that submitit runs in a job.
+class ShardJob:
+    """One shard of a study, as a function that submitit runs in a job.
 
     Attributes:
         command: what runs it; run again, it goes on where it was stopped.
         folder: of the study.
-        name: which share it is, such as ``3/16``.
+        name: which shard it is, such as ``3/16``.
         token: of the submission, in a file on the machine that submitted.
         versions: of packages there.
         resources: for a successor.
@@ -125,7 +125,7 @@ class Share:
     _run: "subprocess.Popen[bytes] | None" = field(default=None, init=False, repr=False, compare=False)
 
     def __call__(self) -> str:
-        """Run the share to its end, and return what came of it, in words.
+        """Run the shard to its end, and return what came of it, in words.
 
         Raises:
             StudyError: it cannot run here, ended in failures, or was ended from outside.
@@ -137,10 +137,12 @@ class Share:
         except (OSError, subprocess.SubprocessError) as error:
             if self._run is None:
                 raise self._end("failed", f"it cannot be started: {error}") from error
-            return self._hand_over(error)  # submitit could not requeue this job
+            return self._hand_over(f"its time is over, and SLURM did not requeue it ({error})")
         if code == 0:
             self._tell("finished")
             return "finished"
+        if code == TRY_AGAIN:  # other shards are to run before, whose jobs may be waiting for the place of this one
+            return self._hand_over("it waits for the pilot of other shards")
         if code < 0 or code > 128:
             name = signal.Signals(-code if code < 0 else code - 128).name
             raise self._end("stopped", f"ended from outside by {name}; `layercrit study submit` goes on")
@@ -150,7 +152,7 @@ class Share:
         """Stop before the time limit; submitit calls this, and requeues the job with what is returned.
 
         Returns:
-            None where the share is not to go on, since it does not get ahead.
+            None where the shard is not to go on, since it does not get ahead.
         """
         from submitit.helpers import DelayedSubmission
 
@@ -204,16 +206,15 @@ class Share:
             time.sleep(_MOMENT)
         return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
-    def _hand_over(self, refused: Exception) -> str:
-        """Submit another job in place of this one, which SLURM did not requeue, and return that in words."""
+    def _hand_over(self, why: str) -> str:
+        """Submit another job in place of this one, and return that in words."""
         try:
             with _outside_of_jobs():
                 job = executor(self.folder, self.resources, **self.parameters).submit(replace(self)).job_id
         except Exception as error:  # of submitit, or of SLURM by way of it
             raise self._end(
                 "stopped",
-                f"its time is over, and SLURM neither requeues this job ({refused}) nor takes another one from it "
-                f"({error}); `layercrit study submit` goes on",
+                f"{why}, and SLURM takes no other job in its place ({error}); `layercrit study submit` goes on",
             ) from error
         self._tell("goes on", job=job)
         return f"goes on as job {job}"
@@ -239,7 +240,7 @@ class Share:
             found = read_json(record_file(self.folder, self.name))
             if isinstance(found, dict) and found.get("token") == self.token:
                 return found
-        return {"share": self.name, "token": self.token, "kept": self._kept(), "idle": 0}
+        return {"shard": self.name, "token": self.token, "kept": self._kept(), "idle": 0}
 
     def _tell(self, state: str, said: str = "", **facts: Any) -> None:
         about = {"job": _this_job(), "state": state, "said": said, "told": _now()}
@@ -247,7 +248,7 @@ class Share:
 
     def _end(self, state: str, said: str) -> StudyError:
         self._tell(state, said)
-        return StudyError(f"Share {self.name} of the study in {self.folder}: {said}.")
+        return StudyError(f"Shard {self.name} of the study in {self.folder}: {said}.")
 
     def _kept(self) -> list[int]:
         """Return how many cells are kept, and how many batches of those under way; nothing before the first run."""
@@ -270,9 +271,9 @@ def versions_here() -> dict[str, str]:
     return found
 
 
-def record_file(folder: Path, share: str) -> Path:
-    """Return the file in which a share tells how it is."""
-    return folder / JOBS / f"share-{share.replace('/', '-of-')}.json"
+def record_file(folder: Path, shard: str) -> Path:
+    """Return the file in which a shard tells how it is."""
+    return folder / JOBS / f"shard-{shard.replace('/', '-of-')}.json"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

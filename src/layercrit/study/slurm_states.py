@@ -29,10 +29,10 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class JobState:
-    """How the job of one share of a study is.
+    """How the job of one shard of a study is.
 
     Attributes:
-        share: which one, such as ``3/16``.
+        shard: which one, such as ``3/16``.
         job: its number at SLURM.
         state: ``running``, ``waiting``, ``finished``, ``failed``, ``stopped`` (to be submitted again), ``refused`` (by
             the node), ``gave up`` (no job of it got ahead), ``ended`` (nobody but SLURM knows how) or ``unknown``.
@@ -41,7 +41,7 @@ class JobState:
         log: the file with what it printed.
     """
 
-    share: str
+    shard: str
     job: str
     state: str
     node: str
@@ -55,7 +55,7 @@ class JobState:
 
 
 def job_states(folder: str | Path) -> tuple[JobState, ...]:
-    """Return how the jobs are that were submitted last for the study in a folder, one for each share.
+    """Return how the jobs are that were submitted last for the study in a folder, one for each shard.
 
     Nothing where none were submitted. Where SLURM does not answer, what the jobs wrote themselves is all that is known,
     and ``said`` says so.
@@ -64,41 +64,41 @@ def job_states(folder: str | Path) -> tuple[JobState, ...]:
     submission = _read(folder / JOBS / SUBMISSION)
     if "job" not in submission:
         return ()
-    shares = [f"{number}/{submission['n_jobs']}" for number in range(1, submission["n_jobs"] + 1)]
-    told = [_read(record_file(folder, share)) for share in shares]
+    shards = [f"{number}/{submission['n_jobs']}" for number in range(1, submission["n_jobs"] + 1)]
+    told = [_read(record_file(folder, shard)) for shard in shards]
     told = [one if one.get("token") == submission["token"] else {} for one in told]
     jobs = [
-        one.get("job") or (f"{submission['job']}_{number}" if len(shares) > 1 else str(submission["job"]))
+        one.get("job") or (f"{submission['job']}_{number}" if len(shards) > 1 else str(submission["job"]))
         for number, one in enumerate(told)
     ]
     found, problem = _ask(sorted({job.partition("_")[0] for job in jobs}))
     return tuple(
-        _state(folder, share, job, one, found.get(job) or found.get(job.partition("_")[0]), problem)
-        for share, job, one in zip(shares, jobs, told, strict=True)
+        _state(folder, shard, job, one, found.get(job) or found.get(job.partition("_")[0]), problem)
+        for shard, job, one in zip(shards, jobs, told, strict=True)
     )
 
 
 def _state(
-    folder: Path, share: str, job: str, told: Mapping[str, Any], found: Sequence[str] | None, problem: str
+    folder: Path, shard: str, job: str, told: Mapping[str, Any], found: Sequence[str] | None, problem: str
 ) -> JobState:
-    """Bring together what a share told and what SLURM says of its job: state, reason, node, time left."""
+    """Bring together what a shard told and what SLURM says of its job: state, reason, node, time left."""
     log = folder / LOGS / f"{job}_0_log.out"
     name, reason, node, left = found or ("", "", "", "")
     node = node or told.get("node", "")
     own = told.get("state", "")
     if name in _WAITING:
-        return JobState(share, job, "waiting", "", reason.replace("None", ""), log)
+        return JobState(shard, job, "waiting", "", reason.replace("None", ""), log)
     if name and name not in _ENDED:
-        return JobState(share, job, "running", node, f"{left} left", log)
+        return JobState(shard, job, "running", node, f"{left} left", log)
     if own in ("finished", "failed", "refused", "gave up", "stopped"):
-        return JobState(share, job, own, node, told.get("said", ""), log)
+        return JobState(shard, job, own, node, told.get("said", ""), log)
     if problem:
-        return JobState(share, job, "unknown", node, f"{problem}; last heard of: {own or 'nothing'}", log)
+        return JobState(shard, job, "unknown", node, f"{problem}; last heard of: {own or 'nothing'}", log)
     if not name:
-        return JobState(share, job, "unknown", node, f"SLURM does not know it any more; last heard of: {own}", log)
+        return JobState(shard, job, "unknown", node, f"SLURM does not know it any more; last heard of: {own}", log)
     how = f"{name}, {reason}" if reason not in ("", "None") else name
     advice = _unseen(folder, node) if not told and name != "CANCELLED" else _ADVICE.get(name, "see the log")
-    return JobState(share, job, "ended", node, f"{how}: {advice}", log)
+    return JobState(shard, job, "ended", node, f"{how}: {advice}", log)
 
 
 def _unseen(folder: Path, node: str) -> str:

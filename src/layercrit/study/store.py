@@ -18,6 +18,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ _MAGIC = 0x6C637274  # "lcrt": tells a study's file from other SQLite files
 # `checksum` itself raises nothing, but a signal may while it runs; SQLite lets no exception through as it is
 _CHECKSUM_STOPPED = "user-defined function raised exception"
 
+_ATTEMPTS, _MOMENT = 40, 0.05  # to read a file that another process may be writing; and seconds between them
 _PATIENCE = 600  # seconds that a writer waits for readers, of a large file in a slow network, or these for it
 
 SCHEMA = len(MIGRATIONS)
@@ -110,19 +112,28 @@ class Store:
         self._open()
 
     def _connect_read_only(self, may_change: bool) -> None:
-        """Open a file that is not to be written, or a copy where SQLite would have to write to read it."""
-        logs = [log for suffix in ("-wal", "-journal") if (log := Path(f"{self.path}{suffix}")).exists()]
-        try:
-            # without a log nobody is writing it, so it needs no locks, which cannot be made on read-only media
-            self._connect(self.path, "?mode=ro" if logs or may_change else "?mode=ro&immutable=1")
-        except (sqlite3.OperationalError, StudyError) as error:  # there is a log to be read first, or an old schema
-            if not isinstance(error.__cause__ or error, sqlite3.OperationalError):
-                raise
-            self._cleared_up.close()
-            scratch = Path(self._cleared_up.enter_context(tempfile.TemporaryDirectory(prefix="layercrit-")))
-            for file in (self.path, *logs):
+        """Open a file that is not to be written, or a copy where SQLite would have to write to read it.
+
+        Args:
+            may_change: whether another process may write it, and just be about to.
+        """
+        logs = [Path(f"{self.path}{suffix}") for suffix in ("-wal", "-journal")]
+        for attempt in range(_ATTEMPTS if may_change else 1):
+            time.sleep(_MOMENT if attempt else 0)
+            is_alone = not may_change and not any(log.exists() for log in logs)
+            try:
+                # where nobody is writing it, it needs no locks, which cannot be made on read-only media
+                self._connect(self.path, "?mode=ro&immutable=1" if is_alone else "?mode=ro")
+                return
+            except (sqlite3.OperationalError, StudyError) as error:  # a log is to be read first, or an old schema
+                if not isinstance(error.__cause__ or error, sqlite3.OperationalError):
+                    raise
+                self._cleared_up.close()
+        scratch = Path(self._cleared_up.enter_context(tempfile.TemporaryDirectory(prefix="layercrit-")))
+        for file in (self.path, *logs):
+            with contextlib.suppress(FileNotFoundError):  # a log, which is gone once it was written into the file
                 shutil.copyfile(file, scratch / file.name)
-            self._connect(scratch / self.path.name)
+        self._connect(scratch / self.path.name)
 
     def _open(self) -> None:
         (magic,) = self._connection.execute("PRAGMA application_id").fetchone()

@@ -10,7 +10,7 @@ from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import Task
 from layercrit.study.file import StudyFile
-from layercrit.study.ranks import Rank
+from layercrit.study.ranks import Shard
 from layercrit.study.worker import Job
 
 __all__ = ["Place", "deal", "first_tasks", "further_tasks", "places_of"]
@@ -60,7 +60,7 @@ def places_of(task: Task) -> list[Place]:
     return [(job.model.name, job.reset, trial) for trial in job.layers]
 
 
-def deal(tasks: Sequence[Task], shard: Rank | None) -> list[Task]:
+def deal(tasks: Sequence[Task], shard: Shard | None) -> list[Task]:
     """Return the tasks of a shard: as many as every other has, give or take one.
 
     Models are put into an order by a hash of their names, with their tasks one after the other, and this row is cut
