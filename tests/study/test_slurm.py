@@ -290,6 +290,7 @@ def test_job_states__jobs_that_slurm_forgot(tmp_path, answers):
 # what SLURM sets where
 
 
+@pytest.mark.slow
 def test_rank_of__on_a_real_slurm(cluster, tmp_path):
     """In a batch script one process does everything; in a step, and in an array, each has its shard."""
     script = tmp_path / "job.sh"
@@ -449,6 +450,7 @@ def has_child(log):
     return False
 
 
+@pytest.mark.slow
 def test_submit__a_run_that_fails_is_not_repeated(cluster, place, instead):
     instead("raise SystemExit(1)")
     submit_study("study/study.toml", "out", 1, TEN_MINUTES)
