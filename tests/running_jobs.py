@@ -21,8 +21,9 @@ from torch import nn
 from layercrit.distances import DISTANCES
 from layercrit.resets import RESETS
 from layercrit.seeds import drawing
-from layercrit.study.executors import Executor, Failed, Finished, LocalProcesses, Message, Place, Question
+from layercrit.study.executors import Executor, Failed, Finished, Message, Place, Question
 from layercrit.study.file import read_study_file
+from layercrit.study.local_processes import LocalProcesses
 from layercrit.study.running import run_study
 from layercrit.study.store import FILE, Store
 from layercrit.study.tables import load_study

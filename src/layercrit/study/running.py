@@ -27,15 +27,15 @@ from layercrit.seeds import probe_set_seed
 from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import (
-    Event,
     Executor,
     Failed,
-    LocalProcesses,
     Message,
+    Note,
     Task,
-    local_places,
+    TaskEvent,
 )
 from layercrit.study.file import StudyFile
+from layercrit.study.local_processes import LocalProcesses, local_places
 from layercrit.study.pilots import pilots_of, plans_of
 from layercrit.study.store import FailureRow, ModelRow, Store
 from layercrit.study.worker import (
@@ -228,6 +228,9 @@ class _Run:
         events = executor.run(tasks, partial(start_worker, self.study, probe_set), self._answer)
         with contextlib.closing(events):  # type: ignore[type-var]
             for event in events:
+                if isinstance(event, Note):
+                    self.bar.say(event.text)
+                    continue
                 with self.store.transaction():
                     self._keep(event)
                 self._show()
@@ -317,7 +320,7 @@ class _Run:
         parts = name_of_parts(keys - known)
         return Left(known, parts, self.store.parts(parts))
 
-    def _keep(self, event: Event) -> None:
+    def _keep(self, event: TaskEvent) -> None:
         job: Job = event.task.payload
         name = event.task.name
         places = _places(job)
