@@ -50,22 +50,32 @@ def study() -> None:
 @_FILE
 @_OUT
 @click.option("--workers", type=int, metavar="N", help="Local processes. [default: one for each GPU, else one]")
+@click.option(
+    "--on",
+    metavar="ray[://HOST:PORT]",
+    help="Use a Ray cluster that runs already: the one this machine belongs to, or one to connect to from outside. "
+    "[default workers there: one for each GPU, else one for each node]",
+)
 @click.option("--retry", is_flag=True, help="Retry the trials that failed before.")
 @_JSON
-def run_command(file: Path, out: Path | None, workers: int | None, retry: bool, as_json: bool) -> None:
+def run_command(
+    file: Path, out: Path | None, workers: int | None, on: str | None, retry: bool, as_json: bool
+) -> None:
     """Measure what is missing from a study. Run it again to resume after an interruption.
 
     STUDY.toml may also be the folder of a study that was started before.
     """
     from layercrit.study.file import read_study_file
+    from layercrit.study.ray_workers import executor_on
     from layercrit.study.running import run_study
     from layercrit.study.tables import load_study
 
     folder = _folder_of(file, out)
     _keep_own_file(folder)
     read = read_study_file(file)
+    executor = None if on is None else executor_on(on, read, folder, workers)
     try:
-        report = run_study(read, folder, n_workers=workers, retry=retry)
+        report = run_study(read, folder, n_workers=workers, retry=retry, executor=executor)
     except KeyboardInterrupt:
         say(f"Stopped. What has been measured is kept in {folder}; run the same command again to resume.", err=True)
         raise
