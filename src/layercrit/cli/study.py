@@ -58,9 +58,7 @@ def study() -> None:
 )
 @click.option("--retry", is_flag=True, help="Retry the trials that failed before.")
 @_JSON
-def run_command(
-    file: Path, out: Path | None, workers: int | None, on: str | None, retry: bool, as_json: bool
-) -> None:
+def run_command(file: Path, out: Path | None, workers: int | None, on: str | None, retry: bool, as_json: bool) -> None:
     """Measure what is missing from a study. Run it again to resume after an interruption.
 
     STUDY.toml may also be the folder of a study that was started before.

@@ -331,7 +331,7 @@ class Inspection:
 
 
 def _inquiry() -> Callable[[list[str], list[str], dict[str, str] | None], dict[str, Any]]:
-    """Return what is asked of a node: a function within one, so that Ray sends its code and needs no layercrit there."""
+    """Return what is asked of a node: a function within one, so that Ray sends its code, not its name."""
 
     def ask(names: list[str], path: list[str], token: dict[str, str] | None) -> dict[str, Any]:
         import contextlib

@@ -230,7 +230,13 @@ class _Run:
         return bool(self._waiting) or any(worker.task for worker in self._workers)
 
     def begin_workers(self) -> Iterator[Event]:
-        """Ask for as many workers as there are tasks for; say so if Ray finds room for none."""
+        """Give tasks that wait again to free workers, and ask for as many workers as there are tasks for.
+
+        It is said if Ray finds room for none.
+        """
+        for worker in self._workers:
+            if worker.node and worker.task is None:
+                yield from self._give_task(worker)
         n_at_work = sum(worker.task is not None for worker in self._workers)
         while len(self._workers) < min(self._n_workers, len(self._waiting) + n_at_work):
             actor = self._actor.remote()
