@@ -57,7 +57,7 @@ from layercrit.study.ray_cluster import (
 __all__ = ["RayWorkers", "executor_on"]
 
 _LOOK_AGAIN = 5.0  # seconds
-_SAY_WAITING = 30.0  # seconds without a worker, after which the user is told for what Ray waits
+_SAY_WAITING = 30.0  # seconds without a worker, after which the user is told what Ray may wait for
 _ADVICE = (
     "If the memory of its node ran out, use fewer workers or a smaller batch size; Ray's logs there, in "
     "/tmp/ray/session_latest/logs, have its last output."
@@ -232,7 +232,7 @@ class _Run:
     def begin_workers(self) -> Iterator[Event]:
         """Give tasks that wait again to free workers, and ask for as many workers as there are tasks for.
 
-        It is said if Ray finds room for none.
+        It is said if none starts.
         """
         for worker in self._workers:
             if worker.node and worker.task is None:
@@ -247,9 +247,9 @@ class _Run:
             self._last_started = float("inf")
             have = self._ray.available_resources()
             yield Note(
-                f"Ray has found no room for a worker yet: each takes {self._share.n_gpus} GPU and "
-                f"{self._share.n_cpus} CPU, of which {have.get('GPU', 0):g} and {have.get('CPU', 0):g} are free in the "
-                "whole cluster. The study goes on when there is room."
+                f"No worker has started yet. Each takes {self._share.n_gpus} GPU and {self._share.n_cpus} CPU; free in "
+                f"the whole cluster are {have.get('GPU', 0):g} and {have.get('CPU', 0):g}. Where that is too little, "
+                "Ray waits for room, and the study goes on then."
             )
 
     def collect(self) -> Iterator[Event | list[Node]]:
