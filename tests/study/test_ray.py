@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 import executor_jobs as jobs
 import ray_jobs
@@ -32,9 +33,10 @@ needs_cluster = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(tmp_path_factory):
     ray_cluster.import_ray()  # with our settings, before anything else does
-    with ray_jobs.two_nodes() as cluster:
+    lock = FileLock(tmp_path_factory.getbasetemp().parent / "ray.lock")  # other processes of pytest-xdist wait
+    with lock, ray_jobs.two_nodes() as cluster:
         yield cluster
 
 

@@ -1,6 +1,7 @@
 """Run the tasks of a study on the nodes of a Ray cluster: workers are Ray actors, which do their tasks step by step."""
 
 import contextlib
+import importlib
 import os
 import pickle
 import platform
@@ -369,7 +370,7 @@ class Served:
         with contextlib.suppress(OSError):
             os.chdir(folder)
         self._folder, self._is_blind = folder, not sees(token)
-        self._node = import_ray().get_runtime_context().get_node_id()
+        self._node = importlib.import_module("ray").get_runtime_context().get_node_id()
 
     def begin(self, start: list[Any], place: Place) -> str | bytes:
         """Start; return the node's id, or what went wrong, pickled."""
