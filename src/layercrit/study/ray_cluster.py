@@ -166,16 +166,19 @@ def _what_answers(host: str, port: int) -> str:
     """Return whether a cluster, its client server or nothing of Ray answers; "something" where that is not sure."""
     grpc = importlib.import_module("grpc")
     asked = {"client": "/ray.rpc.RayletDriver/ClusterInfo", "cluster": "/ray.rpc.NodeInfoGcsService/CheckAlive"}
-    answers = []
+    answers, codes = [], grpc.StatusCode
+    no_such_client = (codes.NOT_FOUND, codes.FAILED_PRECONDITION, codes.UNKNOWN)
     with grpc.insecure_channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}") as channel:
         for name, method in asked.items():
             try:
                 channel.unary_unary(method)(b"", timeout=_PATIENCE)
             except grpc.RpcError as error:
+                if error.code() in no_such_client:  # it knows the question
+                    return name
                 answers.append(error.code())
             else:
                 return name
-    silent = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    silent = (codes.UNAVAILABLE, codes.DEADLINE_EXCEEDED)
     return "nothing" if all(code in silent for code in answers) else "something"
 
 

@@ -340,13 +340,13 @@ def _actor_class() -> type:
     class LayercritWorker:
         def begin(self, path: list[str], token: Any, start: list[Any], place: Any) -> Any:
             """Start; return the node's id, or what went wrong, pickled."""
+            import importlib
             import sys
             from pathlib import Path
 
             sys.path.extend(entry for entry in path if entry not in sys.path and Path(entry).exists())
-            from layercrit.study.ray_workers import Served
-
-            self.served = Served(path[0], token)
+            served = importlib.import_module("layercrit.study.ray_workers").Served
+            self.served = served(path[0], token)
             return self.served.begin(start, place)
 
         def do(self, task: bytes) -> bytes:
