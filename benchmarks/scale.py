@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import executor_jobs
 import running_jobs
-from layercrit.study.executors import Executor, Finished, LocalProcesses, Place, Task
+from layercrit.study.executors import Executor, Finished, Place, Task
 from layercrit.study.file import StudyFile, read_study_file
+from layercrit.study.local_processes import LocalProcesses
 from layercrit.study.ranks import Shard
 from layercrit.study.running import run_study
 from layercrit.study.shards import store_folders

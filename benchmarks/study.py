@@ -28,7 +28,6 @@ from layercrit.study.executors import (
     Event,
     Executor,
     Finished,
-    LocalProcesses,
     Message,
     Place,
     Question,
@@ -37,6 +36,7 @@ from layercrit.study.executors import (
     no_answer,
 )
 from layercrit.study.file import StudyFile, read_study_file
+from layercrit.study.local_processes import LocalProcesses
 from layercrit.study.planning import plan_study
 from layercrit.study.published import import_published
 from layercrit.study.running import run_study

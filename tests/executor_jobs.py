@@ -8,7 +8,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from layercrit.study.executors import LocalProcesses, Message, Place, Task
+from layercrit.study.executors import Message, Place, Task
+from layercrit.study.local_processes import LocalProcesses
 
 
 def task(name, function, *arguments, affinity="model"):

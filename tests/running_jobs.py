@@ -21,8 +21,9 @@ from torch import nn
 from layercrit.distances import DISTANCES
 from layercrit.resets import RESETS
 from layercrit.seeds import drawing
-from layercrit.study.executors import Executor, Failed, Finished, LocalProcesses, Message, Place, Question
+from layercrit.study.executors import Executor, Failed, Finished, Message, Place, Question
 from layercrit.study.file import read_study_file
+from layercrit.study.local_processes import LocalProcesses
 from layercrit.study.ranks import Shard
 from layercrit.study.rows import CellRow
 from layercrit.study.running import run_study

@@ -14,7 +14,7 @@ FORMER = {
     "archives": ("probes.hugging_face", "probes.parquet", "probes.tar", "probes.torchvision", "probes.opening"),
     "checkpoints": ("models.checkpoints", "models.fitting", "models.file_source", "models.pickles"),
     "downloads": ("models.zoo.downloads",),
-    "executors": ("study.executors",),
+    "executors": ("study.executors", "study.local_processes"),
     "exports": ("reporting.exports",),
     "families": ("study.training",),
     "findings": ("reporting.findings",),

@@ -17,8 +17,9 @@ from layercrit.errors import ProbeError, StudyError
 from layercrit.locks import holder
 from layercrit.measuring import measure
 from layercrit.probes.probe_set import ProbeSet
-from layercrit.study.executors import Failed, Finished, LocalProcesses, Message
+from layercrit.study.executors import Failed, Finished, Message
 from layercrit.study.file import read_study_file
+from layercrit.study.local_processes import LocalProcesses
 from layercrit.study.running import run_study
 from layercrit.study.store import Store
 from layercrit.study.tables import load_study

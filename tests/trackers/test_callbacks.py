@@ -10,7 +10,7 @@ from torch import nn
 
 from layercrit.cell_columns import CELL_COLUMNS
 from layercrit.measuring import measure
-from layercrit.study.executors import LocalProcesses
+from layercrit.study.local_processes import LocalProcesses
 from layercrit.study.store import Store
 from layercrit.study.tables import load_study
 from running_jobs import LAYERS, PLACE, Inline, Killed, assert_same_tables, run, tables, write_small

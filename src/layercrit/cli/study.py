@@ -52,6 +52,12 @@ def study() -> None:
 @_FILE
 @_OUT
 @click.option("--workers", type=int, metavar="N", help="Local processes. [default: one for each GPU, else one]")
+@click.option(
+    "--on",
+    metavar="ray[://HOST:PORT]",
+    help="Use a Ray cluster that runs already: the one this machine belongs to, or one to connect to from outside. "
+    "[default workers there: one for each GPU, else one for each node]",
+)
 @click.option("--retry", is_flag=True, help="Retry the trials that failed before.")
 @click.option(
     "--shard",
@@ -65,6 +71,7 @@ def run_command(
     file: Path,
     out: Path | None,
     workers: int | None,
+    on: str | None,
     retry: bool,
     shard: str | None,
     trackers: tuple[str, ...],
@@ -76,6 +83,7 @@ def run_command(
     """
     from layercrit.study.file import read_study_file
     from layercrit.study.ranks import Shard, rank_of
+    from layercrit.study.ray_workers import executor_on
     from layercrit.study.running import run_study
     from layercrit.study.tables import load_study
 
@@ -87,9 +95,12 @@ def run_command(
     read = read_study_file(file)
     if own is not None:
         say(f"{own.in_words()}", err=True)
+    executor = None if on is None else executor_on(on, read, folder, workers)
     try:
         with tracked_study(trackers, read, folder, own) as on_cell:
-            report = run_study(read, folder, n_workers=workers, retry=retry, shard=own, on_cell=on_cell)
+            report = run_study(
+                read, folder, n_workers=workers, retry=retry, executor=executor, shard=own, on_cell=on_cell
+            )
     except KeyboardInterrupt:
         say(f"Stopped. What has been measured is kept in {folder}; run the same command again to resume.", err=True)
         raise

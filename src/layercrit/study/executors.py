@@ -1,4 +1,4 @@
-"""Run the tasks of a study on workers: here local processes; other executors have the same interface.
+"""Run the tasks of a study on workers: the interface of executors, and what all of them do alike.
 
 A worker is told once how to start and then runs one task after the other, sending messages as parts of a task are
 finished, and asking for what only the process that runs the study knows. Every task ends in exactly one `Finished` or
@@ -7,55 +7,44 @@ finished, and asking for what only the process that runs the study knows. Every 
 
 import bisect
 import contextlib
-import multiprocessing
-import os
 import pickle
-import signal
-import threading
-import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from typing import Any, ClassVar, TypeAlias
 
 from layercrit.errors import ProtocolError
-from layercrit.study.ranks import Shard, cores_here, gpus_of
 
 __all__ = [
     "Answer",
+    "Asked",
+    "Done",
+    "Error",
     "Event",
     "Executor",
     "Failed",
     "Finished",
-    "LocalProcesses",
     "Message",
+    "Note",
+    "Part",
     "Place",
     "Question",
+    "Queue",
+    "Said",
     "Start",
     "Task",
+    "TaskEvent",
     "Work",
+    "check_attempts",
     "check_names",
-    "local_places",
+    "error_text",
+    "event_of",
     "no_answer",
+    "steps",
 ]
-
-_PATIENCE = 3.0  # seconds a worker is given to end by itself before it is killed
-_LOOK_AGAIN = 1.0  # seconds; a process that a worker forked holds the worker's sentinel and pipe open
-
-_ADVICE = {
-    "SIGKILL": "Most often the system ran out of memory: use fewer workers or a smaller batch size.",
-    "SIGTERM": "Something outside ended it, such as a job scheduler or a time limit.",
-    "SIGSEGV": "Native code crashed: try another device, or other versions of the driver and of torch.",
-}
-_OTHER_ADVICE = (
-    "Its last output is on stderr. A script that starts workers must do so below `if __name__ == '__main__':`."
-)
 
 
 @dataclass(frozen=True)
@@ -138,7 +127,17 @@ class Failed:
     details: str
 
 
-Event: TypeAlias = Message | Finished | Failed
+@dataclass(frozen=True)
+class Note:
+    """What the user should know about the workers; it belongs to no task."""
+
+    text: str
+
+
+TaskEvent: TypeAlias = Message | Finished | Failed
+"""What happens to a task."""
+
+Event: TypeAlias = TaskEvent | Note
 
 
 def no_answer(task: Task, content: Any) -> Any:
@@ -183,335 +182,118 @@ def check_names(tasks: Sequence[Task]) -> None:
         raise ProtocolError(f"Two tasks are named {repeated[0]!r}; expected unique names.")
 
 
-class LocalProcesses(Executor):
-    """Processes on this machine, started when there is a task for them and ended with the run.
-
-    A free worker takes the next task of its current affinity, else of one that no other worker has, else the first
-    in the queue. A worker that dies is replaced, and its task is run again.
-
-    Workers start as new interpreters, which import the running script: its code must be below
-    ``if __name__ == "__main__":``. They ignore Ctrl-C, which ends the run in this process, and exit when this process
-    does.
-    """
-
-    def __init__(self, places: Sequence[Place], *, attempts: int = 3) -> None:
-        """Choose the workers.
-
-        Args:
-            places: one for each worker.
-            attempts: how often a task is run at most if its worker dies each time.
-
-        Raises:
-            ProtocolError: there are no places, or no attempts.
-        """
-        if not places:
-            raise ProtocolError(
-                "There are no places for workers: expected at least one, such as `local_places` returns."
-            )
-        if attempts < 1:
-            raise ProtocolError(f"The number of attempts is {attempts}; expected 1 or more.")
-        self._places = list(places)
-        self._attempts = attempts
-
-    def run(self, tasks: Sequence[Task], start: Start, answer: Answer = no_answer) -> Iterator[Event]:
-        """Run tasks on the processes; see `Executor.run`."""
-        check_names(tasks)
-        return _Run(self._places, tasks, pickle.dumps(start), answer, self._attempts).events()
-
-
-def local_places(n_workers: int | None, device: str, n_gpus: int, shard: Shard | None = None) -> list[Place]:
-    """Divide this machine, or what a shard has of it, among workers.
-
-    Args:
-        n_workers: how many; None: one for each GPU with the devices ``auto`` and ``cuda``, else one.
-        device: ``auto``: the GPUs if there are any, else the CPU. Workers on ``auto`` or ``cuda`` take the GPUs in
-            turn; any other device is used by all workers.
-        n_gpus: how many GPUs there are, as ``torch.cuda.device_count()`` says.
-        shard: the share of the study that this process has; those on one machine divide its GPUs and cores.
-
-    Returns:
-        A place for each worker. The cores this process may use are divided among them, at least one each.
+def check_attempts(attempts: int) -> None:
+    """Make sure that a task may be run at all.
 
     Raises:
-        ProtocolError: fewer than one worker, or ``cuda`` without a GPU.
+        ProtocolError: there are no attempts.
     """
-    if n_workers is not None and n_workers < 1:
-        raise ProtocolError(f"The number of workers is {n_workers}; expected 1 or more.")
-    if device == "cuda" and n_gpus == 0:
-        raise ProtocolError(
-            "The device is 'cuda', but torch sees no GPU here. Use 'cpu', or 'auto' for whatever there is."
-        )
-    gpus = [f"cuda:{number}" for number in gpus_of(shard, n_gpus, os.environ)] if device in ("auto", "cuda") else []
-    devices = gpus or ["cpu" if device == "auto" else device]
-    n_workers = n_workers or len(devices)
-    n_threads = max(1, cores_here(shard, os.environ) // n_workers)
-    return [Place(devices[number % len(devices)], n_threads) for number in range(n_workers)]
+    if attempts < 1:
+        raise ProtocolError(f"The number of attempts is {attempts}; expected 1 or more.")
 
 
-# What a worker says. It is pickled plainly, not by `Connection.send`: that sends a tensor as a reference to shared
-# memory, which is gone when the worker is.
-@dataclass(frozen=True)
-class _Part:
-    content: Any
+class Queue:
+    """The tasks that wait for a worker, in their order, and how the workers died that had them before."""
 
-
-@dataclass(frozen=True)
-class _Asked:
-    content: Any
-
-
-@dataclass(frozen=True)
-class _Done:
-    pass
-
-
-@dataclass(frozen=True)
-class _Error:
-    error: str
-    details: str
-    is_last: bool  # the worker could not start, and ends
-
-
-_Said: TypeAlias = _Part | _Asked | _Done | _Error
-
-
-@dataclass
-class _Worker:
-    place: Place
-    process: SpawnProcess
-    connection: "Connection[bytes, bytes]"
-    affinity: str | None = None  # of its last task
-    task: Task | None = None  # what it works on
-
-    def send(self, data: bytes) -> None:
-        with contextlib.suppress(ConnectionError):  # it is dead, which shows when it is next asked
-            self.connection.send_bytes(data)
-
-    def receive(self) -> _Said | None:
-        """Return what it says next, None if that will be nothing more."""
-        try:
-            data = self.connection.recv_bytes()
-        except (EOFError, OSError):  # closed before a word, or within one
-            return None
-        said: _Said = pickle.loads(data)  # noqa: S301 - written by our own process
-        return said
-
-
-class _Run:
-    """The tasks and workers of one run."""
-
-    def __init__(
-        self, places: Sequence[Place], tasks: Sequence[Task], start: bytes, answer: Answer, attempts: int
-    ) -> None:
-        self._free_places = list(reversed(places))
+    def __init__(self, tasks: Sequence[Task], attempts: int) -> None:
         self._waiting = list(tasks)
         self._position = {task.name: position for position, task in enumerate(tasks)}
-        self._start = start
-        self._answer = answer
         self._attempts = attempts
         self._deaths: defaultdict[str, list[str]] = defaultdict(list)  # name of a task -> how its workers died
-        self._workers: list[_Worker] = []
 
-    def events(self) -> Iterator[Event]:
-        try:
-            while self._waiting or any(worker.task for worker in self._workers):
-                yield from self._hand_out()
-                yield from self._collect()
-        finally:
-            _end(self._workers)
+    def __len__(self) -> int:
+        return len(self._waiting)
 
-    def _hand_out(self) -> Iterator[Failed]:
-        """Give a task to every free worker, and begin workers while there are tasks and places."""
-        while self._waiting:
-            worker = next((worker for worker in self._workers if worker.task is None), None)
-            if worker is None and not self._free_places:
-                return
-            yield from self._give_task(worker or self._begin_worker(self._free_places.pop()))
+    def take(self, affinity: str | None, others: set[str | None]) -> Task:
+        """Return the task for a worker that was last on an affinity, while other workers are on others.
 
-    def _begin_worker(self, place: Place) -> _Worker:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        # A daemon, so that leaving Python while an iterator is still open ends the workers instead of waiting for them.
-        process = context.Process(target=_serve, args=(theirs, place), daemon=True)
-        worker = _Worker(place, process, ours)
-        with theirs, _interrupts_held():
-            process.start()
-            self._workers.append(worker)
-        worker.send(self._start)
-        return worker
-
-    def _give_task(self, worker: _Worker) -> Iterator[Failed]:
-        others = {other.affinity for other in self._workers if other is not worker}
-        task = _choose(self._waiting, worker.affinity, others)
+        It is the next task of its affinity, else of one that no other worker has, else the first.
+        """
+        of_its_own = (task for task in self._waiting if task.affinity == affinity)
+        of_nobody = (task for task in self._waiting if task.affinity not in others)
+        task = next(chain(of_its_own, of_nobody, self._waiting))
         self._waiting.remove(task)
-        try:
-            data = pickle.dumps(task)
-        except Exception as error:  # pickling runs the payload's own code
-            yield Failed(task, _text(error), traceback.format_exc())
-            return
-        worker.task, worker.affinity = task, task.affinity
-        worker.send(data)
+        return task
 
-    def _collect(self) -> Iterator[Event]:
-        """Wait for words and deaths, and say what happened."""
-        connections = [worker.connection for worker in self._workers]
-        deaths = [worker.process.sentinel for worker in self._workers]
-        wait([*connections, *deaths], _LOOK_AGAIN)
-        for worker in list(self._workers):
-            is_dead = not worker.process.is_alive()  # asked first: what a dead worker sent is then read to its end
-            while wait([worker.connection], 0):
-                said = worker.receive()
-                if said is None:
-                    is_dead = True
-                    break
-                if isinstance(said, _Asked):
-                    self._tell(worker, said)
-                else:
-                    yield self._event(worker, said)
-                is_dead = is_dead or (isinstance(said, _Error) and said.is_last)
-                if not is_dead:
-                    break  # so that a worker of many words does not keep the others waiting
-            if is_dead:
-                yield from self._bury(worker)
-
-    def _tell(self, worker: _Worker, asked: _Asked) -> None:
-        assert worker.task is not None  # noqa: S101 - a worker speaks of a task only
-        worker.send(pickle.dumps(self._answer(worker.task, asked.content)))
-
-    def _event(self, worker: _Worker, said: _Part | _Done | _Error) -> Event:
-        task = worker.task
-        assert task is not None  # noqa: S101 - a worker speaks of a task only
-        if isinstance(said, _Part):
-            return Message(task, said.content)
-        worker.task = None
-        return Finished(task) if isinstance(said, _Done) else Failed(task, said.error, said.details)
-
-    def _bury(self, worker: _Worker) -> Iterator[Failed]:
-        """Make room for another worker; the task of the dead one waits again, or has failed too often."""
-        self._workers.remove(worker)
-        self._free_places.append(worker.place)
-        task = worker.task
-        worker.task = None
-        exit_code = _end([worker])[0]
-        if task is None:
-            return
+    def put_back(self, task: Task, death: str) -> str | None:
+        """Let a task wait again whose worker died, or say how its workers died if that were one attempt too many."""
         deaths = self._deaths[task.name]
-        deaths.append(_cause(exit_code))
+        deaths.append(death)
         if len(deaths) < self._attempts:
             bisect.insort(self._waiting, task, key=lambda waiting: self._position[waiting.name])
-            return
+            return None
         times = "once" if len(deaths) == 1 else f"{len(deaths)} times"
-        advice = _ADVICE.get(deaths[-1], _OTHER_ADVICE)
-        yield Failed(
-            task, f"Its worker process on {worker.place.device} died {times} ({', '.join(deaths)}). {advice}", ""
-        )
+        return f"died {times} ({', '.join(deaths)})"
 
 
-def _choose(waiting: Sequence[Task], affinity: str | None, others: set[str | None]) -> Task:
-    """Return the task for a worker that is on an affinity while other workers are on others."""
-    of_its_own = (task for task in waiting if task.affinity == affinity)
-    of_nobody = (task for task in waiting if task.affinity not in others)
-    return next(chain(of_its_own, of_nobody, waiting))
+# What a worker says. Contents are pickled plainly, not by what carries them: `Connection.send` would send a tensor as a
+# reference to shared memory, which is gone when the worker is.
+@dataclass(frozen=True)
+class Part:
+    """A worker sends a message, pickled."""
+
+    content: bytes
 
 
-def _end(workers: Sequence[_Worker]) -> list[int]:
-    """End workers, those at work at once, and return their exit codes."""
-    for worker in workers:
-        if worker.task is not None:
-            worker.process.terminate()
-        worker.connection.close()  # which tells a free worker to end
-    deadline = time.monotonic() + _PATIENCE
-    exit_codes = []
-    for worker in workers:
-        worker.process.join(max(0.0, deadline - time.monotonic()))
-        worker.process.kill()  # nothing, if it has ended
-        worker.process.join()
-        exit_codes.append(worker.process.exitcode or 0)
-        worker.process.close()
-    return exit_codes
+@dataclass(frozen=True)
+class Asked:
+    """A worker asks a question, pickled."""
+
+    content: bytes
 
 
-def _cause(exit_code: int) -> str:
-    if exit_code >= 0:
-        return f"exit code {exit_code}"
+@dataclass(frozen=True)
+class Done:
+    """A worker finished its task."""
+
+
+@dataclass(frozen=True)
+class Error:
+    """A worker's task failed, or the worker could not start."""
+
+    error: str
+    details: str
+    is_last: bool = False  # it could not start, and ends
+
+
+Said: TypeAlias = Part | Asked | Done | Error
+
+
+def steps(
+    work: Work, task: bytes, explain: "Callable[[Exception], str] | None" = None
+) -> Generator[Said, bytes | None, None]:
+    """Do a pickled task, in a worker: yield what it says; what `Asked` yields is the pickled answer.
+
+    Args:
+        work: what `Start` returned.
+        task: the task.
+        explain: text of what a task raises; None: `error_text`.
+    """
+    end: Done | Error = Done()
     try:
-        return signal.Signals(-exit_code).name
-    except ValueError:  # a real-time signal has no name
-        return f"signal {-exit_code}"
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold back Ctrl-C, also in processes begun meanwhile: they are to ignore it, and cannot yet."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # beginning it, as the first process would, lets Ctrl-C through again
-    held: list[int] = []
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    # Threads of numerical libraries do not block the signal, so one of them takes it and Python would raise here.
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number)) if main else None
-    try:
-        yield
-    finally:
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if held:
-            signal.raise_signal(signal.SIGINT)
-
-
-def _serve(connection: "Connection[bytes, bytes]", place: Place) -> None:
-    """Be a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with contextlib.suppress(ImportError):  # torch's use of tqdm would make a semaphore, which a killed worker leaves
-        from tqdm import tqdm
-
-        tqdm.set_lock(threading.RLock())
-    with contextlib.suppress(EOFError, ConnectionError):  # no more tasks, or nobody left to answer
-        _serve_tasks(connection, place)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # noqa: S101 - a worker is always begun by another process
-    parent.join()
-    os._exit(1)
-
-
-def _serve_tasks(connection: "Connection[bytes, bytes]", place: Place) -> None:
-    start = connection.recv_bytes()
-    try:
-        work: Work = pickle.loads(start)(place)  # noqa: S301 - written by our own process
+        said = work(pickle.loads(task))  # noqa: S301 - written by our own process
+        answer = None
+        with contextlib.suppress(StopIteration):
+            while True:
+                content = said.send(answer)
+                answer = None
+                if isinstance(content, Question):
+                    reply = yield Asked(pickle.dumps(content.content))
+                    answer = pickle.loads(reply or b"")  # noqa: S301 - written by our own process
+                else:
+                    yield Part(pickle.dumps(content))
     except Exception as error:
-        connection.send_bytes(pickle.dumps(_Error(_text(error), traceback.format_exc(), is_last=True)))
-        return
-    while True:
-        task = connection.recv_bytes()
-        end: _Done | _Error = _Done()
-        try:
-            _serve_task(connection, work(pickle.loads(task)))  # noqa: S301 - written by our own process
-        except Exception as error:
-            end = _Error(_text(error), traceback.format_exc(), is_last=False)
-        connection.send_bytes(pickle.dumps(end))
+        end = Error((explain or error_text)(error), traceback.format_exc())
+    yield end
 
 
-def _serve_task(connection: "Connection[bytes, bytes]", said: Generator[Any, Any, None]) -> None:
-    answer = None
-    with contextlib.suppress(StopIteration):
-        while True:
-            content = said.send(answer)
-            answer = None
-            if isinstance(content, Question):
-                connection.send_bytes(pickle.dumps(_Asked(content.content)))
-                answer = pickle.loads(connection.recv_bytes())  # noqa: S301 - written by our own process
-            else:
-                connection.send_bytes(pickle.dumps(_Part(content)))
+def event_of(task: Task, said: Part | Done | Error) -> TaskEvent:
+    """Return what it means that the worker of a task says something."""
+    if isinstance(said, Part):
+        return Message(task, pickle.loads(said.content))  # noqa: S301 - written by our own process
+    return Finished(task) if isinstance(said, Done) else Failed(task, said.error, said.details)
 
 
-def _text(error: Exception) -> str:
+def error_text(error: Exception) -> str:
+    """Return type and text of an error."""
     return f"{type(error).__name__}: {error}".removesuffix(": ")

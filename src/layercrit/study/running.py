@@ -20,9 +20,10 @@ from layercrit.precision import PrecisionPlan, n_pilot_images, plan_half_width
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.study.entries import ModelEntry
-from layercrit.study.executors import Event, Executor, Failed, LocalProcesses, Message, Task, local_places
+from layercrit.study.executors import Executor, Failed, Message, Note, Task, TaskEvent
 from layercrit.study.file import StudyFile
 from layercrit.study.images import draw_images, drawn_images, n_available_images
+from layercrit.study.local_processes import LocalProcesses, local_places
 from layercrit.study.peers import about_run, check_folder, check_peers, wait_for_pilots
 from layercrit.study.pilots import pilots_of, plans_of
 from layercrit.study.ranks import Shard
@@ -252,12 +253,15 @@ class _Run:
         events = executor.run(left, partial(start_worker, self.study, probe_set), self._answer)
         with contextlib.closing(events):  # type: ignore[type-var]
             for event in events:
+                if isinstance(event, Note):
+                    self.bar.say(event.text)
+                    continue
                 with self.store.transaction():
                     self._keep(event)
                 self._show()
                 self._pass_on(event)
 
-    def _pass_on(self, event: Event) -> None:
+    def _pass_on(self, event: TaskEvent) -> None:
         """Call the user's callback with the cells that were measured."""
         if self.on_cell is None:
             return
@@ -335,7 +339,7 @@ class _Run:
         parts = name_of_parts(keys - known)
         return Left(known, parts, self.store.parts(parts))
 
-    def _keep(self, event: Event) -> None:
+    def _keep(self, event: TaskEvent) -> None:
         job: Job = event.task.payload
         name = event.task.name
         places = places_of(event.task)

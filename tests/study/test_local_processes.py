@@ -15,16 +15,9 @@ import pytest
 
 import executor_jobs as jobs
 from layercrit.errors import ProtocolError
-from layercrit.study import executors
-from layercrit.study.executors import (
-    Failed,
-    Finished,
-    LocalProcesses,
-    Message,
-    Place,
-    Task,
-    local_places,
-)
+from layercrit.study import local_processes
+from layercrit.study.executors import Failed, Finished, Message, Place, Task
+from layercrit.study.local_processes import LocalProcesses, local_places
 
 PLACE = Place("cpu", 1)
 TESTS = Path(__file__).parents[1]
@@ -344,7 +337,7 @@ def test_run__leaves_no_process_and_no_pipe(how):
 
 @needs_proc
 def test_run__kills_a_worker_that_does_not_terminate(monkeypatch):
-    monkeypatch.setattr(executors, "_PATIENCE", 0.3)
+    monkeypatch.setattr(local_processes, "_PATIENCE", 0.3)
     happening = LocalProcesses([PLACE]).run([jobs.task("stubborn", jobs.say_pid_and_ignore_terminate)], jobs.start)
     pid = next(happening).content
     happening.close()
@@ -398,7 +391,7 @@ def test_interrupts_held__also_from_threads_that_do_not_block_them():
     other = threading.Thread(target=end.wait)
 
     def interrupt_inside():
-        with executors._interrupts_held():
+        with local_processes._interrupts_held():
             signal.raise_signal(signal.SIGINT)
             time.sleep(0.2)
             passed.append(True)
@@ -509,5 +502,5 @@ def test_local_places__without_affinity_all_cores_are_divided(monkeypatch):
 
 
 def test_import__does_not_load_torch():
-    code = "import sys, layercrit.study.executors; sys.exit('torch' in sys.modules)"
+    code = "import sys, layercrit.study.local_processes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
