@@ -1,4 +1,4 @@
-"""What an actor on a Ray cluster does: it starts as any worker, and answers each call with the next step of its task."""
+"""What an actor on a Ray cluster does: it starts as any worker, and answers each call with a step of its task."""
 
 import contextlib
 import importlib
