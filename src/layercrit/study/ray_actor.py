@@ -26,7 +26,7 @@ class Served:
         with contextlib.suppress(OSError):
             os.chdir(folder)
         self._folder, self._is_blind = folder, not sees(token)
-        self._node = importlib.import_module("ray").get_runtime_context().get_node_id()
+        self._node: str = importlib.import_module("ray").get_runtime_context().get_node_id()
 
     def begin(self, start: list[Any], place: Place) -> str | bytes:
         """Start; return the node's id, or what went wrong, pickled."""

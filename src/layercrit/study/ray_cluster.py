@@ -359,7 +359,8 @@ def _inquiry() -> Callable[[list[str], list[str], dict[str, str] | None], dict[s
 
 def _differences(theirs: Mapping[str, str], ours: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Return differences of versions in words: those that are refused, and others."""
-    refused, other = [], []
+    refused: list[str] = []
+    other: list[str] = []
     for name, version in ours.items():
         found = theirs.get(name)
         if name == "python":

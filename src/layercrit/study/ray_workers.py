@@ -343,10 +343,10 @@ def _actor_class() -> type:
             self.served = served(path[0], token)
             return self.served.begin(start, place)
 
-        def do(self, task: bytes) -> bytes:
+        def do(self, task: bytes) -> Any:
             return self.served.do(task)
 
-        def step(self, answer: bytes | None) -> bytes:
+        def step(self, answer: bytes | None) -> Any:
             return self.served.step(answer)
 
     return LayercritWorker
