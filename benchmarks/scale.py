@@ -10,10 +10,12 @@ kills       random kills of whatever runs: cells that were lost, tables that dif
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -105,7 +107,14 @@ def run_here(path: Path, out: Path, shard: str | None = None) -> None:
 
 def ways() -> dict[str, Callable[[Path, Path, int], None]]:
     """Return the ways to share a study that can be had here, by name."""
-    return {"local processes": run_local, "shards": run_shards}
+    found: dict[str, Callable[[Path, Path, int], None]] = {"local processes": run_local, "shards": run_shards}
+    if shutil.which("sbatch"):
+        found["SLURM"] = run_slurm
+    with contextlib.suppress(ImportError):
+        import ray  # noqa: F401
+
+        found["Ray"] = run_ray
+    return found
 
 
 def run_local(path: Path, out: Path, n_workers: int) -> None:
@@ -122,6 +131,29 @@ def run_shards(path: Path, out: Path, n_workers: int) -> None:
         process.join()
 
 
+def run_slurm(path: Path, out: Path, n_workers: int) -> None:
+    """Submit the study to a SLURM of its own, and wait until it is finished."""
+    import slurm_cluster
+    from layercrit.study.slurm import submit_study
+    from layercrit.study.slurm_job import Resources
+    from layercrit.study.slurm_states import job_states
+
+    with slurm_cluster.running_cluster():
+        submit_study(path, out, n_workers, Resources(60, cpus_per_job=1))
+        while any(job.is_alive for job in job_states(out)):
+            time.sleep(1)
+        assert all(job.state == "finished" for job in job_states(out)), job_states(out)
+
+
+def run_ray(path: Path, out: Path, n_workers: int) -> None:
+    import ray_jobs
+    from layercrit.study.ray_workers import RayWorkers
+
+    with ray_jobs.two_nodes() as cluster:
+        executor = RayWorkers(cluster.address, n_workers=n_workers, device="cpu")
+        run_study(read_study_file(path), out, progress=False, executor=executor)
+
+
 def trials_a_second(out: Path, n_workers: int) -> float:
     """Return the speed from when every worker has finished a trial to when one has none left."""
     cells = load_study(out).cells
@@ -135,11 +167,15 @@ def trials_a_second(out: Path, n_workers: int) -> float:
 
 def overhead(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return way -> milliseconds that a task costs which does nothing, after start-up."""
-    return {name: {"ms": idle_task(executor)} for name, executor in executors().items()}
+    found = {"local processes": {"ms": idle_task(LocalProcesses([ONE]))}}
+    with contextlib.suppress(ImportError):
+        import ray_jobs
+        from layercrit.study.ray_workers import RayWorkers
 
-
-def executors() -> dict[str, Executor]:
-    return {"local processes": LocalProcesses([ONE])}
+        with ray_jobs.two_nodes() as cluster:
+            for name, address in (("Ray", cluster.address), ("Ray Client", cluster.client_address)):
+                found[name] = {"ms": idle_task(RayWorkers(address, n_workers=1, device="cpu"))}
+    return found
 
 
 def idle_task(executor: Executor) -> float:

@@ -51,7 +51,12 @@ def study() -> None:
 @study.command("run")
 @_FILE
 @_OUT
-@click.option("--workers", type=int, metavar="N", help="Processes that measure, here or on the cluster. [default: one for each GPU, else one]")
+@click.option(
+    "--workers",
+    type=int,
+    metavar="N",
+    help="Processes that measure, here or on the cluster. [default: one for each GPU, else one]",
+)
 @click.option(
     "--on",
     metavar="ray[://HOST:PORT]",
