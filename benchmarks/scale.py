@@ -52,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = {"efficiency": efficiency, "overhead": overhead, "dealing": dealing, "stores": stores, "kills": kills}
     parser.add_argument("--only", choices=parts, action="append", help="one part instead of all but the kills")
+    parser.add_argument("--way", action="append", help="of efficiency, one instead of all")
     parser.add_argument("--trials", type=int, default=30, help="of each of two models, in efficiency and dealing")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--kills", type=int, default=1000)
@@ -76,12 +77,15 @@ def efficiency(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     path = write_study(folder, 2, arguments.trials, arguments.images, images={"input_size": [1, 28, 28], "resize": 28})
     found: dict[str, Any] = {"apart": {"one": None, "two": apart(path, folder)}}
     for way, run in ways().items():
+        if arguments.way and way not in arguments.way:
+            continue
         rates = {}
         for n_workers, word in ((1, "one"), (2, "two")):
             out = folder / f"{way} {n_workers}"
             run(path, out, n_workers)
             rates[word] = trials_a_second(out, n_workers)
-        found[way] = rates
+        found[way] = rates | {"efficiency": rates["two"] / rates["one"] / 2}
+        print(f"  {way}: {found[way]}", flush=True)
     return found
 
 
@@ -138,8 +142,9 @@ def run_slurm(path: Path, out: Path, n_workers: int) -> None:
     from layercrit.study.slurm_job import Resources
     from layercrit.study.slurm_states import job_states
 
-    with slurm_cluster.running_cluster():
-        submit_study(path, out, n_workers, Resources(60, cpus_per_job=1))
+    with slurm_cluster.running_cluster() as cluster:
+        os.environ.update(cluster.environment)
+        submit_study(path, out, n_workers, Resources(60, cpus=1))
         while any(job.is_alive for job in job_states(out)):
             time.sleep(1)
         assert all(job.state == "finished" for job in job_states(out)), job_states(out)

@@ -15,7 +15,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from layercrit.errors import StudyError
 from layercrit.foreign_files import read_json
 
-__all__ = ["about_holder", "hold", "holder", "is_on_network"]
+__all__ = ["about_holder", "hold", "holder", "is_on_network", "write_whole"]
 
 _LOCK = ".lock"  # released when the process that holds it ends, however it ends
 _SOFT_LOCK = ".lock-soft"  # its being there is the lock: for file systems that know no other
@@ -55,15 +55,14 @@ def hold(
     except OSError as error:
         raise StudyError(f"The folder {folder} cannot be used ({error.strerror}). Name another with --out.") from error
     try:
+        (folder / _HOLDER).unlink(missing_ok=True)  # of a process that was killed
         told = {
             "process": os.getpid(),
             "machine": platform.node(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
             **(about or {}),
         }
-        new = folder / f".{_HOLDER}.new"
-        new.write_text(json.dumps(told), encoding="utf-8")
-        new.replace(folder / _HOLDER)
+        write_whole(folder / _HOLDER, json.dumps(told))
         yield
     finally:
         (folder / _HOLDER).unlink(missing_ok=True)
@@ -85,18 +84,40 @@ def about_holder(folder: Path) -> Mapping[str, Any] | None:
     """Return what the process that runs the study in a folder told of itself; None if none does."""
     if not (folder / _LOCK).exists():
         return None
-    try:
-        _acquired(folder, timeout=0).release()
+    if not _is_held(folder):
         return None
-    except Timeout:
-        pass
-    except OSError:
-        return None  # a folder that cannot be written is run by nobody
     try:
         about = read_json(folder / _HOLDER)
     except (OSError, ValueError):
         return {}
     return about if isinstance(about, dict) else {}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file such that whoever reads it meanwhile, or writes it, too, gets all of one text."""
+    new = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def _is_held(folder: Path) -> bool:
+    """Return whether a process holds the folder; several may ask at the same time."""
+    with contextlib.suppress(ImportError, OSError, NotImplementedError):
+        import fcntl
+
+        with (folder / _LOCK).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # which does not keep others from asking
+            except BlockingIOError:
+                return True
+        return (folder / _SOFT_LOCK).exists()
+    try:
+        _acquired(folder, timeout=0).release()
+    except Timeout:
+        return True
+    except OSError:
+        pass  # a folder that cannot be written is run by nobody
+    return False
 
 
 def _acquired(folder: Path, timeout: float) -> BaseFileLock:

@@ -95,6 +95,11 @@ def run_command(
     own = rank_of(os.environ) if shard is None else Shard.parse(shard)
     if own is not None and own.of == 1:
         own = None
+    if on is not None and own is not None:
+        raise StudyError(
+            f"This process is to measure {own.in_words()}, and to use a Ray cluster, which deals the study to its own "
+            "workers. Start one process with --on ray; with --shard 1/1 where a launcher says otherwise."
+        )
     folder = _folder_of(file, out)
     _keep_own_file(folder)
     read = read_study_file(file)

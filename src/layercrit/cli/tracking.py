@@ -81,7 +81,9 @@ def tracked_study(
 
         yield on_cell
         tracking.config(_probe_set_of(folder))
-        _pass_result(tracking, load_study(folder))
+        found = load_study(folder)
+        if shard is None or found.progress()["state"].isin(["done", "failed"]).all():  # the last shard passes on all
+            _pass_result(tracking, found, own)
 
 
 @contextlib.contextmanager
@@ -108,7 +110,7 @@ def pass_measurement(tracking: "Tracking", measurement: "Measurement", folder: P
     tracking.result(summary, layers[list(_COLUMNS)], {"criticality": folder / "criticality.png"})
 
 
-def _pass_result(tracking: "Tracking", found: "Study") -> None:
+def _pass_result(tracking: "Tracking", found: "Study", folder: Path) -> None:
     """Pass what a study found to trackers."""
     from layercrit.reporting.reports import save_figures
     from layercrit.trackers.tracker import metric_of
@@ -117,7 +119,7 @@ def _pass_result(tracking: "Tracking", found: "Study") -> None:
         return
     tracking.progress(len(found.cells), int(found.progress()["n_planned"].sum()))
     try:
-        figures = save_figures(found, found.folder / _FOLDER / "figures", _FIGURES)
+        figures = save_figures(found, folder / _FOLDER / "figures", _FIGURES)
     except LayercritError as error:
         figures = {}
         say(f"note: no figures for the trackers: {error}", err=True)

@@ -52,16 +52,12 @@ def draw_images(
              "seed": study.protocol.seed, "preprocessing": str(study.preprocessing)}  # fmt: skip
     lists = [path for path in (labels, study.classes) if isinstance(path, str)]
     asked |= {"classes": study.classes} if study.classes is not None else {}
-    kept = folder / _PROBE_SET
+    files = _state_of(study.source, lists)
+    if shared and (found := _kept(folder, store, shared, asked, files)) is not None:  # without waiting for anybody
+        return found
     with hold(folder / _LOCK, "decoding of images", patience=_PATIENCE) if shared else contextlib.nullcontext():
-        files = _state_of(study.source, lists)
-        for known in _known(folder, store, shared):
-            if known.get("asked") == asked and files in (None, known["files"]):
-                with contextlib.suppress(ProbeError):  # gone or damaged: decoded anew
-                    probe_set = ProbeSet.load(kept)
-                    if probe_set.sha256 == known["sha256"]:
-                        _write_down(store, known)
-                        return probe_set
+        if (found := _kept(folder, store, shared, asked, files)) is not None:
+            return found
         probe_set = ProbeSet.from_source(
             study.source,
             study.preprocessing,
@@ -71,9 +67,21 @@ def draw_images(
             classes=study.classes,
             progress=progress,
         )
-        probe_set.save(kept)
+        probe_set.save(folder / _PROBE_SET)
         _write_down(store, {"asked": asked, "files": files, "sha256": probe_set.sha256})
     return drawn_images(folder)
+
+
+def _kept(folder: Path, store: Store, shared: bool, asked: Mapping[str, Any], files: str | None) -> ProbeSet | None:
+    """Return the images in a study's folder, if they are those that are asked for."""
+    for known in _known(folder, store, shared):
+        if known.get("asked") == asked and files in (None, known["files"]):
+            with contextlib.suppress(ProbeError):  # gone or damaged: decoded anew
+                probe_set = ProbeSet.load(folder / _PROBE_SET)
+                if probe_set.sha256 == known["sha256"]:
+                    _write_down(store, known)
+                    return probe_set
+    return None
 
 
 def _known(folder: Path, store: Store, shared: bool) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ __all__ = ["about_run", "check_folder", "check_peers", "wait_for_pilots"]
 
 _STARTS = "shards/starts"
 _PATIENCE = 120.0  # seconds for processes that were started together to appear
-_LOOK_AGAIN = 0.5  # seconds
+_LOOK_AGAIN, _LONGEST_PAUSE = 0.5, 10.0  # seconds
 _SAME_VERSIONS = ("layercrit", "torch")
 
 
@@ -61,7 +61,7 @@ def check_peers(folder: Path, number: int, about: Mapping[str, Any]) -> None:
         if _n_shards(theirs) != _n_shards(about):
             raise StudyError(
                 f"{who} runs as shard {theirs.get('shard')} of the study in {folder}, and this process is shard "
-                f"{about['shard']}: all shards that run at the same time must be of one number. Wait for the others, "
+                f"{about['shard']}: all shards that run at the same time must have the same N. Wait for the others, "
                 "or stop them; what has been measured is not measured again."
             )
         unlike = [
@@ -121,8 +121,9 @@ def wait_for_pilots(
     """
     with store.transaction():
         store.put_meta("pilot", mark)
-    said, last_seen = False, time.monotonic()
-    while missing := [n for n in range(1, shard.of + 1) if n != shard.number + 1 and not _has(folder, n, mark)]:
+    said, last_seen, pause = False, time.monotonic(), _LOOK_AGAIN
+    missing = [n for n in range(1, shard.of + 1) if n != shard.number + 1]
+    while missing := [n for n in missing if not _has(folder, n, mark)]:
         listed = ", ".join(map(str, missing[:10])) + ("..." if len(missing) > 10 else "")
         if set(missing) & holders(folder).keys():
             last_seen = time.monotonic()
@@ -134,7 +135,8 @@ def wait_for_pilots(
         if not said:
             say(f"waiting for the pilots of shard {listed} of {shard.of}")
             said = True
-        time.sleep(_LOOK_AGAIN)
+        time.sleep(pause)
+        pause = min(1.5 * pause, _LONGEST_PAUSE)
 
 
 def _has(folder: Path, number: int, mark: Mapping[str, Any]) -> bool:

@@ -290,7 +290,7 @@ def cores_here(shard: Shard | None, environment: Mapping[str, str]) -> int:
         n_own = len(os.sched_getaffinity(0))
         with contextlib.suppress(OSError):  # the first process has all that a container was given
             n_node = len(os.sched_getaffinity(1))
-    n_node = _number(environment, "SLURM_CPUS_ON_NODE") or n_node
+    n_node = max(n_own, _number(environment, "SLURM_CPUS_ON_NODE") or n_node)
     per_task = _number(environment, "SLURM_CPUS_PER_TASK")
     if shard is None and per_task is not None:  # this process does what all tasks of a job would
         per_task *= _number(environment, "SLURM_NTASKS") or 1

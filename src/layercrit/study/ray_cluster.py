@@ -253,7 +253,8 @@ def token_in(folder: Path | None) -> Iterator[Token | None]:
     if folder is None:
         yield None
         return
-    token = Token(str(folder / ".seen_by_nodes"), secrets.token_hex(16))
+    content = secrets.token_hex(16)
+    token = Token(str(folder / f".seen_by_nodes-{content[:8]}"), content)
     path = Path(token.path)
     path.write_text(token.content, encoding="ascii")
     try:

@@ -278,7 +278,9 @@ class _Run:
         if task is None:  # it could not start, which fails the task that it would have got
             self._remove(worker)
             if self._waiting and isinstance(said, Error):
-                yield Failed(self._waiting.take(None, set()), said.error, said.details)
+                unlucky = self._waiting.take(None, set())
+                if self._waiting.put_back(unlucky, said.error.splitlines()[0]) is not None:
+                    yield Failed(unlucky, said.error, said.details)
             return
         if isinstance(said, Asked):
             question = pickle.loads(said.content)  # noqa: S301 - written by our own actor

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from layercrit.errors import LayercritError
-from layercrit.locks import hold
+from layercrit.locks import hold, write_whole
 from layercrit.machine import versions
 from layercrit.models.references import fetch
 from layercrit.precision import PrecisionPlan, n_pilot_images, plan_half_width
@@ -28,9 +28,9 @@ from layercrit.study.peers import about_run, check_folder, check_peers, wait_for
 from layercrit.study.pilots import pilots_of, plans_of
 from layercrit.study.ranks import Shard
 from layercrit.study.rows import FailureRow, ModelRow, PlanRow, as_plain_row
-from layercrit.study.shards import Elsewhere, is_study, open_study, shard_folder
+from layercrit.study.shards import Elsewhere, is_other_format, is_study, open_study, shard_folder
 from layercrit.study.store import Store
-from layercrit.study.tasks import deal, first_tasks, further_tasks, places_of
+from layercrit.study.tasks import Trial, deal, first_tasks, further_tasks, places_of
 from layercrit.study.worker import Job, Left, Measured, Opening, Planned, Progressed, name_of_parts, start_worker
 from layercrit.trackers.callbacks import Caller, OnCell
 
@@ -89,9 +89,9 @@ def run_study(
             all of them. None: all of it.
         on_cell: called in this process with every cell that was measured now, once it is committed: a row as in
             `layercrit.study.tables.Study.cells`, without what the file alone knows (``run``, ``raw``), and with
-            ``n_done`` and ``n_planned``, the study's cells that are done and that it has: of models that this run has
-            not opened yet, none is done, and they count with the mean of the others. An exception is said once, as a
-            RuntimeWarning, and the run goes on.
+            ``n_done`` and ``n_planned``, the cells of the study, or of its shard, that are done and that it has: of
+            models that this run has not opened yet, none is done, and they count with the mean of the others. An
+            exception is said once, as a RuntimeWarning, and the run goes on.
 
     Raises:
         StudyError: models are not trained yet, another process runs this study or shard, others run shards of another
@@ -109,6 +109,7 @@ def run_study(
         check_peers(folder, number, about)
         if shard is not None:
             check_folder(folder, shard)
+            check_peers(folder, number, about)  # those that came meanwhile
         with Store(own, create=True, shared=number > 0) as store:
             run = _Run(study, folder, store, bar, shard, on_cell and Caller(on_cell))
             run.begin(retry)
@@ -133,7 +134,8 @@ class _Run:
         self.on_cell = on_cell
         self.own_number = 0 if shard is None else shard.number + 1
         self.elsewhere = Elsewhere(folder)
-        self.dealt: set[tuple[str, str, int]] = set()  # models, resets and trials that are this run's to measure
+        self.dealt: set[Trial] = set()  # that are this run's to measure
+        self.retried: set[Trial] = set()  # that failed elsewhere, and are to be tried again by whom they are dealt to
         self.report = RunReport(folder)
         self.number = 0
         self.expected: dict[str, float] = {}  # task name -> cells, as far as its model was opened
@@ -150,6 +152,7 @@ class _Run:
         about = _about(self.study, probe_set, self.n_first_images)
         self.elsewhere = Elsewhere.read(self.folder, self.own_number, about["measured"])
         if retry:
+            self.retried = {(row.model, row.reset, row.trial) for row in self.elsewhere.failures}
             self.elsewhere = replace(self.elsewhere, failures=())
         with self.store.transaction():
             self.store.drop_damaged()
@@ -163,10 +166,9 @@ class _Run:
                     self.store.drop_failures(entry.name)
             self.store.put_meta("study", about)
             about_run: dict[str, Any] = {"versions": versions(), "machine": platform.node()}
-            about_run |= {"retry": True} if retry else {}
             about_run |= {"shard": str(self.shard)} if self.shard else {}
             self.number = self.store.put_run(_now(), about_run)
-        _write(self.folder / "study.toml", self.study.to_toml())
+        write_whole(self.folder / "study.toml", self.study.to_toml())
         for row in self.store.damaged:
             self.bar.say(f"damaged on the disk, so made anew: {row}")
         if plans and before.get("measured") != about["measured"]:
@@ -241,6 +243,10 @@ class _Run:
         failed = {(row.model, row.reset, row.trial) for row in self._failures()}
         dealt = deal(tasks, self.shard)
         self.dealt |= {place for task in dealt for place in places_of(task)}
+        if retry_here := self.retried & self.dealt:
+            with self.store.transaction():
+                self.store.put_meta("retried", [*self.store.meta("retried", []), [_now(), sorted(retry_here)]])
+            self.retried -= retry_here
         left = [task for task in dealt if not failed.intersection(places_of(task))]
         self.report.n_retryable += len(dealt) - len(left)
         self.fetch({task.payload.model for task in left})
@@ -280,6 +286,7 @@ class _Run:
             plans = plans_of(stored.meta("precision"))
             pilots = pilots_of(stored, self.study.protocol.pilot, plans)
         if not pilots:
+            self._take_planned_images(plans)
             return plans
         protocol, n_images = self.study.protocol, self._n_images
         made = plan_half_width(
@@ -297,16 +304,18 @@ class _Run:
         for (model, reset), plan in made.items():
             for line in plan.in_words():
                 self.bar.say(f"{model}, {reset}: {line}" if not line.startswith(" ") else line)
-        planned = max(plan.n_images for plan in plans.values())
-        if planned > n_images:
-            self._take_images(planned)
+        self._take_planned_images(plans)
         return plans
 
+    def _take_planned_images(self, plans: Mapping[tuple[str, str], PrecisionPlan]) -> None:
+        planned = max((plan.n_images for plan in plans.values()), default=0)
+        if planned > self._n_images:
+            self._take_images(planned)
+
     def _further_tasks(self, plans: Mapping[tuple[str, str], PrecisionPlan]) -> list[Task]:
-        failed = {(row.model, row.reset, row.trial) for row in self._failures()}
         with open_study(self.folder) as stored:
             sizes = {(row.model, row.layer): row.n_parameters or 0 for row in stored.plan()}
-        return further_tasks(self.study, plans, sizes, failed)
+        return further_tasks(self.study, plans, sizes)
 
     def _answer(self, task: Task, asked: Opening | Planned) -> dict[str, Any] | Left:
         """Tell a worker what is known."""
@@ -318,6 +327,9 @@ class _Run:
     def _known_record(self, model: str) -> Mapping[str, Any]:
         """Return what this store knows of a model, else what others do."""
         own = next(row for row in self.store.models() if row.model == model)
+        first = self.elsewhere.first.get((own.model, own.reference))
+        if own.record and first is not None and first[0] < self.own_number and is_other_format(own.record, first[1]):
+            return first[1]  # where shards chose different ones, all take that of the first
         return own.record or self.elsewhere.records.get((own.model, own.reference), {})
 
     def _plan(self, task: Task, planned: Planned) -> Left:
@@ -430,12 +442,6 @@ def _model_row(entry: ModelEntry) -> ModelRow:
         attack_norm=entry.attack_norm,
         eps=entry.eps,
     )
-
-
-def _write(path: Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
 
 
 def _now() -> str:

@@ -1,7 +1,8 @@
 """A study in several stores: each shard of a run writes its own, and who reads the study reads all of them.
 
 A shard's store is in ``shards/NUMBER`` of the study's folder, that of a run without shards in the folder itself. No two
-processes write one file, and none is in write-ahead mode, so that other machines can read them over a network.
+processes write one store, and those of shards are not in write-ahead mode, so that other machines can read them over a
+network.
 """
 
 import contextlib
@@ -22,7 +23,17 @@ from layercrit.study.cell_table import cells_table
 from layercrit.study.rows import FailureRow, ModelRow, PlanRow
 from layercrit.study.store import FILE, Store
 
-__all__ = ["Elsewhere", "Shards", "StoredStudy", "holders", "is_study", "open_study", "shard_folder", "store_folders"]
+__all__ = [
+    "Elsewhere",
+    "Shards",
+    "StoredStudy",
+    "holders",
+    "is_other_format",
+    "is_study",
+    "open_study",
+    "shard_folder",
+    "store_folders",
+]
 
 _SHARDS = "shards"
 _RUNS_OF_A_STORE = 1_000_000  # the runs of shard 3 are numbered from 3,000,001
@@ -48,8 +59,15 @@ def is_study(folder: Path) -> bool:
 
 def holders(folder: Path) -> dict[int, str]:
     """Return number of the shard -> which process runs it, of those that are being run; 0: without shards."""
-    numbers = {0, *store_folders(folder)}
+    begun = (folder / _SHARDS).glob("[0-9]*/.lock")  # before there is a store
+    numbers = {0, *(int(lock.parent.name) for lock in begun if lock.parent.name.isdigit())}
     return {n: who for n in sorted(numbers) if (who := holder(shard_folder(folder, n))) is not None}
+
+
+def is_other_format(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two records are about the same model and images in different number formats."""
+    same = all(one.get(name) == other.get(name) for name in ("sha256", "probe_set", "asked_dtype"))
+    return same and one.get("dtype") != other.get("dtype")
 
 
 def open_study(folder: str | Path) -> "StoredStudy":
@@ -84,6 +102,7 @@ class Shards:
         self.folder, self._measured = folder, measured
         self._close = contextlib.ExitStack()
         self._stores: dict[int, Store] = {}
+        _allow_open_files()
         with contextlib.ExitStack() as unless_opened:
             unless_opened.callback(self.close)
             for number, path in store_folders(folder).items():
@@ -252,7 +271,12 @@ class Shards:
 
     def failures(self) -> list[FailureRow]:
         """Return what could not be measured and was neither measured nor tried again later."""
-        retried = max((datetime.fromisoformat(run["started"]) for run in self.runs() if run.get("retry")), default=None)
+        retried: dict[tuple[str, str, int], datetime] = {}
+        for store in self._current.values():
+            for at, trials in store.meta("retried", []):
+                for model, reset, trial in trials:
+                    where, when = (model, reset, trial), datetime.fromisoformat(at)
+                    retried[where] = max(when, retried.get(where, when))
         by_place: dict[tuple[str, str, int], set[str]] = {}
         for cell in self.plan():
             by_place.setdefault((cell.model, cell.reset, cell.trial), set()).add(cell.key)
@@ -261,7 +285,7 @@ class Shards:
             for row in store.failures():
                 where = (row.model, row.reset, row.trial)
                 measured = where in by_place and by_place[where] <= self.where.keys()
-                if not measured and (retried is None or datetime.fromisoformat(row.at) >= retried):
+                if not measured and (where not in retried or datetime.fromisoformat(row.at) >= retried[where]):
                     found.setdefault(where, row)
         position = {row.model: place for place, row in enumerate(self.models())}
         return sorted(
@@ -269,9 +293,27 @@ class Shards:
             key=lambda row: (position[row.model], row.reset, row.trial),
         )
 
+    def first_records(self) -> dict[tuple[str, str], tuple[int, Mapping[str, Any]]]:
+        """Return model and reference -> number of the first current store that knows the model, and what it knows."""
+        found: dict[tuple[str, str], tuple[int, Mapping[str, Any]]] = {}
+        for n in sorted(self._current):
+            for row in self._current[n].models():
+                if row.record is not None:
+                    found.setdefault((row.model, row.reference), (n, row.record))
+        return found
+
     def stores(self) -> Iterator[tuple[int, Store]]:
         """Yield number and store of each."""
         yield from self._stores.items()
+
+
+def _allow_open_files() -> None:
+    """Let this process open as many files as the system allows: each store is one, and often 1,024 are the limit."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # there is no such thing on Windows
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 StoredStudy: TypeAlias = Store | Shards
@@ -287,12 +329,14 @@ class Elsewhere:
         where: key of a cell -> number of the store that has it.
         records: model and reference -> what is known of the model.
         failures: what could not be measured, and was not tried again since.
+        first: model and reference -> number of the first store that knows the model, and what that knows.
     """
 
     folder: Path
     where: Mapping[str, int] = field(default_factory=dict)
     records: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
     failures: tuple[FailureRow, ...] = ()
+    first: Mapping[tuple[str, str], tuple[int, Mapping[str, Any]]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, without: int, measured: Mapping[str, Any]) -> "Elsewhere":
@@ -301,7 +345,7 @@ class Elsewhere:
             return cls(folder)
         with Shards(folder, without=without, measured=measured) as shards:
             records = {(row.model, row.reference): row.record for row in shards.models() if row.record is not None}
-            return cls(folder, shards.where, records, tuple(shards.failures()))
+            return cls(folder, shards.where, records, tuple(shards.failures()), shards.first_records())
 
     def known(self, keys: Set[str]) -> set[str]:
         """Return those of some keys whose cells are measured and undamaged."""

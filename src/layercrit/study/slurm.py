@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import secrets
 import shlex
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from layercrit.errors import StudyError, shown
-from layercrit.locks import hold
+from layercrit.locks import hold, write_whole
 from layercrit.study.file import read_study_file
-from layercrit.study.slurm_job import JOBS, LOGS, Resources, ShardJob, executor, versions_here, write_json
+from layercrit.study.slurm_job import JOBS, LOGS, Resources, ShardJob, executor, versions_here
 from layercrit.study.slurm_states import SUBMISSION, JobState, job_states
 
 __all__ = ["command_of", "minutes_of", "sbatch_script", "submit_study"]
@@ -51,14 +52,14 @@ def submit_study(file: str | Path, folder: str | Path, n_jobs: int, resources: R
             f"{command}`" + (f", and so on to {n_jobs}/{n_jobs}." if n_jobs > 1 else ".")
         )
     is_new = not folder.exists()
-    try:
-        with hold(folder / JOBS, "submission"):
-            _refuse_second(folder)
+    with hold(folder / JOBS, "submission"):
+        _refuse_second(folder)
+        try:
             _submit(file, folder, n_jobs, resources)
-    except BaseException:
-        if is_new:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+        except StudyError:  # SLURM refused
+            if is_new:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     return job_states(folder)
 
 
@@ -151,7 +152,8 @@ def _submit(file: Path, folder: Path, n_jobs: int, resources: Resources) -> None
             "partitions and their time limits, `sacctmgr show associations user=$USER` accounts."
         ) from error
     job = submitted[0].job_id.partition("_")[0]
-    write_json(jobs / SUBMISSION, {"job": job, "n_jobs": n_jobs, "token": token, "versions": versions_here()})
+    about = {"job": job, "n_jobs": n_jobs, "token": token, "versions": versions_here()}
+    write_whole(jobs / SUBMISSION, json.dumps(about, indent=1))
 
 
 def _parameters(file: Path, folder: Path, n_jobs: int, token: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a job of SLURM does: it runs its shard of a study, and is succeeded by another job where time runs out.
 
-submitit calls a `Shard` in each job, and hands it the signal that SLURM sends before the time limit. All that a shard
+submitit calls a `ShardJob` in each job, and hands it the signal that SLURM sends before the time limit. All that a shard
 wants to tell, to its successor or to ``study status``, it writes into a file of its own in the study's folder.
 """
 
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from layercrit.errors import TRY_AGAIN, StudyError
 from layercrit.foreign_files import read_json
+from layercrit.locks import write_whole
 from layercrit.study.shards import shard_folder
 from layercrit.study.store import FILE
 
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
     from submitit import SlurmExecutor
     from submitit.helpers import DelayedSubmission
 
-__all__ = ["JOBS", "LOGS", "Resources", "ShardJob", "executor", "record_file", "versions_here", "write_json"]
+__all__ = ["JOBS", "LOGS", "Resources", "ShardJob", "executor", "record_file", "versions_here"]
 
 JOBS = "jobs"  # folder in that of the study: what was submitted, and what each shard tells
 LOGS = "logs"
+_OVER = ("failed", "refused", "gave up", "stopped")
+_WAITS = 100  # jobs in a row that ended since other shards had not run their share of the pilot
 _IDLE = 2  # jobs in a row that time ended with nothing new
 _PATIENCE = 45.0  # seconds for a run to end by itself once it is told to
 _MOMENT = 0.2  # seconds
@@ -142,7 +145,7 @@ class ShardJob:
             self._tell("finished")
             return "finished"
         if code == TRY_AGAIN:  # other shards are to run before, whose jobs may be waiting for the place of this one
-            return self._hand_over("it waits for the pilot of other shards")
+            return self._wait_in_line()
         if code < 0 or code > 128:
             name = signal.Signals(-code if code < 0 else code - 128).name
             raise self._end("stopped", f"ended from outside by {name}; `layercrit study submit` goes on")
@@ -161,7 +164,7 @@ class ShardJob:
             self._tell("failed" if code else "finished")
             return None
         kept, before = self._kept(), self._told()
-        idle = before["idle"] + 1 if kept == before["kept"] else 0
+        idle = before["idle"] + (not self._waits_for_pilots()) if kept == before["kept"] else 0
         if idle >= _IDLE:
             self._tell(
                 "gave up",
@@ -171,6 +174,20 @@ class ShardJob:
             return None
         self._tell("goes on", kept=kept, idle=idle)
         return DelayedSubmission(replace(self))
+
+    def _wait_in_line(self) -> str:
+        """Submit another job in place of this one, unless the shards that it waits for will not be run."""
+        over = {
+            told["shard"]: told["state"]
+            for path in sorted((self.folder / JOBS).glob("shard-*.json"))
+            if (told := _read_record(path)).get("token") == self.token and told.get("state") in _OVER
+        }
+        n_waits = int(self._told().get("waits", 0)) + 1
+        if over or n_waits > _WAITS:
+            words = ", ".join(f"shard {shard} {state}" for shard, state in over.items()) or f"{_WAITS} jobs waited"
+            raise self._end("stopped", f"it waits for the pilot of other shards, but {words}; submit again")
+        self._tell("goes on", waits=n_waits)
+        return self._hand_over("it waits for the pilot of other shards")
 
     def _wait(self) -> int:
         def ignore() -> None:  # the signal is sent to all processes of a job, and this one is told in another way
@@ -236,15 +253,14 @@ class ShardJob:
     # --- what it tells ------------------------------------------------------------------------------------------------
 
     def _told(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError):
-            found = read_json(record_file(self.folder, self.name))
-            if isinstance(found, dict) and found.get("token") == self.token:
-                return found
+        found = _read_record(record_file(self.folder, self.name))
+        if found.get("token") == self.token:
+            return found
         return {"shard": self.name, "token": self.token, "kept": self._kept(), "idle": 0}
 
     def _tell(self, state: str, said: str = "", **facts: Any) -> None:
         about = {"job": _this_job(), "state": state, "said": said, "told": _now()}
-        write_json(record_file(self.folder, self.name), self._told() | about | facts)
+        write_whole(record_file(self.folder, self.name), json.dumps(self._told() | about | facts, indent=1))
 
     def _end(self, state: str, said: str) -> StudyError:
         self._tell(state, said)
@@ -252,11 +268,21 @@ class ShardJob:
 
     def _kept(self) -> list[int]:
         """Return how many cells are kept, and how many batches of those under way; nothing before the first run."""
+        return self._counted("SELECT (SELECT count(*) FROM cells), (SELECT count(*) FROM parts)")
+
+    def _waits_for_pilots(self) -> bool:
+        """Return whether its share of the pilot is run, and nothing planned yet."""
+        pilots, plans = "name = 'pilot'", "name = 'precision' AND value != '[]'"
+        return self._counted(
+            f"SELECT (SELECT count(*) FROM meta WHERE {pilots}), (SELECT count(*) FROM meta WHERE {plans})"  # noqa: S608
+        ) == [1, 0]
+
+    def _counted(self, query: str) -> list[int]:
         number, _, of = self.name.partition("/")
         store = shard_folder(self.folder, int(number) if int(of) > 1 else 0).absolute() / FILE
         try:
             with contextlib.closing(sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)) as opened:
-                (counted,) = opened.execute("SELECT (SELECT count(*) FROM cells), (SELECT count(*) FROM parts)")
+                (counted,) = opened.execute(query)
         except sqlite3.Error:
             return []
         return list(counted)
@@ -276,11 +302,12 @@ def record_file(folder: Path, shard: str) -> Path:
     return folder / JOBS / f"shard-{shard.replace('/', '-of-')}.json"
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file such that who reads it meanwhile gets all of it."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    new.replace(path)
+def _read_record(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        found = read_json(path)
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def _this_job() -> str:

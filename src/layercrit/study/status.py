@@ -1,7 +1,7 @@
 """How far a study is: which cells each model has, which are done, and the time for those that are left."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -37,6 +37,7 @@ def seconds_left(
     *,
     n_trials: int,
     runs: Sequence[Mapping[str, Any]],
+    running: Container[int] = (),
 ) -> float | None:
     """Return the time for the cells left, at the speed of the last run, of all its shards; None if it measured nothing.
 
@@ -47,9 +48,11 @@ def seconds_left(
         planned: model -> how many cells it has; a model that was not opened yet counts with the mean of the others.
         n_trials: how many trials each model has, those of all resets together.
         runs: all of them, in order of time.
+        running: numbers of the shards that are being run, whose speed counts; none: those that were run last.
     """
     speed = 0.0  # cells a second
-    for run in _last(runs):
+    last = _last(runs)
+    for run in [run for run in last if running and int(run.get("shard", "0").split("/")[0]) in running] or last:
         finished = cells.loc[cells["run"] == run["run"], "finished"].map(datetime.fromisoformat)
         if not finished.empty:
             took = (finished.max() - datetime.fromisoformat(run["started"])).total_seconds()

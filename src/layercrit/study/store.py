@@ -151,6 +151,9 @@ class Store:
                 f"damaged, and `layercrit study repair {self.path.parent}` keeps what can be read."
             )
         if version == SCHEMA:
+            if "mode=ro" not in self._uri and is_on_network(self.path):  # where it was moved to, maybe
+                with contextlib.suppress(sqlite3.OperationalError):  # somebody reads it
+                    self._connection.execute("PRAGMA journal_mode = DELETE")
             return
         self._choose_journal()
         with self.transaction():

@@ -21,7 +21,7 @@ from layercrit.study import status
 from layercrit.study.cell_table import ABOUT_LAYER, mean_names
 from layercrit.study.pilots import plans_of
 from layercrit.study.rows import FailureRow
-from layercrit.study.shards import Shards, StoredStudy, open_study
+from layercrit.study.shards import Shards, StoredStudy, holders, open_study
 
 __all__ = ["Study", "load_study"]
 
@@ -149,7 +149,13 @@ class Study:
             return None
         n_trials = status.trials_of_models(self.record, self.models["record"])
         return status.seconds_left(
-            self.models["model"], self.cells, self.failures, self.planned, n_trials=n_trials, runs=self.runs
+            self.models["model"],
+            self.cells,
+            self.failures,
+            self.planned,
+            n_trials=n_trials,
+            runs=self.runs,
+            running=[shard for shard in holders(self.folder) if shard],
         )
 
     def compare(

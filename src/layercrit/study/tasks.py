@@ -1,7 +1,7 @@
 """The tasks of a study: trials of models, the share of them that a shard has, and the plan of further ones."""
 
 import hashlib
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from layercrit.precision import PrecisionPlan, run_together
@@ -13,10 +13,10 @@ from layercrit.study.file import StudyFile
 from layercrit.study.ranks import Shard
 from layercrit.study.worker import Job
 
-__all__ = ["Place", "deal", "first_tasks", "further_tasks", "places_of"]
+__all__ = ["Trial", "deal", "first_tasks", "further_tasks", "places_of"]
 
-Place: TypeAlias = tuple[str, str, int]
-"""Model, reset and trial."""
+Trial: TypeAlias = tuple[str, str, int]
+"""Model, reset and number of a trial."""
 
 
 def first_tasks(study: StudyFile) -> list[Task]:
@@ -33,7 +33,6 @@ def further_tasks(
     study: StudyFile,
     plans: Mapping[tuple[str, str], PrecisionPlan],
     sizes: Mapping[tuple[str, str], int],
-    failed: Container[Place],
 ) -> list[Task]:
     """Return the tasks after the pilot: trials that are run together, for the layers that get them.
 
@@ -41,20 +40,18 @@ def further_tasks(
         study: the study.
         plans: model and reset -> what is planned.
         sizes: model and layer -> how many parameters it has.
-        failed: what is not tried again.
     """
     entries = {entry.name: entry for entry in study.models}
     tasks = []
     for (model, reset), plan in plans.items():
         if model not in entries or reset not in study.resets:
             continue
-        trials = {trial: names for trial, names in plan.trials().items() if (model, reset, trial) not in failed}
         of_model = {layer: size for (name, layer), size in sizes.items() if name == model}
-        tasks += [_task(entries[model], reset, together) for together in run_together(trials, of_model)]
+        tasks += [_task(entries[model], reset, together) for together in run_together(plan.trials(), of_model)]
     return tasks
 
 
-def places_of(task: Task) -> list[Place]:
+def places_of(task: Task) -> list[Trial]:
     """Return model, reset and trial of each trial of a task."""
     job: Job = task.payload
     return [(job.model.name, job.reset, trial) for trial in job.layers]
