@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import platform
@@ -47,6 +48,15 @@ def test_hold__one_process_at_a_time(tmp_path, other):
     assert holder(folder) is None
     with hold(folder):
         assert json.loads((folder / "running.json").read_text())["process"] == os.getpid()
+
+
+def test_holder__may_be_asked_by_many_at_once(tmp_path, other):
+    """Who asks does not look like a holder to others that ask, also where a killed one left its name."""
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    with (tmp_path / "study" / ".lock").open("rb") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        assert holder(tmp_path / "study") is None
 
 
 def test_hold__is_free_when_its_process_was_killed(tmp_path, other):

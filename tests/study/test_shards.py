@@ -7,6 +7,7 @@ import random
 import shutil
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from click.testing import CliRunner
 
 from layercrit import locks
 from layercrit.cli.root import cli
+from layercrit.engine.holder import ReplayHolder
+from layercrit.engine.opening import open_replay
 from layercrit.errors import StudyError
 from layercrit.study import peers
 from layercrit.study.executors import Failed
@@ -22,7 +25,7 @@ from layercrit.study.merging import merge_studies
 from layercrit.study.planning import plan_study
 from layercrit.study.ranks import Shard
 from layercrit.study.shards import Shards, is_study, shard_folder, store_folders
-from layercrit.study.store import FILE, Store
+from layercrit.study.store import FILE
 from layercrit.study.tables import load_study
 from layercrit.study.tasks import deal, first_tasks, places_of
 from running_jobs import (
@@ -212,6 +215,30 @@ def test_shards__plan_together_after_the_pilot_of_all(tmp_path, folder):
     assert_same_tables(tables(folder), tables(tmp_path / "whole"))
 
 
+def test_shards__take_more_images_together(tmp_path, folder, monkeypatch):
+    """Where the plan has more images than the pilot, whichever shard makes it."""
+    monkeypatch.setattr("layercrit.precision._FEWEST_IMAGES", 3)
+    monkeypatch.setattr("layercrit.precision._SD_IMAGES", 0.0001)
+    path = write_small(tmp_path / "study", protocol=PLANNED | {"half_width": 0.2})
+    run(path, tmp_path / "whole")
+    (n_images,) = load_study(tmp_path / "whole").cells["n_images"].unique()
+    assert n_images > 3
+
+    with ThreadPoolExecutor() as threads:
+        shards = [threads.submit(run_shard, path, folder, f"{number}/3") for number in (1, 2, 3)]
+    assert [shard.result().failures for shard in shards] == [[], [], []]
+
+    assert (load_study(folder).progress()["state"] == "done").all()
+    assert_same_tables(tables(folder), tables(tmp_path / "whole"))
+
+
+def test_shards__say_what_failed_after_the_pilot_again(tmp_path, folder):
+    path = write_small(tmp_path / "study", n_models=1, protocol=PLANNED | {"half_width": 0.01})
+    failed = [run(path, folder, Failing(trial=5)).failures for _ in range(2)]
+    assert 5 in [row.trial for row in failed[0]]
+    assert failed[1] == failed[0]
+
+
 def _trials(study):
     return {key: {name: layer.trials for name, layer in plan.layers.items()} for key, plan in study.plans.items()}
 
@@ -259,6 +286,14 @@ def test_shards__failures_of_all_are_known_to_all(study, folder, whole):
     assert_same_tables(tables(folder), whole)
 
 
+def test_shards__a_retry_is_of_its_own_trials(study, folder):
+    for shard in ("1/2", "2/2"):
+        run_shard(study, folder, shard, Failing(trial=1))
+    run_shard(study, folder, "1/2", retry=True)
+    (left,) = load_study(folder).failures
+    assert left.model not in set(load_study(folder).cells.query("trial == 1")["model"])
+
+
 # changes between runs
 
 
@@ -301,6 +336,29 @@ def test_shards__that_disagree_about_a_model_say_so(tmp_path, folder):
     assert "shards 2 and 1 have different weights; what shard 1 measured of it is left out" in found.warnings[0]
 
 
+def test_shards__of_unlike_processors_agree_on_a_number_format(tmp_path, folder, monkeypatch):
+    """`auto` chooses another one in each shard; run again, all take that of the first."""
+    path = write_small(tmp_path / "study", n_models=1, trials=4, protocol={"dtype": "auto"})
+    elsewhere = tmp_path / "elsewhere"  # as if both began at the same time
+    for shard, mode, out in (("1/2", "reference", folder), ("2/2", "float32", elsewhere)):
+        monkeypatch.setattr(
+            ReplayHolder,
+            "_fastest",
+            lambda self, images, mode=mode: open_replay(self._subject.network, self._subject.layers, images, mode),
+        )
+        run_shard(path, out, shard)
+    shutil.copytree(shard_folder(elsewhere, 2), shard_folder(folder, 2))
+    assert "different number formats" in load_study(folder).warnings[0]
+
+    for shard in ("1/2", "2/2"):
+        run_shard(path, folder, shard)
+
+    assert load_study(folder).conflicts == ()
+    assert len(load_study(folder).cells) == 4 * len(LAYERS)
+    run(write_small(tmp_path / "study", n_models=1, trials=4, protocol={"dtype": "reference"}), tmp_path / "one")
+    np.testing.assert_array_equal(load_study(folder).cells["cosine"], load_study(tmp_path / "one").cells["cosine"])
+
+
 def test_shards__damaged_cells_are_measured_anew(study, folder, whole):
     for shard in ("1/2", "2/2"):
         run_shard(study, folder, shard)
@@ -322,8 +380,7 @@ def test_shards__damaged_cells_are_measured_anew(study, folder, whole):
 def running(folder, number, study, shard, **changes):
     about = peers.about_run(read_study_file(study), None if shard is None else Shard.parse(shard)) | changes
     with locks.hold(shard_folder(folder, number), about=about):
-        Store(shard_folder(folder, number), create=True, shared=number > 0).close()
-        yield
+        yield  # before it has a store: it may wait for others that it was started with
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What a job of SLURM does: it runs its shard of a study, and is succeeded by another job where time runs out.
 
-submitit calls a `ShardJob` in each job, and hands it the signal that SLURM sends before the time limit. All that a shard
-wants to tell, to its successor or to ``study status``, it writes into a file of its own in the study's folder.
+submitit calls a `ShardJob` in each job, and hands it the signal that SLURM sends before the time limit. All that it
+wants to tell, to its successor or to ``study status``, it writes into a file of its own in the folder of the study.
 """
 
 import contextlib
