@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import executor_jobs
 import running_jobs
-from layercrit.study.executors import Executor, Finished, Place, Task
+from layercrit.study.executors import Answer, Event, Executor, Finished, Place, Start, Task, no_answer
 from layercrit.study.file import StudyFile, read_study_file
 from layercrit.study.local_processes import LocalProcesses
 from layercrit.study.ranks import Shard
@@ -273,7 +273,35 @@ def kills(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def ways_to_die() -> dict[str, tuple[float, Callable[[Path, Path, random.Random], Iterator[int]]]]:
     """Return way -> its share of the kills, and what runs a study to its end and yields how many were killed."""
-    return {"main process": (0.4, kill_main), "shards": (0.4, kill_shards), "workers": (0.2, kill_workers)}
+    found = {"main process": (0.4, kill_main), "shards": (0.4, kill_shards), "workers": (0.18, kill_workers)}
+    if shutil.which("sbatch"):
+        found["jobs of SLURM"] = (0.01, kill_jobs)
+    with contextlib.suppress(ImportError):
+        import ray  # noqa: F401
+
+        found["nodes of Ray"] = (0.01, kill_nodes)
+    return found
+
+
+class LosingNodes(Executor):
+    """Workers on a Ray cluster of which a node is lost at each of some events."""
+
+    is_remote = True
+
+    def __init__(self, cluster: Any, at: Sequence[int]) -> None:
+        self.cluster, self.at, self.n_lost = cluster, set(at), 0
+
+    def run(self, tasks: Sequence[Task], start: Start, answer: Answer = no_answer) -> Iterator[Event]:
+        import ray_jobs
+        from layercrit.study.ray_workers import RayWorkers
+
+        executor = RayWorkers(self.cluster.address, n_workers=2, device="cpu", attempts=10)
+        for number, event in enumerate(executor.run(tasks, start, answer)):
+            if number in self.at:
+                self.cluster.remove_node(self.cluster.list_all_nodes()[-1], allow_graceful=False)
+                ray_jobs.add_node(self.cluster)
+                self.n_lost += 1
+            yield event
 
 
 def cells_in(out: Path) -> set[str]:
@@ -337,6 +365,37 @@ def kill_workers(path: Path, out: Path, generator: random.Random) -> Iterator[in
     executor = running_jobs.KillingWorkers([ONE] * 2, sorted(generator.sample(range(12), 4)), attempts=10)
     running_jobs.run(path, out, executor)
     yield len(executor.killed)
+
+
+def kill_jobs(path: Path, out: Path, generator: random.Random) -> Iterator[int]:
+    """Cancel the jobs of a submitted study at random moments, and submit it again."""
+    import slurm_cluster
+    from layercrit.study.slurm import submit_study
+    from layercrit.study.slurm_job import Resources
+    from layercrit.study.slurm_states import job_states
+
+    with slurm_cluster.running_cluster() as cluster:
+        os.environ.update(cluster.environment)
+        for n_submitted in range(4):
+            (number, *_) = {job.job.partition("_")[0] for job in submit_study(path, out, 2, Resources(60, cpus=1))}
+            if n_submitted < 3:
+                time.sleep(generator.uniform(1, 12))
+                alive = sum(job.is_alive for job in job_states(out))
+                cluster.ask("scancel", "--signal=KILL", "--full", number, check=False)
+                cluster.ask("scancel", number, check=False)
+                yield alive
+            while any(job.is_alive for job in job_states(out)):
+                time.sleep(0.5)
+
+
+def kill_nodes(path: Path, out: Path, generator: random.Random) -> Iterator[int]:
+    """Take a node away from a Ray cluster at random events of a run, and give it another."""
+    import ray_jobs
+
+    with ray_jobs.two_nodes() as cluster:
+        losing = LosingNodes(cluster, sorted(generator.sample(range(1, 12), 2)))
+        running_jobs.run(path, out, losing)
+        yield losing.n_lost
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
