@@ -293,6 +293,10 @@ def test_shards__a_retry_is_of_its_own_trials(study, folder):
     (left,) = load_study(folder).failures
     assert left.model not in set(load_study(folder).cells.query("trial == 1")["model"])
 
+    run_shard(study, folder, "2/8", retry=True)  # which has other trials than the second of two
+
+    assert load_study(folder).failures == (left,)
+
 
 # changes between runs
 

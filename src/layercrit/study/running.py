@@ -3,7 +3,7 @@
 import contextlib
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -135,7 +135,7 @@ class _Run:
         self.own_number = 0 if shard is None else shard.number + 1
         self.elsewhere = Elsewhere(folder)
         self.dealt: set[Trial] = set()  # that are this run's to measure
-        self.retried: set[Trial] = set()  # that failed elsewhere, and are to be tried again by whom they are dealt to
+        self.retry = False  # whether to try again what failed before
         self.report = RunReport(folder)
         self.number = 0
         self.expected: dict[str, float] = {}  # task name -> cells, as far as its model was opened
@@ -151,9 +151,7 @@ class _Run:
         probe_set = self._probe_set(next((plan.n_images for plan in plans.values()), self.n_first_images))
         about = _about(self.study, probe_set, self.n_first_images)
         self.elsewhere = Elsewhere.read(self.folder, self.own_number, about["measured"])
-        if retry:
-            self.retried = {(row.model, row.reset, row.trial) for row in self.elsewhere.failures}
-            self.elsewhere = replace(self.elsewhere, failures=())
+        self.retry = retry
         with self.store.transaction():
             self.store.drop_damaged()
             changed = self.store.meta("study", {}).get("measured") != about["measured"]
@@ -161,7 +159,7 @@ class _Run:
                 self.store.clear_plan()
                 self.store.put_meta("precision", [])
             self.store.put_models([_model_row(entry) for entry in self.study.models])
-            if changed or retry:  # what failed was asked for in another way, or may work now
+            if changed:  # what failed was asked for in another way
                 for entry in self.study.models:
                     self.store.drop_failures(entry.name)
             self.store.put_meta("study", about)
@@ -240,13 +238,12 @@ class _Run:
 
     def _run_tasks(self, executor: Executor, tasks: Sequence[Task]) -> None:
         """Run those tasks that are dealt to this shard, if there are several, and keep what they give."""
-        failed = {(row.model, row.reset, row.trial) for row in self._failures()}
         dealt = deal(tasks, self.shard)
-        self.dealt |= {place for task in dealt for place in places_of(task)}
-        if retry_here := self.retried & self.dealt:
-            with self.store.transaction():
-                self.store.put_meta("retried", [*self.store.meta("retried", []), [_now(), sorted(retry_here)]])
-            self.retried -= retry_here
+        places = {place for task in dealt for place in places_of(task)}
+        if self.retry:
+            self._forget_failures(places - self.dealt)
+        self.dealt |= places
+        failed = {(row.model, row.reset, row.trial) for row in self._failures()}
         left = [task for task in dealt if not failed.intersection(places_of(task))]
         self.report.n_retryable += len(dealt) - len(left)
         self.fetch({task.payload.model for task in left})
@@ -316,6 +313,17 @@ class _Run:
         with open_study(self.folder) as stored:
             sizes = {(row.model, row.layer): row.n_parameters or 0 for row in stored.plan()}
         return further_tasks(self.study, plans, sizes)
+
+    def _forget_failures(self, trials: Set[Trial]) -> None:
+        """Let trials be tried again that failed here or elsewhere."""
+        with self.store.transaction():
+            for trial in trials:
+                self.store.drop_failures(*trial)
+            elsewhere = {(row.model, row.reset, row.trial) for row in self.elsewhere.failures} & trials
+            if elsewhere:
+                self.store.put_meta("retried", [*self.store.meta("retried", []), [_now(), sorted(elsewhere)]])
+        left = tuple(row for row in self.elsewhere.failures if (row.model, row.reset, row.trial) not in trials)
+        self.elsewhere = replace(self.elsewhere, failures=left)
 
     def _answer(self, task: Task, asked: Opening | Planned) -> dict[str, Any] | Left:
         """Tell a worker what is known."""
