@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = {"efficiency": efficiency, "overhead": overhead, "dealing": dealing, "stores": stores, "kills": kills}
     parser.add_argument("--only", choices=parts, action="append", help="one part instead of all but the kills")
-    parser.add_argument("--way", action="append", help="of efficiency, one instead of all")
+    parser.add_argument("--way", action="append", help="of efficiency or kills, one instead of all")
     parser.add_argument("--trials", type=int, default=30, help="of each of two models, in efficiency and dealing")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--kills", type=int, default=1000)
@@ -254,6 +254,8 @@ def kills(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     expected = running_jobs.tables(folder / "whole")
     found = {}
     for way, (share, killed) in ways_to_die().items():
+        if arguments.way and way not in arguments.way:
+            continue
         n_kills = n_lost = n_differing = n_studies = 0
         while n_kills < share * arguments.kills:
             out = folder / f"{way} {n_studies}"
