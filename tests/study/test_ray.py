@@ -29,6 +29,11 @@ from running_jobs import assert_same_tables, is_running, tables, write_small
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 pytest.importorskip("ray", reason="ray is not installed: pip install 'layercrit[ray]'")
 pytestmark = pytest.mark.xdist_group("ray")
+TESTS = Path(__file__).parents[1]
+WITH_TESTS = os.environ | {
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 needs_cluster = pytest.mark.slow
 
 
@@ -191,6 +196,7 @@ def test_study__has_the_tables_of_local_processes(cluster, tmp_path):
     settings = ["--out", tmp_path / "outside", "--workers", "2", "--on", cluster.client_address, "--json"]
     outside = subprocess.run(
         [sys.executable, "-m", "layercrit", "study", "run", path, *settings],
+        env=WITH_TESTS,
         capture_output=True,
         text=True,
         timeout=120,
@@ -233,7 +239,8 @@ def test_run__no_actor_is_left(cluster, how):
         happening.close()
     else:
         code = f"import ray_jobs; ray_jobs.run_aloud({cluster.address!r})"
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as driver:
+        command = [sys.executable, "-c", code]
+        with subprocess.Popen(command, env=WITH_TESTS, stdout=subprocess.PIPE, text=True) as driver:
             pids = [int(driver.stdout.readline()) for _ in range(2)]
             assert all(map(is_running, pids))
             driver.kill()

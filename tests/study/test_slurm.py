@@ -1,5 +1,6 @@
 """Submitted studies on a real SLURM, where one is installed; what needs none comes first."""
 
+import json
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from layercrit.errors import StudyError
 from layercrit.study import slurm, slurm_states
 from layercrit.study.ranks import rank_of
 from layercrit.study.slurm import minutes_of, sbatch_script, submit_study
-from layercrit.study.slurm_job import JOBS, LOGS, Resources, record_file, write_json
+from layercrit.study.slurm_job import JOBS, LOGS, Resources, record_file
 from layercrit.study.slurm_states import SUBMISSION, job_states
 from layercrit.study.store import Store
 from layercrit.study.tables import load_study
@@ -213,9 +214,9 @@ def answers(tmp_path, monkeypatch):
 def submitted(folder, n_jobs, told):
     """Write what a submission of some jobs, and shards of it, would have written."""
     (folder / JOBS).mkdir(parents=True)
-    write_json(folder / JOBS / SUBMISSION, {"job": "7", "n_jobs": n_jobs, "token": "abc"})
+    (folder / JOBS / SUBMISSION).write_text(json.dumps({"job": "7", "n_jobs": n_jobs, "token": "abc"}))
     for shard, about in told.items():
-        write_json(record_file(folder, shard), {"token": "abc", "shard": shard} | about)
+        record_file(folder, shard).write_text(json.dumps({"token": "abc", "shard": shard} | about))
     return folder
 
 
