@@ -90,7 +90,8 @@ def _known(folder: Path, store: Store, shared: bool) -> list[dict[str, Any]]:
     if shared:
         with Shards(folder) as shards:
             known += [other.meta("images") for _, other in shards.stores()]
-    return [one for one in known if one is not None]
+    # each once: to look whether the images are still those takes reading them all
+    return [one for place, one in enumerate(known) if one is not None and one not in known[:place]]
 
 
 def _write_down(store: Store, known: Mapping[str, Any]) -> None:

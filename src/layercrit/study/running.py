@@ -352,7 +352,8 @@ class _Run:
         known = self.store.known(keys)
         known |= self.elsewhere.known(keys - known)
         self.expected[name], self.done[name] = len(planned.plan), len(known)
-        self.planned[name], self.whole[name] = {row.key: row for row in planned.plan}, len(known)
+        if self.on_cell is not None:
+            self.planned[name], self.whole[name] = {row.key: row for row in planned.plan}, len(known)
         if name not in self.opened:  # else its worker died, and another one begins anew
             self.report.n_known += len(known)
         self.opened.add(name)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from submitit import SlurmExecutor
     from submitit.helpers import DelayedSubmission
 
-__all__ = ["JOBS", "LOGS", "Resources", "ShardJob", "executor", "record_file", "versions_here"]
+__all__ = ["JOBS", "LOGS", "Resources", "ShardJob", "executor", "read_record", "record_file", "versions_here"]
 
 JOBS = "jobs"  # folder in that of the study: what was submitted, and what each shard tells
 LOGS = "logs"
@@ -180,7 +180,7 @@ class ShardJob:
         over = {
             told["shard"]: told["state"]
             for path in sorted((self.folder / JOBS).glob("shard-*.json"))
-            if (told := _read_record(path)).get("token") == self.token and told.get("state") in _OVER
+            if (told := read_record(path)).get("token") == self.token and told.get("state") in _OVER
         }
         n_waits = int(self._told().get("waits", 0)) + 1
         if over or n_waits > _WAITS:
@@ -253,7 +253,7 @@ class ShardJob:
     # --- what it tells ------------------------------------------------------------------------------------------------
 
     def _told(self) -> dict[str, Any]:
-        found = _read_record(record_file(self.folder, self.name))
+        found = read_record(record_file(self.folder, self.name))
         if found.get("token") == self.token:
             return found
         return {"shard": self.name, "token": self.token, "kept": self._kept(), "idle": 0}
@@ -302,7 +302,8 @@ def record_file(folder: Path, shard: str) -> Path:
     return folder / JOBS / f"shard-{shard.replace('/', '-of-')}.json"
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """Return what a file of the folder `JOBS` holds; nothing where it is missing or half written."""
     with contextlib.suppress(OSError, ValueError):
         found = read_json(path)
         if isinstance(found, dict):

@@ -1,6 +1,5 @@
 """How the jobs of a study are: what SLURM says of them, and what they wrote into the study's folder themselves."""
 
-import contextlib
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layercrit.foreign_files import read_json
-from layercrit.study.slurm_job import JOBS, LOGS, record_file
+from layercrit.study.slurm_job import JOBS, LOGS, read_record, record_file
 
 __all__ = ["SUBMISSION", "JobState", "job_states"]
 
@@ -61,11 +59,11 @@ def job_states(folder: str | Path) -> tuple[JobState, ...]:
     and ``said`` says so.
     """
     folder = Path(folder).expanduser().absolute()
-    submission = _read(folder / JOBS / SUBMISSION)
+    submission = read_record(folder / JOBS / SUBMISSION)
     if "job" not in submission:
         return ()
     shards = [f"{number}/{submission['n_jobs']}" for number in range(1, submission["n_jobs"] + 1)]
-    told = [_read(record_file(folder, shard)) for shard in shards]
+    told = [read_record(record_file(folder, shard)) for shard in shards]
     told = [one if one.get("token") == submission["token"] else {} for one in told]
     jobs = [
         one.get("job") or (f"{submission['job']}_{number}" if len(shards) > 1 else str(submission["job"]))
@@ -148,11 +146,3 @@ def _run(command: list[str]) -> "subprocess.CompletedProcess[str] | str":
 def _last_line(text: str) -> str:
     lines = text.strip().splitlines()
     return lines[-1] if lines else "no reason given"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        found = read_json(path)
-        if isinstance(found, dict):
-            return found
-    return {}
