@@ -156,7 +156,8 @@ def _signals_end_like_ctrl_c(ended: list[int], over: threading.Event) -> Iterato
             signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in a shell's background
         ended.append(number)
-        threading.Thread(target=_interrupt_again, args=(over,), daemon=True).start()
+        # not a daemon: ended while it frees what the exception held, it would abort the process
+        threading.Thread(target=_interrupt_again, args=(over,), daemon=False).start()
         raise KeyboardInterrupt
 
     def silent(lost: "sys.UnraisableHookArgs") -> None:
@@ -184,9 +185,13 @@ def _interrupt_again(over: threading.Event) -> None:
     """
     main_thread = threading.main_thread().ident or 0
     while not over.wait(_MOMENT):
-        handled = sys._current_exceptions().get(main_thread)
-        if handled in (None, (None, None, None)):  # the latter before Python 3.12
+        if not _is_handling(main_thread):
             _thread.interrupt_main()
+
+
+def _is_handling(thread: int) -> bool:
+    """Return whether a thread handles an exception; no reference to it is kept, for its frames hold the network."""
+    return sys._current_exceptions().get(thread) not in (None, (None, None, None))  # the latter before Python 3.12
 
 
 def _of_surroundings(error: Exception) -> str | None:
