@@ -41,6 +41,7 @@ def measure(
     types: str = DEFAULTS.types,
     group: str = DEFAULTS.group,
     reset: str = DEFAULTS.reset,
+    norm_statistics: str = DEFAULTS.norm_statistics,
     donor: nn.Module | str | Path | None = None,
     distances: Iterable[str] | None = None,
     seed: int = DEFAULTS.seed,
@@ -76,6 +77,10 @@ def measure(
         types: types of layers that are reset, comma-separated, of `layercrit.layers.LAYER_TYPES`, or ``all``.
         group: reset each ``layer`` separately, or a whole ``block`` or ``stage`` at once.
         reset: what replaces a layer's parameters, a name in `layercrit.resets.RESETS`.
+        norm_statistics: running statistics of normalisation layers beside a reset: as ``trained``, as in the published
+            study; ``reset``, where those of the first normalisation layer that the reset reaches become what they are
+            before training, mean 0 and variance 1; or ``reestimate``, where those of all that it reaches are estimated
+            again, layer by layer, on the first 128 images of the probe set.
         donor: where new values come from instead of the architecture's initialiser: a module of the same architecture,
             or a weight file. Needed for ``rewind``. It is the same in every trial, so one trial is run.
         distances: names of the distances to measure beside ``cosine``; all registered ones by default.
@@ -126,6 +131,7 @@ def measure(
         types=types,
         group=group,
         reset=reset,
+        norm_statistics=norm_statistics,
         seed=seed,
         batch_size=batch_size,
         dtype=dtype,

@@ -7,10 +7,13 @@ from typing import Any
 
 from layercrit.errors import ProtocolError, near
 
-__all__ = ["DEFAULTS", "DTYPES", "INTERVALS", "MATCHED", "Protocol"]
+__all__ = ["DEFAULTS", "DTYPES", "INTERVALS", "MATCHED", "NORM_STATISTICS", "Protocol"]
 
 MATCHED = "cosine_matched"
 """Column and key of the cosine distance between predictions at the model's matched temperature."""
+
+NORM_STATISTICS = ("trained", "reset", "reestimate")
+"""What becomes of the running statistics of normalisation layers beside a reset."""
 
 INTERVALS = ("t", "betting")
 """The kinds of intervals: Student's t over trials and images, or betting on the means of trials."""
@@ -52,6 +55,13 @@ class Protocol:
         "layer", "reset each `layer` separately, or whole blocks or stages", enum=("layer", "block", "stage")
     )
     reset: str = _setting("rerandomize", "what replaces a layer's parameters")
+    norm_statistics: str = _setting(
+        "trained",
+        "running statistics of normalisation layers beside a reset: as `trained` (as published), `reset` (mean 0, "
+        "variance 1 in the first normalisation layer after the reset), or `reestimate` (estimated on images that the "
+        "changed network is shown)",
+        enum=NORM_STATISTICS,
+    )
     seed: int = _setting(0, "seed of the study; seeds of trials and of the probe set are hashed from it")
     batch_size: int | str = _setting(
         "auto",
@@ -106,6 +116,9 @@ class Protocol:
         if not isinstance(self.level, Real) or not 0 < self.level < 1:
             raise ProtocolError(f"level must be between 0 and 1, such as 0.95; got {self.level!r}.")
         object.__setattr__(self, "level", float(self.level))
+        if self.norm_statistics not in NORM_STATISTICS:
+            given = str(self.norm_statistics)
+            raise ProtocolError(f"Unknown norm_statistics {given!r}. {near(given, NORM_STATISTICS)}")
         if self.interval not in INTERVALS:
             raise ProtocolError(f"Unknown interval {str(self.interval)!r}. {near(str(self.interval), INTERVALS)}")
         self._check_precision()

@@ -25,7 +25,7 @@ from layercrit.precision import Components, Cost, Pilot, PrecisionPlan, plan_hal
 from layercrit.precision import n_pilot_images as pilot_images
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
-from layercrit.protocol import MATCHED, Protocol
+from layercrit.protocol import DEFAULTS, MATCHED, Protocol
 from layercrit.trackers.callbacks import OnCell
 
 __all__ = ["OnTrial", "Sampling"]
@@ -331,6 +331,9 @@ class Sampling:
             "complete": complete,
             "precision": None if self.plan is None else self.plan.to_dict(),
             "random_trials": subject.random_trials,
+            "norm_statistics": None
+            if session.statistics is None
+            else session.statistics.to_dict() | {"shift": session.shift},
             "trial_seeds": trial_seeds,
             "model": {
                 "reference": encodable(model.reference),
@@ -366,7 +369,7 @@ class Sampling:
 def _compared(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yield what two measurements must have in common, if one is to go on with the other: name, then, now."""
     for name, asked in now["asked"].items():
-        yield name, then.get("asked", then["protocol"]).get(name), asked
+        yield name, then.get("asked", then["protocol"]).get(name, getattr(DEFAULTS, name)), asked
     for name in ("reference", "architecture", "sha256", "donor", "mean", "std", "output"):
         yield f"the model's {name}", then["model"].get(name), now["model"][name]
     yield "distances", list(then["protocol"]["distances"]), list(now["protocol"]["distances"])

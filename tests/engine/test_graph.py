@@ -432,7 +432,7 @@ def test_speed_up__fuses(name, residual, plain):
 def test_speed_up__folds_batch_normalisation(name, left):
     _, _, exported = sketched(name)
     found = targets(speed_up(exported, torch.float32, CPU))
-    assert found.count(graph._BATCH_NORM) == left
+    assert found.count(graph.BATCH_NORM) == left
 
 
 @pytest.mark.parametrize(

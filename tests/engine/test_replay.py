@@ -476,7 +476,7 @@ def chain(depth: int) -> nn.Module:
 @pytest.fixture
 def live(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Count the results of nodes, of the shape of an activation of `chain`, that are still alive."""
-    call, results = graph_replay._call, []
+    call, results = graph_replay.call, []
 
     def watched(*arguments: object) -> object:
         result = call(*arguments)
@@ -490,7 +490,7 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
     most: list[int] = []
     count.most = most
-    monkeypatch.setattr(graph_replay, "_call", watched)
+    monkeypatch.setattr(graph_replay, "call", watched)
     return count
 
 
@@ -629,7 +629,7 @@ def test_sweep__after_an_exception_in_a_graph_everything_is_as_it_was(monkeypatc
     opened = open_replay(made.network, made.layers, made.images, "reference")
     expected = sweep(opened, made)
     snapshot = Snapshot(made.network)
-    call, left = graph_replay._call, [15]
+    call, left = graph_replay.call, [15]
 
     def blowing(*arguments: object) -> object:
         left[0] -= 1
@@ -637,7 +637,7 @@ def test_sweep__after_an_exception_in_a_graph_everything_is_as_it_was(monkeypatc
             raise KeyboardInterrupt("blown")
         return call(*arguments)
 
-    monkeypatch.setattr(graph_replay, "_call", blowing)
+    monkeypatch.setattr(graph_replay, "call", blowing)
     with pytest.raises(KeyboardInterrupt, match="blown"):
         sweep(opened, made)
     snapshot.assert_same()

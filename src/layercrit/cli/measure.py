@@ -15,7 +15,7 @@ from layercrit.cli.printing import bar, number, percent, plain, print_table, pri
 from layercrit.cli.registered import ModelCommand, RegisteredOption
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
 from layercrit.errors import LayercritError
-from layercrit.protocol import DEFAULTS, DTYPES, INTERVALS
+from layercrit.protocol import DEFAULTS, DTYPES, INTERVALS, NORM_STATISTICS
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
@@ -84,6 +84,13 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
     registry="layercrit.resets:RESETS",
     metavar="NAME",
     help="What replaces a layer's parameters.",
+)
+@click.option(
+    "--norm-statistics",
+    default=DEFAULTS.norm_statistics,
+    show_default=True,
+    type=click.Choice(NORM_STATISTICS),
+    help="Running statistics of normalisation layers beside a reset: as trained, reset as well, or estimated again.",
 )
 @click.option(
     "--from",

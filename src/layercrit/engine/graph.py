@@ -26,11 +26,11 @@ from layercrit.engine.nodes import CONVOLUTIONS, value_of
 from layercrit.models.outputs import logits_of
 from layercrit.restoring import attributes_kept
 
-__all__ = ["WeightGraph", "export_graph", "named_tensors", "speed_up"]
+__all__ = ["BATCH_NORM", "WeightGraph", "export_graph", "named_tensors", "speed_up"]
 
 aten = torch.ops.aten
 
-_BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 _READ_MEMORY = {aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default, aten.view_as_real.default}
 # What the exporter writes in its final form at once: neither views nor writes to memory, nor made of other operators
 _FINAL = {
@@ -159,7 +159,7 @@ def _write_out(graph: fx.Graph) -> bool:
     for norm in norms:
         x, gamma, beta, mean, variance, _, momentum, eps, _ = norm.args
         with graph.inserting_before(norm):
-            written = graph.call_function(_BATCH_NORM, (x, gamma, beta, mean, variance, momentum, eps))
+            written = graph.call_function(BATCH_NORM, (x, gamma, beta, mean, variance, momentum, eps))
             output = graph.call_function(operator.getitem, (written, 0))
         output.meta = dict(norm.meta)
         norm.replace_all_uses_with(output)
@@ -255,7 +255,7 @@ def _drop_copies(weight_graph: WeightGraph) -> None:
 
 def _fold_batch_norms(weight_graph: WeightGraph) -> None:
     graph, dynamic = weight_graph.graph, weight_graph.dynamic_nodes()
-    for norm in [node for node in graph.nodes if node.target is _BATCH_NORM]:
+    for norm in [node for node in graph.nodes if node.target is BATCH_NORM]:
         x, gamma, beta, mean, variance, _, eps = norm.args
         outputs = list(norm.users)  # (normalised, saved mean, saved variance)
         if any(user.target is not operator.getitem or user.args[1] != 0 for user in outputs):

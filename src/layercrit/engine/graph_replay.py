@@ -18,7 +18,7 @@ from layercrit.engine.replay import Mode, Replay, Values
 from layercrit.errors import ProtocolError
 from layercrit.layers import Layer
 
-__all__ = ["GraphReplay"]
+__all__ = ["GraphReplay", "Suffix", "call"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Step:
 
 
 @dataclass(frozen=True)
-class _Suffix:
+class Suffix:
     """What one layer's reset changes.
 
     Attributes:
@@ -95,7 +95,7 @@ class GraphReplay(Replay):
         }
         with torch.inference_mode():
             for node in suffix.static:
-                cache[node] = _call(node, node.target, partial(self._static_value, cache=cache))
+                cache[node] = call(node, node.target, partial(self._static_value, cache=cache))
         read = {a for step in suffix.steps for a in step.node.all_input_nodes}
         return {node: value for node, value in cache.items() if node in read}
 
@@ -119,7 +119,7 @@ class GraphReplay(Replay):
         for event in self._schedules[key]:
             if isinstance(event, _Step):
                 with torch.inference_mode():
-                    clean[event.node] = _call(event.node, event.target, values.__getitem__)
+                    clean[event.node] = call(event.node, event.target, values.__getitem__)
             else:
                 name = event.layer.name
                 for of_trial in prepared:
@@ -137,11 +137,11 @@ class GraphReplay(Replay):
         shape: torch.Size = self._weight_graph.images.meta["val"].shape
         return shape
 
-    def _run_suffix(self, suffix: _Suffix, prepared: dict[fx.Node, Any], clean: dict[fx.Node, Any]) -> Any:
+    def _run_suffix(self, suffix: Suffix, prepared: dict[fx.Node, Any], clean: dict[fx.Node, Any]) -> Any:
         drawn = dict(prepared)
         values = ChainMap(drawn, clean, self._static)
         for step in suffix.steps:
-            drawn[step.node] = _call(step.node, step.target, values.__getitem__)
+            drawn[step.node] = call(step.node, step.target, values.__getitem__)
             for node in step.forget:
                 del drawn[node]
         return values[self._weight_graph.logits]
@@ -151,10 +151,10 @@ class GraphReplay(Replay):
         if node not in cache:
             if node.op == "placeholder":
                 return self._weight_graph.values[node]
-            cache[node] = _call(node, node.target, partial(self._static_value, cache=cache))
+            cache[node] = call(node, node.target, partial(self._static_value, cache=cache))
         return cache[node]
 
-    def _plan_suffix(self, layer: Layer) -> _Suffix:
+    def _plan_suffix(self, layer: Layer) -> Suffix:
         reset = (*layer.parameters, *layer.buffers)
         sources = {
             node: next(name for name in reset if name in names)
@@ -174,7 +174,7 @@ class GraphReplay(Replay):
         for node, dead in zip(order, forget, strict=True):
             mine = tuple(a for a in dead if a in changed and a in self._dynamic)
             steps.append(_Step(node, in_place(node, mine), mine))
-        return _Suffix(sources, static, steps, frontier)
+        return Suffix(sources, static, steps, frontier)
 
     def _schedule(self, layers: Sequence[Layer]) -> list[_Step | _Visit]:
         """Order one sweep: run the clean network just far enough for each layer in turn, then to its end."""
@@ -208,7 +208,8 @@ class GraphReplay(Replay):
         return schedule
 
 
-def _call(node: fx.Node, target: Any, look_up: Callable[[fx.Node], Any]) -> Any:
+def call(node: fx.Node, target: Any, look_up: Callable[[fx.Node], Any]) -> Any:
+    """Call what a node calls, or what stands for it, with the values of its arguments."""
     return target(*map_arg(node.args, look_up), **map_arg(node.kwargs, look_up))
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layercrit.engine.calibration import calibrate
 from layercrit.engine.graph_replay import GraphReplay
+from layercrit.engine.norm_statistics import NormStatistics
 from layercrit.engine.opening import open_replay, reopen
 from layercrit.engine.replay import Mode, Replay
 from layercrit.engine.subject import Subject
@@ -46,6 +47,7 @@ class ReplayHolder:
         mode: the replay's mode, where an earlier session with the same protocol chose it.
         notes: the list to which notes for the user are added.
         say: called with a message when batches become smaller.
+        statistics: what becomes of the running statistics of normalisation layers; None: they stay as trained.
     """
 
     mode: Mode
@@ -61,11 +63,13 @@ class ReplayHolder:
         mode: Mode | None,
         notes: list[str],
         say: Callable[[str], None],
+        statistics: NormStatistics | None = None,
     ) -> None:
         size = probe_set.preprocessing
         self.batch_size = choose_batch_size(batch_size, probe_set.n_images, size.height, size.width, subject.device)
         self.seconds_opening = 0.0
         self._subject, self._probe_set, self._notes, self._say = subject, probe_set, notes, say
+        self._statistics = statistics
         self._wanted: str = dtype if mode is None else mode
         self._replay: Replay | None = None
 
@@ -97,6 +101,14 @@ class ReplayHolder:
             self._notes.append(f"out of memory: batch size halved to {self.batch_size}")
             self._say(self._notes[-1])
 
+    def batches(self) -> Iterator[tuple[Tensor, int]]:
+        """Yield `batch` after `batch`, from the first image on."""
+        start = 0
+        while start < self._probe_set.n_images:
+            images, n = self.batch(start)
+            yield images, n
+            start += n
+
     def batch(self, start: int) -> tuple[Tensor, int]:
         """Return a full batch of normalised images, and how many of them count: the last one repeats to fill it."""
         pixels = self._probe_set.batch_on(self._subject.device, start, start + self.batch_size)
@@ -112,9 +124,7 @@ class ReplayHolder:
             replay = self._fastest(images)
         else:
             mode = cast(Mode, self._wanted)
-            replay = open_replay(
-                self._subject.network, self._subject.layers, images, mode, self._subject.model.read_logits
-            )
+            replay = self._open_in(mode, images)
         self.mode = self._wanted = replay.mode
         self.backend = replay.backend
         if replay.note and replay.note not in self._notes:
@@ -122,10 +132,15 @@ class ReplayHolder:
         self.seconds_opening += time.perf_counter() - started
         return replay
 
+    def _open_in(self, mode: Mode, images: Tensor) -> Replay:
+        subject = self._subject
+        layers_of = None if self._statistics is None else self._statistics.layers_with_statistics
+        return open_replay(subject.network, subject.layers, images, mode, subject.model.read_logits, layers_of)
+
     def _fastest(self, images: Tensor) -> Replay:
         """Return a bfloat16 replay if it pays and its error on one batch is tolerable, else the float32 one."""
         subject = self._subject
-        float32 = open_replay(subject.network, subject.layers, images, "float32", subject.model.read_logits)
+        float32 = self._open_in("float32", images)
         if not isinstance(float32, GraphReplay) or not multiplies_bfloat16(subject.device):
             return float32
         flops, after = subject.flops
@@ -136,7 +151,10 @@ class ReplayHolder:
         if bfloat16.mode != "bfloat16":
             return bfloat16  # its note says why it is another
         some = subject.layers[:: math.ceil(len(subject.layers) / _CALIBRATION_LAYERS)]
-        calibration = calibrate(float32, bfloat16, list(subject.changes(0, some)), images)
+        changes = list(subject.changes(0, some))
+        if self._statistics is not None:
+            changes = [self._statistics.with_trained(change) for change in changes]
+        calibration = calibrate(float32, bfloat16, changes, images)
         if calibration.tolerable:
             self._notes.append(f"bfloat16: {calibration}")
             return bfloat16

@@ -5,12 +5,13 @@ that ended before the reset layer was first used returns its recorded output. `P
 the whole network.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 from torch import Tensor, nn
 
 from layercrit.engine.exports import graph_of
+from layercrit.engine.graph import WeightGraph
 from layercrit.engine.graph_replay import GraphReplay
 from layercrit.engine.recorded_replay import RecordedReplay
 from layercrit.engine.replay import Mode, PlainReplay, ReadLogits, Replay
@@ -28,7 +29,12 @@ _BROKEN: dict[Mode, float] = {"float32": 1e-3, "bfloat16": 0.5}
 
 
 def open_replay(
-    network: nn.Module, layers: Sequence[Layer], images: Tensor, mode: Mode, read_logits: ReadLogits = logits_of
+    network: nn.Module,
+    layers: Sequence[Layer],
+    images: Tensor,
+    mode: Mode,
+    read_logits: ReadLogits = logits_of,
+    layers_of: Callable[[WeightGraph | None], Sequence[Layer]] | None = None,
 ) -> Replay:
     """Return the fastest replay that reproduces the network's own logits, for its trained weights and for others.
 
@@ -41,6 +47,7 @@ def open_replay(
         images: a batch of normalised images; its shape is the one that sweeps will have.
         mode: one of `MODES`. Backends other than the exported graph have ``reference`` only.
         read_logits: takes the logits out of what the network returns.
+        layers_of: what may be reset in place of ``layers``, given the exported network, or None where there is none.
     """
     whole = Layer("", "", tuple(name for name, _ in network.named_parameters()), (), 0)
     own = PlainReplay(network, [whole], read_logits=read_logits)
@@ -54,10 +61,12 @@ def open_replay(
             reason = f"the network cannot be exported ({first_line(error)})"
             break
         if _agrees(GraphReplay(weight_graph, [whole]), own, images, rounding):
+            layers = layers if layers_of is None else layers_of(weight_graph)
             return _in_mode(GraphReplay(weight_graph, layers), mode, images)
         reason = "the exported network does not reproduce the network's own logits"
         if not is_shared:
             break
+    layers = layers if layers_of is None else layers_of(None)
     recorded = RecordedReplay(network, layers, f"recorded outputs instead of an exported graph: {reason}", read_logits)
     both = f"{reason}, and recorded outputs give other logits"
     plain = PlainReplay(network, layers, f"the plain backend, without reuse: {both}", read_logits)

@@ -14,6 +14,7 @@ from torch import Tensor
 from layercrit.distances import measure_distances
 from layercrit.engine.dependence import check_dependence
 from layercrit.engine.holder import ReplayHolder
+from layercrit.engine.norm_statistics import NormStatistics
 from layercrit.engine.predictions import Predictions, predict, scores_of
 from layercrit.engine.replay import Mode, PlainReplay, Replay
 from layercrit.engine.subject import Subject
@@ -54,6 +55,9 @@ class Session:
         predictions: what the trained network predicts.
         notes: what the user should know, in words.
         holder: opens and keeps the replay.
+        statistics: what becomes of running statistics beside a reset; None: they stay as trained.
+        shift: how far predictions move (1 minus cosine, mean over images) when the trained network's running statistics
+            are estimated again, without any reset; None where they are not.
         seconds_drawing: the time that drawing new values took so far.
         seconds_packing: the time that preparing them for the replay took.
         seconds_running: the time that running the resets took.
@@ -86,6 +90,11 @@ class Session:
         self.subject, self.probe_set, self.distances = subject, probe_set, distances
         self.labels, about_labels = probe_set.labels_for(subject.model.n_classes) if use_labels else (None, [])
         self.notes = [*subject.notes(), *probe_set.notes, *about_labels]
+        self.statistics = (
+            None
+            if protocol.norm_statistics == "trained"
+            else NormStatistics(protocol.norm_statistics, subject, probe_set.n_images, self.notes)
+        )
         self.holder = ReplayHolder(
             subject,
             probe_set,
@@ -94,6 +103,7 @@ class Session:
             mode=mode,
             notes=self.notes,
             say=bar.say,
+            statistics=self.statistics,
         )
         self._bar = bar
         self.seconds_drawing, self.seconds_packing, self.seconds_running = 0.0, 0.0, 0.0
@@ -107,6 +117,25 @@ class Session:
             )
         self.predictions = predictions
         self._temperature = math.nan if predictions.temperature is None else predictions.temperature
+        self.shift = self.holder.run(self._shift_by_statistics)
+
+    def _shift_by_statistics(self, replay: Replay) -> float | None:
+        """Return how far predictions move when the trained network's statistics are estimated again, and note it."""
+        if self.statistics is None or not self.statistics.are_estimated:
+            return None
+        change = self.statistics.of_trained_network(self.holder.batches())
+        prepared = {change.layer.name: replay.prepare(change.layer, change.values)}
+        n, total = 0, 0.0
+        for images, n_counted in self.holder.batches():
+            (_, after), (_, before) = replay.sweep(images, prepared)
+            p, q = (logits[:n_counted].float().softmax(dim=1) for logits in (before, after))
+            total += float(measure_distances(p, q, ["cosine"])["cosine"].double().sum())
+            n += n_counted
+        self.notes.append(
+            f"running statistics are estimated on {self.statistics.n_images} images; without any reset this alone "
+            f"moves predictions by {total / n:.3f}"
+        )
+        return total / n
 
     def _check_dependence(self) -> None:
         """Make sure that predictions depend on their image alone, where four images fit into memory."""
@@ -256,6 +285,7 @@ class Draws:
         }
         self.delta_norm = [change.delta_norm for changes in self._changes.values() for change in changes]
         self._prepared: tuple[Replay, dict[int, dict[str, Any]]] | None = None
+        self._is_complete = False
         session.seconds_drawing += time.perf_counter() - started
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
@@ -270,6 +300,7 @@ class Draws:
         if self._prepared is None or self._prepared[0] is not replay:
             self._prepared = None  # frees what belonged to the replay before
             started = time.perf_counter()
+            self._complete()
             made = {
                 trial: {c.layer.name: replay.prepare(c.layer, c.values) for c in changes if c.delta_norm != 0}
                 for trial, changes in self._changes.items()
@@ -277,6 +308,13 @@ class Draws:
             self._prepared = (replay, made)
             self._session.seconds_packing += time.perf_counter() - started
         return self._prepared[1]
+
+    def _complete(self) -> None:
+        """Add the running statistics that go with the drawn values, once."""
+        statistics = self._session.statistics
+        if statistics is not None and not self._is_complete:
+            self._changes = statistics.complete(self._changes, self._session.holder.batches())
+            self._is_complete = True
 
     def drop_prepared(self) -> None:
         """Free what was made for a replay; it is made again when it is needed."""
