@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 
 from layercrit.categories import ADVERSARIAL
+from layercrit.conditions import Condition, under
 from layercrit.correlations import rank_correlations
 from layercrit.errors import StudyError, near
 from layercrit.protocol import MATCHED
 from layercrit.statistics import needed_trials
 from layercrit.wrappers import wrapper_of
 
-__all__ = ["Comparison", "about_models", "accuracy_of", "cells_of", "compare", "estimates_of"]
+__all__ = ["Comparison", "about_models", "accuracy_of", "cells_of", "compare", "compare_models", "estimates_of"]
 
 _LISTED = 5  # names shown in a note
 _CAUTION = (
@@ -82,6 +83,7 @@ class Comparison:
         accuracy: ``documented`` (as the authors give it) or ``measured`` (top-1 on the probe set).
         reset: what replaced the parameters.
         baseline: name of the model that the others are compared with, or None.
+        condition: probe set, norm statistics and epoch of the models; None where they are not all the same.
         left_out: names of models that were left out on request.
         caution: what to bear in mind about differences between categories, or None.
         notes: what else readers should know, in plain words.
@@ -101,6 +103,7 @@ class Comparison:
     accuracy: str
     reset: str
     baseline: str | None
+    condition: Condition | None
     left_out: tuple[str, ...]
     caution: str | None
     notes: tuple[str, ...]
@@ -148,6 +151,7 @@ class Comparison:
             **percent,
             "baseline": self.baseline,
             "reset": self.reset,
+            "condition": None if self.condition is None else asdict(self.condition),
             "accuracy": self.accuracy,
             "correlations": [
                 {"without": without, "method": method, **_plain(row)}
@@ -180,7 +184,14 @@ class Comparison:
 
 
 def compare(
-    study: _Study, *, baseline: str | None = None, leave_out: Sequence[str] | None = None, reset: str | None = None
+    study: _Study,
+    *,
+    baseline: str | None = None,
+    leave_out: Sequence[str] | None = None,
+    reset: str | None = None,
+    probe_set: str | None = None,
+    norm_statistics: str | None = None,
+    epoch: int | None = None,
 ) -> Comparison:
     """Compare the models of a study.
 
@@ -189,20 +200,41 @@ def compare(
         baseline: the model that the others are compared with. None: the study's own, if it names one.
         leave_out: categories, or names of models. None: those that the study names; an empty list: none.
         reset: None for the study's only or first one.
+        probe_set: which of the study's probe sets the models were shown; None: the first.
+        norm_statistics: what became of running statistics beside the reset; None: what the study names first.
+        epoch: of the models' training runs; None: their final weights.
 
     Raises:
         StudyError: a name is unknown, no model is left, or the models have no layer in common.
     """
+    models, condition = under(
+        study.models, study.folder, probe_set=probe_set, norm_statistics=norm_statistics, epoch=epoch
+    )
+    return compare_models(study, models, condition, baseline=baseline, leave_out=leave_out, reset=reset)
+
+
+def compare_models(
+    study: _Study,
+    models: pd.DataFrame,
+    condition: Condition | None,
+    *,
+    baseline: str | None = None,
+    leave_out: Sequence[str] | None = None,
+    reset: str | None = None,
+) -> Comparison:
+    """Compare some rows of a study's models as `compare` does; ``condition`` is what they have in common, if any."""
+    # where a model is named, its variant under this condition is meant
+    names = {str(of or name): str(name) for name, of in zip(models["model"], models["variant_of"], strict=True)}
     ok = study.of_reset(reset)
     used = str(ok["reset"].iloc[0])
     cells = study.cells[study.cells["reset"] == used]
-    left_out = _left_out(study, study.record.get("leave_out", []) if leave_out is None else leave_out)
+    left_out = _left_out(study, models, names, study.record.get("leave_out", []) if leave_out is None else leave_out)
     usable = set(ok["model"])
-    compared = [name for name in study.models["model"] if name not in left_out and name in usable]
+    compared = [name for name in models["model"] if name not in left_out and name in usable]
     if not compared:
         raise StudyError(f"No model of the study in {study.folder} is left to compare. Leave out fewer models.")
-    notes = [*study.record.get("notes", []), *_about_missing(study, cells, used, left_out)]
-    chosen, about_baseline = _baseline(study, baseline, compared)
+    notes = [*study.record.get("notes", []), *_about_missing(study, list(models["model"]), cells, used, left_out)]
+    chosen, about_baseline = _baseline(study, names, baseline, compared)
     first = chosen or compared[0]  # names and order of layers are its
     cells, about_layers = _aligned(cells[cells["model"].isin(compared)], first)
     grid = _grid(cells)
@@ -232,39 +264,44 @@ def compare(
         accuracy=kind,
         reset=used,
         baseline=chosen,
-        left_out=tuple(name for name in study.models["model"] if name in left_out),
+        condition=condition,
+        left_out=tuple(name for name in models["model"] if name in left_out),
         caution=_CAUTION if unlike else None,
         notes=(*about_layers, *notes, *about_baseline, *_about_bad(cells, tables["n_bad"]), *about_accuracy),
         origin=_origin(study, used),
     )
 
 
-def _left_out(study: _Study, names: Sequence[str]) -> set[str]:
+def _left_out(study: _Study, models: pd.DataFrame, names: Mapping[str, str], given: Sequence[str]) -> set[str]:
     """Return the models in a list of categories and models."""
-    of_category = {str(name): list(models) for name, models in study.models.groupby("category")["model"]}
-    models = set(study.models["model"])
+    of_category = {str(name): list(members) for name, members in models.groupby("category")["model"]}
+    known = {**{name: name for name in models["model"]}, **names}
     found: set[str] = set()
-    for name in names:
-        if name not in models and name not in of_category:
+    for name in given:
+        if name not in known and name not in of_category:
             raise StudyError(
                 f"The study in {study.folder} has no model or category {name!r} to leave out. "
-                f"{near(name, [*of_category, *study.models['model']])}"
+                f"{near(name, [*of_category, *known])}"
             )
-        found.update(of_category.get(name, []) if name not in models else [name])
+        found.update(of_category.get(name, []) if name not in known else [known[name]])
     return found
 
 
-def _baseline(study: _Study, asked: str | None, compared: Sequence[str]) -> tuple[str | None, list[str]]:
+def _baseline(
+    study: _Study, names: Mapping[str, str], asked: str | None, compared: Sequence[str]
+) -> tuple[str | None, list[str]]:
     """Return the baseline, and a note where the study's own cannot be used."""
-    known = study.models["model"].to_list()
+    known = [*dict.fromkeys([*names, *names.values()])]
     if asked is not None and asked not in known:
         raise StudyError(f"The study in {study.folder} has no model {asked!r}. {near(asked, known)}")
+    asked = asked and names.get(asked, asked)
     if asked is not None and asked not in compared:
         raise StudyError(
             f"The baseline {asked!r} is left out or has no finished cell. Name another one; compared are: "
             f"{_listed(compared)}."
         )
     own = study.record.get("baseline")
+    own = own and names.get(own, own)
     if asked is None and own is not None and own not in compared:
         return None, [f"There are no differences to the baseline {own}, since it is left out or has no finished cell."]
     return asked or own, []
@@ -441,9 +478,12 @@ def _origin(study: _Study, reset: str) -> dict[str, Any]:
 # --- notes ------------------------------------------------------------------------------------------------------------
 
 
-def _about_missing(study: _Study, cells: pd.DataFrame, reset: str, left_out: set[str]) -> list[str]:
+def _about_missing(
+    study: _Study, models: Sequence[str], cells: pd.DataFrame, reset: str, left_out: set[str]
+) -> list[str]:
     """Say which models have nothing to compare, or fewer trials than planned, and what failed."""
-    wanted = [name for name in study.models["model"] if name not in left_out]
+    wanted = [name for name in models if name not in left_out]
+    cells = cells[cells["model"].isin(models)]
     usable = set(cells.loc[cells["status"] == "ok", "model"])
     notes = []
     if absent := [name for name in wanted if name not in usable]:
@@ -462,7 +502,7 @@ def _about_missing(study: _Study, cells: pd.DataFrame, reset: str, left_out: set
     notes += [
         f"Failed: {failure.model}, trial {failure.trial} ({failure.error})."
         for failure in study.failures
-        if failure.reset == reset and failure.model not in left_out
+        if failure.reset == reset and failure.model in wanted
     ]
     return notes
 

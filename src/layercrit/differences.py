@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from layercrit.comparison import Comparison, cells_of, compare
+from layercrit.comparison import Comparison, cells_of, compare, compare_models
+from layercrit.conditions import under
 from layercrit.contrasts import (
     Contrasts,
     benjamini_hochberg,
@@ -22,7 +23,7 @@ from layercrit.protocol import MATCHED
 from layercrit.study.shards import StoredStudy, open_study
 from layercrit.study.tables import Study
 
-__all__ = ["Differences", "differences"]
+__all__ = ["Differences", "condition_differences", "differences"]
 
 Array = npt.NDArray[np.float64]
 Pair = tuple[str, str]
@@ -105,6 +106,9 @@ def differences(
     baseline: str | None = None,
     leave_out: Sequence[str] | None = None,
     reset: str | None = None,
+    probe_set: str | None = None,
+    norm_statistics: str | None = None,
+    epoch: int | None = None,
 ) -> Differences:
     """Test the differences between models, or categories of models, layer by layer.
 
@@ -126,6 +130,9 @@ def differences(
         baseline: as in `layercrit.compare`.
         leave_out: as in `layercrit.compare`.
         reset: as in `layercrit.compare`.
+        probe_set: as in `layercrit.compare`.
+        norm_statistics: as in `layercrit.compare`.
+        epoch: as in `layercrit.compare`.
 
     Raises:
         StudyError: a name is unknown, there is no baseline, or a value asked for was not measured.
@@ -135,10 +142,70 @@ def differences(
         >>> study = layercrit.load_study("layercrit-demo/study")  # doctest: +SKIP
         >>> differences(study, pairs=[("pixmix", "baseline")]).table  # doctest: +SKIP
     """
-    comparison = compare(study, baseline=baseline, leave_out=leave_out, reset=reset)
+    comparison = compare(
+        study,
+        baseline=baseline,
+        leave_out=leave_out,
+        reset=reset,
+        probe_set=probe_set,
+        norm_statistics=norm_statistics,
+        epoch=epoch,
+    )
     return compared_differences(
         study, comparison, pairs=pairs, between=between, unit=unit, family=family, matched=matched, alpha=alpha
     )
+
+
+def condition_differences(
+    study: Study,
+    *,
+    probe_set: str | None = None,
+    norm_statistics: str | None = None,
+    epoch: int | None = None,
+    reset: str | None = None,
+    leave_out: Sequence[str] | None = None,
+    family: Literal["all", "pair"] = "all",
+    matched: bool = False,
+    alpha: float = 0.05,
+) -> Differences:
+    """Test what another condition changes, layer by layer: criticality under it minus that under the study's first one.
+
+    Draws are the same under both and paired. So are images, unless the probe sets differ: intervals then hold for new
+    trials on the same images.
+
+    Args:
+        study: finished or not.
+        probe_set: of the other condition; None: the study's first.
+        norm_statistics: of the other condition; None: what the study names first.
+        epoch: of the other condition; None: the final weights.
+        reset: as in `layercrit.compare`.
+        leave_out: as in `layercrit.compare`.
+        family: as in `differences`; a pair is a model under both conditions.
+        matched: as in `differences`.
+        alpha: as in `differences`.
+
+    Raises:
+        StudyError: the study has no such condition, only this one, or no model that was measured under both.
+    """
+    models, other = under(study.models, study.folder, probe_set=probe_set, norm_statistics=norm_statistics, epoch=epoch)
+    first_models, first = under(study.models, study.folder)
+    if other == first:
+        raise StudyError(
+            f"The study's first condition ({first.in_words() or 'its only one'}) cannot differ from itself. Name another "
+            f"one: {'; '.join(one.in_words() for one in study.conditions[1:]) or 'the study has none'}."
+        )
+    sides = [
+        compare_models(study, rows, condition, leave_out=leave_out, reset=reset).criticality.index
+        for rows, condition in ((models, other), (first_models, first))
+    ]
+    own = {name: of or name for name, of in zip(study.models["model"], study.models["variant_of"], strict=True)}
+    before = {own[name]: name for name in sides[1]}
+    pairs = [(str(name), str(before[own[name]])) for name in sides[0] if own[name] in before]
+    if not pairs:
+        raise StudyError(f"No model of the study in {study.folder} was measured under both conditions. Run it first.")
+    both = study.models[study.models["model"].isin([name for pair in pairs for name in pair])]
+    comparison = compare_models(study, both, None, leave_out=[], reset=reset)
+    return compared_differences(study, comparison, pairs=pairs, family=family, matched=matched, alpha=alpha)
 
 
 def compared_differences(
@@ -338,12 +405,11 @@ def _by_pairing(samples: Sequence[_Sample], weights: Array) -> dict[_Pairing | N
 def _pairing(samples: Sequence[_Sample]) -> _Pairing | None:
     """Return what some models have in common, None where that is not enough to pair them."""
     images, random = {sample.images for sample in samples}, {sample.random for sample in samples}
-    every_image = all(sample.every_image for sample in samples)
-    if len(images) > 1 or len(random) > 1 or None in images:
+    every_image = len(images) == 1 and all(sample.every_image for sample in samples)
+    if len(random) > 1 or None in images or (len(images) > 1 and random == {False}):
         return None
-    ((asked,), (chance,)) = images, random
-    if asked is None:
-        return None
+    (chance,) = random
+    asked = samples[0].images or (0, "")
     if not chance:
         return _Pairing((), asked, chance, every_image)
     of_samples = [sample.seeds for sample in samples]

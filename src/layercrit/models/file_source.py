@@ -12,7 +12,7 @@ from layercrit.models.fitting import fit
 from layercrit.models.model import INPUT, Model
 from layercrit.models.sources import ModelSource, model_source, open_reference, parse
 
-__all__ = ["record_file", "weight_file"]
+__all__ = ["kept_epochs", "record_file", "weight_file"]
 
 _EPOCH = re.compile(r"epoch-(\d+)\.safetensors")  # weights that a training run kept on its way
 
@@ -66,7 +66,7 @@ def weight_file(path: str | Path) -> Path:
         return path
     if is_folder:
         inside = sorted(path.glob("*.safetensors"))
-        if not inside and (kept := _epochs_of(path)):
+        if not inside and (kept := kept_epochs(path)):
             raise CheckpointError(
                 f"{path} has no final weights yet: training has not finished. Finish it, or name one of the epochs "
                 f"that it kept, such as {path}@epoch={max(kept)}."
@@ -77,14 +77,14 @@ def weight_file(path: str | Path) -> Path:
         return path
     if not Path(folder).is_dir():
         raise CheckpointError(f"There is no training folder {folder}. {look_beside(Path(folder))}")
-    kept = _epochs_of(Path(folder))
+    kept = kept_epochs(Path(folder))
     if re.fullmatch(r"[0-9]{1,9}", number) and int(number) in kept:
         return kept[int(number)]
     listed = ", ".join(map(str, sorted(kept))) or "none, it is not the folder of a training run"
     raise CheckpointError(f"{folder} did not keep the weights of epoch {number!r}. Epochs that it kept: {listed}.")
 
 
-def _epochs_of(folder: Path) -> dict[int, Path]:
+def kept_epochs(folder: Path) -> dict[int, Path]:
     """Return the files of the epochs that a training run has kept, by their number."""
     found = ((_EPOCH.fullmatch(path.name), path) for path in (folder / "epochs").glob("*.safetensors"))
     return {int(match[1]): path for match, path in found if match}

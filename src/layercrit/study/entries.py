@@ -5,8 +5,9 @@ import glob
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from layercrit.models.sources import MODEL_SOURCES
 from layercrit.models.zoo.fetching import find_entries
 
 _WILD = re.compile(r"[*?\[]")
+_STATISTICS = {"trained": "trained statistics", "reset": "statistics reset", "reestimate": "statistics re-estimated"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class ModelEntry:
         donor: a weight file, for resets whose values come from one.
         attack_norm: norm of the perturbations that it was trained to withstand, such as ``l2`` or ``linf``, or None.
         eps: the largest of them, in the units in which its authors give it, or None.
+        variant_of: name of the model of which this is a variant: at another epoch, on another probe set, or with other
+            norm statistics; None: it is none.
+        epoch: of its training run, or None: its final weights.
+        probe_set: name of the images that it is shown; None: the study has only one probe set.
+        norm_statistics: as in `layercrit.protocol.Protocol`.
     """
 
     name: str
@@ -42,6 +49,38 @@ class ModelEntry:
     donor: str | None = None
     attack_norm: str | None = None
     eps: float | None = None
+    variant_of: str | None = None
+    epoch: int | None = None
+    probe_set: str | None = None
+    norm_statistics: str = "trained"
+
+
+def variants_of(
+    entry: ModelEntry, epochs: Sequence[int], probe_sets: Sequence[str], norm_statistics: Sequence[str]
+) -> Iterator[ModelEntry]:
+    """Yield a model as it is asked for first, and each variant of it.
+
+    Args:
+        entry: the model, with its final weights.
+        epochs: of its training run, to be measured as well.
+        probe_sets: names of the probe sets, the first of which is the model's own; none: there is only one.
+        norm_statistics: what becomes of running statistics, likewise.
+    """
+    path, mark, options = file_parts(entry.reference) if epochs else ("", "", "")
+    for how, images, epoch in product(norm_statistics, probe_sets or [None], [None, *epochs]):
+        changes = [
+            *([] if epoch is None else [f"epoch {epoch}"]),
+            *([] if not probe_sets or images == probe_sets[0] else [str(images)]),
+            *([] if how == norm_statistics[0] else [_STATISTICS[how]]),
+        ]
+        one = replace(entry, probe_set=images, norm_statistics=how)
+        if epoch is not None:
+            one = replace(one, epoch=epoch, reference=f"{path}@epoch={epoch}{mark}{options}", accuracy=None)
+        if changes:
+            suffix = f" ({', '.join(changes)})"
+            label = None if entry.label is None else entry.label + suffix
+            one = replace(one, name=entry.name + suffix, label=label, variant_of=entry.name)
+        yield one
 
 
 def rows_of_list(
@@ -105,7 +144,7 @@ def models_of(reference: str, folder: Path) -> Iterator[ModelEntry]:
     Raises:
         StudyError: it names none, or is not a reference; the text suggests similar names.
     """
-    name, _, options = reference.partition("?") if not reference.startswith("file:") else _file_parts(reference)
+    name, _, options = reference.partition("?") if not reference.startswith("file:") else file_parts(reference)
     kind, _, rest = name.partition(":")
     if kind not in MODEL_SOURCES or not rest:
         raise StudyError(f"{reference!r} is no model reference. {near(kind, MODEL_SOURCES)}")
@@ -160,7 +199,7 @@ def _matching(pattern: str, study_folder: Path) -> list[Path]:
     return sorted(study_folder / name for name in found)
 
 
-def _file_parts(reference: str) -> tuple[str, str, str]:
+def file_parts(reference: str) -> tuple[str, str, str]:
     """Split ``file:PATH?arch=...`` at its options; a question mark elsewhere in a path is a wildcard."""
     match = re.match(r"(?s)(.*?)\?(\w+=.*)$", reference)
     return (match[1], "?", match[2]) if match else (reference, "", "")

@@ -33,19 +33,19 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from layercrit.declarations import Declaration, read_table
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.errors import LayercritError, StudyError, near
-from layercrit.models.file_source import weight_file
+from layercrit.models.file_source import kept_epochs, weight_file
 from layercrit.models.own_networks import import_here
 from layercrit.models.references import without_weights
 from layercrit.probes.images import STANDARD, Preprocessing
 from layercrit.probes.labelling import is_label_file
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import RESETS, get_reset
-from layercrit.study.entries import ModelEntry, models_of, rows_of_list
+from layercrit.study.entries import ModelEntry, file_parts, models_of, rows_of_list, variants_of
 from layercrit.study.schema import (
     METHOD_KEYS,
     TABLES,
@@ -60,8 +60,28 @@ from layercrit.study.training_entries import Training, TrainingRun, model_mistak
 
 __all__ = ["ModelEntry", "StudyFile", "Training", "TrainingRun", "read_study_file"]
 
+_OF_VARIANTS = ("variant_of", "epoch", "probe_set", "norm_statistics")  # the file says once for all models
 _LISTED = 20  # mistakes shown at once
 _Section = TypeVar("_Section", bound=Declaration)
+
+
+@dataclass(frozen=True)
+class Images:
+    """One probe set of a study file.
+
+    Attributes:
+        name: its name; None where it is the only one.
+        source: where the images come from.
+        n_images: how many images to draw.
+        labels: whether to use labels; or the file or the column that has them.
+        classes: the file with the names of classes in the order of the models' outputs, or None.
+    """
+
+    name: str | None
+    source: str
+    n_images: int
+    labels: bool | str
+    classes: str | None
 
 
 @dataclass(frozen=True)
@@ -70,12 +90,14 @@ class StudyFile:
 
     Attributes:
         name: the study's name.
-        models: the models, in order.
-        source: where the images come from.
+        models: the models, in order, each with its variants: at other epochs, on other probe sets, or with other norm
+            statistics.
+        source: where the images of the first probe set come from.
         n_images: how many images to draw.
         labels: whether to use labels; or the file or the column that has them.
         preprocessing: how images become the pixels that every model gets.
-        protocol: the settings of all measurements; its ``reset`` is the first of ``resets``.
+        protocol: the settings of all measurements; its ``reset`` is the first of ``resets``, and its
+            ``norm_statistics`` are those of the models that are no variants.
         resets: names of the resets.
         distances: names of the distances, ``cosine`` first.
         baseline: name of the model that others are compared with, or None.
@@ -83,6 +105,10 @@ class StudyFile:
         imports: modules to import first.
         training: how the study trains its own models, or None without a table ``[training]``.
         classes: the file with the names of classes in the order of the models' outputs, or None.
+        probe_set: the name of the first probe set; None where it is the only one.
+        further_images: further probe sets.
+        norm_statistics: what becomes of running statistics beside a reset, each of which is measured.
+        epochs: of training runs that are measured beside the final weights.
     """
 
     name: str
@@ -99,6 +125,16 @@ class StudyFile:
     imports: tuple[str, ...]
     training: Training | None = None
     classes: str | None = None
+    probe_set: str | None = None
+    further_images: tuple[Images, ...] = ()
+    norm_statistics: tuple[str, ...] = (DEFAULTS.norm_statistics,)
+    epochs: Literal["all"] | tuple[int, ...] = ()
+
+    @property
+    def images(self) -> tuple[Images, ...]:
+        """All probe sets."""
+        first = Images(self.probe_set, self.source, self.n_images, self.labels, self.classes)
+        return (first, *self.further_images)
 
     def untrained(self) -> list[str]:
         """Return the names of the models whose training has not finished."""
@@ -120,11 +156,15 @@ class StudyFile:
         sections: list[tuple[str, Mapping[str, Any]]] = [
             ("[study]", {"name": self.name, "baseline": self.baseline, "leave_out": list(self.leave_out),
                          "imports": list(self.imports)}),
-            ("[images]", {"source": self.source, "n_images": self.n_images, "labels": self.labels,
-                          "classes": self.classes, "input_size": [size.channels, size.height, size.width],
-                          "resize": 0 if size.resize is None else size.resize, "interpolation": size.interpolation}),
-            ("[protocol]", {**protocol, "resets": list(self.resets), "distances": list(self.distances)}),
-            *(("[[models]]", vars(model)) for model in self.models),
+            *(("[[images]]" if self.further_images else "[images]",
+               {**vars(images), "input_size": [size.channels, size.height, size.width],
+                "resize": 0 if size.resize is None else size.resize, "interpolation": size.interpolation})
+              for images in self.images),
+            ("[protocol]", {**protocol, "resets": list(self.resets), "distances": list(self.distances),
+                            "norm_statistics": list(self.norm_statistics),
+                            "epochs": self.epochs if self.epochs == "all" else list(self.epochs)}),
+            *(("[[models]]", {key: value for key, value in vars(model).items() if key not in _OF_VARIANTS})
+              for model in self.models if model.variant_of is None),
         ]  # fmt: skip
         return "\n".join(_section(title, values) for title, values in sections)
 
@@ -162,7 +202,8 @@ class _Reader:
         self.runs: list[TrainingRun] = []
 
     def read(self) -> StudyFile:
-        study, images = self._section("study", StudyTable), self._section("images", ImagesTable)
+        study = self._section("study", StudyTable)
+        images, *further = self._images_tables()
         protocol = self._section("protocol", ProtocolTable)
         self.training = self._section("training", TrainingTable) if "training" in self.content else None
         tables = self._model_tables()
@@ -179,14 +220,33 @@ class _Reader:
         self._check_donors(models, resets)
         self._check_comparison(models, study.baseline, study.leave_out)
         settings = self._protocol(protocol, resets[0])
+        first, *others = self._probe_sets(images, further, preprocessing)
+        names = [first.name, *(one.name for one in others)] if others else []
+        statistics = _listed(protocol.norm_statistics)
+        every = [
+            variant
+            for entry in models
+            for variant in variants_of(entry, self._epochs_of(entry, protocol.epochs), names, statistics)
+        ]
+        self._check_unique(every)
+        are_trained = not self.some_unread and all(run.is_finished() for run in self.runs)
+        if protocol.epochs and are_trained and not any(entry.epoch is not None for entry in every):
+            self.mistakes.append(
+                "[protocol] epochs: no model is the folder of a training run that kept one of these epochs "
+                "(`layercrit train --keep-epochs`)"
+            )
         self._raise_mistakes()
         return StudyFile(
             name=self._default_name() if study.name is None else study.name,
-            models=tuple(models),
-            source=self._absolute_source(images.source),
-            n_images=images.n_images,
-            labels=self._absolute_labels(images.labels),
-            classes=None if images.classes is None else str(self._absolute(images.classes)),
+            models=tuple(every),
+            source=first.source,
+            n_images=first.n_images,
+            labels=first.labels,
+            classes=first.classes,
+            probe_set=first.name,
+            further_images=tuple(others),
+            norm_statistics=tuple(statistics),
+            epochs=protocol.epochs if protocol.epochs == "all" else tuple(protocol.epochs),
             preprocessing=preprocessing,
             protocol=settings,
             resets=tuple(dict.fromkeys(resets)),
@@ -200,7 +260,8 @@ class _Reader:
     def _protocol(self, table: Declaration, reset: str) -> Protocol:
         """Return the settings of a table whose keys are right each by itself, and note where they contradict."""
         try:
-            return Protocol(**table.model_dump(exclude={"resets", "distances"}), reset=reset)
+            given = table.model_dump(exclude={"resets", "distances", "norm_statistics", "epochs"})
+            return Protocol(**given, reset=reset, norm_statistics=_listed(table.norm_statistics)[0])
         except LayercritError as error:
             self.mistakes.append(f"[protocol] {error}")
             return DEFAULTS
@@ -225,6 +286,51 @@ class _Reader:
             return read_table(kind, table, f"[{name}]", self.mistakes)
         self.mistakes.append(f"expected one table [{name}], got {table!r}")
         return read_table(kind, {}, "", [])
+
+    def _images_tables(self) -> list[ImagesTable]:
+        """Return the tables of probe sets; what a further one does not say is as in the first."""
+        tables = self.content.get("images", {})
+        if not isinstance(tables, list):
+            return [self._section("images", ImagesTable)]
+        if not tables or not all(isinstance(table, dict) for table in tables):
+            self.mistakes.append(f"expected a table [images], or tables [[images]], got {tables!r}")
+            return [read_table(ImagesTable, {}, "", [])]
+        found: list[ImagesTable] = []
+        for number, table in enumerate(tables, 1):
+            inherited = {key: value for key, value in tables[0].items() if key not in ("name", "source")}
+            where = "[images]" if len(tables) == 1 else f"[[images]] no. {number}:"
+            found.append(read_table(ImagesTable, inherited | table, where, self.mistakes))
+            if len(tables) > 1 and not table.get("name"):
+                self.mistakes.append(f"{where} has no name, which each of several probe sets needs")
+        return found
+
+    def _probe_sets(
+        self, images: ImagesTable, further: Sequence[ImagesTable], pixels: Preprocessing
+    ) -> Iterator[Images]:
+        names: list[str | None] = []
+        for table in (images, *further):
+            if further and table.name in names:
+                self.mistakes.append(f"two probe sets are named {table.name!r}; give one of them another name")
+            if table is not images and self._preprocessing(table) != pixels:
+                self.mistakes.append(
+                    f"the probe set {table.name!r} has other pixels (input_size, resize, interpolation) than the "
+                    "first: all must have the same. Leave these keys out"
+                )
+            names.append(table.name)
+            yield Images(
+                table.name if further else None,
+                self._absolute_source(table.source),
+                table.n_images,
+                self._absolute_labels(table.labels),
+                None if table.classes is None else str(self._absolute(table.classes)),
+            )
+
+    def _epochs_of(self, entry: ModelEntry, asked: Literal["all"] | Sequence[int]) -> list[int]:
+        """Return those of the epochs that are asked for that a model's training run has kept."""
+        if not asked or not entry.reference.startswith("file:"):
+            return []
+        kept = sorted(kept_epochs(Path(file_parts(entry.reference)[0].removeprefix("file:"))))
+        return [epoch for epoch in kept if asked == "all" or epoch in asked]
 
     def _model_tables(self) -> list[tuple[str, Set[str], ModelTable]]:
         """Return place, keys as they were written, and what is right of each table ``[[models]]``."""
@@ -279,7 +385,6 @@ class _Reader:
                     models.extend(self._entries(place, read_table(ModelTable, row, f"{place}:", self.mistakes)))
             else:
                 models.extend(self._entries(where, table))
-        self._check_unique(models)
         return models
 
     def _trained(self, where: str, table: ModelTable, rewinds: bool) -> Iterator[ModelEntry]:
@@ -390,6 +495,10 @@ class _Reader:
         if source.startswith("torchvision:"):
             return re.sub(r"(?<=[?&]root=)[^&]*", lambda found: str(self._absolute(found[0])), source)
         return str(self._absolute(source))
+
+
+def _listed(given: str | Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([given] if isinstance(given, str) else given))
 
 
 def _section(title: str, values: Mapping[str, Any]) -> str:

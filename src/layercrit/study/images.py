@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,92 +13,108 @@ from layercrit.probes.labelling import open_images
 from layercrit.probes.parts import without_split
 from layercrit.probes.probe_set import ProbeSet, Progress
 from layercrit.seeds import probe_set_seed
-from layercrit.study.file import StudyFile
+from layercrit.study.file import Images, StudyFile
 from layercrit.study.shards import Shards
 from layercrit.study.store import Store
 
 __all__ = ["draw_images", "drawn_images", "n_available_images"]
 
-_PROBE_SET = "probe_set"
+_PROBE_SET, _FURTHER = "probe_set", "probe_sets"
 _LOCK = "shards"  # folder whose lock the shard that decodes holds
 _PATIENCE = 3600.0  # seconds that the others wait for it
 
 
 def n_available_images(study: StudyFile) -> int:
     """Return how many images there are, those of the study file at most."""
-    labels = study.labels if isinstance(study.labels, str) else "auto"
-    return min(study.n_images, len(open_images(study.source, labels)))
+    return min(_n_available(images) for images in study.images)
 
 
-def drawn_images(folder: Path) -> ProbeSet:
-    """Return the images that `draw_images` put into a study's folder."""
-    return ProbeSet.load(folder / _PROBE_SET, verify=False)
+def _n_available(images: Images) -> int:
+    labels = images.labels if isinstance(images.labels, str) else "auto"
+    return min(images.n_images, len(open_images(images.source, labels)))
+
+
+def drawn_images(study: StudyFile, folder: Path) -> dict[str | None, ProbeSet]:
+    """Return the probe sets that `draw_images` put into a study's folder, by name."""
+    return {images.name: ProbeSet.load(_place(study, folder, images), verify=False) for images in study.images}
+
+
+def _place(study: StudyFile, folder: Path, images: Images) -> Path:
+    """Return the folder of a probe set, whose name may have any characters."""
+    if images.name == study.probe_set:
+        return folder / _PROBE_SET
+    return folder / _FURTHER / hashlib.sha256(str(images.name).encode()).hexdigest()[:16]
 
 
 def draw_images(
-    study: StudyFile, folder: Path, n_images: int, store: Store, *, shared: bool, progress: Progress
+    study: StudyFile, images: Images, folder: Path, n_images: int, store: Store, *, shared: bool, progress: Progress
 ) -> ProbeSet:
     """Return the images as an earlier run or another shard decoded them, or decode them now.
 
     Args:
         study: the study.
+        images: which of its probe sets.
         folder: its folder.
-        n_images: how many to draw.
+        n_images: how many to draw, at most.
         store: of the run or shard, in which is written what was decoded.
         shared: whether other shards may decode them at the same time.
         progress: called with the number of images decoded, and of those wanted.
     """
-    labels = study.labels
-    asked = {"source": study.source, "n_images": n_images, "labels": labels,
+    labels, place = images.labels, _place(study, folder, images)
+    asked = {"source": images.source, "n_images": n_images, "labels": labels,
              "seed": study.protocol.seed, "preprocessing": str(study.preprocessing)}  # fmt: skip
-    lists = [path for path in (labels, study.classes) if isinstance(path, str)]
-    asked |= {"classes": study.classes} if study.classes is not None else {}
-    files = _state_of(study.source, lists)
-    if shared and (found := _kept(folder, store, shared, asked, files)) is not None:  # without waiting for anybody
+    lists = [path for path in (labels, images.classes) if isinstance(path, str)]
+    asked |= {"classes": images.classes} if images.classes is not None else {}
+    files = _state_of(images.source, lists)
+    about = "images" if images.name == study.probe_set else f"images {images.name}"
+    known = partial(_kept, folder, place, store, about, shared, asked, files)
+    if shared and (found := known()) is not None:  # without waiting for anybody
         return found
     with hold(folder / _LOCK, "decoding of images", patience=_PATIENCE) if shared else contextlib.nullcontext():
-        if (found := _kept(folder, store, shared, asked, files)) is not None:
+        if (found := known()) is not None:
             return found
         probe_set = ProbeSet.from_source(
-            study.source,
+            images.source,
             study.preprocessing,
             n_images=n_images,
             seed=probe_set_seed(study.protocol.seed),
             labels=labels if isinstance(labels, str) else "auto" if labels else "none",
-            classes=study.classes,
+            classes=images.classes,
             progress=progress,
         )
-        probe_set.save(folder / _PROBE_SET)
-        _write_down(store, {"asked": asked, "files": files, "sha256": probe_set.sha256})
-    return drawn_images(folder)
+        probe_set.save(place)
+        _write_down(store, about, {"asked": asked, "files": files, "sha256": probe_set.sha256})
+    return ProbeSet.load(place, verify=False)
 
 
-def _kept(folder: Path, store: Store, shared: bool, asked: Mapping[str, Any], files: str | None) -> ProbeSet | None:
+def _kept(
+    folder: Path, place: Path, store: Store, about: str, shared: bool, asked: Mapping[str, Any], files: str | None
+) -> ProbeSet | None:
     """Return the images in a study's folder, if they are those that are asked for."""
-    for known in _known(folder, store, shared):
+    for known in _known(folder, store, about, shared):
         if known.get("asked") == asked and files in (None, known["files"]):
             with contextlib.suppress(ProbeError):  # gone or damaged: decoded anew
-                probe_set = ProbeSet.load(folder / _PROBE_SET)
+                probe_set = ProbeSet.load(place)
                 if probe_set.sha256 == known["sha256"]:
-                    _write_down(store, known)
+                    _write_down(store, about, known)
                     return probe_set
     return None
 
 
-def _known(folder: Path, store: Store, shared: bool) -> list[dict[str, Any]]:
+def _known(folder: Path, store: Store, about: str, shared: bool) -> list[dict[str, Any]]:
     """Return which images the stores of a study say are in its folder."""
-    known = [store.meta("images")]
+    known = [store.meta(about)]
     if shared:
         with Shards(folder) as shards:
-            known += [other.meta("images") for _, other in shards.stores()]
+            known += [other.meta(about) for _, other in shards.stores()]
     # each once: to look whether the images are still those takes reading them all
     return [one for place, one in enumerate(known) if one is not None and one not in known[:place]]
 
 
-def _write_down(store: Store, known: Mapping[str, Any]) -> None:
-    if store.meta("images") != known:
+def _write_down(store: Store, about: str, known: Mapping[str, Any]) -> None:
+    if store.meta(about) != known:
         with store.transaction():
-            store.put_meta("images", known)
+            store.put_meta(about, known)
 
 
 def _state_of(source: str, lists: Sequence[str]) -> str | None:

@@ -100,6 +100,27 @@ MIGRATIONS = (
         ) WHERE rowid = NEW.rowid;
     END;
     """,
+    # a model may be measured at several epochs, on several probe sets, and with several kinds of norm statistics
+    """
+    ALTER TABLE models ADD COLUMN variant_of TEXT;
+    ALTER TABLE models ADD COLUMN epoch INTEGER;
+    ALTER TABLE models ADD COLUMN probe_set TEXT;
+    ALTER TABLE models ADD COLUMN norm_statistics TEXT;
+    DROP TRIGGER models_checksum;
+    CREATE TRIGGER models_checksum AFTER INSERT ON models BEGIN
+        UPDATE models SET checksum = checksum(
+            NEW.model, NEW.position, NEW.reference, NEW.category, NEW.label, NEW.documented_accuracy,
+            NEW.attack_norm, NEW.eps, NEW.record, NEW.variant_of, NEW.epoch, NEW.probe_set, NEW.norm_statistics
+        ) WHERE rowid = NEW.rowid;
+    END;
+    DROP TRIGGER record_checksum;
+    CREATE TRIGGER record_checksum AFTER UPDATE OF record ON models BEGIN
+        UPDATE models SET checksum = checksum(
+            NEW.model, NEW.position, NEW.reference, NEW.category, NEW.label, NEW.documented_accuracy,
+            NEW.attack_norm, NEW.eps, NEW.record, NEW.variant_of, NEW.epoch, NEW.probe_set, NEW.norm_statistics
+        ) WHERE rowid = NEW.rowid;
+    END;
+    """,
 )
 
 

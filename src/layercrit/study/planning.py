@@ -18,12 +18,12 @@ from layercrit.machine import find_device
 from layercrit.models.model import Classifier
 from layercrit.models.references import is_here, open_model, without_weights
 from layercrit.precision import SD_TRIALS, PrecisionPlan, n_pilot_images, typical_trials
-from layercrit.probes.labelling import open_images
 from layercrit.resets import RESETS
 from layercrit.restoring import undisturbed
 from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
 from layercrit.study.file import StudyFile
+from layercrit.study.images import n_available_images
 from layercrit.study.pilots import plans_of
 from layercrit.study.shards import is_study, open_study
 
@@ -94,8 +94,7 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
     study.check_trained()
     n_images, images_mistake = study.n_images, ""
     try:
-        labels = study.labels if isinstance(study.labels, str) else "auto"
-        n_images = min(n_images, len(open_images(study.source, labels)))
+        n_images = n_available_images(study)
     except LayercritError as error:
         images_mistake = str(error)
     done, plans = (_done(Path(folder)), _plans(Path(folder))) if folder is not None else (Counter[str](), {})
@@ -128,7 +127,7 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
                     "n_layers": built.n_layers,
                     "n_cells": n_cells,
                     "n_done": n_done,
-                    "download": 0 if here else _BYTES * built.n_numbers,
+                    "download": 0 if here or entry.variant_of else _BYTES * built.n_numbers,
                     "mistake": mistake,
                 }
             )

@@ -16,7 +16,7 @@ __all__ = ["COLUMNS", "CellRow", "FailureRow", "ModelRow", "PartRow", "PlanRow",
 COLUMNS: dict[str, tuple[str, ...]] = {
     "meta": ("name", "value"),
     "models": ("model", "position", "reference", "category", "label", "documented_accuracy", "attack_norm", "eps",
-               "record"),
+               "record", "variant_of", "epoch", "probe_set", "norm_statistics"),
     "plan": ("model", "layer", "reset", "trial", "key", "type", "stage", "depth", "n_parameters", "flops_after",
              "shape"),
     "runs": ("started", "record"),
@@ -27,7 +27,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 """Table -> the columns over which the checksum of a row is. The number of a run is not among them: it changes when
 studies are merged."""
 
-_WHOLE = ("position", "trial", "depth", "n_parameters", "n_images", "start", "stop")
+_LATER = {"models": 9}  # table -> how many of its columns there were when checksums began
+_WHOLE = ("position", "epoch", "trial", "depth", "n_parameters", "n_images", "start", "stop")
 _NUMBERS = ("documented_accuracy", "eps", "flops_after", "delta_norm", "seconds")
 _JSON = ("value", "record", "means", "raw")
 _PACKED = ("per_image", "data")
@@ -48,6 +49,11 @@ class ModelRow:
         record: what is known since it was opened (hash, architecture, number format, predictions, notes), or None.
         attack_norm: norm of the perturbations that it was trained to withstand, such as ``l2`` or ``linf``, or None.
         eps: the largest of them, in the units in which its authors give it, or None.
+        variant_of: the model of which this is a variant: at another epoch, on another probe set, or with other norm
+            statistics; None: it is none.
+        epoch: of its training run, or None: its final weights.
+        probe_set: name of the images that it is shown; None: the study has only one probe set.
+        norm_statistics: as in `layercrit.protocol.Protocol`; None: as trained.
     """
 
     model: str
@@ -58,6 +64,10 @@ class ModelRow:
     record: Mapping[str, Any] | None = None
     attack_norm: str | None = None
     eps: float | None = None
+    variant_of: str | None = None
+    epoch: int | None = None
+    probe_set: str | None = None
+    norm_statistics: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,9 @@ def is_sound(table: str, values: Sequence[Any], known: object) -> bool:
         known: its checksum; None in rows that were written before there were any, of which only the types are checked.
     """
     if known is not None:
-        return known == checksum(*values)
+        n_first = _LATER.get(table, len(values))
+        was_first = all(value is None for value in values[n_first:])  # as in rows from before there were more columns
+        return known == checksum(*values) or (was_first and known == checksum(*values[:n_first]))
     try:
         return all(_has_type(column, value) for column, value in zip(COLUMNS[table], values, strict=True))
     except (ValueError, TypeError, KeyError):

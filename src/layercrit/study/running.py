@@ -19,6 +19,7 @@ from layercrit.models.references import fetch
 from layercrit.precision import PrecisionPlan, n_pilot_images, plan_half_width
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
+from layercrit.protocol import DEFAULTS
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import Executor, Failed, Message, Note, Task, TaskEvent
 from layercrit.study.file import StudyFile
@@ -148,8 +149,8 @@ class _Run:
     def begin(self, retry: bool) -> None:
         """Write down what the study is about, and make sure of its images."""
         before, plans = self._before()
-        probe_set = self._probe_set(next((plan.n_images for plan in plans.values()), self.n_first_images))
-        about = _about(self.study, probe_set, self.n_first_images)
+        probe_sets = self._probe_sets(next((plan.n_images for plan in plans.values()), self.n_first_images))
+        about = _about(self.study, probe_sets, self.n_first_images)
         self.elsewhere = Elsewhere.read(self.folder, self.own_number, about["measured"])
         self.retry = retry
         with self.store.transaction():
@@ -200,13 +201,25 @@ class _Run:
 
     def _take_images(self, n_images: int) -> None:
         """Show so many images from now on."""
-        about = _about(self.study, self._probe_set(n_images), self.n_first_images)
+        about = _about(self.study, self._probe_sets(n_images), self.n_first_images)
         with self.store.transaction():
             self.store.put_meta("study", about)
 
-    def _probe_set(self, n_images: int) -> ProbeSet:
+    def _probe_sets(self, n_images: int) -> dict[str | None, ProbeSet]:
+        """Return all probe sets, by name, with so many images each, or as many as there are."""
         shared = self.shard is not None
-        return draw_images(self.study, self.folder, n_images, self.store, shared=shared, progress=self.bar.decoded)
+        return {
+            images.name: draw_images(
+                self.study,
+                images,
+                self.folder,
+                min(n_images, images.n_images),
+                self.store,
+                shared=shared,
+                progress=self.bar.decoded,
+            )
+            for images in self.study.images
+        }
 
     def work(self, executor: Executor) -> None:
         """Run all trials, or the shard's: those that were asked for, or the pilot's and what is planned after it."""
@@ -250,10 +263,10 @@ class _Run:
         self.expected |= dict.fromkeys((task.name for task in left), 0.0)
         self.done |= dict.fromkeys((task.name for task in left), 0.0)
         self._show()
-        probe_set = drawn_images(self.folder)
+        probe_sets = drawn_images(self.study, self.folder)
         if executor.is_remote:
-            probe_set = probe_set.in_memory()
-        events = executor.run(left, partial(start_worker, self.study, probe_set), self._answer)
+            probe_sets = {name: probe_set.in_memory() for name, probe_set in probe_sets.items()}
+        events = executor.run(left, partial(start_worker, self.study, probe_sets), self._answer)
         with contextlib.closing(events):  # type: ignore[type-var]
             for event in events:
                 if isinstance(event, Note):
@@ -423,11 +436,13 @@ class _Run:
         self.bar.measured(*self._how_far())
 
 
-def _about(study: StudyFile, probe_set: ProbeSet, n_first_images: int) -> dict[str, Any]:
+def _about(study: StudyFile, probe_sets: Mapping[str | None, ProbeSet], n_first_images: int) -> dict[str, Any]:
     """Return the facts about a study; those under ``measured`` decide which cells it has."""
+    about_images = {name: one.to_dict() | {"labels": one.labels is not None} for name, one in probe_sets.items()}
+    first = probe_sets[study.probe_set].first(n_first_images)
     protocol = {**study.protocol.to_dict(), "resets": list(study.resets), "distances": list(study.distances),
                 "n_images": study.n_images}  # fmt: skip
-    del protocol["reset"]
+    del protocol["reset"], protocol["norm_statistics"]
     deciding = {k: v for k, v in protocol.items() if k not in _UNDECIDING}
     if study.protocol.is_planned:  # the level decides the plan
         deciding = {k: v for k, v in protocol.items() if k not in ("batch_size", "device", "trials")}
@@ -436,8 +451,9 @@ def _about(study: StudyFile, probe_set: ProbeSet, n_first_images: int) -> dict[s
         "baseline": study.baseline,
         "leave_out": list(study.leave_out),
         "protocol": protocol,
-        "probe_set": {**probe_set.to_dict(), "labels": probe_set.labels is not None},
-        "measured": {**deciding, "probe_set": probe_set.first(n_first_images).sha256},
+        "probe_set": about_images[study.probe_set],
+        **({"probe_sets": about_images} if study.further_images else {}),
+        "measured": {**deciding, "probe_set": first.sha256},
     }
 
 
@@ -450,6 +466,10 @@ def _model_row(entry: ModelEntry) -> ModelRow:
         entry.accuracy,
         attack_norm=entry.attack_norm,
         eps=entry.eps,
+        variant_of=entry.variant_of,
+        epoch=entry.epoch,
+        probe_set=entry.probe_set,
+        norm_statistics=None if entry.norm_statistics == DEFAULTS.norm_statistics else entry.norm_statistics,
     )
 
 

@@ -45,10 +45,14 @@ class StudyTable(Declaration):
 
 
 class ImagesTable(Declaration):
-    """The images that every model gets."""
+    """The images that every model gets; several tables ``[[images]]`` are several probe sets, each with a name."""
 
+    name: str | None = None
+    """the name of the probe set, such as clean or fog, where there are several"""
     source: str
-    """source of the images, anything that `layercrit measure --images` takes; relative to this file"""
+    """source of the images, anything that `layercrit measure --images` takes; relative to this file. Of a further probe
+    set also `corrupt:KIND@SEVERITY` or `attack:pgd(...)` alone: of the images of the first one. What else a further
+    probe set does not say is as in the first one"""
     n_images: int = Field(DEFAULTS.n_images, ge=1)
     """how many images to draw from the source"""
     labels: Annotated[bool | Annotated[str, Field(min_length=1)], expected("true, false, a file or a column")] = True
@@ -93,6 +97,15 @@ class ProtocolKeys(Declaration):
 
     resets: list[str] = Field([DEFAULTS.reset])
     """what replaces a layer's parameters: names of resets, each of which is measured"""
+    norm_statistics: list[Literal["trained", "reset", "reestimate"]] | Literal["trained", "reset", "reestimate"] = (
+        Field([DEFAULTS.norm_statistics])
+    )
+    """running statistics of normalisation layers beside a reset: `trained`, as published; `reset`; `reestimate`; or a
+    list of these, each of which is measured"""
+    epochs: Annotated[Literal["all"] | list[Annotated[int, Field(ge=0)]], expected("'all' or a list of epochs")] = (
+        Field([])
+    )
+    """epochs of training runs whose weights are measured beside the final ones: `all` that were kept, or a list"""
     distances: list[str] | None = None
     """names of distances between predictions; default: all that are registered. `cosine` is always among them"""
 
@@ -122,8 +135,8 @@ class ProtocolKeys(Declaration):
 _SETTINGS: dict[str, Any] = {
     one.name: (one.type, Field(one.default, **one.metadata))
     for one in fields(Protocol)
-    # which are `resets` and that of [images] here; and a time is for one model
-    if one.name not in ("reset", "n_images", "minutes")
+    # which are lists and that of [images] here; and a time is for one model
+    if one.name not in ("reset", "norm_statistics", "n_images", "minutes")
 }
 ProtocolTable = create_model("ProtocolTable", __base__=ProtocolKeys, __doc__=ProtocolKeys.__doc__, **_SETTINGS)
 
@@ -226,7 +239,7 @@ class _Plain(GenerateJsonSchema):
 def study_schema() -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of study files: what can be known of one without opening what it names."""
     sections: dict[str, Any] = {name: (table, None) for name, table in TABLES.items()}
-    sections["images"] = (ImagesTable, ...)
+    sections["images"] = (ImagesTable | list[ImagesTable], ...)
     sections["models"] = (list[ModelTable], Field(min_length=1, description="the models of the study"))
     document = create_model("StudyFile", __base__=Declaration, __doc__="A study file of layercrit.", **sections)
     trains = {"required": ["models"], "properties": {"models": {"contains": {"required": ["method"]}}}}

@@ -228,9 +228,9 @@ class Store:
             self._connection.execute("DELETE FROM plan WHERE model = ?", (name,))
             self._connection.execute("DELETE FROM failures WHERE model = ?", (name,))
         self._connection.execute("DELETE FROM models")
+        columns = COLUMNS["models"]
         self._connection.executemany(
-            "INSERT INTO models (model, position, reference, category, label, documented_accuracy, attack_norm, eps, "
-            "record) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            f"INSERT INTO models ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",  # noqa: S608
             [
                 (
                     row.model,
@@ -242,6 +242,10 @@ class Store:
                     row.attack_norm,
                     row.eps,
                     _json(record),
+                    row.variant_of,
+                    row.epoch,
+                    row.probe_set,
+                    row.norm_statistics,
                 )
                 for position, row in enumerate(models)
                 for record in [row.record or known.get((row.model, row.reference))]

@@ -12,10 +12,11 @@ import pandas as pd
 
 from layercrit.cell_columns import NOT_REACHED
 from layercrit.comparison import Comparison, compare
+from layercrit.conditions import Condition, conditions_of
 from layercrit.errors import StudyError, near
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.precision import PrecisionPlan
-from layercrit.protocol import MATCHED
+from layercrit.protocol import DEFAULTS, MATCHED
 from layercrit.statistics import estimate
 from layercrit.study import status
 from layercrit.study.cell_table import ABOUT_LAYER, mean_names
@@ -27,7 +28,8 @@ __all__ = ["Study", "load_study"]
 
 _MODEL_NUMBERS = ("documented_accuracy", "eps", "top1_accuracy", "chance", "temperature")
 _MODEL_COLUMNS = ["model", "reference", "category", "label", "attack_norm", *_MODEL_NUMBERS,
-                  "architecture", "dtype", "sha256", "record"]  # fmt: skip
+                  "architecture", "dtype", "sha256", "variant_of", "epoch", "probe_set", "norm_statistics",
+                  "record"]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,7 +41,9 @@ class Study:
         models: one row per model in the order of the study: ``model`` (its name), ``reference``, ``category``,
             ``label``, ``documented_accuracy`` (top-1 as its authors give it, a share in [0, 1]), ``attack_norm`` and
             ``eps`` (which perturbations it was trained to withstand, if any), and, where it was opened,
-            ``top1_accuracy`` (top-1 on the probe set), ``chance``, ``temperature``, ``dtype`` and ``sha256``.
+            ``top1_accuracy`` (top-1 on the probe set), ``chance``, ``temperature``, ``dtype`` and ``sha256``. A variant
+            of a model has its name under ``variant_of``; ``epoch`` (of its training run; NaN: final weights),
+            ``probe_set`` (its name; None where there is only one) and ``norm_statistics`` say what is asked of a model.
         cells: one row per measured cell, in the order of models, resets, depth and trials; the columns are those of
             `layercrit.measurement.CELL_COLUMNS` with the model's name under ``model``, ``stage``, and ``shape`` (of
             the layer's largest parameter, such as ``64x3x7x7``).
@@ -159,10 +163,30 @@ class Study:
         )
 
     def compare(
-        self, *, baseline: str | None = None, leave_out: list[str] | None = None, reset: str | None = None
+        self,
+        *,
+        baseline: str | None = None,
+        leave_out: list[str] | None = None,
+        reset: str | None = None,
+        probe_set: str | None = None,
+        norm_statistics: str | None = None,
+        epoch: int | None = None,
     ) -> Comparison:
         """Compare the models; see `layercrit.comparison.compare`."""
-        return compare(self, baseline=baseline, leave_out=leave_out, reset=reset)
+        return compare(
+            self,
+            baseline=baseline,
+            leave_out=leave_out,
+            reset=reset,
+            probe_set=probe_set,
+            norm_statistics=norm_statistics,
+            epoch=epoch,
+        )
+
+    @property
+    def conditions(self) -> list[Condition]:
+        """The conditions under which models are measured, in the order of the study; the first is the default."""
+        return conditions_of(self.models)
 
     def __repr__(self) -> str:
         return (
@@ -309,10 +333,11 @@ def _models_table(store: StoredStudy) -> pd.DataFrame:
     for row in store.models():
         record = row.record or {}
         known = {**record, **record.get("predictions", {}), **vars(row), "label": row.label or row.model}
+        known["norm_statistics"] = row.norm_statistics or DEFAULTS.norm_statistics
         rows.append([record if name == "record" else known.get(name) for name in _MODEL_COLUMNS])
     # else pandas makes None NaN in columns of texts
     table = pd.DataFrame(rows, columns=_MODEL_COLUMNS, dtype=object)
-    return table.astype(dict.fromkeys(_MODEL_NUMBERS, "float64"))
+    return table.astype(dict.fromkeys((*_MODEL_NUMBERS, "epoch"), "float64"))
 
 
 def _per_image(

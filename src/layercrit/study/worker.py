@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from layercrit.engine.allocator import large_blocks_stay
+from layercrit.engine.norm_statistics import N_IMAGES
 from layercrit.engine.predictions import Predictions
 from layercrit.engine.replay import Mode
 from layercrit.engine.session import Batch, Draws, Session
@@ -114,7 +115,7 @@ class _Opened:
 
     Attributes:
         study: the study.
-        probe_set: its images.
+        probe_set: the images that the model is shown.
         reset: its name.
         subject: the network, for the study's pixels, with its layers and draws.
         record: what is known of the model; keeps what an earlier session with the same weights, images and settings
@@ -131,7 +132,10 @@ class _Opened:
         known: Mapping[str, Any],
     ) -> None:
         self.study, self.probe_set, self.reset = study, probe_set, reset
-        self._protocol = replace(study.protocol, device=device, n_images=study.n_images)
+        self._protocol = replace(
+            study.protocol, device=device, n_images=study.n_images, norm_statistics=entry.norm_statistics
+        )
+        (self._labels,) = (images.labels for images in study.images if images.name == entry.probe_set)
         self._donor = entry.donor
         self._model, notes = _open_model(entry, study.preprocessing)
         self.subject = self._subject_of(reset)
@@ -189,7 +193,7 @@ class _Opened:
             subject,
             self.probe_set,
             list(self.study.distances),
-            self.study.labels is not False,
+            self._labels is not False,
             Bar(shown=False),
             mode=cast(Mode | None, self.record.get("dtype")),
             predictions=None if predictions is None else Predictions(**predictions),
@@ -250,11 +254,17 @@ class _Opened:
             "reset": self.reset,
             "donor": self.subject.donor_identity,
             "probe_set": self.record["probe_set"],
-            "labels": self.study.labels is not False and self._has_labels,
+            "labels": self._labels is not False and self._has_labels,
             "dtype": self.record["dtype"],
             "distances": sorted(self.study.distances),
             **self._content_of_output(),
+            **self._content_of_statistics(),
         }
+
+    def _content_of_statistics(self) -> dict[str, Any]:
+        """Return what becomes of running statistics; where they stay as trained, keys are those they always were."""
+        how = self._protocol.norm_statistics
+        return {} if how == "trained" else {"norm_statistics": how, "n_images_of_statistics": N_IMAGES}
 
     def _content_of_output(self) -> dict[str, Any]:
         """Return which output was chosen, if any: those that leave no choice keep the keys they always had."""
@@ -265,11 +275,11 @@ class _Opened:
 class _Worker:
     """Measures trials; keeps the model of the last one open."""
 
-    def __init__(self, study: StudyFile, probe_set: ProbeSet, place: Place) -> None:
+    def __init__(self, study: StudyFile, probe_sets: Mapping[str | None, ProbeSet], place: Place) -> None:
         for module in study.imports:
             import_here(module)
         torch.set_num_threads(place.n_threads)
-        self._study, self._probe_set, self._device = study, probe_set, place.device
+        self._study, self._probe_sets, self._device = study, probe_sets, place.device
         self._opened: tuple[tuple[ModelEntry, str], _Opened | Exception] | None = None
 
     def __call__(self, task: Task) -> _Steps:
@@ -289,9 +299,8 @@ class _Worker:
             self._opened = None  # frees the model before
             known = yield Question(Opening(job.model.name))
             try:
-                opened: _Opened | Exception = _Opened(
-                    self._study, job.model, job.reset, self._probe_set, self._device, known
-                )
+                probe_set = self._probe_sets[job.model.probe_set]
+                opened: _Opened | Exception = _Opened(self._study, job.model, job.reset, probe_set, self._device, known)
             except Exception as error:  # raised below, and again for the model's other trials
                 opened = error
             self._opened = (what, opened)
@@ -328,9 +337,9 @@ class _Worker:
         yield Measured(left.task, cells, opened.record)
 
 
-def start_worker(study: StudyFile, probe_set: ProbeSet, place: Place) -> Work:
-    """Prepare a worker; see `layercrit.study.executors.Start`."""
-    return _Worker(study, probe_set, place)
+def start_worker(study: StudyFile, probe_sets: Mapping[str | None, ProbeSet], place: Place) -> Work:
+    """Prepare a worker for a study and its probe sets, by name; see `layercrit.study.executors.Start`."""
+    return _Worker(study, probe_sets, place)
 
 
 def name_of_parts(keys: Iterable[str]) -> str:
