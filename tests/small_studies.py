@@ -39,7 +39,8 @@ def write_study(folder, n_models=2, trials=2, n_images=24, **sections):
         trials: of each layer.
         n_images: in ``images.npz``; all are drawn.
         sections: ``study``, ``images`` or ``protocol``: a table whose keys are added and win; ``models``: a list of
-            tables that takes the place of the one with a pattern. None as a value leaves a key out.
+            tables that takes the place of the one with a pattern; ``images`` may be such a list as well. None as a
+            value leaves a key out.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,11 @@ def write_study(folder, n_models=2, trials=2, n_images=24, **sections):
         "protocol": {"trials": trials, "dtype": "float32", "device": "cpu"},
     }
     models = sections.pop("models", [{"reference": f"file:m*.safetensors?{OPTIONS}"}])
+    several = sections.pop("images") if isinstance(sections.get("images"), list) else []
+    if several:
+        del content["images"]
     tables = [(f"[{name}]", table | sections.pop(name, {})) for name, table in content.items()]
+    tables += [("[[images]]", images) for images in several]
     assert not sections, f"sections of a study file: {sections}"
     tables += [("[[models]]", model) for model in models]
     path = folder / "study.toml"

@@ -215,7 +215,7 @@ def compare(
 
 def compare_models(
     study: _Study,
-    models: pd.DataFrame,
+    chosen_models: pd.DataFrame,
     condition: Condition | None,
     *,
     baseline: str | None = None,
@@ -224,16 +224,18 @@ def compare_models(
 ) -> Comparison:
     """Compare some rows of a study's models as `compare` does; ``condition`` is what they have in common, if any."""
     # where a model is named, its variant under this condition is meant
-    names = {str(of or name): str(name) for name, of in zip(models["model"], models["variant_of"], strict=True)}
+    listed = list(chosen_models["model"])
+    names = {str(of or name): str(name) for name, of in zip(listed, chosen_models["variant_of"], strict=True)}
     ok = study.of_reset(reset)
     used = str(ok["reset"].iloc[0])
     cells = study.cells[study.cells["reset"] == used]
-    left_out = _left_out(study, models, names, study.record.get("leave_out", []) if leave_out is None else leave_out)
+    own = study.record.get("leave_out", [])
+    left_out = _left_out(study, chosen_models, names, own if leave_out is None else leave_out)
     usable = set(ok["model"])
-    compared = [name for name in models["model"] if name not in left_out and name in usable]
+    compared = [name for name in listed if name not in left_out and name in usable]
     if not compared:
         raise StudyError(f"No model of the study in {study.folder} is left to compare. Leave out fewer models.")
-    notes = [*study.record.get("notes", []), *_about_missing(study, list(models["model"]), cells, used, left_out)]
+    notes = [*study.record.get("notes", []), *_about_missing(study, listed, cells, used, left_out)]
     chosen, about_baseline = _baseline(study, names, baseline, compared)
     first = chosen or compared[0]  # names and order of layers are its
     cells, about_layers = _aligned(cells[cells["model"].isin(compared)], first)
@@ -265,7 +267,7 @@ def compare_models(
         reset=used,
         baseline=chosen,
         condition=condition,
-        left_out=tuple(name for name in models["model"] if name in left_out),
+        left_out=tuple(name for name in listed if name in left_out),
         caution=_CAUTION if unlike else None,
         notes=(*about_layers, *notes, *about_baseline, *_about_bad(cells, tables["n_bad"]), *about_accuracy),
         origin=_origin(study, used),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from layercrit.errors import StudyError, near
@@ -75,7 +76,7 @@ def under(
         if asked not in there and known:
             listed = [str(one) for one in there if one is not None]
             raise StudyError(f"The study in {folder} has no {words} {str(asked)!r}. {near(str(asked), listed)}")
-    return models[[_condition(row) == wanted for row in models.to_dict("records")]], wanted
+    return models[np.array([_condition(row) == wanted for row in models.to_dict("records")], dtype=bool)], wanted
 
 
 def _condition(row: dict[Any, Any]) -> Condition:

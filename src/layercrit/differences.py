@@ -191,8 +191,8 @@ def condition_differences(
     first_models, first = under(study.models, study.folder)
     if other == first:
         raise StudyError(
-            f"The study's first condition ({first.in_words() or 'its only one'}) cannot differ from itself. Name another "
-            f"one: {'; '.join(one.in_words() for one in study.conditions[1:]) or 'the study has none'}."
+            f"The study's first condition ({first.in_words() or 'its only one'}) cannot differ from itself. Name "
+            f"another one: {'; '.join(one.in_words() for one in study.conditions[1:]) or 'the study has none'}."
         )
     sides = [
         compare_models(study, rows, condition, leave_out=leave_out, reset=reset).criticality.index

@@ -67,7 +67,7 @@ def pragma(path, name):
 
 def test_store__is_marked_as_a_studys(store):
     assert pragma(store.path, "application_id") == int.from_bytes(b"lcrt")
-    assert pragma(store.path, "user_version") == SCHEMA == 4
+    assert pragma(store.path, "user_version") == SCHEMA == 5
     assert pragma(store.path, "journal_mode") == "wal"
 
 
@@ -122,7 +122,7 @@ def test_store__newer_file(tmp_path):
     Store(tmp_path, create=True).close()
     with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as connection:
         connection.execute(f"PRAGMA user_version = {SCHEMA + 1}")
-    with pytest.raises(StudyError, match=r"has schema version 5, but .* up to 4\. Install the newer"):
+    with pytest.raises(StudyError, match=r"has schema version 6, but .* up to 5\. Install the newer"):
         Store(tmp_path)
 
 

@@ -26,6 +26,7 @@ __all__ = [
 METHOD_KEYS = ("method", "settings", "epochs", "seed")
 """Keys that only models with a method may have."""
 
+_Statistics = Literal["trained", "reset", "reestimate"]
 _Epochs = Annotated[int, Field(ge=1)]
 _Settings = Annotated[dict[str, Any], Field(json_schema_extra={"properties": {"epochs": False}})]  # it stands beside
 _Seed = Annotated[int, Field(ge=0, lt=2**64), expected("a whole number from 0 to 2**64 - 1")]
@@ -97,9 +98,7 @@ class ProtocolKeys(Declaration):
 
     resets: list[str] = Field([DEFAULTS.reset])
     """what replaces a layer's parameters: names of resets, each of which is measured"""
-    norm_statistics: list[Literal["trained", "reset", "reestimate"]] | Literal["trained", "reset", "reestimate"] = (
-        Field([DEFAULTS.norm_statistics])
-    )
+    norm_statistics: _Statistics | Annotated[list[_Statistics], Field(min_length=1)] = Field([DEFAULTS.norm_statistics])
     """running statistics of normalisation layers beside a reset: `trained`, as published; `reset`; `reestimate`; or a
     list of these, each of which is measured"""
     epochs: Annotated[Literal["all"] | list[Annotated[int, Field(ge=0)]], expected("'all' or a list of epochs")] = (
@@ -109,7 +108,9 @@ class ProtocolKeys(Declaration):
     distances: list[str] | None = None
     """names of distances between predictions; default: all that are registered. `cosine` is always among them"""
 
-    @field_validator(*(one.name for one in fields(Protocol)), mode="wrap", check_fields=False)
+    @field_validator(
+        *(one.name for one in fields(Protocol) if one.name != "norm_statistics"), mode="wrap", check_fields=False
+    )
     @classmethod
     def _as_of_a_measurement(cls, value: Any, handler: Any, info: ValidationInfo) -> Any:
         setting: dict[str, Any] = {str(info.field_name): value}
