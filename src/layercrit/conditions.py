@@ -1,5 +1,6 @@
 """The conditions under which a study measures its models: probe set, norm statistics, and epoch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from layercrit.protocol import NORM_STATISTICS
 
 __all__ = ["Condition", "conditions_of", "under"]
 
-_IN_WORDS = {"trained": "", "reset": "norm statistics reset", "reestimate": "norm statistics re-estimated"}
+_LABELS = {"trained": "as trained", "reset": "reset", "reestimate": "re-estimated"}
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,20 @@ class Condition:
     norm_statistics: str = NORM_STATISTICS[0]
     epoch: int | None = None
 
+    def label(self, among: Sequence["Condition"]) -> str:
+        """Return what tells the condition from the others of a study, in words."""
+        parts = {
+            "probe_set": f"images {self.probe_set}",
+            "norm_statistics": f"norm statistics {_LABELS[self.norm_statistics]}",
+            "epoch": "final weights" if self.epoch is None else f"epoch {self.epoch}",
+        }
+        return ", ".join(text for name, text in parts.items() if len({getattr(one, name) for one in among}) > 1)
+
     def in_words(self) -> str:
         """Return what tells the condition from that of a study with only one; an empty text for such a study's."""
         parts = [
             "" if self.probe_set is None else f"images {self.probe_set}",
-            _IN_WORDS[self.norm_statistics],
+            f"norm statistics {_LABELS[self.norm_statistics]}" if self.norm_statistics != NORM_STATISTICS[0] else "",
             "" if self.epoch is None else f"epoch {self.epoch}",
         ]
         return ", ".join(part for part in parts if part)

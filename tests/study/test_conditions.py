@@ -5,49 +5,19 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from safetensors.torch import save_file
 
-from conditioned_networks import network
+from conditioned_studies import N, write, write_weights
 from layercrit.comparison import compare
 from layercrit.conditions import Condition
 from layercrit.differences import condition_differences, differences
 from layercrit.errors import StudyError
 from layercrit.measuring import measure
-from layercrit.seeds import drawing
 from layercrit.study.file import read_study_file
 from layercrit.study.tables import load_study
-from running_jobs import Inline, run, write_pixels
-from small_studies import write_study
+from running_jobs import Inline, run
 
-N = 20
 CLEAN, DARK = Condition("clean"), Condition("dark")
 REESTIMATED = Condition("clean", "reestimate")
-
-
-def write_weights(path, seed):
-    with drawing(seed):
-        state = network().state_dict()
-        state["4.weight"] *= 20
-        state["2.running_mean"].normal_(0, 0.2)
-        state["2.running_var"].uniform_(0.1, 0.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, path)
-
-
-def write(folder, *, protocol=None, images=None, models=None, **sections):
-    """Write a study of two networks and two probe sets."""
-    models = models or [{"reference": "file:m*.safetensors?arch=py:conditioned_networks:network"}]
-    images = images or [
-        {"name": "clean", "source": "clean.npz", "n_images": N, "input_size": [3, 2, 2]},
-        {"name": "dark", "source": "dark.npz"},
-    ]
-    protocol = {"norm_statistics": ["trained", "reestimate"]} if protocol is None else protocol
-    path = write_study(folder, 0, 2, N, models=models, images=images, protocol=protocol, **sections)
-    for seed in range(2):
-        write_weights(folder / f"m{seed}.safetensors", seed)
-    write_pixels(folder / "clean.npz", N)
-    write_pixels(folder / "dark.npz", N, seed=1)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +51,7 @@ def test_compare__is_what_a_measurement_of_its_own_gives(study, condition, image
     folder = study.folder.parent
     for place, model in enumerate(found.criticality.index):
         alone = measure(
-            f"file:{folder}/m{place}.safetensors?arch=py:conditioned_networks:network&input_size=(3,2,2)",
+            f"file:{folder}/m{place}.safetensors?arch=py:conditioned_studies:network&input_size=(3,2,2)",
             str(folder / f"{images}.npz"),
             trials=2,
             norm_statistics=condition.norm_statistics,
@@ -206,8 +176,8 @@ def test_epochs__of_training_runs(tmp_path):
         write_weights(tmp_path / "runs" / "one" / "epochs" / f"epoch-{number:04d}.safetensors", 10 + number)
     write_weights(tmp_path / "runs" / "one" / "one.safetensors", 99)
     models = [
-        {"name": "one", "reference": "file:runs/one?arch=py:conditioned_networks:network"},
-        {"name": "other", "reference": "file:m0.safetensors?arch=py:conditioned_networks:network"},
+        {"name": "one", "reference": "file:runs/one?arch=py:conditioned_studies:network"},
+        {"name": "other", "reference": "file:m0.safetensors?arch=py:conditioned_studies:network"},
     ]
     images = {"source": "clean.npz", "n_images": N, "input_size": [3, 2, 2]}
     path = write(tmp_path, protocol={"epochs": "all"}, models=models, images=images, study={"baseline": None})
@@ -217,7 +187,7 @@ def test_epochs__of_training_runs(tmp_path):
     assert [one.epoch for one in study.conditions] == [None, 0, 2, 5]
     found = compare(study, epoch=2)
     alone = measure(
-        f"file:{tmp_path}/runs/one@epoch=2?arch=py:conditioned_networks:network&input_size=(3,2,2)",
+        f"file:{tmp_path}/runs/one@epoch=2?arch=py:conditioned_studies:network&input_size=(3,2,2)",
         str(tmp_path / "clean.npz"), trials=2, progress=False,
     )  # fmt: skip
     np.testing.assert_allclose(found.criticality.loc["one (epoch 2)"], alone.to_pandas()["criticality"], atol=1e-6)

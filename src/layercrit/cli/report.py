@@ -7,6 +7,7 @@ import click
 
 from layercrit.cli.printing import print_warnings, say, say_damaged
 from layercrit.cli.registered import RegisteredOption
+from layercrit.cli.tables import condition_options
 
 # Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
 
@@ -49,6 +50,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
     help="A model or category to leave out; may be given several times, '' for none. [default: the study's own]",
 )
 @click.option("--reset", metavar="NAME", help="One of the study's resets. [default: its first]")
+@condition_options
 @click.option(
     "--model",
     "profiles",
@@ -65,6 +67,9 @@ def report_command(
     baseline: str | None,
     leave_out: tuple[str, ...],
     reset: str | None,
+    probe_set: str | None,
+    norm_statistics: str | None,
+    epoch: int | None,
     profiles: tuple[str, ...],
     as_json: bool,
 ) -> None:
@@ -83,6 +88,9 @@ def report_command(
         baseline=baseline,
         leave_out=[name for name in leave_out if name] if leave_out else None,
         reset=reset,
+        probe_set=probe_set,
+        norm_statistics=norm_statistics,
+        epoch=epoch,
         profiles=profiles or None,
         progress=True,
     )

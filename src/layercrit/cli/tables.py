@@ -1,6 +1,7 @@
 """Commands about the tables of a study: import published ones, compare models, export."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,15 +9,31 @@ import click
 
 from layercrit.cli.printing import number, percent, plain, print_table, print_warnings, say, say_damaged
 from layercrit.cli.registered import RegisteredOption
+from layercrit.protocol import NORM_STATISTICS
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
     from layercrit.comparison import Comparison
 
-__all__ = ["compare_command", "export_command", "import_command", "show_comparison"]
+__all__ = ["compare_command", "condition_options", "export_command", "import_command", "show_comparison"]
 
 
 _FEWEST = 3  # models from which there is a rank correlation
+
+
+def condition_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that choose one of a study's conditions."""
+    for option in reversed(
+        [
+            click.option("--probe-set", metavar="NAME", help="One of the study's probe sets. [default: its first]"),
+            click.option("--norm-statistics", type=click.Choice(NORM_STATISTICS),
+                         help="Running statistics beside the reset. [default: what the study names first]"),
+            click.option("--epoch", type=int, metavar="N",
+                         help="An epoch of the models' training runs. [default: their final weights]"),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 @click.command("import")
@@ -81,9 +98,17 @@ def export_command(folder: Path, name: str, out: Path | None, overwrite: bool) -
     help="A model or category to leave out; may be given several times, '' for none. [default: the study's own]",
 )
 @click.option("--reset", metavar="NAME", help="One of the study's resets. [default: its first]")
+@condition_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 def compare_command(
-    folder: Path, baseline: str | None, leave_out: tuple[str, ...], reset: str | None, as_json: bool
+    folder: Path,
+    baseline: str | None,
+    leave_out: tuple[str, ...],
+    reset: str | None,
+    probe_set: str | None,
+    norm_statistics: str | None,
+    epoch: int | None,
+    as_json: bool,
 ) -> None:
     """Compare the models of a study, most critical first.
 
@@ -97,7 +122,18 @@ def compare_command(
     study = load_study(folder)
     print_warnings(study.warnings, err=True)
     say_damaged(study.damaged)
-    comparison = compare(study, baseline=baseline, leave_out=names, reset=reset)
+    comparison = compare(
+        study,
+        baseline=baseline,
+        leave_out=names,
+        reset=reset,
+        probe_set=probe_set,
+        norm_statistics=norm_statistics,
+        epoch=epoch,
+    )
+    if comparison.condition and (words := comparison.condition.in_words()):
+        others = [one.label(study.conditions) for one in study.conditions if one != comparison.condition]
+        say(f"note: {words}{(others and '; there are also: ' + '; '.join(others)) or ''}", err=True)
     if comparison.caution:
         say(f"note: {comparison.caution}", err=True)
     if as_json:

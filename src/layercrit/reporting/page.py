@@ -8,7 +8,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
@@ -16,6 +16,7 @@ from string import Template
 from typing import Any
 
 from layercrit.comparison import Comparison
+from layercrit.conditions import Condition
 from layercrit.differences import compared_differences
 from layercrit.errors import StudyError
 from layercrit.reporting.page_data import page_data
@@ -44,15 +45,21 @@ _NO_MATCHED = (
 )
 _DEFINITION = (
     "Each layer's parameters were replaced by fresh draws from the architecture's own initialiser, or by what the "
-    "reset says, one layer at a time; everything else, normalisation statistics included, stayed as trained. "
+    "reset says, one layer at a time; everything else stayed as trained. {statistics} "
     "The criticality of a layer is 1 minus the mean over trials and images of the cosine between the softmax outputs "
     "before and after the reset, in [0, 1]; that of a model is the mean over its layers. The cosine is that of softmax "
     "outputs, not of hidden states, and the new values are a fresh draw, not the layer's own values before training. "
     "The method is that of Gavrikov et al. 2024 (arXiv 2410.14470)."
 )
+_STATISTICS = {
+    "trained": "Running statistics of normalisation layers stayed as trained, too.",
+    "reset": "Running statistics of the first normalisation layer after the reset were set to mean 0 and variance 1.",
+    "reestimate": "Running statistics of all normalisation layers after the reset were estimated again, layer by "
+    "layer, on images that the changed network was shown.",
+}
 
 
-def write_page(study: Study, comparison: Comparison, path: str | Path) -> Path:
+def write_page(study: Study, comparison: Comparison, path: str | Path, others: Sequence[Comparison] = ()) -> Path:
     """Write the page of a study: one self-contained HTML file that works offline.
 
     Plotly is embedded, compressed. All texts from outside are escaped, and the page's content security policy lets no
@@ -62,12 +69,13 @@ def write_page(study: Study, comparison: Comparison, path: str | Path) -> Path:
         study: finished or not.
         comparison: of its models, under one reset.
         path: of the file; its folder is created if missing.
+        others: of the same study under other conditions, to which readers can switch.
 
     Raises:
         StudyError: the file cannot be written.
     """
     path = Path(path).expanduser()
-    text = _filled(study, comparison)
+    text = _filled(study, [comparison, *others])
     beside = path.with_name(f".writing-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,9 +89,8 @@ def write_page(study: Study, comparison: Comparison, path: str | Path) -> Path:
     return path
 
 
-def _filled(study: Study, comparison: Comparison) -> str:
+def _filled(study: Study, comparisons: Sequence[Comparison]) -> str:
     """Return the page's text."""
-    data, packed = page_data(study, comparison)
     web = resources.files(__package__) / "web"
     script, (hash_of_plotly, plotly) = _script(), _plotly()
     policy = (
@@ -95,16 +102,45 @@ def _filled(study: Study, comparison: Comparison) -> str:
         version=metadata.version("layercrit"),
         policy=html.escape(policy, quote=True).replace("&#x27;", "'"),
         style=(web / "page.css").read_text(encoding="utf-8"),
-        facts=html.escape(_facts(study, comparison)),
-        cautions=_cautions(study, comparison),
-        about_differences=html.escape(_about_differences(study, comparison)),
-        correlations=_correlations(comparison),
-        methods=_methods(study, comparison),
-        # in a script element only "<" could end it
-        data=json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
-        differences=_zipped(packed),
+        conditions=_choice(comparisons),
+        facts=_of_each([html.escape(_facts(study, one)) for one in comparisons], "span"),
+        cautions=_of_each([_cautions(study, one) for one in comparisons], "div"),
+        about_differences=_of_each([html.escape(_about_differences(study, one)) for one in comparisons], "span"),
+        correlations=_of_each([_correlations(one) for one in comparisons], "div"),
+        methods=_of_each([_methods(study, one) for one in comparisons], "div"),
+        data="\n".join(_data(number, *page_data(study, one)) for number, one in enumerate(comparisons)),
         plotly=plotly,
         script=script,
+    )
+
+
+def _choice(comparisons: Sequence[Comparison]) -> str:
+    """Return the control to switch between conditions; nothing where there is only one."""
+    conditions = [one.condition for one in comparisons if one.condition is not None]
+    if len(conditions) < 2:
+        return ""
+    options = "".join(f"<option>{html.escape(one.label(conditions))}</option>" for one in conditions)
+    return f'<label>Condition <select id="condition">{options}</select></label>'
+
+
+def _of_each(texts: Sequence[str], tag: str) -> str:
+    """Return what each condition says in one place; the script shows that of the chosen one."""
+    if len(set(texts)) == 1:
+        return texts[0]
+    return "".join(
+        f'<{tag} data-condition="{number}"{" hidden" if number else ""}>{text}</{tag}>'
+        for number, text in enumerate(texts)
+    )
+
+
+def _data(number: int, data: Mapping[str, Any], packed: bytes) -> str:
+    """Return the elements that hold the data of one condition, by its number."""
+    # in a script element only "<" could end it
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    suffix = f"-{number}" if number else ""
+    return (
+        f'<script type="application/json" id="data{suffix}">{text}</script>\n'
+        f'<script type="text/plain" id="differences{suffix}">{_zipped(packed)}</script>'
     )
 
 
@@ -183,9 +219,9 @@ def _correlations(comparison: Comparison) -> str:
 
 def _methods(study: Study, comparison: Comparison) -> str:
     """Return how the study was measured: the resolved protocol, notes, versions, and hashes."""
-    record = study.record
+    record, condition = study.record, comparison.condition or Condition()
     protocol = {**record.get("protocol", {}), "resets": comparison.reset}
-    images = record.get("probe_set", {})
+    images = record.get("probe_sets", {}).get(condition.probe_set) or record.get("probe_set", {})
     runs = {json.dumps(run.get("versions", {}), sort_keys=True): run for run in study.runs}
     level = f"{100 * study.level:g}%"
     coverage = (
@@ -196,6 +232,7 @@ def _methods(study: Study, comparison: Comparison) -> str:
             "intervals",
             f"{level}, for new {coverage}; Student's t, of crossed random effects where per-image values are kept",
         ),
+        *([("condition", condition.in_words())] if condition.in_words() else []),
         *((str(name).replace("_", " "), _plain(value)) for name, value in protocol.items()),
         *((f"images: {name}", _plain(value)) for name, value in images.items()),
         *((f"versions, run {run['run']}", _plain(run.get("versions", {}))) for run in runs.values()),
@@ -206,7 +243,7 @@ def _methods(study: Study, comparison: Comparison) -> str:
     listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in about)
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(_notes(study, comparison)))
     return (
-        f"<p>{html.escape(_DEFINITION)}</p>"
+        f"<p>{html.escape(_DEFINITION.format(statistics=_STATISTICS[condition.norm_statistics]))}</p>"
         + (f"<ul>{notes}</ul>" if notes else "")
         + f"<dl>{listed}</dl>"
         + _hashes(study, comparison)

@@ -1,9 +1,11 @@
 """The report of a study: figures for papers, and a page to explore, made from the same tables."""
 
+import contextlib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ import pandas as pd
 from layercrit.categories import ADVERSARIAL
 from layercrit.cell_columns import WHOLE
 from layercrit.comparison import Comparison, about_models, compare, estimates_of
+from layercrit.conditions import conditions_of
 from layercrit.errors import StudyError, near
 from layercrit.figures.accuracy import criticality_against_accuracy
 from layercrit.figures.bars import criticality_bars
@@ -110,6 +113,9 @@ def report(
     reset: str | None = None,
     profiles: Sequence[str] | None = None,
     progress: bool = False,
+    probe_set: str | None = None,
+    norm_statistics: str | None = None,
+    epoch: int | None = None,
 ) -> Report:
     """Write ``report.html``, one self-contained page, and the figures in every format.
 
@@ -123,6 +129,10 @@ def report(
         reset: as in `layercrit.compare`.
         profiles: models that get a figure of their own; None: the baseline, or the first model without one.
         progress: whether a progress bar is shown on a terminal.
+        probe_set: as in `layercrit.compare`, for the figures and what the page shows first; readers of the page can
+            switch to all conditions of the study.
+        norm_statistics: likewise.
+        epoch: likewise.
 
     Raises:
         StudyError: a name is unknown, a figure that was asked for cannot be plotted, or a file cannot be written.
@@ -138,9 +148,10 @@ def report(
         FIGURES.find(name)
     check_formats(formats)
     folder = study.folder if out is None else Path(out).expanduser()
-    comparison = compare(
-        study, baseline=baseline, leave_out=None if leave_out is None else list(leave_out), reset=reset
+    compare_under = partial(
+        compare, study, baseline=baseline, leave_out=None if leave_out is None else list(leave_out), reset=reset
     )
+    comparison = compare_under(probe_set=probe_set, norm_statistics=norm_statistics, epoch=epoch)
     tables = _tables(study, comparison, profiles)
     written: dict[str, list[Path]] = {}
     left_out: dict[str, str] = {}
@@ -156,8 +167,19 @@ def report(
                 continue
             written[name] = _saved(drawn, folder / "figures", formats)
         bar.drawn("report.html", len(asked), len(asked) + 1)
-        page = write_page(study, comparison, folder / "report.html")
+        page = write_page(study, comparison, folder / "report.html", _others(study, comparison, compare_under))
     return Report(page, written, left_out, comparison)
+
+
+def _others(study: Study, comparison: Comparison, compare_under: Callable[..., Comparison]) -> list[Comparison]:
+    """Return the comparisons under the other conditions of which something is measured."""
+    measured = study.models[study.models["model"].isin(study.of_reset(comparison.reset)["model"])]
+    found = []
+    for condition in conditions_of(measured):
+        if condition != comparison.condition:
+            with contextlib.suppress(StudyError):  # only models that are left out were measured under it
+                found.append(compare_under(**vars(condition)))
+    return found
 
 
 def save_figures(

@@ -1,7 +1,11 @@
 // What the page carries of the study, what the reader has chosen, and the tables that are shown.
 
 export const $ = (id) => document.getElementById(id);
-export const D = JSON.parse($("data").textContent);
+// A study may have several conditions; readers switch between them, and the address says which one is shown.
+const asked = Number(new URLSearchParams(location.search).get("condition"));
+export const CONDITION = $("condition")?.options[asked] ? asked : 0;
+export const idOf = (name) => (CONDITION ? `${name}-${CONDITION}` : name);
+export const D = JSON.parse($(idOf("data")).textContent);
 export const N_LAYERS = D.layers.length;
 export const CRITICALITY = D.measures.find((measure) => measure.label === "criticality");
 export const state = {

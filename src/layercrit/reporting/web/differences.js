@@ -1,5 +1,5 @@
 // Differences between two models or two categories: read from the page, plotted, and put into words.
-import { $, bytes, choose, D, known, mean, N_LAYERS, shownTables, state, unzipped } from "./data.js";
+import { $, bytes, choose, D, idOf, known, mean, N_LAYERS, shownTables, state, unzipped } from "./data.js";
 import { bars, draw, LEGEND_ABOVE, layerAxis, layerSize, stageLines, style } from "./plots.js";
 import { drawTable, element, escaped, interval, pValue, share, signed } from "./texts.js";
 
@@ -18,7 +18,7 @@ const CONTROLS = {
 };
 
 export async function readDifferences() {
-  const buffer = await unzipped(bytes("differences")).arrayBuffer();
+  const buffer = await unzipped(bytes(idOf("differences"))).arrayBuffer();
   let offset = 0;
   blocks = {};
   for (const { key, notes, pairs } of D.differences.blocks) {

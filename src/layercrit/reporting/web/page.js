@@ -1,5 +1,18 @@
 // The report's page: what readers choose with, the table of models, and the start.
-import { $, bytes, CRITICALITY, categoryOf, choose, D, known, mean, shownTables, state, unzipped } from "./data.js";
+import {
+  $,
+  bytes,
+  CONDITION,
+  CRITICALITY,
+  categoryOf,
+  choose,
+  D,
+  known,
+  mean,
+  shownTables,
+  state,
+  unzipped,
+} from "./data.js";
 import { drawCompare, readDifferences } from "./differences.js";
 import { drawMap, drawMapTable } from "./heatmap.js";
 import { drawAccuracy, drawLayer, drawModel } from "./plots.js";
@@ -48,6 +61,18 @@ function startWith({ layer, model }) {
   $("model").value = model;
   $("first").value = `models ${model}`;
   $("second").value = `models ${D.baseline ?? Math.min(1, D.models.length - 1)}`;
+}
+
+// What the page says of each condition: show that of the chosen one.
+function showCondition() {
+  for (const text of document.querySelectorAll("[data-condition]")) {
+    text.hidden = Number(text.dataset.condition) !== CONDITION;
+  }
+  if (!$("condition")) return;
+  $("condition").selectedIndex = CONDITION;
+  $("condition").onchange = (event) => {
+    location.search = `?condition=${event.target.selectedIndex}`;
+  };
 }
 
 function listen() {
@@ -159,6 +184,7 @@ function drawAll() {
 }
 
 async function start() {
+  showCondition();
   prepareControls();
   setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
   drawModels();

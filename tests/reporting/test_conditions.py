@@ -1,0 +1,80 @@
+"""The page and the commands of a study that has several conditions."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from browser import needs_browser, opened_browser, opened_page, violations
+from conditioned_studies import write
+from layercrit.cli import cli
+from layercrit.comparison import compare
+from layercrit.conditions import Condition
+from layercrit.reporting.reports import report
+from layercrit.study.tables import load_study
+from running_jobs import run
+
+CONDITIONS = [
+    "images clean, norm statistics as trained",
+    "images dark, norm statistics as trained",
+    "images clean, norm statistics re-estimated",
+    "images dark, norm statistics re-estimated",
+]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conditions")
+    run(write(folder, study={"baseline": "m0"}), folder / "out")
+    return load_study(folder / "out")
+
+
+@needs_browser
+def test_page__switches_between_conditions(study, tmp_path):
+    page_file = report(study, tmp_path, figures=["ranking"], formats=["png"]).page
+    with opened_browser() as browser:
+        with opened_page(browser, page_file) as page:
+            assert page.locator("#condition option").all_text_contents() == CONDITIONS
+            assert violations(page) == []
+            first = page.evaluate("CRITICALITY.values")
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(page_file.as_uri())
+        page.wait_for_selector("body[data-ready=yes]")
+        page.select_option("#condition", index=2)
+        page.wait_for_url("**?condition=2")
+        page.wait_for_selector("body[data-ready=yes]")
+        assert page.locator("#condition").input_value() == CONDITIONS[2]
+        shown = compare(study, norm_statistics="reestimate")
+        assert page.evaluate("D.models.map((model) => model.name)") == list(shown.models.index)
+        np.testing.assert_allclose(page.evaluate("CRITICALITY.values"), shown.criticality, atol=1e-4)
+        np.testing.assert_allclose(first, compare(study).criticality, atol=1e-4)
+        methods = page.locator("#methods").inner_text()
+        assert "were estimated again, layer by layer" in methods
+        assert "stayed as trained, too" not in methods
+        context.close()
+
+
+@needs_browser
+def test_page__begins_with_what_was_asked_for(study, tmp_path):
+    found = report(study, tmp_path, figures=["ranking"], formats=["png"], probe_set="dark")
+    assert found.comparison.condition == Condition("dark")
+    with opened_browser() as browser, opened_page(browser, found.page) as page:
+        assert page.locator("#condition option").all_text_contents()[0] == CONDITIONS[1]
+        assert page.evaluate("D.models.map((model) => model.name)") == ["m0 (dark)", "m1 (dark)"]
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_compare_command__under_a_condition(study):
+    asked = ("compare", study.folder, "--probe-set", "dark", "--norm-statistics", "reestimate")
+    found = json.loads(invoke(*asked, "--json").stdout)
+    assert found["condition"] == {"probe_set": "dark", "norm_statistics": "reestimate", "epoch": None}
+    assert found["baseline"] == "m0 (dark, statistics re-estimated)"
+    said = invoke("compare", study.folder).stderr
+    assert f"there are also: {'; '.join(CONDITIONS[1:])}" in said
