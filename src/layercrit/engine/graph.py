@@ -167,20 +167,23 @@ def _write_out(graph: fx.Graph) -> bool:
     return True
 
 
-def speed_up(weight_graph: WeightGraph, dtype: torch.dtype, device: torch.device) -> WeightGraph:
+def speed_up(
+    weight_graph: WeightGraph, dtype: torch.dtype, device: torch.device, fold_norms: bool = True
+) -> WeightGraph:
     """Return a graph rewritten for speed: same function, other rounding.
 
     Batch normalisation is folded into the convolution before it (scale ``gamma / sqrt(var + eps)``), values that depend
     on the image are kept in ``dtype`` and channels-last order, what only one token is read of is computed for it alone,
     and a convolution, the residual sum and the activation after it become one call: of oneDNN with packed weights on a
     CPU (in bfloat16 linear layers, too), of cuDNN on a GPU. What depends on weights alone is computed in float32 and
-    cast last. Logits stay float32.
+    cast last. Logits stay float32. Without ``fold_norms``, batch normalisations stay as they are.
     """
     fast = weight_graph.copy()
     _hold_dtype(fast, dtype)
     _drop_copies(fast)
     narrow(fast.graph, fast.dynamic_nodes())
-    _fold_batch_norms(fast)
+    if fold_norms:
+        _fold_batch_norms(fast)
     fold_layer_scales(fast.graph, fast.dynamic_nodes())
     add_before_permuting(fast.graph)
     _cast_inputs(fast, dtype)
