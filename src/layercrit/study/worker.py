@@ -27,7 +27,7 @@ from layercrit.probes.images import Preprocessing
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.protocol import MATCHED
-from layercrit.resets import RESETS
+from layercrit.resets import get_reset
 from layercrit.restoring import undisturbed
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import Place, Question, Task, Work
@@ -132,7 +132,7 @@ class _Opened:
     ) -> None:
         self.study, self.probe_set, self.reset = study, probe_set, reset
         self._protocol = replace(study.protocol, device=device, n_images=study.n_images)
-        self._donor = entry.donor
+        self._entry = entry
         self._model, notes = _open_model(entry, study.preprocessing)
         self.subject = self._subject_of(reset)
         self._flops, self._flops_after = self.subject.flops
@@ -140,7 +140,7 @@ class _Opened:
         self._session: Session | None = None
 
     def _subject_of(self, reset: str) -> Subject:
-        donor = self._donor if RESETS[reset].donor == "checkpoint" else None
+        donor = self._entry.donor_for(get_reset(reset))
         return Subject(replace(self._protocol, reset=reset), self._model, donor)
 
     def _record(self, notes: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
