@@ -208,7 +208,7 @@ class _Branches:
         return found
 
     def _between(self, start: fx.Node, before: Set[fx.Node]) -> set[fx.Node]:
-        """Return the nodes on the way from one node to another, given what is before the other one; without the first."""
+        """Return the nodes on the way from one node to another, without the first, given all before the other."""
         inside = {start}
         for node in sorted(before, key=self.place.__getitem__):
             if any(argument in inside for argument in node.all_input_nodes):

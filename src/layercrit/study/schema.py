@@ -93,7 +93,7 @@ class ProtocolKeys(Declaration):
 
     resets: list[str] = Field([DEFAULTS.reset])
     """what replaces a layer's parameters: names of resets, each of which is measured, with options in brackets if they
-    have some: "noise(scale=0.5)""""
+    have some, such as "noise(scale=0.5)" for the reset noise"""
     distances: list[str] | None = None
     """names of distances between predictions; default: all that are registered. `cosine` is always among them"""
 
