@@ -148,7 +148,7 @@ class Subject:
             )
 
     def check_draws(self) -> None:
-        """Make sure that a reset to fresh values draws them; see `layercrit.resets.check_draws`.
+        """Make sure that a reset to fresh values draws them; see `layercrit.donors.check_draws`.
 
         Raises:
             ModelError: it does not.
