@@ -128,18 +128,326 @@ def _assert_equal_to_measure(path, folder, **settings):
             found = study.cells[study.cells["model"] == entry.name].reset_index(drop=True)
             size = load_study(folder).record["probe_set"]["preprocessing"]
             reference = f"{entry.reference}&input_size=({size['channels']},{size['height']},{size['width']})"
-            expected = measure(
+            expected = measure(reference, path.parent / "images.npz", progress=False, **settings)
+            per_image = store.per_image(found["key"].to_list())
+            assert list(found["layer"]) == list(expected.cells["layer"])
+            assert list(found["trial"]) == list(expected.cells["trial"])
+            assert list(found["seed"]) == list(expected.cells["seed"])
+            for name in expected.cells.columns.drop(["model", "seed"]).intersection(found.columns):
+                if expected.cells[name].dtype.kind == "f":
+                    np.testing.assert_allclose(found[name], expected.cells[name], rtol=1e-6, atol=1e-6, err_msg=name)
+                else:
+                    assert list(found[name]) == list(expected.cells[name]), name
+            for name, values in expected.per_image.items():  # (n_layers, n_trials, n_images)
+                stacked = np.stack([per_image[key][name] for key in found["key"]])
+                np.testing.assert_allclose(stacked, values.reshape(stacked.shape), rtol=0, atol=1e-6, err_msg=name)
+            row = study.to_pandas()
+            row = row[row["model"] == entry.name].reset_index(drop=True)
+            np.testing.assert_allclose(row["criticality"], expected.to_pandas()["criticality"], rtol=0, atol=1e-6)
+            known = study.models.set_index("model")["record"][entry.name]["predictions"]
+            assert known == pytest.approx(expected.record["predictions"] | {"n_classes": known["n_classes"]}, rel=1e-5)
+
+
+def test_run_study__writes_down_what_it_was_about(study, folder):
+    report = run(study, folder)
+
+    found = load_study(folder)
+    assert read_study_file(folder / "study.toml") == read_study_file(study)
+    assert found.record["probe_set"]["sha256"] == ProbeSet.load(folder / "probe_set").sha256
+    assert found.record["protocol"]["trials"] == 2
+    assert found.record["baseline"] == "m0"
+    assert [record["machine"] for record in found.runs] == [platform.node()]
+    assert "torch" in found.runs[0]["versions"]
+    assert report.folder == folder
+    assert report.seconds > 0
+
+
+# nothing twice, nothing mixed in
+
+
+def test_run_study__measures_nothing_twice(study, folder, batches):
+    run(study, folder)
+    expected = tables(folder)
+    batches.clear()
+
+    report = run(study, folder)
+
+    assert (report.n_measured, report.n_known) == (0, N_CELLS)
+    assert batches == []
+    assert_same_tables(tables(folder), expected)
+
+
+def test_run_study__more_trials_and_models_only_add(tmp_path, folder):
+    run(write_small(tmp_path / "small", n_models=1, trials=1), folder)
+    first = tables(folder)[0]
+    larger = write_small(tmp_path / "small", n_models=2, trials=3)
+
+    report = run(larger, folder)
+
+    run(larger, tmp_path / "fresh")
+    assert (report.n_known, report.n_measured) == (3, 15)
+    assert_same_tables(tables(folder), tables(tmp_path / "fresh"))
+    cells = tables(folder)[0]
+    kept = cells[cells["key"].isin(first["key"])].reset_index(drop=True)
+    assert (kept["cosine"] == first["cosine"]).all()
+
+
+def test_run_study__fewer_trials_and_models_show_no_others(tmp_path, folder):
+    run(write_small(tmp_path / "study", n_models=2, trials=3), folder)
+    smaller = write_small(tmp_path / "study", n_models=2, trials=2)
+    (tmp_path / "study" / "m1.safetensors").unlink()
+
+    report = run(smaller, folder)
+
+    run(smaller, tmp_path / "fresh")
+    assert (report.n_known, report.n_measured) == (6, 0)
+    assert_same_tables(tables(folder), tables(tmp_path / "fresh"))
+
+
+def test_run_study__the_same_weights_under_another_name_are_known(tmp_path, folder):
+    path = write_small(tmp_path)
+    write_model(tmp_path / "m1.safetensors", 0)
+
+    report = run(path, folder)
+
+    assert (report.n_measured, report.n_known) == (6, 6)
+    cells = load_study(folder).cells.set_index("model")
+    assert list(cells.loc["m0", "cosine"]) == list(cells.loc["m1", "cosine"])
+
+
+def _with_donor(folder, **sections):
+    """Write a study of one model that has a donor."""
+    models = [{"reference": f"file:m0.safetensors?{ARCHITECTURE}", "donor": "d0.safetensors"}]
+    folder.mkdir(exist_ok=True)
+    write_model(folder / "d0.safetensors", 10)
+    return write_small(folder, n_models=1, **{"models": models, **sections})
+
+
+CHANGES = {  # name -> (what the study says before, what it says after, what is done to its files)
+    "weights": ({}, {}, lambda folder: write_model(folder / "m0.safetensors", 7)),
+    "normalisation": ({}, {"models": [{"reference": f"file:m0.safetensors?{ARCHITECTURE}&mean=(0.2,0.2,0.2)"}]}, None),
+    "reset": ({}, {"protocol": {"resets": ["permute"]}}, None),
+    "donor": (
+        {"protocol": {"resets": ["rewind"]}},
+        {"protocol": {"resets": ["rewind"]}},
+        lambda folder: write_model(folder / "d0.safetensors", 11),
+    ),
+    "seed": ({}, {"protocol": {"seed": 1}}, None),
+    "pixels": ({}, {}, lambda folder: write_pixels(folder / "images.npz", seed=1)),
+    "number of images": ({}, {"images": {"n_images": 20}}, None),
+    "labels": ({}, {"images": {"labels": False}}, None),
+    "dtype": ({}, {"protocol": {"dtype": "reference"}}, None),
+    "distances": ({}, {"protocol": {"distances": ["l1"]}}, None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_run_study__other_content_makes_other_cells(tmp_path, folder, change):
+    before, after, act = CHANGES[change]
+    first = run(_with_donor(tmp_path, **before), folder)
+    expected = tables(folder)
+    path = _with_donor(tmp_path, **after)
+    if act:
+        act(tmp_path)
+
+    report = run(path, folder)
+
+    run(path, tmp_path / "fresh")
+    assert (report.n_measured, report.n_known) == (first.n_measured, 0)
+    assert_same_tables(tables(folder), tables(tmp_path / "fresh"))
+    assert not set(expected[0]["key"]) & set(tables(folder)[0]["key"])
+    assert run(_with_donor(tmp_path, **before), folder).n_measured == 0, "what was measured before is still there"
+    assert_same_tables(tables(folder), expected)
+
+
+def test_run_study__a_changed_model_leaves_the_others_as_they_are(study, folder):
+    run(study, folder)
+    write_model(study.parent / "m1.safetensors", 7)
+
+    report = run(study, folder)
+
+    run(study, study.parent / "fresh")
+    assert (report.n_measured, report.n_known) == (N_CELLS // 2, N_CELLS // 2)
+    assert_same_tables(tables(folder), tables(study.parent / "fresh"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"protocol": {"batch_size": 5}}),
+        ({}, {"protocol": {"level": 0.9}}),
+        ({}, {"study": {"baseline": "m1", "name": "another"}}),
+        ({}, {"protocol": {"types": "linear"}}),
+        ({"protocol": {"distances": ["l1", "l2"]}}, {"protocol": {"distances": ["l2", "l1", "cosine"]}}),
+    ],
+)
+def test_run_study__what_changes_no_number_makes_no_cell(tmp_path, folder, before, after):
+    run(write_small(tmp_path, **before), folder)
+
+    report = run(write_small(tmp_path, **after), folder)
+
+    assert (report.n_measured, report.n_known) == (0, N_CELLS)
+
+
+def test_run_study__labels_that_are_not_there_make_no_difference(tmp_path, folder):
+    path = write_small(tmp_path, images={"labels": True})
+    np.savez(tmp_path / "images.npz", images=np.load(tmp_path / "images.npz")["images"])
+    run(path, folder)
+    replaced = path.read_text().replace("labels = true", "labels = false")
+    path.write_text(replaced)
+
+    assert run(path, folder).n_measured == 0
+
+
+def test_run_study__more_layers_only_add(tmp_path, folder):
+    run(write_small(tmp_path, protocol={"layers": "1,5"}), folder)
+    path = write_small(tmp_path)
+
+    report = run(path, folder)
+
+    run(path, tmp_path / "fresh")
+    assert (report.n_known, report.n_measured) == (8, 4)
+    assert_same_tables(tables(folder), tables(tmp_path / "fresh"))
+
+
+@pytest.mark.parametrize("what", ["weights", "donor", "pixels"])
+def test_run_study__never_shows_two_contents_at_once(tmp_path, folder, what, own):
+    """However far the run after a change gets, the cells are all of before, or all of after."""
+    path = _with_donor(tmp_path, study=own, protocol={"resets": ["half", "zero"]})
+    run(path, tmp_path / "before")
+    before = set(tables(tmp_path / "before")[0]["key"])
+    if what == "pixels":
+        write_pixels(tmp_path / "images.npz", seed=9)
+    else:
+        write_model(tmp_path / {"weights": "m0.safetensors", "donor": "d0.safetensors"}[what], 7)
+    whole = Inline()
+    shutil.copytree(tmp_path / "before", tmp_path / "after")
+    run(path, tmp_path / "after", whole)
+    after = set(tables(tmp_path / "after")[0]["key"])
+
+    for stop_after in range(len(whole.events)):
+        shutil.copytree(tmp_path / "before", tmp_path / f"{stop_after}")
+        with pytest.raises(Killed):
+            run(path, tmp_path / f"{stop_after}", Inline(stop_after))
+        keys = set(load_study(tmp_path / f"{stop_after}").cells["key"])
+        assert keys <= before or keys <= after, f"after {stop_after} events"
+
+
+# the images
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The sources that were decoded."""
+    found = []
+    from_source = ProbeSet.from_source.__func__
+
+    def counted(cls, source, *arguments, **settings):
+        found.append(source)
+        return from_source(cls, source, *arguments, **settings)
+
+    monkeypatch.setattr(ProbeSet, "from_source", classmethod(counted))
+    return found
+
+
+def test_run_study__decodes_images_once(study, folder, decoded):
+    for _ in range(3):
+        run(study, folder)
+
+    assert len(decoded) == 1
+
+
+@pytest.mark.parametrize("harm", ["flipped", "shortened", "no pixels", "nothing"])
+def test_run_study__decodes_damaged_images_anew(study, folder, decoded, harm):
+    run(study, folder)
+    pixels = folder / "probe_set" / "images.npy"
+    content = bytearray(pixels.read_bytes())
+    if harm == "flipped":
+        content[-5] ^= 1
+        pixels.write_bytes(content)
+    elif harm == "shortened":
+        pixels.write_bytes(content[:-5])
+    else:
+        for path in [pixels] if harm == "no pixels" else list(pixels.parent.iterdir()):
+            path.unlink()
+
+    report = run(study, folder)
+
+    assert len(decoded) == 2
+    assert (report.n_measured, report.n_known) == (0, N_CELLS)
+
+
+def test_run_study__needs_the_source_no_more(study, folder, decoded):
+    run(study, folder)
+    (study.parent / "images.npz").unlink()
+
+    assert run(study, folder).n_known == N_CELLS
+    assert len(decoded) == 1
+
+
+def test_run_study__takes_no_images_that_were_asked_for_in_another_way(tmp_path, folder, decoded, monkeypatch):
+    """A run that ends between saving other images and saying so leaves images that nobody asked for."""
+    path = write_small(tmp_path)
+    other = path.with_name("other.toml")
+    other.write_text(path.read_text().replace("[protocol]", "[protocol]\nseed = 3"))
+    run(path, folder)
+    expected = tables(folder)
+    save = ProbeSet.save
+
+    def killed(self, where):
+        save(self, where)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProbeSet, "save", killed)
+        with pytest.raises(Killed):
+            run(other, folder)
+
+    report = run(path, folder)
+
+    assert (report.n_measured, report.n_known) == (0, N_CELLS)
+    assert_same_tables(tables(folder), expected)
+
+
+def test_run_study__images_that_cannot_be_read_are_said(study, folder):
+    (study.parent / "images.npz").write_bytes(b"no archive")
+
+    with pytest.raises(ProbeError, match=r"images\.npz"):
+        run(study, folder)
+    assert holder(folder) is None
+    write_pixels(study.parent / "images.npz")
+    assert run(study, folder).n_measured == N_CELLS
+
+
+# resets and distances
+
+
+OPTIONS = ["noise(scale=0.5)", "noise", "moments(per=channel)", "donor"]
+
+
+def test_run_study__resets_with_options(tmp_path, folder):
+    """Each is a reset of its own: its cells have its name, and what `measure` gives; a second run knows them all."""
+    path = _with_donor(tmp_path, protocol={"resets": ["noise( scale = .5 )", *OPTIONS]})
+    report = run(path, folder)
+    study = load_study(folder)
+    assert report.n_measured == len(LAYERS) * (2 + 2 + 2 + 1)
+    names = ["noise(scale=0.5)", "noise(scale=1)", "moments(per=channel)", "donor"]
+    assert study.resets == names
+    assert study.cells["key"].is_unique
+    for name in names:
+        donor = tmp_path / "d0.safetensors" if name == "donor" else None
+        expected = measure(
             f"file:{tmp_path}/m0.safetensors?{ARCHITECTURE}&input_size=(3,2,2)", tmp_path / "images.npz",
             reset=name, trials=2, donor=donor, dtype="float32", device="cpu", progress=False,
-        ).cells  # fmt: skip
-        found = study.cells[study.cells["reset"] == name]
+        ).cells.sort_values(["depth", "trial"])  # fmt: skip
+        found = study.cells[study.cells["reset"] == name].sort_values(["depth", "trial"])
         np.testing.assert_allclose(found["cosine"], expected["cosine"], atol=1e-6)
         assert list(found["seed"]) == list(expected["seed"])
-    assert study.of_reset("noise(scale=.50)")["reset"].unique() == ["noise(scale=0.5)"]
-    assert study.compare(reset="noise( scale=0.5 )").reset == "noise(scale=0.5)"
+    assert list(study.of_reset("noise(scale=.50)")["reset"].unique()) == ["noise(scale=0.5)"]
+    assert study.compare(reset="noise( scale=0.5 )", baseline="m0").reset == "noise(scale=0.5)"
     with pytest.raises(StudyError, match=r"has no reset 'noise\(scale=2\)'"):
         study.of_reset("noise(scale=2)")
-    assert (run(path, folder).n_known, run(path, folder).n_measured) == (report.n_measured, 0)
+    assert run(path, folder).n_measured == 0
 
 
 def test_run_study__resumes_resets_with_options(tmp_path, folder):
@@ -155,12 +463,11 @@ def test_run_study__resumes_resets_with_options(tmp_path, folder):
 
 def test_run_study__rewinds_to_several_epochs_of_the_own_run(tmp_path, folder):
     """The map epoch x layer after Zhang et al. is a study with one reset for each epoch."""
-    write_small(tmp_path, n_models=1)
     states = {}
     for epoch in (0, 1, 2):
         write_model(tmp_path / "state.safetensors", 10 + epoch)
         states[epoch] = load_file(tmp_path / "state.safetensors")
-    write_run(tmp_path / "run", states, arch=ARCHITECTURE.removeprefix("arch=").replace("&", "?", 1), final=states[2])
+    write_run(tmp_path / "run", states, arch=ARCHITECTURE.removeprefix("arch="), final=states[2])
     resets = [f"rewind(epoch={epoch})" for epoch in states]
     models = [{"reference": "file:run"}]
     run(write_small(tmp_path, n_models=1, models=models, protocol={"resets": resets}), folder)
