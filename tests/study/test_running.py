@@ -470,14 +470,15 @@ def test_run_study__rewinds_to_several_epochs_of_the_own_run(tmp_path, folder):
     write_run(tmp_path / "run", states, arch=ARCHITECTURE.removeprefix("arch="), final=states[2])
     resets = [f"rewind(epoch={epoch})" for epoch in states]
     models = [{"reference": "file:run"}]
-    run(write_small(tmp_path, n_models=1, models=models, protocol={"resets": resets}), folder)
+    alone = {"n_models": 1, "study": {"baseline": None}}
+    run(write_small(tmp_path, models=models, protocol={"resets": resets}, **alone), folder)
     cells = load_study(folder).cells
     assert list(cells["reset"].unique()) == resets
     assert set(cells["status"][cells["reset"] == "rewind(epoch=2)"]) == {"unchanged"}
     for epoch in (0, 1):
         donor = {"reference": "file:run", "donor": f"run@epoch={epoch}"}
         other = tmp_path / f"{epoch}"
-        run(write_small(tmp_path, n_models=1, models=[donor], protocol={"resets": ["rewind"]}), other)
+        run(write_small(tmp_path, models=[donor], protocol={"resets": ["rewind"]}, **alone), other)
         found = cells["cosine"][cells["reset"] == f"rewind(epoch={epoch})"]
         np.testing.assert_array_equal(found, load_study(other).cells["cosine"])
 
