@@ -1,6 +1,6 @@
 """What the resets show on the bundled family: docs/resets.png, and the numbers of docs/resets.md.
 
-python benchmarks/resets.py DIR [--trials N] [--images N]
+python benchmarks/resets.py DIR [--models NAME,...] [--trials N] [--images N]
 
 Two studies in DIR: single layers under every reset, with the baseline as donor, and blocks under `rerandomize`, `zero`
 and `skip`. For each model, the criticality of its layers under a reset is correlated with that under `rerandomize`
@@ -9,6 +9,7 @@ and `skip`. For each model, the criticality of its layers under a reset is corre
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,12 @@ from layercrit.demo import copy_family
 from layercrit.figures.heat_maps import heat_map
 from layercrit.figures.style import save_figure
 from layercrit.layers import layer_labels, stages_of
+from layercrit.study.file import read_study_file
+from layercrit.study.running import run_study
 
 DOCS = Path(__file__).parents[1] / "docs"
 OF_LAYERS = [
-    "rerandomize", "moments(per=tensor)", "moments(per=channel)", "permute", "zero", "noise(scale=0.1)",
+    "rerandomize", "moments(per=tensor)", "moments(per=channel)", "permute", "zero",
     "noise(scale=0.25)", "noise(scale=0.5)", "noise(scale=1)", "noise(scale=2)", "donor",
 ]  # fmt: skip
 OF_BLOCKS = ["rerandomize", "zero", "skip"]
@@ -44,8 +47,7 @@ distances = ["cosine"]
 """
 
 
-def measured(folder: Path, name: str, **settings: object) -> "layercrit.Study":
-    models = sorted(path.name for path in (folder / "models").iterdir() if path.is_dir())
+def measured(folder: Path, models: Sequence[str], name: str, **settings: object) -> "layercrit.Study":
     donor = "donor" in str(settings["resets"])
     tables = [
         f'[[models]]\nreference = "file:models/{model}"\n' + 'donor = "file:models/baseline"\n' * donor
@@ -53,7 +55,7 @@ def measured(folder: Path, name: str, **settings: object) -> "layercrit.Study":
     ]
     path = folder / f"{name}.toml"
     path.write_text(STUDY.format(**settings) + "\n".join(tables), encoding="utf-8")
-    report = layercrit.run_study(path, folder / name, n_workers=1)
+    report = run_study(read_study_file(path), folder / name, n_workers=1)
     assert not report.failures, report.failures[0]
     return layercrit.load_study(folder / name)
 
@@ -71,7 +73,7 @@ def correlation(table: pd.DataFrame, one: str, other: str) -> str:
     for model in table.index.unique("model"):
         if (model, one) in table.index and (model, other) in table.index:
             both = table.loc[[(model, one), (model, other)]].dropna(axis=1)
-            if (both.nunique(axis=1) > 1).all():  # the baseline's own layers as donors change nothing
+            if np.ptp(both.to_numpy(), axis=1).all():  # the baseline's own layers as donors change nothing
                 rhos.append(stats.spearmanr(*both.to_numpy()).statistic)
     half = stats.t.ppf(0.975, len(rhos) - 1) * np.std(rhos, ddof=1) / len(rhos) ** 0.5
     return f"{np.mean(rhos):.2f} ({np.mean(rhos) - half:.2f} to {np.mean(rhos) + half:.2f}), {len(rhos)} models"
@@ -80,17 +82,22 @@ def correlation(table: pd.DataFrame, one: str, other: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--models", help="of the family, comma-separated [default: all]")
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--images", type=int, default=500)
     arguments = parser.parse_args()
     copy_family(arguments.folder)
+    family = sorted(path.name for path in (arguments.folder / "models").iterdir() if path.is_dir())
+    models = arguments.models.split(",") if arguments.models else family
     settings = {"trials": arguments.trials, "n_images": arguments.images}
     of = {
         "layers": {"group": "layer", "seed": 0, "resets": json.dumps(OF_LAYERS)},
         "again": {"group": "layer", "seed": 1, "resets": '["rerandomize"]'},
         "blocks": {"group": "block", "seed": 0, "resets": json.dumps(OF_BLOCKS)},
     }
-    layers, again, blocks = (means(measured(arguments.folder, name, **settings, **more)) for name, more in of.items())
+    layers, again, blocks = (
+        means(measured(arguments.folder, models, name, **settings, **more)) for name, more in of.items()
+    )
     again.index = again.index.set_levels(["rerandomize, other draws"], level="reset")
     table = pd.concat([layers, again])
     for reset in [*again.index.unique("reset"), *OF_LAYERS[1:]]:
@@ -109,7 +116,7 @@ def main() -> None:
     cells = layercrit.load_study(arguments.folder / "layers").cells
     shapes = dict(zip(cells["layer"], cells["shape"], strict=True))
     figure = heat_map(
-        over_models, rows, title="Criticality of each layer, mean over the 15 models of the demo family",
+        over_models, rows, title=f"Criticality of each layer, mean over {len(models)} models of the demo family",
         layer_labels=layer_labels(shapes), stages=stages_of(names),
     )  # fmt: skip
     save_figure(figure, DOCS / "resets", formats=["png"])

@@ -184,7 +184,7 @@ def branch(block, x):
 
 
 def fixup(block, x):
-    return x + block.scale * branch(block, x) + block.shift
+    return x + (block.scale * branch(block, x) + block.shift)
 
 
 def gated(block, x):

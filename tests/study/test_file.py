@@ -421,7 +421,7 @@ def test_mistakes__all_at_once(tmp_path):
         "[study] baseline 'm3' is not one of the models. Did you mean 'm0'?",
     ]
     assert found[3].startswith("[images] source is missing: source of the images, anything that `layercrit measure")
-    assert re.fullmatch(r"\[protocol\] .*'rerandomise'.*Did you mean 'rerandomize'\?.*", found[15])
+    assert re.fullmatch(r"\[protocol\] .*'rerandomise'.*Did you mean 'rerandomize'.*", found[15])
     assert re.fullmatch(r"\[protocol\] .*'cosin'.*Did you mean 'cosine'.*", found[16])
 
 

@@ -117,7 +117,8 @@ class _Branches:
     """
 
     def __init__(self, weight_graph: WeightGraph, weights: Set[fx.Node]) -> None:
-        self._graph, self._weights = weight_graph, weights
+        self._graph = weight_graph
+        self._weights = {node for node in weights if node.users}  # tied ones have a placeholder each; one is read
         self._dynamic = weight_graph.dynamic_nodes()
         self.place = {node: number for number, node in enumerate(weight_graph.graph.nodes)}
         self._sources = self._sources_of_all()
@@ -191,11 +192,11 @@ class _Branches:
         nodes = {term: self._between(start, before[term]) for term in terms}
         if any(not self._starts_at(start, inside) for inside in nodes.values()):
             return
-        weights = {term: self._weights_of(inside) for term, inside in nodes.items()}
-        shortcut, *others = sorted(terms, key=lambda term: len(weights[term]))
-        if len(weights[shortcut]) <= min(_MOST_IN_SHORTCUT, len(weights[others[0]]) - 1):
+        n_weights = {term: self._n_products(inside) for term, inside in nodes.items()}
+        shortcut, *others = sorted(terms, key=n_weights.__getitem__)
+        if n_weights[shortcut] <= min(_MOST_IN_SHORTCUT, n_weights[others[0]] - 1):
             for term in others:
-                yield self._branch(term, nodes[term], weights[shortcut])
+                yield self._branch(term, nodes[term], self._weights_of(nodes[shortcut]))
 
     def _before(self, node: fx.Node) -> set[fx.Node]:
         """Return a node and the nodes that depend on the image from which it is computed."""
@@ -223,6 +224,10 @@ class _Branches:
     def _weights_of(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
         """Return the weight of each convolution and linear layer among some nodes, and their biases."""
         return frozenset().union(*(self._sources[node] for node in nodes)) & self._weights
+
+    def _n_products(self, nodes: Iterable[fx.Node]) -> int:
+        """Return how many convolutions and linear layers there are among some nodes, biases not counted."""
+        return sum(self._graph.values[weight].ndim > 1 for weight in self._weights_of(nodes))
 
     def _branch(self, result: fx.Node, nodes: Set[fx.Node], of_shortcut: Set[fx.Node]) -> _Branch:
         return _Branch(result, nodes, self._weights_of(nodes), of_shortcut, self._ends(result, nodes))
