@@ -73,7 +73,6 @@ class Reset:
         donor: where ``Draw.donor`` comes from: ``initialiser`` (a fresh network), ``checkpoint`` (an earlier one of the
             same training run), ``model`` (another model), or None.
         summary: one line for tables.
-        base: its name without options.
         branch: whether a unit's parameters are, for this reset, those that end the residual branches in it.
         declared: the options it has.
         options: their values.
@@ -84,10 +83,14 @@ class Reset:
     random: bool
     donor: str | None
     summary: str
-    base: str = ""
     branch: bool = False
     declared: Mapping[str, Option] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str:
+        """Its name without options, from which seeds are hashed: trials of all scales of noise share their draws."""
+        return self.name.partition("(")[0]
 
 
 RESETS = Registry[Reset]("reset", ProtocolError, "layercrit.resets", summary=lambda reset: reset.summary)
@@ -129,7 +132,7 @@ def reset(
             declared = options_of(function)
         except (TypeError, NameError) as error:
             raise ProtocolError(f"The reset {name!r} cannot be registered: {error}.") from error
-        RESETS[name] = Reset(name, function, random, donor, summary_of(function), name, branch, declared)
+        RESETS[name] = Reset(name, function, random, donor, summary_of(function), branch, declared)
         return function
 
     return register
