@@ -136,9 +136,9 @@ def read_donor(donor: nn.Module | str | Path, model: Model, layers: Iterable[Lay
 
 
 def is_reference(donor: str | Path) -> bool:
-    """Whether a donor is a model reference rather than a path."""
+    """Whether a donor is a model reference rather than a path, which begins with no kind of model: ``./file:x``."""
     kind, colon, _ = str(donor).partition(":")
-    return isinstance(donor, str) and bool(colon) and kind in MODEL_SOURCES and not Path(donor).exists()
+    return isinstance(donor, str) and bool(colon) and kind in MODEL_SOURCES
 
 
 def _checked(network: nn.Module, model: Model, layers: Iterable[Layer]) -> dict[str, Tensor]:
