@@ -181,7 +181,7 @@ def permute(draw: Draw) -> Mapping[str, Tensor]:
 
 @reset("rewind", random=False, donor="checkpoint")
 def rewind(draw: Draw, *, epoch: Annotated[int | None, AtLeast(0)] = None) -> Mapping[str, Tensor]:
-    """The layer's values in an earlier checkpoint, or ``epoch``, of the same training run (Zhang et al. 2022)."""
+    """The layer's values in an earlier checkpoint of its training run, such as ``epoch=0`` (Zhang et al. 2022)."""
     return draw.donor
 
 
@@ -196,7 +196,7 @@ def noise(draw: Draw, *, scale: Annotated[float, AtLeast(0)] = 1.0) -> Mapping[s
 
 @reset("moments", random=True)
 def moments(draw: Draw, *, per: Literal["tensor", "channel"] = "tensor") -> Mapping[str, Tensor]:
-    """A fresh normal draw with the trained values' own mean and SD, ``per`` tensor or output channel."""
+    """A fresh normal draw with the own mean and SD of each tensor, or with ``per=channel`` of each output channel."""
     drawn = {}
     for name, value in draw.trained.items():
         # a bias has one value a channel, whose SD is 0: per channel, it stays
