@@ -75,6 +75,8 @@ def correlation(table: pd.DataFrame, one: str, other: str) -> str:
             both = table.loc[[(model, one), (model, other)]].dropna(axis=1)
             if np.ptp(both.to_numpy(), axis=1).all():  # the baseline's own layers as donors change nothing
                 rhos.append(stats.spearmanr(*both.to_numpy()).statistic)
+    if len(rhos) < 2:
+        return ", ".join(f"{rho:.2f}" for rho in rhos)
     half = stats.t.ppf(0.975, len(rhos) - 1) * np.std(rhos, ddof=1) / len(rhos) ** 0.5
     return f"{np.mean(rhos):.2f} ({np.mean(rhos) - half:.2f} to {np.mean(rhos) + half:.2f}), {len(rhos)} models"
 
@@ -113,10 +115,11 @@ def main() -> None:
     over_models = layers.groupby(level="reset").mean().loc[OF_LAYERS]
     rows = pd.DataFrame({"model": OF_LAYERS, "label": OF_LAYERS, "category": None, "accuracy": np.nan})
     names = list(over_models.columns)
+    which = f"mean over {len(models)} models of the demo family" if len(models) > 1 else models[0]
     cells = layercrit.load_study(arguments.folder / "layers").cells
     shapes = dict(zip(cells["layer"], cells["shape"], strict=True))
     figure = heat_map(
-        over_models, rows, title=f"Criticality of each layer, mean over {len(models)} models of the demo family",
+        over_models, rows, title=f"Criticality of each layer, {which}",
         layer_labels=layer_labels(shapes), stages=stages_of(names),
     )  # fmt: skip
     save_figure(figure, DOCS / "resets", formats=["png"])
