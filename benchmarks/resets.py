@@ -2,9 +2,10 @@
 
 python benchmarks/resets.py DIR [--models NAME,...] [--trials N] [--images N]
 
-Two studies in DIR: single layers under every reset, with the baseline as donor, and blocks under `rerandomize`, `zero`
-and `skip`. For each model, the criticality of its layers under a reset is correlated with that under `rerandomize`
-(Spearman); printed are the mean over the models and a 95% interval of it for new models (Student's t).
+Studies in DIR: single layers under every reset, the donor being the baseline of the other seed, and blocks under
+`rerandomize`, `zero` and `skip`. For each model, the criticality of its layers under a reset is correlated with that
+under `rerandomize` (Spearman); printed are the mean over the models and a 95% interval of it for new models (Student's
+t), or, for a single model, an interval for other layers.
 """
 
 import argparse
@@ -50,7 +51,7 @@ distances = ["cosine"]
 def measured(folder: Path, models: Sequence[str], name: str, **settings: object) -> "layercrit.Study":
     donor = "donor" in str(settings["resets"])
     tables = [
-        f'[[models]]\nreference = "file:models/{model}"\n' + 'donor = "file:models/baseline"\n' * donor
+        f'[[models]]\nreference = "file:models/{model}"\n' + 'donor = "file:models/baseline-seed1"\n' * donor
         for model in models
     ]
     path = folder / f"{name}.toml"
@@ -73,10 +74,11 @@ def correlation(table: pd.DataFrame, one: str, other: str) -> str:
     for model in table.index.unique("model"):
         if (model, one) in table.index and (model, other) in table.index:
             both = table.loc[[(model, one), (model, other)]].dropna(axis=1)
-            if np.ptp(both.to_numpy(), axis=1).all():  # the baseline's own layers as donors change nothing
+            if np.ptp(both.to_numpy(), axis=1).all():  # a model's own layers as donors change nothing
                 rhos.append(stats.spearmanr(*both.to_numpy()).statistic)
-    if len(rhos) < 2:
-        return ", ".join(f"{rho:.2f}" for rho in rhos)
+    if len(rhos) == 1:  # an interval for other layers instead (Fisher's z with the variance of Bonett & Wright 2000)
+        z, half = np.arctanh(rhos[0]), 1.96 * ((1 + rhos[0] ** 2 / 2) / (len(table.columns) - 3)) ** 0.5
+        return f"{rhos[0]:.2f} ({np.tanh(z - half):.2f} to {np.tanh(z + half):.2f}), one model"
     half = stats.t.ppf(0.975, len(rhos) - 1) * np.std(rhos, ddof=1) / len(rhos) ** 0.5
     return f"{np.mean(rhos):.2f} ({np.mean(rhos) - half:.2f} to {np.mean(rhos) + half:.2f}), {len(rhos)} models"
 
