@@ -38,6 +38,7 @@ from layercrit.demo import copy_family, example_study
 from layercrit.distances import DISTANCES
 from layercrit.models.sources import MODEL_SOURCES
 from layercrit.models.zoo.fetching import ZOO
+from layercrit.named_options import with_options
 from layercrit.reporting.reports import FIGURES
 from layercrit.resets import RESETS
 from layercrit.study.file import read_study_file
@@ -65,12 +66,23 @@ def table(*columns: str, rows) -> str:
 
 
 def resets() -> str:
-    donors = {"initialiser": "a fresh network", "checkpoint": "a checkpoint", None: "-"}
+    donors = {"initialiser": "a fresh network", "checkpoint": "a checkpoint", "model": "another model", None: "-"}
     rows = [
-        (f"`{one.name}`", markdown(one.summary), "yes" if one.random else "no", donors[one.donor])
+        (
+            f"`{one.name}`",
+            markdown(one.summary),
+            markdown("; ".join(option_in_words(option) for option in one.declared.values()) or "-"),
+            "yes" if one.random else "no",
+            donors[one.donor],
+        )
         for one in RESETS.values()
     ]
-    return table("name", "new values of the layer", "trials differ", "donor", rows=rows)
+    return table("name", "new values of the layer", "options", "trials differ", "donor", rows=rows)
+
+
+def option_in_words(option) -> str:
+    default = with_options("", {option.name: option.default}).strip("()")
+    return f"``{default or option.name}``: {option.in_words()}"
 
 
 def distances() -> str:

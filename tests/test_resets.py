@@ -1,7 +1,9 @@
 import hashlib
 import json
+import re
 import warnings
 from dataclasses import replace
+from typing import Annotated, Literal
 
 import numpy as np
 import pytest
@@ -13,12 +15,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from layercrit.errors import CheckpointError, ModelError, ProtocolError
-from layercrit.layers import find_layers
+from layercrit.layers import Layer, find_layers
 from layercrit.measuring import measure
 from layercrit.models.references import open_model
-from layercrit.resets import RESETS, check_draws, donor_values, draw_values, get_reset, given_donor, reset
+from layercrit.resets import RESETS, AtLeast, check_draws, donor_values, draw_values, get_reset, given_donor, reset
 from layercrit.restoring import holding
-from small_subjects import PIXELS, QUIET, fresh
+from small_subjects import PIXELS, QUIET, build_two_layers, fresh, two_layers
 from training_runs import write_run
 
 
@@ -103,6 +105,122 @@ def test_draw_values__permute_depends_on_seed_and_layer_only():
     assert not torch.equal(first, other_seed)
 
 
+# noise and moments, number by number
+
+
+def drawn(name, layer, seed=99, net=None):
+    net = net or network()
+    return draw_values(get_reset(name), layers_of(net)[layer], net, {}, seed)
+
+
+def normal_numbers(layer, seed=99):
+    """The generator that the draws of a layer come from."""
+    text = json.dumps([seed, layer], separators=(",", ":"))
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
+
+
+@pytest.mark.parametrize("scale", [0.25, 1, 3])
+def test_draw_values__noise_is_relative_to_the_root_mean_square_of_each_tensor(scale):
+    net, generator = network(), normal_numbers("0")
+    values = drawn(f"noise(scale={scale})", "0")
+    for key in ("0.weight", "0.bias"):
+        trained = net.get_parameter(key).detach()
+        numbers = [float(x) for x in trained.flatten()]
+        rms = (sum(x * x for x in numbers) / len(numbers)) ** 0.5
+        z = torch.randn(trained.shape, generator=generator)
+        twin = [x + scale * rms * float(one) for x, one in zip(numbers, z.flatten(), strict=True)]
+        torch.testing.assert_close(values[key].flatten(), torch.tensor(twin))
+
+
+def test_draw_values__noise_of_scale_0_is_exactly_the_trained_values():
+    net = network()
+    for layer in ("0", "1", "4"):
+        for name, value in drawn("noise(scale=0)", layer).items():
+            assert torch.equal(value, net.get_parameter(name))
+
+
+@pytest.mark.parametrize("name", ["noise(scale=2)", "moments", "moments(per=channel)"])
+def test_draw_values__of_zeros_are_zeros(name):
+    net = network()
+    with torch.no_grad():
+        net[0].weight.zero_()
+    assert (drawn(name, "0", net=net)["0.weight"] == 0).all()
+
+
+def test_draw_values__noise_of_one_trial_is_the_same_for_every_scale():
+    """Larger noise is more of the same, so that a curve over scales is smooth; trials and layers differ."""
+    net = network()
+    one, two, other = (drawn(name, "4", seed)["4.weight"] for name, seed in
+                       (("noise(scale=1)", 1), ("noise(scale=2)", 1), ("noise(scale=1)", 2)))  # fmt: skip
+    torch.testing.assert_close(two - net[4].weight, 2 * (one - net[4].weight))
+    assert not torch.allclose(one, other)
+    subjects = [measure(two_layers(), PIXELS, reset=f"noise(scale={s})", **QUIET) for s in (1, 2)]
+    assert list(subjects[0].cells["seed"]) == list(subjects[1].cells["seed"])
+
+
+@pytest.mark.parametrize("per", ["tensor", "channel"])
+def test_draw_values__moments_draws_with_the_own_mean_and_deviation(per):
+    net, generator = network(), normal_numbers("0")
+    values = drawn(f"moments(per={per})", "0")
+    for key in ("0.weight", "0.bias"):
+        trained = net.get_parameter(key).detach().double().numpy()
+        z = torch.randn(trained.shape, generator=generator).numpy()
+        twin = np.empty_like(trained)
+        for channel in range(len(trained)):
+            of = trained if per == "tensor" else trained[channel]
+            twin[channel] = of.mean() + of.std() * z[channel]
+        torch.testing.assert_close(values[key].double().numpy(), twin, rtol=1e-6, atol=1e-6)
+    if per == "channel":
+        assert torch.equal(values["0.bias"], net[0].bias), "one number a channel has no deviation"
+    else:
+        assert not torch.allclose(values["0.bias"], net[0].bias)
+
+
+def test_draw_values__moments_of_many_numbers_are_the_trained_ones():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 400)).eval()
+    with torch.no_grad():
+        net[1].weight.mul_(torch.linspace(0.1, 3, 400)[:, None]).add_(torch.linspace(-2, 2, 400)[:, None])
+    for per, axis in (("tensor", None), ("channel", 1)):
+        value = drawn(f"moments(per={per})", "1", net=net)["1.weight"].double().numpy()
+        trained = net[1].weight.detach().double().numpy()
+        n = trained.size if axis is None else 48
+        np.testing.assert_allclose(value.mean(axis), trained.mean(axis), atol=5 * trained.std() / n**0.5)
+        np.testing.assert_allclose(value.std(axis), trained.std(axis), rtol=5 / (2 * n) ** 0.5)
+
+
+def test_draw_values__the_output_channels_of_a_transposed_convolution_are_its_second_axis():
+    net = nn.Sequential(nn.ConvTranspose2d(3, 5, 2), nn.Flatten(), nn.Linear(125, 5)).eval()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.arange(5.0)[None, :, None, None].expand(3, 5, 2, 2))
+    assert torch.equal(drawn("moments(per=channel)", "0", net=net)["0.weight"], net[0].weight), "deviation 0"
+    assert not torch.allclose(drawn("moments", "0", net=net)["0.weight"], net[0].weight)
+
+
+class OddNumbers(nn.Module):
+    """A scalar, complex numbers and counts are parameters, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.scalar = nn.Parameter(torch.tensor(2.0))
+        self.phases = nn.Parameter(torch.ones(12, dtype=torch.complex64))
+        self.counts = nn.Parameter(torch.arange(3), requires_grad=False)
+
+    def forward(self, x):
+        return (x.flatten(1)[:, :12] * self.phases).real * self.scalar
+
+
+@pytest.mark.parametrize("name", ["noise(scale=0)", "noise(scale=1)", "moments", "moments(per=channel)"])
+def test_draw_values__of_every_number_format(name):
+    net = nn.Sequential(OddNumbers(), nn.Linear(12, 3)).eval()
+    layer = Layer("0", "other", ("0.scalar", "0.phases", "0.counts"), (12,), 16)
+    values = draw_values(get_reset(name), layer, net, {}, 1)
+    for key, value in values.items():
+        assert value.dtype == net.get_parameter(key).dtype
+        assert value.shape == net.get_parameter(key).shape
+        if name == "noise(scale=0)":
+            assert torch.equal(value, net.get_parameter(key))
+
+
 def test_draw_values__what_a_reset_writes_to_never_reaches_network_or_donor(registered):
     @reset("spoil", random=False, donor="initialiser")
     def spoil(draw):
@@ -159,7 +277,196 @@ def test_get_reset__an_unknown_name_gets_near_ones(name, hint):
         get_reset(name)
 
 
+@pytest.mark.parametrize(
+    ("given_name", "name", "random"),
+    [
+        ("noise", "noise(scale=1)", True),
+        ("noise( scale = .50 )", "noise(scale=0.5)", True),
+        ('moments(per="channel")', "moments(per=channel)", True),
+        ("rewind()", "rewind", False),
+        ("rewind(epoch=none)", "rewind", False),
+        ("rewind(epoch=3)", "rewind(epoch=3)", False),
+        ("rerandomize()", "rerandomize", True),
+        ("skip", "skip", False),
+        ("donor", "donor", False),
+    ],
+)
+def test_get_reset__equal_options_have_one_name(given_name, name, random):
+    found = get_reset(given_name)
+    assert (found.name, found.random) == (name, random)
+    assert get_reset(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nois(scale=1)", "There is no reset 'nois'. Did you mean 'noise'?"),
+        ("noise(scal=1)", "The reset 'noise' has no option 'scal'. Did you mean 'scale'?"),
+        ("noise(scale=-0.5)", "The reset 'noise': scale must be a finite number of at least 0; got -0.5."),
+        ("noise(scale=nan)", "scale must be a finite number of at least 0; got 'nan'."),
+        ("noise(scale=)", "is not written as noise(option=value, ...)"),
+        ("noise(0.5)", "is not written as noise(option=value, ...)"),
+        ("moments(per=chanel)", "per must be one of tensor, channel; got 'chanel'. Did you mean 'channel'?"),
+        ("zero(x=1)", "The reset 'zero' has no option 'x'. It has none: leave the brackets out."),
+    ],
+)
+def test_get_reset__refusals(name, message):
+    with pytest.raises(ProtocolError) as caught:
+        get_reset(name)
+    assert message in str(caught.value)
+    finished = []
+    with pytest.raises(ProtocolError):
+        measure(two_layers(), PIXELS, reset=name, on_trial=finished.append, **QUIET)
+    assert not finished
+
+
+def test_reset__options_are_those_of_the_signature(registered):
+    @reset("shrink", random=False)
+    def shrink(draw, *, by: Annotated[float, AtLeast(0)] = 0.5, only: Literal["weight", "all"] = "all"):
+        """All values, ``by`` times smaller."""
+        return {
+            key: value if only not in (key.rpartition(".")[2], "all") else value * by
+            for key, value in draw.trained.items()
+        }
+
+    net = network()
+    found = drawn("shrink(only=weight, by=2)", "4")
+    assert torch.equal(found["4.weight"], net[4].weight * 2)
+    assert torch.equal(found["4.bias"], net[4].bias)
+    assert get_reset("shrink").name == "shrink(by=0.5, only=all)"
+    cells = measure(two_layers(), PIXELS, reset="shrink( by=1 )", **QUIET).cells
+    assert set(cells["reset"]) == {"shrink(by=1, only=all)"}
+    assert set(cells["status"]) == {"unchanged"}
+
+
+def test_reset__an_option_of_another_kind_is_refused(registered):
+    with pytest.raises(ProtocolError, match="'listed' cannot be registered: the option 'by' must be annotated as"):
+
+        @reset("listed", random=False)
+        def listed(draw, *, by: list[float]):
+            """Its option is a list."""
+
+    assert "listed" not in RESETS
+
+
+def test_measure__noise_of_scale_0_changes_nothing():
+    found = measure(two_layers(), PIXELS, reset="noise(scale=0)", **QUIET)
+    assert set(found.cells["status"]) == {"unchanged"}
+    assert set(found.cells["delta_norm"]) == {0.0}
+    assert found.record["asked"]["reset"] == "noise(scale=0)"
+
+
+def test_measure__more_noise_moves_predictions_more():
+    means = [
+        measure(two_layers(), PIXELS, reset=f"noise(scale={scale})", trials=20, layers="3", **QUIET)
+        .cells["cosine"]
+        .mean()
+        for scale in (0.01, 0.1, 1)
+    ]
+    assert 0 < means[0] < means[1] < means[2]
+
+
 # donors
+
+
+def saved_run(tmp_path, net):
+    """A training run whose epochs add 0 and 3 to every value of the network."""
+    states = {epoch: {key: value + epoch for key, value in net.state_dict().items()} for epoch in (0, 3)}
+    arch = "py:small_subjects:build_two_layers?input_size=(3,2,2)"
+    return write_run(tmp_path / "run", states, arch=arch, final=net.state_dict())
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["file:{0}", "file:{0}/model.safetensors?arch=py:small_subjects:build_two_layers&input_size=(3,2,2)",
+     "file:{0}@epoch=0", "file:{0}/epochs/epoch-0003.safetensors"],
+)  # fmt: skip
+def test_measure__rewind_to_an_epoch_finds_the_models_own_run(tmp_path, model):
+    folder = saved_run(tmp_path, two_layers())
+    reference = model.format(folder)
+    found = measure(reference, PIXELS, reset="rewind(epoch=3)", **QUIET)
+    expected = measure(reference, PIXELS, reset="rewind", donor=f"{folder}@epoch=3", **QUIET)
+    assert found.record["model"]["donor"] == expected.record["model"]["donor"]
+    assert found.record["model"]["donor"].startswith(f"given: the file {folder}@epoch=3, SHA-256 ")
+    np.testing.assert_array_equal(found.per_image["cosine"], expected.per_image["cosine"])
+    assert set(found.cells["reset"]) == {"rewind(epoch=3)"}
+
+
+@pytest.mark.parametrize("donor", ["{0}", "{0}@epoch=0", "{0}/epochs/epoch-0000.safetensors", "{0}/model.safetensors"])
+def test_measure__rewind_to_an_epoch_of_a_given_run(tmp_path, donor):
+    folder = saved_run(tmp_path, two_layers())
+    found = measure(two_layers(), PIXELS, reset="rewind(epoch=3)", donor=donor.format(folder), layers="1", **QUIET)
+    assert f"{folder}@epoch=3, SHA-256 " in found.record["model"]["donor"]
+    n = sum(p.numel() for p in two_layers()[1].parameters())
+    assert found.cells["delta_norm"][0] == pytest.approx(3 * n**0.5)
+
+
+def test_measure__rewind_to_the_epoch_that_the_model_is_of_changes_nothing(tmp_path):
+    folder = saved_run(tmp_path, two_layers())
+    for epoch in (0, 3):
+        cells = measure(f"file:{folder}@epoch={epoch}", PIXELS, reset=f"rewind(epoch={epoch})", **QUIET).cells
+        assert set(cells["status"]) == {"unchanged"}
+
+
+def test_measure__an_epoch_that_the_run_did_not_keep_is_refused(tmp_path):
+    folder, finished = saved_run(tmp_path, two_layers()), []
+    with pytest.raises(CheckpointError, match=r"did not keep the weights of epoch '1'\. Epochs that it kept: 0, 3\."):
+        measure(f"file:{folder}", PIXELS, reset="rewind(epoch=1)", on_trial=finished.append, **QUIET)
+    assert not finished
+
+
+def test_measure__rewind_to_an_epoch_of_no_run_is_refused(tmp_path):
+    save_file(two_layers().state_dict(), tmp_path / "alone.safetensors")
+    finished = []
+    for donor in (None, tmp_path / "alone.safetensors", tmp_path / "no", two_layers()):
+        with pytest.raises(ProtocolError, match=r"'rewind\(epoch=3\)' needs the training run .* with --from"):
+            measure(two_layers(), PIXELS, reset="rewind(epoch=3)", donor=donor, on_trial=finished.append, **QUIET)
+    assert not finished
+
+
+DONOR = "py:small_subjects:build_two_layers?input_size=(3,2,2)&seed=7"
+
+
+@pytest.mark.parametrize("how", ["reference", "file", "network", "file reference"])
+def test_measure__donor_gives_another_models_values(tmp_path, how):
+    other = fresh(build_two_layers, 7)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    given_as = {
+        "reference": DONOR,
+        "file": str(tmp_path / "other.safetensors"),
+        "network": other,
+        "file reference": f"file:{tmp_path}/other.safetensors?arch={DONOR.replace('?', '&')}",
+    }[how]
+    network, found = two_layers(), {}
+    measured = measure(network, PIXELS, reset="donor", donor=given_as, trials=4, **QUIET)
+    with torch.no_grad():
+        clean = network(PIXELS / 255).double().softmax(1)
+        for layer in ("1", "3"):
+            with holding(network, {f"{layer}.{p}": v for p, v in other.get_submodule(layer).named_parameters()}):
+                after = network(PIXELS / 255).double().softmax(1)
+            found[layer] = float((1 - F.cosine_similarity(clean, after)).mean())
+    cells = measured.cells.set_index("layer")
+    assert cells["cosine"].to_dict() == pytest.approx(found, abs=1e-6)
+    assert len(cells) == 2, "one trial: all are the same"
+    kind = {
+        "reference": "the model py:",
+        "file": "the file /",
+        "network": "a network",
+        "file reference": "the model file:",
+    }
+    assert measured.record["model"]["donor"].startswith(f"given: {kind[how]}")
+    if how != "network":
+        assert re.search("SHA-256 [0-9a-f]{64}", measured.record["model"]["donor"])
+
+
+def test_measure__a_donor_of_another_architecture_is_refused(tmp_path):
+    finished = []
+    for donor, error in (("timm:test_vit?pretrained=false", ModelError), ("timm:no_such", ModelError)):
+        with pytest.raises(error):
+            measure(two_layers(), PIXELS, reset="donor", donor=donor, on_trial=finished.append, **QUIET)
+    with pytest.raises(ProtocolError, match=r"'donor' needs the model .* with --from"):
+        measure(two_layers(), PIXELS, reset="donor", on_trial=finished.append, **QUIET)
+    assert not finished
 
 
 @pytest.mark.parametrize("architecture", ["test_resnet", "test_vit", "test_convnext"])

@@ -370,3 +370,16 @@ def test_methods_section__of_fixed_trials_names_no_pilot():
     assert "betting" in text
     assert "pilot" not in text
     assert found.summary()["covers"] == "trials"
+
+
+@pytest.mark.parametrize(
+    ("reset", "says"),
+    [
+        ("noise(scale=0.25)", "replaced by their own values plus normal noise of 0.25 times the root mean square"),
+        ("moments(per=channel)", "replaced by normal draws with their own mean and standard deviation, per channel,"),
+        ("permute", "replaced by their own values in random order,"),
+    ],
+)
+def test_methods_section__says_what_the_reset_does(reset, says):
+    found = measure(network(), PIXELS, trials=2, n_images=20, reset=reset, progress=False)
+    assert says in methods_section(found)

@@ -22,7 +22,8 @@ CELL_COLUMNS = {
     "reset": "what replaced the parameters",
     "trial": "which draw, from 0",
     "seed": "of the trial's donor; the layer's other random numbers are drawn under a hash of it and the layer's name",
-    "status": "ok; unchanged: the new values are the trained ones; not_finite: predictions became NaN or infinite",
+    "status": "ok; unchanged: the new values are the trained ones; not_finite: predictions became NaN or infinite; "
+    "no_branch: the reset `skip` found no residual branch to leave out",
     "delta_norm": "Euclidean norm of the new minus the trained values",
     "n_images": "how many images the means below are over",
     MATCHED: "the distance cosine between predictions at the model's matched temperature",

@@ -76,13 +76,15 @@ def measure(
         layers: shell-style patterns on layer names, comma-separated, such as ``layer1.*,fc``.
         types: types of layers that are reset, comma-separated, of `layercrit.layers.LAYER_TYPES`, or ``all``.
         group: reset each ``layer`` separately, or a whole ``block`` or ``stage`` at once.
-        reset: what replaces a layer's parameters, a name in `layercrit.resets.RESETS`.
+        reset: what replaces a layer's parameters, a name in `layercrit.resets.RESETS`, with options in brackets if it
+            has some: ``noise(scale=0.5)``.
         norm_statistics: running statistics of normalisation layers beside a reset: as ``trained``, as in the published
             study; ``reset``, where those of the first normalisation layer that the reset reaches become what they are
             before training, mean 0 and variance 1; or ``reestimate``, where those of all that it reaches are estimated
             again, layer by layer, on the first 128 images of the probe set.
-        donor: where new values come from instead of the architecture's initialiser: a module of the same architecture,
-            or a weight file. Needed for ``rewind``. It is the same in every trial, so one trial is run.
+        donor: where new values come from instead of the architecture's initialiser: a module or model reference of the
+            same architecture, or a weight file. Needed for ``rewind`` and ``donor``, and for ``rewind(epoch=N)`` unless
+            the model's reference is the folder of a training run. The same in every trial, so one trial is run.
         distances: names of the distances to measure beside ``cosine``; all registered ones by default.
         seed: the seed of all draws and of the choice of images.
         batch_size: images run at once; ``auto`` depends on their size and the device.
@@ -130,7 +132,7 @@ def measure(
         layers=layers,
         types=types,
         group=group,
-        reset=reset,
+        reset=get_reset(reset).name,
         norm_statistics=norm_statistics,
         seed=seed,
         batch_size=batch_size,
@@ -143,7 +145,6 @@ def measure(
         pilot=pilot,
         max_trials=max_trials,
     )
-    get_reset(reset)
     names = distance_names(distances)
     with undisturbed(), rng_untouched(), Bar(progress) as bar:
         opened = _with_input_of(images, labels, model)

@@ -1,45 +1,41 @@
-"""What a reset does to a layer's parameters, and where fresh values come from."""
+"""What a reset does to a layer's parameters: the registry of resets, and how they are applied."""
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from layercrit.computed_weights import has_hooks, made_plain, owner_of, settle
-from layercrit.errors import ModelError, ProtocolError
+from layercrit.computed_weights import owner_of, settle
+from layercrit.donors import Donor, check_draws, donor_values, own_initialiser, read_donor
+from layercrit.errors import ProtocolError, shown
 from layercrit.layers import Layer
-from layercrit.models.checkpoints import hash_tensors, read_checkpoint
-from layercrit.models.file_source import weight_file
-from layercrit.models.fitting import fit
+from layercrit.models.file_source import training_run
 from layercrit.models.model import Model
+from layercrit.named_options import AtLeast, Option, checked_options, options_of, split_name, with_options
 from layercrit.registry import Registry, summary_of
 from layercrit.restoring import copied
-from layercrit.seeds import drawing, layer_seed, seed_of
+from layercrit.seeds import layer_seed, seed_of
 
 __all__ = [
     "RESETS",
+    "AtLeast",
     "Donor",
     "Draw",
     "Reset",
     "check_draws",
     "donor_values",
     "draw_values",
+    "epoch_of_run",
     "get_reset",
     "given_donor",
     "own_initialiser",
     "reset",
     "seed_of",
 ]
-
-
-# whose matrices their reset_parameters draws
-_DRAWN_BY_TORCH = (
-    nn.modules.conv._ConvNd,
-    *(nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention),
-)
 
 
 @dataclass(frozen=True)
@@ -52,27 +48,34 @@ class Draw:
         donor: a copy of the same layer's values in the trial's donor (a freshly initialised network, or for ``rewind``
             the checkpoint). Empty for resets that need none.
         generator: random numbers of this trial and layer.
+        channel_axes: parameter name -> the axis of its output channels, where that is not the first.
     """
 
     layer: Layer
     trained: Mapping[str, Tensor]
     donor: Mapping[str, Tensor]
     generator: torch.Generator
+    channel_axes: Mapping[str, int] = field(default_factory=dict)
 
 
-ResetFunction = Callable[[Draw], Mapping[str, Tensor]]
+ResetFunction = Callable[..., Mapping[str, Tensor]]
+"""Makes new values from a `Draw`; its keyword-only parameters are the reset's options."""
 
 
 @dataclass(frozen=True)
 class Reset:
-    """A registered reset.
+    """A registered reset, or one with a choice of its options.
 
     Attributes:
-        name: its name on the command line and in tables.
+        name: its name on the command line and in tables, with its options: ``noise(scale=0.5)``.
         function: makes the new values.
         random: whether trials differ.
-        donor: where ``Draw.donor`` comes from: ``initialiser`` (a fresh network), ``checkpoint`` (a file), or None.
+        donor: where ``Draw.donor`` comes from: ``initialiser`` (a fresh network), ``checkpoint`` (an earlier one of the
+            same training run), ``model`` (another model), or None.
         summary: one line for tables.
+        branch: whether a unit's parameters are, for this reset, those that end the residual branches in it.
+        declared: the options it has.
+        options: their values.
     """
 
     name: str
@@ -80,23 +83,39 @@ class Reset:
     random: bool
     donor: str | None
     summary: str
+    branch: bool = False
+    declared: Mapping[str, Option] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str:
+        """Its name without options, from which seeds are hashed: trials of all scales of noise share their draws."""
+        return self.name.partition("(")[0]
 
 
 RESETS = Registry[Reset]("reset", ProtocolError, "layercrit.resets", summary=lambda reset: reset.summary)
 """All resets by name, filled by `reset` and by installed plug-ins."""
 
 
-def reset(name: str, *, random: bool, donor: str | None = None) -> Callable[[ResetFunction], ResetFunction]:
+def reset(
+    name: str, *, random: bool, donor: str | None = None, branch: bool = False
+) -> Callable[[ResetFunction], ResetFunction]:
     """Register a reset under a name, for `measure`, the command line and the tables.
+
+    The function's keyword-only parameters are options, which stand in the name: ``shrink(by=0.5)``. Each is annotated
+    as `layercrit.named_options.options_of` says. The name in tables has all of them, but those that are None.
 
     Args:
         name: the name.
         random: whether trials differ. A reset that is not random is run once, whatever the number of trials.
         donor: ``initialiser`` if the function reads the values of a freshly initialised network from ``draw.donor``,
-            ``checkpoint`` if it reads those of a file, None if it reads neither.
+            ``checkpoint`` if it reads those of an earlier checkpoint of the same training run (whose option ``epoch``,
+            if it has one, says which), ``model`` if it reads those of another model, None if it reads none.
+        branch: whether ``draw.trained`` has, in place of the unit's parameters, those that end its residual branches:
+            were they 0, so would be the branches. Units without one get no reset.
 
     Raises:
-        ProtocolError: the name is taken by another function, or is not valid.
+        ProtocolError: the name is taken by another function or not valid, or an option is not declared as it must be.
 
     Example:
         >>> @reset("negate", random=False)
@@ -109,19 +128,34 @@ def reset(name: str, *, random: bool, donor: str | None = None) -> Callable[[Res
     """
 
     def register(function: ResetFunction) -> ResetFunction:
-        RESETS[name] = Reset(name, function, random, donor, summary_of(function))
+        try:
+            declared = options_of(function)
+        except (TypeError, NameError) as error:
+            raise ProtocolError(f"The reset {name!r} cannot be registered: {error}.") from error
+        RESETS[name] = Reset(name, function, random, donor, summary_of(function), branch, declared)
         return function
 
     return register
 
 
 def get_reset(name: str) -> Reset:
-    """Return a registered reset.
+    """Return a registered reset with the options that its name has.
+
+    Args:
+        name: such as ``rerandomize``, ``noise(scale=0.5)``, or ``noise`` for its options' default values. Equal options
+            give equal names: ``noise( scale = .50 )`` is ``noise(scale=0.5)``.
 
     Raises:
-        ProtocolError: no reset has this name.
+        ProtocolError: no reset has this name, or an option is unknown, missing or out of range.
     """
-    return RESETS.find(name)
+    base, given = split_name(name, "reset", ProtocolError)
+    found = RESETS.find(base)
+    if not found.declared and not given:
+        return found
+    options = checked_options(f"The reset {base!r}", given, found.declared, ProtocolError)
+    return replace(
+        found, name=with_options(base, options), function=partial(found.function, **options), options=options
+    )
 
 
 @reset("rerandomize", random=True, donor="initialiser")
@@ -146,9 +180,52 @@ def permute(draw: Draw) -> Mapping[str, Tensor]:
 
 
 @reset("rewind", random=False, donor="checkpoint")
-def rewind(draw: Draw) -> Mapping[str, Tensor]:
-    """The layer's values in an earlier checkpoint of the same training run (Zhang et al. 2022: re-initialisation)."""
+def rewind(draw: Draw, *, epoch: Annotated[int | None, AtLeast(0)] = None) -> Mapping[str, Tensor]:
+    """The layer's values in an earlier checkpoint of its training run, such as ``epoch=0`` (Zhang et al. 2022)."""
     return draw.donor
+
+
+@reset("noise", random=True)
+def noise(draw: Draw, *, scale: Annotated[float, AtLeast(0)] = 1.0) -> Mapping[str, Tensor]:
+    """The trained values plus normal noise, ``scale`` times the root mean square of each parameter tensor."""
+    return {
+        name: value + scale * value.abs().double().square().mean().sqrt() * _normal(value, draw.generator)
+        for name, value in draw.trained.items()
+    }
+
+
+@reset("moments", random=True)
+def moments(draw: Draw, *, per: Literal["tensor", "channel"] = "tensor") -> Mapping[str, Tensor]:
+    """A fresh normal draw with the own mean and SD of each tensor, or with ``per=channel`` of each output channel."""
+    drawn = {}
+    for name, value in draw.trained.items():
+        # a bias has one value a channel, whose SD is 0: per channel, it stays
+        axes = [axis for axis in range(value.ndim) if per == "tensor" or axis != draw.channel_axes.get(name, 0)]
+        wide = value.to(torch.promote_types(value.dtype, torch.float64))
+        centre, spread = wide, torch.zeros(())
+        if axes or not value.ndim:
+            centre = wide.mean(dim=axes, keepdim=True)
+            spread = (wide - centre).abs().square().mean(dim=axes, keepdim=True).sqrt()
+        drawn[name] = centre + spread * _normal(value, draw.generator)
+    return drawn
+
+
+@reset("skip", random=False, branch=True)
+def skip(draw: Draw) -> Mapping[str, Tensor]:
+    """The residual branches of a block are left out: its output is its shortcut."""
+    return {name: torch.zeros_like(value) for name, value in draw.trained.items()}
+
+
+@reset("donor", random=False, donor="model")
+def donor(draw: Draw) -> Mapping[str, Tensor]:
+    """The layer's values in another model of the same architecture."""
+    return draw.donor
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return standard normal numbers in the shape of a tensor."""
+    dtype = like.dtype if like.is_floating_point() or like.is_complex() else torch.float32
+    return torch.randn(like.shape, generator=generator, dtype=dtype)
 
 
 def draw_values(
@@ -170,7 +247,7 @@ def draw_values(
     trained = {name: network.get_parameter(name).detach().cpu().clone() for name in layer.parameters}
     mine = {name: donor[name].clone() for name in layer.parameters} if donor else {}
     generator = torch.Generator().manual_seed(layer_seed(seed, layer.name))
-    values = dict(how.function(Draw(layer, trained, mine, generator)))
+    values = dict(how.function(Draw(layer, trained, mine, generator, _channel_axes(layer, network))))
     for name, value in trained.items():
         if name not in values or values[name].shape != value.shape:
             got = f"shape {tuple(values[name].shape)}" if name in values else "nothing"
@@ -180,6 +257,16 @@ def draw_values(
             )
     values = {name: values[name].detach().to(trained[name].dtype) for name in trained}
     return values | _buffers_for(values, layer, network, donor)
+
+
+def _channel_axes(layer: Layer, network: nn.Module) -> dict[str, int]:
+    """Return parameter -> axis of the output channels where it is not the first, as of a transposed convolution."""
+    return {
+        name: 1
+        for name in layer.parameters
+        if network.get_parameter(name).ndim > 1
+        and isinstance(network.get_submodule(owner_of(name)), nn.modules.conv._ConvTransposeNd)
+    }
 
 
 def _buffers_for(
@@ -201,91 +288,13 @@ def _buffers_for(
     return found
 
 
-def donor_values(model: Model, layers: Iterable[Layer], seed: int) -> dict[str, Tensor]:
-    """Return all parameters of a freshly initialised network of the model's architecture, and the layers' buffers.
-
-    The network is built again under the seed if the model knows how; otherwise a copy of it is re-initialised
-    module by module, children before their parents as in construction, by the modules' own ``reset_parameters``.
-
-    Raises:
-        ModelError: nothing initialises some parameters of ``layers``, or the rebuilt network differs.
-    """
-    needed = _needed(layers)
-    values = _values(_fresh(model, needed, seed), needed)
-    if unlike := _unlike(values, model, needed):
-        raise ModelError(
-            f"The network that {model.initialiser} builds is not that of {model.reference!r}: {len(unlike)} "
-            f"parameters are missing or have another shape, the first is {unlike[0]!r}. "
-            "Give a donor of the same architecture."
-        )
-    return values
-
-
-def own_initialiser(model: Model, layers: Iterable[Layer]) -> str:
-    """Say in words what draws fresh values where no donor is given; equal texts mean equal values under a seed."""
-    if model.build is not None:
-        return model.initialiser
-    computed = any(has_hooks(model.network.get_submodule(owner_of(name))) for name in _needed(layers))
-    return "each module's own reset_parameters" + ", then its weights' normalisation or pruning" * computed
-
-
-def check_draws(model: Model, layers: Iterable[Layer]) -> None:
-    """Make sure that fresh values are drawn: matrices of PyTorch's own layers differ between two seeds.
-
-    Those that their initialiser sets to one value, or to zeros and ones, need not; nor does what is not trained.
-
-    Raises:
-        ModelError: some do not differ, as when a factory sets a seed of its own or loads trained weights; it names one.
-    """
-    needed = _needed(layers)
-    one, other = (_fresh(model, needed, seed) for seed in (0, 1))
-    values, again = _values(one, needed), _values(other, needed)
-    same = [
-        name
-        for name, parameter in one.named_parameters(remove_duplicate=False)
-        if name in needed and parameter.requires_grad and parameter.ndim > 1 and name in again
-        if isinstance(one.get_submodule(owner_of(name)), _DRAWN_BY_TORCH)
-        if torch.equal(values[name], again[name]) and len(torch.unique(values[name])) > 2
-    ]
-    if same:
-        raise ModelError(
-            f"{own_initialiser(model, layers)} of {model.reference!r} gives {same[0]!r}"
-            f"{f' and {len(same) - 1} more' if len(same) > 1 else ''} the same values under two seeds, so a "
-            "reset would not be a draw. If it sets a seed or loads trained weights, let it do neither when its weights "
-            "are to be fresh; or give a freshly initialised donor with --from (donor=...), or leave these layers out "
-            "with --layers (layers=...)."
-        )
-
-
-def _fresh(model: Model, needed: Collection[str], seed: int) -> nn.Module:
-    with drawing(seed), torch.no_grad():
-        network = model.build() if model.build is not None else _reinitialised(model.network, needed)
-        settle(network)
-    return network
-
-
-@dataclass(frozen=True)
-class Donor:
-    """A donor that the user gave, the same for every trial.
-
-    Attributes:
-        values: parameter name -> value on the CPU.
-        origin: what it is, in words, with its hash.
-        sha256: hash of its values, hexadecimal.
-    """
-
-    values: Mapping[str, Tensor]
-    origin: str
-    sha256: str
-
-
 def given_donor(
     donor: nn.Module | str | Path | None, how: Reset, model: Model, layers: Iterable[Layer]
 ) -> Donor | None:
     """Return the donor that the user gave, checked against the model; None where none was given and none is needed.
 
     Args:
-        donor: a network of the model's architecture, a path that `weight_file` accepts, or None.
+        donor: as for `layercrit.donors.read_donor`, or None. Where the reset names an epoch, the training run.
         how: the reset.
         model: the trained model.
         layers: what will be reset; a network need only have their parameters.
@@ -293,115 +302,47 @@ def given_donor(
     Raises:
         ProtocolError: the reset needs a donor and none was given, or the other way round.
         ModelError: the network lacks a parameter or has it in another shape.
-        CheckpointError: the file cannot be read or does not fit the architecture.
+        CheckpointError: the file cannot be read or does not fit the architecture, or the run did not keep the epoch.
     """
-    if donor is None:
-        if how.donor == "checkpoint":
-            raise ProtocolError(
-                f"The reset {how.name!r} needs the checkpoint that its values come from: "
-                "give a weight file, or DIR@epoch=0 of a training run, with --from (donor=...)."
-            )
-        return None
-    if how.donor is None:
+    if how.donor == "checkpoint" and how.options.get("epoch") is not None:
+        return read_donor(epoch_of_run(how, model.reference, donor), model, layers)
+    if donor is not None and how.donor is None:
         raise ProtocolError(
             f"A donor was given, but the reset {how.name!r} takes no values from one. Omit --from (donor=...), "
             f"or choose one of {', '.join(name for name, other in RESETS.items() if other.donor)}."
         )
-    if not isinstance(donor, nn.Module):
-        checkpoint = read_checkpoint(weight_file(donor))
-        fitted = fit(checkpoint, model.network.state_dict(), f"{donor} for {model.reference}")
-        origin = " ".join([f"given: the file {donor}, SHA-256 {checkpoint.sha256}", *fitted.notes])
-        return Donor(fitted.tensors, origin, hash_tensors(fitted.tensors))
-    needed = _needed(layers)
-    values = _values(donor, needed)
-    if unlike := _unlike(values, model, needed):
-        wanted = tuple(_tensors(model.network)[unlike[0]].shape)
-        found = f"has it in the shape {tuple(values[unlike[0]].shape)}" if unlike[0] in values else "lacks it"
-        raise ModelError(
-            f"The donor is not of the architecture of {model.reference!r}: expected a parameter {unlike[0]!r} of shape "
-            f"{wanted}, the donor {found}{f'; {len(unlike)} parameters differ' if len(unlike) > 1 else ''}. "
-            "Give a network of the same architecture."
+    if donor is not None:
+        return read_donor(donor, model, layers)
+    if how.donor == "checkpoint":
+        raise ProtocolError(
+            f"The reset {how.name!r} needs the checkpoint that its values come from: "
+            "give a weight file, or DIR@epoch=0 of a training run, with --from (donor=...)."
         )
-    sha256 = hash_tensors(values)
-    return Donor(values, f"given: a network {type(donor).__name__}, SHA-256 {sha256}", sha256)
-
-
-def _needed(layers: Iterable[Layer]) -> set[str]:
-    """Return the names of all parameters and buffers that resets of the layers replace."""
-    return {name for layer in layers for name in (*layer.parameters, *layer.buffers)}
-
-
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    return {**parameters, **dict(network.named_buffers(remove_duplicate=False))}
-
-
-def _values(network: nn.Module, needed: Collection[str]) -> dict[str, Tensor]:
-    """Return all parameters of a network and the needed ones of its buffers, on the CPU."""
-    return {
-        name: tensor.detach().cpu()
-        for name, tensor in _tensors(network).items()
-        if isinstance(tensor, nn.Parameter) or name in needed
-    }
-
-
-def _unlike(values: Mapping[str, Tensor], model: Model, needed: Iterable[str]) -> list[str]:
-    """Return the needed values that are missing, or have another shape than in the model."""
-    trained = _tensors(model.network)
-    return sorted(name for name in needed if name not in values or values[name].shape != trained[name].shape)
-
-
-def _reinitialised(network: nn.Module, needed: Collection[str]) -> nn.Module:
-    donor = copied(network).cpu()
-    modules = list(_children_first(donor))
-    compute_again = made_plain(donor)
-    for module in modules:
-        for parameter in module.parameters(recurse=False):
-            if parameter.is_floating_point() or parameter.is_complex():
-                parameter.fill_(math.nan)  # which is left where no initialiser writes
-    for module in modules:
-        initialise = _initialiser_of(module)
-        if initialise is not None:
-            initialise()
-    compute_again()
-    values = _tensors(donor)
-    if left := [name for name in values if name in needed and values[name].isnan().any()]:
-        raise ModelError(_not_drawn(donor, left))
-    return donor
-
-
-def _initialiser_of(module: nn.Module) -> Callable[[], object] | None:
-    initialise = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-    return initialise if callable(initialise) else None
-
-
-def _not_drawn(donor: nn.Module, left: Iterable[str]) -> str:
-    """Say which parameters no initialiser has written, with the ways out."""
-    owners = {name: donor.get_submodule(name.rpartition(".")[0]) for name in left}
-    without = {
-        f"{name.rpartition('.')[0] or 'the network itself'} ({type(module).__name__})": None
-        for name, module in owners.items()
-        if _initialiser_of(module) is None
-    }
-    if without:
-        text = (
-            "These modules own parameters to be reset but have no reset_parameters method, so fresh values cannot be "
-            f"drawn: {', '.join(list(without)[:8])}{' ...' if len(without) > 8 else ''}. "
+    if how.donor == "model":
+        raise ProtocolError(
+            f"The reset {how.name!r} needs the model that its values come from: give a reference such as "
+            "timm:resnet50.a1_in1k, or a weight file, with --from (donor=...)."
         )
-    else:
-        names = [f"{name!r} ({type(module).__name__})" for name, module in owners.items()]
-        text = (
-            "These parameters are to be reset, but their modules' reset_parameters does not write them, or reads "
-            f"their trained values: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}. "
+    return None
+
+
+def epoch_of_run(how: Reset, reference: str, donor: nn.Module | str | Path | None) -> str:
+    """Return ``DIR@epoch=N`` of the epoch that a reset such as ``rewind(epoch=3)`` names.
+
+    Args:
+        how: the reset.
+        reference: of the model, whose own run is meant where no donor is given.
+        donor: the training run: its folder, or a weight file of it.
+
+    Raises:
+        ProtocolError: there is no such run.
+    """
+    where = donor if donor is not None else reference if reference.startswith("file:") else ""
+    run = None if isinstance(where, nn.Module) else training_run(where)
+    if run is None:
+        got = f"{shown(str(donor))} is none" if donor is not None else f"{reference!r} is no model of one"
+        raise ProtocolError(
+            f"The reset {how.name!r} needs the training run that its values come from, with the epochs that it kept: "
+            f"{got}. Give the folder of the run with --from (donor=...), as `layercrit train` leaves it."
         )
-    return text + "Open the model by reference (timm:, torchvision:, hf:, py:), or give a freshly initialised donor."
-
-
-def _children_first(module: nn.Module, seen: set[nn.Module] | None = None) -> Iterator[nn.Module]:
-    """Yield each module below and including one, once, in the order in which they were built."""
-    seen = set() if seen is None else seen
-    for child in module.children():
-        if child not in seen:
-            yield from _children_first(child, seen)
-    seen.add(module)
-    yield module
+    return f"{run}@epoch={how.options['epoch']}"

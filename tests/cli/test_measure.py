@@ -11,12 +11,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file
 
 from labelled_images import BASELINE, LABELS, NAMES, write_classes, write_pngs
 from layercrit.cli.root import cli, main
 from layercrit.errors import LayercritError
 from layercrit.protocol import Protocol
+from running_jobs import write_model, write_pixels
+from training_runs import write_run
 
 LAYERCRIT = Path(sys.executable).parent / "layercrit"
 MODEL = "timm:test_resnet?pretrained=false&num_classes=7"
@@ -119,6 +123,10 @@ def test_layers__lists_depth_type_shape_and_share(tmp_path):
         (["measure", MODEL, "--images", "PHOTOGRAPHS", "--types", "convolution"], 1, "Did you mean 'conv'"),
         (["measure", MODEL, "--images", "PHOTOGRAPHS", "--reset", "rerandomise"], 1, "Did you mean 'rerandomize'"),
         (["measure", MODEL, "--images", "PHOTOGRAPHS", "--reset", "rewind"], 1, "--from"),
+        (["measure", MODEL, "--images", "PHOTOGRAPHS", "--reset", "donor"], 1, "--from"),
+        (["measure", MODEL, "--images", "PHOTOGRAPHS", "--reset", "rewind(epoch=3)"], 1, "needs the training run"),
+        (["measure", MODEL, "--images", "PHOTOGRAPHS", "--reset", "noise(scale=-1)"], 1, "at least 0; got -1"),
+        (["measure", MODEL, "--images", "PHOTOGRAPHS", "--reset", "skip"], 1, "--group block"),
         (["measure", MODEL, "--images", "PHOTOGRAPHS", "--n-images", "0"], 1, "n_images must be"),
         (["measure", MODEL, "--images", "PHOTOGRAPHS", "--batch-size", "many"], 2, "a whole number"),
         (["measure", MODEL, "--images", "PHOTOGRAPHS", "--dtype", "float23"], 2, "float32"),
@@ -139,6 +147,50 @@ def test_errors__one_clear_message_no_traceback(arguments, code, text, photograp
     assert text in printed.err
     assert "Traceback" not in printed.err
     assert printed.out == ""
+
+
+SMALL = "py:running_jobs:small_network?input_size=(3,2,2)"
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder with images for a small network, and a function that runs the command there in this process."""
+    monkeypatch.chdir(tmp_path)
+    write_pixels(tmp_path / "images.npz")
+
+    def invoke(*arguments):
+        result = CliRunner().invoke(cli, [*arguments, "--images", "images.npz", "--out", "out", "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    return invoke
+
+
+def test_measure__a_reset_with_options_is_resumed_however_it_is_written(small):
+    first = small("measure", SMALL, "--reset", "noise(scale=0.5)", "--trials", "2")
+    found = small("measure", SMALL, "--reset", "noise( scale = .50 )", "--trials", "3")
+    assert (first["n_trials"], found["n_trials"]) == (2, 3)
+    cells = pd.read_parquet("out/cells.parquet")
+    assert set(cells["reset"]) == {"noise(scale=0.5)"}
+    assert (cells["status"] == "ok").all()
+
+
+def test_measure__donor_from_a_reference(small):
+    found = small("measure", SMALL, "--reset", "donor", "--from", f"{SMALL}&seed=5")
+    assert [row["status"] for row in found["layers"]] == ["ok"] * 3
+    record = json.loads(Path("out/measurement.json").read_text())
+    assert record["model"]["donor"].startswith(f"given: the model {SMALL}&seed=5, SHA-256 ")
+
+
+def test_measure__rewinds_to_an_epoch_of_the_models_own_run(small, tmp_path):
+    for epoch in (0, 2):
+        write_model(tmp_path / f"{epoch}.safetensors", epoch)
+    states = {epoch: load_file(tmp_path / f"{epoch}.safetensors") for epoch in (0, 2)}
+    write_run(tmp_path / "run", states, arch=SMALL, final=states[2])
+    found = small("measure", "file:run", "--reset", "rewind(epoch=2)")
+    assert [row["status"] for row in found["layers"]] == ["unchanged 1/1"] * 3
+    found = small("measure", "file:run", "--reset", "rewind(epoch=0)", "--overwrite")
+    assert [row["status"] for row in found["layers"]] == ["ok"] * 3
 
 
 def test_errors__a_bug_is_called_one(monkeypatch, capsys):

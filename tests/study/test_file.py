@@ -13,7 +13,7 @@ from layercrit.models.sources import MODEL_SOURCES
 from layercrit.models.zoo.fetching import ZOO
 from layercrit.probes.images import STANDARD, Preprocessing
 from layercrit.protocol import DEFAULTS, Protocol
-from layercrit.resets import RESETS
+from layercrit.resets import RESETS, get_reset
 from layercrit.study.entries import ModelEntry
 from layercrit.study.file import StudyFile, read_study_file
 from layercrit.study.store import Store
@@ -421,7 +421,7 @@ def test_mistakes__all_at_once(tmp_path):
         "[study] baseline 'm3' is not one of the models. Did you mean 'm0'?",
     ]
     assert found[3].startswith("[images] source is missing: source of the images, anything that `layercrit measure")
-    assert re.fullmatch(r"\[protocol\] .*'rerandomise'.*Did you mean 'rerandomize'\?.*", found[15])
+    assert re.fullmatch(r"\[protocol\] .*'rerandomise'.*Did you mean 'rerandomize'.*", found[15])
     assert re.fullmatch(r"\[protocol\] .*'cosin'.*Did you mean 'cosine'.*", found[16])
 
 
@@ -691,3 +691,76 @@ def test_mistakes__an_architecture_that_nobody_says_once_for_a_pattern(tmp_path)
     found = mistakes(path)
     assert len(found) == 2, "the other mistake is told as well"
     assert "m0.safetensors does not say its architecture. Add '?arch=timm:NAME'" in found[1]
+
+
+# resets with options
+
+
+def resets_of(folder, resets, model, files=("m0.pth", "m1.pth")):
+    text = f"{ONE}[protocol]\nresets = {json.dumps(resets)}\n[[models]]\n{model}\n"
+    return write(folder, text, files=files)
+
+
+def test_resets__are_named_alike_and_once(tmp_path):
+    written = ["noise( scale = .5 )", "rerandomize", "noise(scale=0.50)", "noise", 'moments(per="channel")']
+    study = read_study_file(resets_of(tmp_path, written, "reference = 'file:m0.pth'"))
+    assert study.resets == ("noise(scale=0.5)", "rerandomize", "noise(scale=1)", "moments(per=channel)")
+    assert study.protocol.reset == "noise(scale=0.5)"
+    assert again(study, tmp_path).resets == study.resets
+
+
+def test_resets__mistakes_of_options(tmp_path):
+    wrong = ["noise(scale=-1)", "nois(scale=1)", "zero(x=1)", "noise(1)", "moments(per=chanel)"]
+    found = mistakes(resets_of(tmp_path, [*wrong, "noise"], "reference = 'file:m0.pth'"))
+    assert len(found) == len(wrong)
+    assert all(one.startswith("[protocol] ") for one in found)
+    assert "Did you mean 'noise'?" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "donor_for"),
+    [
+        ("reference = 'file:runs/a'", None),
+        ("reference = 'file:runs/a@epoch=5'", None),
+        ("reference = 'file:runs/a'\ndonor = 'runs/b'", None),
+        ("reference = 'file:m0.pth'\ndonor = 'runs/b'", "runs/b"),
+        ("reference = 'file:m0.pth'\ndonor = 'runs/b@epoch=0'", "runs/b@epoch=0"),
+    ],
+)
+def test_resets__rewind_to_an_epoch_is_of_the_own_run_or_else_of_the_donor(tmp_path, model, donor_for):
+    for name in "ab":
+        state = {"w": torch.zeros(1)}
+        write_run(tmp_path / "runs" / name, {0: state, 5: state}, "timm:resnet18", final=state)
+    (entry,) = read_study_file(resets_of(tmp_path, ["rewind(epoch=5)"], model)).models
+    assert entry.donor_for(get_reset("rewind(epoch=5)")) == (donor_for and f"{tmp_path}/{donor_for}")
+    assert entry.donor_for(get_reset("zero")) is None
+    (found,) = mistakes(resets_of(tmp_path, ["rewind(epoch=5)", "rewind(epoch=6)"], model))
+    assert "did not keep the weights of epoch '6'. Epochs that it kept: 0, 5." in found
+
+
+def test_resets__rewind_to_an_epoch_without_a_run(tmp_path):
+    (found,) = mistakes(resets_of(tmp_path, ["rewind(epoch=5)"], "reference = 'file:m0.pth'"))
+    assert found.startswith("model 'm0': The reset 'rewind(epoch=5)' needs the training run that its values come from")
+
+
+def test_resets__a_donor_may_be_a_reference(tmp_path):
+    path = resets_of(tmp_path, ["donor"], "reference = 'file:m0.pth'\ndonor = 'file:m1.pth?mean=(0,0,0)'")
+    (entry,) = read_study_file(path).models
+    assert entry.donor == entry.donor_for(get_reset("donor")) == f"file:{tmp_path}/m1.pth?mean=(0,0,0)"
+    path = resets_of(tmp_path, ["donor"], "reference = 'file:m0.pth'\ndonor = 'timm:resnet18.a1_in1k'")
+    assert read_study_file(path).models[0].donor == "timm:resnet18.a1_in1k"
+    for donor, says in (
+        ("file:no.pth", "there is no file"),
+        ("timm:resnet1888", "timm has no model 'resnet1888'"),
+        ("file:m?.pth", "must be one model; 'file:"),
+    ):
+        (found,) = mistakes(resets_of(tmp_path, ["donor"], f"reference = 'file:m0.pth'\ndonor = '{donor}'"))
+        assert found.startswith("the donor of model 'm0'")
+        assert says in found
+
+
+def test_resets__rewind_and_donor_do_not_share_a_key(tmp_path):
+    (found,) = mistakes(resets_of(tmp_path, ["rewind", "donor"], "reference = 'file:m0.pth'\ndonor = 'm1.pth'"))
+    assert "rewind and donor would both take the key donor" in found
+    (found,) = mistakes(resets_of(tmp_path, ["donor"], "reference = 'file:m0.pth'"))
+    assert found == "model 'm0' has no donor, which the reset 'donor' needs"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import layercrit.study.worker as worker_module
 from layercrit.engine.session import Session
@@ -45,6 +46,7 @@ from running_jobs import (
     write_small,
 )
 from small_studies import N_LAYERS, write_study
+from training_runs import write_run
 
 N_CELLS = 2 * 2 * len(LAYERS)  # of `write_small`
 
@@ -418,6 +420,67 @@ def test_run_study__images_that_cannot_be_read_are_said(study, folder):
 
 
 # resets and distances
+
+
+OPTIONS = ["noise(scale=0.5)", "noise", "moments(per=channel)", "donor"]
+
+
+def test_run_study__resets_with_options(tmp_path, folder):
+    """Each is a reset of its own: its cells have its name, and what `measure` gives; a second run knows them all."""
+    path = _with_donor(tmp_path, protocol={"resets": ["noise( scale = .5 )", *OPTIONS]})
+    report = run(path, folder)
+    study = load_study(folder)
+    assert report.n_measured == len(LAYERS) * (2 + 2 + 2 + 1)
+    names = ["noise(scale=0.5)", "noise(scale=1)", "moments(per=channel)", "donor"]
+    assert study.resets == names
+    assert study.cells["key"].is_unique
+    for name in names:
+        donor = tmp_path / "d0.safetensors" if name == "donor" else None
+        expected = measure(
+            f"file:{tmp_path}/m0.safetensors?{ARCHITECTURE}&input_size=(3,2,2)", tmp_path / "images.npz",
+            reset=name, trials=2, donor=donor, dtype="float32", device="cpu", progress=False,
+        ).cells.sort_values(["depth", "trial"])  # fmt: skip
+        found = study.cells[study.cells["reset"] == name].sort_values(["depth", "trial"])
+        np.testing.assert_allclose(found["cosine"], expected["cosine"], atol=1e-6)
+        assert list(found["seed"]) == list(expected["seed"])
+    assert list(study.of_reset("noise(scale=.50)")["reset"].unique()) == ["noise(scale=0.5)"]
+    assert study.compare(reset="noise( scale=0.5 )", baseline="m0").reset == "noise(scale=0.5)"
+    with pytest.raises(StudyError, match=r"has no reset 'noise\(scale=2\)'"):
+        study.of_reset("noise(scale=2)")
+    assert run(path, folder).n_measured == 0
+
+
+def test_run_study__resumes_resets_with_options(tmp_path, folder):
+    path = _with_donor(tmp_path, protocol={"resets": OPTIONS})
+    whole = Inline()
+    run(path, tmp_path / "whole", whole)
+    for stop_after in (1, len(whole.events) // 2):
+        with pytest.raises(Killed):
+            run(path, folder, Inline(stop_after))
+    assert run(path, folder).n_measured > 0
+    assert_same_tables(tables(folder), tables(tmp_path / "whole"))
+
+
+def test_run_study__rewinds_to_several_epochs_of_the_own_run(tmp_path, folder):
+    """The map epoch x layer after Zhang et al. is a study with one reset for each epoch."""
+    states = {}
+    for epoch in (0, 1, 2):
+        write_model(tmp_path / "state.safetensors", 10 + epoch)
+        states[epoch] = load_file(tmp_path / "state.safetensors")
+    write_run(tmp_path / "run", states, arch=ARCHITECTURE.removeprefix("arch="), final=states[2])
+    resets = [f"rewind(epoch={epoch})" for epoch in states]
+    models = [{"reference": "file:run"}]
+    alone = {"n_models": 1, "study": {"baseline": None}}
+    run(write_small(tmp_path, models=models, protocol={"resets": resets}, **alone), folder)
+    cells = load_study(folder).cells
+    assert list(cells["reset"].unique()) == resets
+    assert set(cells["status"][cells["reset"] == "rewind(epoch=2)"]) == {"unchanged"}
+    for epoch in (0, 1):
+        donor = {"reference": "file:run", "donor": f"run@epoch={epoch}"}
+        other = tmp_path / f"{epoch}"
+        run(write_small(tmp_path, models=[donor], protocol={"resets": ["rewind"]}, **alone), other)
+        found = cells["cosine"][cells["reset"] == f"rewind(epoch={epoch})"]
+        np.testing.assert_array_equal(found, load_study(other).cells["cosine"])
 
 
 def test_run_study__several_resets(tmp_path, folder):

@@ -83,7 +83,7 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
     cls=RegisteredOption,
     registry="layercrit.resets:RESETS",
     metavar="NAME",
-    help="What replaces a layer's parameters.",
+    help="What replaces a layer's parameters; options in brackets, such as 'noise(scale=0.5)'.",
 )
 @click.option(
     "--norm-statistics",
@@ -95,8 +95,9 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
 @click.option(
     "--from",
     "donor",
-    metavar="FILE",
-    help="A weight file with the new values (needed by rewind); DIR@epoch=0: the initial weights of a training run.",
+    metavar="FILE|MODEL",
+    help="Where the new values come from, for rewind and donor: a weight file, DIR@epoch=0 (the initial weights of a "
+    "training run), or a model reference.",
 )
 @click.option(
     "--distances",

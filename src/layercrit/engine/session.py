@@ -284,6 +284,7 @@ class Draws:
             trial: list(session.subject.changes(trial, layers)) for trial, layers in layers_of_trials.items()
         }
         self.delta_norm = [change.delta_norm for changes in self._changes.values() for change in changes]
+        self._if_unchanged = [change.status for changes in self._changes.values() for change in changes]
         self._prepared: tuple[Replay, dict[int, dict[str, Any]]] | None = None
         self._is_complete = False
         session.seconds_drawing += time.perf_counter() - started
@@ -327,6 +328,6 @@ class Draws:
     def status(self, cosine: npt.NDArray[np.float32]) -> list[str]:
         """Return each cell's status, given its distances ``(n_cells, n_images)``."""
         return [
-            "unchanged" if norm == 0 else "ok" if np.isfinite(row).all() else "not_finite"
-            for norm, row in zip(self.delta_norm, cosine, strict=True)
+            unchanged if norm == 0 else "ok" if np.isfinite(row).all() else "not_finite"
+            for norm, unchanged, row in zip(self.delta_norm, self._if_unchanged, cosine, strict=True)
         ]

@@ -11,8 +11,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from layercrit.engine.branches import branch_ends
 from layercrit.engine.flops import count_flops
-from layercrit.errors import LayercritError, ModelError, first_line
+from layercrit.errors import LayercritError, ModelError, ProtocolError, first_line
 from layercrit.layers import Group, Layer, find_layers, select_layers
 from layercrit.machine import find_device
 from layercrit.models.model import Classifier, Model
@@ -32,11 +33,13 @@ class Change:
         layer: the layer.
         values: name of a parameter or buffer -> new value, on the device of the network.
         delta_norm: Euclidean norm of new minus trained values; 0 where the reset changes nothing.
+        status: of a cell for which nothing is measured, since the reset changes nothing.
     """
 
     layer: Layer
     values: dict[str, Tensor]
     delta_norm: float
+    status: str = "unchanged"
 
 
 class Subject:
@@ -60,11 +63,15 @@ class Subject:
             self.network = copied(self.network).to(self.device)
         self._classifier = Classifier(self.network, model.mean, model.std)
         self.model, self._notes_of_output = self._with_clear_output(model)
+        layers = self._all_layers()
         self.layers = select_layers(
-            self._all_layers(), types=protocol.types, patterns=protocol.layers, group=cast(Group, protocol.group)
+            layers, types=protocol.types, patterns=protocol.layers, group=cast(Group, protocol.group)
         )
         self._reset = get_reset(protocol.reset)
         self._protocol = protocol
+        self._without_branch: list[str] = []
+        if self._reset.branch:
+            self._take_branches(layers)
         self._given_donor = given_donor(donor, self._reset, model, self.layers)
         # A reset that draws its chance from the initialiser has none left once the donor is given.
         fixed = self._given_donor is not None and self._reset.donor == "initialiser"
@@ -102,6 +109,12 @@ class Subject:
                 "fresh values come from each module's own reset_parameters; if the architecture has another "
                 "initialiser, open the model by reference or give a donor"
             )
+        if self._without_branch:
+            few = ", ".join(self._without_branch[:5]) + " ..." * (len(self._without_branch) > 5)
+            notes.append(
+                f"{self._reset.name}: {len(self._without_branch)} of {len(self.layers)} units do not consist of "
+                f"residual branches, so nothing is measured for them: {few}"
+            )
         return notes
 
     def normalise(self, pixels: Tensor) -> Tensor:
@@ -110,7 +123,7 @@ class Subject:
 
     def seed(self, trial: int) -> int:
         """Return the seed of a trial, in [0, 2^64)."""
-        return trial_seed(self._protocol.seed, self.model.architecture, self._reset.name, trial)
+        return trial_seed(self._protocol.seed, self.model.architecture, self._reset.base, trial)
 
     def changes(self, trial: int, layers: Sequence[Layer] | None = None) -> Iterator[Change]:
         """Yield what a trial does to each layer; all share the trial's donor, and no draw depends on the others."""
@@ -120,6 +133,9 @@ class Subject:
         else:
             donor = donor_values(self.model, self.layers, seed) if self._reset.donor is not None else {}
         for layer in self.layers if layers is None else layers:
+            if layer.name in self._without_branch:
+                yield Change(layer, {}, 0.0, "no_branch")
+                continue
             values = draw_values(self._reset, layer, self.model.network, donor, seed)
             squares = [
                 (values[name].double() - self.model.network.get_parameter(name).detach().cpu().double()).square().sum()
@@ -132,13 +148,41 @@ class Subject:
             )
 
     def check_draws(self) -> None:
-        """Make sure that a reset to fresh values draws them; see `layercrit.resets.check_draws`.
+        """Make sure that a reset to fresh values draws them; see `layercrit.donors.check_draws`.
 
         Raises:
             ModelError: it does not.
         """
         if self._reset.donor == "initialiser" and self._given_donor is None:
             check_draws(self.model, self.layers)
+
+    def _take_branches(self, all_layers: Sequence[Layer]) -> None:
+        """Reset, of each unit, what ends the residual branches that it consists of.
+
+        Raises:
+            ProtocolError: no unit does, or this cannot be told.
+        """
+        noise = torch.randint(0, 256, self.model.black_image.shape, generator=torch.Generator().manual_seed(0))
+        images, name = self.normalise(noise.to(torch.uint8)), self._reset.name
+        try:
+            ends = branch_ends(self.network, images, self.layers, all_layers, self.model.read_logits)
+        except Exception as error:  # torch.export documents no base class for what it raises
+            raise ProtocolError(
+                f"The reset {name!r} looks for residual branches in the network's graph, and {self.model.reference!r} "
+                f"cannot be exported ({first_line(error)}). Choose another reset, such as zero."
+            ) from error
+        if not ends:
+            instead = "Reset whole blocks with --group block (group='block'), or choose another reset."
+            raise ProtocolError(
+                f"The reset {name!r} leaves out residual branches, but none of the {len(self.layers)} units, such as "
+                f"{self.layers[0].name!r}, consists of such branches: of all the convolutions and linear layers beside "
+                f"a shortcut. {instead if self._protocol.group == 'layer' else 'Choose another reset, such as zero.'}"
+            )
+        self._without_branch = [layer.name for layer in self.layers if layer.name not in ends]
+        self.layers = [
+            replace(layer, parameters=ends[layer.name], buffers=()) if layer.name in ends else layer
+            for layer in self.layers
+        ]
 
     def _with_clear_output(self, model: Model) -> tuple[Model, list[str]]:
         """Return the model with its output checked, and notes on it.

@@ -1,5 +1,6 @@
 """Weight files as models: which file a path means, and which architecture its weights belong to."""
 
+import contextlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from layercrit.models.fitting import fit
 from layercrit.models.model import INPUT, Model
 from layercrit.models.sources import ModelSource, model_source, open_reference, parse
 
-__all__ = ["kept_epochs", "record_file", "weight_file"]
+__all__ = ["epochs_of", "record_file", "training_run", "weight_file"]
 
 _EPOCH = re.compile(r"epoch-(\d+)\.safetensors")  # weights that a training run kept on its way
 
@@ -66,7 +67,7 @@ def weight_file(path: str | Path) -> Path:
         return path
     if is_folder:
         inside = sorted(path.glob("*.safetensors"))
-        if not inside and (kept := kept_epochs(path)):
+        if not inside and (kept := epochs_of(path)):
             raise CheckpointError(
                 f"{path} has no final weights yet: training has not finished. Finish it, or name one of the epochs "
                 f"that it kept, such as {path}@epoch={max(kept)}."
@@ -77,17 +78,41 @@ def weight_file(path: str | Path) -> Path:
         return path
     if not Path(folder).is_dir():
         raise CheckpointError(f"There is no training folder {folder}. {look_beside(Path(folder))}")
-    kept = kept_epochs(Path(folder))
+    kept = epochs_of(Path(folder))
     if re.fullmatch(r"[0-9]{1,9}", number) and int(number) in kept:
         return kept[int(number)]
     listed = ", ".join(map(str, sorted(kept))) or "none, it is not the folder of a training run"
     raise CheckpointError(f"{folder} did not keep the weights of epoch {number!r}. Epochs that it kept: {listed}.")
 
 
-def kept_epochs(folder: Path) -> dict[int, Path]:
+def epochs_of(folder: Path) -> dict[int, Path]:
     """Return the files of the epochs that a training run has kept, by their number."""
     found = ((_EPOCH.fullmatch(path.name), path) for path in (folder / "epochs").glob("*.safetensors"))
     return {int(match[1]): path for match, path in found if match}
+
+
+def training_run(donor: str | Path) -> Path | None:
+    """Return the folder of the training run that a path or a reference ``file:...`` belongs to, if it kept epochs.
+
+    Args:
+        donor: the run's folder, its final weights, or those of an epoch: ``DIR@epoch=N`` or the file itself.
+
+    Returns:
+        the folder, or None where there is no such run.
+    """
+    text = str(donor)
+    if text.startswith("file:"):
+        text = text.removeprefix("file:").partition("?")[0]
+    path = Path(text).expanduser()
+    with contextlib.suppress(OSError, CheckpointError):  # no path, or a folder whose final weights are not there yet
+        if not path.is_file():
+            folder = path if path.is_dir() else Path(str(path).rpartition("@epoch=")[0])
+        elif _EPOCH.fullmatch(path.name) and path.parent.name == "epochs":
+            folder = path.parent.parent
+        else:  # the folder means its one weight file
+            folder = path.parent if weight_file(path.parent) == path else path
+        return folder if epochs_of(folder) else None
+    return None
 
 
 def record_file(weights: Path) -> Path:

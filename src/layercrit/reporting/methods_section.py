@@ -3,16 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+from layercrit.errors import ProtocolError
 from layercrit.foreign_text import visible
 from layercrit.intervals import excluded_share
 from layercrit.measurement import Measurement
+from layercrit.named_options import split_name
 
 __all__ = ["methods_section"]
 
-_SOURCES = {
+_SOURCES = {  # by name and options of the reset
     "rerandomize": "fresh draws of the architecture's initialiser (Gavrikov et al. 2024)",
     "rewind": "their values before training (Zhang, Bengio & Singer 2022)",
+    "rewind(epoch)": "their values after {epoch} epochs of training (Zhang, Bengio & Singer 2022)",
     "zero": "zeros",
+    "permute": "their own values in random order",
+    "noise(scale)": "their own values plus normal noise of {scale:g} times the root mean square of each tensor",
+    "moments(per)": "normal draws with their own mean and standard deviation, per {per}",
+    "skip": "zeros where they end its residual branches, which leaves it its shortcut",
+    "donor": "those of another model",
 }
 
 
@@ -22,7 +30,7 @@ def methods_section(measurement: Measurement) -> str:
     protocol, images = record["protocol"], record["probe_set"]
     layers = measurement.to_pandas()
     version = record["versions"].get("layercrit", "")
-    values = _SOURCES.get(protocol["reset"], f"those of the reset '{protocol['reset']}'")
+    values = _new_values(protocol["reset"])
     what = {"layer": "of each layer", "block": "of each block", "stage": "of each stage"}[protocol["group"]]
     size = images["preprocessing"]
     sentences = [
@@ -35,6 +43,12 @@ def methods_section(measurement: Measurement) -> str:
         *_about_intervals(measurement, summary),
     ]
     return " ".join(sentences)
+
+
+def _new_values(reset: str) -> str:
+    name, options = split_name(reset, "reset", ProtocolError)
+    known = _SOURCES.get(f"{name}({', '.join(options)})" if options else name)
+    return f"those of the reset '{reset}'" if known is None else known.format(**options)
 
 
 def _about_trials(measurement: Measurement, summary: dict[str, Any]) -> list[str]:

@@ -13,9 +13,10 @@ from typing import Any
 
 from layercrit.errors import StudyError, near
 from layercrit.foreign_text import unguarded
-from layercrit.models.file_source import weight_file
+from layercrit.models.file_source import training_run, weight_file
 from layercrit.models.sources import MODEL_SOURCES
 from layercrit.models.zoo.fetching import find_entries
+from layercrit.resets import Reset
 
 _WILD = re.compile(r"[*?\[]")
 _STATISTICS = {"trained": "trained statistics", "reset": "statistics reset", "reestimate": "statistics re-estimated"}
@@ -31,7 +32,7 @@ class ModelEntry:
         category: that of its training method, or None.
         label: its name in figures, or None.
         accuracy: top-1 accuracy as its authors give it, a share in [0, 1], or None.
-        donor: a weight file, for resets whose values come from one.
+        donor: a weight file or a model reference, for resets whose values come from one.
         attack_norm: norm of the perturbations that it was trained to withstand, such as ``l2`` or ``linf``, or None.
         eps: the largest of them, in the units in which its authors give it, or None.
         variant_of: name of the model of which this is a variant: at another epoch, on another probe set, or with other
@@ -81,6 +82,13 @@ def variants_of(
             label = None if entry.label is None else entry.label + suffix
             one = replace(one, name=entry.name + suffix, label=label, variant_of=entry.name)
         yield one
+
+    def donor_for(self, reset: Reset) -> str | None:
+        """Return where a reset's values come from: the donor, or None where it needs none or the model's own run."""
+        if reset.donor not in ("checkpoint", "model"):
+            return None
+        of_own_run = reset.options.get("epoch") is not None and training_run(self.reference) is not None
+        return None if of_own_run else self.donor
 
 
 def rows_of_list(

@@ -37,14 +37,15 @@ from typing import Any, Literal, TypeVar
 
 from layercrit.declarations import Declaration, read_table
 from layercrit.distances import DISTANCES, get_distance
+from layercrit.donors import is_reference
 from layercrit.errors import LayercritError, StudyError, near
-from layercrit.models.file_source import kept_epochs, weight_file
+from layercrit.models.file_source import epochs_of, weight_file
 from layercrit.models.own_networks import import_here
 from layercrit.models.references import without_weights
 from layercrit.probes.images import STANDARD, Preprocessing
 from layercrit.probes.labelling import is_label_file
 from layercrit.protocol import DEFAULTS, Protocol
-from layercrit.resets import RESETS, get_reset
+from layercrit.resets import Reset, epoch_of_run, get_reset
 from layercrit.study.entries import ModelEntry, file_parts, models_of, rows_of_list, variants_of
 from layercrit.study.schema import (
     METHOD_KEYS,
@@ -211,15 +212,15 @@ class _Reader:
             self._import(module)
         resets = protocol.resets or [DEFAULTS.reset]
         distances = protocol.distances or list(DISTANCES)
-        self._check_names(resets, get_reset)
+        known = self._known_resets(resets)
         self._check_names(distances, get_distance)
         preprocessing = self._preprocessing(images)
         if self.training:
             self.mistakes.extend(training_mistakes(self.training, self.path.parent))
-        models = self._models(tables, resets)
-        self._check_donors(models, resets)
+        models = self._models(tables, known)
+        self._check_donors(models, known)
         self._check_comparison(models, study.baseline, study.leave_out)
-        settings = self._protocol(protocol, resets[0])
+        settings = self._protocol(protocol, known[0].name if known else DEFAULTS.reset)
         first, *others = self._probe_sets(images, further, preprocessing)
         names = [first.name, *(one.name for one in others)] if others else []
         statistics = _listed(protocol.norm_statistics)
@@ -249,7 +250,7 @@ class _Reader:
             epochs=protocol.epochs if protocol.epochs == "all" else tuple(protocol.epochs),
             preprocessing=preprocessing,
             protocol=settings,
-            resets=tuple(dict.fromkeys(resets)),
+            resets=tuple(reset.name for reset in known),
             distances=tuple(dict.fromkeys(["cosine", *distances])),
             baseline=study.baseline,
             leave_out=tuple(study.leave_out),
@@ -329,7 +330,7 @@ class _Reader:
         """Return those of the epochs that are asked for that a model's training run has kept."""
         if not asked or not entry.reference.startswith("file:"):
             return []
-        kept = sorted(kept_epochs(Path(file_parts(entry.reference)[0].removeprefix("file:"))))
+        kept = sorted(epochs_of(Path(file_parts(entry.reference)[0].removeprefix("file:"))))
         return [epoch for epoch in kept if asked == "all" or epoch in asked]
 
     def _model_tables(self) -> list[tuple[str, Set[str], ModelTable]]:
@@ -359,6 +360,17 @@ class _Reader:
         except Exception as error:  # the user's own code, run by importing it
             self.mistakes.append(f"[study] imports: {module!r} cannot be imported ({type(error).__name__}: {error})")
 
+    def _known_resets(self, names: Sequence[str]) -> list[Reset]:
+        """Return the resets of the names that are right, each once."""
+        known: dict[str, Reset] = {}
+        for name in names:
+            try:
+                reset = get_reset(name)
+                known.setdefault(reset.name, reset)
+            except LayercritError as error:
+                self.mistakes.append(f"[protocol] {error}")
+        return list(known.values())
+
     def _check_names(self, names: Sequence[str], get: Any) -> None:
         for name in names:
             try:
@@ -368,8 +380,8 @@ class _Reader:
 
     # --- models -----------------------------------------------------------------------------------------------------
 
-    def _models(self, tables: Sequence[tuple[str, Set[str], ModelTable]], resets: Sequence[str]) -> list[ModelEntry]:
-        rewinds = any(name in RESETS and RESETS[name].donor == "checkpoint" for name in resets)
+    def _models(self, tables: Sequence[tuple[str, Set[str], ModelTable]], resets: Sequence[Reset]) -> list[ModelEntry]:
+        rewinds = any(reset.donor == "checkpoint" and reset.options.get("epoch") is None for reset in resets)
         models: list[ModelEntry] = []
         for where, keys, table in tables:
             if len({"reference", "list", "method"} & keys) != 1:
@@ -406,7 +418,7 @@ class _Reader:
             include={field.name for field in fields(ModelEntry)} - {"reference"}, exclude_none=True
         )
         if table.donor is not None:
-            given["donor"] = str(self._absolute(table.donor))
+            given["donor"] = self._absolute_donor(table.donor)
         return replace(entry, **given)
 
     def _entries(self, where: str, table: ModelTable) -> Iterator[ModelEntry]:
@@ -450,23 +462,43 @@ class _Reader:
                 )
             names.setdefault(model.name, model.reference)
 
-    def _check_donors(self, models: Sequence[ModelEntry], resets: Sequence[str]) -> None:
-        needing = [name for name in resets if name in RESETS and RESETS[name].donor == "checkpoint"]
+    def _check_donors(self, models: Sequence[ModelEntry], resets: Sequence[Reset]) -> None:
+        needing = [reset for reset in resets if reset.donor in ("checkpoint", "model")]
+        by_epoch = [reset for reset in needing if reset.options.get("epoch") is not None]
+        others = [reset for reset in needing if reset not in by_epoch]
+        if len({reset.donor for reset in others}) > 1:
+            self.mistakes.append(
+                f"[protocol] {' and '.join(reset.name for reset in others)} would both take the key donor of each "
+                "model: rewind to an epoch by its number, rewind(epoch=0), which a model's own training run kept"
+            )
         for model in models:
-            if needing and model.donor is None:
-                self.mistakes.append(f"model {model.name!r} has no donor, which the reset {needing[0]!r} needs")
+            if others and model.donor is None:
+                self.mistakes.append(f"model {model.name!r} has no donor, which the reset {others[0].name!r} needs")
             if model.donor is not None:
                 self._check_donor(model.name, model.donor)
+            for reset in by_epoch:
+                self._check_epoch(model, reset)
 
     def _check_donor(self, model: str, donor: str) -> None:
         folder = Path(donor.rpartition("@epoch=")[0] or donor)
         if any(run.folder == folder and not run.is_finished() for run in self.runs):
             return  # it will be there
         try:
-            if not weight_file(donor).is_file():
+            if is_reference(donor):
+                if (n_models := len(list(models_of(donor, self.path.parent)))) != 1:
+                    self.mistakes.append(f"the donor of model {model!r} must be one model; {donor!r} names {n_models}")
+            elif not weight_file(donor).is_file():
                 self.mistakes.append(f"the donor of model {model!r} is not a file: {donor}")
         except LayercritError as error:
             self.mistakes.append(f"the donor of model {model!r}: {error}")
+
+    def _check_epoch(self, model: ModelEntry, reset: Reset) -> None:
+        if any(model.reference == f"file:{run.folder}" and not run.is_finished() for run in self.runs):
+            return  # it may keep that epoch yet
+        try:
+            weight_file(epoch_of_run(reset, model.reference, model.donor_for(reset)))
+        except LayercritError as error:
+            self.mistakes.append(f"model {model.name!r}: {error}")
 
     def _check_comparison(self, models: Sequence[ModelEntry], baseline: str | None, leave_out: Sequence[str]) -> None:
         names = [model.name for model in models]
@@ -486,6 +518,13 @@ class _Reader:
 
     def _absolute(self, path: str) -> Path:
         return self.path.parent / Path(path).expanduser()
+
+    def _absolute_donor(self, donor: str) -> str:
+        """Make the path of a donor absolute, also that in a reference ``file:...``."""
+        if not is_reference(donor):
+            return str(self._absolute(donor))
+        kind, _, rest = donor.partition(":")
+        return f"{kind}:{self._absolute(rest)}" if kind == "file" else donor
 
     def _absolute_labels(self, labels: bool | str) -> bool | str:
         return str(self._absolute(labels)) if isinstance(labels, str) and is_label_file(labels) else labels

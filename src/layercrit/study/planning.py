@@ -18,7 +18,7 @@ from layercrit.machine import find_device
 from layercrit.models.model import Classifier
 from layercrit.models.references import is_here, open_model, without_weights
 from layercrit.precision import SD_TRIALS, PrecisionPlan, n_pilot_images, typical_trials
-from layercrit.resets import RESETS
+from layercrit.resets import get_reset
 from layercrit.restoring import undisturbed
 from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
@@ -103,7 +103,7 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
         first = n_pilot_images(protocol.half_width, protocol.level, protocol.pilot, n_images)
         n_images = next((plan.n_images for plan in plans.values()), first)
     architectures: dict[str, _Architecture] = {}
-    n_trials = sum(needed_trials(protocol.first_trials, RESETS[reset].random) for reset in study.resets)
+    n_trials = sum(needed_trials(protocol.first_trials, get_reset(reset).random) for reset in study.resets)
     rows, plain, replayed, seconds = [], 0.0, 0.0, 0.0
     with large_blocks_stay():
         for entry in study.models:

@@ -97,7 +97,8 @@ class ProtocolKeys(Declaration):
     """The settings of all measurements, like those of `layercrit measure`."""
 
     resets: list[str] = Field([DEFAULTS.reset])
-    """what replaces a layer's parameters: names of resets, each of which is measured"""
+    """what replaces a layer's parameters: names of resets, each of which is measured, with options in brackets if they
+    have some, such as "noise(scale=0.5)" for the reset noise"""
     norm_statistics: _Statistics | Annotated[list[_Statistics], Field(min_length=1)] = Field([DEFAULTS.norm_statistics])
     """running statistics of normalisation layers beside a reset: `trained`, as published; `reset`; `reestimate`; or a
     list of these, each of which is measured"""
@@ -197,8 +198,8 @@ class ModelTable(Declaration):
     )
     """top-1 accuracy as its authors give it, a share in [0, 1]"""
     donor: str | None = None
-    """a weight file, for the reset rewind; or runs/a@epoch=0 of a training run. Default for a model with a method: its
-    initial weights"""
+    """where the values of the resets rewind and donor come from: a weight file, runs/a@epoch=0 of a training run, or a
+    model reference. Default for a model with a method: its initial weights, for rewind"""
     attack_norm: str | None = None
     """norm of the perturbations of adversarial training, such as l2 or linf; default: as the zoo or the method says"""
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None

@@ -1,6 +1,7 @@
 """Many models measured under one protocol: the tables of a study's folder."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ import pandas as pd
 from layercrit.cell_columns import NOT_REACHED
 from layercrit.comparison import Comparison, compare
 from layercrit.conditions import Condition, conditions_of
-from layercrit.errors import StudyError, near
+from layercrit.errors import LayercritError, StudyError, near
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.precision import PrecisionPlan
 from layercrit.protocol import DEFAULTS, MATCHED
@@ -83,6 +84,8 @@ class Study:
         Raises:
             StudyError: the study has no such reset, or no cell that is ok.
         """
+        if reset is not None and reset not in self.resets:
+            reset = _as_written(reset)
         if reset is not None and reset not in self.resets:
             raise StudyError(f"The study in {self.folder} has no reset {reset!r}. {near(reset, self.resets)}")
         wanted = reset or next(iter(self.resets), None)
@@ -326,6 +329,15 @@ def load_study(folder: str | Path) -> Study:
             plans=plans,
             conflicts=tuple(store.conflicts) if isinstance(store, Shards) else (),
         )
+
+
+def _as_written(reset: str) -> str:
+    """Return the name of a reset as tables have it: ``noise(scale=0.5)`` for ``noise( scale = .5 )``."""
+    from layercrit.resets import get_reset  # which imports torch; tables do without it
+
+    with suppress(LayercritError):
+        return get_reset(reset).name
+    return reset
 
 
 def _models_table(store: StoredStudy) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from layercrit.precision import PrecisionPlan, run_together
-from layercrit.resets import RESETS
+from layercrit.resets import get_reset
 from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import Task
@@ -25,7 +25,7 @@ def first_tasks(study: StudyFile) -> list[Task]:
         _task(entry, reset, {trial: None})
         for entry in study.models
         for reset in study.resets
-        for trial in range(needed_trials(study.protocol.first_trials, RESETS[reset].random))
+        for trial in range(needed_trials(study.protocol.first_trials, get_reset(reset).random))
     ]
 
 

@@ -28,7 +28,7 @@ from layercrit.probes.images import Preprocessing
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.protocol import MATCHED
-from layercrit.resets import RESETS
+from layercrit.resets import get_reset
 from layercrit.restoring import undisturbed
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import Place, Question, Task, Work
@@ -136,7 +136,7 @@ class _Opened:
             study.protocol, device=device, n_images=study.n_images, norm_statistics=entry.norm_statistics
         )
         (self._labels,) = (images.labels for images in study.images if images.name == entry.probe_set)
-        self._donor = entry.donor
+        self._entry = entry
         self._model, notes = _open_model(entry, study.preprocessing)
         self.subject = self._subject_of(reset)
         self._flops, self._flops_after = self.subject.flops
@@ -144,7 +144,7 @@ class _Opened:
         self._session: Session | None = None
 
     def _subject_of(self, reset: str) -> Subject:
-        donor = self._donor if RESETS[reset].donor == "checkpoint" else None
+        donor = self._entry.donor_for(get_reset(reset))
         return Subject(replace(self._protocol, reset=reset), self._model, donor)
 
     def _record(self, notes: Sequence[str], known: Mapping[str, Any]) -> dict[str, Any]:
