@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from layercrit.errors import ProbeError
+from layercrit.probes.corruptions import split_corruption
 from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import SUFFIXES
@@ -27,7 +28,8 @@ def open_source(
     """Find out what ``source`` is, from its type, its suffix or the contents of a folder, and open it.
 
     Args:
-        source: the images; ``?split=NAME`` at the end of a path says which part of them.
+        source: the images; ``?split=NAME`` at the end of a path says which part of them, ``corrupt:KIND@SEVERITY:``
+            before it that they are corrupted (`layercrit.probes.corruptions`).
         split: the same.
         column: where a table or an archive has the labels: a column, a key, a suffix of members.
 
@@ -40,6 +42,12 @@ def open_source(
         return ArraySource(source)
     if not isinstance(source, str | Path):
         raise ProbeError(f"Cannot read images from an object of type {type(source).__name__}. Accepted: {ACCEPTED}.")
+    if corrupted := split_corruption(source):
+        corruption, inner = corrupted
+        opened = open_source(inner, split=split, column=column)
+        opened.corruptions = (*opened.corruptions, corruption)
+        opened.description = f"corrupt:{corruption}:{opened.description}"
+        return opened
     source, named = without_split(source)
     kind, split = _kind(source), split or named
     if kind is ParquetSource or kind is TarSource or kind is HuggingFaceSource:
