@@ -1,8 +1,8 @@
 """Corruptions of images, such as noise, blur, fog and JPEG, in five severities; their registry.
 
 They are those of Hendrycks & Dietterich 2019 (arXiv 1903.12261) in kind and, where a table below says so, in strength,
-but not in every bit: ImageNet-C was made by other libraries and versions. Streaks, warps and plasma are kornia's, filters
-SciPy's, JPEG and resizing Pillow's.
+but not in every bit: ImageNet-C was made by other libraries and versions. Streaks, warps and plasma are kornia's,
+filters SciPy's, JPEG and resizing Pillow's.
 """
 
 import functools

@@ -1,5 +1,6 @@
 """Find out what a source of images is, and open it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from layercrit.probes.sources import ACCEPTED, ArraySource, FolderSource, ImageS
 from layercrit.probes.tar import TarSource
 from layercrit.probes.torchvision import TorchvisionSource
 
-__all__ = ["open_source"]
+__all__ = ["open_source", "plain_source"]
+
+
+def plain_source(source: str) -> tuple[str, str]:
+    """Return what stands before a source, ``corrupt:...:`` and ``attack:...:``, and the source without it."""
+    found = re.match(r"(?:(?:corrupt:[^:]*|attack:[^:()]*(?:\([^()]*\))?):)*", source)
+    before = "" if found is None or Path(source).exists() else found[0]
+    return before, source[len(before) :]
 
 
 def open_source(
@@ -48,6 +56,12 @@ def open_source(
         opened.corruptions = (*opened.corruptions, corruption)
         opened.description = f"corrupt:{corruption}:{opened.description}"
         return opened
+    if str(source).startswith("attack:") and not Path(source).exists():
+        raise ProbeError(
+            f"The images '{source}' would be adversarial, and such images are made on a model: measure(model, "
+            "'attack:pgd(...):SOURCE'), with corruptions, if any, behind the attack: "
+            "'attack:pgd(...):corrupt:KIND@SEVERITY:SOURCE'. For a probe set, call layercrit.attacks.attacked."
+        )
     source, named = without_split(source)
     kind, split = _kind(source), split or named
     if kind is ParquetSource or kind is TarSource or kind is HuggingFaceSource:
