@@ -152,7 +152,8 @@ def attacked(
 
     Args:
         probe_set: the images, of the size that the model takes.
-        model: what `open_model` takes; it is attacked in evaluation mode, its normalisation included.
+        model: what `open_model` takes; it is attacked in evaluation mode, its normalisation included. One that does
+            not declare the size of its input gets the images in theirs.
         attack: such as ``pgd(norm=linf, eps=4/255, steps=10)``; see `Pgd`.
         use_labels: whether to use the labels.
         device: where to compute; ``auto``: on a GPU if there is one.
@@ -165,7 +166,9 @@ def attacked(
         ModelError: no gradient of the loss reaches the images, or it is not a number.
     """
     how = Pgd.from_text(attack) if isinstance(attack, str) else attack
-    opened = open_model(model)
+    opened, size = open_model(model), probe_set.preprocessing
+    if isinstance(model, nn.Module) or "input_size" in opened.undeclared:
+        opened = open_model(opened, input_size=(size.channels, size.height, size.width))
     probe_set = ProbeSet.from_source(probe_set, opened.preprocessing)
     labels = probe_set.labels_for(opened.n_classes)[0] if use_labels else None
     asked = {"attack": str(how), "images": probe_set.sha256, "labels": labels is not None,
@@ -424,7 +427,9 @@ def _start_of_one(image: Tensor, norm: str, eps: float, generator: torch.Generat
 
 def _direction(gradient: Tensor, norm: str) -> Tensor:
     """Return the perturbations of norm 1 along which the loss rises fastest; 0 where the gradient is 0."""
-    return gradient.sign() if norm == "linf" else gradient / _lengths(gradient)
+    if norm == "linf":
+        return gradient.sign() + 0 * gradient  # the sign of NaN would be 0: that the gradient is none has to show
+    return gradient / _lengths(gradient)
 
 
 def _projected(perturbations: Tensor, norm: str, eps: float) -> Tensor:

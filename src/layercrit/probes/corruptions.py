@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -151,6 +152,12 @@ class Corruption:
 
     def __str__(self) -> str:
         return f"{self.kind}@{self.severity}"
+
+    def in_words(self) -> str:
+        """Return kind, severity and the library that makes it, whose versions may differ."""
+        needs = CORRUPTIONS[self.kind].needs
+        library = "" if needs is None else f" ({needs} {metadata.version(needs)})"
+        return f"{self.kind} at severity {self.severity}{library}"
 
     def __call__(self, pixels: Pixels, seed: int, name: str) -> Pixels:
         """Return the pixels ``(channels, height, width)`` of an image corrupted, uint8.

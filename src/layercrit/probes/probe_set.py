@@ -619,7 +619,7 @@ def _about_corruptions(corruptions: Sequence[Corruption], model: Preprocessing, 
     """Return what the user should know about corrupted images, in words."""
     if not corruptions:
         return []
-    listed = ", then ".join(f"{one.kind} at severity {one.severity}" for one in corruptions)
+    listed = ", then ".join(one.in_words() for one in corruptions)
     note = f"the images are corrupted at the size of {model.height} x {model.width} pixels: {listed}"
     return [note + (f"; {n_unchanged} of them came out unchanged" if n_unchanged else "")]
 
