@@ -18,8 +18,13 @@ from layercrit.probes.corruptions import CORRUPTIONS, FAMILIES, SEVERITIES, Corr
 from layercrit.probes.images import Preprocessing
 from layercrit.probes.opening import open_source, plain_source
 from layercrit.probes.probe_set import ProbeSet
+from layercrit.seeds import probe_set_seed
+from layercrit.study.file import read_study_file
+from layercrit.study.images import draw_images
+from layercrit.study.store import Store
 from layercrit.training.data import open_training_data
 from photographs import piece, pieces
+from small_studies import write_images, write_study
 
 AS_THEY_ARE = Preprocessing(3, 32, 32, 32)
 
@@ -344,6 +349,22 @@ def test_source__a_folder_of_such_a_name_is_still_a_folder(tmp_path, monkeypatch
 )  # fmt: skip
 def test_plain_source__what_stands_before_it(text, parts):
     assert plain_source(text) == parts
+
+
+def test_study__corrupted_images_are_drawn_anew_where_the_source_changes(tmp_path):
+    path = write_study(tmp_path, n_models=1, trials=1, images={"source": "corrupt:impulse_noise@5:images.npz"})
+    study = read_study_file(path)
+
+    def images() -> ProbeSet:
+        with Store(tmp_path / "study", create=True) as store:
+            return draw_images(study, tmp_path / "study", 24, store, shared=False, progress=lambda n, of: None)
+
+    first = images()
+    expected = ProbeSet.from_source(study.source, study.preprocessing, n_images=24, seed=probe_set_seed(0))
+    assert first.sha256 == expected.sha256 == images().sha256
+    assert first.source == f"corrupt:impulse_noise@5:{tmp_path / 'images.npz'}"
+    write_images(tmp_path / "images.npz", 24, seed=1)
+    assert images().sha256 != first.sha256
 
 
 # Mistakes
