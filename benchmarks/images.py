@@ -40,13 +40,14 @@ def difference(one: layercrit.Measurement, other: layercrit.Measurement) -> tupl
 def draw(
     changes: list[str], clean: layercrit.Measurement, found: list[layercrit.Measurement], pixels: ProbeSet
 ) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), width_ratios=(1, 2.6), layout="constrained")
-    rows = [np.concatenate([pixels.images[0, 0], *(pixels.corrupted(kind, one).images[0, 0] for one in SHOWN)], axis=1)
-            for kind in CORRUPTIONS]  # fmt: skip
-    axes[0].imshow(np.concatenate(rows), cmap="gray", aspect="equal")
-    axes[0].set_yticks(28 * np.arange(len(rows)) + 14, list(CORRUPTIONS))
-    axes[0].set_xticks(28 * np.arange(1 + len(SHOWN)) + 14, ["clean", *map(str, SHOWN)])
-    axes[0].set_title("severity")
+    figure, axes = plt.subplots(2, 1, figsize=(10, 9), height_ratios=(1, 1.5), layout="constrained")
+    columns = [
+        np.concatenate([pixels.images[0, 0], *(pixels.corrupted(kind, one).images[0, 0] for one in SHOWN)])
+        for kind in CORRUPTIONS
+    ]
+    axes[0].imshow(np.concatenate(columns, axis=1), cmap="gray", vmin=0, vmax=255)
+    axes[0].set_xticks(28 * np.arange(len(columns)) + 14, list(CORRUPTIONS), rotation=30, ha="right")
+    axes[0].set_yticks(28 * np.arange(1 + len(SHOWN)) + 14, ["clean", *(f"severity {one}" for one in SHOWN)])
     layers = list(clean.to_pandas()["layer"])
     values = np.array([difference(one, clean)[0] for one in found])
     limit = float(np.abs(values).max())
@@ -55,7 +56,7 @@ def draw(
     axes[1].set_xticks(range(len(layers)), layers, rotation=90)
     axes[1].set_title("criticality on these images minus that on clean ones")
     figure.colorbar(image, ax=axes[1])
-    figure.savefig(DOCS / "images.png", dpi=90)
+    figure.savefig(DOCS / "images.png", dpi=80)
 
 
 def main() -> None:

@@ -175,8 +175,8 @@ class Corruption:
         """
         kind = CORRUPTIONS[self.kind]
         generator = torch.Generator().manual_seed(seed_of(seed, "corruption", self.kind, self.severity, name))
-        # In float64, whose errors are too small to move a value across the boundary between two 8-bit ones: else sums
-        # that are split among more threads would change some pixels.
+        # In float64: threads and processors may add in another order, and its errors are too small to move a value from
+        # one 8-bit level to the next.
         image = torch.from_numpy(pixels.astype(np.float64) / 255)
         try:
             with torch.no_grad():
