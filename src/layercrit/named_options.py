@@ -66,7 +66,7 @@ class Option:
         if given is None and self.optional:
             return None
         is_number = isinstance(given, int | float) and not isinstance(given, bool)
-        value = float(given) if self.kind is float and is_number else given
+        value: Any = float(given) if self.kind is float and is_number else given
         if type(value) is not self.kind or (self.choices and value not in self.choices):
             raise ValueError
         if isinstance(value, float) and not math.isfinite(value):
@@ -92,7 +92,8 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
 
 
 def _option(name: str, annotation: Any, default: Any) -> Option:
-    kind, limit, choices = annotation, None, ()
+    kind, limit = annotation, None
+    choices: tuple[Any, ...] = ()
     if typing.get_origin(kind) is typing.Annotated:
         kind, *about = typing.get_args(kind)
         limit = next((one.limit for one in about if isinstance(one, AtLeast)), None)
