@@ -39,6 +39,7 @@ from layercrit.distances import DISTANCES
 from layercrit.models.sources import MODEL_SOURCES
 from layercrit.models.zoo.fetching import ZOO
 from layercrit.named_options import with_options
+from layercrit.probes.corruptions import CORRUPTIONS
 from layercrit.reporting.reports import FIGURES
 from layercrit.resets import RESETS
 from layercrit.study.file import read_study_file
@@ -88,6 +89,17 @@ def option_in_words(option) -> str:
 def distances() -> str:
     rows = [(f"`{one.name}`", markdown(one.summary), f"{one.upper:.4g}") for one in DISTANCES.values()]
     return table("name", "what it is", "largest", rows=rows)
+
+
+def corruptions() -> str:
+    def strengths(values: tuple[float, ...]) -> str:
+        return ", ".join(f"{value:g}" for value in values)
+
+    rows = [
+        (one.family, f"`{one.name}`", markdown(one.summary), one.unit, strengths(one.small), strengths(one.large))
+        for one in CORRUPTIONS.values()
+    ]
+    return table("family", "kind", "what it is", "strength", "at 32 pixels", "at 224 pixels", rows=rows)
 
 
 def model_sources() -> str:
@@ -158,6 +170,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "figures": figures,
     "resets": resets,
     "distances": distances,
+    "corruptions": corruptions,
     "model sources": model_sources,
     "methods": methods,
     "trackers": trackers,
@@ -264,7 +277,7 @@ def measure_some_of(demo: Path) -> None:
 @pytest.fixture
 def as_a_reader(demo, monkeypatch):
     """In the demo's folder, as a program there; what the pages register or import is forgotten afterwards."""
-    registries = (RESETS, DISTANCES, MODEL_SOURCES, METHODS, TRACKERS)
+    registries = (RESETS, DISTANCES, MODEL_SOURCES, METHODS, TRACKERS, CORRUPTIONS)
     before, known = [dict(registry) for registry in registries], set(sys.modules)
     monkeypatch.chdir(demo)
     monkeypatch.setattr(sys, "path", [str(demo), *sys.path])

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from layercrit.attacks import attacked, split_attack
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.subject import Subject
@@ -56,6 +57,7 @@ def measure(
     max_trials: int = DEFAULTS.max_trials,
     labels: LabelsGiven = "auto",
     classes: str | Path | Sequence[str] | None = None,
+    keep_images: str | Path | None = None,
     progress: bool = True,
     resume: Measurement | None = None,
     on_trial: OnTrial | None = None,
@@ -70,7 +72,9 @@ def measure(
     Args:
         model: a reference such as ``timm:resnet50.a1_in1k``, an opened `Model`, or a module that takes images
             ``(n_images, channels, height, width)``. A module gets an array of images in the size they have.
-        images: anything that `ProbeSet.from_source` takes: a folder, an array, a file; or a `ProbeSet`, used whole.
+        images: anything that `ProbeSet.from_source` takes: a folder, an array, a file; ``corrupt:fog@3:SOURCE`` for
+            corrupted images, ``attack:pgd(norm=linf, eps=4/255):SOURCE`` for adversarial ones (see
+            `layercrit.attacks.attacked`); or a `ProbeSet`, used whole.
         trials: random draws per layer. A reset that is not random is run once.
         n_images: how many of the images to use, drawn by ``seed``; all if there are fewer.
         layers: shell-style patterns on layer names, comma-separated, such as ``layer1.*,fc``.
@@ -102,6 +106,7 @@ def measure(
         labels: labels for accuracy and loss: ``"auto"``: those that the images come with; ``"none"``; a file of labels,
             a column, or an array: see `ProbeSet.from_source`.
         classes: the names of classes in the order of the model's outputs, or a text file with one per line.
+        keep_images: a folder for adversarial images, in which a measurement that goes on finds them again.
         progress: whether to show a progress bar on a terminal.
         resume: an unfinished measurement of the same, or one of fewer trials, to go on with.
         on_trial: called after every finished trial with a function without arguments, which builds and returns the
@@ -145,6 +150,7 @@ def measure(
         pilot=pilot,
         max_trials=max_trials,
     )
+    attack, images = split_attack(images)
     names = distance_names(distances)
     with undisturbed(), rng_untouched(), Bar(progress) as bar:
         opened = _with_input_of(images, labels, model)
@@ -159,7 +165,7 @@ def measure(
             def draw(n_images: int) -> ProbeSet:
                 if whole is not None:
                     return whole.first(n_images)
-                return ProbeSet.from_source(
+                drawn = ProbeSet.from_source(
                     images,
                     opened.preprocessing,
                     n_images=n_images,
@@ -167,6 +173,17 @@ def measure(
                     labels=labels,
                     classes=classes,
                     progress=bar.decoded,
+                )
+                if attack is None:
+                    return drawn
+                return attacked(
+                    drawn,
+                    replace(subject.model, network=subject.network),
+                    attack,
+                    use_labels=are_wanted(labels),
+                    device=str(subject.device),
+                    folder=keep_images,
+                    progress=bar.attacked,
                 )
 
             sampling = Sampling(started, protocol, subject, draw, n_available, names, are_wanted(labels), bar)

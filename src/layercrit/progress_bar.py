@@ -40,6 +40,10 @@ class Bar:
         """Show how many images are decoded."""
         self._progress.update(self._task, description="decoding", completed=n, total=wanted)
 
+    def attacked(self, n: int, n_images: int) -> None:
+        """Show how many images are made adversarial."""
+        self._show("attacking", n, n_images)
+
     def predicted(self, n: int, n_images: int) -> None:
         """Show how many images the trained network has classified."""
         self._show("predicting", n, n_images)

@@ -120,6 +120,9 @@ def test_layers__lists_depth_type_shape_and_share(tmp_path):
             1,
             "Did you mean 'layer1.0.conv",
         ),
+        (["measure", MODEL, "--images", "corrupt:foggy@3:."], 1, "Did you mean 'fog'"),
+        (["measure", MODEL, "--images", "corrupt:fog@9:."], 1, "from 1 (weak) to 5 (strong); got 9"),
+        (["measure", MODEL, "--images", "attack:pgd(norm=linf, eps=4):."], 1, "write eps=4/255"),
         (["measure", MODEL, "--images", "PHOTOGRAPHS", "--types", "convolution"], 1, "Did you mean 'conv'"),
         (["measure", MODEL, "--images", "PHOTOGRAPHS", "--reset", "rerandomise"], 1, "Did you mean 'rerandomize'"),
         (["measure", MODEL, "--images", "PHOTOGRAPHS", "--reset", "rewind"], 1, "--from"),
@@ -363,3 +366,20 @@ def test_measure__goes_on_with_fewer_trials_in_the_same_folder(photographs, tmp_
     assert other.returncode == 1
     assert "seed 0 instead of 1" in other.stderr
     assert len(pd.read_parquet(tmp_path / "result" / "cells.parquet")) == len(after), "nothing is lost"
+
+
+def test_measure__adversarial_images_are_kept_in_the_folder(photographs, tmp_path):
+    asked = [
+        "measure", MODEL, "--images", f"attack:pgd(norm=linf, eps=4/255, steps=2):corrupt:contrast@1:{photographs}",
+        "--layers", "*.0.conv1", "--out", "result",
+    ]  # fmt: skip
+    first = run(*asked, "--trials", "1", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "the images are adversarial: pgd(norm=linf, eps=4/255, steps=2)" in first.stdout
+    kept = tmp_path / "result" / "images" / "images.npy"
+    before = kept.stat().st_mtime_ns
+    more = run(*asked, "--trials", "2", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert kept.stat().st_mtime_ns == before, "the images were attacked again"
+    record = json.loads((tmp_path / "result" / "measurement.json").read_text())
+    assert record["probe_set"]["sha256"] == json.loads((kept.parent / "probe_set.json").read_text())["sha256"]

@@ -321,6 +321,15 @@ def test_models__plain_list(tmp_path):
         ("torchvision:CIFAR10?root=data", "torchvision:CIFAR10?root=HERE/data"),
         ("torchvision:CIFAR10?split=test&root=/data", "torchvision:CIFAR10?split=test&root=/data"),
         ("torchvision:CIFAR10?root=data&split=test", "torchvision:CIFAR10?root=HERE/data&split=test"),
+        ("corrupt:fog@3:val", "corrupt:fog@3:HERE/val"),
+        (
+            "corrupt:fog@3:corrupt:snow@1:torchvision:X?root=data",
+            "corrupt:fog@3:corrupt:snow@1:torchvision:X?root=HERE/data",
+        ),
+        (
+            "attack:pgd(norm=linf, eps=4/255):corrupt:fog@3:val",
+            "attack:pgd(norm=linf, eps=4/255):corrupt:fog@3:HERE/val",
+        ),
     ],
 )
 def test_images__source_is_relative_to_the_study_file(tmp_path, monkeypatch, source, expected):

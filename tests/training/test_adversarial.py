@@ -3,9 +3,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from layercrit.attacks import attack
 from layercrit.errors import TrainingError
 from layercrit.training import get_method
-from layercrit.training.adversarial import AttackedLearner, attack
+from layercrit.training.adversarial import AttackedLearner
 from layercrit.training.methods import Inputs, Supervised
 from training_inputs import COLOUR, GREY, batch, tiny_network
 

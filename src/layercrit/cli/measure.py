@@ -59,7 +59,8 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
     required=True,
     metavar="SOURCE",
     help="A folder, .npz/.npy, .parquet, WebDataset .tar, Hugging Face data set on disk, MNIST files (of a folder: the "
-    "t10k part), or 'torchvision:NAME?root=DIR&split=test'. A part of a source: 'SOURCE?split=test'.",
+    "t10k part), or 'torchvision:NAME?root=DIR&split=test'. A part of a source: 'SOURCE?split=test'. Corrupted: "
+    "'corrupt:fog@3:SOURCE' (KIND@SEVERITY, 1 to 5). Adversarial: 'attack:pgd(norm=linf, eps=4/255, steps=10):SOURCE'.",
 )
 @click.option("--trials", default=DEFAULTS.trials, show_default=True, help="Random draws per layer.")
 @click.option("--n-images", default=DEFAULTS.n_images, show_default=True, help="Images drawn from SOURCE, at most.")
@@ -173,7 +174,10 @@ def measure_command(
     with tracked_measurement(trackers, model, settings, folder) as tracking:
         on_cell = None if tracking is None else tracking.cell
         try:
-            measurement = measure(model, images, resume=earlier, on_trial=saver.keep, on_cell=on_cell, **settings)
+            measurement = measure(
+                model, images, resume=earlier, on_trial=saver.keep, on_cell=on_cell, keep_images=folder / "images",
+                **settings,
+            )  # fmt: skip
         except BaseException:
             saver.save_what_is_finished()
             raise

@@ -1,5 +1,6 @@
 """Find out what a source of images is, and open it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from layercrit.errors import ProbeError
+from layercrit.probes.corruptions import split_corruption
 from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import SUFFIXES
@@ -18,7 +20,14 @@ from layercrit.probes.sources import ACCEPTED, ArraySource, FolderSource, ImageS
 from layercrit.probes.tar import TarSource
 from layercrit.probes.torchvision import TorchvisionSource
 
-__all__ = ["open_source"]
+__all__ = ["open_source", "plain_source"]
+
+
+def plain_source(source: str) -> tuple[str, str]:
+    """Return what stands before a source, ``corrupt:...:`` and ``attack:...:``, and the source without it."""
+    found = re.match(r"(?:(?:corrupt:[^:]*|attack:[^:()]*(?:\([^()]*\))?):)*", source)
+    before = "" if found is None or Path(source).exists() else found[0]
+    return before, source[len(before) :]
 
 
 def open_source(
@@ -27,7 +36,8 @@ def open_source(
     """Find out what ``source`` is, from its type, its suffix or the contents of a folder, and open it.
 
     Args:
-        source: the images; ``?split=NAME`` at the end of a path says which part of them.
+        source: the images; ``?split=NAME`` at the end of a path says which part of them, ``corrupt:KIND@SEVERITY:``
+            before it that they are corrupted (`layercrit.probes.corruptions`).
         split: the same.
         column: where a table or an archive has the labels: a column, a key, a suffix of members.
 
@@ -40,6 +50,18 @@ def open_source(
         return ArraySource(source)
     if not isinstance(source, str | Path):
         raise ProbeError(f"Cannot read images from an object of type {type(source).__name__}. Accepted: {ACCEPTED}.")
+    if corrupted := split_corruption(source):
+        corruption, inner = corrupted
+        opened = open_source(inner, split=split, column=column)
+        opened.corruptions = (*opened.corruptions, corruption)
+        opened.description = f"corrupt:{corruption}:{opened.description}"
+        return opened
+    if str(source).startswith("attack:") and not Path(source).exists():
+        raise ProbeError(
+            f"The images '{source}' would be adversarial, and such images are made on a model: measure(model, "
+            "'attack:pgd(...):SOURCE'), with corruptions, if any, behind the attack: "
+            "'attack:pgd(...):corrupt:KIND@SEVERITY:SOURCE'. For a probe set, call layercrit.attacks.attacked."
+        )
     source, named = without_split(source)
     kind, split = _kind(source), split or named
     if kind is ParquetSource or kind is TarSource or kind is HuggingFaceSource:

@@ -23,6 +23,7 @@ from layercrit.errors import ProbeError
 from layercrit.foreign_files import read_json
 from layercrit.probes.bounds import check_room
 from layercrit.probes.classes import Classes, Labels
+from layercrit.probes.corruptions import Corruption
 from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.images import STANDARD, Pixels, Preprocessing, decoded, decoded_bytes, read_header
 from layercrit.probes.labelling import LabelsGiven, open_labelled
@@ -148,6 +149,46 @@ class ProbeSet:
             for slot, image in enumerate(self._pixels.read(start, min(start + _IMAGES_AT_ONCE, self.n_images)), start):
                 pixels.write(slot, image)
         return replace(self, _pixels=pixels)
+
+    def corrupted(self, kind: str, severity: int) -> "ProbeSet":
+        """Return the same images corrupted, as ``corrupt:KIND@SEVERITY:SOURCE`` draws them.
+
+        Args:
+            kind: a name in `layercrit.probes.corruptions.CORRUPTIONS`.
+            severity: 1 (weak) to 5 (strong).
+
+        Raises:
+            ProbeError: there is no such kind or severity, or a library is missing.
+        """
+        corruption = Corruption(kind, severity)
+        n_unchanged = 0
+
+        def change(start: int, pixels: Pixels) -> Pixels:
+            nonlocal n_unchanged
+            names = self.names[start : start + len(pixels)]
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="layercrit-corrupt") as pool:
+                new = np.stack([*pool.map(corruption, pixels, [self.seed] * len(pixels), names)])
+            n_unchanged += sum(map(np.array_equal, new, pixels))
+            return new
+
+        changed = self.changed(change, f"corrupt:{corruption}:{self.source}")
+        notes = _about_corruptions([corruption], self.preprocessing, n_unchanged)
+        return replace(changed, notes=(*self.notes, *notes))
+
+    def changed(self, change: Callable[[int, Pixels], Pixels], source: str) -> "ProbeSet":
+        """Return the same images with other pixels, which ``change`` makes of those that there are.
+
+        Args:
+            change: from the position of a first image and some images from there on,
+                ``(n, channels, height, width)``, to as many of that shape, uint8.
+            source: where the images come from, and what is done to them.
+        """
+        pixels = PixelStore((self.n_images, *self._pixels.shape[1:]), MEMORY_LIMIT)
+        for start in range(0, self.n_images, _IMAGES_AT_ONCE):
+            some = change(start, self._pixels.read(start, min(start + _IMAGES_AT_ONCE, self.n_images)))
+            for slot, image in enumerate(some, start):
+                pixels.write(slot, image)
+        return replace(self, source=source, sha256=_digest(pixels, self.n_images, self.labels), _pixels=pixels)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what identifies the probe set and how it was made, as plain data."""
@@ -340,9 +381,10 @@ class ProbeSet:
         shape = (n_wanted, preprocessing.channels, preprocessing.height, preprocessing.width)
         store = PixelStore(shape, memory_limit)
         threads = n_threads or min(8, os.cpu_count() or 1)
-        draw = _Draw(opened, preprocessing, max_unreadable, threads, progress)
+        draw = _Draw(opened, preprocessing, seed, max_unreadable, threads, progress)
         draw.fill(store, _order(len(opened), seed))
         kept = None if found is None else _labels_of(draw.kept, found)
+        notes += _about_corruptions(opened.corruptions, preprocessing, len({*draw.unchanged} & {*draw.kept}))
         return cls(
             preprocessing=preprocessing,
             source=opened.description,
@@ -446,15 +488,18 @@ class _Draw:
     Attributes:
         kept: index in the source of each image in the store.
         skipped: name and reason of each unreadable image, in the order of the draw.
+        unchanged: index in the source of each image that its corruptions leave as it is.
     """
 
     source: ImageSource
     preprocessing: Preprocessing
+    seed: int
     max_unreadable: float
     n_threads: int
     progress: Progress | None
     kept: list[int] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    unchanged: list[int] = field(default_factory=list)
 
     def fill(self, store: PixelStore, order: Sequence[int]) -> None:
         """Put the first readable images of ``order`` into ``store``, as many as it holds or as there are."""
@@ -496,7 +541,7 @@ class _Draw:
         n_bytes, one_large = 0, RLock()
         with ThreadPoolExecutor(self.n_threads, thread_name_prefix="layercrit-decode") as pool:
             for item in self.source.read(indices):
-                waiting.append((item, pool.submit(_pixels_or_reason, item.content, self.preprocessing, one_large)))
+                waiting.append((item, pool.submit(self._pixels_or_reason, item, one_large)))
                 n_bytes += _encoded_bytes(item)
                 while len(waiting) > 4 * self.n_threads or (n_bytes > _LARGE and waiting):
                     done, future = waiting.popleft()
@@ -504,6 +549,18 @@ class _Draw:
                     yield done, future.result()
             for done, future in waiting:
                 yield done, future.result()
+
+    def _pixels_or_reason(self, item: Item, one_large: RLock) -> Pixels | str:
+        """Return the pixels of an image, corrupted if that is asked for, or why it has none."""
+        clean = _pixels_or_reason(item.content, self.preprocessing, one_large)
+        if isinstance(clean, str) or not self.source.corruptions:
+            return clean
+        pixels = clean
+        for corruption in self.source.corruptions:
+            pixels = corruption(pixels, self.seed, self.source.name(item.index))
+        if np.array_equal(pixels, clean):
+            self.unchanged.append(item.index)
+        return pixels
 
     def _check_share(self, n_wanted: int, n_items: int) -> None:
         n_tried = min(n_wanted + len(self.skipped), n_items)  # when each failure so far will have been replaced
@@ -556,6 +613,15 @@ def _labels_of(kept: Sequence[int], labels: Labels) -> npt.NDArray[np.int64]:
     found = np.array([labels.numbers[index] for index in kept], np.int64)
     found.flags.writeable = False
     return found
+
+
+def _about_corruptions(corruptions: Sequence[Corruption], model: Preprocessing, n_unchanged: int) -> list[str]:
+    """Return what the user should know about corrupted images, in words."""
+    if not corruptions:
+        return []
+    listed = ", then ".join(one.in_words() for one in corruptions)
+    note = f"the images are corrupted at the size of {model.height} x {model.width} pixels: {listed}"
+    return [note + (f"; {n_unchanged} of them came out unchanged" if n_unchanged else "")]
 
 
 def _former_classes(about: dict[str, Any]) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from PIL import Image
 from layercrit.errors import ProbeError, near
 from layercrit.foreign_files import kind_of_special
 from layercrit.probes.classes import Classes, Kind, Labels, as_numpy, class_numbers, labels_of
+from layercrit.probes.corruptions import Corruption
 from layercrit.probes.image_columns import unused_columns
 from layercrit.probes.images import SUFFIXES, Pixels
 from layercrit.probes.label_files import notes_on_files
@@ -37,7 +38,7 @@ ACCEPTED = (
     "a folder of images, with or without one folder per class; a .npy or .npz file; .parquet or .tar shards, as a "
     "file, a folder or a pattern such as 'shard-{000..009}.tar' or 'data/*.parquet'; a folder written by the datasets "
     "library's save_to_disk; MNIST's format, as a folder or a file such as t10k-images-idx3-ubyte.gz; "
-    "or 'torchvision:NAME?root=PATH&split=test'"
+    "'torchvision:NAME?root=PATH&split=test'; or any of these with 'corrupt:KIND@SEVERITY:' before it"
 )
 IMAGE_KEYS = ("images", "x", "arr_0")
 LABEL_KEYS = ("labels", "y")
@@ -71,11 +72,13 @@ class ImageSource(ABC):
         description: the source as the user named it.
         notes: what the user should know about what was taken, in words.
         unreadable: images whose labels cannot be read because they are damaged themselves; they are left out.
+        corruptions: what is done to its images in this order, once they have the size that the model takes.
     """
 
     description: str
     notes: tuple[str, ...] = ()
     unreadable: frozenset[int] = frozenset()
+    corruptions: tuple[Corruption, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int:

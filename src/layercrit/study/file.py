@@ -44,6 +44,7 @@ from layercrit.models.own_networks import import_here
 from layercrit.models.references import without_weights
 from layercrit.probes.images import STANDARD, Preprocessing
 from layercrit.probes.labelling import is_label_file
+from layercrit.probes.opening import plain_source
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import Reset, epoch_of_run, get_reset
 from layercrit.study.entries import ModelEntry, file_parts, models_of, rows_of_list, variants_of
@@ -531,9 +532,10 @@ class _Reader:
 
     def _absolute_source(self, source: str) -> str:
         """Make the path in an image source absolute; that of a torchvision data set is its option ``root``."""
+        before, source = plain_source(source)
         if source.startswith("torchvision:"):
-            return re.sub(r"(?<=[?&]root=)[^&]*", lambda found: str(self._absolute(found[0])), source)
-        return str(self._absolute(source))
+            return before + re.sub(r"(?<=[?&]root=)[^&]*", lambda found: str(self._absolute(found[0])), source)
+        return before + str(self._absolute(source))
 
 
 def _listed(given: str | Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from layercrit.errors import ProbeError
 from layercrit.locks import hold
 from layercrit.probes.labelling import open_images
+from layercrit.probes.opening import plain_source
 from layercrit.probes.parts import without_split
 from layercrit.probes.probe_set import ProbeSet, Progress
 from layercrit.seeds import probe_set_seed
@@ -119,7 +120,7 @@ def _write_down(store: Store, about: str, known: Mapping[str, Any]) -> None:
 
 def _state_of(source: str, lists: Sequence[str]) -> str | None:
     """Return what changes when the files of an image source, or lists of labels do; None where it is no path here."""
-    path = Path(without_split(source)[0])
+    path = Path(without_split(plain_source(source)[1])[0])
     if not path.exists():
         return None
     digest = hashlib.sha256()

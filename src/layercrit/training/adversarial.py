@@ -1,98 +1,16 @@
-"""Adversarial training: each step is taken on images perturbed to raise the loss, within a small norm ball.
+"""Adversarial training: each step is taken on images perturbed to raise the loss, within a small norm ball."""
 
-The attack is our own because attack libraries are made for evaluation: they wrap a trained classifier with its input
-range, normalisation and mode. A training step needs the network as it is being trained, on its device, with no side
-effects.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from layercrit.errors import TrainingError, near
+from layercrit.attacks import attack
 from layercrit.training.methods import Inputs, Learner, Method, Supervised, method, setting
 
-__all__ = ["Adversarial", "AttackedLearner", "RobustL2", "RobustLinf", "attack"]
-
-
-def attack(
-    logits: Callable[[Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
-    norm: str,
-    eps: float,
-    steps: int,
-    step_size: float,
-    random_start: bool,
-) -> Tensor:
-    """Return images perturbed to raise the loss, by projected gradient descent (PGD) on the negative loss.
-
-    Gradients are taken with respect to the images alone; gradients of parameters are left as they are.
-
-    Args:
-        logits: returns logits ``(n_images, n_classes)`` for images in [0, 1].
-        images: ``(n_images, channels, height, width)``, in [0, 1].
-        labels: classes ``(n_images,)``.
-        norm: ``l2`` or ``linf``.
-        eps: maximum norm of an image's perturbation, for pixels in [0, 1].
-        steps: number of gradient steps.
-        step_size: norm of a step, in the same unit.
-        random_start: whether to start at a random point of the ball instead of at the images.
-
-    Returns:
-        Images in [0, 1], of the same shape, without gradient.
-
-    Raises:
-        TrainingError: the norm is unknown.
-
-    Note:
-        Madry et al. 2018, arXiv 1706.06083, section 2.1: steps along the sign of the gradient for Linf, along its
-        direction for L2.
-    """
-    if norm not in ("l2", "linf"):
-        raise TrainingError(f"There is no attack in the norm {norm!r}. {near(norm, ('l2', 'linf'))}")
-    perturbation = _start(images, norm, eps) if random_start else torch.zeros_like(images)
-    perturbed = (images + perturbation).clamp(0, 1)
-    for _ in range(steps):
-        with torch.enable_grad():
-            perturbed.requires_grad_()
-            loss = F.cross_entropy(logits(perturbed), labels, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, perturbed)
-        moved = perturbed.detach() + step_size * _direction(gradient, norm)
-        perturbed = (images + _projected(moved - images, norm, eps)).clamp(0, 1)
-    return perturbed.detach()
-
-
-def _lengths(tensors: Tensor) -> Tensor:
-    """Return the L2 norm of each image's values ``(n_images, 1, 1, 1)``, never 0, as a divisor."""
-    lengths: Tensor = tensors.flatten(1).norm(dim=1).clamp_min(torch.finfo(tensors.dtype).tiny).view(-1, 1, 1, 1)
-    return lengths
-
-
-def _start(images: Tensor, norm: str, eps: float) -> Tensor:
-    """Return perturbations sampled uniformly from the ball."""
-    if norm == "linf":
-        return eps * (2 * torch.rand_like(images) - 1)
-    directions = torch.randn_like(images)
-    radii = torch.rand(len(images), 1, 1, 1, device=images.device) ** (1 / images[0].numel())
-    return eps * radii * directions / _lengths(directions)
-
-
-def _direction(gradient: Tensor, norm: str) -> Tensor:
-    """Return the perturbations of norm 1 along which the loss rises fastest; 0 where the gradient is 0."""
-    return gradient.sign() if norm == "linf" else gradient / _lengths(gradient)
-
-
-def _projected(perturbations: Tensor, norm: str, eps: float) -> Tensor:
-    """Return the nearest perturbations within the ball."""
-    if norm == "linf":
-        return perturbations.clamp(-eps, eps)
-    return perturbations * (eps / _lengths(perturbations)).clamp_max(1)
+__all__ = ["Adversarial", "AttackedLearner", "RobustL2", "RobustLinf"]
 
 
 class AttackedLearner(Supervised):

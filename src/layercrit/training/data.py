@@ -17,7 +17,7 @@ from layercrit.errors import ProbeError, TrainingError
 from layercrit.foreign_files import open_regular
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import FORMATS, Preprocessing, open_image
-from layercrit.probes.opening import open_source
+from layercrit.probes.opening import open_source, plain_source
 from layercrit.probes.parts import NoSuchPartError, without_split
 from layercrit.probes.sources import ArraySource, ImageSource
 from layercrit.seeds import seed_of
@@ -201,6 +201,11 @@ def open_training_data(
         TrainingError: an image has no label or cannot be read, or there are fewer than two classes.
         ProbeError: the source cannot be read.
     """
+    if plain_source(str(source))[0]:
+        raise TrainingError(
+            f"{str(source)!r} asks for corrupted or adversarial images, which are for measurements. To train on such "
+            "images, name them as they are, and choose a method such as augmix, pixmix or robust_linf."
+        )
     train_source, test_source, origin = _parts(str(source), download)
     if test_source is None:
         order = np.random.PCG64(seed_of("training", "held out")).random_raw(len(train_source)).argsort(kind="stable")
