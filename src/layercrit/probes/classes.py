@@ -14,7 +14,8 @@ import torch
 
 from layercrit.errors import ProbeError, near, shown
 
-__all__ = ["Classes", "Labels", "as_numpy", "class_numbers", "integer_label", "labels_of", "names_in_order"]
+__all__ = ["Classes", "Labels", "as_numpy", "class_numbers", "imagenet_names",
+           "integer_label", "labels_of", "names_in_order"]
 
 Kind = Literal["numbers", "names", "imagenet", "positions"]
 _IMAGENET = 1000  # classes of ImageNet-1k
@@ -178,6 +179,17 @@ def _imagenet_numbers() -> Mapping[str, int]:
 
     names = ImageNetInfo().label_names()  # type: ignore[no-untyped-call]
     return {name: number for number, name in enumerate(names)}
+
+
+def imagenet_names() -> dict[int, str]:
+    """Return what the classes of ImageNet-1k are called: number -> WordNet id and word, such as n01440764 tench."""
+    from timm.data.imagenet_info import ImageNetInfo
+
+    info = ImageNetInfo()  # type: ignore[no-untyped-call]
+    return {
+        number: f"{name} {info.index_to_description(number).partition(',')[0]}"
+        for name, number in _imagenet_numbers().items()
+    }
 
 
 def _values(numbers: Sequence[int | None]) -> tuple[int, ...]:
