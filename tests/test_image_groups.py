@@ -55,7 +55,8 @@ def test_estimate_groups__is_the_estimate_of_each_group_alone(n_trials, random, 
         own = estimate(values[:, codes == group], level=0.9, random_trials=random, interval=interval)
         assert found["criticality"][group] == pytest.approx(own.mean, abs=1e-12)
         if own.covers == "trials" and interval == "t":  # one image: the estimate is for new trials on that image
-            assert math.isnan(found["low"][group]) and found["covers"][group] == "nothing"
+            assert math.isnan(found["low"][group])
+            assert found["covers"][group] == "nothing"
             continue
         np.testing.assert_allclose(found["low"][group], own.low, rtol=0, atol=1e-12)
         np.testing.assert_allclose(found["high"][group], own.high, rtol=0, atol=1e-12)
@@ -153,7 +154,8 @@ def test_difference_of_groups__has_no_interval_where_it_cannot_be_known(sizes, n
     values, _ = pictures(sum(sizes) + 5, n_trials)
     first, second = values[:, : sizes[0]], values[:, sizes[0] : sum(sizes)]
     found = difference_of_groups(first, second, random_trials=random)
-    assert math.isnan(found["low"]) and math.isnan(found["high"])
+    assert math.isnan(found["low"])
+    assert math.isnan(found["high"])
     assert math.isnan(found["difference"]) == (0 in sizes)
 
 
@@ -226,7 +228,8 @@ def test_by_class__layer_that_only_images_of_one_class_need():
     )
     found = measurement.by_class().set_index(["layer", "class"])["criticality"]
     assert found["left", "1"] == found["right", "0"] == 0
-    assert found["left", "0"] > 0.1 and found["right", "1"] > 0.1
+    assert found["left", "0"] > 0.1
+    assert found["right", "1"] > 0.1
     moved = measurement.extreme_images("left", 3)
     assert set(moved.loc[moved["moved"] == "most", "label"]) == {"0"}
     assert set(moved.loc[moved["moved"] == "least", "label"]) == {"1"}
@@ -275,9 +278,7 @@ def test_by_class__names_of_classes_are_those_of_the_images(tmp_path):
     assert list(measurement.by_class()["class"][:3]) == ["ant", "cat", "dog"]  # sorted, as the model's outputs are
     assert measurement.by_class()["n_images"][:3].tolist() == [2, 1, 3]
     (tmp_path / "classes.txt").write_text("dog\nant\ncat\n")
-    listed = layercrit.measure(
-        two_layers(), tmp_path, classes=tmp_path / "classes.txt", trials=2, **QUIET
-    )
+    listed = layercrit.measure(two_layers(), tmp_path, classes=tmp_path / "classes.txt", trials=2, **QUIET)
     assert list(listed.by_class()["class"][:3]) == ["dog", "ant", "cat"]
     assert listed.by_class()["number"][:3].tolist() == [0, 1, 2]
     image = listed.by_image().iloc[0]
@@ -318,7 +319,7 @@ def test_extreme_images__are_the_ends_of_the_sorted_images(measured):
 
 
 def test_extreme_images__unknown_layer_and_number(measured):
-    with pytest.raises(LayerError, match="Did you mean|Known"):
+    with pytest.raises(LayerError, match="Known"):
         measured.extreme_images("4")
     with pytest.raises(ProtocolError, match="expected 1 or more"):
         measured.extreme_images("3", 0)
@@ -350,7 +351,7 @@ def test_load__measurement_of_an_earlier_version(measured, tmp_path):
     old = Measurement.load(tmp_path)
     assert old.images is None
     for of in ("label", "prediction"):
-        with pytest.raises(ProbeError, match="earlier version.*Measure it again.*of="):
+        with pytest.raises(ProbeError, match=r"earlier version.*Measure it again.*of="):
             old.by_class(of)
     assert old.by_class(labels_in_order(measured))["criticality"].to_list() == pytest.approx(
         measured.by_class()["criticality"].to_list()

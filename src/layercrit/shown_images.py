@@ -46,12 +46,14 @@ class ShownImages:
         predictions: the most probable class of each image for the trained network, ``(n_images,)``; None where that was
             not kept.
         class_names: class number -> name, where classes have names.
+        why_unknown: why names or predictions are None, for errors.
     """
 
     names: tuple[str, ...] | None
     labels: npt.NDArray[np.int64] | None
     predictions: npt.NDArray[np.int64] | None
     class_names: Mapping[int, str] = field(default_factory=dict)
+    why_unknown: str = "this was measured by an earlier version of layercrit"
 
     def name_of(self, number: int) -> str:
         """Return the name of a class, or its number as text where it has none."""
@@ -138,9 +140,8 @@ class ShownImages:
                 "pass the class of each image: of=[...], in the order of the probe set."
             )
         raise ProbeError(
-            f"The {what}s of single images were not kept: this was measured by an earlier version of layercrit. "
-            "Measure it again, into another folder (--out); or pass the class of each image: of=[...], in the order of "
-            "the probe set."
+            f"The {what}s of single images are not known: {self.why_unknown}. Measure it again, into another folder "
+            "(--out); or pass the class of each image: of=[...], in the order of the probe set."
         )
 
 

@@ -14,8 +14,16 @@ import torch
 
 from layercrit.errors import ProbeError, near, shown
 
-__all__ = ["Classes", "Labels", "as_numpy", "class_numbers", "imagenet_names",
-           "integer_label", "labels_of", "names_in_order"]
+__all__ = [
+    "Classes",
+    "Labels",
+    "as_numpy",
+    "class_numbers",
+    "imagenet_names",
+    "integer_label",
+    "labels_of",
+    "names_in_order",
+]
 
 Kind = Literal["numbers", "names", "imagenet", "positions"]
 _IMAGENET = 1000  # classes of ImageNet-1k
