@@ -54,7 +54,14 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
     "profiles",
     multiple=True,
     metavar="MODEL",
-    help="A model to plot the profile of; may be given several times. [default: the baseline]",
+    help="A model to plot the profile of, and criticality by class; may be given several times. [default: the "
+    "baseline]",
+)
+@click.option(
+    "--thumbnails",
+    is_flag=True,
+    help="Show in the page, of the same models, the images that each layer's reset moves most and least, as small "
+    "pictures. Leave it out where the images are private: who gets the page sees them.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 def report_command(
@@ -66,6 +73,7 @@ def report_command(
     leave_out: tuple[str, ...],
     reset: str | None,
     profiles: tuple[str, ...],
+    thumbnails: bool,
     as_json: bool,
 ) -> None:
     """Plot the figures of a study, and write report.html: one page to explore it, which works offline."""
@@ -84,6 +92,7 @@ def report_command(
         leave_out=[name for name in leave_out if name] if leave_out else None,
         reset=reset,
         profiles=profiles or None,
+        thumbnails=thumbnails,
         progress=True,
     )
     if as_json:

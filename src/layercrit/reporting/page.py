@@ -8,7 +8,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
@@ -19,6 +19,7 @@ from layercrit.comparison import Comparison
 from layercrit.differences import compared_differences
 from layercrit.errors import StudyError
 from layercrit.reporting.page_data import page_data
+from layercrit.reporting.whom import whom_data
 from layercrit.study.tables import Study
 
 __all__ = ["write_page"]
@@ -35,7 +36,7 @@ _CAUTIONS = (
         "It gives 1 minus the mean cosine between predictions for different images, which each model's profile shows.",
     ),
 )  # fmt: skip
-_SCRIPTS = ("data", "texts", "plots", "heatmap", "differences", "page")  # each imports from those before it
+_SCRIPTS = ("data", "texts", "plots", "heatmap", "differences", "whom", "page")  # each imports from those before it
 # The page may be published, and where files are on this machine is private: of absolute paths only the name is shown.
 _FOLDERS = re.compile(r"""(?<![\w/.])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'"<>|:;,()]+[\\/])+(?=[^\\/\s])""")
 _NO_MATCHED = (
@@ -52,7 +53,9 @@ _DEFINITION = (
 )
 
 
-def write_page(study: Study, comparison: Comparison, path: str | Path) -> Path:
+def write_page(
+    study: Study, comparison: Comparison, path: str | Path, models: Sequence[str] = (), thumbnails: bool = False
+) -> Path:
     """Write the page of a study: one self-contained HTML file that works offline.
 
     Plotly is embedded, compressed. All texts from outside are escaped, and the page's content security policy lets no
@@ -62,12 +65,14 @@ def write_page(study: Study, comparison: Comparison, path: str | Path) -> Path:
         study: finished or not.
         comparison: of its models, under one reset.
         path: of the file; its folder is created if missing.
+        models: those of which it shows criticality by class, where that is known.
+        thumbnails: whether it shows, of these models, the images that each layer's reset moves most and least.
 
     Raises:
         StudyError: the file cannot be written.
     """
     path = Path(path).expanduser()
-    text = _filled(study, comparison)
+    text = _filled(study, comparison, models, thumbnails)
     beside = path.with_name(f".writing-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,9 +86,10 @@ def write_page(study: Study, comparison: Comparison, path: str | Path) -> Path:
     return path
 
 
-def _filled(study: Study, comparison: Comparison) -> str:
+def _filled(study: Study, comparison: Comparison, models: Sequence[str], thumbnails: bool) -> str:
     """Return the page's text."""
     data, packed = page_data(study, comparison)
+    data["whom"] = whom_data(study, comparison, models, [model["name"] for model in data["models"]], thumbnails)
     web = resources.files(__package__) / "web"
     script, (hash_of_plotly, plotly) = _script(), _plotly()
     policy = (

@@ -66,7 +66,7 @@ def images_of(folder: Path, model: str, record: Mapping[str, Any]) -> ShownImage
         ) from error
     probe_set = probe_set_of(folder, record)
     if probe_set is None:
-        why = f"the images that {model} was shown are not in {folder} (any more), as in merged studies"
+        why = f"the images that {model} was shown are not in {folder} (those of a merged study are in its parts)"
         return ShownImages(None, None, classes, why_unknown=why)
     return probe_set.shown_to(predictions["n_classes"], classes)
 
