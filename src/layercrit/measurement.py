@@ -207,6 +207,18 @@ class Measurement:
             chance=summary["chance"],
         )
 
+    def plot_classes(self, of: GroupsOf = "label") -> "Figure":
+        """Return the heat map of layers and classes, as `by_class` has them, like classes next to each other."""
+        from layercrit.figures.class_maps import class_map
+        from layercrit.layers import stages_of
+
+        groups, accuracy = self._images.groups(of), None
+        if self._images.labels is not None and self._images.predictions is not None and of != "prediction":
+            shares = np.bincount(groups.codes, self._images.correct) / np.bincount(groups.codes)
+            accuracy = dict(zip(groups.names, shares.tolist(), strict=True))
+        stages = stages_of(list(self.record["layers"]))
+        return class_map(self.by_class(of), title=self.summary()["model"], accuracy=accuracy, stages=stages)
+
     def save(self, folder: str | Path) -> Path:
         """Write ``cells.parquet``, ``images.parquet``, ``layers.csv``, ``measurement.json`` and the figure.
 
