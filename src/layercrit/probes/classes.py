@@ -3,7 +3,7 @@
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -100,7 +100,8 @@ class Labels:
     def renumbered(self, names: Sequence[str], where: str) -> "Labels":
         """Return the labels with each class numbered by the place of its name in ``names``.
 
-        A class without a name is looked up by its number. WordNet ids, too, are looked up as such.
+        A class without a name is looked up by its number; integers none of which is listed are places already. WordNet
+        ids, too, are looked up as such.
 
         Args:
             names: the classes in the order of the model's outputs.
@@ -111,6 +112,9 @@ class Labels:
         """
         places = {name: place for place, name in enumerate(names)}
         used = {label: self.names.get(label, str(label)) for label in self.classes.values}
+        unnamed = self.classes.kind == "numbers" and not self.names and places.keys().isdisjoint(used.values())
+        if unnamed and all(0 <= label < len(names) for label in used):
+            return replace(self, names=dict(enumerate(names)), classes=replace(self.classes, n_classes=len(names)))
         if missing := [name for name in used.values() if name not in places]:
             raise ProbeError(
                 f"{where} lists {len(names)} classes, but not {missing[0]!r}"

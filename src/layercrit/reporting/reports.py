@@ -325,7 +325,7 @@ def _classes(tables: _Tables) -> _Drawn:
         try:
             table, of, accuracy = class_table(tables.study, tables.comparison, model)
         except ProbeError as error:
-            raise StudyError(f"No class is known of any image. {error}") from error
+            raise StudyError(str(error)) from error
         title = titles[model] if of == "label" else f"{titles[model]}, by predicted class"
         yield (
             f"classes-{file}",

@@ -29,9 +29,9 @@ def distances_of(folder: Path, cells: pd.DataFrame) -> Iterator[tuple[str, npt.N
     Raises:
         StudyError: only means over images are known.
     """
-    n_images = int(cells["n_images"].max())
     with open_study(folder) as store:
         check_images(store, cells, folder)
+        n_images = int(cells["n_images"].max())
         for layer, own in cells.groupby("layer", sort=False):
             ok = own[own["status"] == "ok"].sort_values("trial")
             values = [store.per_image([key])[key]["cosine"] for key in ok["key"]]

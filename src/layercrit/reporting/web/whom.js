@@ -1,5 +1,5 @@
 // For whom a model's layers matter: by class of images, by right and wrong predictions, and by image.
-import { $, choose, D, mean, N_LAYERS, shownTables, state } from "./data.js";
+import { $, choose, D, known, mean, N_LAYERS, shownTables, state } from "./data.js";
 import { COLORBAR, MARGIN, ROW, SQUARES } from "./heatmap.js";
 import { bars, draw, layerAxis, layerSize, roomBelow, stageLines, style, ticks, widest } from "./plots.js";
 import { count, drawTable, element, escaped, interval, percent, share, short, signed } from "./texts.js";
@@ -28,15 +28,16 @@ function drawClasses({ model, of, classes, n_classes: all, criticality, low, hig
   $("whom-about").textContent =
     `Criticality of each layer of ${D.models[model].label} for the images of each class` +
     `${of === "label" ? "" : " that the trained network predicts"}. Classes with like rows are next to each other; ` +
-    `next to the names: images of the class.${few} Each interval is for its square alone: of many, some miss. ` +
+    `in brackets: images of the class.${few} Each interval is for its square alone: of many, some miss. ` +
     "Other models: layercrit report --model NAME.";
-  const texts = classes.map((one) => `${short(one.name, innerWidth < 600 ? 16 : 40)}  ${one.n_images}`);
+  const texts = classes.map((one) => `${short(one.name, innerWidth < 600 ? 16 : 40)} (${one.n_images})`);
   const inner = ROW * classes.length;
   const margin = { ...MARGIN, l: 24 + widest(texts, 11), b: roomBelow() };
   const written = (row, i) =>
     `<b>${escaped(classes[row].name)}</b><br>${escaped(D.layers[i].name)}<br>criticality: ` +
     `${share(criticality[row][i])}<br>${100 * D.level}% interval: ${interval(low[row][i], high[row][i])}<br>` +
-    `images: ${classes[row].n_images}, named right: ${percent(classes[row].accuracy)}%`;
+    `images: ${classes[row].n_images}` +
+    (known(classes[row].accuracy) ? `, named right: ${percent(classes[row].accuracy)}%` : "");
   const cells = {
     ...SQUARES,
     z: criticality,
@@ -138,7 +139,8 @@ export function drawMoved() {
   if (!moved) return;
   $("moved-title").textContent = `Images that a reset of ${D.layers[state.layer].label} moves`;
   for (const side of ["most", "least"]) {
-    $(`moved-${side}`).replaceChildren(...moved[side][state.layer].map(([i, value]) => shownImage(moved.pictures[i], value)));
+    const images = moved[side][state.layer].map(([i, value]) => shownImage(moved.pictures[i], value));
+    $(`moved-${side}`).replaceChildren(...images);
   }
 }
 
