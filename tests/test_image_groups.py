@@ -36,8 +36,8 @@ def pictures(n_images, n_trials, seed=0):
     generator = np.random.default_rng(seed)
     values = 0.4 + 0.1 * generator.normal(size=(n_trials, 1)) + 0.1 * generator.normal(size=n_images)
     values += 0.05 * generator.normal(size=(n_trials, n_images))
-    codes = np.minimum(generator.geometric(0.4, n_images) - 1, 4)
-    codes[:5] = range(5)
+    codes = np.minimum(generator.geometric(0.4, n_images) - 1, 3)
+    codes[:5] = range(5)  # the last has one image only
     return values.clip(0, 1).astype(np.float32), codes
 
 
