@@ -69,7 +69,8 @@ def show_by(measurement: "Measurement", by: str) -> None:
     say()
     print_table(shown)
     if len(kept) < len(table):
-        say(f"\n{len(kept)} of {len(table):,} rows: of each layer the {_EACH} highest and lowest")
+        say()
+        say(f"{len(kept)} of {len(table):,} rows: of each layer the {_EACH} highest and lowest")
     if by != "correctness":
         return
     say("difference: right minus wrong")
