@@ -503,7 +503,7 @@ def test_profile__very_long_names_and_labels_make_no_huge_picture(tmp_path):
 
 def test_figures__each_says_in_a_line_what_it_shows():
     assert list(FIGURES) == [
-        "criticality", "difference", "spread", "accuracy", "budget", "depth", "profile", "ranking",
+        "criticality", "difference", "spread", "accuracy", "budget", "depth", "profile", "classes", "ranking",
     ]  # fmt: skip
     for name, draw in FIGURES.items():
         assert re.fullmatch(r"[A-Z].+\.", draw.__doc__ or ""), name
