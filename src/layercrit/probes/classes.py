@@ -197,7 +197,7 @@ def imagenet_names() -> dict[int, str]:
     """Return what the classes of ImageNet-1k are called: number -> WordNet id and word, such as n01440764 tench."""
     from timm.data.imagenet_info import ImageNetInfo
 
-    info = ImageNetInfo()  # type: ignore[no-untyped-call]
+    info = ImageNetInfo()
     return {
         number: f"{name} {info.index_to_description(number).partition(',')[0]}"
         for name, number in _imagenet_numbers().items()

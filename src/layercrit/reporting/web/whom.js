@@ -85,7 +85,7 @@ function drawClasses({ model, of, classes, n_classes: all, criticality, low, hig
 }
 
 function drawWhomTable() {
-  if (!$("whom-details").open) return;
+  if (!$("whom-details").open || !D.whom.length) return;
   drawTable($("whom-table"), "Criticality by class (rows) and layer (columns)", shownTables.whom);
 }
 
