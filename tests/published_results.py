@@ -9,8 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from layercrit.shown_images import pack_classes
 from layercrit.study.store import CellRow, FailureRow, ModelRow, PlanRow, Store
 from layercrit.study.tables import load_study
+
+PREDICTED = {"predictions": {"n_classes": 2, "classes": pack_classes(np.array([0, 0, 1, 1]))}}
+"""What is known of a model that was shown four images, and predicts either of two classes for two of them."""
 
 RELEASED = Path(__file__).resolve().parents[2] / "shared" / "published"
 released = pytest.mark.skipif(

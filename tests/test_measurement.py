@@ -20,7 +20,7 @@ from layercrit.probes.probe_set import ProbeSet
 from layercrit.protocol import MATCHED
 from layercrit.statistics import estimate, estimate_mean_over_layers
 
-FILES = ["cells.parquet", "criticality.png", "criticality.svg", "layers.csv", "measurement.json"]
+FILES = ["cells.parquet", "criticality.png", "criticality.svg", "images.parquet", "layers.csv", "measurement.json"]
 PLAIN = Preprocessing(height=2, width=2, resize=None)
 
 

@@ -17,7 +17,16 @@ from layercrit.protocol import MATCHED
 from layercrit.statistics import needed_trials
 from layercrit.wrappers import wrapper_of
 
-__all__ = ["Comparison", "about_models", "accuracy_of", "cells_of", "compare", "compare_models", "estimates_of"]
+__all__ = [
+    "Comparison",
+    "about_models",
+    "accuracy_of",
+    "cells_of",
+    "compare",
+    "compare_models",
+    "compared_rows",
+    "estimates_of",
+]
 
 _LISTED = 5  # names shown in a note
 _CAUTION = (
@@ -446,15 +455,16 @@ def about_models(study: _Study, comparison: Comparison) -> pd.DataFrame:
 
 def estimates_of(study: _Study, comparison: Comparison) -> pd.DataFrame:
     """Return those rows of `Study.to_pandas` that a comparison of the study compares, under its names of layers."""
-    return _compared(study.to_pandas(), comparison)
+    return compared_rows(study.to_pandas(), comparison)
 
 
 def cells_of(study: _Study, comparison: Comparison) -> pd.DataFrame:
     """Return those cells of a study that a comparison of it compares, of any status, under its names of layers."""
-    return _compared(study.cells, comparison)
+    return compared_rows(study.cells, comparison)
 
 
-def _compared(rows: pd.DataFrame, comparison: Comparison) -> pd.DataFrame:
+def compared_rows(rows: pd.DataFrame, comparison: Comparison) -> pd.DataFrame:
+    """Return those rows of any table of a study's models and layers that a comparison compares, as it names layers."""
     rows = rows[(rows["reset"] == comparison.reset) & rows["model"].isin(comparison.criticality.index)]
     layers = set(comparison.criticality.columns)
     names = {}

@@ -48,6 +48,6 @@ def unguarded(cell: str) -> str:
 
 def write_csv(table: "pd.DataFrame", path: Path) -> None:
     """Write a table as CSV: texts guarded and in quotes, so that a name such as ``0.10`` is told from a number."""
-    texts = table.select_dtypes(include=["object", "string"])
+    texts = table.select_dtypes(include=["object", "string", "category"])
     safe = texts.map(lambda cell: guarded(cell) if isinstance(cell, str) else cell)
     table.assign(**{str(name): safe[name] for name in safe}).to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)

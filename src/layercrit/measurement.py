@@ -3,7 +3,7 @@
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,15 @@ import pandas as pd
 
 from layercrit.cell_columns import CELL_COLUMNS, NOT_REACHED, PER_IMAGE
 from layercrit.distances import DISTANCES
-from layercrit.errors import LayercritError, first_line
+from layercrit.errors import LayercritError, LayerError, first_line, near
 from layercrit.foreign_files import read_json
 from layercrit.foreign_text import encodable, write_csv
+from layercrit.image_groups import Layers, by_correctness, by_group, by_image, extreme_images
 from layercrit.intervals import excluded_share
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.precision import PrecisionPlan, recentred
 from layercrit.protocol import MATCHED
+from layercrit.shown_images import GroupsOf, ShownImages
 from layercrit.statistics import Estimate, estimate, estimate_mean_over_layers
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CELL_COLUMNS", "PER_IMAGE", "Measurement"]
 
+_IMAGES = "images.parquet"
 _FORMAT = 1  # of the files; raised when their layout changes
 # What backends were called, under "road", in the first files.
 _FORMER_BACKENDS = {"graph": "exported graph", "recorded": "recorded outputs", "plain": "plain"}
@@ -46,11 +49,14 @@ class Measurement:
             set; NaN in cells that are not ok, and where a layer has fewer trials than others.
         record: everything else worth keeping, as plain data: the resolved protocol, model, probe set, versions,
             device, the backend, the chance level and the temperature.
+        images: names of the images, their labels, and what the trained network predicts for each; None in measurements
+            that an earlier version of layercrit saved.
     """
 
     cells: pd.DataFrame
     per_image: Mapping[str, npt.NDArray[np.float32]]
     record: Mapping[str, Any]
+    images: ShownImages | None = None
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per layer, in depth order.
@@ -72,6 +78,68 @@ class Measurement:
         reached = [self._reaches(layer, n) for layer, n in zip(table["layer"], table["n_trials"], strict=True)]
         table.loc[(table["status"] == "ok") & ~np.array(reached, bool), "status"] = NOT_REACHED
         return table.drop(columns="n_images")
+
+    def by_class(self, of: GroupsOf = "label") -> pd.DataFrame:
+        """Return one row per layer and class: the criticality of the layer for the images of the class.
+
+        ``low`` and ``high`` are the limits of an interval for new trials and new images of the class, at the
+        measurement's level; NaN for a class of one image or a single random trial. With the interval ``betting`` they
+        hold for new trials on the same images. Each interval is for its layer and class alone: of many, some miss.
+        The mean over classes, weighted by ``n_images``, is the layer's criticality.
+
+        Args:
+            of: ``"label"``; ``"prediction"``, the class that the trained network predicts, for images without labels,
+                too; or the group of each image, ``(n_images,)``, in the order of the probe set: any values.
+
+        Returns:
+            a table with the columns ``layer``, ``class`` (its name, or its number as text), ``number`` (among the
+            model's outputs), ``n_images``, ``n_trials``, ``criticality``, ``low``, ``high`` and ``covers`` (what may
+            be drawn again).
+
+        Raises:
+            ProbeError: labels or predictions are not known, or there is not one group for each image.
+        """
+        return by_group(self._distances(), self._images.groups(of), **self._how())
+
+    def by_correctness(self) -> pd.DataFrame:
+        """Return one row per layer: criticality for images that the trained network names right, and wrong.
+
+        Returns:
+            a table with the columns ``layer``, ``n_correct``, ``n_wrong``, ``n_trials``, ``correct`` and ``wrong`` (the
+            criticality for these images), and ``difference`` (``correct`` minus ``wrong``) with ``low`` and ``high``,
+            the limits of Student's interval for new trials and new images.
+
+        Raises:
+            ProbeError: labels or predictions are not known.
+        """
+        how = {name: value for name, value in self._how().items() if name != "interval"}
+        return by_correctness(self._distances(), self._images.correct, **how)
+
+    def by_image(self) -> pd.DataFrame:
+        """Return one row per layer and image, in the order of the probe set.
+
+        Returns:
+            a table with the columns ``layer``, ``position`` (in the probe set), ``image`` (where it was found),
+            ``label`` and ``prediction`` (of the trained network), ``correct``, ``criticality`` (mean over trials) and
+            ``sd_trials`` (standard deviation over trials). What is not known is missing.
+        """
+        return by_image(self._distances(), self._images, random_trials=self.record["random_trials"])
+
+    def extreme_images(self, layer: str, k: int = 5) -> pd.DataFrame:
+        """Return the images that the reset of a layer moves most and least: rows of `by_image` and ``moved``.
+
+        Args:
+            layer: its name.
+            k: how many of each; no image is both.
+
+        Raises:
+            LayerError: there is no such layer.
+            ProtocolError: ``k`` is no positive number, or no trial of the layer is ok.
+        """
+        if layer not in self.record["layers"]:
+            raise LayerError(f"No layer {layer!r} was measured. {near(layer, self.record['layers'])}")
+        found = by_image(self._distances([layer]), self._images, random_trials=self.record["random_trials"])
+        return extreme_images(found, k)
 
     @cached_property
     def plan(self) -> PrecisionPlan | None:
@@ -139,8 +207,20 @@ class Measurement:
             chance=summary["chance"],
         )
 
+    def plot_classes(self, of: GroupsOf = "label") -> "Figure":
+        """Return the heat map of layers and classes, as `by_class` has them, like classes next to each other."""
+        from layercrit.figures.class_maps import class_map
+        from layercrit.layers import stages_of
+
+        groups, accuracy = self._images.groups(of), None
+        if self._images.labels is not None and self._images.predictions is not None and of != "prediction":
+            shares = np.bincount(groups.codes, self._images.correct) / np.bincount(groups.codes)
+            accuracy = dict(zip(groups.names, shares.tolist(), strict=True))
+        stages = stages_of(list(self.record["layers"]))
+        return class_map(self.by_class(of), title=self.summary()["model"], accuracy=accuracy, stages=stages)
+
     def save(self, folder: str | Path) -> Path:
-        """Write ``cells.parquet``, ``layers.csv``, ``measurement.json`` and the figure into a folder.
+        """Write ``cells.parquet``, ``images.parquet``, ``layers.csv``, ``measurement.json`` and the figure.
 
         Each file is written next to its place and then moved there, so that a reader never sees half a file.
 
@@ -160,6 +240,8 @@ class Measurement:
                 new = Path(scratch)
                 cells.to_parquet(new / "cells.parquet", index=False, compression="zstd")
                 write_csv(self.to_pandas(), new / "layers.csv")
+                if self.images is not None:
+                    self.images.write(new / _IMAGES)
                 text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
                 (new / "measurement.json").write_text(text + "\n", encoding="utf-8")
                 try:
@@ -169,6 +251,8 @@ class Measurement:
                         _move(new, folder)
                     raise
                 _move(new, folder)
+            if self.images is None:
+                (folder / _IMAGES).unlink(missing_ok=True)  # of another measurement, which this one replaces
         except OSError as error:
             raise LayercritError(
                 f"The measurement cannot be written to {folder} ({error.strerror or error}). "
@@ -209,12 +293,23 @@ class Measurement:
                 per_image[column.removesuffix(PER_IMAGE)][where] = np.stack(cells[column].to_list())
             if record.get("precision") is not None:
                 PrecisionPlan.from_dict(record["precision"])
+            images = ShownImages.read(folder / _IMAGES, shape[2]) if (folder / _IMAGES).exists() else None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LayercritError(
                 f"The measurement in {folder} is damaged ({first_line(error)}). Restore the folder, or measure again."
             ) from error
         kept = {key: value for key, value in record.items() if key not in ("format", "summary")}
-        return cls(cells.drop(columns=columns), per_image, kept)
+        return cls(cells.drop(columns=columns), per_image, kept, images)
+
+    @property
+    def _images(self) -> ShownImages:
+        return self.images or ShownImages(None, None, None)
+
+    def _distances(self, layers: Collection[str] | None = None) -> Layers:
+        """Yield layers with the distances of their trials that are ok, ``(n_trials, n_images)``."""
+        for index, (layer, cells) in enumerate(self.cells.groupby("layer", sort=False)):
+            if layers is None or layer in layers:
+                yield str(layer), self.per_image["cosine"][index, cells.loc[cells["status"] == "ok", "trial"].to_list()]
 
     def _places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the layer and the trial of each cell, as indices."""

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -106,11 +106,16 @@ class Sampling:
 
     # --- opening ----------------------------------------------------------------------------------------------------
 
-    def _open_session(self, n_images: int, known: Mapping[str, Any] | None = None) -> None:
-        """Open the session; ``known`` is the record of an earlier one on the same images."""
+    def _open_session(
+        self,
+        n_images: int,
+        known: Mapping[str, Any] | None = None,
+        classes: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Open the session; of an earlier one on the same images its record and the classes that were predicted."""
         predictions = None
         if known is not None:
-            predictions = Predictions(**known["predictions"], n_classes=known["model"]["n_classes"])
+            predictions = Predictions(**known["predictions"], n_classes=known["model"]["n_classes"], classes=classes)
         self.session = Session(
             self.protocol,
             self.subject,
@@ -127,7 +132,8 @@ class Sampling:
         record = earlier.record
         if record.get("precision") is not None:
             self.plan = PrecisionPlan.from_dict(record["precision"])
-        self._open_session(n_pilot_images if self.plan is None else self.plan.n_images, record)
+        classes = None if earlier.images is None else earlier.images.predictions
+        self._open_session(n_pilot_images if self.plan is None else self.plan.n_images, record, classes)
         now = self._record([])
         differences = [
             f"{what} {then!r} instead of {asked!r}"
@@ -290,7 +296,10 @@ class Sampling:
                         per_image[name][layer, trial] = distances[index]
         cells = pd.DataFrame([rows[cell] for cell in sorted(rows)]).astype({"seed": "uint64"})
         seeds = {trial: rows[layer, trial]["seed"] for layer, trial in sorted(rows)}
-        return Measurement(cells, per_image, self._record([int(seeds[trial]) for trial in sorted(seeds)], complete))
+        record = self._record([int(seeds[trial]) for trial in sorted(seeds)], complete)
+        predictions, probe_set = self.session.predictions, self.session.probe_set
+        images = probe_set.shown_to(predictions.n_classes, predictions.classes, use_labels=self.use_labels)
+        return Measurement(cells, per_image, record, images)
 
     def _row(
         self, draws: Draws, values: Mapping[str, npt.NDArray[np.float32]], index: int, status: str
@@ -322,8 +331,8 @@ class Sampling:
             "device": str(subject.device),
             "distances": session.distances,
         }
-        predictions = asdict(session.predictions)
-        n_classes = predictions.pop("n_classes")
+        predictions = session.predictions.to_dict()
+        n_classes, _ = predictions.pop("n_classes"), predictions.pop("classes")  # of each image: see Measurement.images
         about_plan = [] if self.plan is None else self.plan.notes()
         return {
             "protocol": {**self.protocol.to_dict(), **resolved},

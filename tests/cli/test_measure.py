@@ -65,7 +65,7 @@ def test_measure__json_is_all_of_stdout_and_equals_the_files(measured):
 
 def test_measure__writes_every_file_that_is_promised(measured):
     folder, _ = measured
-    names = {"cells.parquet", "layers.csv", "measurement.json", "criticality.png", "criticality.svg"}
+    names = {"cells.parquet", "images.parquet", "layers.csv", "measurement.json", "criticality.png", "criticality.svg"}
     assert {path.name for path in folder.iterdir()} == names
 
 

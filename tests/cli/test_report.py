@@ -13,7 +13,7 @@ from layercrit.cli.report import report_command
 from layercrit.cli.root import cli, main
 from layercrit.reporting.reports import FIGURES
 from layercrit.study.store import FILE, ModelRow
-from published_results import measured
+from published_results import PREDICTED, measured
 
 LAYERCRIT = Path(sys.executable).parent / "layercrit"
 
@@ -34,7 +34,7 @@ def study(tmp_path):
         {"model": model, "layer": layer, "trial": trial, "cosine": float(generator.uniform(0.1, 0.9))}
         for model in names for layer in ("conv1", "fc") for trial in (0, 1)
     ]  # fmt: skip
-    models = [ModelRow(name, f"py:{name}", None, None, 0.5) for name in names]
+    models = [ModelRow(name, f"py:{name}", None, None, 0.5, PREDICTED) for name in names]
     measured(tmp_path / "study", cells, models=models, record={"baseline": "a", "leave_out": ["c d"]})
     return tmp_path / "study"
 

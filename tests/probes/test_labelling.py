@@ -616,3 +616,33 @@ def test_measure__labels_depend_on_the_outputs(tmp_path: Path) -> None:
     assert not unlabelled.record["probe_set"]["labels"]
     probe_set = ProbeSet.from_folder(folder, open_model(BASELINE).preprocessing)
     assert measure(BASELINE, probe_set, labels="none", **settings).record["predictions"]["top1_accuracy"] is None
+
+
+def test_arrays__integers_are_places_in_a_list_of_names() -> None:
+    """Names of classes beside labels that are class numbers already: the labels stay, and the classes have names."""
+    pixels = np.zeros((6, 4, 4, 3), np.uint8)
+    labels = np.array([0, 9, 3, 3, 1, 0])
+    plain = ProbeSet.from_array(pixels, SIZE, labels)
+    named = ProbeSet.from_array(pixels, SIZE, labels, classes=NAMES)
+    assert named.sha256 == plain.sha256
+    assert named.labels is not None
+    assert plain.labels is not None
+    assert named.labels.tolist() == plain.labels.tolist()
+    assert named.names_of_labels == dict(enumerate(NAMES))
+    assert plain.names_of_labels == {}
+    with pytest.raises(ProbeError, match="the source has 11 classes, the model 10"):
+        ProbeSet.from_array(pixels, SIZE, labels, classes=[*NAMES, "hat"]).labels_for(10)
+
+
+@pytest.mark.parametrize("wrong", [10, -1])
+def test_arrays__integers_beyond_a_list_of_names(wrong: int) -> None:
+    with pytest.raises(ProbeError, match=f"lists 10 classes, but not '{wrong}'"):
+        ProbeSet.from_array(np.zeros((2, 4, 4, 3), np.uint8), SIZE, np.array([0, wrong]), classes=NAMES)
+
+
+def test_arrays__integers_that_are_listed_are_looked_up() -> None:
+    found = ProbeSet.from_array(np.zeros((3, 4, 4, 3), np.uint8), SIZE, np.array([0, 1, 2]), classes=["2", "1", "0"])
+    plain = ProbeSet.from_array(np.zeros((3, 4, 4, 3), np.uint8), SIZE, np.array([0, 1, 2]))
+    assert found.labels is not None
+    assert plain.labels is not None
+    assert found.labels.tolist() == [2 - label for label in plain.labels]

@@ -1,6 +1,7 @@
 import math
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -9,6 +10,7 @@ from layercrit.reporting.exports import FORMATS, cells_table, export, export_for
 from layercrit.study.published import import_published
 from layercrit.study.store import ModelRow
 from published_results import LAYERS, MODELS, measured, rows_of, write_models, write_table
+from seen_images import seen
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +193,31 @@ def test_export_format__registers_a_format_of_ones_own(imported, tmp_path):
         registered = FORMATS.pop("names")
     assert path.read_text().split() == list(MODELS)
     assert registered.summary == "The models' names."
+
+
+# --- by class ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["class", "prediction", "correctness"])
+def test_export__by_class_and_the_like(tmp_path, by):
+    study = seen(tmp_path / "study")[0]
+    expected = {"class": study.by_class, "prediction": lambda: study.by_class(of="prediction"),
+                "correctness": study.by_correctness}[by]()  # fmt: skip
+    readers = {"csv": pd.read_csv, "parquet": pd.read_parquet}
+    for name, reader in readers.items():
+        (file,) = export(study, name, tmp_path / "out", by=by)
+        assert file.name == f"by_{by}.{name}"
+        found = reader(file)
+        assert list(found.columns) == list(expected.columns)
+        for column in expected.select_dtypes("float64"):
+            np.testing.assert_allclose(found[column], expected[column], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "by", "message"), [("latex", "class", "Take csv or parquet"), ("csv", "clas", "Did you mean 'class'")]
+)
+def test_export__by_what_cannot_be_written(tmp_path, name, by, message):
+    study = seen(tmp_path / "study")[0]
+    with pytest.raises(StudyError, match=message):
+        export(study, name, tmp_path / "out", by=by)
+    assert not (tmp_path / "out").exists()

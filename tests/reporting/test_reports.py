@@ -18,10 +18,11 @@ from layercrit.study.published import import_published
 from layercrit.study.store import FILE, ModelRow, Store
 from layercrit.study.tables import load_study
 from published_results import LAYERS as PUBLISHED
-from published_results import measured, rows_of, write_models, write_table
+from published_results import PREDICTED, measured, rows_of, write_models, write_table
 
 LAYERS = ("conv1", "layer1.0.conv1", "layer1.0.conv2", "fc")
-FILES = ("criticality", "difference", "spread", "half_width", "accuracy", "budget", "depth", "profile-base", "ranking")
+FILES = ("criticality", "difference", "spread", "half_width", "accuracy", "budget", "depth", "profile-base",
+         "classes-base", "ranking")  # fmt: skip
 MODELS = (("base", "baseline", None), ("mix", "augmentation", None), ("pgd1", "adversarial_training", 1.0),
           ("pgd4", "adversarial_training", 4.0))  # fmt: skip
 
@@ -41,7 +42,7 @@ def rows(*names, **more):
 def whole(folder, **more):
     """A study of which every figure can be drawn; its baseline is `base`."""
     models = [
-        ModelRow(name, f"py:{name}", category, name.title(), 0.5 + 0.05 * place, None, eps and "l2", eps)
+        ModelRow(name, f"py:{name}", category, name.title(), 0.5 + 0.05 * place, PREDICTED, eps and "l2", eps)
         for place, (name, category, eps) in enumerate(MODELS)
     ]
     cells = cells_of([name for name, _, _ in MODELS])
@@ -230,6 +231,7 @@ CANNOT = {
     "spread": "only one trial, so neither a spread over trials nor an interval",
     "accuracy": "No accuracy is known. Give it in the study file",
     "budget": "No model has a budget of adversarial training. Give attack_norm and eps",
+    "classes": "The labels of single images are not known",
 }
 
 
@@ -501,7 +503,7 @@ def test_profile__very_long_names_and_labels_make_no_huge_picture(tmp_path):
 
 def test_figures__each_says_in_a_line_what_it_shows():
     assert list(FIGURES) == [
-        "criticality", "difference", "spread", "accuracy", "budget", "depth", "profile", "ranking",
+        "criticality", "difference", "spread", "accuracy", "budget", "depth", "profile", "classes", "ranking",
     ]  # fmt: skip
     for name, draw in FIGURES.items():
         assert re.fullmatch(r"[A-Z].+\.", draw.__doc__ or ""), name

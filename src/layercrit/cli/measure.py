@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 from click.core import ParameterSource
 
+from layercrit.cli.by_images import by_option, rows_by, save_by, show_by
 from layercrit.cli.printing import bar, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
@@ -143,6 +144,7 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to save. [default: layercrit-MODEL]")
 @click.option("--overwrite", is_flag=True, help="Replace a measurement that is already in DIR.")
+@by_option
 @track_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 @click.pass_context
@@ -153,6 +155,7 @@ def measure_command(
     images: str,
     out: Path | None,
     overwrite: bool,
+    by: str | None,
     trackers: tuple[str, ...],
     as_json: bool,
     **settings: Any,
@@ -184,7 +187,7 @@ def measure_command(
         try:
             saver.save(measurement)  # before anything is printed, since that may fail
         finally:
-            _show(measurement, as_json, folder)
+            _show(measurement, as_json, folder, by)
         if tracking is not None:
             pass_measurement(tracking, measurement, folder)
 
@@ -228,8 +231,9 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
 @click.command("show")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
+@by_option
 @click.option("--methods", is_flag=True, help="Print a paragraph for a paper's methods section, and nothing else.")
-def show_command(folder: Path, as_json: bool, methods: bool) -> None:
+def show_command(folder: Path, as_json: bool, by: str | None, methods: bool) -> None:
     """Print the table of a saved measurement, and plot its figure again."""
     from layercrit.figures.style import save_figure
     from layercrit.measurement import Measurement
@@ -239,9 +243,11 @@ def show_command(folder: Path, as_json: bool, methods: bool) -> None:
     if methods:
         say(methods_section(measurement))
         return
-    _show(measurement, as_json, folder)
+    _show(measurement, as_json, folder, by)
     try:
         for path in save_figure(measurement.plot(), folder / "criticality"):
+            say(path, err=True)
+        for path in save_by(measurement, by, folder) if by else ():
             say(path, err=True)
     except OSError as error:
         say(f"note: no figure was plotted, since {folder} cannot be written ({error.strerror})", err=True)
@@ -316,16 +322,19 @@ def _folder_for(model: str, out: Path | None) -> Path:
     return folder
 
 
-def _show(measurement: "Measurement", as_json: bool, folder: Path) -> None:
+def _show(measurement: "Measurement", as_json: bool, folder: Path, by: str | None) -> None:
     summary, table = measurement.summary(), measurement.to_pandas()
     if as_json:
         rows = json.loads(table.to_json(orient="records", double_precision=15))
-        click.echo(json.dumps({**summary, "layers": rows, "folder": str(folder)}, allow_nan=False))
+        groups = {f"by_{by}": rows_by(measurement, by)} if by else {}
+        click.echo(json.dumps({**summary, "layers": rows, "folder": str(folder), **groups}, allow_nan=False))
         return
     print_warnings(summary["warnings"])
     print_table(_layer_table(table, summary))
     for line in _summary_lines(summary):
         say(line)
+    if by:
+        show_by(measurement, by)
 
 
 def _layer_table(table: "pd.DataFrame", summary: dict[str, Any]) -> Any:

@@ -56,7 +56,14 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
     "profiles",
     multiple=True,
     metavar="MODEL",
-    help="A model to plot the profile of; may be given several times. [default: the baseline]",
+    help="A model to plot the profile of, and criticality by class; may be given several times. [default: the "
+    "baseline]",
+)
+@click.option(
+    "--thumbnails",
+    is_flag=True,
+    help="Show in the page, of the same models, the images that each layer's reset moves most and least, as small "
+    "pictures. Leave it out where the images are private: who gets the page sees them.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 def report_command(
@@ -71,6 +78,7 @@ def report_command(
     norm_statistics: str | None,
     epoch: int | None,
     profiles: tuple[str, ...],
+    thumbnails: bool,
     as_json: bool,
 ) -> None:
     """Plot the figures of a study, and write report.html: one page to explore it, which works offline."""
@@ -92,6 +100,7 @@ def report_command(
         norm_statistics=norm_statistics,
         epoch=epoch,
         profiles=profiles or None,
+        thumbnails=thumbnails,
         progress=True,
     )
     if as_json:

@@ -75,14 +75,20 @@ def import_command(results: Path, layout: str, models: Path | None, out: Path) -
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write. [default: DIR/export]")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
-def export_command(folder: Path, name: str, out: Path | None, overwrite: bool) -> None:
+@click.option(
+    "--by",
+    type=click.Choice(["class", "prediction", "correctness"]),
+    help="Write criticality by class (label), by predicted class, or for images that the trained networks name right "
+    "and wrong, instead; with the formats csv and parquet.",
+)
+def export_command(folder: Path, name: str, out: Path | None, overwrite: bool, by: str | None) -> None:
     """Write the tables of the study in DIR as files for other programs."""
     from layercrit.reporting.exports import export
     from layercrit.study.tables import load_study
 
     study = load_study(folder)
     say_damaged(study.damaged)
-    for path in export(study, name, out, overwrite=overwrite):
+    for path in export(study, name, out, overwrite=overwrite, by=by):
         say(path)
 
 

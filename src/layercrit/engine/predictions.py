@@ -1,8 +1,10 @@
 """What the trained network itself predicts: accuracy, chance level, and the temperature that matches its entropy."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ from layercrit.engine.replay import Replay
 from layercrit.errors import ModelError
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
+from layercrit.shown_images import pack_classes, unpack_classes
 from layercrit.statistics import ChanceLevel, fit_temperature, p_of_guessing
 
 __all__ = ["MATCHED_ENTROPY", "Predictions", "predict", "scores_of"]
@@ -41,6 +44,8 @@ class Predictions:
             classes; None without labels.
         p_guessing: probability that guessing is as accurate as the network or more; None without labels, or with so
             few images that even guessing may name them all right.
+        classes: the most probable class of each image, ``(n_images,)``; None where an earlier version of layercrit
+            kept none.
     """
 
     n_classes: int
@@ -51,6 +56,18 @@ class Predictions:
     loss: float | None
     guessing_accuracy: float | None = None
     p_guessing: float | None = None
+    classes: npt.NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON, classes as `pack_classes` writes them."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return values | {"classes": None if self.classes is None else pack_classes(self.classes)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Predictions":
+        """Return what `to_dict` was called on."""
+        classes = values.get("classes")
+        return cls(**{**values, "classes": None if classes is None else unpack_classes(classes)})
 
     def warnings(self) -> list[str]:
         """Return what puts the whole measurement in doubt, in words; empty if nothing does."""
@@ -90,12 +107,14 @@ def predict(
     first: list[Tensor] = []
     chance = ChanceLevel()
     scores: dict[str, list[npt.NDArray[np.float32]]] = {}
+    classes: list[npt.NDArray[np.int64]] = []
     start = 0
     while start < n_images:
         logits = holder.run(partial(_logits, holder=holder, probe_set=probe_set, model=model, start=start))
         if start < _TEMPERATURE_IMAGES:
             first.append(logits)
         chance.add(logits.softmax(dim=1))
+        classes.append(logits.argmax(dim=1).cpu().numpy())
         if labels is not None:
             for name, values in scores_of(logits, labels[start : start + len(logits)]).items():
                 scores.setdefault(name, []).append(values.cpu().numpy())
@@ -122,6 +141,7 @@ def predict(
         chance=_finite(chance.value),
         top1_accuracy=means.get("top1_accuracy"),
         loss=means.get("loss"),
+        classes=np.concatenate(classes),
         **_against_guessing(means.get("top1_accuracy"), labels, n_classes),
     )
 

@@ -39,7 +39,6 @@ __all__ = ["difference_map", "heat_map", "spread_map"]
 
 Array = npt.NDArray[np.float64]
 
-_LAYER_MEANS = "mean ± SD over models"
 _POINTS = "percentage points"
 _STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)  # where a scale may end, times a power of ten
 
@@ -68,6 +67,7 @@ class _Grid:
             of the models' means.
         means_width: of the models' means.
         size: width and height of the figure.
+        layer_means: what the row of the layers' means is called.
     """
 
     lefts: Array
@@ -76,6 +76,7 @@ class _Grid:
     columns: tuple[float, float, float, float, float]
     means_width: float
     size: tuple[float, float]
+    layer_means: str
 
 
 def heat_map(
@@ -86,6 +87,7 @@ def heat_map(
     quantity: str = "criticality",
     layer_labels: Mapping[str, str] | None = None,
     stages: Mapping[str, str] | None = None,
+    rows: str = "models",
 ) -> "Figure":
     """Plot a square per model and layer, coloured by criticality.
 
@@ -104,6 +106,7 @@ def heat_map(
         quantity: what ``values`` are, for the colour bar.
         layer_labels: layer name -> the label below its column; missing: its name.
         stages: layer name -> its stage; a thin gap separates different stages. None: no gaps.
+        rows: what has a row each, such as classes of images; the parameters above call them models.
 
     Raises:
         ProtocolError: a table is empty, lacks a column or contains a name twice, the two differ in their models, or a
@@ -111,7 +114,7 @@ def heat_map(
     """
     _check(values, models, "shares", 0)
     scale = Scale(COLOR_MAPS["criticality"], 0, 1, ticks=5)
-    return _drawn(values, models, scale, title, quantity, layer_labels, stages)
+    return _drawn(values, models, scale, title, quantity, layer_labels, stages, rows)
 
 
 def difference_map(
@@ -198,6 +201,7 @@ def _drawn(
     quantity: str,
     layer_labels: Mapping[str, str] | None,
     stages: Mapping[str, str] | None,
+    rows: str = "models",
 ) -> "Figure":
     from matplotlib.figure import Figure
 
@@ -211,7 +215,7 @@ def _drawn(
     quantity = f"{shown(quantity)} ({scale.unit})"
     with figure_style():
         top = _band_width(title, quantity, missing)
-        grid = _grid(categories, ordered, layers, of_layer, squares, top)
+        grid = _grid(categories, ordered, layers, of_layer, squares, top, f"mean ± SD over {rows}")
         figure = Figure(figsize=grid.size, dpi=100)
         axes = figure.add_axes((0, 0, 1, 1), label="squares")
         axes.set_xlim(0, grid.size[0])
@@ -246,6 +250,7 @@ def _grid(
     stages: Sequence[str | None],
     squares: tuple[Squares, Squares, Squares],
     top: float,
+    layer_means: str,
 ) -> _Grid:
     """Lay out the heat map; ``top`` is the width that title and colour bar need."""
     n_models, n_layers = len(ordered), len(layers)
@@ -260,7 +265,7 @@ def _grid(
     names = strips + (_STRIP_WIDTH + 0.06) * bool(blocks)
     names_end = names + max(text_width(name, name_size) for name in labels_of(ordered))
     accuracies = names_end + (0.14 + text_width("accuracy", _NOTE_SIZE)) * bool(ordered["accuracy"].notna().any())
-    accuracies = max(accuracies, _MARGIN + text_width(_LAYER_MEANS, _NOTE_SIZE))
+    accuracies = max(accuracies, _MARGIN + text_width(layer_means, _NOTE_SIZE))
     left = accuracies + _GAP
     means_width = squares[1].widest(number_size(0, 1, height)) + 0.08
     apart = [before != after for before, after in pairwise(stages)]
@@ -282,6 +287,7 @@ def _grid(
         columns=(categories_end, strips, names, accuracies, means),
         means_width=means_width,
         size=size,
+        layer_means=layer_means,
     )
 
 
@@ -361,7 +367,7 @@ def _draw_about_models(axes: "Axes", grid: _Grid, categories: Sequence[Category]
 def _draw_layers(axes: "Axes", grid: _Grid, layers: Sequence[str]) -> None:
     """Plot the names of the layers, below their means."""
     means = grid.bottoms[-1] - _GAP - _LAYER_MEANS_HEIGHT
-    _right(axes, grid.lefts[0] - _GAP, means + _LAYER_MEANS_HEIGHT / 2, _LAYER_MEANS, fontsize=_NOTE_SIZE)
+    _right(axes, grid.lefts[0] - _GAP, means + _LAYER_MEANS_HEIGHT / 2, grid.layer_means, fontsize=_NOTE_SIZE)
     for name, left in zip(layers, grid.lefts, strict=True):
         axes.text(
             left + grid.square[0] / 2,

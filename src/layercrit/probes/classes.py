@@ -3,7 +3,7 @@
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,16 @@ import torch
 
 from layercrit.errors import ProbeError, near, shown
 
-__all__ = ["Classes", "Labels", "as_numpy", "class_numbers", "integer_label", "labels_of", "names_in_order"]
+__all__ = [
+    "Classes",
+    "Labels",
+    "as_numpy",
+    "class_numbers",
+    "imagenet_names",
+    "integer_label",
+    "labels_of",
+    "names_in_order",
+]
 
 Kind = Literal["numbers", "names", "imagenet", "positions"]
 _IMAGENET = 1000  # classes of ImageNet-1k
@@ -91,7 +100,8 @@ class Labels:
     def renumbered(self, names: Sequence[str], where: str) -> "Labels":
         """Return the labels with each class numbered by the place of its name in ``names``.
 
-        A class without a name is looked up by its number. WordNet ids, too, are looked up as such.
+        A class without a name is looked up by its number; integers none of which is listed are places already. WordNet
+        ids, too, are looked up as such.
 
         Args:
             names: the classes in the order of the model's outputs.
@@ -102,6 +112,9 @@ class Labels:
         """
         places = {name: place for place, name in enumerate(names)}
         used = {label: self.names.get(label, str(label)) for label in self.classes.values}
+        unnamed = self.classes.kind == "numbers" and not self.names and places.keys().isdisjoint(used.values())
+        if unnamed and all(0 <= label < len(names) for label in used):
+            return replace(self, names=dict(enumerate(names)), classes=replace(self.classes, n_classes=len(names)))
         if missing := [name for name in used.values() if name not in places]:
             raise ProbeError(
                 f"{where} lists {len(names)} classes, but not {missing[0]!r}"
@@ -178,6 +191,17 @@ def _imagenet_numbers() -> Mapping[str, int]:
 
     names = ImageNetInfo().label_names()  # type: ignore[no-untyped-call]
     return {name: number for number, name in enumerate(names)}
+
+
+def imagenet_names() -> dict[int, str]:
+    """Return what the classes of ImageNet-1k are called: number -> WordNet id and word, such as n01440764 tench."""
+    from timm.data.imagenet_info import ImageNetInfo
+
+    info = ImageNetInfo()
+    return {
+        number: f"{name} {info.index_to_description(number).partition(',')[0]}"
+        for name, number in _imagenet_numbers().items()
+    }
 
 
 def _values(numbers: Sequence[int | None]) -> tuple[int, ...]:

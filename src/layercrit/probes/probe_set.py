@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +22,7 @@ from PIL import Image
 from layercrit.errors import ProbeError
 from layercrit.foreign_files import read_json
 from layercrit.probes.bounds import check_room
-from layercrit.probes.classes import Classes, Labels
+from layercrit.probes.classes import Classes, Labels, imagenet_names
 from layercrit.probes.corruptions import Corruption
 from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.images import STANDARD, Pixels, Preprocessing, decoded, decoded_bytes, read_header
@@ -33,6 +33,7 @@ from layercrit.probes.sources import ArraySource, FolderSource, ImageSource, Ite
 from layercrit.probes.tar import TarSource
 from layercrit.probes.torchvision import TorchvisionSource
 from layercrit.seeds import image_order_seed
+from layercrit.shown_images import ShownImages
 
 __all__ = ["MEMORY_LIMIT", "ProbeOptions", "ProbeSet", "Progress"]
 
@@ -75,6 +76,7 @@ class ProbeSet:
         names: where each image was found.
         skipped: name and reason of each image left out because it could not be read.
         notes: what the user should know about images and labels, in words.
+        names_of_labels: label -> name of its class, where classes have names.
     """
 
     preprocessing: Preprocessing
@@ -87,6 +89,7 @@ class ProbeSet:
     skipped: tuple[str, ...] = field(repr=False)
     notes: tuple[str, ...]
     _pixels: PixelStore | KeptPixels = field(repr=False)
+    names_of_labels: Mapping[int, str] = field(default_factory=dict, repr=False)
     _on_gpus: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -218,6 +221,7 @@ class ProbeSet:
             "classes": None if self.classes is None else asdict(self.classes),
             "names": list(self.names),
             "notes": list(self.notes),
+            "names_of_labels": list(self.names_of_labels.items()),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -268,6 +272,7 @@ class ProbeSet:
                 notes=tuple(about.get("notes", ())),
                 classes=None if classes is None else Classes.from_dict(classes),
                 _pixels=KeptPixels(folder / _IMAGES),
+                names_of_labels={int(label): str(name) for label, name in about.get("names_of_labels", ())},
                 **{name: about[name] for name in ("source", "seed", "sha256")},
             )
             if len(probe_set._pixels) != probe_set.n_images:
@@ -313,6 +318,24 @@ class ProbeSet:
                 if classes.empty:
                     notes = [f"classes of '{self.source}' without images: {', '.join(map(repr, classes.empty))}"]
         return labels, notes
+
+    def shown_to(
+        self, n_classes: int, predictions: npt.NDArray[np.int64] | None, *, use_labels: bool = True
+    ) -> ShownImages:
+        """Return what is known of the images as a model with ``n_classes`` outputs was shown them.
+
+        Args:
+            n_classes: outputs of the model.
+            predictions: the most probable class of each image, ``(n_images,)``, or None.
+            use_labels: whether the labels are used.
+        """
+        labels = self.labels_for(n_classes)[0] if use_labels else None
+        if labels is None or self.classes is None:
+            return ShownImages(self.names, None, predictions)
+        names = imagenet_names() if self.classes.kind == "imagenet" else dict(self.names_of_labels)
+        if self.classes.fit(n_classes) == "in sorted order":
+            names = {place: names[label] for place, label in enumerate(self.classes.values) if label in names}
+        return ShownImages(self.names, labels, predictions, names)
 
     def _check_labels(self, labels: npt.NDArray[np.int64], classes: Classes, n_classes: int) -> None:
         wrong = np.flatnonzero((labels < 0) | (labels >= n_classes))
@@ -396,6 +419,7 @@ class ProbeSet:
             skipped=tuple(draw.skipped),
             notes=tuple(notes),
             _pixels=store,
+            names_of_labels={} if found is None else dict(found.names),
         )
 
     @classmethod

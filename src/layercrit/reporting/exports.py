@@ -10,13 +10,13 @@ from typing import Any
 import pandas as pd
 
 from layercrit.comparison import accuracy_of
-from layercrit.errors import StudyError
+from layercrit.errors import StudyError, near
 from layercrit.foreign_text import write_csv
 from layercrit.registry import Registry, summary_of
 from layercrit.study.published import write_models, write_published
 from layercrit.study.tables import Study
 
-__all__ = ["FORMATS", "Format", "cells_table", "export", "export_format"]
+__all__ = ["BY", "FORMATS", "Format", "cells_table", "export", "export_format"]
 
 FormatFunction = Callable[[Study, Path], None]
 
@@ -69,7 +69,14 @@ def export_format(name: str, files: Sequence[str]) -> Callable[[FormatFunction],
     return register
 
 
-def export(study: Study, format: str, path: str | Path | None = None, *, overwrite: bool = False) -> list[Path]:  # noqa: A002
+def export(
+    study: Study,
+    format: str,  # noqa: A002
+    path: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    by: str | None = None,
+) -> list[Path]:
     """Write the tables of a study as files.
 
     All files are written under temporary names and then renamed, so that nobody reads half a file.
@@ -79,6 +86,8 @@ def export(study: Study, format: str, path: str | Path | None = None, *, overwri
         format: one of `FORMATS`.
         path: the folder to write into; None for the folder ``export`` in that of the study.
         overwrite: whether to replace files that are there.
+        by: write, in place of the format's own tables, criticality by ``class`` (the label), by ``prediction`` (the
+            class that each trained network predicts) or by ``correctness``; with the formats ``csv`` and ``parquet``.
 
     Returns:
         The files.
@@ -86,8 +95,9 @@ def export(study: Study, format: str, path: str | Path | None = None, *, overwri
     Raises:
         StudyError: the format is unknown or cannot represent the study, a file already exists, or the folder cannot be
             written.
+        ProbeError: labels or predictions of single images are not known.
     """
-    chosen = FORMATS.find(format)
+    chosen = FORMATS.find(format) if by is None else _format_by(FORMATS.find(format).name, by)
     folder = study.folder / "export" / format if path is None else Path(path).expanduser()
     files = [folder / name for name in chosen.files]
     if (there := [file.name for file in files if file.exists()]) and not overwrite:
@@ -133,6 +143,31 @@ def _typed(table: pd.DataFrame) -> pd.DataFrame:
         elif table[column].dtype == object:
             types[column] = "string"
     return table.astype(types)
+
+
+def _format_by(name: str, by: str) -> Format:
+    """Return the format that has only the table of a choice of ``by``."""
+    if by not in BY:
+        raise StudyError(f"There is no table by {by!r}. {near(by, BY)}")
+    if name not in ("csv", "parquet"):
+        raise StudyError(f"The format {name!r} has no table by {by}. Take csv or parquet.")
+
+    def write(study: Study, folder: Path) -> None:
+        table = pd.concat([BY[by](study, reset) for reset in study.resets], ignore_index=True)
+        if name == "csv":
+            write_csv(table, folder / f"by_{by}.csv")
+        else:
+            table.to_parquet(folder / f"by_{by}.parquet", index=False, compression="zstd")
+
+    return Format(name, (f"by_{by}.{name}",), write, f"The table by {by}.")
+
+
+BY: dict[str, Callable[[Study, str], pd.DataFrame]] = {
+    "class": lambda study, reset: study.by_class(reset=reset),
+    "prediction": lambda study, reset: study.by_class(of="prediction", reset=reset),
+    "correctness": lambda study, reset: study.by_correctness(reset=reset),
+}
+"""Tables of a study in which images are put into groups: name -> the function that makes the one of a reset."""
 
 
 def _tables(study: Study) -> dict[str, pd.DataFrame]:

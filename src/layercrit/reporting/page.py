@@ -20,6 +20,7 @@ from layercrit.conditions import Condition
 from layercrit.differences import compared_differences
 from layercrit.errors import StudyError
 from layercrit.reporting.page_data import page_data
+from layercrit.reporting.whom import whom_data
 from layercrit.study.tables import Study
 
 __all__ = ["write_page"]
@@ -36,7 +37,7 @@ _CAUTIONS = (
         "It gives 1 minus the mean cosine between predictions for different images, which each model's profile shows.",
     ),
 )  # fmt: skip
-_SCRIPTS = ("data", "texts", "plots", "heatmap", "differences", "page")  # each imports from those before it
+_SCRIPTS = ("data", "texts", "plots", "heatmap", "differences", "whom", "page")  # each imports from those before it
 # The page may be published, and where files are on this machine is private: of absolute paths only the name is shown.
 _FOLDERS = re.compile(r"""(?<![\w/.])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'"<>|:;,()]+[\\/])+(?=[^\\/\s])""")
 _NO_MATCHED = (
@@ -59,7 +60,14 @@ _STATISTICS = {
 }
 
 
-def write_page(study: Study, comparison: Comparison, path: str | Path, others: Sequence[Comparison] = ()) -> Path:
+def write_page(
+    study: Study,
+    comparison: Comparison,
+    path: str | Path,
+    others: Sequence[Comparison] = (),
+    models: Sequence[str] = (),
+    thumbnails: bool = False,
+) -> Path:
     """Write the page of a study: one self-contained HTML file that works offline.
 
     Plotly is embedded, compressed. All texts from outside are escaped, and the page's content security policy lets no
@@ -70,12 +78,14 @@ def write_page(study: Study, comparison: Comparison, path: str | Path, others: S
         comparison: of its models, under one reset.
         path: of the file; its folder is created if missing.
         others: of the same study under other conditions, to which readers can switch.
+        models: those of which it shows criticality by class, where that is known, under the first condition.
+        thumbnails: whether it shows, of these models, the images that each layer's reset moves most and least.
 
     Raises:
         StudyError: the file cannot be written.
     """
     path = Path(path).expanduser()
-    text = _filled(study, [comparison, *others])
+    text = _filled(study, [comparison, *others], models, thumbnails)
     beside = path.with_name(f".writing-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +99,14 @@ def write_page(study: Study, comparison: Comparison, path: str | Path, others: S
     return path
 
 
-def _filled(study: Study, comparisons: Sequence[Comparison]) -> str:
+def _filled(study: Study, comparisons: Sequence[Comparison], models: Sequence[str], thumbnails: bool) -> str:
     """Return the page's text."""
+    elements = []
+    for number, comparison in enumerate(comparisons):
+        data, packed = page_data(study, comparison)
+        shown = [model["name"] for model in data["models"]]
+        data["whom"] = whom_data(study, comparison, [] if number else models, shown, thumbnails)
+        elements.append(_data(number, data, packed))
     web = resources.files(__package__) / "web"
     script, (hash_of_plotly, plotly) = _script(), _plotly()
     policy = (
@@ -108,7 +124,7 @@ def _filled(study: Study, comparisons: Sequence[Comparison]) -> str:
         about_differences=_of_each([html.escape(_about_differences(study, one)) for one in comparisons], "span"),
         correlations=_of_each([_correlations(one) for one in comparisons], "div"),
         methods=_of_each([_methods(study, one) for one in comparisons], "div"),
-        data="\n".join(_data(number, *page_data(study, one)) for number, one in enumerate(comparisons)),
+        data="\n".join(elements),
         plotly=plotly,
         script=script,
     )

@@ -15,11 +15,12 @@ from layercrit.categories import ADVERSARIAL
 from layercrit.cell_columns import WHOLE
 from layercrit.comparison import Comparison, about_models, compare, estimates_of
 from layercrit.conditions import conditions_of
-from layercrit.errors import StudyError, near
+from layercrit.errors import ProbeError, StudyError, near
 from layercrit.figures.accuracy import criticality_against_accuracy
 from layercrit.figures.bars import criticality_bars
 from layercrit.figures.budget import criticality_against_budget
 from layercrit.figures.categories import labels_of, shown
+from layercrit.figures.class_maps import class_map
 from layercrit.figures.depth import criticality_over_depth
 from layercrit.figures.heat_maps import difference_map, heat_map, spread_map
 from layercrit.figures.rankings import ranking
@@ -28,6 +29,7 @@ from layercrit.layers import layer_labels
 from layercrit.progress_bar import Bar
 from layercrit.registry import Registry
 from layercrit.reporting.page import write_page
+from layercrit.reporting.whom import class_table
 from layercrit.study.tables import Study
 from layercrit.wrappers import wrapper_of
 
@@ -67,6 +69,7 @@ class _Tables:
         rows: one row per model and layer, as `estimates_of` returns it.
         labels: name of a layer -> its label in figures.
         profiles: the models that have a figure of their own -> their names in its file names.
+        study: the study.
     """
 
     comparison: Comparison
@@ -74,6 +77,7 @@ class _Tables:
     rows: pd.DataFrame
     labels: dict[str, str]
     profiles: dict[str, str]
+    study: Study
 
     @property
     def stages(self) -> dict[str, str]:
@@ -112,6 +116,7 @@ def report(
     leave_out: Sequence[str] | None = None,
     reset: str | None = None,
     profiles: Sequence[str] | None = None,
+    thumbnails: bool = False,
     progress: bool = False,
     probe_set: str | None = None,
     norm_statistics: str | None = None,
@@ -127,7 +132,10 @@ def report(
         baseline: the model that the others are compared with; None: the study's own, if it names one.
         leave_out: as in `layercrit.compare`.
         reset: as in `layercrit.compare`.
-        profiles: models that get a figure of their own; None: the baseline, or the first model without one.
+        profiles: models that get a figure of their own, and of which the page shows criticality by class; None: the
+            baseline, or the first model without one.
+        thumbnails: whether the page has small pictures of the images that each layer's reset moves most and least. The
+            page then shows images of the probe set, which may be private, to all who get it.
         progress: whether a progress bar is shown on a terminal.
         probe_set: as in `layercrit.compare`, for the figures and what the page shows first; readers of the page can
             switch to all conditions of the study.
@@ -167,7 +175,8 @@ def report(
                 continue
             written[name] = _saved(drawn, folder / "figures", formats)
         bar.drawn("report.html", len(asked), len(asked) + 1)
-        page = write_page(study, comparison, folder / "report.html", _others(study, comparison, compare_under))
+        others = _others(study, comparison, compare_under)
+        page = write_page(study, comparison, folder / "report.html", others, list(tables.profiles), thumbnails)
     return Report(page, written, left_out, comparison)
 
 
@@ -212,7 +221,7 @@ def _tables(study: Study, comparison: Comparison, profiles: Sequence[str] | None
     labels = layer_labels({str(layer): shape if isinstance(shape, str) else None for layer, shape in shapes.items()})
     chosen = [comparison.baseline or known[0]] if profiles is None else profiles
     files = _file_names(study.models["model"])  # of all, so that a model's does not depend on who is left out
-    return _Tables(comparison, models, rows, labels, {name: files[name] for name in chosen})
+    return _Tables(comparison, models, rows, labels, {name: files[name] for name in chosen}, study)
 
 
 def _file_names(models: Iterable[str]) -> dict[str, str]:
@@ -329,6 +338,22 @@ def _profile(tables: _Tables) -> _Drawn:
         rows = rows.assign(label=[shown(tables.labels[layer]) for layer in rows["layer"]])
         mean, chance = about.loc[[model], ["criticality", "chance"]].to_numpy(dtype="float64")[0]
         yield f"profile-{file}", criticality_bars(rows, title=about["title"][model], mean=mean, chance=chance)
+
+
+@_figure("classes")
+def _classes(tables: _Tables) -> _Drawn:
+    """Heat map of one model's layers and the classes of images, like classes next to each other."""
+    titles = dict(zip(tables.models["model"], labels_of(tables.models), strict=True))
+    for model, file in tables.profiles.items():
+        try:
+            table, of, accuracy = class_table(tables.study, tables.comparison, model)
+        except ProbeError as error:
+            raise StudyError(str(error)) from error
+        title = titles[model] if of == "label" else f"{titles[model]}, by predicted class"
+        yield (
+            f"classes-{file}",
+            class_map(table, title=title, accuracy=accuracy, layer_labels=tables.labels, stages=tables.stages),
+        )
 
 
 @_figure("ranking")

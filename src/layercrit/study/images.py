@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from layercrit.study.file import Images, StudyFile
 from layercrit.study.shards import Shards
 from layercrit.study.store import Store
 
-__all__ = ["draw_images", "drawn_images", "n_available_images"]
+__all__ = ["draw_images", "drawn_images", "n_available_images", "stored_images"]
 
 _PROBE_SET, _FURTHER = "probe_set", "probe_sets"
 _LOCK = "shards"  # folder whose lock the shard that decodes holds
@@ -38,6 +38,13 @@ def _n_available(images: Images) -> int:
 def drawn_images(study: StudyFile, folder: Path) -> dict[str | None, ProbeSet]:
     """Return the probe sets that `draw_images` put into a study's folder, by name."""
     return {images.name: ProbeSet.load(_place(study, folder, images), verify=False) for images in study.images}
+
+
+def stored_images(folder: Path) -> Iterator[ProbeSet]:
+    """Yield all probe sets that lie in a study's folder."""
+    for place in (folder / _PROBE_SET, *sorted(folder.glob(f"{_FURTHER}/*"))):
+        with contextlib.suppress(ProbeError):  # gone, or damaged
+            yield ProbeSet.load(place, verify=False)
 
 
 def _place(study: StudyFile, folder: Path, images: Images) -> Path:

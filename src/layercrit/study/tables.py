@@ -1,6 +1,6 @@
 """Many models measured under one protocol: the tables of a study's folder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,12 +15,15 @@ from layercrit.cell_columns import NOT_REACHED
 from layercrit.comparison import Comparison, compare
 from layercrit.conditions import Condition, conditions_of
 from layercrit.errors import LayercritError, StudyError, near
+from layercrit.image_groups import Layers, by_correctness, by_group, by_image, extreme_images
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.precision import PrecisionPlan
 from layercrit.protocol import DEFAULTS, MATCHED
+from layercrit.shown_images import GroupsOf, ShownImages
 from layercrit.statistics import estimate
 from layercrit.study import status
 from layercrit.study.cell_table import ABOUT_LAYER, mean_names
+from layercrit.study.image_tables import distances_of, images_of
 from layercrit.study.pilots import plans_of
 from layercrit.study.rows import FailureRow
 from layercrit.study.shards import Shards, StoredStudy, holders, open_study
@@ -130,6 +133,73 @@ class Study:
             raise StudyError(f"No per-image distances {distance!r} were kept. {near(distance, found[0])}")
         return np.stack([values[distance] for values in found]) if found else np.empty((0, 0), np.float32)
 
+    def by_class(
+        self, models: str | Sequence[str] | None = None, *, of: GroupsOf = "label", reset: str | None = None
+    ) -> pd.DataFrame:
+        """Return one row per (model, layer, class): the criticality of the layer for the images of the class.
+
+        Columns are ``model``, ``reset`` and those of `layercrit.Measurement.by_class`, where they are explained. Of
+        the distances of single images, those of one layer are in memory at a time.
+
+        Args:
+            models: names of those wanted; None: all that have cells. The table of 50 models of 60 layers and 1,000
+                classes has 3 million rows.
+            of: ``"label"``, ``"prediction"`` (of each trained network), or the group of each image.
+            reset: its name; None for the study's only or first one.
+
+        Raises:
+            StudyError: there is no such model or reset, or no distances of single images, as in imported results.
+            ProbeError: labels or predictions are not known, or there is not one group for each image.
+        """
+        return self._of_models(models, reset, lambda layers, images, how: by_group(layers, images.groups(of), **how))
+
+    def by_correctness(self, models: str | Sequence[str] | None = None, *, reset: str | None = None) -> pd.DataFrame:
+        """Return one row per (model, layer): criticality for images that the trained network names right, and wrong.
+
+        Columns are ``model``, ``reset`` and those of `layercrit.Measurement.by_correctness`.
+
+        Args:
+            models: as in `by_class`, as is ``reset``.
+            reset: its name.
+
+        Raises:
+            StudyError: as in `by_class`.
+            ProbeError: labels or predictions are not known.
+        """
+        return self._of_models(
+            models,
+            reset,
+            lambda layers, images, how: by_correctness(
+                layers, images.correct, level=how["level"], random_trials=how["random_trials"]
+            ),
+        )
+
+    def by_image(self, model: str, *, layer: str | None = None, reset: str | None = None) -> pd.DataFrame:
+        """Return one row per layer and image of one model; see `layercrit.Measurement.by_image`.
+
+        Args:
+            model: its name.
+            layer: the only one wanted; None: all.
+            reset: as in `by_class`.
+
+        Raises:
+            StudyError: as in `by_class`, or there is no such layer.
+        """
+        return self._of_models(
+            model,
+            reset,
+            lambda layers, images, how: by_image(layers, images, random_trials=how["random_trials"]),
+            layer,
+        )
+
+    def extreme_images(self, model: str, layer: str, k: int = 5, *, reset: str | None = None) -> pd.DataFrame:
+        """Return the images that the reset of a layer moves most and least; see `Measurement.extreme_images`."""
+        return extreme_images(self.by_image(model, layer=layer, reset=reset), k)
+
+    def images_of(self, model: str) -> ShownImages:
+        """Return names, labels and predictions of the images that a model was shown, as far as they are known."""
+        return images_of(self.folder, model, self._records[model])
+
     def by_model(self) -> pd.DataFrame:
         """Return one row per (model, reset): its mean criticality over layers with its interval, and its accuracies.
 
@@ -225,6 +295,45 @@ class Study:
         """Confidence level of the intervals."""
         return float(self.record.get("protocol", {}).get("level", 0.95))
 
+    def _of_models(
+        self,
+        models: str | Sequence[str] | None,
+        reset: str | None,
+        table_of: Callable[[Layers, ShownImages, dict[str, Any]], pd.DataFrame],
+        layer: str | None = None,
+    ) -> pd.DataFrame:
+        """Return the tables of models under each other; each is made of its layers, its images and how to estimate."""
+        ok = self.of_reset(reset)
+        of_reset = self.cells["reset"] == ok["reset"].iloc[0]
+        found = self.cells[of_reset & self.cells["model"].isin(ok["model"].unique())]
+        wanted = [models] if isinstance(models, str) else found["model"].unique() if models is None else models
+        for what, names in (("model", wanted), ("layer", [] if layer is None else [layer])):
+            known = list(found[what].unique())
+            if unknown := [name for name in names if name not in known]:
+                raise StudyError(
+                    f"The study in {self.folder} has no measured {what} {unknown[0]!r}. {near(unknown[0], known)}"
+                )
+            found = found[found[what].isin(names)] if names else found
+        tables = []
+        for model in wanted:
+            cells = found[found["model"] == model]
+            how = self._how(model, cells["reset"].iloc[0])
+            table = table_of(distances_of(self.folder, cells), self.images_of(model), how)
+            tables.append(table.assign(model=model, reset=cells["reset"].iloc[0]))
+        table = pd.concat(tables, ignore_index=True)
+        texts = [name for name in ("model", "reset", "layer", "class", "image", "covers") if name in table]
+        return table[["model", "reset", *table.columns[:-2]]].astype(dict.fromkeys(texts, "category"))
+
+    @cached_property
+    def _records(self) -> dict[str, Mapping[str, Any]]:
+        return dict(zip(self.models["model"], self.models["record"], strict=True))
+
+    def _how(self, model: str, reset: str) -> dict[str, Any]:
+        """Return how intervals of a model under a reset are made."""
+        is_random = self._records[model].get("random_trials", {}).get(reset, True)
+        interval = self.record.get("protocol", {}).get("interval", "t") if is_random else "t"
+        return {"level": self.level, "random_trials": is_random, "interval": interval}
+
     @cached_property
     def _layers(self) -> pd.DataFrame:
         by = ["model", "reset", "layer"]
@@ -278,9 +387,6 @@ class Study:
         places = cells.groupby(by, sort=False).indices
         keys, trials = cells["key"].to_numpy(), cells["trial"].to_numpy()
         means = {name: cells[name].to_numpy(dtype=np.float64) for name in ("cosine", MATCHED) if name in cells}
-        random = dict(
-            zip(self.models["model"], (r.get("random_trials", {}) for r in self.models["record"]), strict=True)
-        )
         rows = []
         with open_study(self.folder) as store:
             with_images = store.keys_with_images()
@@ -290,9 +396,7 @@ class Study:
                     values = _per_image(store, keys[own], trials[own])
                 else:
                     values = _means_of_trials({name: column[own] for name, column in means.items()}, trials[own])
-                is_random = random[group[0]].get(group[1], True)
-                how = {"level": self.level, "random_trials": is_random}
-                how["interval"] = self.record.get("protocol", {}).get("interval", "t") if is_random else "t"
+                how = self._how(*group[:2])
                 found = {
                     name: estimate(distances, **how) if np.isfinite(distances).all() else None
                     for name, distances in values.items()

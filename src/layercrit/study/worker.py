@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, TypeAlias, cast
@@ -161,7 +161,7 @@ class _Opened:
         return {
             **kept,
             **about,
-            "warnings": Predictions(**kept["predictions"]).warnings() if "predictions" in kept else [],
+            "warnings": Predictions.from_dict(kept["predictions"]).warnings() if "predictions" in kept else [],
             "notes": list(dict.fromkeys([*kept.get("notes", []), *notes])),
             "n_images": self.probe_set.n_images,
             "flops_per_image": self._flops,
@@ -196,12 +196,12 @@ class _Opened:
             self._labels is not False,
             Bar(shown=False),
             mode=cast(Mode | None, self.record.get("dtype")),
-            predictions=None if predictions is None else Predictions(**predictions),
+            predictions=None if predictions is None else Predictions.from_dict(predictions),
         )
         self.record |= {
             "dtype": session.holder.replay.mode,
             "backend": session.holder.backend,
-            "predictions": asdict(session.predictions),
+            "predictions": session.predictions.to_dict(),
             "warnings": session.predictions.warnings(),
         }
         return session

@@ -14,10 +14,10 @@ import {
 } from "./plots.js";
 import { drawTable, escaped, percent, share, short, signed } from "./texts.js";
 
-const ROW = 17; // pixels
+export const ROW = 17; // pixels
 // Plotly would take the room of few rows, and then of the labels, for the bar of colours above them.
-const MARGIN = { autoexpand: false, r: 10, t: 40 };
-const COLORBAR = {
+export const MARGIN = { autoexpand: false, r: 10, t: 40 };
+export const COLORBAR = {
   orientation: "h",
   y: 1,
   yanchor: "bottom",
@@ -31,6 +31,8 @@ const COLORBAR = {
   outlinewidth: 0,
   ypad: 4,
 };
+// What all squares have in common.
+export const SQUARES = { type: "heatmap", showscale: false, xgap: 0.5, ygap: 0.5, hoverongaps: true, hoverinfo: "text" };
 const BELOW = "mean over models";
 const BESIDE = "mean";
 
@@ -80,17 +82,7 @@ function mapTraces(measure, rows) {
   const modelMeans = values.map(mean);
   const layerMeans = D.layers.map((_, i) => mean(values.map((row) => row[i])));
   const [x, y] = [D.layers.map((_, i) => i), rows.map((_, i) => i)];
-  const one = {
-    type: "heatmap",
-    zmin,
-    zmax,
-    colorscale: D.scales[measure.scale],
-    showscale: false,
-    xgap: 0.5,
-    ygap: 0.5,
-    hoverongaps: true,
-    hoverinfo: "text",
-  };
+  const one = { ...SQUARES, zmin, zmax, colorscale: D.scales[measure.scale] };
   const cells = {
     z: values,
     x,

@@ -17,6 +17,7 @@ import { drawCompare, readDifferences } from "./differences.js";
 import { drawMap, drawMapTable } from "./heatmap.js";
 import { drawAccuracy, drawLayer, drawModel } from "./plots.js";
 import { count, drawTable, element, interval, percent, save, share, signed } from "./texts.js";
+import { drawMoved, drawWhom, prepareWhom } from "./whom.js";
 
 // --- controls -------------------------------------------------------------------------------------------------------
 
@@ -115,6 +116,7 @@ function show({ layer = state.layer, model = state.model }) {
   $("model").value = model;
   if (newLayer && state.sort === "layer") drawMap();
   if (newLayer) drawLayer();
+  if (newLayer) drawMoved();
   if (newModel) drawModel();
   const { values, low, high } = CRITICALITY;
   const link = (section, text) => element("a", { href: `#${section}`, textContent: text });
@@ -181,11 +183,13 @@ function drawAll() {
   drawModel();
   drawAccuracy();
   drawCompare();
+  drawWhom();
 }
 
 async function start() {
   showCondition();
   prepareControls();
+  prepareWhom();
   setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
   drawModels();
   document.head.append(element("script", { textContent: await unzipped(bytes("plotly")).text() }));
