@@ -7,13 +7,19 @@ from typing import Any
 
 from layercrit.errors import ProtocolError, near
 
-__all__ = ["DEFAULTS", "DTYPES", "INTERVALS", "MATCHED", "Protocol"]
+__all__ = ["DEFAULTS", "DTYPES", "GROUPS", "INTERVALS", "MATCHED", "SETS", "Protocol"]
 
 MATCHED = "cosine_matched"
 """Column and key of the cosine distance between predictions at the model's matched temperature."""
 
 INTERVALS = ("t", "betting")
 """The kinds of intervals: Student's t over trials and images, or betting on the means of trials."""
+
+GROUPS = ("layer", "block", "stage", "attention", "mlp", "conv+norm")
+"""What is reset as one: see `layercrit.layers.select_layers`."""
+
+SETS = ("each", "all-but-one", "cascade-up", "cascade-down", "pairs")
+"""The kinds of sets of layers: see `layercrit.layer_sets.sets_of`."""
 
 DTYPES = ("auto", "reference", "float32", "bfloat16")
 
@@ -49,7 +55,16 @@ class Protocol:
         "types of layers that are reset, comma-separated; the paper's are convolutions and linear layers",
     )
     group: str = _setting(
-        "layer", "reset each `layer` separately, or whole blocks or stages", enum=("layer", "block", "stage")
+        "layer",
+        "reset each `layer` separately; or whole blocks or stages; or the attention of a block, its MLP, or a "
+        "convolution with its normalisation as one",
+        enum=GROUPS,
+    )
+    sets: str | dict[str, str] = _setting(  # noqa: RUF009 - its default is a text
+        "each",
+        "reset `each` layer on its own; or sets of them: all layers but one, cascades from the input up or from the "
+        "output down, all pairs; or a TOML file of named sets, or a table: name = patterns on layer names",
+        anyOf=[{"type": "string"}, {"type": "object", "additionalProperties": {"type": "string"}}],
     )
     reset: str = _setting("rerandomize", "what replaces a layer's parameters")
     seed: int = _setting(0, "seed of the study; seeds of trials and of the probe set are hashed from it")
@@ -108,6 +123,7 @@ class Protocol:
         object.__setattr__(self, "level", float(self.level))
         if self.interval not in INTERVALS:
             raise ProtocolError(f"Unknown interval {str(self.interval)!r}. {near(str(self.interval), INTERVALS)}")
+        self._check_sets()
         self._check_precision()
 
     @property
@@ -119,6 +135,15 @@ class Protocol:
     def first_trials(self) -> int:
         """The trials that are run before any plan: all of them, or the pilot's."""
         return self.pilot if self.is_planned else self.trials
+
+    def _check_sets(self) -> None:
+        if isinstance(self.sets, dict):
+            if not self.sets or not all(isinstance(one, str) and one for item in self.sets.items() for one in item):
+                raise ProtocolError(f"sets must be name = patterns on layer names; got {self.sets!r}.")
+        elif self.sets not in SETS:
+            raise ProtocolError(
+                f"Unknown sets {self.sets!r}. {near(str(self.sets), SETS)} Named sets are read from a TOML file."
+            )
 
     def _check_precision(self) -> None:
         for name, limit, such_as in (("half_width", 1.0, "0.05"), ("minutes", math.inf, "10")):

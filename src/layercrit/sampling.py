@@ -25,7 +25,7 @@ from layercrit.precision import Components, Cost, Pilot, PrecisionPlan, plan_hal
 from layercrit.precision import n_pilot_images as pilot_images
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
-from layercrit.protocol import MATCHED, Protocol
+from layercrit.protocol import DEFAULTS, MATCHED, Protocol
 from layercrit.trackers.callbacks import OnCell
 
 __all__ = ["OnTrial", "Sampling"]
@@ -269,7 +269,7 @@ class Sampling:
         return Cost(
             trial=session.seconds_drawing / n_trials,
             prefix=unit,
-            layers=session.seconds_packing / n_trials * n_parameters / n_parameters.sum(),
+            layers=session.seconds_packing / n_trials * n_parameters / max(n_parameters.sum(), 1),
             evaluations=unit * after,
         )
 
@@ -348,6 +348,7 @@ class Sampling:
             "predictions": predictions,
             "layers": {
                 layer.name: {"parameters": list(layer.parameters), "shape": list(layer.shape)}
+                | ({"members": [member.name for member in layer.members]} if layer.members else {})
                 for layer in subject.layers
             },
             "backend": session.holder.backend,
@@ -366,7 +367,7 @@ class Sampling:
 def _compared(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yield what two measurements must have in common, if one is to go on with the other: name, then, now."""
     for name, asked in now["asked"].items():
-        yield name, then.get("asked", then["protocol"]).get(name), asked
+        yield name, then.get("asked", then["protocol"]).get(name, getattr(DEFAULTS, name)), asked
     for name in ("reference", "architecture", "sha256", "donor", "mean", "std", "output"):
         yield f"the model's {name}", then["model"].get(name), now["model"][name]
     yield "distances", list(then["protocol"]["distances"]), list(now["protocol"]["distances"])

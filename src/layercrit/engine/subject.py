@@ -1,18 +1,18 @@
 """The network under measurement: where it runs, which of its layers are reset, and to what."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import cast
-
 import torch
 from torch import Tensor, nn
 
 from layercrit.engine.flops import count_flops
 from layercrit.errors import LayercritError, ModelError, first_line
+from layercrit.layer_sets import sets_of
 from layercrit.layers import Group, Layer, find_layers, select_layers
 from layercrit.machine import find_device
 from layercrit.models.model import Classifier, Model
@@ -60,9 +60,10 @@ class Subject:
             self.network = copied(self.network).to(self.device)
         self._classifier = Classifier(self.network, model.mean, model.std)
         self.model, self._notes_of_output = self._with_clear_output(model)
-        self.layers = select_layers(
-            self._all_layers(), types=protocol.types, patterns=protocol.layers, group=cast(Group, protocol.group)
+        selected = select_layers(
+            self._all_layers(protocol.group), types=protocol.types, patterns=protocol.layers, group=cast(Group, protocol.group)
         )
+        self.layers = sets_of(selected, protocol.sets)
         self._reset = get_reset(protocol.reset)
         self._protocol = protocol
         self._given_donor = given_donor(donor, self._reset, model, self.layers)
@@ -119,17 +120,25 @@ class Subject:
             donor = self._given_donor.values
         else:
             donor = donor_values(self.model, self.layers, seed) if self._reset.donor is not None else {}
+        drawn: dict[str, tuple[dict[str, Tensor], Tensor]] = {}  # of what several sets share
         for layer in self.layers if layers is None else layers:
-            values = draw_values(self._reset, layer, self.model.network, donor, seed)
-            squares = [
-                (values[name].double() - self.model.network.get_parameter(name).detach().cpu().double()).square().sum()
-                for name in layer.parameters
-            ]
-            yield Change(
-                layer,
-                {name: value.to(self.device) for name, value in values.items()},
-                float(torch.stack(squares).sum().sqrt()),
-            )
+            values, squares = dict[str, Tensor](), [torch.zeros((), dtype=torch.float64)]
+            for member in layer.members or ([layer] if layer.parameters else []):
+                if member.name not in drawn:
+                    drawn[member.name] = self._drawn(member, donor, seed)
+                own, change = drawn[member.name]
+                values |= own
+                squares.append(change)
+            yield Change(layer, values, float(torch.stack(squares).sum().sqrt()))
+
+    def _drawn(self, layer: Layer, donor: Mapping[str, Tensor], seed: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the new values on the device of the network, and the sum of the squares of what changes."""
+        values = draw_values(self._reset, layer, self.model.network, donor, seed)
+        squares = [
+            (values[name].double() - self.model.network.get_parameter(name).detach().cpu().double()).square().sum()
+            for name in layer.parameters
+        ]
+        return {name: value.to(self.device) for name, value in values.items()}, torch.stack(squares).sum()
 
     def check_draws(self) -> None:
         """Make sure that a reset to fresh values draws them; see `layercrit.resets.check_draws`.
@@ -170,10 +179,10 @@ class Subject:
             "logarithms are taken as logits"
         ]
 
-    def _all_layers(self) -> list[Layer]:
+    def _all_layers(self, group: str) -> list[Layer]:
         """Find the layers on a black image, so that a wrong setting shows before any image is decoded."""
         with self._explained():
-            return find_layers(self.network, self.normalise(self.model.black_image))
+            return find_layers(self.network, self.normalise(self.model.black_image), group)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -43,7 +43,7 @@ from layercrit.models.own_networks import import_here
 from layercrit.models.references import without_weights
 from layercrit.probes.images import STANDARD, Preprocessing
 from layercrit.probes.labelling import is_label_file
-from layercrit.protocol import DEFAULTS, Protocol
+from layercrit.protocol import DEFAULTS, SETS, Protocol
 from layercrit.resets import RESETS, get_reset
 from layercrit.study.entries import ModelEntry, models_of, rows_of_list
 from layercrit.study.schema import (
@@ -200,7 +200,11 @@ class _Reader:
     def _protocol(self, table: Declaration, reset: str) -> Protocol:
         """Return the settings of a table whose keys are right each by itself, and note where they contradict."""
         try:
-            return Protocol(**table.model_dump(exclude={"resets", "distances"}), reset=reset)
+            settings = table.model_dump(exclude={"resets", "distances"})
+            sets = settings["sets"]
+            if isinstance(sets, str):
+                settings["sets"] = read_sets(sets if sets in SETS else self._absolute(sets))
+            return Protocol(**settings, reset=reset)
         except LayercritError as error:
             self.mistakes.append(f"[protocol] {error}")
             return DEFAULTS
@@ -398,5 +402,7 @@ def _section(title: str, values: Mapping[str, Any]) -> str:
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_toml(key)} = {_toml(one)}" for key, one in value.items()) + " }"
     # JSON's texts, numbers, truth values and lists are TOML's, too, but for one character that JSON leaves as it is
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

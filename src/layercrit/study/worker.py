@@ -239,7 +239,10 @@ class _Opened:
     def _key(self, layer: Layer, trial: int) -> str:
         """Name the content of a cell: equal keys mean equal numbers, up to rounding."""
         seed = self.subject.seed(trial)
-        return _hash({**self._content(), "layer": [layer.name, *layer.parameters, *layer.buffers], "seed": seed})
+        names = [layer.name, *layer.parameters, *layer.buffers]
+        members = [[one.name, *one.parameters, *one.buffers] for one in layer.members]  # each drawn on its own
+        of_set = {"members": members} if members else {}
+        return _hash({**self._content(), "layer": names, **of_set, "seed": seed})
 
     def _content(self) -> dict[str, Any]:
         """Return what all cells of this model and reset have in common."""
