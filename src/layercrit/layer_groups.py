@@ -140,7 +140,7 @@ class Structure:
         parts: list[_Part] = []
         for attention in sorted(self._attentions):
             weighted, layers = self._before(attention)
-            near = _common_module([name for p in weighted for name in self._layers(p)] or list(layers))
+            near = self._module_around([name for p in weighted for name in self._layers(p)] or list(layers))
             weighted |= self._preparations(weighted, near)
             weighted |= set(self._projections(attention, weighted, near))
             layers |= {name for p in weighted for name in self._layers(p)}
@@ -174,11 +174,18 @@ class Structure:
                 left.extend(one.inputs)
         return weighted, layers
 
+    def _module_around(self, names: Sequence[str]) -> str:
+        """Return the module that holds some layers, and around it, if it is but one layer with a norm, the next one."""
+        module = _common_module(names)
+        inside = [self._types[name] for name in self._types if module and name.startswith(f"{module}.")]
+        single = (
+            len(inside) > 1 and set(inside) <= {"conv", "linear", "norm"} and len(inside) - inside.count("norm") == 1
+        )
+        return module.rpartition(".")[0] if single else module
+
     def _is_of_scores(self, place: int) -> bool:
         """Return whether a weighted operation mixes what attention multiplies with, as talking heads do."""
-        return all(
-            p in self._products or (p in self._weighted and self._is_of_scores(p)) for p in self._origins[place]
-        )
+        return all(p in self._products or (p in self._weighted and self._is_of_scores(p)) for p in self._origins[place])
 
     def _is_residual(self, place: int) -> bool:
         """Return whether two paths through the network meet here, neither of which comes from a product."""

@@ -9,10 +9,10 @@ from typing import Any
 
 from layercrit.errors import LayerError, near
 from layercrit.foreign_text import encodable
-from layercrit.layers import Layer, joined
+from layercrit.layers import Layer, joined, stages_of
 from layercrit.protocol import SETS
 
-__all__ = ["NamedSets", "is_of_sets", "read_sets", "sets_of"]
+__all__ = ["NamedSets", "read_sets", "sets_of", "stages_of_sets"]
 
 NamedSets = Mapping[str, str]
 """Name of a set -> shell-style patterns on the names of its layers, comma-separated."""
@@ -20,12 +20,13 @@ NamedSets = Mapping[str, str]
 _Members = tuple[str, list[Layer]]
 
 
-def read_sets(sets: str | Path | Mapping[str, Any]) -> str | dict[str, str]:
+def read_sets(sets: str | Path | Mapping[str, Any], folder: Path = Path()) -> str | dict[str, str]:
     """Return which sets are asked for: one of the known kinds as it is, or the named sets of a file.
 
     Args:
         sets: one of `layercrit.protocol.SETS`; or a TOML file of lines ``name = "patterns"``, such as
             ``early = "conv1,layer1.*"``, or a mapping of the same. Patterns may also be a list.
+        folder: what the path of a file is relative to.
 
     Raises:
         LayerError: there is neither such a kind nor such a file, or a set is not made of patterns.
@@ -34,7 +35,7 @@ def read_sets(sets: str | Path | Mapping[str, Any]) -> str | dict[str, str]:
         return sets
     if isinstance(sets, Mapping):
         return _named(sets, "sets")
-    path = Path(sets).expanduser()
+    path = folder / Path(sets).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -81,9 +82,14 @@ def sets_of(layers: Sequence[Layer], sets: str | NamedSets) -> list[Layer]:
     return [replace(unit, depth=depth) for depth, unit in enumerate(units)]
 
 
-def is_of_sets(sets: object) -> bool:
-    """Return whether what is reset are sets, whose place in the network is not one number."""
-    return sets is not None and sets != "each"
+def stages_of_sets(units: Sequence[Layer]) -> dict[str, str | None]:
+    """Return name -> stage, as `layercrit.layers.stages_of` does; None for a set whose members are of several stages."""
+    members = {
+        unit.name: [member.name for member in unit.members] or [unit.name] * bool(unit.parameters) for unit in units
+    }
+    stages = stages_of(list(dict.fromkeys(name for names in members.values() for name in names)))
+    of_units = {unit: {stages[name] for name in names} for unit, names in members.items()}
+    return {unit: found.pop() if len(found) == 1 else None for unit, found in of_units.items()}
 
 
 def _unit(name: str, members: list[Layer]) -> Layer:

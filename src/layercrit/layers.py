@@ -214,7 +214,7 @@ def layer_labels(shapes: Mapping[str, str | None]) -> dict[str, str]:
     """Return layer name -> a short label for figures: numbers of stage and block, the rest of the name, kernel size.
 
     Numbered parts of a network, such as ``layer1.0`` or ``stages.2.blocks.1``, become their numbers in brackets. If two
-    labels would be equal, all names stay as they are.
+    labels would be equal, all names stay as they are; so do those of sets of layers, which contain spaces.
 
     Args:
         shapes: layer name -> shape of its weight, such as ``64x3x7x7``, or None; the kernel of a convolution
@@ -225,7 +225,9 @@ def layer_labels(shapes: Mapping[str, str | None]) -> dict[str, str]:
         {'conv1': 'conv1:7x7', 'layer1.0.conv2': '[1.0] conv2:3x3', 'fc': 'fc'}
     """
     wrapper = wrapper_of(shapes)
-    labels = {name: _label(name.removeprefix(wrapper), shape or "") for name, shape in shapes.items()}
+    labels = {  # the name of a set, such as `all but layer1.0.conv1`, says more than that of one layer
+        name: name if " " in name else _label(name.removeprefix(wrapper), shape or "") for name, shape in shapes.items()
+    }
     return labels if len(set(labels.values())) == len(labels) else {name: name for name in shapes}
 
 
@@ -307,9 +309,7 @@ def _merge(layers: Sequence[Layer], group_name: Callable[[str], str]) -> list[La
     group_of = {layer.name: group_name(layer.name) for layer in layers}
     first = {group_of[layer.name]: layer.depth for layer in reversed(layers)}
     ordered = sorted(layers, key=lambda layer: (first[group_of[layer.name]], layer.depth))
-    return [
-        joined(name, list(members)) for name, members in groupby(ordered, key=lambda layer: group_of[layer.name])
-    ]
+    return [joined(name, list(members)) for name, members in groupby(ordered, key=lambda layer: group_of[layer.name])]
 
 
 def joined(name: str, layers: Sequence[Layer]) -> Layer:

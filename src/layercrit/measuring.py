@@ -13,7 +13,7 @@ from torch import nn
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.subject import Subject
-from layercrit.layer_sets import is_of_sets, read_sets
+from layercrit.layer_sets import read_sets
 from layercrit.measurement import Measurement
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
@@ -215,7 +215,7 @@ def _intention(subject: Subject, protocol: Protocol) -> str:
     model, size = subject.model, subject.model.preprocessing
     resized = "" if size.resize is None else f", resized to {size.resize} ({size.interpolation})"
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (model.mean, model.std))
-    what = "sets of layers" if is_of_sets(protocol.sets) else "layers"
+    what = "sets of layers" if protocol.sets != "each" else "layers"
     trials = f"{subject.n_trials} trial{'s' * (subject.n_trials > 1)}"
     if protocol.half_width is not None:
         trials = f"a pilot of {trials}, then as many as a half-width of {protocol.half_width:g} takes"

@@ -180,8 +180,8 @@ class Dataflow(_Watcher):  # type: ignore[no-untyped-call]
     def watch(self, operator: Callable[..., Any], inputs: list[Tensor], args: Any, kwargs: dict[str, Any]) -> Any:
         places = tuple(place for tensor in inputs if (place := self._place(tensor)) is not None)
         output = operator(*args, **kwargs)
-        if places:
-            name = getattr(_packet(operator), "__name__", "")
+        name = getattr(_packet(operator), "__name__", "")
+        if places and not name.startswith("new_") and not name.endswith("_like"):  # which read a shape only
             needs_image = any(self.operations[place].needs_image for place in places)
             self.operations.append(Operation(name, places, needs_image))
             for tensor in _tensors(output):

@@ -15,7 +15,7 @@ from layercrit.cli.printing import bar, number, percent, plain, print_table, pri
 from layercrit.cli.registered import ModelCommand, RegisteredOption
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
 from layercrit.errors import LayercritError
-from layercrit.protocol import DEFAULTS, DTYPES, INTERVALS
+from layercrit.protocol import DEFAULTS, DTYPES, GROUPS, INTERVALS
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ def _selection(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--types", default=DEFAULTS.types, show_default=True, metavar="TYPE,...",
                          help="Layer types: conv, linear, norm, embedding, other, or all."),
             click.option("--group", default=DEFAULTS.group, show_default=True,
-                         type=click.Choice(["layer", "block", "stage"]), help="What is reset at once."),
+                         type=click.Choice(GROUPS), help="What is reset at once."),
+            click.option("--sets", default=DEFAULTS.sets, show_default=True, metavar="KIND|FILE",
+                         help="Reset each of them on its own, or sets of them: all-but-one, cascade-up, cascade-down, "
+                         "pairs, or a TOML file of named sets."),
         ]
     ):  # fmt: skip
         command = option(command)
@@ -181,7 +184,7 @@ def measure_command(
 @click.argument("model")
 @_selection
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
-def layers_command(model: str, layers: str, types: str, group: str, as_json: bool) -> None:
+def layers_command(model: str, layers: str, types: str, group: str, sets: str, as_json: bool) -> None:
     """List what would be reset in MODEL, in depth order, without measuring.
 
     "after" is the share of the forward pass's FLOPs that must be recomputed when the layer is reset.
@@ -189,15 +192,18 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
     from rich.table import Table
 
     from layercrit.engine.flops import count_flops
+    from layercrit.layer_sets import read_sets, sets_of
     from layercrit.layers import Group, find_layers, select_layers
     from layercrit.models.references import open_model, without_weights
 
     opened = open_model(without_weights(model, keep=("mean", "std", "input_size")))  # nothing is downloaded
     black = opened.classifier.normalise(opened.black_image)
-    found = select_layers(find_layers(opened.network, black), types=types, patterns=layers, group=cast(Group, group))
+    wanted = read_sets(sets)
+    every = find_layers(opened.network, black, group)
+    found = sets_of(select_layers(every, types=types, patterns=layers, group=cast(Group, group)), wanted)
     _, after = count_flops(opened.network, found, black)
     if as_json:
-        rows = [{**vars(layer), "flops_after": after[layer.name]} for layer in found]
+        rows = [{**layer.to_dict(), "flops_after": after[layer.name]} for layer in found]
         click.echo(json.dumps({"model": model, "layers": rows}, allow_nan=False))
         return
     table = Table(title=plain(model), title_justify="left", box=None, pad_edge=False)

@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -61,7 +62,10 @@ class Subject:
         self._classifier = Classifier(self.network, model.mean, model.std)
         self.model, self._notes_of_output = self._with_clear_output(model)
         selected = select_layers(
-            self._all_layers(protocol.group), types=protocol.types, patterns=protocol.layers, group=cast(Group, protocol.group)
+            self._all_layers(protocol.group),
+            types=protocol.types,
+            patterns=protocol.layers,
+            group=cast(Group, protocol.group),
         )
         self.layers = sets_of(selected, protocol.sets)
         self._reset = get_reset(protocol.reset)

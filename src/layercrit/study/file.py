@@ -38,12 +38,13 @@ from typing import Any, TypeVar
 from layercrit.declarations import Declaration, read_table
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.errors import LayercritError, StudyError, near
+from layercrit.layer_sets import read_sets
 from layercrit.models.file_source import weight_file
 from layercrit.models.own_networks import import_here
 from layercrit.models.references import without_weights
 from layercrit.probes.images import STANDARD, Preprocessing
 from layercrit.probes.labelling import is_label_file
-from layercrit.protocol import DEFAULTS, SETS, Protocol
+from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import RESETS, get_reset
 from layercrit.study.entries import ModelEntry, models_of, rows_of_list
 from layercrit.study.schema import (
@@ -203,7 +204,7 @@ class _Reader:
             settings = table.model_dump(exclude={"resets", "distances"})
             sets = settings["sets"]
             if isinstance(sets, str):
-                settings["sets"] = read_sets(sets if sets in SETS else self._absolute(sets))
+                settings["sets"] = read_sets(sets, self.path.parent)
             return Protocol(**settings, reset=reset)
         except LayercritError as error:
             self.mistakes.append(f"[protocol] {error}")

@@ -19,7 +19,8 @@ from layercrit.engine.predictions import Predictions
 from layercrit.engine.replay import Mode
 from layercrit.engine.session import Batch, Draws, Session
 from layercrit.engine.subject import Subject
-from layercrit.layers import Layer, stages_of
+from layercrit.layer_sets import stages_of_sets
+from layercrit.layers import Layer
 from layercrit.models.model import Model
 from layercrit.models.own_networks import import_here
 from layercrit.models.references import open_model
@@ -212,7 +213,7 @@ class _Opened:
             self.start()
         self.record["content"] = {self.reset: _hash(self._content())}
         layers = self.subject.layers
-        stages = stages_of([layer.name for layer in layers])
+        stages = stages_of_sets(layers)
         return [
             PlanRow(
                 model=job.model.name,
