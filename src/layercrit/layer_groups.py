@@ -300,7 +300,7 @@ class Structure:
         return groups
 
     def _followed(self, place: int, norm: str) -> set[str]:
-        """Return the layers that a norm's operation follows, with no other norm between; "" stands for anything else."""
+        """Return the layers that a norm's operation follows, no other norm between; "" stands for anything else."""
         found, left, seen = set[str](), [place], set[int]()
         while left:
             for before in self._operations[left.pop()].inputs:

@@ -83,7 +83,7 @@ def sets_of(layers: Sequence[Layer], sets: str | NamedSets) -> list[Layer]:
 
 
 def stages_of_sets(units: Sequence[Layer]) -> dict[str, str | None]:
-    """Return name -> stage, as `layercrit.layers.stages_of` does; None for a set whose members are of several stages."""
+    """Return name -> stage, as `layercrit.layers.stages_of` does; None for a set that is in several stages."""
     members = {
         unit.name: [member.name for member in unit.members] or [unit.name] * bool(unit.parameters) for unit in units
     }

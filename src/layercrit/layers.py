@@ -74,8 +74,8 @@ class Layer:
         buffers: names of the buffers that a reset replaces with them, as the vectors of spectral normalisation.
         members: of a set of layers, these, in depth order: each gets the values that it gets where it is reset alone.
             Empty for a layer and for a group, whose values are drawn in one go.
-        group: of a layer, the name of the attention, the MLP or the convolution with norm that it belongs to, where
-            `find_layers` was asked for these; else empty.
+        groups: of a layer, ``attention``, ``mlp`` or ``conv+norm`` and the name of the one that it belongs to, for each
+            that it is in; None where `find_layers` was not asked for these.
     """
 
     name: str
@@ -86,11 +86,12 @@ class Layer:
     depth: int = 0
     buffers: tuple[str, ...] = ()
     members: tuple["Layer", ...] = ()
-    group: str = ""
+    groups: tuple[tuple[str, str], ...] | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Return it as plain data; of the members, their names."""
-        return {**vars(self), "members": [member.name for member in self.members]}
+        kept = {name: value for name, value in vars(self).items() if name != "groups"}
+        return kept | {"members": [member.name for member in self.members]}
 
 
 def find_layers(network: nn.Module, images: Tensor, group: str = "layer") -> list[Layer]:
@@ -102,7 +103,7 @@ def find_layers(network: nn.Module, images: Tensor, group: str = "layer") -> lis
         network: the trained network, in evaluation mode.
         images: one small batch that the network accepts, ``(n_images, channels, height, width)``.
         group: for what `select_layers` is to group by. ``attention``, ``mlp`` and ``conv+norm`` are found by what
-            flows where in a second forward pass, for each layer's ``group``; others take no further pass.
+            flows where in a second forward pass, for each layer's ``groups``; others take no further pass.
 
     Returns:
         the layers, of all types. Every trainable parameter belongs to at least one of them; parameters tied between
@@ -119,12 +120,13 @@ def find_layers(network: nn.Module, images: Tensor, group: str = "layer") -> lis
         return min(watch.first_use.get(id(parameters[name]), float("inf")) for name in layer.parameters)
 
     layers.sort(key=first_use)  # stable: layers that are never used stay in the order of registration
-    groups = _groups(network, images, layers, group) if group in _BY_DATAFLOW else {}
-    return [replace(layer, depth=depth, group=groups.get(layer.name, "")) for depth, layer in enumerate(layers)]
+    if group in _BY_DATAFLOW:
+        layers = _with_groups(network, images, layers)
+    return [replace(layer, depth=depth) for depth, layer in enumerate(layers)]
 
 
-def _groups(network: nn.Module, images: Tensor, layers: Sequence[Layer], group: str) -> dict[str, str]:
-    """Return layer -> name of its attention, MLP or convolution with norm, of the layers that are in one."""
+def _with_groups(network: nn.Module, images: Tensor, layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers with the attention, the MLP and the convolution with norm that they belong to."""
     parameters = dict(network.named_parameters(remove_duplicate=False))
     watch = Dataflow(images, parameters.values())
     with torch.no_grad(), holding(network, {}), in_single_operators(), watch:
@@ -134,7 +136,12 @@ def _groups(network: nn.Module, images: Tensor, layers: Sequence[Layer], group: 
         for name in layer.parameters:
             layers_of.setdefault(id(parameters[name]), []).append(layer.name)
     pointwise = {layer.name for layer in layers if layer.type == "linear" or set(layer.shape[2:]) == {1}}
-    return Structure(watch.operations, layers_of, {one.name: one.type for one in layers}, pointwise).groups(group)
+    found = Structure(watch.operations, layers_of, {one.name: one.type for one in layers}, pointwise)
+    groups = {kind: found.groups(kind) for kind in _BY_DATAFLOW}
+    return [
+        replace(layer, groups=tuple((kind, of[layer.name]) for kind, of in groups.items() if layer.name in of))
+        for layer in layers
+    ]
 
 
 def select_layers(
@@ -183,14 +190,15 @@ def select_layers(
     if group not in GROUPS:
         raise LayerError(f"Unknown group {group!r}. {near(group, GROUPS)}")
     if group == "conv+norm":  # a normalisation is reset with the convolution that it follows, whatever the types
-        groups = {layer.group for layer in selected if layer.type == "conv" and layer.group}
-        selected = [layer for layer in layers if layer in selected or (layer.type == "norm" and layer.group in groups)]
+        with_norm = {_group_of(layer, group) for layer in selected if layer.type == "conv"} - {""}
+        chosen.update(layer.name for layer in layers if layer.type == "norm" and _group_of(layer, group) in with_norm)
+        selected = [layer for layer in layers if layer.name in chosen]
     if group in ("block", "stage"):
         blocks = blocks_of(layer.name for layer in layers if layer.type in ("conv", "linear"))
         selected = _merge(selected, partial(stage_of if group == "stage" else block_of, blocks=blocks))
     elif group != "layer":
-        groups_of = {layer.name: layer.group or layer.name for layer in selected}
-        selected = _merge(selected, groups_of.__getitem__)
+        groups = {layer.name: _group_of(layer, group) or layer.name for layer in selected}
+        selected = _merge(selected, groups.__getitem__)
     return [replace(layer, depth=depth) for depth, layer in enumerate(selected)]
 
 
@@ -303,6 +311,16 @@ def _no_match(pattern: str, layers: Sequence[Layer], typed: Sequence[Layer], wan
             f"{len(others)} of type {', '.join(found)} would. Add the type with --types (types=...)."
         )
     return f"No layer matches {pattern!r}. {near(pattern, [layer.name for layer in typed])}"
+
+
+def _group_of(layer: Layer, group: str) -> str:
+    """Return the name of a layer's attention, MLP or convolution with norm; empty where it is in none."""
+    if layer.groups is None:
+        raise LayerError(
+            f"Which layers make {group} was not looked for when they were found. Find them with "
+            f"find_layers(network, images, group={group!r})."
+        )
+    return dict(layer.groups).get(group, "")
 
 
 def _merge(layers: Sequence[Layer], group_name: Callable[[str], str]) -> list[Layer]:

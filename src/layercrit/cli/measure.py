@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["layers_command", "measure_command", "show_command"]
 
 _SECONDS_BETWEEN_SAVES = 60.0
+_STRONGEST = 8  # interactions that are printed
 
 
 def _selection(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -311,13 +312,17 @@ def _folder_for(model: str, out: Path | None) -> Path:
 
 
 def _show(measurement: "Measurement", as_json: bool, folder: Path) -> None:
-    summary, table = measurement.summary(), measurement.to_pandas()
+    summary, table, has_pairs = measurement.summary(), measurement.to_pandas(), measurement.has_pairs
     if as_json:
         rows = json.loads(table.to_json(orient="records", double_precision=15))
-        click.echo(json.dumps({**summary, "layers": rows, "folder": str(folder)}, allow_nan=False))
+        found = measurement.interactions().to_json(orient="records", double_precision=15) if has_pairs else "[]"
+        pairs = {"interactions": json.loads(found)} if has_pairs else {}
+        click.echo(json.dumps({**summary, "layers": rows, **pairs, "folder": str(folder)}, allow_nan=False))
         return
     print_warnings(summary["warnings"])
     print_table(_layer_table(table, summary))
+    if has_pairs:
+        print_table(_interaction_table(measurement.interactions(), summary))
     for line in _summary_lines(summary):
         say(line)
 
@@ -347,6 +352,26 @@ def _layer_table(table: "pd.DataFrame", summary: dict[str, Any]) -> Any:
         status = plain(row["status"])
         status.stylize("" if row["status"] == "ok" else "yellow")
         shown.add_row(*cells, status)
+    return shown
+
+
+def _interaction_table(pairs: "pd.DataFrame", summary: dict[str, Any]) -> Any:
+    """Return the strongest interactions as a table, those whose interval excludes 0 first."""
+    from rich.table import Table
+
+    excluded = (pairs["low"] > 0) | (pairs["high"] < 0)
+    order = pairs.assign(excluded=excluded, size=pairs["interaction"].abs()).sort_values(
+        ["excluded", "size"], ascending=False, kind="stable"
+    )
+    title = f"strongest of {len(pairs)} interactions; of {excluded.sum()} the interval excludes 0"
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("layers", "interaction", f"{100 * summary['level']:g}% interval", "both", "each alone"):
+        shown.add_column(column, justify="left" if column == "layers" else "right", no_wrap=True)
+    for row in order.head(_STRONGEST).to_dict("records"):
+        interval = "-" if row["low"] != row["low"] else f"{row['low']:+.3f} to {row['high']:+.3f}"
+        alone = f"{number(row['criticality_i'])}, {number(row['criticality_j'])}"
+        found = "-" if row["interaction"] != row["interaction"] else f"{row['interaction']:+.3f}"
+        shown.add_row(plain(f"{row['layer_i']} + {row['layer_j']}"), found, interval, number(row["criticality"]), alone)
     return shown
 
 

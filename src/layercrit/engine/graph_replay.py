@@ -316,7 +316,7 @@ class GraphReplay(Replay):
             base: the layers that are reset already.
             sets: those that begin with them.
         """
-        mine = self._changed(base) & self._dynamic if base else self._dynamic
+        mine = self._changed(base[-1:]) & self._dynamic if base else self._dynamic  # the rest is as it was outside
         given = dict.fromkeys([self._weight_graph.images] if not base else list[fx.Node]())
         done, events = set[fx.Node](), list[tuple[Any, list[fx.Node]]]()
 
