@@ -166,7 +166,7 @@ def _of_names(layers: Sequence[Layer], sets: NamedSets) -> Iterator[_Members]:
     seen: dict[tuple[str, ...], str] = {}
     for name, patterns in sets.items():
         chosen: set[str] = set()
-        for pattern in patterns.split(","):
+        for pattern in map(str.strip, patterns.split(",")):
             matches = fnmatch.filter(names, pattern) if pattern not in names else [pattern]
             if not matches:
                 raise LayerError(
