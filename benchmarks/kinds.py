@@ -88,7 +88,7 @@ def markdown(results: dict[str, Any]) -> str:
         for one in results["sets"]
     ]
     head = [
-        f"{results['cores']} cores, torch {results['torch']}; {results['n_images']} images, {results['trials']} trials.",
+        f"{results['cores']} cores, torch {results['torch']}: {results['n_images']} images, {results['trials']} trials",
         "",
         "| `--sets` | sets | seconds | of CPU | seconds, nothing shared | of CPU |",
         "|---|---|---|---|---|---|",

@@ -115,7 +115,7 @@ ENCODER = partial(nn.TransformerEncoderLayer, 16, 2, 32, batch_first=True)
 ATTENTION = {  # name -> network, size, first group, its weights, how many there are
     "timm vit": (*ARCHITECTURES["vit_tiny"], "blocks.0.attn", ["qkv", "proj"], 3),
     "timm swin": (swin, 32, "layers.0.blocks.0.attn", ["qkv", "proj"], 2),
-    "timm swin v2": (partial(swin, "v2"), 32, "layers.0.blocks.0.attn", ["0", "2", "qkv", "proj"], 2),
+    "timm swin v2": (partial(swin, "v2"), 32, "layers.0.blocks.0.attn", ["qkv", "0", "2", "proj"], 2),
     "timm eva": (partial(timm_network, "eva02_tiny_patch14_224", 28, depth=2), 28, "blocks.0.attn", ["qkv", "proj"], 2),
     "timm cait": (
         partial(timm_network, "cait_xxs24_224", 32, depth=2, embed_dim=32, num_heads=2),
@@ -148,7 +148,7 @@ MLP = {
     "transformers vit": (*ARCHITECTURES["transformers_vit"], None, None, 2),
     "transformers swin": (transformers_swin, 32, None, None, 2),
     "own block": (lambda: OfBlocks(Block(), Block()), 32, "blocks.0.mlp", ["up", "down"], 2),
-    "own block, gated": (lambda: OfBlocks(Block(gated=True)), 32, "blocks.0.mlp", ["up", "gate", "down"], 1),
+    "own block, gated": (lambda: OfBlocks(Block(gated=True)), 32, "blocks.0.mlp", ["gate", "up", "down"], 1),
     "torch's encoder": (lambda: OfBlocks(ENCODER()), 32, "blocks.0.mlp", ["linear1", "linear2"], 1),
     "mixer": (*ARCHITECTURES["mixer_b16"], "blocks.0.mlp_tokens", ["fc1", "fc2"], 4),
     "resnet": (*ARCHITECTURES["torchvision_resnet18"], None, None, 0),
