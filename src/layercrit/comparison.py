@@ -257,8 +257,10 @@ def compare_models(
     criticality = tables["cosine"]
     difference = None if chosen is None else criticality - criticality.loc[chosen]
     depth = tables["depth"].rank(axis=1, method="first").astype(int) - 1
-    models, kind, about_accuracy = _models(study, criticality, tables[MATCHED], difference, depth)
     stages = grid["stage"].xs(first, level="model").reindex(layers)
+    # sets of layers of several stages have no place between the first layer and the last
+    places = depth if stages.notna().all() else depth * math.nan
+    models, kind, about_accuracy = _models(study, criticality, tables[MATCHED], difference, places)
     unlike = len(set(models["category"])) > 1 and models["criticality_matched"].isna().any()
     return Comparison(
         criticality=criticality,

@@ -2,11 +2,10 @@
 
 import fnmatch
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
-from statistics import mean
 from typing import Literal
 
 import torch
@@ -14,8 +13,10 @@ from torch import Tensor, nn
 
 from layercrit.computed_weights import buffers_of_weights
 from layercrit.errors import LayerError, near
+from layercrit.layer_groups import Structure, block_of, blocks_of, stage_of
+from layercrit.protocol import GROUPS
 from layercrit.restoring import holding
-from layercrit.watchers import FirstUses
+from layercrit.watchers import Dataflow, FirstUses, in_single_operators
 from layercrit.wrappers import wrapper_of
 
 __all__ = [
@@ -36,8 +37,9 @@ LAYER_TYPES = {
     "embedding": "lookup tables",
     "other": "everything else that is trained: position embeddings, class tokens, layer scales, bias tables",
 }
-GROUPS = ("layer", "block", "stage")
-Group = Literal["layer", "block", "stage"]
+Group = Literal["layer", "block", "stage", "attention", "mlp", "conv+norm"]
+
+_BY_DATAFLOW = ("attention", "mlp", "conv+norm")
 
 # Operators that multiply their input by a weight. They tell what a parameter is, whoever owns it.
 _TYPE_OF_OPERATOR = {
@@ -70,6 +72,10 @@ class Layer:
         n_parameters: how many numbers a reset replaces.
         depth: position in the order in which the network first uses the layers, from 0.
         buffers: names of the buffers that a reset replaces with them, as the vectors of spectral normalisation.
+        members: of a set of layers, these, in depth order: each gets the values that it gets where it is reset alone.
+            Empty for a layer and for a group, whose values are drawn in one go.
+        groups: of a layer, ``attention``, ``mlp`` or ``conv+norm`` and the name of the one that it belongs to, for each
+            that it is in; None where `find_layers` was not asked for these.
     """
 
     name: str
@@ -79,9 +85,16 @@ class Layer:
     n_parameters: int
     depth: int = 0
     buffers: tuple[str, ...] = ()
+    members: tuple["Layer", ...] = ()
+    groups: tuple[tuple[str, str], ...] | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return it as plain data; of the members, their names."""
+        kept = {name: value for name, value in vars(self).items() if name != "groups"}
+        return kept | {"members": [member.name for member in self.members]}
 
 
-def find_layers(network: nn.Module, images: Tensor) -> list[Layer]:
+def find_layers(network: nn.Module, images: Tensor, group: str = "layer") -> list[Layer]:
     """Return all layers of a network in the order in which a forward pass first uses them.
 
     One forward pass is watched; the network is left as it was. Layers that the pass never uses come last.
@@ -89,6 +102,8 @@ def find_layers(network: nn.Module, images: Tensor) -> list[Layer]:
     Args:
         network: the trained network, in evaluation mode.
         images: one small batch that the network accepts, ``(n_images, channels, height, width)``.
+        group: for what `select_layers` is to group by. ``attention``, ``mlp`` and ``conv+norm`` are found by what
+            flows where in a second forward pass, for each layer's ``groups``; others take no further pass.
 
     Returns:
         the layers, of all types. Every trainable parameter belongs to at least one of them; parameters tied between
@@ -105,7 +120,28 @@ def find_layers(network: nn.Module, images: Tensor) -> list[Layer]:
         return min(watch.first_use.get(id(parameters[name]), float("inf")) for name in layer.parameters)
 
     layers.sort(key=first_use)  # stable: layers that are never used stay in the order of registration
+    if group in _BY_DATAFLOW:
+        layers = _with_groups(network, images, layers)
     return [replace(layer, depth=depth) for depth, layer in enumerate(layers)]
+
+
+def _with_groups(network: nn.Module, images: Tensor, layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers with the attention, the MLP and the convolution with norm that they belong to."""
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    watch = Dataflow(images, parameters.values())
+    with torch.no_grad(), holding(network, {}), in_single_operators(), watch:
+        network(images)
+    layers_of: dict[int, list[str]] = {}
+    for layer in layers:
+        for name in layer.parameters:
+            layers_of.setdefault(id(parameters[name]), []).append(layer.name)
+    pointwise = {layer.name for layer in layers if layer.type == "linear" or set(layer.shape[2:]) == {1}}
+    found = Structure(watch.operations, layers_of, {one.name: one.type for one in layers}, pointwise)
+    groups = {kind: found.groups(kind) for kind in _BY_DATAFLOW}
+    return [
+        replace(layer, groups=tuple((kind, of[layer.name]) for kind, of in groups.items() if layer.name in of))
+        for layer in layers
+    ]
 
 
 def select_layers(
@@ -124,7 +160,12 @@ def select_layers(
         group: ``layer``: each on its own. ``block``: the selected layers of a block are reset together, a block being
             the smallest numbered module with two or more convolutions or linear layers, as do most modules
             numbered beside it (``layer1.0``, ``blocks.3``). ``stage``: likewise the next numbered module around the
-            block (``layer1``), or the network's outermost child where there is none (``blocks``).
+            block (``layer1``), or the network's outermost child where there is none (``blocks``). ``attention``: the
+            selected layers of an attention, from those that make queries, keys and values to the projection of its
+            output, are reset together; ``mlp``: two linear layers (or convolutions of one pixel) with an activation
+            between them, whose output is added to a residual; ``conv+norm``: a convolution and the normalisation that
+            follows it, of whatever type. Such groups have the name of the module that holds just them, or of the
+            innermost one around them with ``.attention`` or ``.mlp``. Layers in no group stay on their own.
 
     Raises:
         LayerError: a type or group is unknown, a pattern has no match, or nothing is selected.
@@ -148,8 +189,16 @@ def select_layers(
     selected = [layer for layer in typed if layer.name in chosen]
     if group not in GROUPS:
         raise LayerError(f"Unknown group {group!r}. {near(group, GROUPS)}")
-    if group != "layer":
-        selected = _merge(selected, _stage_of if group == "stage" else _block_of, _blocks(layers))
+    if group == "conv+norm":  # a normalisation is reset with the convolution that it follows, whatever the types
+        with_norm = {_group_of(layer, group) for layer in selected if layer.type == "conv"} - {""}
+        chosen.update(layer.name for layer in layers if layer.type == "norm" and _group_of(layer, group) in with_norm)
+        selected = [layer for layer in layers if layer.name in chosen]
+    if group in ("block", "stage"):
+        blocks = blocks_of(layer.name for layer in layers if layer.type in ("conv", "linear"))
+        selected = _merge(selected, partial(stage_of if group == "stage" else block_of, blocks=blocks))
+    elif group != "layer":
+        groups = {layer.name: _group_of(layer, group) or layer.name for layer in selected}
+        selected = _merge(selected, groups.__getitem__)
     return [replace(layer, depth=depth) for depth, layer in enumerate(selected)]
 
 
@@ -165,15 +214,15 @@ def stages_of(names: Sequence[str]) -> dict[str, str]:
     """
     wrapper = wrapper_of(names)
     bare = {name: name.removeprefix(wrapper) for name in names}
-    blocks = _blocks([Layer(name, "conv", (), (), 0) for name in bare.values()])
-    return {name: wrapper + _stage_of(inner, blocks) for name, inner in bare.items()}
+    blocks = blocks_of(bare.values())
+    return {name: wrapper + stage_of(inner, blocks) for name, inner in bare.items()}
 
 
 def layer_labels(shapes: Mapping[str, str | None]) -> dict[str, str]:
     """Return layer name -> a short label for figures: numbers of stage and block, the rest of the name, kernel size.
 
     Numbered parts of a network, such as ``layer1.0`` or ``stages.2.blocks.1``, become their numbers in brackets. If two
-    labels would be equal, all names stay as they are.
+    labels would be equal, all names stay as they are; so do those of sets of layers, which contain spaces.
 
     Args:
         shapes: layer name -> shape of its weight, such as ``64x3x7x7``, or None; the kernel of a convolution
@@ -184,7 +233,9 @@ def layer_labels(shapes: Mapping[str, str | None]) -> dict[str, str]:
         {'conv1': 'conv1:7x7', 'layer1.0.conv2': '[1.0] conv2:3x3', 'fc': 'fc'}
     """
     wrapper = wrapper_of(shapes)
-    labels = {name: _label(name.removeprefix(wrapper), shape or "") for name, shape in shapes.items()}
+    labels = {  # the name of a set, such as `all but layer1.0.conv1`, says more than that of one layer
+        name: name if " " in name else _label(name.removeprefix(wrapper), shape or "") for name, shape in shapes.items()
+    }
     return labels if len(set(labels.values())) == len(labels) else {name: name for name in shapes}
 
 
@@ -262,51 +313,31 @@ def _no_match(pattern: str, layers: Sequence[Layer], typed: Sequence[Layer], wan
     return f"No layer matches {pattern!r}. {near(pattern, [layer.name for layer in typed])}"
 
 
-def _numbered_ancestors(name: str) -> list[str]:
-    """Return the ancestors of a name whose last component ends in a digit, deepest first."""
-    parts = name.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1) if parts[n - 1][-1].isdigit()]
+def _group_of(layer: Layer, group: str) -> str:
+    """Return the name of a layer's attention, MLP or convolution with norm; empty where it is in none."""
+    if layer.groups is None:
+        raise LayerError(
+            f"Which layers make {group} was not looked for when they were found. Find them with "
+            f"find_layers(network, images, group={group!r})."
+        )
+    return dict(layer.groups).get(group, "")
 
 
-def _blocks(layers: Sequence[Layer]) -> set[str]:
-    """Return the names of the modules that are blocks."""
-    held = Counter[str]()  # numbered module -> how many convolutions and linear layers it holds, or is
-    for layer in layers:
-        if layer.type in ("conv", "linear"):
-            held.update(_numbered_ancestors(f"{layer.name}."))
-    siblings: dict[str, list[bool]] = {}
-    for name, n in held.items():
-        siblings.setdefault(name.rstrip("0123456789"), []).append(n >= 2)
-    # most siblings: the one numbered squeeze-and-excitation module of a block is no block of its own
-    large = {name for name in held if held[name] >= 2 and mean(siblings[name.rstrip("0123456789")]) > 0.5}
-    return {name for name in large if not any(other.startswith(f"{name}.") for other in large)}
-
-
-def _block_of(name: str, blocks: set[str]) -> str:
-    return next((ancestor for ancestor in _numbered_ancestors(name) if ancestor in blocks), name)
-
-
-def _stage_of(name: str, blocks: set[str]) -> str:
-    block = _block_of(name, blocks)
-    return next(iter(_numbered_ancestors(block)), block.split(".")[0])
-
-
-def _merge(layers: Sequence[Layer], group_name: Callable[[str, set[str]], str], blocks: set[str]) -> list[Layer]:
-    group_of = {layer.name: group_name(layer.name, blocks) for layer in layers}
+def _merge(layers: Sequence[Layer], group_name: Callable[[str], str]) -> list[Layer]:
+    group_of = {layer.name: group_name(layer.name) for layer in layers}
     first = {group_of[layer.name]: layer.depth for layer in reversed(layers)}
     ordered = sorted(layers, key=lambda layer: (first[group_of[layer.name]], layer.depth))
-    merged = []
-    for name, members in groupby(ordered, key=lambda layer: group_of[layer.name]):
-        group = list(members)
-        merged.append(
-            Layer(
-                name=name,
-                type="+".join(dict.fromkeys(layer.type for layer in group)),
-                parameters=tuple(dict.fromkeys(p for layer in group for p in layer.parameters)),
-                shape=max((layer.shape for layer in group), key=lambda s: (len(s) > 1, torch.Size(s).numel())),
-                n_parameters=sum(layer.n_parameters for layer in group),
-                depth=group[0].depth,
-                buffers=tuple(dict.fromkeys(b for layer in group for b in layer.buffers)),
-            )
-        )
-    return merged
+    return [joined(name, list(members)) for name, members in groupby(ordered, key=lambda layer: group_of[layer.name])]
+
+
+def joined(name: str, layers: Sequence[Layer]) -> Layer:
+    """Return some layers, in depth order, as one unit of reset."""
+    return Layer(
+        name=name,
+        type="+".join(dict.fromkeys(kind for layer in layers for kind in layer.type.split("+"))) or "none",
+        parameters=tuple(dict.fromkeys(p for layer in layers for p in layer.parameters)),
+        shape=max((layer.shape for layer in layers), key=lambda s: (len(s) > 1, torch.Size(s).numel()), default=()),
+        n_parameters=sum(layer.n_parameters for layer in layers),
+        depth=layers[0].depth if layers else 0,
+        buffers=tuple(dict.fromkeys(b for layer in layers for b in layer.buffers)),
+    )

@@ -15,12 +15,14 @@ import pandas as pd
 
 from layercrit.cell_columns import CELL_COLUMNS, NOT_REACHED, PER_IMAGE
 from layercrit.distances import DISTANCES
-from layercrit.errors import LayercritError, LayerError, first_line, near
+from layercrit.errors import LayercritError, LayerError, ProtocolError, first_line, near
 from layercrit.foreign_files import read_json
 from layercrit.foreign_text import encodable, write_csv
 from layercrit.image_groups import Layers, by_correctness, by_group, by_image, extreme_images
+from layercrit.interactions import Pair, interactions_of
 from layercrit.intervals import excluded_share
 from layercrit.layer_table import estimate_columns, layer_table
+from layercrit.layers import layer_labels
 from layercrit.precision import PrecisionPlan, recentred
 from layercrit.protocol import MATCHED
 from layercrit.shown_images import GroupsOf, ShownImages
@@ -196,12 +198,14 @@ class Measurement:
         )
 
     def plot(self) -> "Figure":
-        """Return the bar chart of criticality in depth order."""
+        """Return the bar chart of criticality in depth order; of pairs, only the layers that were reset alone."""
         from layercrit.figures.bars import criticality_bars
 
-        summary = self.summary()
+        summary, table = self.summary(), self.to_pandas()
+        if self.has_pairs:  # whose figure is `plot_interactions`
+            table = table[[not self._members(layer) for layer in table["layer"]]]
         return criticality_bars(
-            self.to_pandas(),
+            table,
             title=summary["model"],
             mean=summary["criticality"]["mean"] if summary["criticality"] else None,
             chance=summary["chance"],
@@ -219,8 +223,68 @@ class Measurement:
         stages = stages_of(list(self.record["layers"]))
         return class_map(self.by_class(of), title=self.summary()["model"], accuracy=accuracy, stages=stages)
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether two layers were reset together, and each alone."""
+        return bool(self._pairs())
+
+    def interactions(self) -> pd.DataFrame:
+        """Return one row per pair of layers, in depth order: how much more a reset of both does than the sum of two.
+
+        ``layer_i`` and ``layer_j`` name the layers, ``interaction`` is ``c({i, j}) - c(i) - c(j)`` of the criticality
+        c, ``low`` and ``high`` are the limits of its interval, which covers what ``covers`` of `summary` says, and
+        ``p_value`` is of the test that it is 0. Draws and images are the same in all three, so the differences are
+        taken one by one; trials in which one of the three is not finite are left out, and a reset that changes nothing
+        has criticality 0. ``criticality`` is that of both, ``criticality_i`` and ``criticality_j`` are of each alone.
+
+        Raises:
+            ProtocolError: no pair of layers was reset beside each of both alone.
+        """
+        pairs = self._pairs()
+        if not pairs:
+            raise ProtocolError(
+                "There are no interactions in this measurement: they need pairs of layers beside each layer alone. "
+                "Measure with --sets pairs (sets='pairs'), or name sets of one and of two layers."
+            )
+        unchanged = self.cells[self.cells["status"] == "unchanged"]
+        values = self.per_image["cosine"].copy()
+        place = {layer: number for number, layer in enumerate(self.record["layers"])}
+        values[unchanged["layer"].map(place).to_numpy(np.int64), unchanged["trial"].to_numpy(np.int64)] = 0
+        how = {key: self._how()[key] for key in ("level", "random_trials")}
+        places = [Pair(place[first], place[second], place[both]) for both, (first, second) in pairs.items()]
+        found = interactions_of(values, places, **how)
+        names = pd.DataFrame(list(pairs.values()), columns=["layer_i", "layer_j"])
+        renamed = {"first": "criticality_i", "second": "criticality_j"}
+        return pd.concat([names, found.rename(columns=renamed)], axis=1)
+
+    def plot_interactions(self) -> "Figure":
+        """Return the matrix of `interactions`.
+
+        Raises:
+            ProtocolError: as `interactions`.
+        """
+        from layercrit.figures.interactions import interaction_map
+
+        table = self.interactions()
+        used = {*table["layer_i"], *table["layer_j"]}
+        layers = [name for name in self.record["layers"] if name in used]
+        shapes = {name: "x".join(map(str, self.record["layers"][name]["shape"])) for name in layers}
+        title = self.record["model"]["reference"]
+        return interaction_map(table, layers, title=title, layer_labels=layer_labels(shapes))
+
+    def _members(self, layer: str) -> list[str]:
+        return list(self.record["layers"][layer].get("members", []))
+
+    def _pairs(self) -> dict[str, tuple[str, str]]:
+        """Return set -> its two layers, of the sets of two layers that were also reset alone."""
+        members = {layer: self._members(layer) for layer in self.record["layers"]}
+        alone = {layer for layer, own in members.items() if not own}
+        return {both: (own[0], own[1]) for both, own in members.items() if len(own) == 2 and alone.issuperset(own)}
+
     def save(self, folder: str | Path) -> Path:
         """Write ``cells.parquet``, ``images.parquet``, ``layers.csv``, ``measurement.json`` and the figure.
+
+        Where there are interactions, they are written to ``interactions.csv`` and a figure, too.
 
         Each file is written next to its place and then moved there, so that a reader never sees half a file.
 
@@ -242,10 +306,14 @@ class Measurement:
                 write_csv(self.to_pandas(), new / "layers.csv")
                 if self.images is not None:
                     self.images.write(new / _IMAGES)
+                if self.has_pairs:
+                    write_csv(self.interactions(), new / "interactions.csv")
                 text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
                 (new / "measurement.json").write_text(text + "\n", encoding="utf-8")
                 try:
                     save_figure(self.plot(), new / "criticality")
+                    if self.has_pairs:
+                        save_figure(self.plot_interactions(), new / "interactions")
                 except Exception as error:
                     if not isinstance(error, OSError):  # what goes wrong with the picture must not lose the numbers
                         _move(new, folder)

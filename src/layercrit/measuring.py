@@ -1,7 +1,7 @@
 """Measure one model on one probe set: which layers do its decisions depend on?"""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from layercrit.attacks import attacked, split_attack
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.subject import Subject
+from layercrit.layer_sets import read_sets
 from layercrit.measurement import Measurement
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
@@ -41,6 +42,7 @@ def measure(
     layers: str = DEFAULTS.layers,
     types: str = DEFAULTS.types,
     group: str = DEFAULTS.group,
+    sets: str | Path | Mapping[str, Any] = DEFAULTS.sets,
     reset: str = DEFAULTS.reset,
     norm_statistics: str = DEFAULTS.norm_statistics,
     donor: nn.Module | str | Path | None = None,
@@ -79,7 +81,10 @@ def measure(
         n_images: how many of the images to use, drawn by ``seed``; all if there are fewer.
         layers: shell-style patterns on layer names, comma-separated, such as ``layer1.*,fc``.
         types: types of layers that are reset, comma-separated, of `layercrit.layers.LAYER_TYPES`, or ``all``.
-        group: reset each ``layer`` separately, or a whole ``block`` or ``stage`` at once.
+        group: reset each ``layer`` separately, or a whole ``block`` or ``stage`` at once, or a block's ``attention``,
+            its ``mlp``, or a convolution with its normalisation (``conv+norm``); see `layercrit.layers.select_layers`.
+        sets: reset ``each`` of these on its own, or sets of them: ``all-but-one``, ``cascade-up``, ``cascade-down``,
+            ``pairs``, or those that a TOML file or a mapping names; see `layercrit.layer_sets.sets_of`.
         reset: what replaces a layer's parameters, a name in `layercrit.resets.RESETS`, with options in brackets if it
             has some: ``noise(scale=0.5)``.
         norm_statistics: running statistics of normalisation layers beside a reset: as ``trained``, as in the published
@@ -137,6 +142,7 @@ def measure(
         layers=layers,
         types=types,
         group=group,
+        sets=read_sets(sets),
         reset=get_reset(reset).name,
         norm_statistics=norm_statistics,
         seed=seed,
@@ -233,12 +239,13 @@ def _intention(subject: Subject, protocol: Protocol) -> str:
     model, size = subject.model, subject.model.preprocessing
     resized = "" if size.resize is None else f", resized to {size.resize} ({size.interpolation})"
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (model.mean, model.std))
+    what = "sets of layers" if protocol.sets != "each" else "layers"
     trials = f"{subject.n_trials} trial{'s' * (subject.n_trials > 1)}"
     if protocol.half_width is not None:
         trials = f"a pilot of {trials}, then as many as a half-width of {protocol.half_width:g} takes"
     elif protocol.minutes is not None:
         trials = f"a pilot of {trials}, then as many as {protocol.minutes:g} min allow"
     return (
-        f"{model.reference}: {len(subject.layers)} layers, {trials}, {protocol.n_images:,} images at "
+        f"{model.reference}: {len(subject.layers)} {what}, {trials}, {protocol.n_images:,} images at "
         f"most, of {size.channels} x {size.height} x {size.width} pixels{resized}; mean {mean}; std {std}"
     )

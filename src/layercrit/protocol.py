@@ -7,7 +7,7 @@ from typing import Any
 
 from layercrit.errors import ProtocolError, near
 
-__all__ = ["DEFAULTS", "DTYPES", "INTERVALS", "MATCHED", "NORM_STATISTICS", "Protocol"]
+__all__ = ["DEFAULTS", "DTYPES", "GROUPS", "INTERVALS", "MATCHED", "NORM_STATISTICS", "SETS", "Protocol"]
 
 MATCHED = "cosine_matched"
 """Column and key of the cosine distance between predictions at the model's matched temperature."""
@@ -17,6 +17,12 @@ NORM_STATISTICS = ("trained", "reset", "reestimate")
 
 INTERVALS = ("t", "betting")
 """The kinds of intervals: Student's t over trials and images, or betting on the means of trials."""
+
+GROUPS = ("layer", "block", "stage", "attention", "mlp", "conv+norm")
+"""What is reset as one: see `layercrit.layers.select_layers`."""
+
+SETS = ("each", "all-but-one", "cascade-up", "cascade-down", "pairs")
+"""The kinds of sets of layers: see `layercrit.layer_sets.sets_of`."""
 
 DTYPES = ("auto", "reference", "float32", "bfloat16")
 
@@ -52,7 +58,16 @@ class Protocol:
         "types of layers that are reset, comma-separated; the paper's are convolutions and linear layers",
     )
     group: str = _setting(
-        "layer", "reset each `layer` separately, or whole blocks or stages", enum=("layer", "block", "stage")
+        "layer",
+        "reset each `layer` separately; or whole blocks or stages; or the attention of a block, its MLP, or a "
+        "convolution with its normalisation as one",
+        enum=GROUPS,
+    )
+    sets: str | dict[str, str] = _setting(  # noqa: RUF009 - its default is a text
+        "each",
+        "reset `each` layer on its own; or sets of them: all layers but one, cascades from the input up or from the "
+        "output down, all pairs; or a TOML file of named sets, or a table: name = patterns on layer names",
+        anyOf=[{"type": "string"}, {"type": "object", "additionalProperties": {"type": "string"}}],
     )
     reset: str = _setting("rerandomize", "what replaces a layer's parameters")
     norm_statistics: str = _setting(
@@ -121,6 +136,7 @@ class Protocol:
             raise ProtocolError(f"Unknown norm_statistics {given!r}. {near(given, NORM_STATISTICS)}")
         if self.interval not in INTERVALS:
             raise ProtocolError(f"Unknown interval {str(self.interval)!r}. {near(str(self.interval), INTERVALS)}")
+        self._check_sets()
         self._check_precision()
 
     @property
@@ -132,6 +148,15 @@ class Protocol:
     def first_trials(self) -> int:
         """The trials that are run before any plan: all of them, or the pilot's."""
         return self.pilot if self.is_planned else self.trials
+
+    def _check_sets(self) -> None:
+        if isinstance(self.sets, dict):
+            if not self.sets or not all(isinstance(one, str) and one for item in self.sets.items() for one in item):
+                raise ProtocolError(f"sets must be name = patterns on layer names; got {self.sets!r}.")
+        elif self.sets not in SETS:
+            raise ProtocolError(
+                f"Unknown sets {self.sets!r}. {near(str(self.sets), SETS)} Named sets are read from a TOML file."
+            )
 
     def _check_precision(self) -> None:
         for name, limit, such_as in (("half_width", 1.0, "0.05"), ("minutes", math.inf, "10")):

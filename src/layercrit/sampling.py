@@ -275,7 +275,7 @@ class Sampling:
         return Cost(
             trial=session.seconds_drawing / n_trials,
             prefix=unit,
-            layers=session.seconds_packing / n_trials * n_parameters / n_parameters.sum(),
+            layers=session.seconds_packing / n_trials * n_parameters / max(n_parameters.sum(), 1),
             evaluations=unit * after,
         )
 
@@ -360,6 +360,7 @@ class Sampling:
             "predictions": predictions,
             "layers": {
                 layer.name: {"parameters": list(layer.parameters), "shape": list(layer.shape)}
+                | ({"members": [member.name for member in layer.members]} if layer.members else {})
                 for layer in subject.layers
             },
             "backend": session.holder.backend,

@@ -1,7 +1,9 @@
 """What a forward pass does with parameters, seen operator by operator while it runs."""
 
+import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
-__all__ = ["FirstUses", "Influence", "ParameterReads"]
+__all__ = ["Dataflow", "FirstUses", "Influence", "Operation", "ParameterReads", "in_single_operators"]
 
 
 class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -133,6 +135,78 @@ class ParameterReads(_Watcher):  # type: ignore[no-untyped-call]
             if id(tensor) in self._parameters and id(tensor) not in self.first_read:
                 self.first_read[id(tensor)] = self._time()
         return operator(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A call of an operator; or a parameter, or the image, which no operator makes.
+
+    Attributes:
+        operator: its name, such as ``addmm``; empty for a parameter and for the image.
+        inputs: the places of what made its inputs, in the order of its arguments; tensors that neither the image nor a
+            parameter influences are left out.
+        needs_image: whether the image influences it.
+        parameter: id of the parameter that it is, if it is one.
+    """
+
+    operator: str
+    inputs: tuple[int, ...]
+    needs_image: bool
+    parameter: int | None = None
+
+
+class Dataflow(_Watcher):  # type: ignore[no-untyped-call]
+    """Notes every operator that reads the image or a parameter, and which operators made its inputs.
+
+    As in `Influence`, tensors are told by their block of memory.
+
+    Attributes:
+        operations: in the order in which they ran; the image comes first, parameters where they are first read.
+
+    Args:
+        images: what the network is given.
+        parameters: those to watch.
+    """
+
+    def __init__(self, images: Tensor, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self._parameters = {id(p): p for p in parameters}
+        self.operations = [Operation("", (), needs_image=True)]
+        self._made_by: dict[int, int] = {_block(images): 0}
+        self._places: dict[int, int] = {}  # id of a parameter -> where it stands
+        self._alive: list[torch.UntypedStorage] = []
+
+    @override
+    def watch(self, operator: Callable[..., Any], inputs: list[Tensor], args: Any, kwargs: dict[str, Any]) -> Any:
+        places = tuple(place for tensor in inputs if (place := self._place(tensor)) is not None)
+        output = operator(*args, **kwargs)
+        name = getattr(_packet(operator), "__name__", "")
+        if places and not name.startswith("new_") and not name.endswith("_like"):  # which read a shape only
+            needs_image = any(self.operations[place].needs_image for place in places)
+            self.operations.append(Operation(name, places, needs_image))
+            for tensor in _tensors(output):
+                self._alive.append(tensor.untyped_storage())
+                self._made_by[_block(tensor)] = len(self.operations) - 1
+        return output
+
+    def _place(self, tensor: Tensor) -> int | None:
+        if id(tensor) not in self._parameters:
+            return self._made_by.get(_block(tensor))
+        if id(tensor) not in self._places:
+            self._places[id(tensor)] = len(self.operations)
+            self.operations.append(Operation("", (), needs_image=False, parameter=id(tensor)))
+        return self._places[id(tensor)]
+
+
+@contextlib.contextmanager
+def in_single_operators() -> Iterator[None]:
+    """Inside, torch's attention modules do not use their fused call, whose parts nobody sees."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

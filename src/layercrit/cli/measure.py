@@ -16,7 +16,7 @@ from layercrit.cli.printing import bar, number, percent, plain, print_table, pri
 from layercrit.cli.registered import ModelCommand, RegisteredOption
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
 from layercrit.errors import LayercritError
-from layercrit.protocol import DEFAULTS, DTYPES, INTERVALS, NORM_STATISTICS
+from layercrit.protocol import DEFAULTS, DTYPES, GROUPS, INTERVALS, NORM_STATISTICS
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["layers_command", "measure_command", "show_command"]
 
 _SECONDS_BETWEEN_SAVES = 60.0
+_STRONGEST = 8  # interactions that are printed
 
 
 def _selection(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,7 +39,10 @@ def _selection(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--types", default=DEFAULTS.types, show_default=True, metavar="TYPE,...",
                          help="Layer types: conv, linear, norm, embedding, other, or all."),
             click.option("--group", default=DEFAULTS.group, show_default=True,
-                         type=click.Choice(["layer", "block", "stage"]), help="What is reset at once."),
+                         type=click.Choice(GROUPS), help="What is reset at once."),
+            click.option("--sets", default=DEFAULTS.sets, show_default=True, metavar="KIND|FILE",
+                         help="Reset each of them on its own, or sets of them: all-but-one, cascade-up, cascade-down, "
+                         "pairs, or a TOML file of named sets."),
         ]
     ):  # fmt: skip
         command = option(command)
@@ -196,7 +200,7 @@ def measure_command(
 @click.argument("model")
 @_selection
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
-def layers_command(model: str, layers: str, types: str, group: str, as_json: bool) -> None:
+def layers_command(model: str, layers: str, types: str, group: str, sets: str, as_json: bool) -> None:
     """List what would be reset in MODEL, in depth order, without measuring.
 
     "after" is the share of the forward pass's FLOPs that must be recomputed when the layer is reset.
@@ -204,15 +208,18 @@ def layers_command(model: str, layers: str, types: str, group: str, as_json: boo
     from rich.table import Table
 
     from layercrit.engine.flops import count_flops
+    from layercrit.layer_sets import read_sets, sets_of
     from layercrit.layers import Group, find_layers, select_layers
     from layercrit.models.references import open_model, without_weights
 
     opened = open_model(without_weights(model, keep=("mean", "std", "input_size")))  # nothing is downloaded
     black = opened.classifier.normalise(opened.black_image)
-    found = select_layers(find_layers(opened.network, black), types=types, patterns=layers, group=cast(Group, group))
+    wanted = read_sets(sets)
+    every = find_layers(opened.network, black, group)
+    found = sets_of(select_layers(every, types=types, patterns=layers, group=cast(Group, group)), wanted)
     _, after = count_flops(opened.network, found, black)
     if as_json:
-        rows = [{**vars(layer), "flops_after": after[layer.name]} for layer in found]
+        rows = [{**layer.to_dict(), "flops_after": after[layer.name]} for layer in found]
         click.echo(json.dumps({"model": model, "layers": rows}, allow_nan=False))
         return
     table = Table(title=plain(model), title_justify="left", box=None, pad_edge=False)
@@ -323,14 +330,18 @@ def _folder_for(model: str, out: Path | None) -> Path:
 
 
 def _show(measurement: "Measurement", as_json: bool, folder: Path, by: str | None) -> None:
-    summary, table = measurement.summary(), measurement.to_pandas()
+    summary, table, has_pairs = measurement.summary(), measurement.to_pandas(), measurement.has_pairs
     if as_json:
         rows = json.loads(table.to_json(orient="records", double_precision=15))
-        groups = {f"by_{by}": rows_by(measurement, by)} if by else {}
-        click.echo(json.dumps({**summary, "layers": rows, "folder": str(folder), **groups}, allow_nan=False))
+        found = measurement.interactions().to_json(orient="records", double_precision=15) if has_pairs else "[]"
+        more = {"interactions": json.loads(found)} if has_pairs else {}
+        more |= {f"by_{by}": rows_by(measurement, by)} if by else {}
+        click.echo(json.dumps({**summary, "layers": rows, "folder": str(folder), **more}, allow_nan=False))
         return
     print_warnings(summary["warnings"])
     print_table(_layer_table(table, summary))
+    if has_pairs:
+        print_table(_interaction_table(measurement.interactions(), summary))
     for line in _summary_lines(summary):
         say(line)
     if by:
@@ -362,6 +373,26 @@ def _layer_table(table: "pd.DataFrame", summary: dict[str, Any]) -> Any:
         status = plain(row["status"])
         status.stylize("" if row["status"] == "ok" else "yellow")
         shown.add_row(*cells, status)
+    return shown
+
+
+def _interaction_table(pairs: "pd.DataFrame", summary: dict[str, Any]) -> Any:
+    """Return the strongest interactions as a table, those whose interval excludes 0 first."""
+    from rich.table import Table
+
+    excluded = (pairs["low"] > 0) | (pairs["high"] < 0)
+    order = pairs.assign(excluded=excluded, size=pairs["interaction"].abs()).sort_values(
+        ["excluded", "size"], ascending=False, kind="stable"
+    )
+    title = f"strongest of {len(pairs)} interactions; of {excluded.sum()} the interval excludes 0"
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("layers", "interaction", f"{100 * summary['level']:g}% interval", "both", "each alone"):
+        shown.add_column(column, justify="left" if column == "layers" else "right", no_wrap=True)
+    for row in order.head(_STRONGEST).to_dict("records"):
+        interval = "-" if row["low"] != row["low"] else f"{row['low']:+.3f} to {row['high']:+.3f}"
+        alone = f"{number(row['criticality_i'])}, {number(row['criticality_j'])}"
+        found = "-" if row["interaction"] != row["interaction"] else f"{row['interaction']:+.3f}"
+        shown.add_row(plain(f"{row['layer_i']} + {row['layer_j']}"), found, interval, number(row["criticality"]), alone)
     return shown
 
 

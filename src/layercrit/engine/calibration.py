@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ def calibrate(exact: Replay, rough: Replay, changes: Sequence[Change], images: T
 
 
 def _criticalities(replay: Replay, changes: Sequence[Change], images: Tensor) -> Tensor:
-    prepared = {change.layer.name: replay.prepare(change.layer, change.values) for change in changes}
+    shared: dict[Any, Any] = {}
+    prepared = {change.layer.name: replay.prepare(change.layer, change.values, shared) for change in changes}
     logits: Mapping[str | None, Tensor] = dict(replay.sweep(images, prepared))
     clean = logits[None].softmax(dim=1)
     return torch.stack(

@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["SweepCaptures"]
 
 Sweep = Iterator[tuple[str | None, Tensor]]
-Prepared = Mapping[str, Mapping[Any, Any]]  # layer name -> node -> value
+Prepared = Mapping[str, Any]  # layer name -> mappings, one within the other, whose values are tensors
 Run = Callable[..., Sweep]
 
 
@@ -22,13 +22,13 @@ class _Capture:
     Attributes:
         graph: its kernels.
         images: what it reads.
-        prepared: likewise, for each trial.
+        prepared: likewise; what several layers share, once.
         outputs: what it writes, in the order of a sweep.
     """
 
     graph: torch.cuda.CUDAGraph
     images: Tensor
-    prepared: Sequence[Mapping[str, Mapping[Any, Tensor]]]
+    prepared: Sequence[Tensor]
     outputs: Sequence[tuple[str | None, Tensor]]
 
 
@@ -70,33 +70,44 @@ class SweepCaptures:
         stream = torch.cuda.current_stream()
         try:
             own_images = torch.empty_like(images)
-            own = [
-                {
-                    name: {
-                        # kernels are chosen by requires_grad, too
-                        node: torch.empty_like(value, requires_grad=value.requires_grad)
-                        for node, value in of_layer.items()
-                    }
-                    for name, of_layer in p.items()
-                }
-                for p in prepared
-            ]
+            # kernels are chosen by requires_grad, too
+            copies = {
+                id(value): torch.empty_like(value, requires_grad=value.requires_grad) for value in _tensors(prepared)
+            }
+            own = [_copied(of_trial, copies) for of_trial in prepared]
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 outputs = list(run(own_images, *own))
         except (RuntimeError, TypeError):  # an operator waits for the GPU, memory is short, or a value is no tensor
             torch.cuda.set_stream(stream)  # which a capture that failed may leave
             return None
-        return _Capture(graph, own_images, own, outputs)
+        return _Capture(graph, own_images, list(copies.values()), outputs)
 
     def _fill(self, capture: _Capture, images: Tensor, prepared: Sequence[Prepared]) -> None:
         with torch.inference_mode():
             capture.images.copy_(images)
-            values = [v for of_trial in prepared for of_layer in of_trial.values() for v in of_layer.values()]
+            values = _tensors(prepared)
             if len(self._held) == len(values) and all(a() is b for a, b in zip(self._held, values, strict=True)):
                 return
-            for own, of_trial in zip(capture.prepared, prepared, strict=True):
-                for name, of_layer in of_trial.items():
-                    for node, value in of_layer.items():
-                        own[name][node].copy_(value)
+            for own, value in zip(capture.prepared, values, strict=True):
+                own.copy_(value)
         self._held = [weakref.ref(value) for value in values]
+
+
+def _tensors(prepared: Sequence[Prepared]) -> list[Tensor]:
+    """Return all tensors of what is prepared, each once."""
+    found: dict[int, Tensor] = {}
+    left: list[Any] = list(prepared)[::-1]
+    while left:
+        one = left.pop()
+        if isinstance(one, Mapping):
+            left.extend(list(one.values())[::-1])
+        else:
+            found[id(one)] = one
+    return list(found.values())
+
+
+def _copied(prepared: Any, copies: Mapping[int, Tensor]) -> Any:
+    if isinstance(prepared, Mapping):
+        return {key: _copied(value, copies) for key, value in prepared.items()}
+    return copies[id(prepared)]

@@ -1,14 +1,13 @@
 """The cost of a reset: the floating-point operations of a forward pass that depend on each layer."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from layercrit.layers import Layer
 from layercrit.restoring import holding
-from layercrit.watchers import Influence
+from layercrit.watchers import Influence, in_single_operators
 
 __all__ = ["count_flops"]
 
@@ -29,7 +28,7 @@ def count_flops(network: nn.Module, layers: Sequence[Layer], images: Tensor) -> 
     parameters = dict(network.named_parameters(remove_duplicate=False))
     weights = [(parameters[name], 1 << place) for place, layer in enumerate(layers, 1) for name in layer.parameters]
     watch = Influence([(images, 1), *weights])
-    with torch.no_grad(), holding(network, {}), _in_single_operators(), watch:
+    with torch.no_grad(), holding(network, {}), in_single_operators(), watch:
         network(images)
     dynamic = [(influence, flops) for influence, flops in watch.flops if influence & 1]
     total = sum(flops for _, flops in dynamic)
@@ -38,14 +37,3 @@ def count_flops(network: nn.Module, layers: Sequence[Layer], images: Tensor) -> 
         for place, layer in enumerate(layers, 1)
     }
     return total / len(images), after
-
-
-@contextlib.contextmanager
-def _in_single_operators() -> Iterator[None]:
-    """Inside, torch's attention modules do not use their fused call, whose FLOPs torch does not know."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,10 +1,10 @@
 """Run the exported network node by node: what comes before the reset layer once per batch, the rest again."""
 
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -31,28 +31,72 @@ class _Step:
 
 
 @dataclass(frozen=True)
-class Suffix:
-    """What one layer's reset changes.
+class _Source:
+    """What the resets of some layers write to, and what follows from weights alone.
 
     Attributes:
-        sources: placeholder -> the name under which the layer's value for it is drawn.
-        static: nodes below them that depend on weights alone.
-        steps: what an image needs.
-        frontier: the clean values that the steps read.
+        drawn: placeholder -> the name under which the value for it is drawn.
+        static: node below them that depends on weights alone -> the names of all values that change it.
+        read: those of both that nodes which need an image read.
     """
 
-    sources: dict[fx.Node, str]
-    static: list[fx.Node]
+    drawn: dict[fx.Node, str]
+    static: dict[fx.Node, tuple[str, ...]]
+    read: frozenset[fx.Node]
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """What an image needs after a reset of some layers.
+
+    Attributes:
+        steps: all nodes that depend on these layers.
+        frontier: the values from before them that the steps read.
+    """
+
     steps: list[_Step]
     frontier: list[fx.Node]
 
 
 @dataclass(frozen=True)
-class _Visit:
-    """The moment of a sweep at which all clean values that a layer's suffix reads are there."""
+class _Level:
+    """A sweep over the network in which some layers are reset already: those that several sets begin with.
 
-    layer: Layer
+    Sets are read in depth order, and those that begin alike share what is computed up to where they part.
+
+    Attributes:
+        base: names of the layers that are reset; none: the trained network.
+        events: what is run, and the resets that are visited on the way.
+        rest: what is then run up to the logits.
+        own: the name of the set of just these layers, if that is one, whose logits these are.
+        frontier: the values from outside that this reads.
+        names: of all sets that begin like this.
+    """
+
+    base: "_Names"
+    events: list["_Step | _Visit"]
+    rest: list[_Step]
+    own: str | None
+    frontier: list[fx.Node]
+    names: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """The moment of a sweep at which all values that the next resets read are there.
+
+    Attributes:
+        below: of several sets that begin alike, the level; of a single one, its name and what follows its reset.
+        forget: the values that nothing later reads.
+    """
+
+    below: "_Level | tuple[str, Suffix]"
     forget: tuple[fx.Node, ...]
+
+
+_Names = tuple[str, ...]
+_Prepared = Mapping[_Names, Mapping[fx.Node, Any]]
+"""Names of the layers that are reset -> node -> value; of a set, and of what it shares with other sets."""
 
 
 class GraphReplay(Replay):
@@ -72,8 +116,15 @@ class GraphReplay(Replay):
         self.exported = exported or weight_graph  # as it was before it was rewritten for speed
         self._nodes: list[fx.Node] = list(weight_graph.graph.nodes)
         self._dynamic = weight_graph.dynamic_nodes()
-        self._suffixes = {layer.name: self._plan_suffix(layer) for layer in layers}
-        self._schedules: dict[frozenset[str], list[_Step | _Visit]] = {}
+        self._members = {layer.name: layer.members or (layer,) for layer in layers}
+        self._sources: dict[_Names, _Source] = {}
+        self._suffixes: dict[_Names, Suffix] = {}
+        for layer in layers:
+            if not layer.members:
+                self._suffix((layer,))
+        begun = Counter(begin for members in self._members.values() for begin in _beginnings(members))
+        self._shared = {begin for begin, n in begun.items() if n > 1}
+        self._sweeps: dict[frozenset[str], _Level] = {}
         self._captures = SweepCaptures()
         read = {a for node in self._dynamic for a in node.all_input_nodes} | {weight_graph.logits}
         with torch.inference_mode():
@@ -86,18 +137,34 @@ class GraphReplay(Replay):
         return GraphReplay(speed_up(self.exported, dtype, device), self.layers, mode, self.exported)
 
     @override
-    def prepare(self, layer: Layer, values: Values) -> dict[fx.Node, Any]:
-        suffix = self._suffixes[layer.name]
-        # kernels are chosen by requires_grad, too, even where no gradient is computed: F.linear of strided inputs
-        cache: dict[fx.Node, Any] = {
-            node: values[name].detach().requires_grad_(self._weight_graph.values[node].requires_grad)
-            for node, name in suffix.sources.items()
+    def prepare(self, layer: Layer, values: Values, shared: dict[Any, Any] | None = None) -> _Prepared:
+        shared = {} if shared is None else shared
+        members = self._members[layer.name]
+        return {
+            _names(some): self._prepared(some, values, shared)
+            for some in (*(members[: len(begin)] for begin in _beginnings(members) if begin in self._shared), members)
         }
+
+    def _prepared(self, layers: tuple[Layer, ...], values: Values, shared: dict[Any, Any]) -> Mapping[fx.Node, Any]:
+        """Return node -> value of what resets of some layers change, as far as nodes that need an image read it."""
+        source, names = self._source(layers), _names(layers)
+        identity = (names, *(id(values[name]) for name in source.drawn.values()))
+        if identity in shared:
+            return cast(Mapping[fx.Node, Any], shared[identity])
+        cache: dict[fx.Node, Any] = {}
+        for node, name in source.drawn.items():
+            # kernels are chosen by requires_grad, too, even where no gradient is computed: F.linear of strided inputs
+            requires_grad = self._weight_graph.values[node].requires_grad
+            cache[node] = shared.get((node, id(values[name])))
+            if cache[node] is None:
+                cache[node] = shared[node, id(values[name])] = values[name].detach().requires_grad_(requires_grad)
         with torch.inference_mode():
-            for node in suffix.static:
-                cache[node] = call(node, node.target, partial(self._static_value, cache=cache))
-        read = {a for step in suffix.steps for a in step.node.all_input_nodes}
-        return {node: value for node, value in cache.items() if node in read}
+            for node, of in source.static.items():
+                key = (node, *(id(values[name]) for name in of))
+                if key not in shared:
+                    shared[key] = call(node, node.target, partial(self._static_value, cache=cache))
+                cache[node] = shared[key]
+        return shared.setdefault(identity, {node: value for node, value in cache.items() if node in source.read})
 
     @override
     def sweep(self, images: Tensor, *prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
@@ -112,34 +179,69 @@ class GraphReplay(Replay):
 
     def _run(self, images: Tensor, *prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
         key = frozenset(name for of_trial in prepared for name in of_trial)
-        if key not in self._schedules:
-            self._schedules[key] = self._schedule([layer for layer in self.layers if layer.name in key])
-        clean: dict[fx.Node, Any] = {self._weight_graph.images: images}
-        values = ChainMap(clean, self._static)
-        for event in self._schedules[key]:
+        if key not in self._sweeps:
+            self._sweeps[key] = self._level((), [layer for layer in self.layers if layer.name in key])
+        return self._run_level(self._sweeps[key], {self._weight_graph.images: images}, {}, prepared)
+
+    def _run_level(
+        self,
+        level: _Level,
+        outside: dict[fx.Node, Any],
+        drawn: Mapping[fx.Node, Any],
+        prepared: Sequence[Mapping[str, _Prepared]],
+    ) -> Iterator[tuple[str | None, Tensor]]:
+        """Yield what a sweep yields, of the sets of a level.
+
+        Args:
+            level: which layers are reset, and what is to be run.
+            outside: the values from outside; those that are computed are put beside them, and forgotten.
+            drawn: what is prepared for the layers that are reset.
+            prepared: for each trial, set -> what is prepared for it. One trial where layers are reset already.
+        """
+        values = ChainMap(outside, cast(dict[fx.Node, Any], drawn), self._static)
+        for event in level.events:
             if isinstance(event, _Step):
                 with torch.inference_mode():
-                    clean[event.node] = call(event.node, event.target, values.__getitem__)
+                    outside[event.node] = call(event.node, event.target, values.__getitem__)
             else:
-                name = event.layer.name
                 for of_trial in prepared:
-                    if name not in of_trial:
-                        continue
-                    with torch.inference_mode():
-                        logits = self._run_suffix(self._suffixes[name], of_trial[name], clean)
-                    yield name, logits
+                    yield from self._visit(event.below, values, of_trial)
             for node in event.forget:
-                del clean[node]
-        yield None, values[self._weight_graph.logits]
+                del outside[node]
+        if level.base and not any(level.own in of_trial for of_trial in prepared):
+            return
+        for step in level.rest:
+            with torch.inference_mode():
+                outside[step.node] = call(step.node, step.target, values.__getitem__)
+            for node in step.forget:
+                del outside[node]
+        yield level.own, values[self._weight_graph.logits]
+
+    def _visit(
+        self,
+        below: _Level | tuple[str, Suffix],
+        values: ChainMap[fx.Node, Any],
+        of_trial: Mapping[str, _Prepared],
+    ) -> Iterator[tuple[str | None, Tensor]]:
+        if isinstance(below, _Level):
+            first = next((of_set for name, of_set in of_trial.items() if name in below.names), None)
+            if first is not None:
+                outside = {node: values[node] for node in below.frontier}
+                yield from self._run_level(below, outside, first[below.base], [of_trial])
+        elif below[0] in of_trial:
+            name, suffix = below
+            with torch.inference_mode():
+                logits = self._run_suffix(suffix, of_trial[name][_names(self._members[name])], values)
+            yield name, logits
 
     @property
     def _shape(self) -> torch.Size:
         shape: torch.Size = self._weight_graph.images.meta["val"].shape
         return shape
 
-    def _run_suffix(self, suffix: Suffix, prepared: dict[fx.Node, Any], clean: dict[fx.Node, Any]) -> Any:
+    def _run_suffix(self, suffix: Suffix, prepared: Mapping[fx.Node, Any], before: ChainMap[fx.Node, Any]) -> Any:
         drawn = dict(prepared)
-        values = ChainMap(drawn, clean, self._static)
+        values = before.new_child(drawn)
         for step in suffix.steps:
             drawn[step.node] = call(step.node, step.target, values.__getitem__)
             for node in step.forget:
@@ -154,58 +256,126 @@ class GraphReplay(Replay):
             cache[node] = call(node, node.target, partial(self._static_value, cache=cache))
         return cache[node]
 
-    def _plan_suffix(self, layer: Layer) -> Suffix:
-        reset = (*layer.parameters, *layer.buffers)
-        sources = {
-            node: next(name for name in reset if name in names)
-            for node, names in self._weight_graph.names.items()
-            if not set(names).isdisjoint(reset)
-        }
-        changed = set(sources)
+    # --- plans ------------------------------------------------------------------------------------------------------
+
+    def _source(self, layers: tuple[Layer, ...]) -> _Source:
+        names = _names(layers)
+        if names not in self._sources:
+            reset = [name for one in layers for name in (*one.parameters, *one.buffers)]
+            drawn = {
+                node: next(name for name in reset if name in of_node)
+                for node, of_node in self._weight_graph.names.items()
+                if not set(of_node).isdisjoint(reset)
+            }
+            changed: dict[fx.Node, tuple[str, ...]] = {node: (name,) for node, name in drawn.items()}
+            read = set[fx.Node]()
+            for node in self._nodes:
+                above = [a for a in node.all_input_nodes if a in changed]
+                if node in self._dynamic:
+                    read.update(above)
+                elif above and node.op == "call_function":
+                    changed[node] = tuple(dict.fromkeys(name for a in above for name in changed[a]))
+            static = {node: of for node, of in changed.items() if node not in drawn}
+            self._sources[names] = _Source(drawn, static, frozenset(read))
+        return self._sources[names]
+
+    def _changed(self, layers: tuple[Layer, ...]) -> set[fx.Node]:
+        """Return all nodes whose values depend on some layers."""
+        changed = set(self._source(layers).drawn)
         for node in self._nodes:
             if node.op == "call_function" and any(a in changed for a in node.all_input_nodes):
                 changed.add(node)
-        static = [node for node in self._nodes if node in changed and node not in self._dynamic and node not in sources]
-        order = [node for node in self._nodes if node in changed and node in self._dynamic]
-        read = {a for node in order for a in node.all_input_nodes if a in self._dynamic}
-        frontier = [node for node in self._nodes if node in read and node not in changed]
-        forget = _last_uses([(node, node.all_input_nodes) for node in order], keep={self._weight_graph.logits})
-        steps = []
-        for node, dead in zip(order, forget, strict=True):
-            mine = tuple(a for a in dead if a in changed and a in self._dynamic)
-            steps.append(_Step(node, in_place(node, mine), mine))
-        return Suffix(sources, static, steps, frontier)
+        return changed
 
-    def _schedule(self, layers: Sequence[Layer]) -> list[_Step | _Visit]:
-        """Order one sweep: run the clean network just far enough for each layer in turn, then to its end."""
-        events: list[tuple[fx.Node | Layer, list[fx.Node]]] = []
-        done = {self._weight_graph.images}
+    def _first_use(self, layer: Layer) -> int:
+        """Return the place of the first node that needs an image and depends on a layer."""
+        changed = self._changed((layer,)) & self._dynamic
+        return next((place for place, node in enumerate(self._nodes) if node in changed), len(self._nodes))
+
+    def _suffix(self, layers: tuple[Layer, ...]) -> Suffix:
+        names = _names(layers)
+        if names not in self._suffixes:
+            changed = self._changed(layers)
+            order = [node for node in self._nodes if node in changed and node in self._dynamic]
+            read = {a for node in order for a in node.all_input_nodes if a in self._dynamic}
+            frontier = [node for node in self._nodes if node in read and node not in changed]
+            forget = _last_uses([(node, node.all_input_nodes) for node in order], keep={self._weight_graph.logits})
+            steps = []
+            for node, dead in zip(order, forget, strict=True):
+                mine = tuple(a for a in dead if a in changed and a in self._dynamic)
+                steps.append(_Step(node, in_place(node, mine), mine))
+            if not steps:  # the network's output does not depend on these layers
+                frontier = [self._weight_graph.logits]
+            self._suffixes[names] = Suffix(steps, frontier)
+        return self._suffixes[names]
+
+    def _level(self, base: tuple[Layer, ...], sets: Sequence[Layer]) -> _Level:
+        """Plan one sweep: run the network just far enough for each reset in turn, then to its end.
+
+        Args:
+            base: the layers that are reset already.
+            sets: those that begin with them.
+        """
+        mine = self._changed(base[-1:]) & self._dynamic if base else self._dynamic  # the rest is as it was outside
+        given = dict.fromkeys([self._weight_graph.images] if not base else list[fx.Node]())
+        done, events = set[fx.Node](), list[tuple[Any, list[fx.Node]]]()
 
         def advance(wanted: Sequence[fx.Node]) -> None:
             needed, stack = set[fx.Node](), list(wanted)
             while stack:
                 node = stack.pop()
-                if node in self._dynamic and node not in done and node not in needed:
+                if node not in self._dynamic or node in done or node in needed or node in given:
+                    continue
+                if node in mine:
                     needed.add(node)
                     stack.extend(node.all_input_nodes)
+                else:
+                    given[node] = None
             for node in self._nodes:
                 if node in needed:
                     events.append((node, node.all_input_nodes))
                     done.add(node)
 
-        for layer in layers:
-            frontier = self._suffixes[layer.name].frontier
-            if not self._suffixes[layer.name].steps:
-                frontier = [self._weight_graph.logits]  # the network's output does not depend on this layer
+        own = next((one.name for one in sets if len(self._members[one.name]) == len(base)), None) if base else None
+        for below in self._parts(base, [one for one in sets if one.name != own]):
+            frontier = below.frontier if isinstance(below, _Level) else below[1].frontier
             advance(frontier)
-            events.append((layer, frontier))
-        advance([self._weight_graph.logits])
+            events.append((below, frontier))
+        n_before = len(events)
+        if own is not None or not base:
+            advance([self._weight_graph.logits])
         forget = _last_uses(events, keep={self._weight_graph.logits})
-        schedule: list[_Step | _Visit] = []
+        planned: list[Any] = []
         for (event, _), dead in zip(events, forget, strict=True):
-            mine = tuple(a for a in dead if a in self._dynamic)
-            schedule.append(_Visit(event, mine) if isinstance(event, Layer) else _Step(event, event.target, mine))  # type: ignore[arg-type]
-        return schedule
+            gone = tuple(a for a in dead if a in done or a in given)
+            planned.append(_Step(event, event.target, gone) if isinstance(event, fx.Node) else _Visit(event, gone))
+        names = frozenset(one.name for one in sets)
+        return _Level(_names(base), planned[:n_before], planned[n_before:], own, list(given), names)
+
+    def _parts(self, base: tuple[Layer, ...], sets: Sequence[Layer]) -> Iterator[_Level | tuple[str, Suffix]]:
+        """Yield what is run after a base: of sets that go on with the same layer a level, of others their suffix."""
+        following: dict[str, list[Layer]] = {}
+        for one in sets:
+            following.setdefault(self._members[one.name][len(base)].name, []).append(one)
+        groups = list(following.values())
+        if any(one.members for one in sets):  # of which any may come first
+            groups.sort(key=lambda group: self._first_use(self._members[group[0].name][len(base)]))
+        for group in groups:
+            members = self._members[group[0].name]
+            if len(group) > 1:
+                yield self._level(members[: len(base) + 1], group)
+            else:
+                yield group[0].name, self._suffix(members[len(base) :])
+
+
+def _names(layers: Sequence[Layer]) -> _Names:
+    return tuple(layer.name for layer in layers)
+
+
+def _beginnings(members: tuple[Layer, ...]) -> Iterator[_Names]:
+    """Yield the names of the first layers of a set, the first one alone, the first two, and so on."""
+    names = _names(members)
+    return (names[:n] for n in range(1, len(names) + 1))
 
 
 def call(node: fx.Node, target: Any, look_up: Callable[[fx.Node], Any]) -> Any:
@@ -216,11 +386,11 @@ def call(node: fx.Node, target: Any, look_up: Callable[[fx.Node], Any]) -> Any:
 def _last_uses(events: Sequence[tuple[Any, Sequence[fx.Node]]], keep: set[fx.Node]) -> list[list[fx.Node]]:
     """Return for each event the nodes that it is the last to read."""
     last = {node: index for index, (_, read) in enumerate(events) for node in read}
-    made = {event: index for index, (event, _) in enumerate(events)}
+    made = {event: index for index, (event, _) in enumerate(events) if isinstance(event, fx.Node)}
     for node, index in made.items():
         last.setdefault(node, index)  # read by nothing: forget it at once
     forget: list[list[fx.Node]] = [[] for _ in events]
     for node, index in last.items():
-        if node not in keep and isinstance(node, fx.Node):
+        if node not in keep:
             forget[index].append(node)
     return forget

@@ -76,7 +76,9 @@ class NormStatistics:
             return self._subject.layers
         statistics = [name for norm in _norms(graph.graph.nodes) for name in _names_of(graph, norm)]
         whole = replace(_WHOLE, buffers=tuple(dict.fromkeys(statistics)))
-        layers = [whole, *self._subject.layers] if self._how == "reestimate" else self._subject.layers
+        # a set as one: its members share nothing with other sets, for the statistics differ
+        own = [replace(layer, members=()) for layer in self._subject.layers]
+        layers = [whole, *own] if self._how == "reestimate" else own
         self._estimating = _EstimatingReplay(_fast(graph, self._subject.device), layers)
         reached = self._estimating.norms_below if self._how == "reestimate" else self._estimating.first_norms
         self._names = {
@@ -191,12 +193,12 @@ class _EstimatingReplay(GraphReplay):
 
     def norms_below(self, layer: Layer) -> list[fx.Node]:
         """Return all normalisations that a layer's reset reaches."""
-        return _norms(step.node for step in self._suffixes[layer.name].steps)
+        return _norms(step.node for step in self._suffix((layer,)).steps)
 
     def first_norms(self, layer: Layer) -> list[fx.Node]:
         """Return the first normalisation that each of a layer's parameters reaches."""
         found = {}
-        for source in self._suffixes[layer.name].sources:
+        for source in self._source((layer,)).drawn:
             reached = {source}
             for node in self._nodes:
                 if node.op == "call_function" and not reached.isdisjoint(node.all_input_nodes):
@@ -244,11 +246,11 @@ class _EstimatingReplay(GraphReplay):
 
     @override
     def _run_suffix(
-        self, suffix: Suffix, prepared: dict[fx.Node, Any], clean: dict[fx.Node, Any]
+        self, suffix: Suffix, prepared: Mapping[fx.Node, Any], before: ChainMap[fx.Node, Any]
     ) -> Generator[tuple[fx.Node, Tensor], _Statistics, None]:
         """Run what a reset changes; yield each normalisation with what it is given, and be sent its statistics."""
         drawn = dict(prepared)
-        values = ChainMap(drawn, clean, self._static)
+        values = before.new_child(drawn)
         for step in suffix.steps:
             node: Any = step.node
             if node.target is BATCH_NORM:

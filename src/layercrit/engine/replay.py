@@ -40,23 +40,30 @@ class Replay(ABC):
         self.note = note
 
     @abstractmethod
-    def prepare(self, layer: Layer, values: Values) -> Any:
+    def prepare(self, layer: Layer, values: Values, shared: dict[Any, Any] | None = None) -> Any:
         """Turn a layer's drawn parameter values (name -> tensor) into what `sweep` takes; done once a trial.
 
         Of parameters that are tied to each other, the value under the first of their names in the layer counts.
+
+        Args:
+            layer: the layer, or a set of them.
+            values: all its values.
+            shared: what sets with the very same tensors among their values have in common is kept here, so that it is
+                made and held once. Empty before a trial's first call, and to be dropped after its last.
         """
 
     @abstractmethod
     def sweep(self, images: Tensor, *prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
-        """Yield (layer name, logits after its reset) in depth order, and at last (None, logits of the trained network).
+        """Yield (layer name, logits after its reset), and at last (None, logits of the trained network).
 
-        What a layer's resets share is computed once for all trials, and nothing that is not needed for an item is
-        computed before it: who does not need the trained network's logits stops before them.
+        Layers come in depth order; a set may come after sets of its members and others, with which it shares what is
+        computed. What a layer's resets share is computed once for all trials, and nothing that is not needed for an
+        item is computed before it: who does not need the trained network's logits stops before them.
 
         Args:
             images: normalised images ``(n_images, channels, height, width)``, of the shape the replay was opened for.
-            prepared: for each trial, layer name -> what `prepare` returned. A layer's trials follow each other in this
-                order. Logits are ``(n_images, n_classes)``, float32.
+            prepared: for each trial, layer name -> what `prepare` returned. A layer's trials come in this order. Logits
+                are ``(n_images, n_classes)``, float32.
         """
 
     def logits(self, images: Tensor) -> Tensor:
@@ -77,7 +84,7 @@ class PlainReplay(Replay):
         self.network, self._read_logits = network, read_logits
 
     @override
-    def prepare(self, layer: Layer, values: Values) -> Values:
+    def prepare(self, layer: Layer, values: Values, shared: dict[Any, Any] | None = None) -> Values:
         return dict(values)
 
     @override

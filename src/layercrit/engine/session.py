@@ -4,7 +4,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -239,17 +240,16 @@ class Session:
         self, replay: Replay, images: Tensor, prepared: Mapping[int, Mapping[str, Any]], start: int, n: int
     ) -> tuple[Tensor, dict[tuple[int, str], Tensor]]:
         """Return the trained network's logits, and by trial and layer those after its reset."""
-        order = [
-            (trial, layer.name)
+        left = {
+            layer.name: [trial for trial, of_trial in prepared.items() if layer.name in of_trial][::-1]
             for layer in self.subject.layers
-            for trial, of_trial in prepared.items()
-            if layer.name in of_trial
-        ]
+        }
         before = self._kept_logits(replay).get((start, n))
         after = {}
         sweep = replay.sweep(images, *prepared.values())
-        for cell, (_, logits) in zip(order, sweep):  # noqa: B905 - the sweep is longer by the trained network's logits
-            after[cell] = logits[:n].float()
+        # the sweep is longer by the trained network's logits, which are run only if they are needed
+        for name, logits in islice(sweep, sum(map(len, left.values()))):
+            after[left[cast(str, name)].pop(), cast(str, name)] = logits[:n].float()
             self.n_run += n
             self._bar.measured(self.n_run, max(self.n_expected, self.n_run))
         if before is None:  # what it takes beyond the last reset layer is run only now
@@ -302,10 +302,12 @@ class Draws:
             self._prepared = None  # frees what belonged to the replay before
             started = time.perf_counter()
             self._complete()
-            made = {
-                trial: {c.layer.name: replay.prepare(c.layer, c.values) for c in changes if c.delta_norm != 0}
-                for trial, changes in self._changes.items()
-            }
+            made: dict[int, dict[str, Any]] = {}
+            for trial, changes in self._changes.items():
+                shared: dict[Any, Any] = {}
+                made[trial] = {
+                    c.layer.name: replay.prepare(c.layer, c.values, shared) for c in changes if c.delta_norm != 0
+                }
             self._prepared = (replay, made)
             self._session.seconds_packing += time.perf_counter() - started
         return self._prepared[1]

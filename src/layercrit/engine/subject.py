@@ -1,6 +1,6 @@
 """The network under measurement: where it runs, which of its layers are reset, and to what."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from layercrit.engine.branches import branch_ends
 from layercrit.engine.flops import count_flops
 from layercrit.errors import LayercritError, ModelError, ProtocolError, first_line
+from layercrit.layer_sets import sets_of
 from layercrit.layers import Group, Layer, find_layers, select_layers
 from layercrit.machine import find_device
 from layercrit.models.model import Classifier, Model
@@ -63,15 +64,22 @@ class Subject:
             self.network = copied(self.network).to(self.device)
         self._classifier = Classifier(self.network, model.mean, model.std)
         self.model, self._notes_of_output = self._with_clear_output(model)
-        layers = self._all_layers()
-        self.layers = select_layers(
-            layers, types=protocol.types, patterns=protocol.layers, group=cast(Group, protocol.group)
+        layers = self._all_layers(protocol.group)
+        selected = select_layers(
+            layers,
+            types=protocol.types,
+            patterns=protocol.layers,
+            group=cast(Group, protocol.group),
         )
         self._reset = get_reset(protocol.reset)
         self._protocol = protocol
-        self._without_branch: list[str] = []
+        without = set[str]()
         if self._reset.branch:
-            self._take_branches(layers)
+            selected, without = self._with_branches(selected, layers)
+        self.layers = sets_of(selected, protocol.sets)
+        self._without_branch = {
+            unit.name for unit in self.layers if without & {unit.name, *(member.name for member in unit.members)}
+        }
         self._given_donor = given_donor(donor, self._reset, model, self.layers)
         # A reset that draws its chance from the initialiser has none left once the donor is given.
         fixed = self._given_donor is not None and self._reset.donor == "initialiser"
@@ -132,20 +140,28 @@ class Subject:
             donor = self._given_donor.values
         else:
             donor = donor_values(self.model, self.layers, seed) if self._reset.donor is not None else {}
+        drawn: dict[str, tuple[dict[str, Tensor], Tensor]] = {}  # of what several sets share
         for layer in self.layers if layers is None else layers:
             if layer.name in self._without_branch:
                 yield Change(layer, {}, 0.0, "no_branch")
                 continue
-            values = draw_values(self._reset, layer, self.model.network, donor, seed)
-            squares = [
-                (values[name].double() - self.model.network.get_parameter(name).detach().cpu().double()).square().sum()
-                for name in layer.parameters
-            ]
-            yield Change(
-                layer,
-                {name: value.to(self.device) for name, value in values.items()},
-                float(torch.stack(squares).sum().sqrt()),
-            )
+            values, squares = dict[str, Tensor](), [torch.zeros((), dtype=torch.float64)]
+            for member in layer.members or ([layer] if layer.parameters else []):
+                if member.name not in drawn:
+                    drawn[member.name] = self._drawn(member, donor, seed)
+                own, change = drawn[member.name]
+                values |= own
+                squares.append(change)
+            yield Change(layer, values, float(torch.stack(squares).sum().sqrt()))
+
+    def _drawn(self, layer: Layer, donor: Mapping[str, Tensor], seed: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the new values on the device of the network, and the sum of the squares of what changes."""
+        values = draw_values(self._reset, layer, self.model.network, donor, seed)
+        squares = [
+            (values[name].double() - self.model.network.get_parameter(name).detach().cpu().double()).square().sum()
+            for name in layer.parameters
+        ]
+        return {name: value.to(self.device) for name, value in values.items()}, torch.stack(squares).sum()
 
     def check_draws(self) -> None:
         """Make sure that a reset to fresh values draws them; see `layercrit.donors.check_draws`.
@@ -156,8 +172,8 @@ class Subject:
         if self._reset.donor == "initialiser" and self._given_donor is None:
             check_draws(self.model, self.layers)
 
-    def _take_branches(self, all_layers: Sequence[Layer]) -> None:
-        """Reset, of each unit, what ends the residual branches that it consists of.
+    def _with_branches(self, units: list[Layer], all_layers: Sequence[Layer]) -> tuple[list[Layer], set[str]]:
+        """Return the units, each with what ends the residual branches that it consists of, and names of those without.
 
         Raises:
             ProtocolError: no unit does, or this cannot be told.
@@ -165,7 +181,7 @@ class Subject:
         noise = torch.randint(0, 256, self.model.black_image.shape, generator=torch.Generator().manual_seed(0))
         images, name = self.normalise(noise.to(torch.uint8)), self._reset.name
         try:
-            ends = branch_ends(self.network, images, self.layers, all_layers, self.model.read_logits)
+            ends = branch_ends(self.network, images, units, all_layers, self.model.read_logits)
         except Exception as error:  # torch.export documents no base class for what it raises
             raise ProtocolError(
                 f"The reset {name!r} looks for residual branches in the network's graph, and {self.model.reference!r} "
@@ -174,15 +190,12 @@ class Subject:
         if not ends:
             instead = "Reset whole blocks with --group block (group='block'), or choose another reset."
             raise ProtocolError(
-                f"The reset {name!r} leaves out residual branches, but none of the {len(self.layers)} units, such as "
-                f"{self.layers[0].name!r}, consists of such branches: of all the convolutions and linear layers beside "
+                f"The reset {name!r} leaves out residual branches, but none of the {len(units)} units, such as "
+                f"{units[0].name!r}, consists of such branches: of all the convolutions and linear layers beside "
                 f"a shortcut. {instead if self._protocol.group == 'layer' else 'Choose another reset, such as zero.'}"
             )
-        self._without_branch = [layer.name for layer in self.layers if layer.name not in ends]
-        self.layers = [
-            replace(layer, parameters=ends[layer.name], buffers=()) if layer.name in ends else layer
-            for layer in self.layers
-        ]
+        taken = [replace(unit, parameters=ends[unit.name], buffers=()) if unit.name in ends else unit for unit in units]
+        return taken, {unit.name for unit in units if unit.name not in ends}
 
     def _with_clear_output(self, model: Model) -> tuple[Model, list[str]]:
         """Return the model with its output checked, and notes on it.
@@ -214,10 +227,10 @@ class Subject:
             "logarithms are taken as logits"
         ]
 
-    def _all_layers(self) -> list[Layer]:
+    def _all_layers(self, group: str) -> list[Layer]:
         """Find the layers on a black image, so that a wrong setting shows before any image is decoded."""
         with self._explained():
-            return find_layers(self.network, self.normalise(self.model.black_image))
+            return find_layers(self.network, self.normalise(self.model.black_image), group)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ from layercrit.figures.budget import criticality_against_budget
 from layercrit.figures.categories import CATEGORY_COLORS, CATEGORY_MARKERS
 from layercrit.figures.depth import criticality_over_depth
 from layercrit.figures.heat_maps import difference_map, heat_map, spread_map
+from layercrit.figures.interactions import interaction_map
 from layercrit.figures.rankings import ranking
 from layercrit.figures.style import check_formats, figure_style, printable, save_figure, text_width
 
@@ -20,6 +21,7 @@ __all__ = [
     "difference_map",
     "figure_style",
     "heat_map",
+    "interaction_map",
     "printable",
     "ranking",
     "save_figure",

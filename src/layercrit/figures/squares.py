@@ -124,7 +124,8 @@ def draw_squares(
     middles = np.stack([left + size[0] / 2, bottom + size[1] / 2], axis=1)  # (n_squares, 2)
     places: dict[str, list[int]] = {}
     for index in known.nonzero()[0].tolist():
-        places.setdefault(squares.written[index], []).append(index)
+        if squares.written[index]:
+            places.setdefault(squares.written[index], []).append(index)
     for number, indices in places.items():
         _draw_number(axes, number, middles[indices], [_readable_on(colors[i]) for i in indices], number_size, gid)
 

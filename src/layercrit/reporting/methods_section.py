@@ -11,6 +11,19 @@ from layercrit.named_options import split_name
 
 __all__ = ["methods_section"]
 
+_GROUPS = {
+    **{name: name for name in ("layer", "block", "stage")},
+    "attention": "layer (those of an attention as one)",
+    "mlp": "layer (those of an MLP as one)",
+    "conv+norm": "layer (convolution and normalisation as one)",
+}
+_SETS = {
+    "each": "of each {}",
+    "all-but-one": "of all but each {}",
+    "cascade-up": "of each {} and all before it",
+    "cascade-down": "of each {} and all after it",
+    "pairs": "of each {} and of every two of them",
+}
 _SOURCES = {  # by name and options of the reset
     "rerandomize": "fresh draws of the architecture's initialiser (Gavrikov et al. 2024)",
     "rewind": "their values before training (Zhang, Bengio & Singer 2022)",
@@ -31,10 +44,13 @@ def methods_section(measurement: Measurement) -> str:
     layers = measurement.to_pandas()
     version = record["versions"].get("layercrit", "")
     values = _new_values(protocol["reset"])
-    what = {"layer": "of each layer", "block": "of each block", "stage": "of each stage"}[protocol["group"]]
+    one = _GROUPS[protocol["group"]]
+    sets = protocol.get("sets", "each")
+    what = _SETS[sets].format(one) if isinstance(sets, str) else f"of each of {len(layers)} sets of {one}s"
+    counted = "layers" if sets == "each" else "sets of layers"
     size = images["preprocessing"]
     sentences = [
-        f"We measured the criticality of {len(layers)} layers of {visible(record['model']['reference'])} with "
+        f"We measured the criticality of {len(layers)} {counted} of {visible(record['model']['reference'])} with "
         f"layercrit {version}: the parameters {what} in turn were replaced by {values}, and criticality is 1 minus the "
         "cosine similarity of the softmax outputs before and after, averaged over trials (draws) and images.",
         f"The network was shown {images['n_images']:,} images drawn at random (seed {images['seed']}) from "

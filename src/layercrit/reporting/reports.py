@@ -321,6 +321,8 @@ def _budget(tables: _Tables) -> _Drawn:
 @_figure("depth")
 def _depth(tables: _Tables) -> _Drawn:
     """Criticality over depth, a line for each category."""
+    if tables.comparison.layers["stage"].isna().any():
+        raise StudyError("Sets of layers of several stages have no depth. Leave the figure out, or measure each layer.")
     values = tables.comparison.criticality
     labels, baseline = tables.labels, tables.comparison.baseline
     yield (

@@ -55,6 +55,13 @@ class ModelEntry:
     probe_set: str | None = None
     norm_statistics: str = "trained"
 
+    def donor_for(self, reset: Reset) -> str | None:
+        """Return where a reset's values come from: the donor, or None where it needs none or the model's own run."""
+        if reset.donor not in ("checkpoint", "model"):
+            return None
+        of_own_run = reset.options.get("epoch") is not None and training_run(self.reference) is not None
+        return None if of_own_run else self.donor
+
 
 def variants_of(
     entry: ModelEntry, epochs: Sequence[int], probe_sets: Sequence[str], norm_statistics: Sequence[str]
@@ -82,13 +89,6 @@ def variants_of(
             label = None if entry.label is None else entry.label + suffix
             one = replace(one, name=entry.name + suffix, label=label, variant_of=entry.name)
         yield one
-
-    def donor_for(self, reset: Reset) -> str | None:
-        """Return where a reset's values come from: the donor, or None where it needs none or the model's own run."""
-        if reset.donor not in ("checkpoint", "model"):
-            return None
-        of_own_run = reset.options.get("epoch") is not None and training_run(self.reference) is not None
-        return None if of_own_run else self.donor
 
 
 def rows_of_list(

@@ -39,6 +39,7 @@ from layercrit.declarations import Declaration, read_table
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.donors import is_reference
 from layercrit.errors import LayercritError, StudyError, near
+from layercrit.layer_sets import read_sets
 from layercrit.models.file_source import epochs_of, weight_file
 from layercrit.models.own_networks import import_here
 from layercrit.models.references import without_weights
@@ -263,6 +264,8 @@ class _Reader:
         """Return the settings of a table whose keys are right each by itself, and note where they contradict."""
         try:
             given = table.model_dump(exclude={"resets", "distances", "norm_statistics", "epochs"})
+            if isinstance(given["sets"], str):
+                given["sets"] = read_sets(given["sets"], self.path.parent)
             return Protocol(**given, reset=reset, norm_statistics=_listed(table.norm_statistics)[0])
         except LayercritError as error:
             self.mistakes.append(f"[protocol] {error}")
@@ -548,5 +551,7 @@ def _section(title: str, values: Mapping[str, Any]) -> str:
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_toml(key)} = {_toml(one)}" for key, one in value.items()) + " }"
     # JSON's texts, numbers, truth values and lists are TOML's, too, but for one character that JSON leaves as it is
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -13,6 +13,7 @@ import torch
 from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.flops import count_flops
 from layercrit.errors import LayercritError, ModelError, first_line
+from layercrit.layer_sets import sets_of
 from layercrit.layers import Layer, find_layers, select_layers
 from layercrit.machine import find_device
 from layercrit.models.model import Classifier
@@ -191,11 +192,12 @@ def _built(study: StudyFile, reference: str) -> _Architecture:
     normalise = Classifier(network, model.mean, model.std).normalise
     black = model.black_image
     layers = select_layers(
-        _all_layers(reference, network, normalise(black)),
+        _all_layers(reference, network, normalise(black), protocol.group),
         types=protocol.types,
         patterns=protocol.layers,
         group=protocol.group,  # type: ignore[arg-type]
     )
+    layers = sets_of(layers, protocol.sets)
     flops, after = count_flops(network, layers, normalise(black))
     n_numbers = sum(tensor.numel() for tensor in network.state_dict().values())
     batch = black.expand(max(1, _TIMED_PIXELS // (size.height * size.width)), -1, -1, -1)
@@ -204,9 +206,9 @@ def _built(study: StudyFile, reference: str) -> _Architecture:
     return _Architecture(len(layers), flops, flops * sum(after.values()), n_numbers, seconds)
 
 
-def _all_layers(reference: str, network: torch.nn.Module, image: torch.Tensor) -> list[Layer]:
+def _all_layers(reference: str, network: torch.nn.Module, image: torch.Tensor, group: str) -> list[Layer]:
     try:
-        return find_layers(network, image)
+        return find_layers(network, image, group)
     except LayercritError:
         raise
     except Exception as error:  # a network's own code raises what it likes

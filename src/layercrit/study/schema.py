@@ -8,9 +8,10 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from layercrit.declarations import Declaration, expected
 from layercrit.errors import StudyError, near
-from layercrit.layers import GROUPS, LAYER_TYPES
+from layercrit.layer_sets import read_sets
+from layercrit.layers import LAYER_TYPES
 from layercrit.probes.images import STANDARD, Interpolation, Preprocessing
-from layercrit.protocol import DEFAULTS, Protocol
+from layercrit.protocol import DEFAULTS, GROUPS, Protocol
 
 __all__ = [
     "METHOD_KEYS",
@@ -110,7 +111,9 @@ class ProtocolKeys(Declaration):
     """names of distances between predictions; default: all that are registered. `cosine` is always among them"""
 
     @field_validator(
-        *(one.name for one in fields(Protocol) if one.name != "norm_statistics"), mode="wrap", check_fields=False
+        *(one.name for one in fields(Protocol) if one.name not in ("sets", "norm_statistics")),
+        mode="wrap",
+        check_fields=False,
     )
     @classmethod
     def _as_of_a_measurement(cls, value: Any, handler: Any, info: ValidationInfo) -> Any:
@@ -124,6 +127,11 @@ class ProtocolKeys(Declaration):
         if group not in GROUPS:
             raise StudyError(f"unknown group {group!r}. {near(group, GROUPS)}")
         return group
+
+    @field_validator("sets", check_fields=False)
+    @classmethod
+    def _with_patterns(cls, sets: str | dict[str, str]) -> str | dict[str, str]:
+        return read_sets(sets) if isinstance(sets, dict) else sets  # a file is read from the study's folder
 
     @field_validator("types", check_fields=False)
     @classmethod

@@ -20,7 +20,8 @@ from layercrit.engine.predictions import Predictions
 from layercrit.engine.replay import Mode
 from layercrit.engine.session import Batch, Draws, Session
 from layercrit.engine.subject import Subject
-from layercrit.layers import Layer, stages_of
+from layercrit.layer_sets import stages_of_sets
+from layercrit.layers import Layer
 from layercrit.models.model import Model
 from layercrit.models.own_networks import import_here
 from layercrit.models.references import open_model
@@ -216,7 +217,7 @@ class _Opened:
             self.start()
         self.record["content"] = {self.reset: _hash(self._content())}
         layers = self.subject.layers
-        stages = stages_of([layer.name for layer in layers])
+        stages = stages_of_sets(layers)
         return [
             PlanRow(
                 model=job.model.name,
@@ -243,7 +244,10 @@ class _Opened:
     def _key(self, layer: Layer, trial: int) -> str:
         """Name the content of a cell: equal keys mean equal numbers, up to rounding."""
         seed = self.subject.seed(trial)
-        return _hash({**self._content(), "layer": [layer.name, *layer.parameters, *layer.buffers], "seed": seed})
+        names = [layer.name, *layer.parameters, *layer.buffers]
+        members = [[one.name, *one.parameters, *one.buffers] for one in layer.members]  # each drawn on its own
+        of_set = {"members": members} if members else {}
+        return _hash({**self._content(), "layer": names, **of_set, "seed": seed})
 
     def _content(self) -> dict[str, Any]:
         """Return what all cells of this model and reset have in common."""

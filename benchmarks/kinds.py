@@ -1,0 +1,100 @@
+"""What does it cost to ask in other ways whether a network needs its layers?
+
+    python benchmarks/kinds.py [--json FILE]
+
+Sets of layers, on a bundled network of 23 layers: every kind of `--sets` on 500 images in 3 trials, opening included.
+Beside it the same resets where no two sets share anything: each runs what comes after its first member by itself.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import layercrit
+from layercrit.engine.graph_replay import GraphReplay
+from layercrit.layers import Layer
+from layercrit.protocol import SETS
+
+FAMILY = files("layercrit") / "family"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--n-images", type=int, default=500)
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    measured("each", 8, 1)  # a first run in a process also imports
+    sets = []
+    for kind in SETS:
+        shared = measured(kind, arguments.n_images, arguments.trials)
+        with_sharing, GraphReplay._parts = GraphReplay._parts, _apart  # type: ignore[method-assign]
+        apart = measured(kind, arguments.n_images, arguments.trials)
+        GraphReplay._parts = with_sharing  # type: ignore[method-assign]
+        sets.append({"sets": kind, **shared, "apart": apart})
+        print(
+            f"{kind:14} {shared['n_sets']:4} sets {shared['seconds']:7.1f} s; apart {apart['seconds']:7.1f} s",
+            flush=True,
+        )
+    results = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__.partition("+")[0],
+        "n_images": arguments.n_images,
+        "trials": arguments.trials,
+        "sets": sets,
+    }
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"seconds_of_pairs={sets[SETS.index('pairs')]['seconds']:.1f}")
+
+
+def measured(sets: str, n_images: int, trials: int) -> dict[str, Any]:
+    """Return how many sets there are, and the seconds that measuring them took, on the clock and of CPU."""
+    clock, cpu = time.perf_counter(), time.process_time()
+    found = layercrit.measure(
+        f"file:{FAMILY / 'baseline'}",
+        str(FAMILY / "fashion-mnist-test.npz"),
+        n_images=n_images,
+        trials=trials,
+        sets=sets,
+        progress=False,
+    )
+    return {
+        "n_sets": len(found.record["layers"]),
+        "seconds": round(time.perf_counter() - clock, 2),
+        "cpu_seconds": round(time.process_time() - cpu, 2),
+    }
+
+
+def _apart(replay: GraphReplay, base: Sequence[Layer], sets: Sequence[Layer]) -> Iterator[Any]:
+    for one in sets:
+        yield one.name, replay._suffix(replay._members[one.name])
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Return the tables of docs/benchmarks.md."""
+    rows = [
+        f"| `{one['sets']}` | {one['n_sets']} | {one['seconds']:.0f} | {one['cpu_seconds']:.0f} "
+        f"| {one['apart']['seconds']:.0f} | {one['apart']['cpu_seconds']:.0f} |"
+        for one in results["sets"]
+    ]
+    head = [
+        f"{results['cores']} cores, torch {results['torch']}: {results['n_images']} images, {results['trials']} trials",
+        "",
+        "| `--sets` | sets | seconds | of CPU | seconds, nothing shared | of CPU |",
+        "|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *rows])
+
+
+if __name__ == "__main__":
+    main()
