@@ -408,7 +408,7 @@ def _lengths(tensors: Tensor) -> Tensor:
 def _start(images: Tensor, norm: str, eps: float, generators: Sequence[torch.Generator] | None) -> Tensor:
     """Return perturbations sampled uniformly from the ball."""
     if generators is not None:
-        starts = zip(images.cpu().split(1), generators, strict=True)
+        starts = zip(torch.split(images.cpu(), 1), generators, strict=True)
         return torch.cat([_start_of_one(image, norm, eps, generator) for image, generator in starts]).to(images.device)
     if norm == "linf":
         return eps * (2 * torch.rand_like(images) - 1)

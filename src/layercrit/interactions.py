@@ -50,7 +50,7 @@ def interactions_of(
     columns = ["interaction", "low", "high", "p_value", "criticality", "first", "second", "n_trials"]
     table = pd.DataFrame(np.nan, index=range(len(pairs)), columns=columns).astype({"n_trials": object})
     table["n_trials"] = 0
-    known = np.isfinite(distances).all(axis=2)  # (n_sets, n_trials)
+    known: npt.NDArray[np.bool_] = np.asarray(np.isfinite(distances).all(axis=2))  # (n_sets, n_trials)
     alike: dict[tuple[int, ...], list[int]] = {}
     for place, pair in enumerate(pairs):
         common = (known[pair.first] & known[pair.second] & known[pair.both]).nonzero()[0]

@@ -292,7 +292,7 @@ class Structure:
             before = following.get(norm, set())
             if len(before) == 1 and self._types.get(next(iter(before))) == "conv":
                 norms.setdefault(next(iter(before)), []).append(norm)
-        groups = {}
+        groups: dict[str, str] = {}
         for convolution, own in norms.items():
             holder = convolution.rpartition(".")[0]
             name = "+".join([convolution, *(norm.removeprefix(f"{holder}.") if holder else norm for norm in own)])

@@ -71,7 +71,7 @@ class Option:
             raise ValueError
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError
-        if self.limit is not None and value < self.limit:
+        if self.limit is not None and float(cast(Any, value)) < self.limit:
             raise ValueError
         return value
 

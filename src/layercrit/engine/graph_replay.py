@@ -164,7 +164,9 @@ class GraphReplay(Replay):
                 if key not in shared:
                     shared[key] = call(node, node.target, partial(self._static_value, cache=cache))
                 cache[node] = shared[key]
-        return shared.setdefault(identity, {node: value for node, value in cache.items() if node in source.read})
+        found = {node: value for node, value in cache.items() if node in source.read}
+        shared[identity] = found
+        return found
 
     @override
     def sweep(self, images: Tensor, *prepared: Mapping[str, Any]) -> Iterator[tuple[str | None, Tensor]]:
@@ -348,7 +350,9 @@ class GraphReplay(Replay):
         planned: list[Any] = []
         for (event, _), dead in zip(events, forget, strict=True):
             gone = tuple(a for a in dead if a in done or a in given)
-            planned.append(_Step(event, event.target, gone) if isinstance(event, fx.Node) else _Visit(event, gone))
+            planned.append(
+                _Step(event, cast(Any, event.target), gone) if isinstance(event, fx.Node) else _Visit(event, gone)
+            )
         names = frozenset(one.name for one in sets)
         return _Level(_names(base), planned[:n_before], planned[n_before:], own, list(given), names)
 

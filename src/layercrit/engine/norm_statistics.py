@@ -197,7 +197,7 @@ class _EstimatingReplay(GraphReplay):
 
     def first_norms(self, layer: Layer) -> list[fx.Node]:
         """Return the first normalisation that each of a layer's parameters reaches."""
-        found = {}
+        found: dict[fx.Node, None] = {}
         for source in self._source((layer,)).drawn:
             reached = {source}
             for node in self._nodes:

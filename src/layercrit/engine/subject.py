@@ -118,7 +118,7 @@ class Subject:
                 "initialiser, open the model by reference or give a donor"
             )
         if self._without_branch:
-            few = ", ".join(self._without_branch[:5]) + " ..." * (len(self._without_branch) > 5)
+            few = ", ".join(sorted(self._without_branch)[:5]) + " ..." * (len(self._without_branch) > 5)
             notes.append(
                 f"{self._reset.name}: {len(self._without_branch)} of {len(self.layers)} units do not consist of "
                 f"residual branches, so nothing is measured for them: {few}"

@@ -114,6 +114,6 @@ def _draw_band(figure: "Figure", axes: "Axes", scale: Scale, title: str) -> None
     ticks = np.linspace(scale.low, scale.high, scale.ticks)
     bar.set_ticks(ticks.tolist(), labels=[scale.tick(tick) for tick in ticks])
     bar.ax.tick_params(labelsize=_NOTE_SIZE, length=2, width=0.5, pad=1.5)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     if bar.solids is not None:
         bar.solids.set_edgecolor("face")  # without, many viewers show gaps

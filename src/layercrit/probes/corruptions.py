@@ -77,7 +77,7 @@ class CorruptionKind:
         side = min(height, width)
         place = math.log(side / _SMALL) / math.log(_LARGE / _SMALL)  # 0 at 32 pixels, 1 at 224
         if 0 <= place <= 1:
-            return small ** (1 - place) * large**place
+            return float(small ** (1 - place) * large**place)
         nearest, known = (small, _SMALL) if place < 0 else (large, _LARGE)
         return nearest * side / known if self.in_pixels else nearest
 

@@ -102,7 +102,7 @@ def _correctness(study: Study, comparison: Comparison, model: str, layers: Seque
     if images.labels is None or images.predictions is None or images.correct.all() or not images.correct.any():
         return None
     table = compared_rows(study.by_correctness(model, reset=comparison.reset), comparison)
-    rows = table.astype({"layer": str}).set_index("layer").reindex(layers)
+    rows = table.astype({"layer": str}).set_index("layer").reindex(list(layers))
     return {
         "n_correct": int(images.correct.sum()),
         "n_wrong": int((~images.correct).sum()),

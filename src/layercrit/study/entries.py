@@ -75,7 +75,8 @@ def variants_of(
         norm_statistics: what becomes of running statistics, likewise.
     """
     path, mark, options = file_parts(entry.reference) if epochs else ("", "", "")
-    for how, images, epoch in product(norm_statistics, probe_sets or [None], [None, *epochs]):
+    names: Sequence[str | None] = probe_sets or [None]
+    for how, images, epoch in product(norm_statistics, names, [None, *epochs]):
         changes = [
             *([] if epoch is None else [f"epoch {epoch}"]),
             *([] if not probe_sets or images == probe_sets[0] else [str(images)]),

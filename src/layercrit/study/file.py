@@ -224,7 +224,7 @@ class _Reader:
         self._check_comparison(models, study.baseline, study.leave_out)
         settings = self._protocol(protocol, known[0].name if known else DEFAULTS.reset)
         first, *others = self._probe_sets(images, further, preprocessing)
-        names = [first.name, *(one.name for one in others)] if others else []
+        names = [str(one.name) for one in (first, *others)] if others else []
         statistics = _listed(protocol.norm_statistics)
         every = [
             variant
@@ -263,10 +263,11 @@ class _Reader:
     def _protocol(self, table: Declaration, reset: str) -> Protocol:
         """Return the settings of a table whose keys are right each by itself, and note where they contradict."""
         try:
-            given = table.model_dump(exclude={"resets", "distances", "norm_statistics", "epochs"})
+            given = table.model_dump(exclude={"resets", "distances", "epochs"})
+            statistics = _listed(given.pop("norm_statistics"))[0]
             if isinstance(given["sets"], str):
                 given["sets"] = read_sets(given["sets"], self.path.parent)
-            return Protocol(**given, reset=reset, norm_statistics=_listed(table.norm_statistics)[0])
+            return Protocol(**given, reset=reset, norm_statistics=statistics)
         except LayercritError as error:
             self.mistakes.append(f"[protocol] {error}")
             return DEFAULTS
