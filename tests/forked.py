@@ -5,7 +5,6 @@ What is about the interpreter itself (its environment at the start, hash seeds, 
 
 import atexit
 import contextlib
-import io
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -25,6 +24,16 @@ FORKS.set_forkserver_preload(
         *("layercrit.figures.bars", "layercrit.reporting.reports", "matplotlib.backends.backend_agg"),
     ]
 )
+_SERVER = multiprocessing.forkserver._forkserver
+
+
+def begin(*arguments, cwd, out, err, env=None, prepare=None):
+    """Begin the command in a forked process, which writes to the files ``out`` and ``err``; see `layercrit`."""
+    arguments = [str(argument) for argument in arguments]
+    environment = dict(os.environ if env is None else env)
+    process = FORKS.Process(target=_be_layercrit, args=(arguments, str(cwd), environment, prepare, out, err))
+    process.start()
+    return process
 
 
 def layercrit(*arguments, cwd, env=None, prepare=None, timeout=300):
@@ -37,12 +46,9 @@ def layercrit(*arguments, cwd, env=None, prepare=None, timeout=300):
         prepare: called in the process before the command.
         timeout: seconds after which it is killed.
     """
-    arguments = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        environment = dict(os.environ if env is None else env)
-        process = FORKS.Process(target=_be_layercrit, args=(arguments, str(cwd), environment, prepare, out, err))
-        process.start()
+        process = begin(*arguments, cwd=cwd, out=out, err=err, env=env, prepare=prepare)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
@@ -56,13 +62,13 @@ def _be_layercrit(arguments, cwd, environment, prepare, out, err):
 
     from layercrit.cli.root import main
 
+    atexit._clear()  # what was imported before the fork is of all processes
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     for number, path in ((1, out), (2, err)):
         with path.open("wb") as file:
             os.dup2(file.fileno(), number)
-    sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(number, "wb", closefd=False)) for number in (1, 2))
     sys.argv = ["layercrit", *arguments]
     torch.set_num_threads(1)
     if prepare is not None:
@@ -70,12 +76,14 @@ def _be_layercrit(arguments, cwd, environment, prepare, out, err):
     try:
         main()
     finally:
-        atexit._run_exitfuncs()  # which processes of multiprocessing leave out
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
 
 
 @contextlib.contextmanager
-def forked_workers():
-    """Let the workers of studies be forked, too."""
+def forked_workers(address=None):
+    """Let the workers of studies be forked, too; in a process that is forked itself, from the server of its parent."""
+    if address is not None:
+        _SERVER._forkserver_address, _SERVER.ensure_running = address, lambda: None
     context = SimpleNamespace(get_context=lambda method: FORKS, parent_process=multiprocessing.parent_process)
     before, local_processes.multiprocessing = local_processes.multiprocessing, context
     try:
@@ -85,6 +93,6 @@ def forked_workers():
 
 
 def server():
-    """Process id of the process that all are forked from, whose children they are."""
-    multiprocessing.forkserver.ensure_running()
-    return multiprocessing.forkserver._forkserver._forkserver_pid
+    """Process id of the process that all are forked from, whose children they are, and where it is spoken to."""
+    _SERVER.ensure_running()
+    return _SERVER._forkserver_pid, _SERVER._forkserver_address
