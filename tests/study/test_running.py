@@ -690,7 +690,7 @@ def _killed(path, folder, seconds):
 
 @pytest.mark.slow
 def test_run_study__workers_vanish_with_a_killed_run(tmp_path):
-    path = write_small(tmp_path, n_models=2, trials=5, n_images=100, protocol={"batch_size": 2})
+    path = write_small(tmp_path, n_models=2, trials=5, n_images=200, protocol={"batch_size": 2})
     folder, generator = tmp_path / "out", np.random.default_rng(0)
     found = 0
     parent_of_all, address = server()
@@ -699,14 +699,14 @@ def test_run_study__workers_vanish_with_a_killed_run(tmp_path):
         process = FORKS.Process(target=run_with_workers, args=(path, folder, 2, address))
         process.start()
         deadline = time.monotonic() + 60
-        while check_store(folder, n_images=100) == found and process.exitcode is None:
+        while check_store(folder, n_images=200) == found and process.exitcode is None:
             assert time.monotonic() < deadline, "nothing is measured"
             time.sleep(0.05)
         time.sleep(generator.uniform(0, 0.5))
         workers = set(children_of(parent_of_all)) - {process.pid, *others}
         process.kill()
         process.join()
-        found = check_store(folder, n_images=100)
+        found = check_store(folder, n_images=200)
         deadline = time.monotonic() + 10
         while any(map(is_running, workers)):
             assert time.monotonic() < deadline, "workers outlive their run"

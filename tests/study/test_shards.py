@@ -37,6 +37,7 @@ from running_jobs import (
     make_stores,
     run,
     run_shard,
+    run_slowly,
     tables,
     write_model,
     write_small,
@@ -463,11 +464,11 @@ def test_shards__at_the_same_time_and_killed(study, folder, whole):
     while time.monotonic() < deadline:
         for shard in ("1/3", "2/3", "3/3"):
             if shard not in processes or processes[shard].exitcode not in (None, 0):
-                processes[shard] = FORKS.Process(target=run_shard, args=(study, folder, shard))
+                processes[shard] = FORKS.Process(target=run_slowly, args=(study, folder, 0.2, shard))
                 processes[shard].start()
         if all(process.exitcode == 0 for process in processes.values()):
             break
-        time.sleep(generator.uniform(0, 4))
+        time.sleep(generator.uniform(0, 1))
         if n_killed < 4:
             victim = generator.choice(list(processes.values()))
             victim.kill()
