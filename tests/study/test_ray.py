@@ -34,6 +34,7 @@ TESTS = Path(__file__).parents[1]
 WITH_TESTS = os.environ | {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "30",  # not ours, which is short for a busy machine
 }
 needs_cluster = pytest.mark.slow
 
