@@ -12,9 +12,11 @@ STORE = 80_000_000  # bytes; the least that Ray allows is a little less
 
 
 def free_port(host):
-    with socket.socket() as one:
+    """Return a port that is free, and not 52365, which Ray's dashboard claims although there is none."""
+    with socket.socket() as one, socket.socket() as other:
         one.bind((host, 0))
-        return one.getsockname()[1]
+        other.bind((host, 0))
+        return next(port for _, port in (one.getsockname(), other.getsockname()) if port != 52365)
 
 
 @contextlib.contextmanager

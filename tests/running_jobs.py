@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from functools import partial
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from forked import forked_workers
 from layercrit.distances import DISTANCES
 from layercrit.resets import RESETS
 from layercrit.seeds import drawing
@@ -156,7 +158,7 @@ class KillingWorkers(LocalProcesses):
     def run(self, tasks, start, answer):
         for number, event in enumerate(super().run(tasks, start, answer)):
             if number in self.at:
-                victim = next(process for process in multiprocessing.active_children() if "Spawn" in str(process))
+                victim = next(one for one in multiprocessing.active_children() if isinstance(one, ForkServerProcess))
                 victim.kill()
                 self.killed.append(victim.pid)
             yield event
@@ -203,9 +205,10 @@ def run_slowly(path, folder, seconds, shard=None):
     run(path, folder, Slow(seconds), shard=None if shard is None else Shard.parse(shard))
 
 
-def run_with_workers(path, folder, n_workers):
-    """Be a process with workers, for a process that kills this one."""
-    run(path, folder, LocalProcesses([PLACE] * n_workers))
+def run_with_workers(path, folder, n_workers, address):
+    """Be a process with workers, for a process that kills this one; ``address`` is that of its server."""
+    with forked_workers(address):
+        run(path, folder, LocalProcesses([PLACE] * n_workers))
 
 
 # looking at results

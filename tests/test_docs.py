@@ -32,6 +32,7 @@ import click
 import pytest
 
 import layercrit
+from forked import forked_workers
 from layercrit import errors
 from layercrit.cli.root import cli
 from layercrit.demo import copy_family, example_study
@@ -46,6 +47,7 @@ from layercrit.study.file import read_study_file
 from layercrit.study.running import run_study
 from layercrit.trackers import TRACKERS
 from layercrit.training.methods import CATEGORIES, METHODS
+from running_jobs import Inline
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -271,7 +273,7 @@ def measure_some_of(demo: Path) -> None:
     kept = [text for text in models if re.search(r'name = "([^"]+)"', text)[1] in wanted]
     file = demo / "layercrit-demo" / "few.toml"
     file.write_text("[[models]]".join([head.replace("n_images = 500", "n_images = 40"), *kept]), encoding="utf-8")
-    run_study(read_study_file(file), demo / "layercrit-demo" / "study", n_workers=1)
+    run_study(read_study_file(file), demo / "layercrit-demo" / "study", executor=Inline())
 
 
 @pytest.fixture
@@ -282,7 +284,8 @@ def as_a_reader(demo, monkeypatch):
     monkeypatch.chdir(demo)
     monkeypatch.setattr(sys, "path", [str(demo), *sys.path])
     importlib.invalidate_caches()
-    yield demo
+    with forked_workers():
+        yield demo
     for registry, kept in zip(registries, before, strict=True):
         registry.clear()
         registry.update(kept)

@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from forked import forked_workers
 from layercrit.cli.study import study as group
 from layercrit.demo import copy_family, example_study, run_demo, small_resnet
 from layercrit.models.references import open_model
@@ -113,7 +114,8 @@ def test_run_demo__leaves_study_figures_tables_and_findings(tmp_path, monkeypatc
     small = "[[models]]".join([head.replace("n_images = 500", "n_images = 40"), *kept])
     monkeypatch.setattr("layercrit.demo.example_study", lambda name: small)
     said = []
-    result = run_demo(tmp_path / "demo", said.append)
+    with forked_workers():
+        result = run_demo(tmp_path / "demo", said.append)
     study = load_study(tmp_path / "demo" / "study")
     n_models = len(study.models)
     assert len(study.cells) == n_models * N_LAYERS * 2

@@ -118,7 +118,7 @@ def _timm(name: str, **options: object) -> nn.Module:
 def _densenet121() -> nn.Module:
     from timm.models.densenet import DenseNet
 
-    return DenseNet(num_classes=N_CLASSES, growth_rate=8, block_config=(6, 12, 24, 16))
+    return DenseNet(num_classes=N_CLASSES, growth_rate=8, block_config=(2, 4, 6, 3))
 
 
 def _mixer() -> nn.Module:
@@ -159,7 +159,7 @@ def _transformers_vit(attention: str = "sdpa") -> nn.Module:
 
 # name -> (builder, size of an image)
 ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "resnet50": (partial(_timm, "resnet50", channels=(16, 32, 64, 128)), 32),
+    "resnet50": (partial(_timm, "resnet50", channels=(16, 32, 64, 128), layers=(2, 2, 3, 2)), 32),
     "vgg16_bn": (partial(_timm, "vgg16_bn", mlp_ratio=0.02), 32),
     "densenet121": (_densenet121, 32),
     "convnext_tiny": (partial(_timm, "convnext_tiny", depths=(1, 1, 2, 1), dims=(16, 32, 64, 96)), 64),

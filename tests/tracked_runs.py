@@ -2,21 +2,18 @@
 
 import os
 import socket
-import subprocess
-import sys
 import threading
 
+from forked import layercrit
+from layercrit.study import running
 from layercrit.trackers import TRACKERS, Tracker, tracker
-
-PROGRAM = """
-import layercrit.study.running as running
-from layercrit.cli.root import main
 from running_jobs import Inline
 
-running.LocalProcesses = lambda places: Inline()
-main()
-"""
 _PREFIXES = ("WANDB_", "MLFLOW_", "TRACKIO_")
+
+
+def measure_here():
+    running.LocalProcesses = lambda places: Inline()
 
 
 def track(path, out, *names, command=("study", "run"), options=(), **variables):
@@ -29,15 +26,7 @@ def track(path, out, *names, command=("study", "run"), options=(), **variables):
     arguments += [part for name in names for part in ("--track", name)]
     cwd = out.parent / "cwd"
     cwd.mkdir(exist_ok=True)
-    paths = [part for part in sys.path if part]
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments],
-        cwd=cwd,
-        env=kept | own | {"PYTHONPATH": os.pathsep.join(paths)} | variables,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return layercrit(*arguments, cwd=cwd, env=kept | own | variables, prepare=measure_here)
 
 
 class Server:

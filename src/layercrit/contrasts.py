@@ -8,7 +8,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from scipy.special import gammaincinv, gammaln, stdtr, stdtrit
-from scipy.stats import false_discovery_control
 
 from layercrit.errors import ProtocolError
 
@@ -292,6 +291,8 @@ def benjamini_hochberg(p_values: npt.NDArray[Any]) -> Array:
     Args:
         p_values: ``(n_tests,)``; NaN stays NaN and does not count as a test.
     """
+    from scipy.stats import false_discovery_control  # not above: see `layercrit.correlations`
+
     p_values = np.asarray(p_values, np.float64)
     adjusted = np.full(p_values.shape, np.nan)
     tested = ~np.isnan(p_values)

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.stats import kendalltau, rankdata, spearmanr
 
 __all__ = ["rank_correlations"]
 
@@ -23,6 +22,8 @@ def rank_correlations(models: pd.DataFrame) -> pd.DataFrame:
         one row per ``without`` (None or the category left out) and ``method`` (``spearman`` for rho, ``kendall`` for
         tau-b): ``statistic``, ``pvalue`` (two-sided; both NaN for fewer than three models) and ``n``, how many models.
     """
+    from scipy.stats import kendalltau, spearmanr  # not above: it takes a second, which every worker would wait
+
     known = models.dropna(subset=["accuracy", "criticality"])
     rows = []
     for without in [None, *sorted(models["category"].dropna().unique())]:
@@ -44,6 +45,8 @@ def _exact_spearman(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> f
 
     The usual approximation by Student's t is far too confident for few models: it gives 0 for three in perfect order.
     """
+    from scipy.stats import rankdata
+
     ranks = [rankdata(values) - (len(values) + 1) / 2 for values in (x, y)]
     orders = np.array(list(itertools.permutations(ranks[1])))  # (n!, n)
     sums = np.abs(orders @ ranks[0])

@@ -1,4 +1,4 @@
-"""The command line through its installed entry point, on real files."""
+"""The command line on real files: in processes of their own, some of them begun by the installed entry point."""
 
 import inspect
 import json
@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
 
+from forked import layercrit
 from labelled_images import BASELINE, LABELS, NAMES, write_classes, write_pngs
 from layercrit.cli.root import cli, main
 from layercrit.errors import LayercritError
@@ -26,7 +27,7 @@ LAYERCRIT = Path(sys.executable).parent / "layercrit"
 MODEL = "timm:test_resnet?pretrained=false&num_classes=7"
 
 
-def run(*arguments, cwd, **options):
+def entry_point(*arguments, cwd, **options):
     return subprocess.run([LAYERCRIT, *arguments], cwd=cwd, capture_output=True, text=True, check=False, **options)
 
 
@@ -45,7 +46,8 @@ def photographs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(photographs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
-    result = run("measure", MODEL, "--images", photographs, "--trials", "2", "--out", "result", "--json", cwd=folder)
+    command = ("measure", MODEL, "--images", photographs, "--trials", "2", "--out", "result", "--json")
+    result = entry_point(*command, cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder / "result", result
 
@@ -71,7 +73,7 @@ def test_measure__writes_every_file_that_is_promised(measured):
 
 def test_measure__same_seed_same_table_in_another_process(measured, photographs, tmp_path):
     folder, _ = measured
-    again = run("measure", MODEL, "--images", photographs, "--trials", "2", "--out", "again", cwd=tmp_path)
+    again = entry_point("measure", MODEL, "--images", photographs, "--trials", "2", "--out", "again", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "again" / "layers.csv").read_bytes() == (folder / "layers.csv").read_bytes()
     assert "mean criticality" in again.stdout
@@ -81,7 +83,7 @@ def test_measure__same_seed_same_table_in_another_process(measured, photographs,
 def test_measure__does_not_replace_a_measurement_unasked(measured, photographs):
     folder, _ = measured
     before = (folder / "measurement.json").read_bytes()
-    result = run("measure", MODEL, "--images", photographs, "--trials", "2", "--out", folder, cwd=folder.parent)
+    result = layercrit("measure", MODEL, "--images", photographs, "--trials", "2", "--out", folder, cwd=folder.parent)
     assert result.returncode == 1
     assert "already contains a measurement" in result.stderr
     assert "--overwrite" in result.stderr
@@ -91,18 +93,18 @@ def test_measure__does_not_replace_a_measurement_unasked(measured, photographs):
 def test_show__prints_the_table_again(measured):
     folder, _ = measured
     (folder / "criticality.png").unlink()
-    result = run("show", folder, cwd=folder.parent)
+    result = layercrit("show", folder, cwd=folder.parent)
     assert result.returncode == 0, result.stderr
     assert "mean criticality" in result.stdout
     assert Image.open(folder / "criticality.png").width > 500
 
 
 def test_layers__lists_depth_type_shape_and_share(tmp_path):
-    result = run("layers", MODEL, cwd=tmp_path)
+    result = layercrit("layers", MODEL, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "conv1" in result.stdout
     assert "fc" in result.stdout
-    printed = json.loads(run("layers", MODEL, "--types", "all", "--json", cwd=tmp_path).stdout)
+    printed = json.loads(layercrit("layers", MODEL, "--types", "all", "--json", cwd=tmp_path).stdout)
     shares = {row["name"]: row["flops_after"] for row in printed["layers"]}
     assert shares["conv1.0"] == max(shares.values())
     assert 0 < shares["fc"] < 0.1
@@ -236,7 +238,7 @@ def test_measure__truncated_image_is_named(photographs, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "whole.png").write_bytes(whole)
     (tmp_path / "images" / "broken.png").write_bytes(whole[: len(whole) // 2])
-    result = run("measure", MODEL, "--images", "images", cwd=tmp_path)
+    result = layercrit("measure", MODEL, "--images", "images", cwd=tmp_path)
     assert result.returncode == 1
     assert "broken.png" in result.stderr
     assert "Traceback" not in result.stderr
@@ -287,7 +289,7 @@ def test_options__defaults_are_the_library_s():
 
 
 def test_layers__downloads_nothing(tmp_path):
-    result = run(
+    result = entry_point(
         "layers", "timm:test_resnet.r160_in1k", "--json", cwd=tmp_path, env=os.environ | {"HF_HOME": str(tmp_path)}
     )
     assert result.returncode == 0, result.stderr
@@ -301,10 +303,10 @@ def test_measure__labels_and_classes(tmp_path):
     write_classes(tmp_path / "classes.txt")
     short = ("--layers", "fc", "--trials", "1", "--dtype", "float32")
     given = ("--labels", "images/labels.csv", "--classes", "classes.txt", "--out", "given", "--json")
-    result = run("measure", BASELINE, "--images", "images", *short, *given, cwd=tmp_path)
+    result = layercrit("measure", BASELINE, "--images", "images", *short, *given, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["top1_accuracy"] > 0.85
-    result = run("measure", BASELINE, "--images", "images", *short, "--out", "auto", cwd=tmp_path)
+    result = layercrit("measure", BASELINE, "--images", "images", *short, "--out", "auto", cwd=tmp_path)
     assert "note: the file" in result.stdout
     assert str(tmp_path / "images" / "labels.csv") in result.stdout
     assert "accuracy" not in result.stdout
@@ -313,19 +315,19 @@ def test_measure__labels_and_classes(tmp_path):
 def test_measure__folders_numbered_from_one(tmp_path):
     write_pngs(tmp_path / "dev", "{one}/{number}.png", one=range(1, 11))
     few = ("measure", BASELINE, "--images", "dev", "--n-images", "5", "--layers", "fc", "--trials", "1", "--out", "out")
-    result = run(*few, cwd=tmp_path)
+    result = layercrit(*few, cwd=tmp_path)
     assert result.returncode == 1
     assert "--classes" in result.stderr
     assert not (tmp_path / "out" / "measurement.json").exists()
     for ignored in (("--no-labels",), ("--labels", "none", "--overwrite")):
-        result = run(*few, *ignored, cwd=tmp_path)
+        result = layercrit(*few, *ignored, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert "accuracy" not in result.stdout
 
 
 def test_measure__for_a_half_width_prints_plan_trials_and_methods(photographs, tmp_path):
     asked = ["measure", MODEL, "--images", photographs, "--half-width", "0.2", "--pilot", "3", "--layers", "*.0.*"]
-    done = run(*asked, "--out", "result", cwd=tmp_path)
+    done = layercrit(*asked, "--out", "result", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "plan for a half-width of 0.2" in done.stderr
     (header,) = (line for line in done.stdout.splitlines() if line.startswith("layer "))
@@ -334,27 +336,27 @@ def test_measure__for_a_half_width_prints_plan_trials_and_methods(photographs, t
     table = pd.read_csv(tmp_path / "result" / "layers.csv")
     assert (table["half_width"] <= 0.2).all()
 
-    paragraph = run("show", "result", "--methods", cwd=tmp_path)
+    paragraph = layercrit("show", "result", "--methods", cwd=tmp_path)
     assert paragraph.returncode == 0, paragraph.stderr
     assert "half-width of 0.2" in paragraph.stdout
     assert paragraph.stdout.count("\n") == 1
 
-    again = run(*asked, "--out", "result", cwd=tmp_path)
+    again = layercrit(*asked, "--out", "result", cwd=tmp_path)
     assert again.returncode == 1
     assert "already contains a measurement" in again.stderr
 
-    both = run(*asked, "--trials", "3", cwd=tmp_path)
+    both = layercrit(*asked, "--trials", "3", cwd=tmp_path)
     assert both.returncode == 2
     assert "--max-trials" in both.stderr
 
 
 def test_measure__goes_on_with_fewer_trials_in_the_same_folder(photographs, tmp_path):
     asked = ["measure", MODEL, "--images", photographs, "--layers", "*.0.*", "--out", "result"]
-    first = run(*asked, "--trials", "1", cwd=tmp_path)
+    first = layercrit(*asked, "--trials", "1", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     before = pd.read_parquet(tmp_path / "result" / "cells.parquet")
 
-    more = run(*asked, "--trials", "2", cwd=tmp_path)
+    more = layercrit(*asked, "--trials", "2", cwd=tmp_path)
     assert more.returncode == 0, more.stderr
     after = pd.read_parquet(tmp_path / "result" / "cells.parquet")
     assert f"going on with {len(before)} cells" in more.stderr
@@ -362,7 +364,7 @@ def test_measure__goes_on_with_fewer_trials_in_the_same_folder(photographs, tmp_
     kept = after[after["trial"] == 0].reset_index(drop=True)
     pd.testing.assert_frame_equal(kept, before)
 
-    other = run(*asked, "--trials", "3", "--seed", "1", cwd=tmp_path)
+    other = layercrit(*asked, "--trials", "3", "--seed", "1", cwd=tmp_path)
     assert other.returncode == 1
     assert "seed 0 instead of 1" in other.stderr
     assert len(pd.read_parquet(tmp_path / "result" / "cells.parquet")) == len(after), "nothing is lost"

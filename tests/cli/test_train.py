@@ -1,4 +1,4 @@
-"""`layercrit train` and `layercrit methods`: in this process, and by the entry point where signals matter."""
+"""`layercrit train` and `layercrit methods`: in this process, and in another one where signals matter."""
 
 import json
 import os
@@ -6,18 +6,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from forked import begin
 from layercrit.cli.root import cli, main
 from layercrit.models.references import open_model
 from layercrit.training import METHODS, get_method
 from layercrit.training.methods import CATEGORIES
 from training_images import ARCHITECTURE, write_images
 
-LAYERCRIT = Path(sys.executable).parent / "layercrit"
 STUDY = f"""
 [images]
 source = "stripes.npz"
@@ -168,31 +167,34 @@ def test_train__another_run_is_not_replaced(here, call):
 
 @pytest.mark.usefixtures("interruptible")
 def test_train__ctrl_c_and_the_same_command_goes_on(here):
-    command = [LAYERCRIT, *arguments(epochs="500")]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    def begun():
+        return begin(*arguments(epochs="500"), cwd=here, out=here / "printed", err=here / "said")
+
+    process = begun()
     started = time.monotonic()
     while not list(here.glob("run/state/*.pt")):
-        assert process.poll() is None, process.communicate()
+        assert process.exitcode is None, (here / "said").read_text()
         assert time.monotonic() - started < 120
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert out == ""
-    assert [line for line in err.splitlines() if line] == [
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    assert (here / "printed").read_text() == ""
+    assert [line for line in (here / "said").read_text().splitlines() if line] == [
         "Run the same command again to resume; at most the last minute of training is lost.", "Interrupted."
     ]  # fmt: skip
     done = max(int(path.stem.removeprefix("step-")) for path in here.glob("run/state/*.pt"))
 
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    (here / "said").unlink()
+    process = begun()
     try:
-        line = process.stderr.readline()
+        while not (here / "said").exists() or "\n" not in (here / "said").read_text():
+            assert time.monotonic() - started < 180
+            time.sleep(0.05)
     finally:
         process.kill()
-        process.communicate()
-    assert line == f"Resuming run after {done} of 1000 steps.\n"
+        process.join()
+    assert (here / "said").read_text().partition("\n")[0] == f"Resuming run after {done} of 1000 steps."
 
 
 # --- the models of a study file -------------------------------------------------------------------------------------

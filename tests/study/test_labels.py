@@ -9,6 +9,7 @@ from layercrit.study.file import read_study_file
 from layercrit.study.planning import plan_study
 from layercrit.study.running import run_study
 from layercrit.study.tables import load_study
+from running_jobs import Inline
 
 
 def write_study(folder, images):
@@ -24,7 +25,7 @@ def write_study(folder, images):
 def run(path):
     """Run a study; return how many cells were measured, and how many images the model names."""
     out = path.parent / "out"
-    report = run_study(read_study_file(path), out, n_workers=1, progress=False)
+    report = run_study(read_study_file(path), out, executor=Inline(), progress=False)
     assert not report.failures
     record = load_study(out).models["record"].iloc[0]
     return report.n_measured, record["predictions"]["top1_accuracy"]
@@ -61,7 +62,7 @@ def test_read_study_file__labels(value, expected, tmp_path):
 def test_run_study__labels_off_by_one_are_refused(tmp_path):
     write_pngs(tmp_path / "dev", "{one}/{number}.png", one=range(1, 11))
     path = write_study(tmp_path, 'source = "dev"')
-    report = run_study(read_study_file(path), tmp_path / "out", n_workers=1, progress=False)
+    report = run_study(read_study_file(path), tmp_path / "out", executor=Inline(), progress=False)
     assert report.n_measured == 0
     assert "begin at 1" in report.failures[0].error
 

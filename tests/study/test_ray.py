@@ -16,6 +16,7 @@ from filelock import FileLock
 
 import executor_jobs as jobs
 import ray_jobs
+from forked import forked_workers, layercrit
 from layercrit.errors import LayercritError, ProtocolError, StudyError
 from layercrit.study import ray_cluster
 from layercrit.study.executors import Failed, Finished, Message, Note, Place, Task
@@ -33,6 +34,7 @@ TESTS = Path(__file__).parents[1]
 WITH_TESTS = os.environ | {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CLIENT_INITIAL_CONNECTION_TIMEOUT_S": "30",  # not ours, which is short for a busy machine
 }
 needs_cluster = pytest.mark.slow
 
@@ -191,16 +193,11 @@ def test_run__workers_share_the_pixels_of_their_node(cluster):
 def test_study__has_the_tables_of_local_processes(cluster, tmp_path):
     path = write_small(tmp_path)
     study = read_study_file(path)
-    run_study(study, tmp_path / "local", progress=False, executor=LocalProcesses([Place("cpu", 1)]))
+    with forked_workers():
+        run_study(study, tmp_path / "local", progress=False, executor=LocalProcesses([Place("cpu", 1)]))
     report = run_study(study, tmp_path / "ray", progress=False, executor=workers(cluster, folder=tmp_path / "ray"))
     settings = ["--out", tmp_path / "outside", "--workers", "2", "--on", cluster.client_address, "--json"]
-    outside = subprocess.run(
-        [sys.executable, "-m", "layercrit", "study", "run", path, *settings],
-        env=WITH_TESTS,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    outside = layercrit("study", "run", path, *settings, cwd=tmp_path, env=WITH_TESTS)
     assert not report.failures
     assert outside.returncode == 0, outside.stderr
     expected = tables(tmp_path / "local")

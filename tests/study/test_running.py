@@ -1,11 +1,6 @@
-import multiprocessing
-import os
 import platform
 import shutil
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import layercrit.study.worker as worker_module
+from forked import FORKS, forked_workers, server
 from layercrit.engine.session import Session
 from layercrit.errors import ProbeError, StudyError
 from layercrit.locks import holder
@@ -40,6 +36,7 @@ from running_jobs import (
     n_parts,
     run,
     run_slowly,
+    run_with_workers,
     tables,
     write_model,
     write_pixels,
@@ -718,23 +715,15 @@ def test_run_study__goes_on_with_another_batch_size(tmp_path, folder, each_batch
 # kill -9
 
 
-@pytest.fixture(scope="module")
-def forks():
-    """Begins processes that have imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["layercrit.study.running", "torch._dynamo", "torch.export", "timm"])
-    return context
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
-def test_run_study__loses_nothing_by_kill_9(tmp_path, forks, seed):
+def test_run_study__loses_nothing_by_kill_9(tmp_path, seed):
     """Six kills at random moments of a study, from the first import on; then it is finished."""
     path = write_small(tmp_path, n_models=2, trials=3, protocol={"batch_size": 8})
     generator = np.random.default_rng(seed)
     folder = tmp_path / "out"
     started = time.monotonic()
-    _killed(forks, path, folder, None)
+    _killed(path, folder, None)
     length = time.monotonic() - started
     run(path, tmp_path / "whole")
     assert_same_tables(tables(folder), tables(tmp_path / "whole"))
@@ -742,7 +731,7 @@ def test_run_study__loses_nothing_by_kill_9(tmp_path, forks, seed):
 
     found = [0]
     for seconds in generator.uniform(0, length / 2, 6):
-        _killed(forks, path, folder, seconds)
+        _killed(path, folder, seconds)
         found.append(check_store(folder))
 
     assert found == sorted(found), "cells were lost"
@@ -752,9 +741,9 @@ def test_run_study__loses_nothing_by_kill_9(tmp_path, forks, seed):
     assert n_parts(folder) == 0
 
 
-def _killed(forks, path, folder, seconds):
+def _killed(path, folder, seconds):
     """Run a study in a process that is killed after some time; with None, in one that may finish."""
-    process = forks.Process(target=run_slowly, args=(path, folder, 0.02))
+    process = FORKS.Process(target=run_slowly, args=(path, folder, 0.02))
     process.start()
     if seconds is not None:
         process.join(seconds)
@@ -765,26 +754,28 @@ def _killed(forks, path, folder, seconds):
 
 @pytest.mark.slow
 def test_run_study__workers_vanish_with_a_killed_run(tmp_path):
-    path = write_small(tmp_path, n_models=2, trials=5, n_images=300, protocol={"batch_size": 2})
+    path = write_small(tmp_path, n_models=2, trials=5, n_images=200, protocol={"batch_size": 2})
     folder, generator = tmp_path / "out", np.random.default_rng(0)
     found = 0
+    parent_of_all, address = server()
+    others = set(children_of(parent_of_all))
     for _ in range(2):
-        code = f"from running_jobs import run_with_workers; run_with_workers({str(path)!r}, {str(folder)!r}, 2)"
-        process = subprocess.Popen([sys.executable, "-c", code], env=_environment())
+        process = FORKS.Process(target=run_with_workers, args=(path, folder, 2, address))
+        process.start()
         deadline = time.monotonic() + 60
-        while check_store(folder, n_images=300) == found and process.poll() is None:
+        while check_store(folder, n_images=200) == found and process.exitcode is None:
             assert time.monotonic() < deadline, "nothing is measured"
             time.sleep(0.05)
         time.sleep(generator.uniform(0, 0.5))
-        workers = children_of(process.pid)
+        workers = set(children_of(parent_of_all)) - {process.pid, *others}
         process.kill()
-        process.wait()
-        found = check_store(folder, n_images=300)
+        process.join()
+        found = check_store(folder, n_images=200)
         deadline = time.monotonic() + 10
         while any(map(is_running, workers)):
             assert time.monotonic() < deadline, "workers outlive their run"
             time.sleep(0.05)
-        assert workers or process.returncode == 0
+        assert workers or process.exitcode == 0
 
     report = run(path, folder)
 
@@ -792,11 +783,6 @@ def test_run_study__workers_vanish_with_a_killed_run(tmp_path):
     assert report.n_known == found
     assert_same_tables(tables(folder), tables(tmp_path / "whole"), atol=1e-6)
     assert n_parts(folder) == 0
-
-
-def _environment():
-    here = Path(__file__).parents[1]
-    return {**os.environ, "PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"}
 
 
 # workers
@@ -807,7 +793,8 @@ def test_run_study__a_killed_worker_is_replaced(tmp_path, folder):
     path = write_small(tmp_path, n_models=2, trials=3, protocol={"resets": ["rerandomize", "zero"]})
     executor = KillingWorkers([PLACE, PLACE], at=[2])
 
-    report = run(path, folder, executor)
+    with forked_workers():
+        report = run(path, folder, executor)
 
     run(path, tmp_path / "whole")
     assert len(executor.killed) == 1
@@ -820,7 +807,8 @@ def test_run_study__a_killed_worker_is_replaced(tmp_path, folder):
 def test_run_study__a_deadly_reset_is_a_failure(tmp_path, folder, own):
     path = write_small(tmp_path, n_models=1, study=own, protocol={"resets": ["deadly", "zero"]})
 
-    report = run(path, folder, LocalProcesses([PLACE], attempts=1))
+    with forked_workers():
+        report = run(path, folder, LocalProcesses([PLACE], attempts=1))
 
     assert [(f.model, f.reset, f.details) for f in report.failures] == [("m0", "deadly", "")]
     assert "died once (exit code 3)" in report.failures[0].error
@@ -830,8 +818,8 @@ def test_run_study__a_deadly_reset_is_a_failure(tmp_path, folder, own):
 # the lock
 
 
-def test_run_study__a_folder_is_run_by_one_process_at_a_time(study, folder, forks):
-    process = forks.Process(target=run_slowly, args=(study, folder, 60.0))
+def test_run_study__a_folder_is_run_by_one_process_at_a_time(study, folder):
+    process = FORKS.Process(target=run_slowly, args=(study, folder, 60.0))
     process.start()
     deadline = time.monotonic() + 30
     while not (folder / "study.toml").exists():

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import random
 import shutil
 import sqlite3
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from forked import FORKS
 from layercrit import locks
 from layercrit.cli.root import cli
 from layercrit.engine.holder import ReplayHolder
@@ -37,6 +37,7 @@ from running_jobs import (
     make_stores,
     run,
     run_shard,
+    run_slowly,
     tables,
     write_model,
     write_small,
@@ -202,8 +203,7 @@ PLANNED = {"trials": None, "half_width": 0.05, "pilot": 4, "max_trials": 9}
 def test_shards__plan_together_after_the_pilot_of_all(tmp_path, folder):
     path = write_small(tmp_path / "study", protocol=PLANNED)
     run(path, tmp_path / "whole")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run_shard, args=(path, folder, f"{n}/3")) for n in (1, 2, 3)]
+    processes = [FORKS.Process(target=run_shard, args=(path, folder, f"{n}/3")) for n in (1, 2, 3)]
     for process in processes:
         process.start()
     for process in processes:
@@ -442,8 +442,7 @@ def test_shards__of_an_earlier_start_do_not_count(study, folder, monkeypatch):
 
 def test_shards__can_be_read_while_they_are_made_and_written(tmp_path):
     """By a process that finds a store at any moment of its life: being created, in a transaction, given up."""
-    context = multiprocessing.get_context("spawn")
-    writer = context.Process(target=make_stores, args=(tmp_path, 40))
+    writer = FORKS.Process(target=make_stores, args=(tmp_path, 40))
     writer.start()
     n_read = n_found = 0
     while writer.exitcode is None:
@@ -459,18 +458,17 @@ def test_shards__can_be_read_while_they_are_made_and_written(tmp_path):
 def test_shards__at_the_same_time_and_killed(study, folder, whole):
     """Processes of three shards, of which one after the other is killed at some moment and started again."""
     generator = random.Random(0)
-    context = multiprocessing.get_context("spawn")
     processes = {}
     deadline = time.monotonic() + 300
     n_killed = 0
     while time.monotonic() < deadline:
         for shard in ("1/3", "2/3", "3/3"):
             if shard not in processes or processes[shard].exitcode not in (None, 0):
-                processes[shard] = context.Process(target=run_shard, args=(study, folder, shard))
+                processes[shard] = FORKS.Process(target=run_slowly, args=(study, folder, 0.2, shard))
                 processes[shard].start()
         if all(process.exitcode == 0 for process in processes.values()):
             break
-        time.sleep(generator.uniform(0, 4))
+        time.sleep(generator.uniform(0, 1))
         if n_killed < 4:
             victim = generator.choice(list(processes.values()))
             victim.kill()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from forked import forked_workers
 from layercrit.cell_columns import CELL_COLUMNS
 from layercrit.measuring import measure
 from layercrit.study.local_processes import LocalProcesses
@@ -37,7 +38,8 @@ def assert_rows_are_cells(rows, cells):
 def test_run_study__every_cell_once_as_in_the_table(tmp_path, n_workers):
     rows = []
     executor = LocalProcesses([PLACE] * n_workers) if n_workers else Inline()
-    run(write_small(tmp_path), tmp_path / "out", executor, on_cell=rows.append)
+    with forked_workers():
+        run(write_small(tmp_path), tmp_path / "out", executor, on_cell=rows.append)
     assert_rows_are_cells(rows, load_study(tmp_path / "out").cells)
     assert [row["n_done"] for row in rows] == list(range(1, 13))
     assert rows[-1]["n_planned"] == 12
