@@ -375,12 +375,12 @@ def test_measure__adversarial_images_are_kept_in_the_folder(photographs, tmp_pat
         "measure", MODEL, "--images", f"attack:pgd(norm=linf, eps=4/255, steps=2):corrupt:contrast@1:{photographs}",
         "--layers", "*.0.conv1", "--out", "result",
     ]  # fmt: skip
-    first = run(*asked, "--trials", "1", cwd=tmp_path)
+    first = layercrit(*asked, "--trials", "1", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert "the images are adversarial: pgd(norm=linf, eps=4/255, steps=2)" in first.stdout
     kept = tmp_path / "result" / "images" / "images.npy"
     before = kept.stat().st_mtime_ns
-    more = run(*asked, "--trials", "2", cwd=tmp_path)
+    more = layercrit(*asked, "--trials", "2", cwd=tmp_path)
     assert more.returncode == 0, more.stderr
     assert kept.stat().st_mtime_ns == before, "the images were attacked again"
     record = json.loads((tmp_path / "result" / "measurement.json").read_text())

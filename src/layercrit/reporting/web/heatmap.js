@@ -32,7 +32,14 @@ export const COLORBAR = {
   ypad: 4,
 };
 // What all squares have in common.
-export const SQUARES = { type: "heatmap", showscale: false, xgap: 0.5, ygap: 0.5, hoverongaps: true, hoverinfo: "text" };
+export const SQUARES = {
+  type: "heatmap",
+  showscale: false,
+  xgap: 0.5,
+  ygap: 0.5,
+  hoverongaps: true,
+  hoverinfo: "text",
+};
 const BELOW = "mean over models";
 const BESIDE = "mean";
 
