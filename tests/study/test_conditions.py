@@ -13,8 +13,9 @@ from layercrit.differences import condition_differences, differences
 from layercrit.errors import StudyError
 from layercrit.measuring import measure
 from layercrit.study.file import read_study_file
+from layercrit.study.local_processes import LocalProcesses
 from layercrit.study.tables import load_study
-from running_jobs import Inline, run
+from running_jobs import PLACE, Inline, run
 
 CLEAN, DARK = Condition("clean"), Condition("dark")
 REESTIMATED = Condition("clean", "reestimate")
@@ -228,3 +229,49 @@ def test_store__a_file_from_before_there_were_conditions(study, tmp_path):
             store.put_record("a", {"sha256": "2"})
             store.put_models([*store.models(), ModelRow("d", "v", variant_of="a", epoch=3, probe_set="fog")])
         assert [row.epoch for row in store.models()] == [None, None, 3]
+
+
+ATTACK = "attack:pgd(norm=linf, eps=40/255, steps=3)"
+
+
+def test_run__adversarial_images_are_made_once_on_each_model_and_kept(tmp_path):
+    images = [
+        {"name": "clean", "source": "clean.npz", "n_images": N, "input_size": [3, 2, 2]},
+        {"name": "adversarial", "source": ATTACK},
+        {"name": "dim", "source": "corrupt:brightness@5"},
+    ]
+    path = write(tmp_path, images=images, protocol={}, study={"baseline": "m0"})
+    run(path, tmp_path / "out")
+    study = load_study(tmp_path / "out")
+    assert study.failures == ()
+    kept = sorted((tmp_path / "out" / "adversarial").iterdir())
+    assert len(kept) == 2
+    times = [(one / "images.npy").stat().st_mtime_ns for one in kept]
+    for name, source in (("adversarial", f"{ATTACK}:{tmp_path}/clean.npz"),
+                         ("dim", f"corrupt:brightness@5:{tmp_path}/clean.npz")):  # fmt: skip
+        found = compare(study, probe_set=name).criticality
+        for place in range(2):
+            alone = measure(
+                f"file:{tmp_path}/m{place}.safetensors?arch=py:conditioned_studies:network&input_size=(3,2,2)",
+                source, trials=2, progress=False,
+            )  # fmt: skip
+            np.testing.assert_allclose(found.loc[f"m{place} ({name})"], alone.to_pandas()["criticality"], atol=1e-6)
+    assert study.models.set_index("model")["top1_accuracy"]["m0 (adversarial)"] < 0.5
+    more = write(tmp_path, images=images, protocol={"trials": 3}, study={"baseline": "m0"})
+    assert run(more, tmp_path / "out", executor=LocalProcesses([PLACE] * 2)).n_measured == 2 * 3 * 2
+    assert [(one / "images.npy").stat().st_mtime_ns for one in kept] == times, "the images were attacked again"
+    table = load_study(tmp_path / "out").by_class("m0 (adversarial)")  # finds the images that the model was shown
+    assert table["n_images"].groupby(table["layer"]).sum().eq(N).all()
+
+
+class Elsewhere(Inline):
+    is_remote = True
+
+
+def test_run__adversarial_images_are_not_made_on_other_machines(tmp_path):
+    path = write(tmp_path, protocol={}, images=[
+        {"name": "clean", "source": "clean.npz", "n_images": N, "input_size": [3, 2, 2]},
+        {"name": "adversarial", "source": ATTACK},
+    ])  # fmt: skip
+    with pytest.raises(StudyError, match="Run such a study here, in shards"):
+        run(path, tmp_path / "out", executor=Elsewhere())

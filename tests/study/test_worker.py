@@ -68,7 +68,7 @@ class Worker:
     """A worker, whose questions are answered from a store; ``n_known`` cells of its last task were there already."""
 
     def __init__(self, study, folder):
-        self._work = start_worker(study, {None: ProbeSet.load(folder / "probe_set")}, PLACE)
+        self._work = start_worker(study, {None: ProbeSet.load(folder / "probe_set")}, folder, PLACE)
         self._folder = folder
 
     def __call__(self, task):

@@ -64,6 +64,7 @@ from layercrit.study.training_entries import Training, TrainingRun, model_mistak
 __all__ = ["ModelEntry", "StudyFile", "Training", "TrainingRun", "read_study_file"]
 
 _OF_VARIANTS = ("variant_of", "epoch", "probe_set", "norm_statistics")  # the file says once for all models
+_CHANGE_ALONE = re.compile(r"corrupt:[^:]+|attack:[^:()]+(\([^()]*\))?")  # without the images that are changed
 _LISTED = 20  # mistakes shown at once
 _Section = TypeVar("_Section", bound=Declaration)
 
@@ -323,9 +324,10 @@ class _Reader:
                     "first: all must have the same. Leave these keys out"
                 )
             names.append(table.name)
+            of_first = table is not images and _CHANGE_ALONE.fullmatch(table.source)
             yield Images(
                 table.name if further else None,
-                self._absolute_source(table.source),
+                self._absolute_source(f"{table.source}:{images.source}" if of_first else table.source),
                 table.n_images,
                 self._absolute_labels(table.labels),
                 None if table.classes is None else str(self._absolute(table.classes)),

@@ -7,8 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from layercrit.attacks import attacked, split_attack
 from layercrit.errors import ProbeError
 from layercrit.locks import hold
+from layercrit.models.model import Model
 from layercrit.probes.labelling import open_images
 from layercrit.probes.opening import plain_source
 from layercrit.probes.parts import without_split
@@ -18,9 +20,9 @@ from layercrit.study.file import Images, StudyFile
 from layercrit.study.shards import Shards
 from layercrit.study.store import Store
 
-__all__ = ["draw_images", "drawn_images", "n_available_images", "stored_images"]
+__all__ = ["draw_images", "drawn_images", "n_available_images", "shown_images", "stored_images"]
 
-_PROBE_SET, _FURTHER = "probe_set", "probe_sets"
+_PROBE_SET, _FURTHER, _ADVERSARIAL = "probe_set", "probe_sets", "adversarial"
 _LOCK = "shards"  # folder whose lock the shard that decodes holds
 _PATIENCE = 3600.0  # seconds that the others wait for it
 
@@ -32,7 +34,7 @@ def n_available_images(study: StudyFile) -> int:
 
 def _n_available(images: Images) -> int:
     labels = images.labels if isinstance(images.labels, str) else "auto"
-    return min(images.n_images, len(open_images(images.source, labels)))
+    return min(images.n_images, len(open_images(split_attack(images.source)[1], labels)))
 
 
 def drawn_images(study: StudyFile, folder: Path) -> dict[str | None, ProbeSet]:
@@ -42,9 +44,27 @@ def drawn_images(study: StudyFile, folder: Path) -> dict[str | None, ProbeSet]:
 
 def stored_images(folder: Path) -> Iterator[ProbeSet]:
     """Yield all probe sets that lie in a study's folder."""
-    for place in (folder / _PROBE_SET, *sorted(folder.glob(f"{_FURTHER}/*"))):
+    for place in (
+        folder / _PROBE_SET,
+        *sorted(folder.glob(f"{_FURTHER}/*")),
+        *sorted(folder.glob(f"{_ADVERSARIAL}/*")),
+    ):
         with contextlib.suppress(ProbeError):  # gone, or damaged
             yield ProbeSet.load(place, verify=False)
+
+
+def shown_images(probe_set: ProbeSet, images: Images, model: Model, folder: Path, device: str) -> ProbeSet:
+    """Return what a model is shown: the images, or, where they are to be attacked, adversarial ones made of them.
+
+    These are made once on the trained model and kept in the study's folder.
+    """
+    attack, _ = split_attack(images.source)
+    if attack is None:
+        return probe_set
+    name = hashlib.sha256(f"{model.sha256} {probe_set.sha256} {attack}".encode()).hexdigest()[:16]
+    kept = folder / _ADVERSARIAL / name
+    with hold(kept, "attack", patience=_PATIENCE):  # by whichever process comes first
+        return attacked(probe_set, model, attack, use_labels=images.labels is not False, device=device, folder=kept)
 
 
 def _place(study: StudyFile, folder: Path, images: Images) -> Path:
@@ -69,11 +89,12 @@ def draw_images(
         progress: called with the number of images decoded, and of those wanted.
     """
     labels, place = images.labels, _place(study, folder, images)
-    asked = {"source": images.source, "n_images": n_images, "labels": labels,
+    _, source = split_attack(images.source)  # which is for each model to do
+    asked = {"source": source, "n_images": n_images, "labels": labels,
              "seed": study.protocol.seed, "preprocessing": str(study.preprocessing)}  # fmt: skip
     lists = [path for path in (labels, images.classes) if isinstance(path, str)]
     asked |= {"classes": images.classes} if images.classes is not None else {}
-    files = _state_of(images.source, lists)
+    files = _state_of(source, lists)
     about = "images" if images.name == study.probe_set else f"images {images.name}"
     known = partial(_kept, folder, place, store, about, shared, asked, files)
     if shared and (found := known()) is not None:  # without waiting for anybody
@@ -82,7 +103,7 @@ def draw_images(
         if (found := known()) is not None:
             return found
         probe_set = ProbeSet.from_source(
-            images.source,
+            source,
             study.preprocessing,
             n_images=n_images,
             seed=probe_set_seed(study.protocol.seed),

@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import torch
 
-from layercrit.errors import LayercritError
+from layercrit.attacks import split_attack
+from layercrit.errors import LayercritError, StudyError
 from layercrit.locks import hold, write_whole
 from layercrit.machine import versions
 from layercrit.models.references import fetch
@@ -265,8 +266,9 @@ class _Run:
         self._show()
         probe_sets = drawn_images(self.study, self.folder)
         if executor.is_remote:
+            self._check_images()
             probe_sets = {name: probe_set.in_memory() for name, probe_set in probe_sets.items()}
-        events = executor.run(left, partial(start_worker, self.study, probe_sets), self._answer)
+        events = executor.run(left, partial(start_worker, self.study, probe_sets, self.folder), self._answer)
         with contextlib.closing(events):  # type: ignore[type-var]
             for event in events:
                 if isinstance(event, Note):
@@ -276,6 +278,19 @@ class _Run:
                     self._keep(event)
                 self._show()
                 self._pass_on(event)
+
+    def _check_images(self) -> None:
+        """Make sure that workers elsewhere need not write to the study's folder.
+
+        Raises:
+            StudyError: they would, to keep adversarial images.
+        """
+        if any(split_attack(images.source)[0] for images in self.study.images):
+            raise StudyError(
+                "Adversarial images (attack:...) are made once on each model and kept in the study's folder, which "
+                "workers of a Ray cluster do not write. Run such a study here, in shards (--shard), or with `layercrit "
+                "study submit`."
+            )
 
     def _pass_on(self, event: TaskEvent) -> None:
         """Call the user's callback with the cells that were measured."""

@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Se
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -34,6 +35,7 @@ from layercrit.restoring import undisturbed
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import Place, Question, Task, Work
 from layercrit.study.file import StudyFile
+from layercrit.study.images import shown_images
 from layercrit.study.rows import CellRow, PartRow, PlanRow
 
 _MEANING = 1  # of a cell's numbers; raised when the same cell would be measured as something else
@@ -129,16 +131,19 @@ class _Opened:
         entry: ModelEntry,
         reset: str,
         probe_set: ProbeSet,
+        folder: Path,
         device: str,
         known: Mapping[str, Any],
     ) -> None:
-        self.study, self.probe_set, self.reset = study, probe_set, reset
+        self.study, self.reset = study, reset
         self._protocol = replace(
             study.protocol, device=device, n_images=study.n_images, norm_statistics=entry.norm_statistics
         )
-        (self._labels,) = (images.labels for images in study.images if images.name == entry.probe_set)
+        (images,) = (images for images in study.images if images.name == entry.probe_set)
+        self._labels = images.labels
         self._entry = entry
         self._model, notes = _open_model(entry, study.preprocessing)
+        self.probe_set = shown_images(probe_set, images, self._model, folder, device)
         self.subject = self._subject_of(reset)
         self._flops, self._flops_after = self.subject.flops
         self.record = self._record([*self.subject.notes(), *notes], known)
@@ -279,11 +284,11 @@ class _Opened:
 class _Worker:
     """Measures trials; keeps the model of the last one open."""
 
-    def __init__(self, study: StudyFile, probe_sets: Mapping[str | None, ProbeSet], place: Place) -> None:
+    def __init__(self, study: StudyFile, probe_sets: Mapping[str | None, ProbeSet], folder: Path, place: Place) -> None:
         for module in study.imports:
             import_here(module)
         torch.set_num_threads(place.n_threads)
-        self._study, self._probe_sets, self._device = study, probe_sets, place.device
+        self._study, self._probe_sets, self._folder, self._device = study, probe_sets, folder, place.device
         self._opened: tuple[tuple[ModelEntry, str], _Opened | Exception] | None = None
 
     def __call__(self, task: Task) -> _Steps:
@@ -304,7 +309,9 @@ class _Worker:
             known = yield Question(Opening(job.model.name))
             try:
                 probe_set = self._probe_sets[job.model.probe_set]
-                opened: _Opened | Exception = _Opened(self._study, job.model, job.reset, probe_set, self._device, known)
+                opened: _Opened | Exception = _Opened(
+                    self._study, job.model, job.reset, probe_set, self._folder, self._device, known
+                )
             except Exception as error:  # raised below, and again for the model's other trials
                 opened = error
             self._opened = (what, opened)
@@ -341,9 +348,12 @@ class _Worker:
         yield Measured(left.task, cells, opened.record)
 
 
-def start_worker(study: StudyFile, probe_sets: Mapping[str | None, ProbeSet], place: Place) -> Work:
-    """Prepare a worker for a study and its probe sets, by name; see `layercrit.study.executors.Start`."""
-    return _Worker(study, probe_sets, place)
+def start_worker(study: StudyFile, probe_sets: Mapping[str | None, ProbeSet], folder: Path, place: Place) -> Work:
+    """Prepare a worker for a study and its probe sets, by name; see `layercrit.study.executors.Start`.
+
+    Its folder is that of the study, where adversarial images are kept; nothing else is read there or written.
+    """
+    return _Worker(study, probe_sets, folder, place)
 
 
 def name_of_parts(keys: Iterable[str]) -> str:
