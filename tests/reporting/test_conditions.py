@@ -11,6 +11,8 @@ from conditioned_studies import write
 from layercrit.cli import cli
 from layercrit.comparison import compare
 from layercrit.conditions import Condition
+from layercrit.figures.heat_maps import heat_map
+from layercrit.reporting import reports
 from layercrit.reporting.reports import report
 from layercrit.study.tables import load_study
 from running_jobs import run
@@ -63,6 +65,25 @@ def test_page__begins_with_what_was_asked_for(study, tmp_path):
     with opened_browser() as browser, opened_page(browser, found.page) as page:
         assert page.locator("#condition option").all_text_contents()[0] == CONDITIONS[1]
         assert page.evaluate("D.models.map((model) => model.name)") == ["m0 (dark)", "m1 (dark)"]
+
+
+def test_figure__conditions(study, tmp_path):
+    """A row for each condition, each square the mean over models."""
+    seen = {}
+
+    def remember(values, rows, **how):
+        seen.update(values=values, rows=rows, **how)
+        return heat_map(values, rows, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reports, "heat_map", remember)
+        report(study, tmp_path, figures=["conditions"], formats=["png"])
+    assert list(seen["values"].index) == CONDITIONS
+    assert seen["rows"]["label"].isna().all()
+    for name, condition in zip(CONDITIONS, study.conditions, strict=True):
+        found = compare(study, probe_set=condition.probe_set, norm_statistics=condition.norm_statistics)
+        np.testing.assert_allclose(seen["values"].loc[name], found.criticality.mean())
+    assert (tmp_path / "figures" / "conditions.png").stat().st_size > 5000
 
 
 def invoke(*arguments):

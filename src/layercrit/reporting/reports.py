@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +70,7 @@ class _Tables:
         labels: name of a layer -> its label in figures.
         profiles: the models that have a figure of their own -> their names in its file names.
         study: the study.
+        others: the comparisons under the study's other conditions.
     """
 
     comparison: Comparison
@@ -78,6 +79,7 @@ class _Tables:
     labels: dict[str, str]
     profiles: dict[str, str]
     study: Study
+    others: Sequence[Comparison] = ()
 
     @property
     def stages(self) -> dict[str, str]:
@@ -151,8 +153,7 @@ def report(
         >>> layercrit.report(layercrit.load_study("layercrit-demo/study")).page  # doctest: +SKIP
         PosixPath('layercrit-demo/study/report.html')
     """
-    asked = list(FIGURES) if figures is None else list(dict.fromkeys(figures))
-    for name in asked:
+    for name in figures or ():
         FIGURES.find(name)
     check_formats(formats)
     folder = study.folder if out is None else Path(out).expanduser()
@@ -160,7 +161,11 @@ def report(
         compare, study, baseline=baseline, leave_out=None if leave_out is None else list(leave_out), reset=reset
     )
     comparison = compare_under(probe_set=probe_set, norm_statistics=norm_statistics, epoch=epoch)
-    tables = _tables(study, comparison, profiles)
+    others = _others(study, comparison, compare_under)
+    # a study has rarely several conditions: nobody need be told that this figure is left out
+    usual = [name for name in FIGURES if others or name != "conditions"]
+    asked = usual if figures is None else list(dict.fromkeys(figures))
+    tables = replace(_tables(study, comparison, profiles), others=others)
     written: dict[str, list[Path]] = {}
     left_out: dict[str, str] = {}
     with Bar(progress) as bar:
@@ -175,7 +180,6 @@ def report(
                 continue
             written[name] = _saved(drawn, folder / "figures", formats)
         bar.drawn("report.html", len(asked), len(asked) + 1)
-        others = _others(study, comparison, compare_under)
         page = write_page(study, comparison, folder / "report.html", others, list(tables.profiles), thumbnails)
     return Report(page, written, left_out, comparison)
 
@@ -280,6 +284,24 @@ def _difference(tables: _Tables) -> _Drawn:
             f"No layer of the baseline {tables.comparison.baseline} has only cells that are ok. Name another baseline."
         )
     yield "difference", difference_map(values, tables.models, layer_labels=tables.labels, stages=tables.stages)
+
+
+@_figure("conditions")
+def _conditions(tables: _Tables) -> _Drawn:
+    """Heat map of the study's conditions and layers, means over models."""
+    comparisons = [one for one in (tables.comparison, *tables.others) if one.condition is not None]
+    conditions = [one.condition for one in comparisons if one.condition is not None]
+    if len(conditions) < 2:
+        raise StudyError(
+            "The study has one condition only: one probe set, one kind of norm statistics, and no epochs. Name several "
+            "in the study file."
+        )
+    names = [condition.label(conditions) for condition in conditions]
+    layers = tables.comparison.criticality.columns
+    values = pd.DataFrame([one.criticality.mean().reindex(layers) for one in comparisons], index=names)
+    accuracies = [one.models["accuracy"].mean() for one in comparisons]
+    rows = pd.DataFrame({"model": names, "label": None, "category": None, "accuracy": accuracies})
+    yield "conditions", heat_map(values, rows, layer_labels=tables.labels, stages=tables.stages, rows="conditions")
 
 
 @_figure("spread")
