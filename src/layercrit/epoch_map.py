@@ -1,0 +1,176 @@
+"""The map over epochs: how far predictions move when a layer goes back to an epoch, and which layers matter at each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from layercrit.errors import ProtocolError
+from layercrit.foreign_text import write_csv
+from layercrit.layers import layer_labels, stages_of
+from layercrit.measurement import Measurement
+from layercrit.measuring import measure
+from layercrit.models.file_source import epochs_of, training_run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["EpochMap", "measure_epochs"]
+
+Kind = Literal["rewound", "trained"]
+
+_TITLES = {
+    "rewound": "{}: its layers set back to an epoch",
+    "trained": "{}: fresh draws in the network after each epoch",
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EpochMap:
+    """The criticality of each layer of a training run, over its epochs.
+
+    Two maps have a row for each epoch. ``rewound``: a layer of the final network goes back to its values after the
+    epoch (Zhang, Bengio & Singer 2022, section 3), below a row for fresh draws. ``trained``: fresh draws in the network
+    as it was after the epoch, below a row for the final network.
+
+    Attributes:
+        model: reference of the final network.
+        measurements: the map, and the epoch (None: fresh draws, or the final network) -> its measurement. Fresh draws
+            in the final network stand in both maps.
+    """
+
+    model: str
+    measurements: Mapping[tuple[Kind, int | None], Measurement]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one row per map, epoch and layer.
+
+        ``map`` is ``rewound`` or ``trained``; ``epoch`` is NaN in the row for fresh draws, or for the final network.
+        ``criticality`` is 0 where the layer has the values of the epoch already: its ``status`` is then ``unchanged``.
+        Other columns are those of `Measurement.to_pandas`.
+        """
+        rows = []
+        for (kind, epoch), measurement in self.measurements.items():
+            table = measurement.to_pandas()
+            unchanged = measurement.cells["status"].eq("unchanged").groupby(measurement.cells["layer"]).all()
+            is_unchanged = table["layer"].map(unchanged).to_numpy(bool)
+            table.loc[is_unchanged, "criticality"] = 0.0
+            table.loc[is_unchanged, "status"] = "unchanged"
+            table.insert(0, "map", kind)
+            table.insert(1, "epoch", np.nan if epoch is None else float(epoch))
+            rows.append(table)
+        return pd.concat(rows, ignore_index=True)
+
+    def grid(self, kind: Kind = "rewound") -> pd.DataFrame:
+        """Return criticality as rows x layers, in depth order; rows are named as in the figure."""
+        table = self.to_pandas()
+        table = table[table["map"] == kind]
+        names = [self._name(kind, epoch) for (one, epoch) in self.measurements if one == kind]
+        table = table.assign(row=[self._name(kind, None if np.isnan(one) else int(one)) for one in table["epoch"]])
+        layers = list(dict.fromkeys(table["layer"]))
+        rows = table.pivot_table(index="row", columns="layer", values="criticality", dropna=False)
+        return rows.reindex(index=names, columns=layers)
+
+    def plot(self, kind: Kind = "rewound") -> "Figure":
+        """Return a map as a figure: a row per epoch, a square per layer."""
+        from layercrit.figures.heat_maps import heat_map
+
+        values = self.grid(kind)
+        shapes = next(iter(self.measurements.values())).record["layers"]
+        labels = layer_labels({name: "x".join(map(str, shapes[name]["shape"])) for name in values.columns})
+        accuracies = [
+            self.measurements[kind, epoch].record["predictions"].get("top1_accuracy") if kind == "trained" else None
+            for (one, epoch) in self.measurements
+            if one == kind
+        ]
+        rows = pd.DataFrame({"model": values.index, "label": None, "category": None,
+                             "accuracy": np.array(accuracies, np.float64)})  # fmt: skip
+        title = _TITLES[kind].format(self.model.removeprefix("file:").partition("?")[0])
+        return heat_map(
+            values, rows, title=title, layer_labels=labels, stages=stages_of(list(values.columns)), rows="rows"
+        )
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``epochs.csv`` and the figures of both maps into a folder; return the files."""
+        from layercrit.figures.style import save_figure
+
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_csv(self.to_pandas(), folder / "epochs.csv")
+        figures = [path for kind in _TITLES for path in save_figure(self.plot(kind), folder / f"epochs-{kind}")]  # type: ignore[arg-type]
+        return [folder / "epochs.csv", *figures]
+
+    def __repr__(self) -> str:
+        epochs = [str(epoch) for kind, epoch in self.measurements if kind == "rewound" and epoch is not None]
+        return f"<EpochMap of {self.model}: epochs {', '.join(epochs)}>"
+
+    def _name(self, kind: Kind, epoch: int | None) -> str:
+        if epoch is None:
+            return "fresh draw" if kind == "rewound" else "final weights"
+        return f"epoch {epoch}"
+
+
+def measure_epochs(
+    model: str,
+    images: Any,
+    *,
+    epochs: Literal["all"] | Sequence[int] = "all",
+    folder: str | Path | None = None,
+    **settings: Any,
+) -> EpochMap:
+    """Measure the map over epochs of a training run.
+
+    The cost is that of one measurement for the final network and for each epoch, and of one trial for each epoch again:
+    going back to an epoch is no draw.
+
+    Args:
+        model: the reference of a training run's final weights, such as ``file:runs/plain``.
+        images: as for `layercrit.measure`.
+        epochs: those to measure, or ``all`` that the run has kept (``layercrit train --keep-epochs``).
+        folder: where every measurement is kept as soon as it is finished; what is there is gone on with.
+        settings: all else that `layercrit.measure` takes, but ``reset`` and ``donor``.
+
+    Raises:
+        ProtocolError: the model is no training run, it has not kept an epoch, or a setting cannot be given.
+        LayercritError: as `layercrit.measure`.
+    """
+    for name in ("reset", "donor", "resume"):
+        if name in settings:
+            raise ProtocolError(f"The map over epochs sets {name} itself. Leave it out.")
+    run = training_run(model)
+    if run is None:
+        raise ProtocolError(
+            f"{model!r} is no training run with epochs that it kept. Train it with `layercrit train --keep-epochs "
+            "1,2,5`, and name its folder: file:DIR."
+        )
+    kept = sorted(epochs_of(run))
+    chosen = kept if epochs == "all" else sorted({int(epoch) for epoch in epochs})
+    if missing := [epoch for epoch in chosen if epoch not in kept]:
+        raise ProtocolError(
+            f"{run} did not keep the weights of epoch {missing[0]}. Epochs that it kept: {', '.join(map(str, kept))}."
+        )
+    place = None if folder is None else Path(folder).expanduser()
+    _, mark, options = model.partition("?")
+    fresh = _measured(place, "final-weights", model, images, settings)
+    found: dict[tuple[Kind, int | None], Measurement] = {("rewound", None): fresh}
+    for epoch in chosen:
+        back = {**settings, "reset": f"rewind(epoch={epoch})"}
+        found["rewound", epoch] = _measured(place, f"rewound-{epoch:04d}", model, images, back)
+    found["trained", None] = fresh
+    for epoch in chosen:
+        then = f"file:{run}@epoch={epoch}{mark}{options}"
+        found["trained", epoch] = _measured(place, f"trained-{epoch:04d}", then, images, settings)
+    return EpochMap(model, found)
+
+
+def _measured(folder: Path | None, name: str, model: str, images: Any, settings: Mapping[str, Any]) -> Measurement:
+    """Return one measurement, gone on with where its folder has one."""
+    own = None if folder is None else folder / name
+    known = Measurement.load(own) if own is not None and (own / "measurement.json").exists() else None
+    found = measure(model, images, resume=known, **settings)
+    if own is not None:
+        found.save(own)
+    return found
