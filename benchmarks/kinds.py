@@ -2,8 +2,9 @@
 
     python benchmarks/kinds.py [--json FILE]
 
-Sets of layers, on a bundled network of 23 layers: every kind of `--sets` on 500 images in 3 trials, opening included.
-Beside it the same resets where no two sets share anything: each runs what comes after its first member by itself.
+On a bundled network of 23 layers, 500 images in 3 trials, opening included. Sets of layers: every kind of `--sets`, and
+beside it the same resets where no two sets share anything: each runs what comes after its first member by itself. Norm
+statistics: every kind of `--norm-statistics`, and all of them together against `trained` alone.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch
 import layercrit
 from layercrit.engine.graph_replay import GraphReplay
 from layercrit.layers import Layer
-from layercrit.protocol import SETS
+from layercrit.protocol import NORM_STATISTICS, SETS
 
 FAMILY = files("layercrit") / "family"
 
@@ -32,12 +33,17 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    measured("each", 8, 1)  # a first run in a process also imports
+    measured(8, 1, sets="each")  # a first run in a process also imports
+    n_images, trials = arguments.n_images, arguments.trials
+    statistics = []
+    for how in NORM_STATISTICS:
+        statistics.append({"norm_statistics": how, **measured(n_images, trials, norm_statistics=how)})
+        print(f"{how:14} {statistics[-1]['seconds']:7.1f} s, {statistics[-1]['cpu_seconds']:7.1f} of CPU", flush=True)
     sets = []
     for kind in SETS:
-        shared = measured(kind, arguments.n_images, arguments.trials)
+        shared = measured(n_images, trials, sets=kind)
         with_sharing, GraphReplay._parts = GraphReplay._parts, _apart  # type: ignore[method-assign]
-        apart = measured(kind, arguments.n_images, arguments.trials)
+        apart = measured(n_images, trials, sets=kind)
         GraphReplay._parts = with_sharing  # type: ignore[method-assign]
         sets.append({"sets": kind, **shared, "apart": apart})
         print(
@@ -51,13 +57,20 @@ def main() -> None:
         "n_images": arguments.n_images,
         "trials": arguments.trials,
         "sets": sets,
+        "norm_statistics": statistics,
     }
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"statistics_ratio={statistics_ratio(statistics):.2f}")
     print(f"seconds_of_pairs={sets[SETS.index('pairs')]['seconds']:.1f}")
 
 
-def measured(sets: str, n_images: int, trials: int) -> dict[str, Any]:
+def statistics_ratio(statistics: Sequence[dict[str, Any]]) -> float:
+    """Return the CPU time of all kinds of norm statistics together, in that of ``trained`` alone."""
+    return sum(one["cpu_seconds"] for one in statistics) / statistics[0]["cpu_seconds"]
+
+
+def measured(n_images: int, trials: int, **settings: Any) -> dict[str, Any]:
     """Return how many sets there are, and the seconds that measuring them took, on the clock and of CPU."""
     clock, cpu = time.perf_counter(), time.process_time()
     found = layercrit.measure(
@@ -65,8 +78,8 @@ def measured(sets: str, n_images: int, trials: int) -> dict[str, Any]:
         str(FAMILY / "fashion-mnist-test.npz"),
         n_images=n_images,
         trials=trials,
-        sets=sets,
         progress=False,
+        **settings,
     )
     return {
         "n_sets": len(found.record["layers"]),
@@ -93,7 +106,19 @@ def markdown(results: dict[str, Any]) -> str:
         "| `--sets` | sets | seconds | of CPU | seconds, nothing shared | of CPU |",
         "|---|---|---|---|---|---|",
     ]
-    return "\n".join([*head, *rows])
+    of_statistics = [
+        f"| `{one['norm_statistics']}` | {one['seconds']:.1f} | {one['cpu_seconds']:.1f} |"
+        for one in results["norm_statistics"]
+    ]
+    ratio = statistics_ratio(results["norm_statistics"])
+    statistics = [
+        "",
+        "| `--norm-statistics` | seconds | of CPU |",
+        "|---|---|---|",
+        *of_statistics,
+        f"| all three, in `trained` alone | | {ratio:.2f} |",
+    ]
+    return "\n".join([*head, *rows, *statistics])
 
 
 if __name__ == "__main__":
