@@ -20,6 +20,7 @@ from layercrit.study.tables import load_study
 from published_results import LAYERS as PUBLISHED
 from published_results import PREDICTED, measured, rows_of, write_models, write_table
 
+USUAL = [name for name in FIGURES if name != "conditions"]  # of a study with one condition
 LAYERS = ("conv1", "layer1.0.conv1", "layer1.0.conv2", "fc")
 FILES = ("criticality", "difference", "spread", "half_width", "accuracy", "budget", "depth", "profile-base",
          "classes-base", "ranking")  # fmt: skip
@@ -115,7 +116,7 @@ def test_report__every_figure_in_every_format_in_the_studys_folder(written):
 def test_report__says_what_was_written(written):
     assert isinstance(written, Report)
     assert [field.name for field in dataclasses.fields(written)] == ["page", "figures", "left_out", "comparison"]
-    assert list(written.figures) == list(FIGURES), "in the order of the registry"
+    assert list(written.figures) == USUAL, "in the order of the registry"
     assert [path.name for path in written.figures["spread"]] == [
         f"{name}.{one}" for name in ("spread", "half_width") for one in ("pdf", "png", "svg")
     ]
@@ -270,7 +271,7 @@ def test_report__no_layer_whose_cells_are_all_ok(tmp_path):
     study = measured(tmp_path, cells)
     result = report(study, formats=["png"])
     assert result.figures == {}
-    assert set(result.left_out) == set(FIGURES)
+    assert set(result.left_out) == set(USUAL)
     assert all("only cells that are ok" in reason for reason in result.left_out.values())
     assert result.page.is_file()
     with pytest.raises(StudyError, match="No layer of any model has only cells that are ok"):
@@ -503,7 +504,8 @@ def test_profile__very_long_names_and_labels_make_no_huge_picture(tmp_path):
 
 def test_figures__each_says_in_a_line_what_it_shows():
     assert list(FIGURES) == [
-        "criticality", "difference", "spread", "accuracy", "budget", "depth", "profile", "classes", "ranking",
+        "criticality", "difference", "conditions", "spread", "accuracy", "budget", "depth", "profile", "classes",
+        "ranking",
     ]  # fmt: skip
     for name, draw in FIGURES.items():
         assert re.fullmatch(r"[A-Z].+\.", draw.__doc__ or ""), name

@@ -100,7 +100,10 @@ class ProtocolKeys(Declaration):
     resets: list[str] = Field([DEFAULTS.reset])
     """what replaces a layer's parameters: names of resets, each of which is measured, with options in brackets if they
     have some, such as "noise(scale=0.5)" for the reset noise"""
-    norm_statistics: _Statistics | Annotated[list[_Statistics], Field(min_length=1)] = Field(["trained"])
+    norm_statistics: Annotated[
+        _Statistics | Annotated[list[_Statistics], Field(min_length=1)],
+        expected("'trained', 'reset' or 'reestimate', or a list of these"),
+    ] = Field(["trained"])
     """running statistics of normalisation layers beside a reset: `trained`, as published; `reset`; `reestimate`; or a
     list of these, each of which is measured"""
     epochs: Annotated[Literal["all"] | list[Annotated[int, Field(ge=0)]], expected("'all' or a list of epochs")] = (

@@ -23,7 +23,6 @@ from layercrit.shown_images import GroupsOf, ShownImages
 from layercrit.statistics import estimate
 from layercrit.study import status
 from layercrit.study.cell_table import ABOUT_LAYER, mean_names
-from layercrit.study.image_tables import distances_of, images_of
 from layercrit.study.pilots import plans_of
 from layercrit.study.rows import FailureRow
 from layercrit.study.shards import Shards, StoredStudy, holders, open_study
@@ -198,6 +197,8 @@ class Study:
 
     def images_of(self, model: str) -> ShownImages:
         """Return names, labels and predictions of the images that a model was shown, as far as they are known."""
+        from layercrit.study.image_tables import images_of  # imports torch, for which status need not wait
+
         return images_of(self.folder, model, self._records[model])
 
     def by_model(self) -> pd.DataFrame:
@@ -303,6 +304,8 @@ class Study:
         layer: str | None = None,
     ) -> pd.DataFrame:
         """Return the tables of models under each other; each is made of its layers, its images and how to estimate."""
+        from layercrit.study.image_tables import distances_of
+
         ok = self.of_reset(reset)
         of_reset = self.cells["reset"] == ok["reset"].iloc[0]
         found = self.cells[of_reset & self.cells["model"].isin(ok["model"].unique())]
