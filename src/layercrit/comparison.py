@@ -26,6 +26,7 @@ __all__ = [
     "compare_models",
     "compared_rows",
     "estimates_of",
+    "has_sets",
 ]
 
 _LISTED = 5  # names shown in a note
@@ -259,7 +260,7 @@ def compare_models(
     depth = tables["depth"].rank(axis=1, method="first").astype(int) - 1
     stages = grid["stage"].xs(first, level="model").reindex(layers)
     # sets of layers of several stages have no place between the first layer and the last
-    places = depth if stages.notna().all() else depth * math.nan
+    places = depth * math.nan if has_sets(study) and stages.isna().any() else depth
     models, kind, about_accuracy = _models(study, criticality, tables[MATCHED], difference, places)
     unlike = len(set(models["category"])) > 1 and models["criticality_matched"].isna().any()
     return Comparison(
@@ -415,6 +416,11 @@ def _models(
     if len(unknown):
         return table, kind, [f"Not in the correlations, since their {kind} accuracy is not known: {_listed(unknown)}."]
     return table, kind, []
+
+
+def has_sets(study: _Study) -> bool:
+    """Return whether a study resets sets of layers, which may reach over several stages."""
+    return bool(study.record.get("protocol", {}).get("sets", "each") != "each")
 
 
 def accuracy_of(models: pd.DataFrame) -> tuple[str, pd.Series]:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from layercrit.categories import ADVERSARIAL
 from layercrit.cell_columns import WHOLE
-from layercrit.comparison import Comparison, about_models, compare, estimates_of
+from layercrit.comparison import Comparison, about_models, compare, estimates_of, has_sets
 from layercrit.conditions import conditions_of
 from layercrit.errors import ProbeError, StudyError, near
 from layercrit.figures.accuracy import criticality_against_accuracy
@@ -343,7 +343,7 @@ def _budget(tables: _Tables) -> _Drawn:
 @_figure("depth")
 def _depth(tables: _Tables) -> _Drawn:
     """Criticality over depth, a line for each category."""
-    if tables.comparison.layers["stage"].isna().any():
+    if tables.comparison.layers["stage"].isna().any() and has_sets(tables.study):
         raise StudyError("Sets of layers of several stages have no depth. Leave the figure out, or measure each layer.")
     values = tables.comparison.criticality
     labels, baseline = tables.labels, tables.comparison.baseline
