@@ -236,6 +236,8 @@ def compare_models(
     # where a model is named, its variant under this condition is meant
     listed = list(chosen_models["model"])
     names = {str(of or name): str(name) for name, of in zip(listed, chosen_models["variant_of"], strict=True)}
+    for name, of in zip(study.models["model"], study.models["variant_of"], strict=True):
+        names.setdefault(str(name), names.get(str(of or name), str(name)))
     ok = study.of_reset(reset)
     used = str(ok["reset"].iloc[0])
     cells = study.cells[study.cells["reset"] == used]

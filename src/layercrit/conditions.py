@@ -86,6 +86,11 @@ def under(
         if asked not in there and known:
             listed = [str(one) for one in there if one is not None]
             raise StudyError(f"The study in {folder} has no {words} {str(asked)!r}. {near(str(asked), listed)}")
+    if known and wanted not in known:
+        raise StudyError(
+            f"The study in {folder} has nothing under the condition {wanted.label([*known, wanted])!r}. Its "
+            f"conditions: {'; '.join(one.label(known) for one in known)}."
+        )
     return models[np.array([_condition(row) == wanted for row in models.to_dict("records")], dtype=bool)], wanted
 
 

@@ -167,7 +167,8 @@ def _of_names(layers: Sequence[Layer], sets: NamedSets) -> Iterator[_Members]:
     for name, patterns in sets.items():
         chosen: set[str] = set()
         for pattern in map(str.strip, patterns.split(",")):
-            matches = fnmatch.filter(names, pattern) if pattern not in names else [pattern]
+            found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+            matches = [pattern] if pattern in names else found
             if not matches:
                 raise LayerError(
                     f"No layer that is to be reset matches {pattern!r} of the set {name!r}. {near(pattern, names)} "

@@ -220,7 +220,8 @@ class Measurement:
         if self._images.labels is not None and self._images.predictions is not None and of != "prediction":
             shares = np.bincount(groups.codes, self._images.correct) / np.bincount(groups.codes)
             accuracy = dict(zip(groups.names, shares.tolist(), strict=True))
-        stages = stages_of(list(self.record["layers"]))
+        has_sets = any(self._members(layer) for layer in self.record["layers"])
+        stages = None if has_sets else stages_of(list(self.record["layers"]))
         return class_map(self.by_class(of), title=self.summary()["model"], accuracy=accuracy, stages=stages)
 
     @property

@@ -71,19 +71,27 @@ def test_figure__conditions(study, tmp_path):
     """A row for each condition, each square the mean over models."""
     seen = {}
 
-    def remember(values, rows, **how):
-        seen.update(values=values, rows=rows, **how)
-        return heat_map(values, rows, **how)
+    def remember(values, models, **how):
+        seen.update(values=values, models=models)
+        return heat_map(values, models, **how)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reports, "heat_map", remember)
         report(study, tmp_path, figures=["conditions"], formats=["png"])
     assert list(seen["values"].index) == CONDITIONS
-    assert seen["rows"]["label"].isna().all()
+    assert seen["models"]["label"].isna().all()
     for name, condition in zip(CONDITIONS, study.conditions, strict=True):
         found = compare(study, probe_set=condition.probe_set, norm_statistics=condition.norm_statistics)
         np.testing.assert_allclose(seen["values"].loc[name], found.criticality.mean())
     assert (tmp_path / "figures" / "conditions.png").stat().st_size > 5000
+
+
+def test_report__a_model_means_its_variant_under_the_condition(study, tmp_path):
+    found = report(study, tmp_path, figures=["profile"], formats=["png"], probe_set="dark", profiles=["m1"])
+    assert [path.name for path in found.figures["profile"]] == ["profile-m1--dark-.png"]
+    other = report(study, tmp_path, figures=["ranking"], formats=["png"], probe_set="dark", baseline="m1 (dark)")
+    text = other.page.read_text(encoding="utf-8")
+    assert all(f"<option>{name}</option>" in text for name in CONDITIONS), "the baseline is known under all of them"
 
 
 def invoke(*arguments):

@@ -8,14 +8,15 @@ import pytest
 
 from conditioned_studies import N, write, write_weights
 from layercrit.comparison import compare
-from layercrit.conditions import Condition
+from layercrit.conditions import Condition, under
 from layercrit.differences import condition_differences, differences
 from layercrit.errors import StudyError
 from layercrit.measuring import measure
 from layercrit.study.file import read_study_file
 from layercrit.study.local_processes import LocalProcesses
+from layercrit.study.planning import plan_study
 from layercrit.study.tables import load_study
-from running_jobs import PLACE, Inline, run
+from running_jobs import PLACE, Inline, Killed, run
 
 CLEAN, DARK = Condition("clean"), Condition("dark")
 REESTIMATED = Condition("clean", "reestimate")
@@ -275,3 +276,65 @@ def test_run__adversarial_images_are_not_made_on_other_machines(tmp_path):
     ])  # fmt: skip
     with pytest.raises(StudyError, match="Run such a study here, in shards"):
         run(path, tmp_path / "out", executor=Elsewhere())
+
+
+def begun(path, folder):
+    """Run a study until it asks what is known of the first model, and read it then."""
+    with pytest.raises(Killed):
+        run(path, folder, executor=Inline(stop_after=0))
+    return load_study(folder)
+
+
+@pytest.mark.parametrize("change", ["statistics", "images"])
+def test_run__a_condition_of_the_same_name_that_is_another_begins_anew(tmp_path, change):
+    """Nothing is shown under a new condition that was measured under the old one, before any model is opened."""
+    images = [
+        {"name": "clean", "source": "clean.npz", "n_images": N, "input_size": [3, 2, 2]},
+        {"name": "dim", "source": "corrupt:brightness@1"},
+    ]
+    run(write(tmp_path, images=images, protocol={"norm_statistics": "trained"}), tmp_path / "out")
+    before = load_study(tmp_path / "out").cells
+    if change == "images":
+        images[1] = images[1] | {"source": "corrupt:brightness@5"}
+    how = "reset" if change == "statistics" else "trained"
+    path = write(tmp_path, images=images, protocol={"norm_statistics": how})
+    kept = begun(path, tmp_path / "out").cells["model"].value_counts()
+    assert dict(kept) == ({"m0": 4, "m1": 4} if change == "images" else {})
+    assert run(path, tmp_path / "out").n_measured == (8 if change == "images" else 16)
+    after = load_study(tmp_path / "out").cells
+    changed = after[after["model"].str.endswith("(dim)")]
+    assert not set(changed["key"]) & set(before["key"])
+
+
+def test_run__a_study_from_before_there_were_sets_is_the_same(study):
+    measured = study.record["measured"]
+    assert "sets" not in measured
+    assert "norm_statistics" not in measured
+
+
+def test_run__probe_sets_of_unlike_sizes(tmp_path):
+    images = [
+        {"name": "few", "source": "clean.npz", "n_images": 5, "input_size": [3, 2, 2]},
+        {"name": "many", "source": "dark.npz", "n_images": N, "labels": False},
+    ]
+    path = write(tmp_path, images=images, protocol={}, models=[
+        {"reference": "file:m*.safetensors?arch=py:conditioned_studies:network", "accuracy": None}])  # fmt: skip
+    plan = plan_study(read_study_file(path))
+    assert plan.n_images == 5
+    run(path, tmp_path / "out")
+    study = load_study(tmp_path / "out")
+    assert dict(study.cells.groupby("model")["n_images"].max()) == {"m0": 5, "m0 (many)": N, "m1": 5, "m1 (many)": N}
+
+
+def test_read_study_file__a_documented_accuracy_is_that_on_the_first_probe_set(tmp_path):
+    models = [{"name": "a", "reference": "file:m0.safetensors?arch=py:conditioned_studies:network", "accuracy": 0.9}]
+    found = read_study_file(write(tmp_path, models=models, study={"baseline": None})).models
+    assert {entry.name: entry.accuracy for entry in found} == {
+        "a": 0.9, "a (dark)": None, "a (statistics re-estimated)": 0.9, "a (dark, statistics re-estimated)": None,
+    }  # fmt: skip
+
+
+def test_compare__a_combination_that_nobody_has(study):
+    models = study.models[study.models["probe_set"].ne("dark") | study.models["norm_statistics"].eq("trained")]
+    with pytest.raises(StudyError, match="nothing under the condition 'images dark, norm statistics re-estimated'"):
+        under(models, study.folder, probe_set="dark", norm_statistics="reestimate")

@@ -137,7 +137,8 @@ def compare_command(
         norm_statistics=norm_statistics,
         epoch=epoch,
     )
-    if comparison.condition and (words := comparison.condition.in_words()):
+    if comparison.condition and len(study.conditions) > 1:
+        words = comparison.condition.label(study.conditions)
         others = [one.label(study.conditions) for one in study.conditions if one != comparison.condition]
         say(f"note: {words}{(others and '; there are also: ' + '; '.join(others)) or ''}", err=True)
     if comparison.caution:

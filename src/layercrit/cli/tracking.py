@@ -66,6 +66,8 @@ def tracked_study(
     config = {
         "study": study.name,
         "protocol": study.protocol.to_dict() | {"resets": list(study.resets), "n_images": study.n_images},
+        "norm_statistics": list(study.norm_statistics),
+        "images": [images.source for images in study.images],
         "models": {entry.name: entry.reference for entry in study.models},
     }
     name = study.name if shard is None else f"{study.name} shard {shard}"

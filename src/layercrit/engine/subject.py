@@ -80,6 +80,11 @@ class Subject:
         self._without_branch = {
             unit.name for unit in self.layers if without & {unit.name, *(member.name for member in unit.members)}
         }
+        if self.layers and len(self._without_branch) == len(self.layers):
+            raise ProtocolError(
+                f"The reset {self._reset.name!r} leaves out residual branches, but each of the {len(self.layers)} sets "
+                f"has a member that is none, such as {min(without)!r}. Name those that are with --layers (layers=...)."
+            )
         self._given_donor = given_donor(donor, self._reset, model, self.layers)
         # A reset that draws its chance from the initialiser has none left once the donor is given.
         fixed = self._given_donor is not None and self._reset.donor == "initialiser"

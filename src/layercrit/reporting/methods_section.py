@@ -1,5 +1,6 @@
 """The paragraph about a measurement for the methods section of a paper, with its numbers filled in."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from layercrit.foreign_text import visible
 from layercrit.intervals import excluded_share
 from layercrit.measurement import Measurement
 from layercrit.named_options import split_name
+from layercrit.probes.opening import plain_source
 
 __all__ = ["methods_section"]
 
@@ -54,11 +56,31 @@ def methods_section(measurement: Measurement) -> str:
         f"layercrit {version}: the parameters {what} in turn were replaced by {values}, and criticality is 1 minus the "
         "cosine similarity of the softmax outputs before and after, averaged over trials (draws) and images.",
         f"The network was shown {images['n_images']:,} images drawn at random (seed {images['seed']}) from "
-        f"{visible(Path(images['source']).name)}, of {size['height']} x {size['width']} pixels.",
+        f"{_source(images['source'])}, of {size['height']} x {size['width']} pixels.",
+        *_about_statistics(record),
         *_about_trials(measurement, summary),
         *_about_intervals(measurement, summary),
     ]
     return " ".join(sentences)
+
+
+def _source(source: str) -> str:
+    """Return where images come from without folders, and what was done to them."""
+    changes, plain = plain_source(source)
+    return visible(Path(plain).name) + (f", changed by {visible(changes.removesuffix(':'))}" if changes else "")
+
+
+def _about_statistics(record: Mapping[str, Any]) -> list[str]:
+    """Say what became of running statistics, where they did not stay as trained."""
+    statistics = record.get("norm_statistics") or {}
+    if statistics.get("how") == "reset":
+        return ["Running statistics of the first normalisation layer after a reset were set to mean 0 and variance 1."]
+    if statistics.get("how") == "reestimate" and statistics["n_images"]:
+        return [
+            "Running statistics of the normalisation layers after a reset were estimated again, layer by layer, on "
+            f"{statistics['n_images']} of the images."
+        ]
+    return []
 
 
 def _new_values(reset: str) -> str:

@@ -46,7 +46,7 @@ _NO_MATCHED = (
 )
 _DEFINITION = (
     "Each layer's parameters were replaced by fresh draws from the architecture's own initialiser, or by what the "
-    "reset says, one layer at a time; everything else stayed as trained. {statistics} "
+    "reset says, one layer (or group or set of layers) at a time; everything else stayed as trained. {statistics} "
     "The criticality of a layer is 1 minus the mean over trials and images of the cosine between the softmax outputs "
     "before and after the reset, in [0, 1]; that of a model is the mean over its layers. The cosine is that of softmax "
     "outputs, not of hidden states, and the new values are a fresh draw, not the layer's own values before training. "

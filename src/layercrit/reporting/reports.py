@@ -217,6 +217,9 @@ def save_figures(
 def _tables(study: Study, comparison: Comparison, profiles: Sequence[str] | None) -> _Tables:
     models = about_models(study, comparison)
     known = models["model"].to_list()
+    own = study.models.set_index("model")["variant_of"]
+    variants = {own[name]: name for name in known if isinstance(own[name], str)}
+    profiles = None if profiles is None else [name if name in known else variants.get(name, name) for name in profiles]
     for name in profiles or ():
         if name not in known:
             raise StudyError(f"The model {name!r} is not compared, so it has no profile. {near(name, known)}")
@@ -288,7 +291,7 @@ def _difference(tables: _Tables) -> _Drawn:
 
 @_figure("conditions")
 def _conditions(tables: _Tables) -> _Drawn:
-    """Heat map of the study's conditions and layers, means over models."""
+    """Heat map of the study's conditions and layers, means over the models that all of them have."""
     comparisons = [one for one in (tables.comparison, *tables.others) if one.condition is not None]
     conditions = [one.condition for one in comparisons if one.condition is not None]
     if len(conditions) < 2:
@@ -298,8 +301,15 @@ def _conditions(tables: _Tables) -> _Drawn:
         )
     names = [condition.label(conditions) for condition in conditions]
     layers = tables.comparison.criticality.columns
-    values = pd.DataFrame([one.criticality.mean().reindex(layers) for one in comparisons], index=names)
-    accuracies = [one.models["accuracy"].mean() for one in comparisons]
+    about = tables.study.models.set_index("model")
+    own = about["variant_of"].fillna(about.index.to_series())
+    of_each = [one.criticality.rename(index=own) for one in comparisons]
+    common = sorted(set.intersection(*(set(values.index) for values in of_each)))
+    if not common:
+        raise StudyError("No model is compared under all conditions of the study, so their means cannot be.")
+    values = pd.DataFrame([one.loc[common].mean().reindex(layers) for one in of_each], index=names)
+    measured = [about["top1_accuracy"].loc[one.criticality.index].rename(index=own) for one in comparisons]
+    accuracies = [one.loc[common].mean() for one in measured]
     rows = pd.DataFrame({"model": names, "label": None, "category": None, "accuracy": accuracies})
     yield "conditions", heat_map(values, rows, layer_labels=tables.labels, stages=tables.stages, rows="conditions")
 

@@ -83,6 +83,8 @@ def variants_of(
             *([] if how == norm_statistics[0] else [_STATISTICS[how]]),
         ]
         one = replace(entry, probe_set=images, norm_statistics=how)
+        if probe_sets and images != probe_sets[0]:  # for which its authors give none
+            one = replace(one, accuracy=None)
         if epoch is not None:
             one = replace(one, epoch=epoch, reference=f"{path}@epoch={epoch}{mark}{options}", accuracy=None)
         if changes:

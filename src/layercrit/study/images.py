@@ -27,12 +27,8 @@ _LOCK = "shards"  # folder whose lock the shard that decodes holds
 _PATIENCE = 3600.0  # seconds that the others wait for it
 
 
-def n_available_images(study: StudyFile) -> int:
-    """Return how many images there are, those of the study file at most."""
-    return min(_n_available(images) for images in study.images)
-
-
-def _n_available(images: Images) -> int:
+def n_available_images(images: Images) -> int:
+    """Return how many images of a probe set there are, those of the study file at most."""
     labels = images.labels if isinstance(images.labels, str) else "auto"
     return min(images.n_images, len(open_images(split_attack(images.source)[1], labels)))
 
@@ -61,7 +57,8 @@ def shown_images(probe_set: ProbeSet, images: Images, model: Model, folder: Path
     attack, _ = split_attack(images.source)
     if attack is None:
         return probe_set
-    name = hashlib.sha256(f"{model.sha256} {probe_set.sha256} {attack}".encode()).hexdigest()[:16]
+    about = [model.sha256, model.mean, model.std, model.output_in_words, probe_set.sha256, str(attack)]
+    name = hashlib.sha256(str(about).encode()).hexdigest()[:16]
     kept = folder / _ADVERSARIAL / name
     with hold(kept, "attack", patience=_PATIENCE):  # by whichever process comes first
         return attacked(probe_set, model, attack, use_labels=images.labels is not False, device=device, folder=kept)

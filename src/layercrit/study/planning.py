@@ -94,8 +94,10 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
     """
     study.check_trained()
     n_images, images_mistake = study.n_images, ""
+    available = {images.name: images.n_images for images in study.images}
     try:
-        n_images = n_available_images(study)
+        available = {images.name: n_available_images(images) for images in study.images}
+        n_images = available[study.probe_set]
     except LayercritError as error:
         images_mistake = str(error)
     done, plans = (_done(Path(folder)), _plans(Path(folder))) if folder is not None else (Counter[str](), {})
@@ -113,7 +115,9 @@ def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
             further = _n_further(plans, entry.name)
             n_cells = built.n_layers * n_trials + further
             n_done = min(done[entry.name], n_cells)
-            left = (n_cells - n_done) / max(1, n_cells) * n_images
+            n_shown = available[entry.probe_set]
+            n_shown = min(n_shown, n_images) if protocol.is_planned else n_shown
+            left = (n_cells - n_done) / max(1, n_cells) * n_shown
             # beside the resets, each trial runs the trained network, which is asked once before all trials, too
             n_sweeps = n_trials + further / max(1, built.n_layers)
             flops = left * (n_sweeps * (built.flops + built.flops_after) + built.flops)

@@ -1,6 +1,7 @@
 """Run a study: every cell is measured once, nothing is lost, and a failing model does not stop the others."""
 
 import contextlib
+import math
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -160,6 +161,7 @@ class _Run:
             if changed:
                 self.store.clear_plan()
                 self.store.put_meta("precision", [])
+            self._forget_other_conditions(probe_sets)
             self.store.put_models([_model_row(entry) for entry in self.study.models])
             if changed:  # what failed was asked for in another way
                 for entry in self.study.models:
@@ -173,6 +175,32 @@ class _Run:
             self.bar.say(f"damaged on the disk, so made anew: {row}")
         if plans and before.get("measured") != about["measured"]:
             self._take_images(self.n_first_images)
+
+    def _forget_other_conditions(self, probe_sets: Mapping[str | None, ProbeSet]) -> None:
+        """Forget what was planned of models, and what failed, under a condition of the same name that was another."""
+        sources = {images.name: images for images in self.study.images}
+        now = {
+            entry.name: [
+                entry.norm_statistics,
+                probe_sets[entry.probe_set].first(self.n_first_images).sha256,
+                str(split_attack(sources[entry.probe_set].source)[0]),
+            ]
+            for entry in self.study.models
+        }
+        known = self.store.meta("conditions", {})
+        for name in now:
+            if known.get(name, now[name]) != now[name]:
+                self.store.clear_plan(name)
+                self.store.drop_failures(name)
+                self._forget_precision(name)
+        self.store.put_meta("conditions", now)
+
+    def _forget_precision(self, model: str, reset: str | None = None) -> None:
+        """Forget what was planned after the pilots of a model, or of one of its resets."""
+        plans = self.store.meta("precision", [])
+        kept = [plan for plan in plans if plan[0] != model or reset not in (None, plan[1])]
+        if len(kept) < len(plans):
+            self.store.put_meta("precision", kept)
 
     def _before(self) -> tuple[dict[str, Any], dict[tuple[str, str], PrecisionPlan]]:
         """Return what earlier runs, or other shards, were about, and what they planned."""
@@ -190,7 +218,7 @@ class _Run:
     @cached_property
     def n_available(self) -> int:
         """How many images there are, those of the file at most."""
-        return n_available_images(self.study)
+        return n_available_images(self.study.images[0])
 
     @cached_property
     def n_first_images(self) -> int:
@@ -207,14 +235,15 @@ class _Run:
             self.store.put_meta("study", about)
 
     def _probe_sets(self, n_images: int) -> dict[str | None, ProbeSet]:
-        """Return all probe sets, by name, with so many images each, or as many as there are."""
+        """Return all probe sets, by name: with the images that the file names, or as many as a plan takes, at most."""
         shared = self.shard is not None
+        most = n_images if self.study.protocol.is_planned else math.inf
         return {
             images.name: draw_images(
                 self.study,
                 images,
                 self.folder,
-                min(n_images, images.n_images),
+                int(min(most, images.n_images)),
                 self.store,
                 shared=shared,
                 progress=self.bar.decoded,
@@ -429,12 +458,16 @@ class _Run:
             for reset, content in record["content"].items():
                 if known["content"].get(reset) != content:
                     self.store.clear_plan(model, reset)
+                    if reset in known["content"]:
+                        self._forget_precision(model, reset)
             for of_resets in ("content", "donor", "random_trials"):
                 record = {**record, of_resets: {**known[of_resets], **record[of_resets]}}
             if known["probe_set"] == record["probe_set"]:  # another worker may have the same model open
                 record = {**record, "notes": list(dict.fromkeys([*known["notes"], *record["notes"]]))}
         else:
             self.store.clear_plan(model)
+            if known:
+                self._forget_precision(model)
         self.store.put_record(model, record)
 
     @property
@@ -458,9 +491,12 @@ def _about(study: StudyFile, probe_sets: Mapping[str | None, ProbeSet], n_first_
     protocol = {**study.protocol.to_dict(), "resets": list(study.resets), "distances": list(study.distances),
                 "n_images": study.n_images}  # fmt: skip
     del protocol["reset"], protocol["norm_statistics"]
-    deciding = {k: v for k, v in protocol.items() if k not in _UNDECIDING}
+    undeciding: tuple[str, ...] = _UNDECIDING
     if study.protocol.is_planned:  # the level decides the plan
-        deciding = {k: v for k, v in protocol.items() if k not in ("batch_size", "device", "trials")}
+        undeciding = ("batch_size", "device", "trials")
+    if study.protocol.sets == DEFAULTS.sets:  # as in studies from before there were sets
+        undeciding = (*undeciding, "sets")
+    deciding = {k: v for k, v in protocol.items() if k not in undeciding}
     return {
         "name": study.name,
         "baseline": study.baseline,

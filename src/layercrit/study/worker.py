@@ -162,7 +162,10 @@ class _Opened:
             "probe_set": self.probe_set.sha256,
             "asked_dtype": self._protocol.dtype,
         }
-        again = all(known.get(name) == value for name, value in about.items())
+        about |= self._content_of_statistics()
+        again = all(known.get(name) == value for name, value in about.items()) and (
+            "norm_statistics" in about or "norm_statistics" not in known
+        )
         kept = {name: known[name] for name in ("dtype", "backend", "predictions", "notes") if name in known and again}
         return {
             **kept,
