@@ -1,6 +1,7 @@
 """Studies that ask their models under several conditions: probe sets, norm statistics, epochs of training runs."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from layercrit.errors import StudyError
 from layercrit.measuring import measure
 from layercrit.study.file import read_study_file
 from layercrit.study.local_processes import LocalProcesses
+from layercrit.study.merging import merge_studies
 from layercrit.study.planning import plan_study
 from layercrit.study.tables import load_study
 from running_jobs import PLACE, Inline, Killed, run
@@ -338,3 +340,23 @@ def test_compare__a_combination_that_nobody_has(study):
     models = study.models[study.models["probe_set"].ne("dark") | study.models["norm_statistics"].eq("trained")]
     with pytest.raises(StudyError, match="nothing under the condition 'images dark, norm statistics re-estimated'"):
         under(models, study.folder, probe_set="dark", norm_statistics="reestimate")
+
+
+def test_merge_studies__conditions(study, tmp_path):
+    """Probe sets of one name are compared by their images; unlike conditions are said; what is alike is kept."""
+    shutil.copytree(study.folder, tmp_path / "copy")
+    merge_studies([study.folder, tmp_path / "copy"], tmp_path / "same")
+    assert load_study(tmp_path / "same").record["probe_sets"] == study.record["probe_sets"]
+    models = [{"name": "x", "reference": "file:m1.safetensors?arch=py:conditioned_studies:network"}]
+    images = [
+        {"name": "clean", "source": "clean.npz", "n_images": N, "input_size": [3, 2, 2]},
+        {"name": "dark", "source": "corrupt:brightness@5"},
+    ]
+    path = write(tmp_path / "other", models=models, images=images, protocol={}, study={"baseline": None})
+    run(path, tmp_path / "other" / "out")
+    merge_studies([study.folder, tmp_path / "other" / "out"], tmp_path / "merged")
+    merged = load_study(tmp_path / "merged")
+    notes = " ".join(merged.record["notes"])
+    assert "used different images" in notes
+    assert "different conditions" in notes
+    assert list(compare(merged, probe_set="dark").criticality.index) == ["m0 (dark)", "m1 (dark)", "x (dark)"]

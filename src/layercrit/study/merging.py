@@ -144,6 +144,10 @@ def _record(studies: Sequence[Study], name: str) -> dict[str, Any]:
         told = "; ".join(f"{folder}: {text}" for folder, text in images.items())
         notes.append(f"The merged studies used different images ({told}): differences between their models may be due "
                      "to that.")  # fmt: skip
+    conditions = {str(study.folder): [one.in_words() or "one" for one in study.conditions] for study in studies}
+    if len({tuple(sorted(names)) for names in conditions.values()}) > 1:
+        told = "; ".join(f"{folder}: {', '.join(names)}" for folder, names in conditions.items())
+        notes.append(f"The merged studies have different conditions ({told}): models are compared under one at a time.")
     shared: dict[str, Any] = {key: value for key, value in protocols[0].items() if key not in differing}
     shared["trials"] = max(int(protocol.get("trials", 0)) for protocol in protocols)
     shared["resets"] = list(dict.fromkeys(chain(*(protocol.get("resets", []) for protocol in protocols))))
@@ -156,7 +160,7 @@ def _record(studies: Sequence[Study], name: str) -> dict[str, Any]:
         "merged": [str(study.folder) for study in studies],
     }
     if len(set(images.values())) == 1 and "probe_set" in records[0]:
-        merged["probe_set"] = records[0]["probe_set"]
+        merged |= {key: records[0][key] for key in ("probe_set", "probe_sets") if key in records[0]}
     return merged
 
 
@@ -170,4 +174,12 @@ def _images(record: Mapping[str, Any]) -> str:
     probe_set = record.get("probe_set")
     if probe_set is None:
         return "not known"
-    return f"{probe_set['n_images']} of {Path(probe_set['source']).name}, SHA-256 {probe_set['sha256'][:12]}"
+    from layercrit.probes.opening import plain_source  # imports torch, for which other commands need not wait
+
+    several = record.get("probe_sets", {})
+    told = [
+        f"{name and f'{name}, '}{one['n_images']} of {Path(plain_source(one['source'])[1]).name}, SHA-256 "
+        f"{one['sha256'][:12]}"
+        for name, one in (several or {"": probe_set}).items()
+    ]
+    return " and ".join(told)
