@@ -77,9 +77,9 @@ class Subject:
         if self._reset.branch:
             selected, without = self._with_branches(selected, layers)
         self.layers = sets_of(selected, protocol.sets)
-        self._without_branch = {
+        self._without_branch = [
             unit.name for unit in self.layers if without & {unit.name, *(member.name for member in unit.members)}
-        }
+        ]
         if self.layers and len(self._without_branch) == len(self.layers):
             raise ProtocolError(
                 f"The reset {self._reset.name!r} leaves out residual branches, but each of the {len(self.layers)} sets "
@@ -123,7 +123,7 @@ class Subject:
                 "initialiser, open the model by reference or give a donor"
             )
         if self._without_branch:
-            few = ", ".join(sorted(self._without_branch)[:5]) + " ..." * (len(self._without_branch) > 5)
+            few = ", ".join(self._without_branch[:5]) + " ..." * (len(self._without_branch) > 5)
             notes.append(
                 f"{self._reset.name}: {len(self._without_branch)} of {len(self.layers)} units do not consist of "
                 f"residual branches, so nothing is measured for them: {few}"
