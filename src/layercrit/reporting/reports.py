@@ -302,7 +302,7 @@ def _conditions(tables: _Tables) -> _Drawn:
     names = [condition.label(conditions) for condition in conditions]
     layers = tables.comparison.criticality.columns
     about = tables.study.models.set_index("model")
-    own = about["variant_of"].fillna(about.index.to_series())
+    own = about["variant_of"].fillna(about.index.to_series()).to_dict()
     of_each = [one.criticality.rename(index=own) for one in comparisons]
     common = sorted(set.intersection(*(set(values.index) for values in of_each)))
     if not common:
