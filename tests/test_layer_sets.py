@@ -59,7 +59,11 @@ def by_hand(names, sets):
         "all-but-one": {f"all but {name}": [other for other in names if other != name] for name in names},
         "cascade-up": {some[0] if len(some) == 1 else f"{some[0]} ... {some[-1]}": some for some in upwards},
         "cascade-down": {some[0] if len(some) == 1 else f"{some[0]} ... {some[-1]}": some for some in downwards},
-        "pairs": one | {f"{a} + {b}": [a, b] for a, b in combinations(names, 2)},
+        "pairs": {
+            " + ".join(some): some
+            for place, first in enumerate(names)
+            for some in ([first], *([first, second] for second in names[place + 1 :]))
+        },
     }[sets]
 
 
