@@ -453,6 +453,6 @@ def test_layers_command__lists_sets(tmp_path):
         assert len(rows) == n
     assert rows[0]["members"] == ["conv1", "fc"]
     assert rows[0]["n_parameters"] == sum(
-        one.n_parameters for one in select_layers(find_layers(small_resnet(), torch.zeros(1, 1, 8, 8)))
+        one.n_parameters for one in select_layers(find_layers(small_resnet().eval(), torch.zeros(1, 1, 8, 8)))
         if one.name in ("conv1", "fc")
     )  # fmt: skip

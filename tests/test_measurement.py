@@ -145,6 +145,7 @@ def test_record__is_plain_data_and_complete(measured):
         "trials": 3, "n_images": 7, "layers": "*", "types": "conv,linear", "group": "layer", "reset": "rerandomize",
         "seed": 5, "batch_size": 7, "dtype": "float32", "device": "cpu", "level": 0.9, "distances": list(DISTANCES),
         "interval": "t", "half_width": None, "minutes": None, "pilot": 10, "max_trials": 200,
+        "sets": "each", "norm_statistics": "trained",
     }  # fmt: skip
     assert len(record["model"]["sha256"]) == len(record["probe_set"]["sha256"]) == 64
     assert record["trial_seeds"] == measured.cells["seed"][:3].tolist()
