@@ -113,9 +113,11 @@ class Labels:
         places = {name: place for place, name in enumerate(names)}
         used = {label: self.names.get(label, str(label)) for label in self.classes.values}
         unnamed = self.classes.kind == "numbers" and not self.names and places.keys().isdisjoint(used.values())
-        if unnamed and all(0 <= label < len(names) for label in used):
+        known = range(len(names)) if unnamed else places
+        missing = [name for label, name in used.items() if (label if unnamed else name) not in known]
+        if unnamed and not missing:
             return replace(self, names=dict(enumerate(names)), classes=replace(self.classes, n_classes=len(names)))
-        if missing := [name for name in used.values() if name not in places]:
+        if missing:
             raise ProbeError(
                 f"{where} lists {len(names)} classes, but not {missing[0]!r}"
                 f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} of the images. "
