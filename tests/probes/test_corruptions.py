@@ -357,7 +357,9 @@ def test_study__corrupted_images_are_drawn_anew_where_the_source_changes(tmp_pat
 
     def images() -> ProbeSet:
         with Store(tmp_path / "study", create=True) as store:
-            return draw_images(study, tmp_path / "study", 24, store, shared=False, progress=lambda n, of: None)
+            return draw_images(
+                study, study.images[0], tmp_path / "study", 24, store, shared=False, progress=lambda n, of: None
+            )
 
     first = images()
     expected = ProbeSet.from_source(study.source, study.preprocessing, n_images=24, seed=probe_set_seed(0))
