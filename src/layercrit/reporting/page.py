@@ -64,9 +64,9 @@ def write_page(
     study: Study,
     comparison: Comparison,
     path: str | Path,
-    others: Sequence[Comparison] = (),
     models: Sequence[str] = (),
     thumbnails: bool = False,
+    others: Sequence[Comparison] = (),
 ) -> Path:
     """Write the page of a study: one self-contained HTML file that works offline.
 
@@ -77,9 +77,9 @@ def write_page(
         study: finished or not.
         comparison: of its models, under one reset.
         path: of the file; its folder is created if missing.
-        others: of the same study under other conditions, to which readers can switch.
         models: those of which it shows criticality by class, where that is known, under the first condition.
         thumbnails: whether it shows, of these models, the images that each layer's reset moves most and least.
+        others: of the same study under other conditions, to which readers can switch.
 
     Raises:
         StudyError: the file cannot be written.

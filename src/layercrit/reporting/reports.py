@@ -180,7 +180,7 @@ def report(
                 continue
             written[name] = _saved(drawn, folder / "figures", formats)
         bar.drawn("report.html", len(asked), len(asked) + 1)
-        page = write_page(study, comparison, folder / "report.html", others, list(tables.profiles), thumbnails)
+        page = write_page(study, comparison, folder / "report.html", list(tables.profiles), thumbnails, others)
     return Report(page, written, left_out, comparison)
 
 
