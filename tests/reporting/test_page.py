@@ -598,7 +598,8 @@ def test_page__fits_a_phone(browser, path):
 
 
 LONG = "stages.3.blocks.17.mobile_inverted_bottleneck.depthwise_separable_convolution"
-HEIGHTS = "() => [...document.querySelectorAll('.plot')].map((plot) => [plot.id, plot._fullLayout.yaxis._length])"
+HEIGHTS = """() => [...document.querySelectorAll('.plot')].filter((plot) => plot._fullLayout)
+    .map((plot) => [plot.id, plot._fullLayout.yaxis._length])"""
 
 
 @pytest.mark.parametrize(("name", "layers", "width"), [

@@ -145,8 +145,8 @@ def test_page__section_in_a_browser(browser, study, tmp_path):
         assert page.is_visible("#whom-link")
         page.select_option("#whom-model", label="Other")
         page.locator("#whom-details summary").click()
-        rows = page.locator("#whom-table tbody tr").all()
-        assert len(rows) == 3
+        page.locator("#whom-table tbody tr").nth(2).wait_for()  # it is drawn once the details are open
+        assert page.locator("#whom-table tbody tr").count() == 3
         assert HOSTILE in page.inner_text("#whom-table")
         assert page.evaluate("() => window.ran") is None
         assert "18 images that the trained network names right" in page.inner_text("#right-about")
