@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import layercrit.probes.probe_set
+import layercrit.probes.decoding
 from hostile_files import (
     image_folder,
     images_of,
@@ -431,9 +431,9 @@ def test_images__large_ones_are_decoded_one_at_a_time(
 ) -> None:
     folder = image_folder(tmp_path / "images")
     plain = opened(folder).sha256
-    monkeypatch.setattr(layercrit.probes.probe_set, "_LARGE", limit)
+    monkeypatch.setattr(layercrit.probes.decoding, "_LARGE", limit)
     at_once, together, lock = 0, [], threading.Lock()
-    decoded = layercrit.probes.probe_set.decoded
+    decoded = layercrit.probes.decoding.decoded
 
     def counted(image: Image.Image) -> Image.Image:
         nonlocal at_once
@@ -446,7 +446,7 @@ def test_images__large_ones_are_decoded_one_at_a_time(
             at_once -= 1
         return image
 
-    monkeypatch.setattr(layercrit.probes.probe_set, "decoded", counted)
+    monkeypatch.setattr(layercrit.probes.decoding, "decoded", counted)
     assert opened(folder, n_threads=4).sha256 == plain
     assert (max(together) == 1) == (limit == 1)
 
@@ -464,7 +464,7 @@ def test_images__only_some_bytes_are_read_ahead(tmp_path: Path, monkeypatch: pyt
             yield item
 
     monkeypatch.setattr(source, "read", counted)
-    monkeypatch.setattr(layercrit.probes.probe_set, "_LARGE", 3 * len(images[0]))
+    monkeypatch.setattr(layercrit.probes.decoding, "_LARGE", 3 * len(images[0]))
     probe_set = opened(source, n_threads=4, progress=lambda done, _: n_ahead.append(read - done))
     assert probe_set.n_images == 40
     assert max(n_ahead) <= 3

@@ -26,10 +26,9 @@ import torch
 from PIL import Image
 
 from layercrit.errors import ProbeError
-from layercrit.probes import probe_set as probes
 from layercrit.probes.images import Preprocessing, open_image
 from layercrit.probes.probe_set import ProbeOptions, ProbeSet
-from layercrit.probes.sources import FolderSource, ImageSource
+from layercrit.probes.sources import FolderSource, ImageSource, Item
 from photographs import encoded, piece, pieces, write_fashion_mnist
 
 SMALL = Preprocessing(3, 24, 24, 28)
@@ -424,7 +423,7 @@ def test_probe_set__own_source() -> None:
         def read(self, indices: Any) -> Any:
             assert list(indices) == sorted(indices)
             for index in indices:
-                yield probes.Item(index, Image.new("L", (8, 8), index))
+                yield Item(index, Image.new("L", (8, 8), index))
 
     probe_set = ProbeSet.from_source(Grey(), Preprocessing(1, 8, 8, None))
     assert [f"level {level}" for level in probe_set.images[:, 0, 0, 0]] == list(probe_set.names)
