@@ -25,6 +25,7 @@ from layercrit.figures.squares import (
     NUMBER_SIZES,
     Scale,
     Squares,
+    draw_color_bar,
     draw_squares,
     number_size,
 )
@@ -395,8 +396,6 @@ def _band_width(title: str | None, quantity: str, missing: bool) -> float:
 
 def _draw_band(figure: "Figure", axes: "Axes", scale: Scale, title: str | None, quantity: str, missing: bool) -> None:
     """Plot title and colour bar."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
     width, height = figure.get_size_inches()
@@ -405,17 +404,7 @@ def _draw_band(figure: "Figure", axes: "Axes", scale: Scale, title: str | None, 
         axes.text(_MARGIN, y, shown(title), fontsize=_TITLE_SIZE, fontweight="bold", gid="title")
     left, low = width - _MARGIN - _BAR_WIDTH - 0.1, height - _MARGIN - 0.13
     place = left / width, low / height, _BAR_WIDTH / width, _BAR_HEIGHT / height
-    bar = figure.colorbar(
-        ScalarMappable(Normalize(scale.low, scale.high), scale.color_map),
-        cax=figure.add_axes(place, label="colours"),
-        orientation="horizontal",
-    )
-    ticks = np.linspace(scale.low, scale.high, scale.ticks)
-    bar.set_ticks(ticks.tolist(), labels=[scale.tick(tick) for tick in ticks])
-    bar.ax.tick_params(labelsize=_NOTE_SIZE, length=2, width=0.5, pad=1.5)
-    bar.outline.set_visible(False)
-    if bar.solids is not None:
-        bar.solids.set_edgecolor("face")  # without, many viewers show gaps
+    draw_color_bar(figure, place, scale, _NOTE_SIZE)
     middle = low + _BAR_HEIGHT / 2
     _right(axes, left - _GAP, middle, quantity, fontsize=_NOTE_SIZE, gid="quantity")
     if missing:

@@ -8,7 +8,7 @@ import numpy as np
 
 from layercrit.errors import ProtocolError
 from layercrit.figures.categories import shown
-from layercrit.figures.squares import COLOR_MAPS, Scale, Squares, draw_squares, number_size
+from layercrit.figures.squares import COLOR_MAPS, Scale, Squares, draw_color_bar, draw_squares, number_size
 from layercrit.figures.style import figure_style, text_width
 
 if TYPE_CHECKING:
@@ -92,9 +92,6 @@ def _draw_names(axes: "Axes", names: Sequence[str], corner: tuple[float, float],
 
 def _draw_band(figure: "Figure", axes: "Axes", scale: Scale, title: str) -> None:
     """Plot the title, what is shown, and the colour bar."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
     width, height = figure.get_size_inches()
     top = height - _MARGIN - 0.1
     axes.text(_MARGIN, top, shown(title), fontsize=_TITLE_SIZE, fontweight="bold", va="center", gid="title")
@@ -105,15 +102,4 @@ def _draw_band(figure: "Figure", axes: "Axes", scale: Scale, title: str) -> None
         _BAR_WIDTH / width,
         _BAR_HEIGHT / height,
     )
-    norm = Normalize(scale.low, scale.high)
-    bar = figure.colorbar(
-        ScalarMappable(norm, scale.color_map),
-        cax=figure.add_axes(place, label="colours"),
-        orientation="horizontal",
-    )
-    ticks = np.linspace(scale.low, scale.high, scale.ticks)
-    bar.set_ticks(ticks.tolist(), labels=[scale.tick(tick) for tick in ticks])
-    bar.ax.tick_params(labelsize=_NOTE_SIZE, length=2, width=0.5, pad=1.5)
-    bar.outline.set_visible(False)
-    if bar.solids is not None:
-        bar.solids.set_edgecolor("face")  # without, many viewers show gaps
+    draw_color_bar(figure, place, scale, _NOTE_SIZE)

@@ -12,8 +12,19 @@ from layercrit.figures.style import text_width
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["COLOR_MAPS", "FILLED", "NOT_MEASURED", "NUMBER_SIZES", "Scale", "Squares", "draw_squares", "number_size"]
+__all__ = [
+    "COLOR_MAPS",
+    "FILLED",
+    "NOT_MEASURED",
+    "NUMBER_SIZES",
+    "Scale",
+    "Squares",
+    "draw_color_bar",
+    "draw_squares",
+    "number_size",
+]
 
 Array = npt.NDArray[np.float64]
 
@@ -168,3 +179,21 @@ def _readable_on(color: Array) -> str:
     linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
     luminance = float(linear @ (0.2126, 0.7152, 0.0722))
     return "black" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "white"
+
+
+def draw_color_bar(figure: "Figure", place: tuple[float, float, float, float], scale: Scale, font_size: float) -> None:
+    """Plot what the colours of a scale stand for; ``place`` is left, bottom, width and height, shares of the figure."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(scale.low, scale.high), scale.color_map),
+        cax=figure.add_axes(place, label="colours"),
+        orientation="horizontal",
+    )
+    ticks = np.linspace(scale.low, scale.high, scale.ticks)
+    bar.set_ticks(ticks.tolist(), labels=[scale.tick(tick) for tick in ticks])
+    bar.ax.tick_params(labelsize=font_size, length=2, width=0.5, pad=1.5)
+    bar.outline.set_visible(False)
+    if bar.solids is not None:
+        bar.solids.set_edgecolor("face")  # without, many viewers show gaps
