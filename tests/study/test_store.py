@@ -4,7 +4,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -742,3 +744,27 @@ def test_store__on_a_disk_without_a_write_ahead_log(tmp_path, monkeypatch):
         assert store._rows("PRAGMA journal_mode") == [("delete",)]
         with Store(tmp_path) as reader:
             assert len(reader.cells()) == 8
+
+
+def test_read_only__while_another_process_is_about_to_create_it(tmp_path, monkeypatch):
+    """Who reads sees a file's kind, version and tables of one moment, even if it is created between two questions."""
+
+    class Creating(sqlite3.Connection):
+        def execute(self, query, *values):
+            if query == "PRAGMA user_version" and not creators:
+                monkeypatch.setattr(store_module.sqlite3, "connect", connect)
+                creators.append(threading.Thread(target=lambda: Store(tmp_path, create=True).close()))
+                creators[0].start()
+                creators[0].join(0.5)
+            return super().execute(query, *values)
+
+    creators = []
+    (tmp_path / FILE).touch()
+    connect = sqlite3.connect
+    monkeypatch.setattr(store_module.sqlite3, "connect", partial(connect, factory=Creating))
+
+    with Store(tmp_path, read_only=True) as opened:
+        assert opened.models() == []
+
+    creators[0].join()
+    assert pragma(tmp_path / FILE, "user_version") == SCHEMA

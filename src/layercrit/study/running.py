@@ -458,7 +458,7 @@ class _Run:
             for reset, content in record["content"].items():
                 if known["content"].get(reset) != content:
                     self.store.clear_plan(model, reset)
-                    if reset in known["content"]:
+                    if reset in known["content"] and known["probe_set"] == record["probe_set"]:  # else a plan's images
                         self._forget_precision(model, reset)
             for of_resets in ("content", "donor", "random_trials"):
                 record = {**record, of_resets: {**known[of_resets], **record[of_resets]}}

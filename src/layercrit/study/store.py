@@ -129,6 +129,17 @@ class Store:
                 if not isinstance(error.__cause__ or error, sqlite3.OperationalError):
                     raise
                 self._cleared_up.close()
+        for attempts_left in reversed(range(_ATTEMPTS if may_change else 1)):
+            try:
+                self._connect_to_copy(logs)
+                return
+            except (sqlite3.Error, StudyError):  # while it was copied another process wrote it, maybe
+                self._cleared_up.close()
+                if not attempts_left:
+                    raise
+                time.sleep(_MOMENT)
+
+    def _connect_to_copy(self, logs: Sequence[Path]) -> None:
         scratch = Path(self._cleared_up.enter_context(tempfile.TemporaryDirectory(prefix="layercrit-")))
         for file in (self.path, *logs):
             with contextlib.suppress(FileNotFoundError):  # a log, which is gone once it was written into the file
@@ -136,9 +147,11 @@ class Store:
         self._connect(scratch / self.path.name)
 
     def _open(self) -> None:
+        self._connection.execute("BEGIN")  # another process may just create it: all three are of one state
         (magic,) = self._connection.execute("PRAGMA application_id").fetchone()
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         (n_tables,) = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        self._connection.execute("COMMIT")
         if magic != _MAGIC and n_tables:
             raise StudyError(
                 f"{self.path} is an SQLite file, but not that of a layercrit study. Name another folder; if it "
