@@ -1,6 +1,9 @@
 """Running statistics of normalisation layers beside a reset, against a slow twin that runs the network as it is."""
 
 import inspect
+from functools import cache
+from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +13,20 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from layercrit.engine import norm_statistics
+from layercrit.engine.graph import export_graph
+from layercrit.engine.graph_replay import GraphReplay
+from layercrit.engine.norm_statistics import NormStatistics
+from layercrit.engine.subject import Change
 from layercrit.errors import ModelError, ProtocolError
+from layercrit.layer_sets import sets_of
+from layercrit.layers import find_layers, select_layers
 from layercrit.measuring import measure
+from layercrit.models.outputs import logits_of
+from layercrit.protocol import NORM_STATISTICS, SETS
 from layercrit.resets import RESETS, reset
 from layercrit.restoring import holding
 from small_subjects import QUIET, Block, fresh, photographs, registered, small_network
+from tiny_networks import ARCHITECTURES, case, seeded
 
 N = 10
 
@@ -50,35 +62,51 @@ def moments(given):
 
 def twin(network, values, images, how, n_estimated):
     """Logits of the changed network, whose statistics are those of training, initial, or of its own first images."""
+    parameters, first = dict(network.named_parameters()), images[:n_estimated]
     clean, found = {}, {}
 
     def remember(number, args):
         clean[number] = args["input"].clone()
         return F.batch_norm(**args)
 
-    def find(number, args):
-        is_reset = any(id(args.get(name)) in changed for name in ("weight", "bias"))
-        is_reached = is_reset or not torch.equal(args["input"], clean[number])
-        if is_reached and (how == "reestimate" or not found):
-            given = args["input"]
-            found[number] = moments(given) if how == "reestimate" else (given.new_zeros(given.shape[1]),
-                                                                        given.new_ones(given.shape[1]))  # fmt: skip
-        return normalised(args, *found[number]) if number in found else F.batch_norm(**args)
+    def is_reached(number, args, names):
+        own = any(args.get(kind) is parameters[name] for kind in ("weight", "bias") for name in names)
+        return own or not torch.equal(args["input"], clean[number])
+
+    def estimate(number, args):
+        if is_reached(number, args, values):
+            found[number] = moments(args["input"])
+        return use(number, args)
 
     def use(number, args):
         return normalised(args, *found[number]) if number in found else F.batch_norm(**args)
 
-    parameters = dict(network.named_parameters())
-    changed = {id(parameters[name]) for name in values}
+    def reset_first(name):
+        seen = []
+
+        def look(number, args):
+            if not seen and is_reached(number, args, [name]):
+                seen.append(number)
+                n_channels = args["input"].shape[1]
+                found[number] = torch.zeros(n_channels), torch.ones(n_channels)
+            return F.batch_norm(**args)
+
+        with holding(network, {name: values[name]}), Normalisations(look):
+            network(first)
+
     with torch.no_grad():
-        with Normalisations(remember):
-            network(images[:n_estimated])
+        if how != "trained":
+            with Normalisations(remember):
+                network(first)
+        if how == "reset":
+            for name in values:
+                reset_first(name)
         with holding(network, values):
-            if how != "trained":
-                with Normalisations(find):
-                    network(images[:n_estimated])
+            if how == "reestimate":
+                with Normalisations(estimate):
+                    network(first)
             with Normalisations(use):
-                return network(images)
+                return logits_of(network(images))
 
 
 @pytest.fixture
@@ -302,3 +330,118 @@ def test_measure__statistics_that_cannot_be_replaced(build, reason):
 def test_measure__unknown_statistics():
     with pytest.raises(ProtocolError, match="Did you mean 'reestimate'"):
         measure(small_network(), photographs(N), norm_statistics="re-estimate", **QUIET)
+
+
+# --- the sweep of architectures, and sets of layers -------------------------------------------------------------------
+
+WITH_STATISTICS = [
+    *("resnet50", "vgg16_bn", "densenet121", "efficientnet_b0", "mobilenetv3_large_100", "regnety_008"),
+    "torchvision_resnet18",
+]
+N_ESTIMATED, N_SWEPT = 5, 6  # in batches of 3
+
+
+@cache
+def architecture(name):
+    """Return a network as if trained, with values to reset to and images, and its graph for half of them."""
+    build, size = ARCHITECTURES[name]
+    made = case(build, N_SWEPT, 3, size, size)
+    norms = [m for m in made.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    with seeded(2), torch.no_grad():
+        for norm in norms:
+            norm.momentum, norm.eps = 1.0, 0.1  # a channel that is nearly constant would blow up rounding
+        made.network.train()(made.images)
+        for norm in norms:  # statistics near those of the images, as training leaves them
+            norm.running_mean += 0.1 * norm.running_var.sqrt() * torch.randn(norm.num_features)
+            norm.running_var *= 0.8 + 0.4 * torch.rand(norm.num_features)
+        logits = logits_of(made.network.eval()(made.images))
+        for parameter in [m for m in made.network.modules() if isinstance(m, nn.Linear)][-1].parameters():
+            parameter /= logits.std()
+    return made, export_graph(made.network, made.images[: N_SWEPT // 2])
+
+
+def probabilities(name, units, how, dtype):
+    """Return name of each unit, and None for no reset -> ``(n_images, n_classes)``, as the engine runs the network."""
+    made, graph = architecture(name)
+    subject = SimpleNamespace(network=made.network, layers=units, device=torch.device("cpu"))
+    batches = [(images, len(images)) for images in made.images.split(N_SWEPT // 2)]
+    statistics = NormStatistics(how, subject, N_SWEPT, [])
+    replay = GraphReplay(graph, statistics.layers_with_statistics(graph))
+    replay = replay if dtype == "reference" else replay.in_mode(dtype, subject.device)
+    changes = statistics.complete({0: [Change(unit, made.values(unit), 1.0) for unit in units]}, batches)[0]
+    prepared = {one.layer.name: replay.prepare(one.layer, one.values) for one in changes}
+    swept = [dict(replay.sweep(images, prepared)) for images, _ in batches]
+    return {unit: torch.cat([of_batch[unit] for of_batch in swept]).softmax(dim=1) for unit in swept[0]}
+
+
+def probabilities_by_twin(name, units, how):
+    made, _ = architecture(name)
+    wanted = {one.name: twin(made.network, made.values(one), made.images, how, N_ESTIMATED) for one in units}
+    return {unit: logits.softmax(dim=1) for unit, logits in wanted.items()}
+
+
+def assert_as_by_twin(name, units, monkeypatch):
+    """The engine predicts what the twin does, and each kind of statistics makes another prediction."""
+    monkeypatch.setattr(norm_statistics, "N_IMAGES", N_ESTIMATED)
+    by_twin = {how: probabilities_by_twin(name, units, how) for how in NORM_STATISTICS}
+    for how, dtype, atol in (("reset", "float32", 2e-4), ("reestimate", "reference", 1e-4)):
+        found = probabilities(name, units, how, dtype)
+        assert list(found) == [*by_twin[how], None]
+        for unit, wanted in by_twin[how].items():
+            np.testing.assert_allclose(found[unit], wanted, rtol=0, atol=atol, err_msg=f"{how} {unit}")
+    for how, other in combinations(by_twin.values(), 2):
+        assert max(float((how[unit.name] - other[unit.name]).abs().max()) for unit in units) > 0.01
+
+
+@pytest.mark.parametrize("name", WITH_STATISTICS)
+def test_complete__architectures(name, monkeypatch):
+    made, _ = architecture(name)
+    conv, norm = ([one for one in made.layers if one.type == kind] for kind in ("conv", "norm"))
+    units = [conv[0], conv[len(conv) // 2], norm[len(norm) // 3]]
+    assert_as_by_twin(name, sorted(units, key=lambda unit: unit.depth), monkeypatch)
+
+
+@pytest.mark.parametrize("sets", SETS)
+@pytest.mark.parametrize("group", ["layer", "conv+norm"])
+def test_complete__sets(group, sets, monkeypatch):
+    made, _ = architecture("resnet50")
+    layers = find_layers(made.network, made.images, group)
+    units = select_layers(layers, group=group, patterns="conv1,layer2.0.downsample.0,layer3.1.conv2")
+    assert len(units) == 3
+    assert_as_by_twin("resnet50", sets_of(units, sets), monkeypatch)
+
+
+@pytest.mark.parametrize("group", ["block", "stage"])
+def test_complete__groups(group, monkeypatch):
+    made, _ = architecture("resnet50")
+    assert_as_by_twin("resnet50", select_layers(made.layers, types="all", group=group)[1:4], monkeypatch)
+
+
+@pytest.mark.parametrize("sets", ["pairs", "all-but-one"])
+@pytest.mark.parametrize("how", NORM_STATISTICS)
+@pytest.mark.usefixtures("bent")
+def test_measure__sets_and_norm_statistics(how, sets):
+    network, images = lively(PreActivation), torch.tensor(photographs(N).images).float() / 255
+    units = sets_of(select_layers(find_layers(network, images)), sets)
+    parameters = dict(network.named_parameters())
+    wanted = {}
+    for unit in units:
+        values = {name: bend(parameters[name].detach()) for name in unit.parameters}
+        p, q = network(images).detach().softmax(dim=1), twin(network, values, images, how, N).softmax(dim=1)
+        wanted[unit.name] = float(1 - F.cosine_similarity(p.double(), q.double()).mean())
+    assert measured(network, how, sets=sets) == pytest.approx(wanted, abs=2e-6)
+
+
+@pytest.mark.parametrize("how", ["reset", "reestimate"])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in WITH_STATISTICS])
+def test_complete__kinds_are_the_same_where_there_are_no_statistics(name, how):
+    made, graph = architecture(name)
+    assert not any(name.endswith("running_mean") for name, _ in made.network.named_buffers())
+    units = select_layers(made.layers)[1::4]
+    plain, images = GraphReplay(graph, units), made.images[: N_SWEPT // 2]
+    trained = dict(plain.sweep(images, {unit.name: plain.prepare(unit, made.values(unit)) for unit in units}))
+    found = probabilities(name, units, how, "reference")
+    assert list(found) == list(trained)
+    for unit, logits in trained.items():
+        assert torch.equal(found[unit][: len(images)], logits.softmax(dim=1)), unit
+        assert unit is None or not torch.equal(logits, trained[None])
