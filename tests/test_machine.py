@@ -126,6 +126,24 @@ def test_choose_batch_size__auto_divides_evenly(n_images, size, expected):
     assert choose_batch_size(7, n_images, size, size, cpu) == min(7, n_images)
 
 
+@pytest.mark.parametrize(
+    ("n_images", "n_again", "size", "expected"),
+    [
+        (500, 128, 28, 128),  # 4 and 1 batches; of 125 images they would be 4 and 2
+        (1000, 128, 32, 128),
+        (200, 128, 32, 67),  # 3 and 2 batches, 335 images in all; of 100 they would be 400
+        (128, 128, 32, 128),
+        (5, 5, 224, 5),
+        (1, 1, 4096, 1),
+        (10_000, 128, 224, 16),
+    ],
+)
+def test_choose_batch_size__of_images_that_are_run_again(n_images, n_again, size, expected):
+    cpu = torch.device("cpu")
+    assert choose_batch_size("auto", n_images, size, size, cpu, n_again) == expected
+    assert choose_batch_size(7, n_images, size, size, cpu, n_again) == min(7, n_images)
+
+
 def test_find_device__names_the_device():
     assert find_device("cpu") == torch.device("cpu")
     assert find_device("auto").type in ("cpu", "cuda")

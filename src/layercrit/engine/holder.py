@@ -66,7 +66,10 @@ class ReplayHolder:
         statistics: NormStatistics | None = None,
     ) -> None:
         size = probe_set.preprocessing
-        self.batch_size = choose_batch_size(batch_size, probe_set.n_images, size.height, size.width, subject.device)
+        n_estimated = 0 if statistics is None else statistics.n_images
+        self.batch_size = choose_batch_size(
+            batch_size, probe_set.n_images, size.height, size.width, subject.device, n_estimated
+        )
         self.seconds_opening = 0.0
         self._subject, self._probe_set, self._notes, self._say = subject, probe_set, notes, say
         self._statistics = statistics

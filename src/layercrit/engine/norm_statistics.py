@@ -39,7 +39,7 @@ class NormStatistics:
     after the other, so that each is given what the re-estimated ones before it make.
 
     Attributes:
-        n_images: how many images statistics are estimated on.
+        n_images: how many images statistics are estimated on; 0 if none are, or the network has none.
 
     Args:
         how: ``reset`` or ``reestimate``.
@@ -49,7 +49,8 @@ class NormStatistics:
     """
 
     def __init__(self, how: str, subject: Subject, n_images: int, notes: list[str]) -> None:
-        self.n_images = min(n_images, N_IMAGES)
+        has_statistics = any(name.endswith("running_mean") for name, _ in subject.network.named_buffers())
+        self.n_images = min(n_images, N_IMAGES) if how == "reestimate" and has_statistics else 0
         self._how, self._subject, self._notes = how, subject, notes
         self._estimating: _EstimatingReplay | None = None
         self._names: dict[str, tuple[str, ...]] = {}  # layer -> names of the statistics that its reset replaces
