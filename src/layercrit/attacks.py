@@ -7,7 +7,6 @@ effects.
 
 import contextlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -26,6 +25,7 @@ from layercrit.machine import find_device, is_out_of_memory
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
 from layercrit.named_options import AtLeast, checked_options, options_of, split_name, with_options
+from layercrit.probes.changes import begins_with, split_change
 from layercrit.probes.images import Pixels
 from layercrit.probes.probe_set import ProbeSet, Progress
 from layercrit.restoring import copied, rng_untouched, undisturbed, untouched
@@ -119,17 +119,18 @@ def split_attack(source: Any) -> tuple[Pgd | None, Any]:
         ProbeError: it begins with ``attack:``, but is not written like this, or the attack's options are wrong.
     """
     text = str(source) if isinstance(source, str | Path) else ""
-    if not text.startswith("attack:") or Path(text).exists():
+    if not begins_with("attack", text):
         return None, source
-    found = re.fullmatch(r"attack:([^:()]*(?:\([^()]*\))?):(.+)", text, re.DOTALL)
+    found = split_change("attack", text)
     if found is None:
         raise ProbeError(
             f"The images {text!r} are not written as attack:pgd(...):SOURCE, such as "
             "'attack:pgd(norm=linf, eps=4/255, steps=10):imagenet/val'."
         )
-    if found[2].startswith("attack:") and not Path(found[2]).exists():
+    how, images = found
+    if begins_with("attack", images):
         raise ProbeError(f"There are several attacks in {text!r}. Give one.")
-    return Pgd.from_text(found[1]), found[2]
+    return Pgd.from_text(how), images
 
 
 # --- the images of a probe set ----------------------------------------------------------------------------------------

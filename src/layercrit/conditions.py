@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,9 +11,41 @@ import pandas as pd
 from layercrit.errors import StudyError, near
 from layercrit.protocol import NORM_STATISTICS
 
-__all__ = ["Condition", "conditions_of", "under"]
+__all__ = ["STATISTICS_IN_WORDS", "Condition", "StatisticsInWords", "conditions_of", "under"]
 
-_LABELS = {"trained": "as trained", "reset": "reset", "reestimate": "re-estimated"}
+
+class StatisticsInWords(NamedTuple):
+    """What becomes of running statistics beside a reset, in words.
+
+    Attributes:
+        label: behind "norm statistics".
+        variant: behind the name of a model, of which this is a variant.
+        sentence: a whole one.
+    """
+
+    label: str
+    variant: str
+    sentence: str
+
+
+STATISTICS_IN_WORDS = {
+    "trained": StatisticsInWords(
+        "as trained",
+        "trained statistics",
+        "Running statistics of normalisation layers stayed as trained, too.",
+    ),
+    "reset": StatisticsInWords(
+        "reset",
+        "statistics reset",
+        "Running statistics of the first normalisation layer after the reset were set to mean 0 and variance 1.",
+    ),
+    "reestimate": StatisticsInWords(
+        "re-estimated",
+        "statistics re-estimated",
+        "Running statistics of all normalisation layers after the reset were estimated again, layer by layer, on "
+        "images that the changed network was shown.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -34,16 +66,17 @@ class Condition:
         """Return what tells the condition from the others of a study, in words."""
         parts = {
             "probe_set": f"images {self.probe_set}",
-            "norm_statistics": f"norm statistics {_LABELS[self.norm_statistics]}",
+            "norm_statistics": f"norm statistics {STATISTICS_IN_WORDS[self.norm_statistics].label}",
             "epoch": "final weights" if self.epoch is None else f"epoch {self.epoch}",
         }
         return ", ".join(text for name, text in parts.items() if len({getattr(one, name) for one in among}) > 1)
 
     def in_words(self) -> str:
         """Return what tells the condition from that of a study with only one; an empty text for such a study's."""
+        statistics = f"norm statistics {STATISTICS_IN_WORDS[self.norm_statistics].label}"
         parts = [
             "" if self.probe_set is None else f"images {self.probe_set}",
-            f"norm statistics {_LABELS[self.norm_statistics]}" if self.norm_statistics != NORM_STATISTICS[0] else "",
+            "" if self.norm_statistics == NORM_STATISTICS[0] else statistics,
             "" if self.epoch is None else f"epoch {self.epoch}",
         ]
         return ", ".join(part for part in parts if part)

@@ -216,10 +216,7 @@ class Measurement:
         from layercrit.figures.class_maps import class_map
         from layercrit.layers import stages_of
 
-        groups, accuracy = self._images.groups(of), None
-        if self._images.labels is not None and self._images.predictions is not None and of != "prediction":
-            shares = np.bincount(groups.codes, self._images.correct) / np.bincount(groups.codes)
-            accuracy = dict(zip(groups.names, shares.tolist(), strict=True))
+        accuracy = self._images.accuracy_by(of) or None
         has_sets = any(self._members(layer) for layer in self.record["layers"])
         stages = None if has_sets else stages_of(list(self.record["layers"]))
         return class_map(self.by_class(of), title=self.summary()["model"], accuracy=accuracy, stages=stages)

@@ -3,16 +3,28 @@
 import math
 from dataclasses import asdict, dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal, get_args
 
 from layercrit.errors import ProtocolError, near
 
-__all__ = ["DEFAULTS", "DTYPES", "GROUPS", "INTERVALS", "MATCHED", "NORM_STATISTICS", "SETS", "Protocol"]
+__all__ = [
+    "DEFAULTS",
+    "DTYPES",
+    "GROUPS",
+    "INTERVALS",
+    "MATCHED",
+    "NORM_STATISTICS",
+    "SETS",
+    "KindOfStatistics",
+    "Protocol",
+]
 
 MATCHED = "cosine_matched"
 """Column and key of the cosine distance between predictions at the model's matched temperature."""
 
-NORM_STATISTICS = ("trained", "reset", "reestimate")
+KindOfStatistics = Literal["trained", "reset", "reestimate"]
+
+NORM_STATISTICS: tuple[str, ...] = get_args(KindOfStatistics)
 """What becomes of the running statistics of normalisation layers beside a reset."""
 
 INTERVALS = ("t", "betting")

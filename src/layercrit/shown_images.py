@@ -83,6 +83,17 @@ class ShownImages:
             return Groups(codes, names, tuple(map(int, numbers)))
         return groups_of_values(of)
 
+    def accuracy_by(self, of: GroupsOf) -> dict[str, float]:
+        """Return of each group the share of its images that the trained network names right.
+
+        It is empty where that is not known, and where groups are what the network predicts.
+        """
+        if self.labels is None or self.predictions is None or (isinstance(of, str) and of == "prediction"):
+            return {}
+        groups = self.groups(of)
+        shares = np.bincount(groups.codes, self.correct) / np.bincount(groups.codes)
+        return dict(zip(groups.names, shares.tolist(), strict=True))
+
     def to_pandas(self, n_images: int) -> pd.DataFrame:
         """Return one row per image: ``image``, ``label`` and ``prediction`` (names of classes) and ``correct``.
 

@@ -14,9 +14,10 @@ from cifar_networks import IMAGES, MEAN, STD, WEIGHTS, needs_real_files
 from layercrit.errors import ProbeError, TrainingError
 from layercrit.models.references import open_model
 from layercrit.probes import corruptions
+from layercrit.probes.changes import is_change_alone, plain_source
 from layercrit.probes.corruptions import CORRUPTIONS, FAMILIES, SEVERITIES, Corruption, corruption
 from layercrit.probes.images import Preprocessing
-from layercrit.probes.opening import open_source, plain_source
+from layercrit.probes.opening import open_source
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.seeds import probe_set_seed
 from layercrit.study.file import read_study_file
@@ -481,3 +482,20 @@ def test_corrupted__a_published_network_names_fewer_images_with_severity():
     strongest = {kind: accuracy(clean.corrupted(kind, 5)) for kind in CORRUPTIONS}
     assert max(strongest.values()) < accuracy(clean) - 0.03, strongest
     assert accuracy(clean.corrupted("gaussian_noise", 1)) > strongest["gaussian_noise"] + 0.2
+
+
+@pytest.mark.parametrize(
+    ("text", "alone"),
+    [
+        ("corrupt:fog@3", True),
+        ("attack:pgd(norm=l2, eps=0.5)", True),
+        ("attack:pgd", True),
+        ("corrupt:", False),
+        ("attack:", False),
+        ("corrupt:fog@3:x", False),
+        ("attack:pgd(eps=4/255):corrupt:fog@3", False),
+        ("val", False),
+    ],
+)
+def test_is_change_alone(text, alone):
+    assert is_change_alone(text) is alone

@@ -9,7 +9,6 @@ import functools
 import importlib.util
 import io
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,6 +22,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from layercrit.errors import ProbeError, first_line, near, shown
+from layercrit.probes.changes import begins_with, split_change
 from layercrit.probes.images import Pixels
 from layercrit.registry import Registry, summary_of
 from layercrit.seeds import seed_of
@@ -198,16 +198,16 @@ def split_corruption(source: str | Path) -> tuple[Corruption, str] | None:
         ProbeError: it begins with ``corrupt:``, but is not written like this, or kind or severity do not exist.
     """
     text = str(source)
-    if not text.startswith("corrupt:") or Path(text).exists():
+    if not begins_with("corrupt", text):
         return None
-    found = re.fullmatch(r"corrupt:([^:@]*)@([^:]*):(.+)", text, re.DOTALL)
-    if found is None:
+    how, images = split_change("corrupt", text) or ("", "")
+    kind, at, severity = how.partition("@")
+    if not at:
         raise ProbeError(
             f"The images {text!r} are not written as corrupt:KIND@SEVERITY:SOURCE, such as "
             "'corrupt:gaussian_noise@3:imagenet/val'."
         )
-    kind, severity, source = found.groups()
-    return Corruption(kind.strip(), int(severity) if severity.strip().isdecimal() else severity), source  # type: ignore[arg-type]  # refused there
+    return Corruption(kind.strip(), int(severity) if severity.strip().isdecimal() else severity), images  # type: ignore[arg-type]  # refused there
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------

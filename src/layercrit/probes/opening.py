@@ -1,6 +1,5 @@
 """Find out what a source of images is, and open it."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from layercrit.errors import ProbeError
+from layercrit.probes.changes import begins_with
 from layercrit.probes.corruptions import split_corruption
 from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.idx import IdxSource
@@ -20,14 +20,7 @@ from layercrit.probes.sources import ACCEPTED, ArraySource, FolderSource, ImageS
 from layercrit.probes.tar import TarSource
 from layercrit.probes.torchvision import TorchvisionSource
 
-__all__ = ["open_source", "plain_source"]
-
-
-def plain_source(source: str) -> tuple[str, str]:
-    """Return what stands before a source, ``corrupt:...:`` and ``attack:...:``, and the source without it."""
-    found = re.match(r"(?:(?:corrupt:[^:]*|attack:[^:()]*(?:\([^()]*\))?):)*", source)
-    before = "" if found is None or Path(source).exists() else found[0]
-    return before, source[len(before) :]
+__all__ = ["open_source"]
 
 
 def open_source(
@@ -56,7 +49,7 @@ def open_source(
         opened.corruptions = (*opened.corruptions, corruption)
         opened.description = f"corrupt:{corruption}:{opened.description}"
         return opened
-    if str(source).startswith("attack:") and not Path(source).exists():
+    if begins_with("attack", source):
         raise ProbeError(
             f"The images '{source}' would be adversarial, and such images are made on a model: measure(model, "
             "'attack:pgd(...):SOURCE'), with corruptions, if any, behind the attack: "

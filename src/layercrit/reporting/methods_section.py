@@ -9,7 +9,7 @@ from layercrit.foreign_text import visible
 from layercrit.intervals import excluded_share
 from layercrit.measurement import Measurement
 from layercrit.named_options import split_name
-from layercrit.probes.opening import plain_source
+from layercrit.probes.changes import plain_source
 
 __all__ = ["methods_section"]
 

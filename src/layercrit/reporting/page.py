@@ -16,7 +16,7 @@ from string import Template
 from typing import Any
 
 from layercrit.comparison import Comparison
-from layercrit.conditions import Condition
+from layercrit.conditions import STATISTICS_IN_WORDS, Condition
 from layercrit.differences import compared_differences
 from layercrit.errors import StudyError
 from layercrit.reporting.page_data import page_data
@@ -52,12 +52,6 @@ _DEFINITION = (
     "outputs, not of hidden states, and the new values are a fresh draw, not the layer's own values before training. "
     "The method is that of Gavrikov et al. 2024 (arXiv 2410.14470)."
 )
-_STATISTICS = {
-    "trained": "Running statistics of normalisation layers stayed as trained, too.",
-    "reset": "Running statistics of the first normalisation layer after the reset were set to mean 0 and variance 1.",
-    "reestimate": "Running statistics of all normalisation layers after the reset were estimated again, layer by "
-    "layer, on images that the changed network was shown.",
-}
 
 
 def write_page(
@@ -259,7 +253,7 @@ def _methods(study: Study, comparison: Comparison) -> str:
     listed = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in about)
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in dict.fromkeys(_notes(study, comparison)))
     return (
-        f"<p>{html.escape(_DEFINITION.format(statistics=_STATISTICS[condition.norm_statistics]))}</p>"
+        f"<p>{html.escape(_DEFINITION.format(statistics=STATISTICS_IN_WORDS[condition.norm_statistics].sentence))}</p>"
         + (f"<ul>{notes}</ul>" if notes else "")
         + f"<dl>{listed}</dl>"
         + _hashes(study, comparison)

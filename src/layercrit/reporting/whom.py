@@ -38,11 +38,7 @@ def class_table(study: Study, comparison: Comparison, model: str) -> tuple[pd.Da
     images = study.images_of(model)
     of = "prediction" if images.labels is None and images.predictions is not None else "label"
     table = compared_rows(study.by_class(model, of=of, reset=comparison.reset), comparison)
-    if of == "prediction" or images.predictions is None:
-        return table, of, {}
-    groups = images.groups(of)
-    shares = np.bincount(groups.codes, images.correct) / np.bincount(groups.codes)
-    return table, of, dict(zip(groups.names, shares.tolist(), strict=True))
+    return table, of, images.accuracy_by(of)
 
 
 def whom_data(

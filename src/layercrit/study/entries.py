@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from layercrit.conditions import STATISTICS_IN_WORDS
 from layercrit.errors import StudyError, near
 from layercrit.foreign_text import unguarded
 from layercrit.models.file_source import training_run, weight_file
@@ -19,7 +20,6 @@ from layercrit.models.zoo.fetching import find_entries
 from layercrit.resets import Reset
 
 _WILD = re.compile(r"[*?\[]")
-_STATISTICS = {"trained": "trained statistics", "reset": "statistics reset", "reestimate": "statistics re-estimated"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def variants_of(
         changes = [
             *([] if epoch is None else [f"epoch {epoch}"]),
             *([] if not probe_sets or images == probe_sets[0] else [str(images)]),
-            *([] if how == norm_statistics[0] else [_STATISTICS[how]]),
+            *([] if how == norm_statistics[0] else [STATISTICS_IN_WORDS[how].variant]),
         ]
         one = replace(entry, probe_set=images, norm_statistics=how)
         if probe_sets and images != probe_sets[0]:  # for which its authors give none

@@ -43,9 +43,9 @@ from layercrit.layer_sets import read_sets
 from layercrit.models.file_source import epochs_of, weight_file
 from layercrit.models.own_networks import import_here
 from layercrit.models.references import without_weights
+from layercrit.probes.changes import is_change_alone, plain_source
 from layercrit.probes.images import STANDARD, Preprocessing
 from layercrit.probes.labelling import is_label_file
-from layercrit.probes.opening import plain_source
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import Reset, epoch_of_run, get_reset
 from layercrit.study.entries import ModelEntry, file_parts, models_of, rows_of_list, variants_of
@@ -64,7 +64,6 @@ from layercrit.study.training_entries import Training, TrainingRun, model_mistak
 __all__ = ["ModelEntry", "StudyFile", "Training", "TrainingRun", "read_study_file"]
 
 _OF_VARIANTS = ("variant_of", "epoch", "probe_set", "norm_statistics")  # the file says once for all models
-_CHANGE_ALONE = re.compile(r"corrupt:[^:]+|attack:[^:()]+(\([^()]*\))?")  # without the images that are changed
 _LISTED = 20  # mistakes shown at once
 _Section = TypeVar("_Section", bound=Declaration)
 
@@ -324,7 +323,7 @@ class _Reader:
                     "first: all must have the same. Leave these keys out"
                 )
             names.append(table.name)
-            of_first = table is not images and _CHANGE_ALONE.fullmatch(table.source)
+            of_first = table is not images and is_change_alone(table.source)
             yield Images(
                 table.name if further else None,
                 self._absolute_source(f"{table.source}:{images.source}" if of_first else table.source),

@@ -11,8 +11,8 @@ from layercrit.attacks import attacked, split_attack
 from layercrit.errors import ProbeError
 from layercrit.locks import hold
 from layercrit.models.model import Model
+from layercrit.probes.changes import plain_source
 from layercrit.probes.labelling import open_images
-from layercrit.probes.opening import plain_source
 from layercrit.probes.parts import without_split
 from layercrit.probes.probe_set import ProbeSet, Progress
 from layercrit.seeds import probe_set_seed

@@ -174,7 +174,7 @@ def _images(record: Mapping[str, Any]) -> str:
     probe_set = record.get("probe_set")
     if probe_set is None:
         return "not known"
-    from layercrit.probes.opening import plain_source  # imports torch, for which other commands need not wait
+    from layercrit.probes.changes import plain_source  # imports torch, for which other commands need not wait
 
     several = record.get("probe_sets", {})
     told = [

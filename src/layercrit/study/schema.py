@@ -11,7 +11,7 @@ from layercrit.errors import StudyError, near
 from layercrit.layer_sets import read_sets
 from layercrit.layers import LAYER_TYPES
 from layercrit.probes.images import STANDARD, Interpolation, Preprocessing
-from layercrit.protocol import DEFAULTS, GROUPS, Protocol
+from layercrit.protocol import DEFAULTS, GROUPS, KindOfStatistics, Protocol
 
 __all__ = [
     "METHOD_KEYS",
@@ -27,7 +27,6 @@ __all__ = [
 METHOD_KEYS = ("method", "settings", "epochs", "seed")
 """Keys that only models with a method may have."""
 
-_Statistics = Literal["trained", "reset", "reestimate"]
 _Epochs = Annotated[int, Field(ge=1)]
 _Settings = Annotated[dict[str, Any], Field(json_schema_extra={"properties": {"epochs": False}})]  # it stands beside
 _Seed = Annotated[int, Field(ge=0, lt=2**64), expected("a whole number from 0 to 2**64 - 1")]
@@ -101,7 +100,7 @@ class ProtocolKeys(Declaration):
     """what replaces a layer's parameters: names of resets, each of which is measured, with options in brackets if they
     have some, such as "noise(scale=0.5)" for the reset noise"""
     norm_statistics: Annotated[
-        _Statistics | Annotated[list[_Statistics], Field(min_length=1)],
+        KindOfStatistics | Annotated[list[KindOfStatistics], Field(min_length=1)],
         expected("'trained', 'reset' or 'reestimate', or a list of these"),
     ] = Field(["trained"])
     """running statistics of normalisation layers beside a reset: `trained`, as published; `reset`; `reestimate`; or a

@@ -15,9 +15,10 @@ from PIL import Image
 
 from layercrit.errors import ProbeError, TrainingError
 from layercrit.foreign_files import open_regular
+from layercrit.probes.changes import plain_source
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import FORMATS, Preprocessing, open_image
-from layercrit.probes.opening import open_source, plain_source
+from layercrit.probes.opening import open_source
 from layercrit.probes.parts import NoSuchPartError, without_split
 from layercrit.probes.sources import ArraySource, ImageSource
 from layercrit.seeds import seed_of
