@@ -5,11 +5,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from conditioned_studies import write
 from layercrit.errors import StudyError
 from layercrit.reporting.exports import FORMATS, cells_table, export, export_format
 from layercrit.study.published import import_published
 from layercrit.study.store import ModelRow
+from layercrit.study.tables import load_study
 from published_results import LAYERS, MODELS, measured, rows_of, write_models, write_table
+from running_jobs import run
 from seen_images import seen
 
 
@@ -220,4 +223,39 @@ def test_export__by_what_cannot_be_written(tmp_path, name, by, message):
     study = seen(tmp_path / "study")[0]
     with pytest.raises(StudyError, match=message):
         export(study, name, tmp_path / "out", by=by)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def under_conditions(tmp_path_factory):
+    """Two models on two probe sets with two kinds of statistics."""
+    path = write(tmp_path_factory.mktemp("conditions"))
+    run(path, path.parent / "out")
+    return load_study(path.parent / "out")
+
+
+@pytest.mark.parametrize(
+    ("asked", "models"),
+    [
+        ({}, [f"m{number}{variant}" for number in range(2)
+              for variant in ("", " (dark)", " (statistics re-estimated)", " (dark, statistics re-estimated)")]),
+        ({"probe_set": "dark"}, ["m0 (dark)", "m1 (dark)"]),
+        ({"norm_statistics": "trained"}, ["m0", "m1"]),
+        ({"probe_set": "dark", "norm_statistics": "reestimate"},
+         ["m0 (dark, statistics re-estimated)", "m1 (dark, statistics re-estimated)"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("by", "file"), [(None, "cells.csv"), (None, "models.csv"), ("class", "by_class.csv")])
+def test_export__of_one_condition(under_conditions, tmp_path, asked, models, by, file):
+    export(under_conditions, "csv", tmp_path, by=by, **asked)
+    found = pd.read_csv(tmp_path / file)
+    assert sorted(found["model"].unique()) == sorted(models)
+    if by is not None:
+        whole = under_conditions.by_class(models)
+        np.testing.assert_allclose(found["criticality"], whole["criticality"], rtol=0, atol=1e-12)
+
+
+def test_export__no_such_condition(under_conditions, tmp_path):
+    with pytest.raises(StudyError, match="Did you mean 'dark'"):
+        export(under_conditions, "csv", tmp_path / "out", by="class", probe_set="drak")
     assert not (tmp_path / "out").exists()

@@ -85,7 +85,7 @@ def test_by_image__and_its_extremes(known):
 
 def test_by_class__images_without_labels_have_predictions(tmp_path):
     study, _, predictions = seen(tmp_path, labelled=False)
-    with pytest.raises(ProbeError, match=r"no labels.*of='prediction'"):
+    with pytest.raises(ProbeError, match=r"^base: The images have no labels.*of='prediction'"):
         study.by_class()
     table = study.by_class("base", of="prediction")
     assert table["n_images"][:3].tolist() == np.bincount(predictions).tolist()

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from layercrit.cli.printing import print_warnings, say, say_damaged
 from layercrit.cli.registered import RegisteredOption
-from layercrit.cli.tables import condition_options
+from layercrit.cli.tables import comparison_options
 
 # Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
 
@@ -40,17 +41,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
     metavar="NAME,...",
     help="File formats of the figures.",
 )
-@click.option(
-    "--baseline", metavar="MODEL", help="The model that the others are compared with. [default: the study's own]"
-)
-@click.option(
-    "--leave-out",
-    multiple=True,
-    metavar="NAME",
-    help="A model or category to leave out; may be given several times, '' for none. [default: the study's own]",
-)
-@click.option("--reset", metavar="NAME", help="One of the study's resets. [default: its first]")
-@condition_options
+@comparison_options
 @click.option(
     "--model",
     "profiles",
@@ -71,15 +62,10 @@ def report_command(
     out: Path | None,
     figures: list[str],
     formats: list[str],
-    baseline: str | None,
-    leave_out: tuple[str, ...],
-    reset: str | None,
-    probe_set: str | None,
-    norm_statistics: str | None,
-    epoch: int | None,
     profiles: tuple[str, ...],
     thumbnails: bool,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Plot the figures of a study, and write report.html: one page to explore it, which works offline."""
     from layercrit.reporting.reports import report
@@ -93,15 +79,10 @@ def report_command(
         out,
         figures=None if figures == ["all"] else figures,
         formats=formats,
-        baseline=baseline,
-        leave_out=[name for name in leave_out if name] if leave_out else None,
-        reset=reset,
-        probe_set=probe_set,
-        norm_statistics=norm_statistics,
-        epoch=epoch,
         profiles=profiles or None,
         thumbnails=thumbnails,
         progress=True,
+        **asked,
     )
     if as_json:
         listed = {name: [str(path) for path in paths] for name, paths in written.figures.items()}

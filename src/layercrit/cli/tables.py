@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,25 +16,50 @@ from layercrit.protocol import NORM_STATISTICS
 if TYPE_CHECKING:
     from layercrit.comparison import Comparison
 
-__all__ = ["compare_command", "condition_options", "export_command", "import_command", "show_comparison"]
+__all__ = ["compare_command", "comparison_options", "export_command", "import_command", "show_comparison"]
 
 
 _FEWEST = 3  # models from which there is a rank correlation
 
 
-def condition_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that choose one of a study's conditions."""
+def condition_options(command: Callable[..., Any], or_all: bool = False) -> Callable[..., Any]:
+    """Add the options that choose one of a study's conditions, or, without any of them, perhaps all."""
+    probe_set, statistics, weights = (
+        f"[default: {first}{', or all without any such option' * or_all}]"
+        for first in ("its first", "what the study names first", "their final weights")
+    )
     for option in reversed(
         [
-            click.option("--probe-set", metavar="NAME", help="One of the study's probe sets. [default: its first]"),
+            click.option("--probe-set", metavar="NAME", help=f"One of the study's probe sets. {probe_set}"),
             click.option("--norm-statistics", type=click.Choice(NORM_STATISTICS),
-                         help="Running statistics beside the reset. [default: what the study names first]"),
+                         help=f"Running statistics beside the reset. {statistics}"),
             click.option("--epoch", type=int, metavar="N",
-                         help="An epoch of the models' training runs. [default: their final weights]"),
+                         help=f"An epoch of the models' training runs. {weights}"),
         ]
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say what of a study is compared, named like the arguments of `compare`."""
+    for option in reversed(
+        [
+            click.option("--baseline", metavar="MODEL",
+                         help="The model that the others are compared with. [default: the study's own]"),
+            click.option("--leave-out", multiple=True, metavar="NAME", callback=_left_out,
+                         help="A model or category to leave out; may be given several times, '' for none. [default: "
+                         "the study's own]"),
+            click.option("--reset", metavar="NAME", help="One of the study's resets. [default: its first]"),
+            condition_options,
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _left_out(context: click.Context, parameter: click.Parameter, names: tuple[str, ...]) -> list[str] | None:
+    return [name for name in names if name] if names else None
 
 
 @click.command("import")
@@ -81,41 +107,25 @@ def import_command(results: Path, layout: str, models: Path | None, out: Path) -
     help="Write criticality by class (label), by predicted class, or for images that the trained networks name right "
     "and wrong, instead; with the formats csv and parquet.",
 )
-def export_command(folder: Path, name: str, out: Path | None, overwrite: bool, by: str | None) -> None:
+@partial(condition_options, or_all=True)
+def export_command(
+    folder: Path, name: str, out: Path | None, overwrite: bool, by: str | None, **condition: Any
+) -> None:
     """Write the tables of the study in DIR as files for other programs."""
     from layercrit.reporting.exports import export
     from layercrit.study.tables import load_study
 
     study = load_study(folder)
     say_damaged(study.damaged)
-    for path in export(study, name, out, overwrite=overwrite, by=by):
+    for path in export(study, name, out, overwrite=overwrite, by=by, **condition):
         say(path)
 
 
 @click.command("compare")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="STUDY")
-@click.option(
-    "--baseline", metavar="MODEL", help="The model that the others are compared with. [default: the study's own]"
-)
-@click.option(
-    "--leave-out",
-    multiple=True,
-    metavar="NAME",
-    help="A model or category to leave out; may be given several times, '' for none. [default: the study's own]",
-)
-@click.option("--reset", metavar="NAME", help="One of the study's resets. [default: its first]")
-@condition_options
+@comparison_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
-def compare_command(
-    folder: Path,
-    baseline: str | None,
-    leave_out: tuple[str, ...],
-    reset: str | None,
-    probe_set: str | None,
-    norm_statistics: str | None,
-    epoch: int | None,
-    as_json: bool,
-) -> None:
+def compare_command(folder: Path, as_json: bool, **asked: Any) -> None:
     """Compare the models of a study, most critical first.
 
     Differences are relative to a baseline. The centre of mass says at which depth criticality lies: 0 is the first
@@ -124,19 +134,10 @@ def compare_command(
     from layercrit.comparison import compare
     from layercrit.study.tables import load_study
 
-    names = [name for name in leave_out if name] if leave_out else None
     study = load_study(folder)
     print_warnings(study.warnings, err=True)
     say_damaged(study.damaged)
-    comparison = compare(
-        study,
-        baseline=baseline,
-        leave_out=names,
-        reset=reset,
-        probe_set=probe_set,
-        norm_statistics=norm_statistics,
-        epoch=epoch,
-    )
+    comparison = compare(study, **asked)
     if comparison.condition and len(study.conditions) > 1:
         words = comparison.condition.label(study.conditions)
         others = [one.label(study.conditions) for one in study.conditions if one != comparison.condition]

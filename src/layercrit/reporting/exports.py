@@ -2,14 +2,15 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from layercrit.comparison import accuracy_of
+from layercrit.conditions import under
 from layercrit.errors import StudyError, near
 from layercrit.foreign_text import write_csv
 from layercrit.registry import Registry, summary_of
@@ -76,6 +77,9 @@ def export(
     *,
     overwrite: bool = False,
     by: str | None = None,
+    probe_set: str | None = None,
+    norm_statistics: str | None = None,
+    epoch: int | None = None,
 ) -> list[Path]:
     """Write the tables of a study as files.
 
@@ -88,16 +92,23 @@ def export(
         overwrite: whether to replace files that are there.
         by: write, in place of the format's own tables, criticality by ``class`` (the label), by ``prediction`` (the
             class that each trained network predicts) or by ``correctness``; with the formats ``csv`` and ``parquet``.
+        probe_set: write only what was measured under one condition, that which `layercrit.comparison.compare` takes
+            for these settings; None of the three: under all conditions.
+        norm_statistics: likewise.
+        epoch: likewise.
 
     Returns:
         The files.
 
     Raises:
-        StudyError: the format is unknown or cannot represent the study, a file already exists, or the folder cannot be
-            written.
+        StudyError: the format is unknown or cannot represent the study, the study has no such condition, a file already
+            exists, or the folder cannot be written.
         ProbeError: labels or predictions of single images are not known.
     """
     chosen = FORMATS.find(format) if by is None else _format_by(FORMATS.find(format).name, by)
+    asked: dict[str, Any] = {"probe_set": probe_set, "norm_statistics": norm_statistics, "epoch": epoch}
+    if any(one is not None for one in asked.values()):
+        study = _of_models(study, set(under(study.models, study.folder, **asked)[0]["model"]))
     folder = study.folder / "export" / format if path is None else Path(path).expanduser()
     files = [folder / name for name in chosen.files]
     if (there := [file.name for file in files if file.exists()]) and not overwrite:
@@ -117,6 +128,17 @@ def export(
             "Free some space or name another folder (--out)."
         ) from error
     return files
+
+
+def _of_models(study: Study, names: Set[str]) -> Study:
+    """Return the study with nothing but some of its models."""
+    return replace(
+        study,
+        models=study.models[study.models["model"].isin(names)].reset_index(drop=True),
+        cells=study.cells[study.cells["model"].isin(names)].reset_index(drop=True),
+        failures=tuple(row for row in study.failures if row.model in names),
+        planned={model: n for model, n in study.planned.items() if model in names},
+    )
 
 
 def cells_table(study: Study) -> pd.DataFrame:

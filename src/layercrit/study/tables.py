@@ -14,7 +14,7 @@ import pandas as pd
 from layercrit.cell_columns import NOT_REACHED
 from layercrit.comparison import Comparison, compare
 from layercrit.conditions import Condition, conditions_of
-from layercrit.errors import LayercritError, StudyError, near
+from layercrit.errors import LayercritError, ProbeError, StudyError, near
 from layercrit.image_groups import Layers, by_correctness, by_group, by_image, extreme_images
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.precision import PrecisionPlan
@@ -321,7 +321,10 @@ class Study:
         for model in wanted:
             cells = found[found["model"] == model]
             how = self._how(model, cells["reset"].iloc[0])
-            table = table_of(distances_of(self.folder, cells), self.images_of(model), how)
+            try:
+                table = table_of(distances_of(self.folder, cells), self.images_of(model), how)
+            except ProbeError as error:
+                raise ProbeError(f"{model}: {error}") from error
             tables.append(table.assign(model=model, reset=cells["reset"].iloc[0]))
         table = pd.concat(tables, ignore_index=True)
         texts = [name for name in ("model", "reset", "layer", "class", "image", "covers") if name in table]
