@@ -1,4 +1,6 @@
 import logging
+import sys
+import threading
 import warnings
 from functools import cache, partial
 
@@ -620,7 +622,7 @@ def test_export_graph__leaves_no_hollow_tensors_on_the_network():
 def test_export_graph__says_nothing_and_leaves_logging_and_warnings_alone(capfd, recwarn, caplog):
     made = case(partial(Sketch, lambda net, x: x if x.mean() > 0 else -x), *IMAGES)
     logging.disable(logging.INFO)
-    filters = list(warnings.filters)
+    filters, level = list(warnings.filters), logging.getLogger("torch").level
     try:
         with pytest.raises(Exception, match="data-dependent"):
             export_graph(made.network, made.images)
@@ -628,6 +630,58 @@ def test_export_graph__says_nothing_and_leaves_logging_and_warnings_alone(capfd,
     finally:
         logging.disable(logging.NOTSET)
     assert warnings.filters == filters
+    assert logging.getLogger("torch").level == level
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
     assert [record for record in caplog.records if record.name != "torch.__trace"] == []  # which is to no screen
+
+
+def test_export_graph__what_other_threads_say_is_shown(capsys, caplog):
+    def talk(where: str) -> None:
+        print(f"printed {where}")
+        print(f"mistaken {where}", file=sys.stderr)
+
+    def talking(_: Sketch, x: Tensor) -> Tensor:
+        talk("here")
+        other = threading.Thread(target=lambda: (talk("there"), logging.getLogger("own").error("logged there")))
+        other.start()
+        other.join()
+        return x
+
+    made = case(partial(Sketch, talking), *IMAGES)
+    capsys.readouterr(), caplog.clear()
+    streams = sys.stdout, sys.stderr
+    export_graph(made.network, made.images)
+    assert (sys.stdout, sys.stderr) == streams
+    said = capsys.readouterr()
+    assert set(said.out.split("\n")) == {"printed there", ""}
+    assert set(said.err.split("\n")) == {"mistaken there", ""}
+    assert "logged there" in caplog.messages
+
+
+def test_export_graph__of_two_threads_leaves_the_streams_as_they_were():
+    """The second begins while the first is at it, and ends after it, as far as they run at once at all."""
+    begun, ended, threads = threading.Event(), threading.Event(), []
+
+    def first(_: Sketch, x: Tensor) -> Tensor:
+        if not threads:
+            threads.append(threading.Thread(target=export_graph, args=(other.network, other.images)))
+            threads[0].start()
+            begun.wait(0.5)
+        return x
+
+    def second(_: Sketch, x: Tensor) -> Tensor:
+        begun.set()
+        ended.wait(5)
+        return x
+
+    ended.set()
+    made, other = (case(partial(Sketch, body), *IMAGES) for body in (lambda _, x: x, second))
+    made.network.how = first
+    begun.clear(), ended.clear()
+    streams = sys.stdout, sys.stderr
+    export_graph(made.network, made.images)
+    ended.set()
+    threads[0].join()
+    assert begun.is_set()
+    assert (sys.stdout, sys.stderr) == streams

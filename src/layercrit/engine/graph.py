@@ -10,6 +10,8 @@ import contextlib
 import io
 import logging
 import operator
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
+from typing_extensions import override
 
 from layercrit.engine import cudnn, onednn
 from layercrit.engine.linear_layers import add_before_permuting, fold_layer_scales
@@ -309,18 +312,45 @@ def _cast_logits(weight_graph: WeightGraph) -> None:
     weight_graph.logits = cast
 
 
+_EXPORTING = threading.RLock()  # streams, filters of warnings and levels of loggers belong to the whole process
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what the exporter prints: after a failed export a slower backend is used, and one note says so."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
+    """Hide what the exporter prints: after a failed export a slower backend is used, and one note says so.
+
+    What other threads print meanwhile is shown, and so is what they log, unless torch does.
+    """
+    logger = logging.getLogger("torch")
+    with (
+        _EXPORTING,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(_OfOtherThreads(sys.stdout)),
+        contextlib.redirect_stderr(_OfOtherThreads(sys.stderr)),
+    ):
+        warnings.simplefilter("ignore")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL + 1)
+        try:
             yield
-    finally:
-        logging.disable(disabled)
+        finally:
+            logger.setLevel(level)
+
+
+class _OfOtherThreads(io.TextIOBase):
+    """Passes on to a stream what other threads than this one write; all else is the stream's own."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self._stream, self._thread = stream, threading.get_ident()
+
+    @override
+    def write(self, text: str) -> int:
+        if self._stream is not None and threading.get_ident() != self._thread:
+            self._stream.write(text)
+        return len(text)
+
+    @override
+    def flush(self) -> None:
+        if self._stream is not None:
+            self._stream.flush()
