@@ -28,7 +28,6 @@ their types, defaults and meanings, are declared in `layercrit.study.schema`.
 """
 
 import json
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
@@ -43,12 +42,11 @@ from layercrit.layer_sets import read_sets
 from layercrit.models.file_source import epochs_of, weight_file
 from layercrit.models.own_networks import import_here
 from layercrit.models.references import without_weights
-from layercrit.probes.changes import is_change_alone, plain_source
-from layercrit.probes.images import STANDARD, Preprocessing
-from layercrit.probes.labelling import is_label_file
+from layercrit.probes.images import Preprocessing
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import Reset, epoch_of_run, get_reset
 from layercrit.study.entries import ModelEntry, file_parts, models_of, rows_of_list, variants_of
+from layercrit.study.image_entries import Images, absolute_source, images_tables, pixels_of, probe_sets_of
 from layercrit.study.schema import (
     METHOD_KEYS,
     TABLES,
@@ -66,25 +64,6 @@ __all__ = ["ModelEntry", "StudyFile", "Training", "TrainingRun", "read_study_fil
 _OF_VARIANTS = ("variant_of", "epoch", "probe_set", "norm_statistics")  # the file says once for all models
 _LISTED = 20  # mistakes shown at once
 _Section = TypeVar("_Section", bound=Declaration)
-
-
-@dataclass(frozen=True)
-class Images:
-    """One probe set of a study file.
-
-    Attributes:
-        name: its name; None where it is the only one.
-        source: where the images come from.
-        n_images: how many images to draw.
-        labels: whether to use labels; or the file or the column that has them.
-        classes: the file with the names of classes in the order of the models' outputs, or None.
-    """
-
-    name: str | None
-    source: str
-    n_images: int
-    labels: bool | str
-    classes: str | None
 
 
 @dataclass(frozen=True)
@@ -216,14 +195,14 @@ class _Reader:
         distances = protocol.distances or list(DISTANCES)
         known = self._known_resets(resets)
         self._check_names(distances, get_distance)
-        preprocessing = self._preprocessing(images)
+        preprocessing = pixels_of(images, self.mistakes)
         if self.training:
             self.mistakes.extend(training_mistakes(self.training, self.path.parent))
         models = self._models(tables, known)
         self._check_donors(models, known)
         self._check_comparison(models, study.baseline, study.leave_out)
         settings = self._protocol(protocol, known[0].name if known else DEFAULTS.reset)
-        first, *others = self._probe_sets(images, further, preprocessing)
+        first, *others = probe_sets_of([images, *further], preprocessing, self.path.parent, self.mistakes)
         names = [str(one.name) for one in (first, *others)] if others else []
         statistics = _listed(protocol.norm_statistics)
         every = [
@@ -294,43 +273,10 @@ class _Reader:
         return read_table(kind, {}, "", [])
 
     def _images_tables(self) -> list[ImagesTable]:
-        """Return the tables of probe sets; what a further one does not say is as in the first."""
         tables = self.content.get("images", {})
-        if not isinstance(tables, list):
-            return [self._section("images", ImagesTable)]
-        if not tables or not all(isinstance(table, dict) for table in tables):
-            self.mistakes.append(f"expected a table [images], or tables [[images]], got {tables!r}")
-            return [read_table(ImagesTable, {}, "", [])]
-        found: list[ImagesTable] = []
-        for number, table in enumerate(tables, 1):
-            inherited = {key: value for key, value in tables[0].items() if key not in ("name", "source")}
-            where = "[images]" if len(tables) == 1 else f"[[images]] no. {number}:"
-            found.append(read_table(ImagesTable, inherited | table, where, self.mistakes))
-            if len(tables) > 1 and not table.get("name"):
-                self.mistakes.append(f"{where} has no name, which each of several probe sets needs")
-        return found
-
-    def _probe_sets(
-        self, images: ImagesTable, further: Sequence[ImagesTable], pixels: Preprocessing
-    ) -> Iterator[Images]:
-        names: list[str | None] = []
-        for table in (images, *further):
-            if further and table.name in names:
-                self.mistakes.append(f"two probe sets are named {table.name!r}; give one of them another name")
-            if table is not images and self._preprocessing(table) != pixels:
-                self.mistakes.append(
-                    f"the probe set {table.name!r} has other pixels (input_size, resize, interpolation) than the "
-                    "first: all must have the same. Leave these keys out"
-                )
-            names.append(table.name)
-            of_first = table is not images and is_change_alone(table.source)
-            yield Images(
-                table.name if further else None,
-                self._absolute_source(f"{table.source}:{images.source}" if of_first else table.source),
-                table.n_images,
-                self._absolute_labels(table.labels),
-                None if table.classes is None else str(self._absolute(table.classes)),
-            )
+        if isinstance(tables, list):
+            return images_tables(tables, self.mistakes)
+        return [self._section("images", ImagesTable)]
 
     def _epochs_of(self, entry: ModelEntry, asked: Literal["all"] | Sequence[int]) -> list[int]:
         """Return those of the epochs that are asked for that a model's training run has kept."""
@@ -352,13 +298,6 @@ class _Reader:
             (where, table.keys(), read_table(ModelTable, table, f"{where}:", self.mistakes))
             for where, table in zip(places, tables, strict=True)
         ]
-
-    def _preprocessing(self, images: ImagesTable) -> Preprocessing:
-        try:
-            return images.preprocessing()
-        except LayercritError as error:
-            self.mistakes.append(f"[images] {error}")
-            return STANDARD
 
     def _import(self, module: str) -> None:
         try:
@@ -412,7 +351,7 @@ class _Reader:
         if found or self.training is None or table.method is None:
             self.some_unread = True
             return
-        run = run_of(table, self.training, self.path, self._absolute_source(self.training.data))
+        run = run_of(table, self.training, self.path, absolute_source(self.training.data, self.path.parent))
         self.runs.append(run)
         entry = run.entry()
         if run.is_finished():
@@ -531,16 +470,6 @@ class _Reader:
             return str(self._absolute(donor))
         kind, _, rest = donor.partition(":")
         return f"{kind}:{self._absolute(rest)}" if kind == "file" else donor
-
-    def _absolute_labels(self, labels: bool | str) -> bool | str:
-        return str(self._absolute(labels)) if isinstance(labels, str) and is_label_file(labels) else labels
-
-    def _absolute_source(self, source: str) -> str:
-        """Make the path in an image source absolute; that of a torchvision data set is its option ``root``."""
-        before, source = plain_source(source)
-        if source.startswith("torchvision:"):
-            return before + re.sub(r"(?<=[?&]root=)[^&]*", lambda found: str(self._absolute(found[0])), source)
-        return before + str(self._absolute(source))
 
 
 def _listed(given: str | Sequence[str]) -> list[str]:

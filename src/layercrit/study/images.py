@@ -16,7 +16,8 @@ from layercrit.probes.labelling import open_images
 from layercrit.probes.parts import without_split
 from layercrit.probes.probe_set import ProbeSet, Progress
 from layercrit.seeds import probe_set_seed
-from layercrit.study.file import Images, StudyFile
+from layercrit.study.file import StudyFile
+from layercrit.study.image_entries import Images
 from layercrit.study.shards import Shards
 from layercrit.study.store import Store
 
