@@ -3,18 +3,17 @@
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from layercrit.categories import ADVERSARIAL
+from layercrit.compared_studies import ComparedStudy, about_bad, about_missing, listed_names
 from layercrit.conditions import Condition, under
 from layercrit.correlations import rank_correlations
 from layercrit.errors import StudyError, near
 from layercrit.protocol import MATCHED
-from layercrit.statistics import needed_trials
 from layercrit.wrappers import wrapper_of
 
 __all__ = [
@@ -29,42 +28,10 @@ __all__ = [
     "has_sets",
 ]
 
-_LISTED = 5  # names shown in a note
 _CAUTION = (
     "The cosine depends on how peaked a model's softmax is, and differently trained models are compared without "
     "temperature-matched values: part of a difference may be confidence, not reliance on layers."
 )
-
-
-class _Failure(Protocol):
-    """What a comparison needs of a trial that failed; see `layercrit.study.store.FailureRow`."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def reset(self) -> str: ...
-    @property
-    def trial(self) -> int: ...
-    @property
-    def error(self) -> str: ...
-
-
-class _Study(Protocol):
-    """What a comparison needs of a study, which imports this module; see `layercrit.study.tables.Study`."""
-
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def models(self) -> pd.DataFrame: ...
-    @property
-    def cells(self) -> pd.DataFrame: ...
-    @property
-    def failures(self) -> Sequence[_Failure]: ...
-    @property
-    def record(self) -> Mapping[str, Any]: ...
-    def of_reset(self, reset: str | None = None) -> pd.DataFrame: ...
-    def to_pandas(self) -> pd.DataFrame: ...
-    def by_model(self) -> pd.DataFrame: ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -194,7 +161,7 @@ class Comparison:
 
 
 def compare(
-    study: _Study,
+    study: ComparedStudy,
     *,
     baseline: str | None = None,
     leave_out: Sequence[str] | None = None,
@@ -224,7 +191,7 @@ def compare(
 
 
 def compare_models(
-    study: _Study,
+    study: ComparedStudy,
     chosen_models: pd.DataFrame,
     condition: Condition | None,
     *,
@@ -247,7 +214,7 @@ def compare_models(
     compared = [name for name in listed if name not in left_out and name in usable]
     if not compared:
         raise StudyError(f"No model of the study in {study.folder} is left to compare. Leave out fewer models.")
-    notes = [*study.record.get("notes", []), *_about_missing(study, listed, cells, used, left_out)]
+    notes = [*study.record.get("notes", []), *about_missing(study, listed, cells, used, left_out)]
     chosen, about_baseline = _baseline(study, names, baseline, compared)
     first = chosen or compared[0]  # names and order of layers are its
     cells, about_layers = _aligned(cells[cells["model"].isin(compared)], first)
@@ -283,12 +250,12 @@ def compare_models(
         condition=condition,
         left_out=tuple(name for name in listed if name in left_out),
         caution=_CAUTION if unlike else None,
-        notes=(*about_layers, *notes, *about_baseline, *_about_bad(cells, tables["n_bad"]), *about_accuracy),
+        notes=(*about_layers, *notes, *about_baseline, *about_bad(cells, tables["n_bad"]), *about_accuracy),
         origin=_origin(study, used),
     )
 
 
-def _left_out(study: _Study, models: pd.DataFrame, names: Mapping[str, str], given: Sequence[str]) -> set[str]:
+def _left_out(study: ComparedStudy, models: pd.DataFrame, names: Mapping[str, str], given: Sequence[str]) -> set[str]:
     """Return the models in a list of categories and models."""
     of_category = {str(name): list(members) for name, members in models.groupby("category")["model"]}
     known = {**{name: name for name in models["model"]}, **names}
@@ -304,7 +271,7 @@ def _left_out(study: _Study, models: pd.DataFrame, names: Mapping[str, str], giv
 
 
 def _baseline(
-    study: _Study, names: Mapping[str, str], asked: str | None, compared: Sequence[str]
+    study: ComparedStudy, names: Mapping[str, str], asked: str | None, compared: Sequence[str]
 ) -> tuple[str | None, list[str]]:
     """Return the baseline, and a note where the study's own cannot be used."""
     known = [*dict.fromkeys([*names, *names.values()])]
@@ -314,7 +281,7 @@ def _baseline(
     if asked is not None and asked not in compared:
         raise StudyError(
             f"The baseline {asked!r} is left out or has no finished cell. Name another one; compared are: "
-            f"{_listed(compared)}."
+            f"{listed_names(compared)}."
         )
     own = study.record.get("baseline")
     own = own and names.get(own, own)
@@ -343,7 +310,7 @@ def _aligned(cells: pd.DataFrame, first: str) -> tuple[pd.DataFrame, list[str]]:
             }
         )
     if not common:
-        examples = "; ".join(f"{model}: {_listed(layers, 3)}" for model, layers in list(of_model.items())[:3])
+        examples = "; ".join(f"{model}: {listed_names(layers, 3)}" for model, layers in list(of_model.items())[:3])
         raise StudyError(
             f"The models have no layer in common ({examples}). Compare models of one architecture: "
             "leave out the others."
@@ -358,7 +325,7 @@ def _about_layers(of_model: Mapping[str, Sequence[str]], common: set[str]) -> li
             left.setdefault(rest, []).append(model)
     if not left:
         return []
-    parts = [f"{len(names)} of {_listed(models)} ({_listed(names)})" for names, models in left.items()]
+    parts = [f"{len(names)} of {listed_names(models)} ({listed_names(names)})" for names, models in left.items()]
     return [
         f"The models differ in their layers: only the {len(common)} that all of them have are compared. Left out: "
         f"{'; '.join(parts)}."
@@ -387,7 +354,7 @@ def _grid(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _models(
-    study: _Study,
+    study: ComparedStudy,
     criticality: pd.DataFrame,
     matched: pd.DataFrame,
     difference: pd.DataFrame | None,
@@ -416,11 +383,15 @@ def _models(
     if len(unknown) == len(accuracy):
         return table, kind, ["No accuracy is known, so there are no correlations with it."]
     if len(unknown):
-        return table, kind, [f"Not in the correlations, since their {kind} accuracy is not known: {_listed(unknown)}."]
+        return (
+            table,
+            kind,
+            [f"Not in the correlations, since their {kind} accuracy is not known: {listed_names(unknown)}."],
+        )
     return table, kind, []
 
 
-def has_sets(study: _Study) -> bool:
+def has_sets(study: ComparedStudy) -> bool:
     """Return whether a study resets sets of layers, which may reach over several stages."""
     return bool(study.record.get("protocol", {}).get("sets", "each") != "each")
 
@@ -438,7 +409,7 @@ def accuracy_of(models: pd.DataFrame) -> tuple[str, pd.Series]:
     return kind, choices[kind].astype("float64")
 
 
-def about_models(study: _Study, comparison: Comparison) -> pd.DataFrame:
+def about_models(study: ComparedStudy, comparison: Comparison) -> pd.DataFrame:
     """Return one row per compared model, for figures and tables, with everything known about it.
 
     Columns are those of `Comparison.models`, ``model`` (its name), ``low`` and ``high`` (limits of its mean; NaN where
@@ -463,12 +434,12 @@ def about_models(study: _Study, comparison: Comparison) -> pd.DataFrame:
     return table.loc[order].reset_index(drop=True)
 
 
-def estimates_of(study: _Study, comparison: Comparison) -> pd.DataFrame:
+def estimates_of(study: ComparedStudy, comparison: Comparison) -> pd.DataFrame:
     """Return those rows of `Study.to_pandas` that a comparison of the study compares, under its names of layers."""
     return compared_rows(study.to_pandas(), comparison)
 
 
-def cells_of(study: _Study, comparison: Comparison) -> pd.DataFrame:
+def cells_of(study: ComparedStudy, comparison: Comparison) -> pd.DataFrame:
     """Return those cells of a study that a comparison of it compares, of any status, under its names of layers."""
     return compared_rows(study.cells, comparison)
 
@@ -485,7 +456,7 @@ def compared_rows(rows: pd.DataFrame, comparison: Comparison) -> pd.DataFrame:
     return rows[rows["layer"].isin(layers)].reset_index(drop=True)
 
 
-def _origin(study: _Study, reset: str) -> dict[str, Any]:
+def _origin(study: ComparedStudy, reset: str) -> dict[str, Any]:
     cells = study.cells[study.cells["reset"] == reset]
     origin = study.record.get("origin", {})
     return {
@@ -495,69 +466,6 @@ def _origin(study: _Study, reset: str) -> dict[str, Any]:
         "models_in_file": int(cells["model"].nunique()),
         "trials": int(cells["trial"].nunique()),
     }
-
-
-# --- notes ------------------------------------------------------------------------------------------------------------
-
-
-def _about_missing(
-    study: _Study, models: Sequence[str], cells: pd.DataFrame, reset: str, left_out: set[str]
-) -> list[str]:
-    """Say which models have nothing to compare, or fewer trials than planned, and what failed."""
-    wanted = [name for name in models if name not in left_out]
-    cells = cells[cells["model"].isin(models)]
-    usable = set(cells.loc[cells["status"] == "ok", "model"])
-    notes = []
-    if absent := [name for name in wanted if name not in usable]:
-        notes.append(f"Not compared, since they have no cell that is ok: {_listed(absent, len(absent))}.")
-    trials = cells.groupby(["model", "layer"])["trial"].nunique().groupby("model").min()
-    records = study.models.set_index("model")["record"]
-    random = all(records[name].get("random_trials", {}).get(reset, True) for name in usable)
-    protocol = study.record.get("protocol", {})
-    if protocol.get("half_width") is None:
-        most = max(int(trials.max()), needed_trials(protocol.get("trials", 0), random))
-    else:
-        most = needed_trials(protocol["pilot"], random)
-        notes += _about_unlike_trials(cells, protocol["half_width"])
-    if few := [f"{name} ({trials[name]})" for name in wanted if name in usable and trials[name] < most]:
-        notes.append(f"Measured in fewer than the {most} trials of the study: {_listed(few)}.")
-    notes += [
-        f"Failed: {failure.model}, trial {failure.trial} ({failure.error})."
-        for failure in study.failures
-        if failure.reset == reset and failure.model in wanted
-    ]
-    return notes
-
-
-def _about_unlike_trials(cells: pd.DataFrame, half_width: float) -> list[str]:
-    """Say which trials means rest on, where layers have unlike numbers of them."""
-    of_layers = cells.groupby(["model", "layer"])["trial"].nunique()
-    if of_layers.min() == of_layers.max():
-        return []
-    return [
-        f"Layers have {of_layers.min()} to {of_layers.max()} trials, as planned for a half-width of {half_width:g}. A "
-        "mean over layers takes each layer's mean over its own trials; its interval rests on those that all layers of "
-        "a model have."
-    ]
-
-
-def _about_bad(cells: pd.DataFrame, n_bad: pd.DataFrame) -> list[str]:
-    """Say which layers of which models are in no mean, since some of their cells are not ok."""
-    notes = []
-    for model in n_bad.index[(n_bad > 0).any(axis=1)]:
-        layers = n_bad.columns[n_bad.loc[model] > 0]
-        bad = cells[(cells["model"] == model) & (cells["status"] != "ok")]
-        counts = ", ".join(f"{n} {status}" for status, n in bad["status"].value_counts().items())
-        notes.append(
-            f"{model}: its means are over {n_bad.shape[1] - len(layers)} of {n_bad.shape[1]} layers; "
-            f"left out, since cells are not ok ({counts}): {_listed(layers)}."
-        )
-    return notes
-
-
-def _listed(names: Sequence[str] | pd.Index, limit: int = _LISTED) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 # --- plain data -------------------------------------------------------------------------------------------------------

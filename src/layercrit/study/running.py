@@ -21,16 +21,16 @@ from layercrit.models.references import fetch
 from layercrit.precision import PrecisionPlan, n_pilot_images, plan_half_width
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
-from layercrit.protocol import DEFAULTS
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import Executor, Failed, Message, Note, Task, TaskEvent
+from layercrit.study.facts import facts_of, model_row
 from layercrit.study.file import StudyFile
 from layercrit.study.images import draw_images, drawn_images, n_available_images
 from layercrit.study.local_processes import LocalProcesses, local_places
 from layercrit.study.peers import about_run, check_folder, check_peers, wait_for_pilots
 from layercrit.study.pilots import pilots_of, plans_of
 from layercrit.study.ranks import Shard
-from layercrit.study.rows import FailureRow, ModelRow, PlanRow, as_plain_row
+from layercrit.study.rows import FailureRow, PlanRow, as_plain_row
 from layercrit.study.shards import Elsewhere, is_other_format, is_study, open_study, shard_folder
 from layercrit.study.store import Store
 from layercrit.study.tasks import Trial, deal, first_tasks, further_tasks, places_of
@@ -38,9 +38,6 @@ from layercrit.study.worker import Job, Left, Measured, Opening, Planned, Progre
 from layercrit.trackers.callbacks import Caller, OnCell
 
 __all__ = ["RunReport", "run_study"]
-
-# settings that do not decide which cells a study has
-_UNDECIDING = ("batch_size", "device", "level", "interval", "half_width", "minutes", "pilot", "max_trials")
 
 
 @dataclass
@@ -152,7 +149,7 @@ class _Run:
         """Write down what the study is about, and make sure of its images."""
         before, plans = self._before()
         probe_sets = self._probe_sets(next((plan.n_images for plan in plans.values()), self.n_first_images))
-        about = _about(self.study, probe_sets, self.n_first_images)
+        about = facts_of(self.study, probe_sets, self.n_first_images)
         self.elsewhere = Elsewhere.read(self.folder, self.own_number, about["measured"])
         self.retry = retry
         with self.store.transaction():
@@ -162,7 +159,7 @@ class _Run:
                 self.store.clear_plan()
                 self.store.put_meta("precision", [])
             self._forget_other_conditions(probe_sets)
-            self.store.put_models([_model_row(entry) for entry in self.study.models])
+            self.store.put_models([model_row(entry) for entry in self.study.models])
             if changed:  # what failed was asked for in another way
                 for entry in self.study.models:
                     self.store.drop_failures(entry.name)
@@ -230,7 +227,7 @@ class _Run:
 
     def _take_images(self, n_images: int) -> None:
         """Show so many images from now on."""
-        about = _about(self.study, self._probe_sets(n_images), self.n_first_images)
+        about = facts_of(self.study, self._probe_sets(n_images), self.n_first_images)
         with self.store.transaction():
             self.store.put_meta("study", about)
 
@@ -482,46 +479,6 @@ class _Run:
 
     def _show(self) -> None:
         self.bar.measured(*self._how_far())
-
-
-def _about(study: StudyFile, probe_sets: Mapping[str | None, ProbeSet], n_first_images: int) -> dict[str, Any]:
-    """Return the facts about a study; those under ``measured`` decide which cells it has."""
-    about_images = {name: one.to_dict() | {"labels": one.labels is not None} for name, one in probe_sets.items()}
-    first = probe_sets[study.probe_set].first(n_first_images)
-    protocol = {**study.protocol.to_dict(), "resets": list(study.resets), "distances": list(study.distances),
-                "n_images": study.n_images}  # fmt: skip
-    del protocol["reset"], protocol["norm_statistics"]
-    undeciding: tuple[str, ...] = _UNDECIDING
-    if study.protocol.is_planned:  # the level decides the plan
-        undeciding = ("batch_size", "device", "trials")
-    if study.protocol.sets == DEFAULTS.sets:  # as in studies from before there were sets
-        undeciding = (*undeciding, "sets")
-    deciding = {k: v for k, v in protocol.items() if k not in undeciding}
-    return {
-        "name": study.name,
-        "baseline": study.baseline,
-        "leave_out": list(study.leave_out),
-        "protocol": protocol,
-        "probe_set": about_images[study.probe_set],
-        **({"probe_sets": about_images} if study.further_images else {}),
-        "measured": {**deciding, "probe_set": first.sha256},
-    }
-
-
-def _model_row(entry: ModelEntry) -> ModelRow:
-    return ModelRow(
-        entry.name,
-        entry.reference,
-        entry.category,
-        entry.label,
-        entry.accuracy,
-        attack_norm=entry.attack_norm,
-        eps=entry.eps,
-        variant_of=entry.variant_of,
-        epoch=entry.epoch,
-        probe_set=entry.probe_set,
-        norm_statistics=None if entry.norm_statistics == DEFAULTS.norm_statistics else entry.norm_statistics,
-    )
 
 
 def _now() -> str:
