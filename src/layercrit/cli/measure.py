@@ -5,6 +5,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,7 @@ from layercrit.protocol import DEFAULTS, DTYPES, GROUPS, INTERVALS, NORM_STATIST
 if TYPE_CHECKING:
     import pandas as pd
 
+    from layercrit.correlations import RankAgreement
     from layercrit.measurement import Measurement
 
 __all__ = ["layers_command", "measure_command", "show_command"]
@@ -50,12 +52,10 @@ def _selection(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _epochs(context: click.Context, parameter: click.Parameter, value: str | None) -> str | list[int] | None:
-    if value is None or value == "all":
+    if value is None:
         return value
     numbers = [text.strip() for text in value.split(",")]
-    if not all(number.isdecimal() for number in numbers):
-        raise click.BadParameter(f"expected 'all' or epochs such as '0,2,5'; got {value!r}.")
-    return [int(number) for number in numbers]
+    return [int(number) for number in numbers] if all(number.isdecimal() for number in numbers) else value
 
 
 def _number_or_auto(context: click.Context, parameter: click.Parameter, value: str) -> int | str:
@@ -158,9 +158,10 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
 @click.option(
     "--epochs",
     callback=_epochs,
-    metavar="all|N,...",
-    help="Epochs that MODEL, a training run, has kept: measure how far each layer's way back to them moves the final "
-    "network, and which layers matter in the network after each.",
+    metavar="all|N,...|FILE,...",
+    help="Epochs that MODEL, a training run, has kept, or weight files of any training with the epoch in their names, "
+    "such as 'ckpt/epoch_*.pt', or '0=first.pt,9=last.pt': measure how far each layer's way back to them moves the "
+    "final network, and which layers matter in the network after each.",
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to save. [default: layercrit-MODEL]")
 @click.option("--overwrite", is_flag=True, help="Replace a measurement that is already in DIR.")
@@ -227,13 +228,26 @@ def _measure_epochs(
     settings = {name: value for name, value in settings.items() if name not in ("reset", "donor")}
     found = measure_epochs(model, images, epochs=cast(Any, epochs), folder=folder, **settings)
     files = found.save(folder)
+    has_first = ("rewound", 0) in found.measurements
     if as_json:
         rows = json.loads(found.to_pandas().to_json(orient="records", double_precision=15))
-        click.echo(json.dumps({"model": model, "rows": rows, "folder": str(folder)}, allow_nan=False))
+        agreement = found.agreement().to_dict() if has_first else None
+        shown = {"model": model, "rows": rows, "agreement": agreement, "folder": str(folder)}
+        click.echo(json.dumps(shown, allow_nan=False))
         return
     print_table(_epoch_table(found.grid("rewound"), f"{model}: layers set back to an epoch"))
     print_table(_epoch_table(found.grid("trained"), f"{model}: fresh draws in the network after an epoch"))
+    say(_agreement_line(found.agreement()) if has_first else "note: no weights of epoch 0 are among them")
     say(f"Saved in {folder}: {', '.join(path.name for path in files)}", err=True)
+
+
+def _agreement_line(found: "RankAgreement") -> str:
+    """Say how alike going back to epoch 0 and fresh draws order the layers."""
+    one = "" if isnan(found.one_draw) else f"; one draw with the mean of the others: {found.one_draw:.2f}"
+    return (
+        f"epoch 0 and fresh draws: Spearman's rho {found.rho:.2f} over {found.n_layers} layers ({100 * found.level:g}% "
+        f"interval {found.low:.2f} to {found.high:.2f}){one}"
+    )
 
 
 def _epoch_table(grid: "pd.DataFrame", title: str) -> Any:
