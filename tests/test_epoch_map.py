@@ -127,7 +127,7 @@ def test_measure_epochs__list_of_checkpoints_is_as_a_training_run(found, folder,
     for kind in ("rewound", "trained"):
         pd.testing.assert_frame_equal(same.grid(kind), found.grid(kind))
     assert (same.to_pandas()["status"] == found.to_pandas()["status"]).all()
-    donor = same.measurements["rewound", 2].record["donor"]
+    donor = same.measurements["rewound", 2].record["model"]["donor"]
     opened = open_model(f"file:{plain}/epoch_2.pt?{OPTIONS}")
     assert opened.sha256 in donor, "the hash of the weights is not recorded"
     kept = (folder / "plain" / "rewound-0002" / "cells.parquet").read_bytes()
