@@ -162,7 +162,9 @@ def test_measure_epochs__unlike_checkpoint_ends_before_anything_is_measured(fold
 
 def test_measure_epochs__kept_epoch_is_checked_by_hash(folder, tmp_path):
     """As training records it: one weight that changes by a bit is another file."""
-    run = write_run(tmp_path / "run", states(), arch=OPTIONS.removeprefix("arch=").replace("&", "?", 1), final=states()[5])
+    run = write_run(
+        tmp_path / "run", states(), arch=OPTIONS.removeprefix("arch=").replace("&", "?", 1), final=states()[5]
+    )
     record = json.loads((run / "model.json").read_text())
     hashes = RunFolder(run).kept_hashes()
     assert list(hashes) == ["0", "2", "5"]
