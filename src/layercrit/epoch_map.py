@@ -104,6 +104,11 @@ class EpochMap:
         """Which maps there are."""
         return list(dict.fromkeys(kind for kind, _ in self.measurements))
 
+    @property
+    def epochs(self) -> list[int]:
+        """Which epochs there are."""
+        return list(dict.fromkeys(epoch for _, epoch in self.measurements if epoch is not None))
+
     def plot(self, kind: Kind = "rewound") -> "Figure":
         """Return a map as a figure: a row per epoch, a square per layer."""
         from layercrit.figures.heat_maps import heat_map
@@ -134,8 +139,7 @@ class EpochMap:
         return [folder / "epochs.csv", *figures]
 
     def __repr__(self) -> str:
-        epochs = list(dict.fromkeys(str(epoch) for _, epoch in self.measurements if epoch is not None))
-        return f"<EpochMap of {self.model}: epochs {', '.join(epochs)}>"
+        return f"<EpochMap of {self.model}: epochs {', '.join(map(str, self.epochs))}>"
 
     @staticmethod
     def row_name(kind: Kind, epoch: int | None) -> str:

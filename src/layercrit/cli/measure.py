@@ -5,7 +5,6 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from layercrit.cli.by_images import by_option, rows_by, save_by, show_by
+from layercrit.cli.epochs import measure_through_training
 from layercrit.cli.printing import bar, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
@@ -23,7 +23,6 @@ from layercrit.protocol import DEFAULTS, DTYPES, GROUPS, INTERVALS, NORM_STATIST
 if TYPE_CHECKING:
     import pandas as pd
 
-    from layercrit.correlations import RankAgreement
     from layercrit.measurement import Measurement
 
 __all__ = ["layers_command", "measure_command", "show_command"]
@@ -197,7 +196,7 @@ def measure_command(
     if epochs is not None:
         if overwrite or by or trackers or settings["donor"] or settings["reset"] != DEFAULTS.reset:
             raise click.UsageError("--epochs goes with neither --reset, --from, --by, --track nor --overwrite.")
-        _measure_epochs(model, images, folder, epochs, settings, as_json)
+        measure_through_training(model, images, folder, epochs, settings, as_json)
         return
     earlier = None if overwrite else _earlier(folder, settings)
     saver = _Saver(folder)
@@ -217,50 +216,6 @@ def measure_command(
             _show(measurement, as_json, folder, by)
         if tracking is not None:
             pass_measurement(tracking, measurement, folder)
-
-
-def _measure_epochs(
-    model: str, images: str, folder: Path, epochs: str | list[int], settings: dict[str, Any], as_json: bool
-) -> None:
-    """Measure the map over epochs, print it and save it."""
-    from layercrit.epoch_map import measure_epochs
-
-    settings = {name: value for name, value in settings.items() if name not in ("reset", "donor")}
-    found = measure_epochs(model, images, epochs=cast(Any, epochs), folder=folder, **settings)
-    files = found.save(folder)
-    has_first = ("rewound", 0) in found.measurements
-    if as_json:
-        rows = json.loads(found.to_pandas().to_json(orient="records", double_precision=15))
-        agreement = found.agreement().to_dict() if has_first else None
-        shown = {"model": model, "rows": rows, "agreement": agreement, "folder": str(folder)}
-        click.echo(json.dumps(shown, allow_nan=False))
-        return
-    print_table(_epoch_table(found.grid("rewound"), f"{model}: layers set back to an epoch"))
-    print_table(_epoch_table(found.grid("trained"), f"{model}: fresh draws in the network after an epoch"))
-    say(_agreement_line(found.agreement()) if has_first else "note: no weights of epoch 0 are among them")
-    say(f"Saved in {folder}: {', '.join(path.name for path in files)}", err=True)
-
-
-def _agreement_line(found: "RankAgreement") -> str:
-    """Say how alike going back to epoch 0 and fresh draws order the layers."""
-    one = "" if isnan(found.one_draw) else f"; one draw with the mean of the others: {found.one_draw:.2f}"
-    return (
-        f"epoch 0 and fresh draws: Spearman's rho {found.rho:.2f} over {found.n_layers} layers ({100 * found.level:g}% "
-        f"interval {found.low:.2f} to {found.high:.2f}){one}"
-    )
-
-
-def _epoch_table(grid: "pd.DataFrame", title: str) -> Any:
-    """Return a map with a row per layer and a column per epoch."""
-    from rich.table import Table
-
-    table = Table(title=plain(title), title_justify="left", box=None, pad_edge=False)
-    table.add_column("layer", no_wrap=True)
-    for name in grid.index:
-        table.add_column(str(name), justify="right")
-    for layer in grid.columns:
-        table.add_row(plain(str(layer)), *(number(value) for value in grid[layer]))
-    return table
 
 
 @click.command("layers", cls=ModelCommand)
