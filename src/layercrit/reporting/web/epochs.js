@@ -2,12 +2,12 @@
 import { $, choose, D, known, mean, N_LAYERS, shownTables } from "./data.js";
 import { layerMap } from "./heatmap.js";
 import { draw } from "./plots.js";
-import { drawTable, escaped, interval, percent, share, short } from "./texts.js";
+import { drawTable, escaped, interval, percent, share } from "./texts.js";
 
 const ABOUT = {
   rewound:
-    "One layer of the final network goes back to its values after an epoch, the rest stays trained; epoch 0 is before " +
-    "training. First row: fresh draws, which differ from epoch 0 only in which random values the layer gets.",
+    "One layer of the final network goes back to its values after an epoch, the rest stays trained; epoch 0 is " +
+    "before training. First row: fresh draws, which differ from epoch 0 only in which random values the layer gets.",
   trained: "Fresh draws in the network as it was after each epoch. First row: the final network.",
 };
 const TITLES = { rewound: "set back to an epoch", trained: "fresh draws after each epoch" };
@@ -32,7 +32,7 @@ export function drawEpochs() {
     `<b>${escaped(rows[row].name)}</b><br>${escaped(D.layers[i].name)}<br>criticality: ` +
     `${share(criticality[row][i])}<br>${100 * D.level}% interval: ${interval(low[row][i], high[row][i])}`;
   $("epochs-plot").style.width = `max(100%, ${14 * N_LAYERS + 300}px)`;
-  const { traces, layout } = layerMap(texts.map((text) => short(text)), criticality, written);
+  const { traces, layout } = layerMap(texts, criticality, written);
   draw("epochs-plot", traces, layout, (point) => choose({ layer: point.x }));
   shownTables.epochs = {
     rows: rows.map((_, i) => i),
