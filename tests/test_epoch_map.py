@@ -99,6 +99,8 @@ def test_measure_epochs__files(found, tmp_path):
     [
         ([0, 3], {}, r"did not keep the weights of epoch 3\. Epochs that it kept: 0, 2, 5"),
         ("all", {"reset": "zero"}, "sets reset itself"),
+        ("all", {"maps": ["rewind"]}, r"list of rewound and trained, .* got \['rewind'\]"),
+        ("all", {"maps": []}, "got \\[\\]"),
     ],
 )
 def test_measure_epochs__what_cannot_be_asked(folder, epochs, settings, text):

@@ -182,15 +182,16 @@ def measure_epochs(
     for name in ("reset", "donor", "resume"):
         if name in settings:
             raise ProtocolError(f"The map over epochs sets {name} itself. Leave it out.")
+    wanted = [kind for kind in KINDS if kind in maps]
+    if not maps or len(wanted) < len(set(maps)):
+        raise ProtocolError(f"maps must be a list of {' and '.join(KINDS)}, or one of them; got {maps!r}.")
     chosen = _epochs(model, epochs)
     for one in chosen.values():
         open_model(one.model)  # before anything is measured, which takes long
     place = None if folder is None else Path(folder).expanduser()
     fresh = _measured(place, "final-weights", model, images, settings)
     found: dict[tuple[Kind, int | None], Measurement] = {}
-    for kind in KINDS:
-        if kind not in maps:
-            continue
+    for kind in wanted:
         found[kind, None] = fresh
         for epoch, one in chosen.items():
             what, how = (model, one.rewind) if kind == "rewound" else (one.model, {})
@@ -213,7 +214,9 @@ class _Epoch:
 
 def _epochs(model: str, epochs: Literal["all"] | Sequence[int] | EpochFiles) -> dict[int, _Epoch]:
     """Return the epochs that are asked for, in order."""
-    numbers = not isinstance(epochs, str | Path | Mapping) and all(isinstance(one, int | np.integer) for one in epochs)
+    if not isinstance(epochs, str | Path | Mapping):
+        epochs = list(epochs)  # type: ignore[arg-type]
+    numbers = isinstance(epochs, list) and all(isinstance(one, int | np.integer) for one in epochs)
     if not numbers and epochs != "all":
         files = epoch_files(cast(EpochFiles, epochs))
         references = {epoch: as_epoch_of(model, file) for epoch, file in files.items()}
