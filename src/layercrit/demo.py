@@ -26,6 +26,7 @@ __all__ = ["DemoResult", "copy_family", "example_study", "run_demo", "small_resn
 
 STUDY_FILE = "fashion.toml"
 EPOCHS_RUN = "baseline-epochs"  # the baseline's recipe, trained anew with epochs that were kept
+_N_IMAGES = 200  # of its map, which then takes seconds
 _WIDTHS, _BLOCKS, _STEM = (12, 24, 48), (2, 2, 2), 32
 
 
@@ -159,12 +160,17 @@ def run_demo(folder: Path, say: Callable[[str], Any] = print) -> DemoResult:
 
 
 def _map_over_epochs(study: StudyFile, folder: Path) -> EpochMap:
-    """Measure how far layers of one network move its predictions when they go back to an epoch, as the study would."""
-    protocol = study.protocol
+    """Measure how far layers of one network move its predictions when they go back to an epoch."""
     found = measure_epochs(
-        f"file:{folder / 'models' / EPOCHS_RUN}", study.source, maps=["rewound"], folder=folder / "epochs",
-        trials=protocol.trials, n_images=study.n_images, dtype=protocol.dtype, seed=protocol.seed, progress=False,
-    )  # fmt: skip
+        f"file:{folder / 'models' / EPOCHS_RUN}",
+        study.source,
+        maps=["rewound"],
+        trials=study.protocol.trials,
+        n_images=min(study.n_images, _N_IMAGES),
+        dtype=study.protocol.dtype,
+        distances="cosine",
+        progress=False,
+    )
     write_csv(found.to_pandas(), folder / "epochs.csv")
     return found
 

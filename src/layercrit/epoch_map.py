@@ -96,8 +96,13 @@ class EpochMap:
         draws = cells[cells["status"] == "ok"].pivot_table(index="trial", columns="layer", values="cosine")
         draws = draws[[layer for layer in draws if draws[layer].notna().all()]]
         back = self.grid("rewound").loc[self.row_name("rewound", epoch)].reindex(draws.columns)
-        known = back.notna()
-        return rank_agreement(draws.loc[:, known].to_numpy(), back[known].to_numpy(), level)
+        both = back.dropna()
+        return rank_agreement(draws[both.index].to_numpy(), both.to_numpy(), level)
+
+    @property
+    def name(self) -> str:
+        """What the network is called: its reference, of a file or a training run its name without folders."""
+        return Path(self.model.partition("?")[0]).name if self.model.startswith("file:") else self.model
 
     @property
     def kinds(self) -> list[Kind]:
@@ -123,7 +128,7 @@ class EpochMap:
         ]
         rows = pd.DataFrame({"model": values.index, "label": None, "category": None,
                              "accuracy": np.array(accuracies, np.float64)})  # fmt: skip
-        title = _TITLES[kind].format(self.model.removeprefix("file:").partition("?")[0])
+        title = _TITLES[kind].format(self.name)
         return heat_map(
             values, rows, title=title, layer_labels=labels, stages=stages_of(list(values.columns)), rows="rows"
         )
@@ -214,11 +219,10 @@ class _Epoch:
 
 def _epochs(model: str, epochs: Literal["all"] | Sequence[int] | EpochFiles) -> dict[int, _Epoch]:
     """Return the epochs that are asked for, in order."""
-    if not isinstance(epochs, str | Path | Mapping):
-        epochs = list(epochs)  # type: ignore[arg-type]
-    numbers = isinstance(epochs, list) and all(isinstance(one, int | np.integer) for one in epochs)
-    if not numbers and epochs != "all":
-        files = epoch_files(cast(EpochFiles, epochs))
+    given = epochs if isinstance(epochs, str | Path | Mapping) else list(epochs)
+    numbers = isinstance(given, list) and all(isinstance(one, int | np.integer) for one in given)
+    if not numbers and given != "all":
+        files = epoch_files(cast(EpochFiles, given))
         references = {epoch: as_epoch_of(model, file) for epoch, file in files.items()}
         return {epoch: _Epoch(one, {"reset": "rewind", "donor": one}) for epoch, one in references.items()}
     run = training_run(model)
@@ -229,7 +233,7 @@ def _epochs(model: str, epochs: Literal["all"] | Sequence[int] | EpochFiles) -> 
             "(epochs=...), such as --epochs 'ckpt/epoch_*.pt'."
         )
     kept = epochs_of(run)
-    chosen = sorted(kept) if epochs == "all" else sorted({int(cast(int, epoch)) for epoch in epochs})
+    chosen = sorted(kept) if given == "all" else sorted({int(epoch) for epoch in cast(list[int], given)})
     if missing := [epoch for epoch in chosen if epoch not in kept]:
         raise ProtocolError(
             f"{run} did not keep the weights of epoch {missing[0]}. Epochs that it kept: "

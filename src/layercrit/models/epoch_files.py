@@ -61,7 +61,7 @@ def as_epoch_of(model: str, file: Path) -> str:
         LayercritError: the reference is unknown, or a file's architecture is not given.
     """
     source, rest, options = parse(model)
-    of_weights = {name: options[name] for name in ("key", "prefix") if source.kind == "file" and name in options}
+    of_weights = {name: one for name, one in options.items() if source.kind == "file" and name in ("key", "prefix")}
     architecture, others = source.architecture(rest, dict(options))
     kept = {name: value for name, value in others.items() if name not in ("seed", "pretrained")}
     return f"file:{file}{written({**kept, **of_weights, 'arch': architecture})}"

@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -34,8 +33,7 @@ def epochs_data(study: Study, comparison: Comparison, maps: Sequence[EpochMap] =
     layers = list(comparison.criticality.columns)
     found = [_map(name, kind, rows, layers) for name, kind, rows in _of_study(study, comparison)]
     for one in maps:
-        name = Path(one.model.removeprefix("file:").partition("?")[0]).name
-        table = layers_as_compared(one.to_pandas().assign(model=name), layers)
+        table = layers_as_compared(one.to_pandas().assign(model=one.name), layers)
         for kind in one.kinds:
             rows: list[_Row] = []
             for (of, epoch), measurement in one.measurements.items():
@@ -43,7 +41,7 @@ def epochs_data(study: Study, comparison: Comparison, maps: Sequence[EpochMap] =
                     own = table["epoch"].isna() if epoch is None else table["epoch"] == epoch
                     accuracy = measurement.record["predictions"].get("top1_accuracy") if kind == "trained" else None
                     rows.append((one.row_name(kind, epoch), table[(table["map"] == kind) & own], accuracy))
-            found.append(_map(name, kind, rows, layers))
+            found.append(_map(one.name, kind, rows, layers))
     return found
 
 
@@ -86,7 +84,7 @@ def _of_study(study: Study, comparison: Comparison) -> Iterator[tuple[str, Kind,
             yield label, "trained", after
 
 
-def _map(label: str, kind: Kind, rows: Sequence[_Row], layers: Sequence[str]) -> dict[str, Any]:
+def _map(label: str, kind: Kind, rows: Sequence[_Row], layers: list[str]) -> dict[str, Any]:
     tables = [table.set_index("layer").reindex(layers) for _, table, _ in rows]
     return {
         "label": label,
