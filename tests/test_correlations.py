@@ -8,12 +8,12 @@ from layercrit.correlations import rank_agreement
 
 
 def test_rank_agreement__known_answers():
-    draws = np.array([[0.1, 0.2, 0.3, 0.9], [0.2, 0.3, 0.4, 0.8]])
-    same = rank_agreement(draws, np.array([0.0, 0.1, 0.5, 0.6]))
-    assert (same.rho, same.high, same.one_draw) == pytest.approx((1, 1, 1))
-    assert (same.n_layers, same.n_trials) == (4, 2)
-    assert rank_agreement(draws, np.array([4.0, 3.0, 2.0, 1.0])).rho == pytest.approx(-1)
-    ties = np.array([0.0, 0.0, 1.0, 0.5])
+    draws = np.array([[0.1, 0.2, 0.3, 0.9, 0.95], [0.2, 0.3, 0.4, 0.8, 0.9]])
+    same = rank_agreement(draws, np.array([0.0, 0.1, 0.5, 0.6, 0.7]))
+    assert (same.rho, same.low, same.high, same.one_draw) == pytest.approx((1, 1, 1, 1))
+    assert (same.n_layers, same.n_trials) == (5, 2)
+    assert rank_agreement(draws, np.array([5.0, 4.0, 3.0, 2.0, 1.0])).rho == pytest.approx(-1)
+    ties = np.array([0.0, 0.0, 1.0, 0.5, 0.5])
     assert rank_agreement(draws, ties).rho == pytest.approx(spearmanr(draws.mean(axis=0), ties).statistic)
 
 
@@ -23,7 +23,7 @@ def test_rank_agreement__what_is_not_known():
     assert np.isnan([constant.rho, constant.low, constant.high, constant.one_draw]).all()
     assert constant.to_dict()["rho"] is None
     assert rank_agreement(draws, draws[0]).to_dict() == {
-        "rho": 1, "low": 1, "high": 1, "level": 0.95, "one_draw": None, "n_layers": 3, "n_trials": 1,
+        "rho": 1, "low": None, "high": None, "level": 0.95, "one_draw": None, "n_layers": 3, "n_trials": 1,
     }  # fmt: skip
 
 

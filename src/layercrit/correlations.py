@@ -12,6 +12,7 @@ __all__ = ["RankAgreement", "rank_agreement", "rank_correlations"]
 
 _EXACT = 8  # models up to which the p-value of Spearman's rho is taken over all their orders
 _RESAMPLED = 4_000
+_FEWEST = 5  # layers for an interval: resamples of fewer are too alike
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class RankAgreement:
     Attributes:
         rho: Spearman's rank correlation over layers, of the mean over draws with the other; NaN where either is
             constant.
-        low: limit of its interval, for new layers and new draws.
+        low: limit of its interval, for new layers and new draws; NaN for fewer than five layers.
         high: likewise.
         level: of the interval.
         one_draw: the same correlation of one draw with the mean of the others, mean over draws: what the other would
@@ -90,7 +91,9 @@ def rank_agreement(
     means = np.take_along_axis(of_trials @ draws, of_layers, axis=1)  # (n_resamples, n_layers)
     resampled = _spearman(means, other[of_layers])
     resampled = resampled[np.isfinite(resampled)]
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2]) if len(resampled) else (math.nan, math.nan)
+    low, high = math.nan, math.nan
+    if n_layers >= _FEWEST and len(resampled):
+        low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     others = (draws.sum(axis=0) - draws) / max(n_trials - 1, 1)
     one_draw = float(_spearman(draws, others).mean()) if n_trials > 1 else math.nan
     rho = float(_spearman(draws.mean(axis=0), other))

@@ -46,17 +46,17 @@ def measure_through_training(
 def show_epochs(found: "EpochMap") -> None:
     """Print the maps, and how alike going back to epoch 0 and fresh draws order the layers."""
     for kind in found.kinds:
-        print_table(_table(found.grid(kind), _TITLES[kind].format(found.model)))
+        print_table(_table(found.grid(kind), _TITLES[kind].format(found.name)))
     if "rewound" in found.kinds:
         say(_sentence(found.agreement()) if 0 in found.epochs else "note: no weights of epoch 0 are among them")
 
 
 def _sentence(found: "RankAgreement") -> str:
+    if isnan(found.rho):
+        return f"epoch 0 and fresh draws: no rank correlation over {found.n_layers} layers"
+    limits = "" if isnan(found.low) else f" ({100 * found.level:g}% interval {found.low:.2f} to {found.high:.2f})"
     one = "" if isnan(found.one_draw) else f"; one draw with the mean of the others: {found.one_draw:.2f}"
-    return (
-        f"epoch 0 and fresh draws: Spearman's rho {found.rho:.2f} over {found.n_layers} layers ({100 * found.level:g}% "
-        f"interval {found.low:.2f} to {found.high:.2f}){one}"
-    )
+    return f"epoch 0 and fresh draws: Spearman's rho {found.rho:.2f} over {found.n_layers} layers{limits}{one}"
 
 
 def _table(grid: "pd.DataFrame", title: str) -> Any:
