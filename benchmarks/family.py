@@ -21,6 +21,8 @@ linear layers), trained on Fashion-MNIST from the same initial weights on images
 differs. `layercrit study example fashion` prints the study file, and `layercrit train --study fashion.toml` trains the
 models again. Accuracy is on the 10,000 test images. Time is wall time on one core of a machine that did other work at
 the same time, so it is a rough guide. Criticality is the mean over layers, {n_trials} trials on {n_images} test images.
+`models/baseline-epochs` is the baseline's recipe once more, with the weights after some epochs; it is not in the table,
+but in [Epochs](epochs.md).
 
 ![Criticality of each layer of each model](family.png)
 

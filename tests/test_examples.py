@@ -2,15 +2,20 @@
 
 import json
 import re
+import shutil
 
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from forked import forked_workers
 from layercrit.cli.study import study as group
-from layercrit.demo import copy_family, example_study, run_demo, small_resnet
+from layercrit.demo import EPOCHS_RUN, copy_family, example_study, run_demo, small_resnet
+from layercrit.errors import CheckpointError
+from layercrit.models.checkpoints import hash_tensors
+from layercrit.models.file_source import epochs_of
 from layercrit.models.references import open_model
 from layercrit.models.zoo.fetching import ZOO
 from layercrit.seeds import seed_of
@@ -19,6 +24,7 @@ from layercrit.study.planning import plan_study
 from layercrit.study.tables import load_study
 from layercrit.training import get_method
 from layercrit.training.methods import CATEGORIES
+from layercrit.training.runs import RunFolder
 from small_studies import N_LAYERS
 
 NAMES = ("paper", "fashion")
@@ -95,6 +101,37 @@ def test_family__frozen_filters_are_the_initial_ones(family):
     assert not torch.equal(frozen["layer1.0.conv1.weight"], initial["layer1.0.conv1.weight"].half())
 
 
+def test_family__one_run_has_its_epochs(family):
+    """Epoch 0 is what the seed gives, to the last bit where the processor draws as the one that trained."""
+    run = family.parent / "models" / EPOCHS_RUN
+    record = json.loads((run / "model.json").read_text(encoding="utf-8"))
+    assert list(record["kept_sha256"].items()) == list(RunFolder(run).kept_hashes().items())
+    kept = {epoch: load_file(path) for epoch, path in sorted(epochs_of(run).items())}
+    assert list(kept) == [0, 1, 2, 4, 6]
+    final = load_file(run / "model.safetensors")
+    assert all(torch.equal(kept[record["epochs"]][name], value) for name, value in final.items())
+    baseline = json.loads((run.parent / "baseline" / "model.json").read_text(encoding="utf-8"))
+    assert record["settings"] == baseline["settings"]
+    assert record["data"] == baseline["data"]
+    fresh = seed_of("training", record["seed"], "initial weights")
+    initial = open_model(f"{record['arch']}&pretrained=false&seed={fresh}").network.state_dict()
+    for name, value in initial.items():
+        torch.testing.assert_close(kept[0][name].to(value.dtype), value, rtol=1e-3, atol=1e-6)
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        assert hash_tensors(initial) == record["initial_sha256"]
+        assert all(torch.equal(kept[0][name], value.to(kept[0][name].dtype)) for name, value in initial.items())
+
+
+def test_family__epoch_with_another_weight_is_refused(family, tmp_path):
+    run = shutil.copytree(family.parent / "models" / EPOCHS_RUN, tmp_path / "run")
+    assert open_model(f"file:{run}@epoch=2").network is not None
+    changed = load_file(run / "epochs" / "epoch-0002.safetensors")
+    changed["bn1.bias"][0] += 1e-6
+    save_file(changed, run / "epochs" / "epoch-0002.safetensors")
+    with pytest.raises(CheckpointError, match="not the file that its training run kept"):
+        open_model(f"file:{run}@epoch=2")
+
+
 def test_copy_family__keeps_what_is_there(family):
     weights = family.parent / "models" / "baseline" / "model.safetensors"
     before = weights.read_bytes()
@@ -126,6 +163,12 @@ def test_run_demo__leaves_study_figures_tables_and_findings(tmp_path, monkeypatc
     for claim in ("Improved recipes", "Self-supervised", "Adversarial training (l2)", "Adversarial training (linf)"):
         assert claim in result.findings
     assert (tmp_path / "demo" / "findings.txt").read_text(encoding="utf-8") == result.findings + "\n"
-    for name in ("criticality", "ranking", "accuracy", "budget"):
+    grid = result.epochs.grid()
+    assert list(grid.index) == ["fresh draw", *(f"epoch {n}" for n in (0, 1, 2, 4, 6))]
+    assert (grid.loc["epoch 6"] == 0).all(), "the last epoch is the final network"
+    assert grid.loc["fresh draw"].mean() > grid.loc["epoch 0"].mean() > grid.loc["epoch 4"].mean() > 0
+    written = pd.read_csv(tmp_path / "demo" / "epochs.csv")
+    assert list(written["layer"].unique()) == list(grid.columns)
+    for name in ("criticality", "ranking", "accuracy", "budget", "epochs"):
         assert (tmp_path / "demo" / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     assert "Fashion-MNIST" in (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")

@@ -26,6 +26,7 @@ __all__ = [
     "compared_rows",
     "estimates_of",
     "has_sets",
+    "layers_as_compared",
 ]
 
 _CAUTION = (
@@ -447,13 +448,18 @@ def cells_of(study: ComparedStudy, comparison: Comparison) -> pd.DataFrame:
 def compared_rows(rows: pd.DataFrame, comparison: Comparison) -> pd.DataFrame:
     """Return those rows of any table of a study's models and layers that a comparison compares, as it names layers."""
     rows = rows[(rows["reset"] == comparison.reset) & rows["model"].isin(comparison.criticality.index)]
-    layers = set(comparison.criticality.columns)
+    return layers_as_compared(rows, list(comparison.criticality.columns))
+
+
+def layers_as_compared(rows: pd.DataFrame, layers: Sequence[str]) -> pd.DataFrame:
+    """Return the rows of some layers, which models may have under names with a wrapper."""
+    wanted = set(layers)
     names = {}
     for model, own in rows.groupby("model", sort=False)["layer"].unique().items():
-        wrapper = "" if layers <= set(own) else wrapper_of(own)
+        wrapper = "" if wanted <= set(own) else wrapper_of(own)
         names.update({(model, name): name.removeprefix(wrapper) for name in own})
     rows = rows.assign(layer=[names[pair] for pair in zip(rows["model"], rows["layer"], strict=True)])
-    return rows[rows["layer"].isin(layers)].reset_index(drop=True)
+    return rows[rows["layer"].isin(wanted)].reset_index(drop=True)
 
 
 def _origin(study: ComparedStudy, reset: str) -> dict[str, Any]:

@@ -12,17 +12,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layercrit.comparison import Comparison, compare
+from layercrit.epoch_map import EpochMap, measure_epochs
 from layercrit.errors import StudyError
+from layercrit.figures.style import save_figure
 from layercrit.foreign_text import write_csv
 from layercrit.reporting.findings import describe_family
 from layercrit.reporting.reports import report
-from layercrit.study.file import read_study_file
+from layercrit.study.file import StudyFile, read_study_file
 from layercrit.study.running import run_study
 from layercrit.study.tables import Study, load_study
 
 __all__ = ["DemoResult", "copy_family", "example_study", "run_demo", "small_resnet"]
 
 STUDY_FILE = "fashion.toml"
+EPOCHS_RUN = "baseline-epochs"  # the baseline's recipe, trained anew with epochs that were kept
+_N_IMAGES = 200  # of its map, which then takes seconds
 _WIDTHS, _BLOCKS, _STEM = (12, 24, 48), (2, 2, 2), 32
 
 
@@ -109,12 +113,14 @@ class DemoResult:
         study: all models, measured.
         comparison: of them with the baseline.
         findings: what they show and what they do not, in words.
+        epochs: layers of one more network, set back to its epochs.
         folder: where models, images, tables and figures are.
     """
 
     study: Study
     comparison: Comparison
     findings: str
+    epochs: EpochMap
     folder: Path
 
 
@@ -123,7 +129,7 @@ def run_demo(folder: Path, say: Callable[[str], Any] = print) -> DemoResult:
 
     Args:
         folder: where to write ``models/``, ``fashion-mnist-test.npz``, ``fashion.toml``, the study in ``study/``,
-            ``models.csv``, ``layers.csv``, ``findings.txt``, ``report.html`` and ``figures/``.
+            ``models.csv``, ``layers.csv``, ``epochs.csv``, ``findings.txt``, ``report.html`` and ``figures/``.
         say: called with each progress message.
 
     Raises:
@@ -145,9 +151,28 @@ def run_demo(folder: Path, say: Callable[[str], Any] = print) -> DemoResult:
     (folder / "findings.txt").write_text(findings + "\n", encoding="utf-8")
     write_csv(study.by_model(), folder / "models.csv")
     write_csv(study.to_pandas(), folder / "layers.csv")
+    say("Setting each layer of one more network back to its values after each epoch of its training ...")
+    epochs = _map_over_epochs(study_file, folder)
     say("Plotting the figures and writing the page ...")
-    report(study, folder)
-    return DemoResult(study, comparison, findings, folder)
+    report(study, folder, epoch_maps=[epochs])
+    save_figure(epochs.plot(), folder / "figures" / "epochs", ["pdf", "png", "svg"])
+    return DemoResult(study, comparison, findings, epochs, folder)
+
+
+def _map_over_epochs(study: StudyFile, folder: Path) -> EpochMap:
+    """Measure how far layers of one network move its predictions when they go back to an epoch."""
+    found = measure_epochs(
+        f"file:{folder / 'models' / EPOCHS_RUN}",
+        study.source,
+        maps=["rewound"],
+        trials=study.protocol.trials,
+        n_images=min(study.n_images, _N_IMAGES),
+        dtype=study.protocol.dtype,
+        distances="cosine",
+        progress=False,
+    )
+    write_csv(found.to_pandas(), folder / "epochs.csv")
+    return found
 
 
 def _budgets(study: Study) -> dict[str, tuple[str, float]]:

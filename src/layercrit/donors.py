@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from layercrit.computed_weights import has_hooks, made_plain, owner_of, settle
 from layercrit.errors import ModelError
 from layercrit.layers import Layer
-from layercrit.models.checkpoints import hash_tensors, read_checkpoint
-from layercrit.models.file_source import weight_file
+from layercrit.models.checkpoints import hash_tensors
+from layercrit.models.file_source import read_weights, weight_file
 from layercrit.models.fitting import fit
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
@@ -129,7 +129,7 @@ def read_donor(donor: nn.Module | str | Path, model: Model, layers: Iterable[Lay
         values = _checked(opened.network, model, layers)
         origin = " ".join([f"given: the model {opened.reference}, SHA-256 {opened.sha256}", *opened.notes])
         return Donor(values, origin, hash_tensors(values))
-    checkpoint = read_checkpoint(weight_file(donor))
+    checkpoint = read_weights(weight_file(donor))
     fitted = fit(checkpoint, model.network.state_dict(), f"{donor} for {model.reference}")
     origin = " ".join([f"given: the file {donor}, SHA-256 {checkpoint.sha256}", *fitted.notes])
     return Donor(fitted.tensors, origin, hash_tensors(fitted.tensors))

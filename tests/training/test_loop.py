@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import json
 import math
 import os
@@ -16,9 +17,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from layercrit.errors import ModelError, ProtocolError, TrainingError
+from layercrit.models.checkpoints import hash_tensors
 from layercrit.models.references import open_model
 from layercrit.seeds import drawing, seed_of
 from layercrit.training import Options, get_method, open_training_data, train
+from layercrit.training.architecture import initial_network
 from layercrit.training.batches import Batches, to_device
 from layercrit.training.phases import PhaseOfRun
 from layercrit.training.runs import RunFolder
@@ -119,6 +122,25 @@ def test_train__float16_weights_are_those_the_accuracy_is_of(data, tmp_path):
     expected = {n: t.half() if t.dim() > 1 else t for n, t in weights(tmp_path / "other").items()}
     assert same(stored, expected)
     assert again.record["initial_sha256"] == trained.record["initial_sha256"]
+
+
+def test_train__kept_epochs_are_in_the_format_of_the_final_weights(data, tmp_path):
+    """So a layer that goes back to the last epoch, or a frozen one to any, stays as it is; hashes are recorded."""
+    options = Options(device="cpu", keep_epochs=(1, 3))
+    trained = run(data, tmp_path / "run", "frozen_random", weights_dtype="float16", options=options)
+    first, one, last = (load_file(tmp_path / f"run/epochs/epoch-{n:04d}.safetensors") for n in (0, 1, 3))
+    final = load_file(tmp_path / "run" / "model.safetensors")
+    assert same(last, final)
+    frozen = [name for name in final if final[name].dim() == 4 and final[name].shape[2] == 3]
+    assert frozen
+    assert all(torch.equal(first[name], final[name]) and torch.equal(one[name], final[name]) for name in frozen)
+    assert not torch.equal(one["fc.weight"], final["fc.weight"])
+    assert trained.record["kept_sha256"] == {
+        str(n): hashlib.sha256((tmp_path / f"run/epochs/epoch-{n:04d}.safetensors").read_bytes()).hexdigest()
+        for n in (0, 1, 3)
+    }
+    again = initial_network(trained.record["arch"], 0, data.inputs).state_dict()
+    assert trained.record["initial_sha256"] == hash_tensors(again), "that of the weights before they are rounded"
 
 
 # --- the same but for the method ------------------------------------------------------------------------------------

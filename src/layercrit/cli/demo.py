@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from layercrit.cli.epochs import show_epochs
 from layercrit.cli.printing import say
 from layercrit.cli.tables import show_comparison
 
@@ -18,18 +19,21 @@ __all__ = ["demo_command"]
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 def demo_command(out: Path, as_json: bool) -> None:
-    """Measure 15 small networks, trained on Fashion-MNIST by methods of every category.
+    """Measure 15 small networks, trained on Fashion-MNIST by methods of every category, and one through its training.
 
     It takes about a minute and works offline.
     """
-    from layercrit.demo import run_demo
+    from layercrit.demo import EPOCHS_RUN, run_demo
 
     result = run_demo(out, say=partial(say, err=True))
     if as_json:
-        click.echo(json.dumps({**result.comparison.to_dict(), "findings": result.findings}, allow_nan=False))
+        agreement = result.epochs.agreement().to_dict()
+        found = {**result.comparison.to_dict(), "findings": result.findings, "epochs": agreement}
+        click.echo(json.dumps(found, allow_nan=False))
     else:
         show_comparison(result.comparison)
         click.echo(f"\n{result.findings}\n")
+        show_epochs(result.epochs)
     files = ", ".join(sorted(path.name for path in out.iterdir() if path.is_file()))
     say(f"Saved in {out}: {files}; figures in {out / 'figures'}.", err=True)
     say(f"Open {out / 'report.html'} in a browser. The same, step by step:", err=True)
@@ -38,5 +42,6 @@ def demo_command(out: Path, as_json: bool) -> None:
         f"layercrit compare {out / 'study'}",
         f"layercrit report {out / 'study'} --model pixmix",
         f"layercrit measure file:{out / 'models' / 'baseline'} --images {out / 'fashion-mnist-test.npz'} --trials 5",
+        f"layercrit measure file:{out / 'models' / EPOCHS_RUN} --images {out / 'fashion-mnist-test.npz'} --epochs all",
     ):
         say(f"  {command}", err=True)

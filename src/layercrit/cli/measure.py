@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from layercrit.cli.by_images import by_option, rows_by, save_by, show_by
+from layercrit.cli.epochs import measure_through_training
 from layercrit.cli.printing import bar, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
@@ -50,12 +51,10 @@ def _selection(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _epochs(context: click.Context, parameter: click.Parameter, value: str | None) -> str | list[int] | None:
-    if value is None or value == "all":
+    if value is None:
         return value
     numbers = [text.strip() for text in value.split(",")]
-    if not all(number.isdecimal() for number in numbers):
-        raise click.BadParameter(f"expected 'all' or epochs such as '0,2,5'; got {value!r}.")
-    return [int(number) for number in numbers]
+    return [int(number) for number in numbers] if all(number.isdecimal() for number in numbers) else value
 
 
 def _number_or_auto(context: click.Context, parameter: click.Parameter, value: str) -> int | str:
@@ -158,9 +157,10 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
 @click.option(
     "--epochs",
     callback=_epochs,
-    metavar="all|N,...",
-    help="Epochs that MODEL, a training run, has kept: measure how far each layer's way back to them moves the final "
-    "network, and which layers matter in the network after each.",
+    metavar="all|N,...|FILE,...",
+    help="Epochs that MODEL, a training run, has kept, or weight files of any training with the epoch in their names, "
+    "such as 'ckpt/epoch_*.pt', or '0=first.pt,9=last.pt': measure how far each layer's way back to them moves the "
+    "final network, and which layers matter in the network after each.",
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to save. [default: layercrit-MODEL]")
 @click.option("--overwrite", is_flag=True, help="Replace a measurement that is already in DIR.")
@@ -196,7 +196,7 @@ def measure_command(
     if epochs is not None:
         if overwrite or by or trackers or settings["donor"] or settings["reset"] != DEFAULTS.reset:
             raise click.UsageError("--epochs goes with neither --reset, --from, --by, --track nor --overwrite.")
-        _measure_epochs(model, images, folder, epochs, settings, as_json)
+        measure_through_training(model, images, folder, epochs, settings, as_json)
         return
     earlier = None if overwrite else _earlier(folder, settings)
     saver = _Saver(folder)
@@ -216,37 +216,6 @@ def measure_command(
             _show(measurement, as_json, folder, by)
         if tracking is not None:
             pass_measurement(tracking, measurement, folder)
-
-
-def _measure_epochs(
-    model: str, images: str, folder: Path, epochs: str | list[int], settings: dict[str, Any], as_json: bool
-) -> None:
-    """Measure the map over epochs, print it and save it."""
-    from layercrit.epoch_map import measure_epochs
-
-    settings = {name: value for name, value in settings.items() if name not in ("reset", "donor")}
-    found = measure_epochs(model, images, epochs=cast(Any, epochs), folder=folder, **settings)
-    files = found.save(folder)
-    if as_json:
-        rows = json.loads(found.to_pandas().to_json(orient="records", double_precision=15))
-        click.echo(json.dumps({"model": model, "rows": rows, "folder": str(folder)}, allow_nan=False))
-        return
-    print_table(_epoch_table(found.grid("rewound"), f"{model}: layers set back to an epoch"))
-    print_table(_epoch_table(found.grid("trained"), f"{model}: fresh draws in the network after an epoch"))
-    say(f"Saved in {folder}: {', '.join(path.name for path in files)}", err=True)
-
-
-def _epoch_table(grid: "pd.DataFrame", title: str) -> Any:
-    """Return a map with a row per layer and a column per epoch."""
-    from rich.table import Table
-
-    table = Table(title=plain(title), title_justify="left", box=None, pad_edge=False)
-    table.add_column("layer", no_wrap=True)
-    for name in grid.index:
-        table.add_column(str(name), justify="right")
-    for layer in grid.columns:
-        table.add_row(plain(str(layer)), *(number(value) for value in grid[layer]))
-    return table
 
 
 @click.command("layers", cls=ModelCommand)

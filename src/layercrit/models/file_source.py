@@ -8,12 +8,12 @@ from typing import Any
 
 from layercrit.errors import CheckpointError, ModelError, first_line
 from layercrit.foreign_files import read_json
-from layercrit.models.checkpoints import look_beside, read_checkpoint
+from layercrit.models.checkpoints import Checkpoint, look_beside, read_checkpoint
 from layercrit.models.fitting import fit
 from layercrit.models.model import INPUT, Model
 from layercrit.models.sources import ModelSource, model_source, open_reference, parse
 
-__all__ = ["epochs_of", "record_file", "training_run", "weight_file"]
+__all__ = ["epochs_of", "read_weights", "record_file", "training_run", "weight_file"]
 
 _EPOCH = re.compile(r"epoch-(\d+)\.safetensors")  # weights that a training run kept on its way
 
@@ -27,7 +27,7 @@ class _WeightFiles(ModelSource):
     def open(self, rest: str, options: dict[str, Any]) -> Model:
         path = weight_file(rest)
         key, prefix = options.pop("key", None), options.pop("prefix", None)
-        checkpoint = read_checkpoint(path, None if key is None else str(key))
+        checkpoint = read_weights(path, None if key is None else str(key))
         architecture = _architecture(rest, path, options)
         model = open_reference(architecture, {**options, "pretrained": False})
         fitted = fit(checkpoint, model.network.state_dict(), f"{path} for {model.architecture}", prefix)
@@ -83,6 +83,39 @@ def weight_file(path: str | Path) -> Path:
         return kept[int(number)]
     listed = ", ".join(map(str, sorted(kept))) or "none, it is not the folder of a training run"
     raise CheckpointError(f"{folder} did not keep the weights of epoch {number!r}. Epochs that it kept: {listed}.")
+
+
+def read_weights(path: Path, key: str | None = None) -> Checkpoint:
+    """Read a weight file; if it is of an epoch of a training run, it must be the one that the run has kept.
+
+    Args:
+        path: the file.
+        key: as for `read_checkpoint`.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`, or the run's record has another hash for this epoch.
+    """
+    checkpoint = read_checkpoint(path, key)
+    recorded = _recorded_hash(path)
+    if recorded not in (None, checkpoint.sha256):
+        raise CheckpointError(
+            f"{path} is not the file that its training run kept: its SHA-256 is {checkpoint.sha256}, but "
+            f"{record_file(path)} has {recorded}. Copy the run's folder again, or train it again; or copy the file out "
+            "of this folder to measure it as it is."
+        )
+    return checkpoint
+
+
+def _recorded_hash(path: Path) -> str | None:
+    """Return the hash of a kept epoch's file in the record of its run; None where there is none."""
+    epoch = _EPOCH.fullmatch(path.name)
+    if not epoch or path.parent.name != "epochs":
+        return None
+    try:
+        found = read_json(record_file(path))["kept_sha256"].get(str(int(epoch[1])))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no record, or one of an earlier version
+        return None
+    return found if isinstance(found, str) else None
 
 
 def epochs_of(folder: Path) -> dict[int, Path]:

@@ -18,7 +18,9 @@ from typing import Any
 from layercrit.comparison import Comparison
 from layercrit.conditions import STATISTICS_IN_WORDS, Condition
 from layercrit.differences import compared_differences
+from layercrit.epoch_map import EpochMap
 from layercrit.errors import StudyError
+from layercrit.reporting.epochs import epochs_data
 from layercrit.reporting.page_data import page_data
 from layercrit.reporting.whom import whom_data
 from layercrit.study.tables import Study
@@ -37,7 +39,16 @@ _CAUTIONS = (
         "It gives 1 minus the mean cosine between predictions for different images, which each model's profile shows.",
     ),
 )  # fmt: skip
-_SCRIPTS = ("data", "texts", "plots", "heatmap", "differences", "whom", "page")  # each imports from those before it
+_SCRIPTS = (
+    "data",
+    "texts",
+    "plots",
+    "heatmap",
+    "differences",
+    "whom",
+    "epochs",
+    "page",
+)  # each imports from those before it
 # The page may be published, and where files are on this machine is private: of absolute paths only the name is shown.
 _FOLDERS = re.compile(r"""(?<![\w/.])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'"<>|:;,()]+[\\/])+(?=[^\\/\s])""")
 _NO_MATCHED = (
@@ -61,6 +72,7 @@ def write_page(
     models: Sequence[str] = (),
     thumbnails: bool = False,
     others: Sequence[Comparison] = (),
+    epoch_maps: Sequence[EpochMap] = (),
 ) -> Path:
     """Write the page of a study: one self-contained HTML file that works offline.
 
@@ -74,12 +86,13 @@ def write_page(
         models: those of which it shows criticality by class, where that is known, under the first condition.
         thumbnails: whether it shows, of these models, the images that each layer's reset moves most and least.
         others: of the same study under other conditions, to which readers can switch.
+        epoch_maps: of training runs; those of the study's own epochs are shown without being given.
 
     Raises:
         StudyError: the file cannot be written.
     """
     path = Path(path).expanduser()
-    text = _filled(study, [comparison, *others], models, thumbnails)
+    text = _filled(study, [comparison, *others], models, thumbnails, epoch_maps)
     beside = path.with_name(f".writing-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,13 +106,20 @@ def write_page(
     return path
 
 
-def _filled(study: Study, comparisons: Sequence[Comparison], models: Sequence[str], thumbnails: bool) -> str:
+def _filled(
+    study: Study,
+    comparisons: Sequence[Comparison],
+    models: Sequence[str],
+    thumbnails: bool,
+    epoch_maps: Sequence[EpochMap],
+) -> str:
     """Return the page's text."""
     elements = []
     for number, comparison in enumerate(comparisons):
         data, packed = page_data(study, comparison)
         shown = [model["name"] for model in data["models"]]
         data["whom"] = whom_data(study, comparison, [] if number else models, shown, thumbnails)
+        data["epochs"] = epochs_data(study, comparison, epoch_maps)
         elements.append(_data(number, data, packed))
     web = resources.files(__package__) / "web"
     script, (hash_of_plotly, plotly) = _script(), _plotly()

@@ -15,6 +15,7 @@ from layercrit.categories import ADVERSARIAL
 from layercrit.cell_columns import WHOLE
 from layercrit.comparison import Comparison, about_models, compare, estimates_of, has_sets
 from layercrit.conditions import conditions_of
+from layercrit.epoch_map import EpochMap
 from layercrit.errors import ProbeError, StudyError, near
 from layercrit.figures.accuracy import criticality_against_accuracy
 from layercrit.figures.bars import criticality_bars
@@ -123,6 +124,7 @@ def report(
     probe_set: str | None = None,
     norm_statistics: str | None = None,
     epoch: int | None = None,
+    epoch_maps: Sequence[EpochMap] = (),
 ) -> Report:
     """Write ``report.html``, one self-contained page, and the figures in every format.
 
@@ -143,6 +145,8 @@ def report(
             switch to all conditions of the study.
         norm_statistics: likewise.
         epoch: likewise.
+        epoch_maps: maps over the epochs of training runs, such as those of `layercrit.epoch_map.measure_epochs`, which
+            the page shows beside those of the study's own epochs.
 
     Raises:
         StudyError: a name is unknown, a figure that was asked for cannot be plotted, or a file cannot be written.
@@ -180,7 +184,9 @@ def report(
                 continue
             written[name] = _saved(drawn, folder / "figures", formats)
         bar.drawn("report.html", len(asked), len(asked) + 1)
-        page = write_page(study, comparison, folder / "report.html", list(tables.profiles), thumbnails, others)
+        page = write_page(
+            study, comparison, folder / "report.html", list(tables.profiles), thumbnails, others, epoch_maps
+        )
     return Report(page, written, left_out, comparison)
 
 

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from layercrit.errors import TrainingError
@@ -22,12 +21,11 @@ from layercrit.training.data import TrainingData
 from layercrit.training.methods import Method
 from layercrit.training.optimisation import make_accelerator
 from layercrit.training.phases import PhaseOfRun
-from layercrit.training.runs import Options, Run, RunFolder, TrainingProgress
+from layercrit.training.runs import WEIGHTS_DTYPES, Options, Run, RunFolder, TrainingProgress
 
 __all__ = ["PRECISIONS", "TRACKERS", "WEIGHTS_DTYPES", "TrainedModel", "train"]
 
 PRECISIONS = ("no", "bf16", "fp16")
-WEIGHTS_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -80,8 +78,8 @@ def train(
         folder: where the run is saved (see `RunFolder`); a finished run is returned as it is.
         seed: of initial weights, order of images and views.
         precision: of mixed-precision training, ``bf16`` or ``fp16``; ``no``: float32.
-        weights_dtype: of the saved matrices, ``float32`` or ``float16``; the reported accuracy is that of the saved
-            weights.
+        weights_dtype: of the saved matrices, also those of kept epochs, ``float32`` or ``float16``; the reported
+            accuracy is that of the saved weights.
         options: what the result does not depend on.
         progress: called with the progress of the run.
         say: called with messages for the user.
@@ -128,7 +126,7 @@ def _all_phases(run: Run) -> dict[str, Any]:
     state = _last_state(run)
     _start_trackers(run)
     if state is None and run.accelerator.is_main_process:
-        run.folder.save_epoch(0, initial)
+        run.folder.save_epoch(0, run.as_saved(initial))
     step = 0
     for number, phase in enumerate(run.phases):
         n_steps = phase.epochs * (run.steps // run.epochs)
@@ -164,12 +162,8 @@ def _start_trackers(run: Run) -> None:
 
 def _finish(run: Run, network: nn.Module, initial_sha256: str) -> dict[str, Any]:
     """Save the final weights with their record, and return it."""
-    dtype = WEIGHTS_DTYPES[run.about["weights_dtype"]]
-    tensors = dict(network.state_dict())
-    if dtype != torch.float32:
-        rounded = {name: t.to(dtype) if t.dim() > 1 and t.is_floating_point() else t for name, t in tensors.items()}
-        network.load_state_dict(rounded)
-        tensors = rounded
+    tensors = run.as_saved(network.state_dict())
+    network.load_state_dict(tensors)
     accuracy = run.accuracy_of(network)
     record = {
         **run.about,
@@ -182,6 +176,7 @@ def _finish(run: Run, network: nn.Module, initial_sha256: str) -> dict[str, Any]
         "by_epoch": run.history,
         "n_parameters": sum(p.numel() for p in network.parameters()),
         "initial_sha256": initial_sha256,
+        "kept_sha256": run.folder.kept_hashes(),
         "device": str(run.accelerator.device),
         "n_processes": run.accelerator.num_processes,
         "versions": versions(),

@@ -138,7 +138,7 @@ class PhaseOfRun:
         if not run.accelerator.is_main_process:
             return
         if epoch in run.options.keep_epochs:
-            run.folder.save_epoch(epoch, self.network().state_dict())
+            run.folder.save_epoch(epoch, run.as_saved(self.network().state_dict()))
         run.folder.save_log(run.history)
         self.loss_sum = 0.0
         if epoch < run.epochs:

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from layercrit.errors import TrainingError
 from layercrit.foreign_files import read_json
+from layercrit.models.file_source import epochs_of
 from layercrit.models.outputs import logits_of
 from layercrit.training.batches import held_out_batches, to_device
 from layercrit.training.data import TrainingData
 from layercrit.training.methods import Learner, Method
 
-__all__ = ["Options", "Run", "RunFolder", "TrainingProgress"]
+__all__ = ["WEIGHTS_DTYPES", "Options", "Run", "RunFolder", "TrainingProgress"]
 
+WEIGHTS_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _STATES = 2  # number of saved states, so that one is left if the latest was damaged while it was written
 
 
@@ -105,6 +107,11 @@ class RunFolder:
     def save_epoch(self, epoch: int, tensors: Mapping[str, Tensor]) -> None:
         """Save the weights after ``epoch`` epochs; 0: the initial weights."""
         _write(self.path / "epochs" / f"epoch-{epoch:04d}.safetensors", _safetensors(tensors))
+
+    def kept_hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of the weight file of every epoch that was kept, by its number."""
+        kept = sorted(epochs_of(self.path).items())
+        return {str(epoch): hashlib.sha256(path.read_bytes()).hexdigest() for epoch, path in kept}
 
     def save_log(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write ``log.csv``, with one row for each finished epoch."""
@@ -223,6 +230,16 @@ class Run:
         self.steps = self.epochs * (len(data.train) // self.batch_size)
         self.history: list[dict[str, Any]] = []
         self.saved_at = time.monotonic()
+
+    def as_saved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights in the format that they are saved in: matrices may be rounded, vectors are not.
+
+        Kept epochs are rounded as the final weights are, so that what training did not change stays equal.
+        """
+        dtype = WEIGHTS_DTYPES[self.about["weights_dtype"]]
+        if dtype == torch.float32:
+            return dict(tensors)
+        return {name: t.to(dtype) if t.dim() > 1 and t.is_floating_point() else t for name, t in tensors.items()}
 
     @torch.no_grad()
     def accuracy_of(self, network: nn.Module) -> float:

@@ -14,10 +14,10 @@ import {
 } from "./plots.js";
 import { drawTable, escaped, percent, share, short, signed } from "./texts.js";
 
-export const ROW = 17; // pixels
+const ROW = 17; // pixels
 // Plotly would take the room of few rows, and then of the labels, for the bar of colours above them.
-export const MARGIN = { autoexpand: false, r: 10, t: 40 };
-export const COLORBAR = {
+const MARGIN = { autoexpand: false, r: 10, t: 40 };
+const COLORBAR = {
   orientation: "h",
   y: 1,
   yanchor: "bottom",
@@ -32,7 +32,7 @@ export const COLORBAR = {
   ypad: 4,
 };
 // What all squares have in common.
-export const SQUARES = {
+const SQUARES = {
   type: "heatmap",
   showscale: false,
   xgap: 0.5,
@@ -167,4 +167,37 @@ export function drawMapTable() {
   if (!$("map-details").open) return;
   const caption = `${state.measure.label} of each model (rows) and layer (columns)`;
   drawTable($("map-table"), caption, shownTables.map);
+}
+
+// A heat map of criticality with the layers as columns: traces and layout. `texts` name its rows, `hoverOf` a row and a
+// layer says what is written over a square.
+export function layerMap(texts, criticality, hoverOf) {
+  const margin = { ...MARGIN, l: 24 + widest(texts, 11), b: roomBelow() };
+  const cells = {
+    ...SQUARES,
+    z: criticality,
+    x: D.layers.map((_, i) => i),
+    y: texts.map((_, i) => i),
+    zmin: 0,
+    zmax: 1,
+    colorscale: D.scales.criticality,
+    text: texts.map((_, row) => D.layers.map((_, i) => hoverOf(row, i))),
+    showscale: true,
+    colorbar: COLORBAR,
+  };
+  const layout = {
+    height: margin.t + ROW * texts.length + margin.b,
+    margin,
+    xaxis: { ...layerAxis(), range: [-0.5, N_LAYERS - 0.5] },
+    yaxis: {
+      ...ticks(texts.map(escaped)),
+      tickfont: { size: 11 },
+      automargin: false,
+      range: [texts.length - 0.5, -0.5],
+      showgrid: false,
+      zeroline: false,
+    },
+    shapes: stageLines(),
+  };
+  return { traces: [cells], layout };
 }

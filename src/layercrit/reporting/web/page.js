@@ -14,6 +14,7 @@ import {
   unzipped,
 } from "./data.js";
 import { drawCompare, readDifferences } from "./differences.js";
+import { drawEpochs, prepareEpochs } from "./epochs.js";
 import { drawMap, drawMapTable } from "./heatmap.js";
 import { drawAccuracy, drawLayer, drawModel } from "./plots.js";
 import { count, drawTable, element, interval, percent, save, share, signed } from "./texts.js";
@@ -184,12 +185,14 @@ function drawAll() {
   drawAccuracy();
   drawCompare();
   drawWhom();
+  drawEpochs();
 }
 
 async function start() {
   showCondition();
   prepareControls();
   prepareWhom();
+  prepareEpochs();
   setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
   drawModels();
   document.head.append(element("script", { textContent: await unzipped(bytes("plotly")).text() }));

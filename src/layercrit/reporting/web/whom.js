@@ -1,7 +1,7 @@
 // For whom a model's layers matter: by class of images, by right and wrong predictions, and by image.
 import { $, choose, D, known, mean, N_LAYERS, shownTables, state } from "./data.js";
-import { COLORBAR, MARGIN, ROW, SQUARES } from "./heatmap.js";
-import { bars, draw, layerAxis, layerSize, roomBelow, stageLines, style, ticks, widest } from "./plots.js";
+import { layerMap } from "./heatmap.js";
+import { bars, draw, layerAxis, layerSize, stageLines, style } from "./plots.js";
 import { count, drawTable, element, escaped, interval, percent, share, short, signed } from "./texts.js";
 
 const chosenWhom = () => D.whom[$("whom-model").value];
@@ -31,41 +31,14 @@ function drawClasses({ model, of, classes, n_classes: all, criticality, low, hig
     `in brackets: images of the class.${few} Each interval is for its square alone: of many, some miss. ` +
     "Other models: layercrit report --model NAME.";
   const texts = classes.map((one) => `${short(one.name, innerWidth < 600 ? 16 : 40)} (${one.n_images})`);
-  const inner = ROW * classes.length;
-  const margin = { ...MARGIN, l: 24 + widest(texts, 11), b: roomBelow() };
   const written = (row, i) =>
     `<b>${escaped(classes[row].name)}</b><br>${escaped(D.layers[i].name)}<br>criticality: ` +
     `${share(criticality[row][i])}<br>${100 * D.level}% interval: ${interval(low[row][i], high[row][i])}<br>` +
     `images: ${classes[row].n_images}` +
     (known(classes[row].accuracy) ? `, named right: ${percent(classes[row].accuracy)}%` : "");
-  const cells = {
-    ...SQUARES,
-    z: criticality,
-    x: D.layers.map((_, i) => i),
-    y: classes.map((_, i) => i),
-    zmin: 0,
-    zmax: 1,
-    colorscale: D.scales.criticality,
-    text: classes.map((_, row) => D.layers.map((_, i) => written(row, i))),
-    showscale: true,
-    colorbar: COLORBAR,
-  };
   $("whom-plot").style.width = `max(100%, ${14 * N_LAYERS + 300}px)`;
-  const layout = {
-    height: margin.t + inner + margin.b,
-    margin,
-    xaxis: { ...layerAxis(), range: [-0.5, N_LAYERS - 0.5] },
-    yaxis: {
-      ...ticks(texts.map(escaped)),
-      tickfont: { size: 11 },
-      automargin: false,
-      range: [classes.length - 0.5, -0.5],
-      showgrid: false,
-      zeroline: false,
-    },
-    shapes: stageLines(),
-  };
-  draw("whom-plot", [cells], layout, (point) => choose({ layer: point.x }));
+  const { traces, layout } = layerMap(texts, criticality, written);
+  draw("whom-plot", traces, layout, (point) => choose({ layer: point.x }));
   shownTables.whom = {
     rows: classes.map((_, i) => i),
     columns: [
