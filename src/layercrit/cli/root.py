@@ -17,6 +17,7 @@ import click
 
 from layercrit.cli.demo import demo_command
 from layercrit.cli.measure import layers_command, measure_command, show_command
+from layercrit.cli.module_criticality import module_criticality_command
 from layercrit.cli.printing import visible_lines
 from layercrit.cli.report import report_command
 from layercrit.cli.study import study
@@ -75,6 +76,7 @@ for command in (
     measure_command,
     layers_command,
     show_command,
+    module_criticality_command,
     demo_command,
     train_command,
     methods_command,
