@@ -155,7 +155,7 @@ def measure_worst_case(
     )  # fmt: skip
     if objective == "loss" and not are_wanted(labels):
         raise ProbeError(_WITHOUT_LABELS.format("they were left out with labels='none'"))
-    how, images = split_attack(images if attack is None else f"attack:{attack}:{images}")
+    how, images = split_attack(images if attack is None else _attacked_source(attack, images))
     with Bar(progress) as bar, opened_subject(model, images, labels, protocol) as subject:
         probe_set = draw_images(images, subject, n_images, seed, how, labels, classes, keep_images, bar)
         session = Session(protocol, subject, probe_set, ["cosine"], are_wanted(labels), bar)
@@ -200,6 +200,15 @@ def _check(radius: float, objective: str, steps: int, step_size: float | None, r
             f"step_size must be a positive number, in units of the radius; got {step_size!r}. Leave it out for "
             "2.5 / steps."
         )
+
+
+def _attacked_source(attack: str, images: Any) -> str:
+    if not isinstance(images, str | Path):
+        raise ProtocolError(
+            f"attack goes with the path of images; got {type(images).__name__}. Make adversarial images with "
+            "layercrit.attacks.attacked, and give them as they are."
+        )
+    return f"attack:{attack}:{images}"
 
 
 def _row(found: Found) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from layercrit.cli.study import study
 from layercrit.cli.submit import submit_command
 from layercrit.cli.tables import compare_command, export_command, import_command
 from layercrit.cli.train import methods_command, train_command
+from layercrit.cli.worst_case import worst_case_command
 from layercrit.cli.zoo import zoo
 from layercrit.errors import TRY_AGAIN, LayercritError, UnfinishedPilotError
 
@@ -77,6 +78,7 @@ for command in (
     layers_command,
     show_command,
     module_criticality_command,
+    worst_case_command,
     demo_command,
     train_command,
     methods_command,
