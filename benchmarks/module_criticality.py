@@ -1,9 +1,8 @@
 """What does module criticality cost, and how much of the grid does its search leave out?
 
-    python benchmarks/module_criticality.py --initial FILE [--json FILE]
+    python benchmarks/module_criticality.py [--initial FILE] [--json FILE]
 
-On the demo's baseline (23 modules), 200 images, 10 draws, a grid of 11 x 21, opening included. The initial weights are
-those of the baseline's own training run; of any other weights of the architecture the time is much the same.
+On the demo's baseline (23 modules), 200 images, 10 draws, a grid of 11 x 21, opening included.
 """
 
 import argparse
@@ -52,11 +51,11 @@ def main() -> None:
     }
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    print(sentence(results))
+    print(markdown(results))
     print(f"seconds={results['seconds']:.1f}")
 
 
-def sentence(results: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """Return the sentence of docs/benchmarks.md."""
     n, n_of_grid = results["n_evaluations"], results["n_evaluations_of_grid"]
     return (

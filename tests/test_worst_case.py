@@ -182,7 +182,7 @@ def test_measure_worst_case__convolutions_and_normalisation():
         assert row["worst_case"] == pytest.approx(max(slowly(network, row["layer"], "loss")), rel=1e-3), row["layer"]
 
 
-# --- what it does not depend on, and leaves alone -----------------------------------------------------------------------
+# --- what it does not depend on, and leaves alone ---------------------------------------------------------------------
 
 
 def test_measure_worst_case__what_it_does_not_depend_on(network, monkeypatch):

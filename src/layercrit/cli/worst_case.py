@@ -23,8 +23,8 @@ __all__ = ["worst_case_command"]
 @click.option("--radius", default=0.1, show_default=True,
               help="Norm that a change may have, in units of that of the module's parameters.")  # fmt: skip
 @click.option("--objective", default="auto", show_default=True, type=click.Choice(("auto", "loss", "cosine")),
-              help="What is raised: the loss with the labels, or 1 - cosine of the predictions, which needs none. auto: "
-              "the loss, if there are labels.")  # fmt: skip
+              help="What is raised: the loss with the labels, or 1 - cosine of the predictions, which needs none. "
+              "auto: the loss, if there are labels.")  # fmt: skip
 @click.option("--attack", metavar="pgd(...)",
               help="Adversarial images in place of the clean ones, such as 'pgd(norm=linf, eps=4/255)'.")  # fmt: skip
 @click.option("--steps", default=10, show_default=True, help="Gradient steps of a restart.")
