@@ -1,7 +1,8 @@
 """Measure one model on one probe set: which layers do its decisions depend on?"""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from layercrit.attacks import attacked, split_attack
+from layercrit.attacks import Pgd, attacked, split_attack
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.subject import Subject
@@ -158,42 +159,82 @@ def measure(
     )
     attack, images = split_attack(images)
     names = distance_names(distances)
-    with undisturbed(), rng_untouched(), Bar(progress) as bar:
+    with Bar(progress) as bar, opened_subject(model, images, labels, protocol, donor) as subject:
+        bar.say(_intention(subject, protocol))
+        whole = None
+        if isinstance(images, ProbeSet):
+            whole = ProbeSet.from_source(images, subject.model.preprocessing, labels=labels, classes=classes)
+        n_available = whole.n_images if whole else min(protocol.n_images, len(open_images(images, labels)))
+
+        def draw(n_images: int) -> ProbeSet:
+            if whole is not None:
+                return whole.first(n_images)
+            return draw_images(images, subject, n_images, protocol.seed, attack, labels, classes, keep_images, bar)
+
+        sampling = Sampling(started, protocol, subject, draw, n_available, names, are_wanted(labels), bar)
+        return sampling.run(resume, on_trial, on_cell and Caller(on_cell))
+
+
+@contextmanager
+def opened_subject(
+    model: str | Model | nn.Module,
+    images: Any,
+    labels: LabelsGiven,
+    protocol: Protocol,
+    donor: nn.Module | str | Path | None = None,
+) -> Iterator[Subject]:
+    """Open a model for the images that it is to be shown; it and the caller's settings are then as they were.
+
+    Args:
+        model: as for `measure`.
+        images: likewise, without an attack; only their size is looked at.
+        labels: likewise.
+        protocol: says what is reset, and to what.
+        donor: as for `measure`.
+    """
+    with undisturbed(), rng_untouched():
         opened = _with_input_of(images, labels, model)
         with untouched(opened.network), large_blocks_stay():
-            subject = Subject(protocol, opened, donor)
-            bar.say(_intention(subject, protocol))
-            whole = None
-            if isinstance(images, ProbeSet):
-                whole = ProbeSet.from_source(images, opened.preprocessing, labels=labels, classes=classes)
-            n_available = whole.n_images if whole else min(protocol.n_images, len(open_images(images, labels)))
+            yield Subject(protocol, opened, donor)
 
-            def draw(n_images: int) -> ProbeSet:
-                if whole is not None:
-                    return whole.first(n_images)
-                drawn = ProbeSet.from_source(
-                    images,
-                    opened.preprocessing,
-                    n_images=n_images,
-                    seed=probe_set_seed(protocol.seed),
-                    labels=labels,
-                    classes=classes,
-                    progress=bar.decoded,
-                )
-                if attack is None:
-                    return drawn
-                return attacked(
-                    drawn,
-                    replace(subject.model, network=subject.network),
-                    attack,
-                    use_labels=are_wanted(labels),
-                    device=str(subject.device),
-                    folder=keep_images,
-                    progress=bar.attacked,
-                )
 
-            sampling = Sampling(started, protocol, subject, draw, n_available, names, are_wanted(labels), bar)
-            return sampling.run(resume, on_trial, on_cell and Caller(on_cell))
+def draw_images(
+    images: Any,
+    subject: Subject,
+    n_images: int,
+    seed: int,
+    attack: Pgd | None,
+    labels: LabelsGiven,
+    classes: str | Path | Sequence[str] | None,
+    folder: str | Path | None,
+    bar: Bar,
+) -> ProbeSet:
+    """Return so many images of a source, drawn by the seed of the study; attacked, and kept in a folder, if asked.
+
+    A probe set is returned as a whole.
+    """
+    if isinstance(images, ProbeSet):
+        return ProbeSet.from_source(images, subject.model.preprocessing, labels=labels, classes=classes)
+    drawn = ProbeSet.from_source(
+        images,
+        subject.model.preprocessing,
+        n_images=n_images,
+        seed=probe_set_seed(seed),
+        labels=labels,
+        classes=classes,
+        progress=bar.decoded,
+    )
+    if attack is None:
+        return drawn
+    return attacked(
+        drawn,
+        replace(subject.model, network=subject.network),
+        attack,
+        use_labels=are_wanted(labels),
+        device=str(subject.device),
+        folder=folder,
+        progress=bar.attacked,
+    )
 
 
 def distance_names(distances: str | Iterable[str] | None) -> list[str]:

@@ -1,7 +1,6 @@
 """The commands about one model: measure it, list its layers, show a measurement again."""
 
 import json
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from click.core import ParameterSource
 
 from layercrit.cli.by_images import by_option, rows_by, save_by, show_by
 from layercrit.cli.epochs import measure_through_training
+from layercrit.cli.model_options import folder_for, number_or_auto
 from layercrit.cli.printing import bar, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
@@ -55,14 +55,6 @@ def _epochs(context: click.Context, parameter: click.Parameter, value: str | Non
         return value
     numbers = [text.strip() for text in value.split(",")]
     return [int(number) for number in numbers] if all(number.isdecimal() for number in numbers) else value
-
-
-def _number_or_auto(context: click.Context, parameter: click.Parameter, value: str) -> int | str:
-    if value == "auto":
-        return value
-    if not value.isdecimal():
-        raise click.BadParameter(f"expected 'auto' or a whole number, got {value!r}.")
-    return int(value)
 
 
 @click.command("measure", cls=ModelCommand)
@@ -123,7 +115,7 @@ def _number_or_auto(context: click.Context, parameter: click.Parameter, value: s
 @click.option(
     "--seed", default=DEFAULTS.seed, show_default=True, help="Seed of the random draws and of the choice of images."
 )
-@click.option("--batch-size", default=str(DEFAULTS.batch_size), show_default=True, callback=_number_or_auto)
+@click.option("--batch-size", default=str(DEFAULTS.batch_size), show_default=True, callback=number_or_auto)
 @click.option(
     "--dtype",
     default=DEFAULTS.dtype,
@@ -192,7 +184,7 @@ def measure_command(
         raise click.UsageError(
             "--half-width and --minutes plan the trials: leave --trials out; the limits are --pilot and --max-trials."
         )
-    folder = _folder_for(model, out)
+    folder = folder_for(model, out)
     if epochs is not None:
         if overwrite or by or trackers or settings["donor"] or settings["reset"] != DEFAULTS.reset:
             raise click.UsageError("--epochs goes with neither --reset, --from, --by, --track nor --overwrite.")
@@ -338,17 +330,6 @@ def _earlier(folder: Path, settings: dict[str, Any]) -> "Measurement | None":
             "name another folder with --out, or replace it with --overwrite."
         )
     return found
-
-
-def _folder_for(model: str, out: Path | None) -> Path:
-    folder = out or Path("layercrit-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LayercritError(
-            f"The folder {folder} cannot be created: {error.strerror}. Name another one with --out."
-        ) from error
-    return folder
 
 
 def _show(measurement: "Measurement", as_json: bool, folder: Path, by: str | None) -> None:

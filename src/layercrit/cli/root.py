@@ -17,12 +17,14 @@ import click
 
 from layercrit.cli.demo import demo_command
 from layercrit.cli.measure import layers_command, measure_command, show_command
+from layercrit.cli.module_criticality import module_criticality_command
 from layercrit.cli.printing import visible_lines
 from layercrit.cli.report import report_command
 from layercrit.cli.study import study
 from layercrit.cli.submit import submit_command
 from layercrit.cli.tables import compare_command, export_command, import_command
 from layercrit.cli.train import methods_command, train_command
+from layercrit.cli.worst_case import worst_case_command
 from layercrit.cli.zoo import zoo
 from layercrit.errors import TRY_AGAIN, LayercritError, UnfinishedPilotError
 
@@ -75,6 +77,8 @@ for command in (
     measure_command,
     layers_command,
     show_command,
+    module_criticality_command,
+    worst_case_command,
     demo_command,
     train_command,
     methods_command,

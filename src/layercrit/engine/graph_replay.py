@@ -3,7 +3,7 @@
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -235,6 +235,52 @@ class GraphReplay(Replay):
             with torch.inference_mode():
                 logits = self._run_suffix(suffix, of_trial[name][_names(self._members[name])], values)
             yield name, logits
+
+    # --- gradients --------------------------------------------------------------------------------------------------
+
+    def in_reference(self) -> "GraphReplay":
+        """Return a replay of the same network and layers whose operators have gradients: those of the network."""
+        return self if self.mode == "reference" else GraphReplay(self.exported, self.layers)
+
+    def before(self, layer: Layer, images: Tensor) -> dict[fx.Node, Any]:
+        """Return the values from before a layer that what follows it reads, for `after`."""
+        wanted = self._suffix(self._members[layer.name]).frontier
+        level = self._level((), [layer])
+        values = ChainMap[fx.Node, Any]({self._weight_graph.images: images}, self._plain_static)
+        with torch.no_grad():
+            for event in level.events:
+                if isinstance(event, _Step):
+                    values[event.node] = call(event.node, event.node.target, values.__getitem__)
+        return {node: values[node] for node in wanted}
+
+    def after(self, layer: Layer, values: Values, before: Mapping[fx.Node, Any]) -> Tensor:
+        """Return the logits with other values of a layer, ``(n_images, n_classes)``, with gradients for these.
+
+        Args:
+            layer: as for `prepare`.
+            values: likewise; those of its buffers may be missing, which are then the trained ones.
+            before: what `before` returned for the images.
+        """
+        members = self._members[layer.name]
+        source = self._source(members)
+        drawn = {node: values.get(name, self._weight_graph.values[node]) for node, name in source.drawn.items()}
+        found = ChainMap[fx.Node, Any](dict(drawn), cast(dict[fx.Node, Any], before), self._plain_static)
+        for node in [*source.static, *(step.node for step in self._suffix(members).steps)]:
+            found[node] = call(node, node.target, found.__getitem__)
+        logits: Tensor = found[self._weight_graph.logits]
+        return logits
+
+    @cached_property
+    def _plain_static(self) -> dict[fx.Node, Any]:
+        """The weights and the nodes that depend on them alone, as tensors that gradients can be computed through."""
+        found: dict[fx.Node, Any] = {}
+        with torch.no_grad():
+            for node in self._nodes:
+                if node.op == "placeholder" and node is not self._weight_graph.images:
+                    found[node] = self._weight_graph.values[node].detach()
+                elif node.op == "call_function" and node not in self._dynamic:
+                    found[node] = call(node, node.target, found.__getitem__)
+        return found
 
     @property
     def _shape(self) -> torch.Size:

@@ -1,0 +1,82 @@
+"""Options that commands about one model and its images share, and the folder that its results go to."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from layercrit.errors import LayercritError
+from layercrit.protocol import DEFAULTS, GROUPS
+
+__all__ = ["check_free", "folder_for", "images_and_layers", "number_or_auto"]
+
+
+def number_or_auto(context: click.Context, parameter: click.Parameter, value: str) -> int | str:
+    """Read an option that is a whole number or ``auto``."""
+    if value == "auto":
+        return value
+    if not value.isdecimal():
+        raise click.BadParameter(f"expected 'auto' or a whole number, got {value!r}.")
+    return int(value)
+
+
+def images_and_layers(n_images: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options that say which images a model is shown, and which of its layers are meant.
+
+    Args:
+        n_images: the default of ``--n-images``.
+    """
+    options = [
+        click.option("--images", required=True, metavar="SOURCE", help="As for `layercrit measure`."),
+        click.option("--n-images", default=n_images, show_default=True, help="Images drawn from SOURCE, at most."),
+        click.option("--labels", default="auto", show_default=True, metavar="FILE|COLUMN|none",
+                     help="Labels in place of those that SOURCE comes with, as for `layercrit measure`."),
+        click.option("--classes", metavar="FILE", help="The names of the model's classes, one per line."),
+        click.option("--layers", default=DEFAULTS.layers, show_default=True, metavar="GLOB,...",
+                     help="Glob patterns of layer names, such as 'layer1.*,fc'."),
+        click.option("--types", default=DEFAULTS.types, show_default=True, metavar="TYPE,...",
+                     help="Layer types: conv, linear, norm, embedding, other, or all."),
+        click.option("--group", default=DEFAULTS.group, show_default=True, type=click.Choice(GROUPS),
+                     help="What is a module."),
+        click.option("--seed", default=DEFAULTS.seed, show_default=True,
+                     help="Seed of the random draws and of the choice of images."),
+        click.option("--batch-size", default=str(DEFAULTS.batch_size), show_default=True, callback=number_or_auto),
+        click.option("--device", default=DEFAULTS.device, show_default=True),
+        click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+                     help="Where to save. [default: layercrit-MODEL]"),
+        click.option("--overwrite", is_flag=True, help="Replace the same kind of result in DIR."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout."),
+    ]  # fmt: skip
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def folder_for(model: str, out: Path | None) -> Path:
+    """Return the folder of a model's results, made if need be.
+
+    Raises:
+        LayercritError: it cannot be created.
+    """
+    folder = out or Path("layercrit-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LayercritError(
+            f"The folder {folder} cannot be created: {error.strerror}. Name another one with --out."
+        ) from error
+    return folder
+
+
+def check_free(file: Path, overwrite: bool) -> None:
+    """Raise LayercritError where a result is there already, and is not to be replaced."""
+    if file.exists() and not overwrite:
+        raise LayercritError(
+            f"There is {file} already. Name another folder with --out, or replace it with --overwrite."
+        )

@@ -1,0 +1,70 @@
+"""The command about the worst case: which change of a module, of a given size, raises a model's loss most."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from layercrit.cli.model_options import check_free, folder_for, images_and_layers
+from layercrit.cli.printing import number, percent, plain, print_table, print_warnings, say
+from layercrit.cli.registered import ModelCommand
+
+# Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
+if TYPE_CHECKING:
+    from layercrit.worst_case import WorstCase
+
+__all__ = ["worst_case_command"]
+
+
+@click.command("worst-case", cls=ModelCommand)
+@click.argument("model")
+@images_and_layers(n_images=500)
+@click.option("--radius", default=0.1, show_default=True,
+              help="Norm that a change may have, in units of that of the module's parameters.")  # fmt: skip
+@click.option("--objective", default="auto", show_default=True, type=click.Choice(("auto", "loss", "cosine")),
+              help="What is raised: the loss with the labels, or 1 - cosine of the predictions, which needs none. "
+              "auto: the loss, if there are labels.")  # fmt: skip
+@click.option("--attack", metavar="pgd(...)",
+              help="Adversarial images in place of the clean ones, such as 'pgd(norm=linf, eps=4/255)'.")  # fmt: skip
+@click.option("--steps", default=10, show_default=True, help="Gradient steps of a restart.")
+@click.option("--step-size", type=float, metavar="SHARE", help="Length of a step in radii. [default: 2.5 / steps]")
+@click.option("--restarts", default=2, show_default=True, help="Starts, all but the first at random.")
+def worst_case_command(
+    model: str, images: str, out: Path | None, overwrite: bool, as_json: bool, **settings: Any
+) -> None:
+    """Find the change of each module of MODEL, of a given size, that raises the loss most."""
+    from layercrit.worst_case import measure_worst_case
+
+    folder = folder_for(model, out)
+    check_free(folder / "worst-case.json", overwrite)
+    found = measure_worst_case(model, images, keep_images=folder / "images", **settings)
+    files = found.save(folder)
+    if as_json:
+        click.echo(json.dumps({**found.to_dict(), "folder": str(folder)}, allow_nan=False))
+        return
+    _show(found)
+    say(f"Saved in {folder}: {', '.join(path.name for path in files)}", err=True)
+
+
+def _show(found: "WorstCase") -> None:
+    from rich.table import Table
+
+    summary = found.summary()
+    print_warnings(summary["warnings"])
+    shown = Table(title=plain(summary["model"]), title_justify="left", box=None, pad_edge=False)
+    for name in ("module", "type", "worst case", "least restart", "first order", "norm", ""):
+        shown.add_column(name, justify="left" if name in ("module", "type", "") else "right", no_wrap=True)
+    for row in found.to_pandas().to_dict("records"):
+        numbers = (number(row[name]) for name in ("worst_case", "smallest_restart", "first_order", "norm"))
+        remark = plain("" if row["status"] == "ok" else row["status"])
+        shown.add_row(plain(row["layer"]), plain(row["type"]), *numbers, remark)
+    print_table(shown)
+    raised = "loss above the trained network's, in nats" if summary["objective"] == "loss" else "1 - cosine"
+    say(f"\nraised: {raised}, mean over {summary['n_images']} images; changes of at most "
+        f"{summary['relative_radius']:g} times a module's norm")  # fmt: skip
+    if summary["loss"] is not None:
+        say(f"trained network: loss {summary['loss']:.4g} nats, top-1 accuracy {percent(summary['top1_accuracy'])}")
+    say(f"{summary['restarts']} restarts of {summary['steps']} steps: what they found is a lower bound of the maximum")
+    for note in summary["notes"]:
+        say(f"note: {note}")

@@ -1,0 +1,319 @@
+"""Module criticality: how far back to its initial values can a module go, and with how much noise, at the same loss?"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from layercrit.attacks import split_attack
+from layercrit.donors import is_reference
+from layercrit.engine.losses import Losses
+from layercrit.engine.session import Session
+from layercrit.engine.subject import Subject
+from layercrit.errors import LayercritError, LayerError, ModelError, ProbeError, ProtocolError, near
+from layercrit.foreign_text import encodable, write_csv
+from layercrit.machine import versions
+from layercrit.measuring import draw_images, opened_subject
+from layercrit.models.file_source import epochs_of, training_run
+from layercrit.models.model import Model
+from layercrit.models.references import open_model
+from layercrit.module_paths import Allowed, Grid, ModulePaths
+from layercrit.probes.labelling import LabelsGiven, are_wanted
+from layercrit.progress_bar import Bar
+from layercrit.protocol import DEFAULTS, Protocol
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["ModuleCriticality", "measure_module_criticality"]
+
+_FILE = "module-criticality"
+_DTYPES = ("reference", "float32")
+_WITHOUT_LABELS = (
+    "Module criticality is about the loss, which needs labels, and {}. Give some with --labels (labels=...). Without "
+    "labels: `layercrit worst-case` and `layercrit measure`, also with --reset rewind."
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ModuleCriticality:
+    """The module criticality of each layer of a model (Chatterji, Neyshabur & Sedghi 2020).
+
+    Attributes:
+        table: one row per module; see `to_pandas`.
+        points: one row per point of the grid that was evaluated: ``layer``, ``a``, ``s`` in units of the module's root
+            mean square, and ``excess``, the mean loss above that of the trained network in nats, with ``low`` and
+            ``high``.
+        record: how it was measured: settings, model, images, versions and notes.
+    """
+
+    table: pd.DataFrame
+    points: pd.DataFrame
+    record: Mapping[str, Any]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one row per module, in depth order.
+
+        ``module_criticality`` is the smallest ``(a / s)^2 * distance^2``; ``low`` and ``high`` are its limits at the
+        measurement's level, for new draws and new images (NaN with a single draw or image; ``high`` is infinite where
+        no point is surely allowed). ``a`` and ``s`` say where it is, ``s`` in units of ``rms``, the root mean square of
+        the module's trained parameters; ``distance`` is the Euclidean norm of trained minus initial values. ``edge`` is
+        ``largest s`` where the value is an upper bound, since more noise than the grid has may be allowed, and
+        ``smallest s`` where there is no value, since even its smallest is too much. ``status`` is ``unchanged`` for a
+        module that has its initial values still. ``n_points`` of the grid were evaluated.
+        """
+        return self.table.copy()
+
+    def summary(self) -> dict[str, Any]:
+        """Return plain data for JSON: the sum over modules, the losses, and what was evaluated."""
+        known = self.table["module_criticality"].notna()
+        return {
+            "model": self.record["model"],
+            "sum": float(self.table.loc[known, "module_criticality"].sum()) if known.any() else None,
+            "n_modules_in_sum": int(known.sum()),
+            "n_modules": len(self.table),
+            **{name: self.record[name] for name in ("loss", "allowed_loss", "top1_accuracy", "n_draws", "n_images")},
+            "n_evaluations": int(self.table["n_points"].sum()) * self.record["n_draws"],
+            "n_evaluations_of_grid": int(self.record["n_points_of_grid"] * len(self.table) * self.record["n_draws"]),
+            **{name: self.record[name] for name in ("level", "covers", "seconds", "warnings", "notes")},
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the summary and the table as plain data for JSON: what is not finite is None."""
+        rows = json.loads(self.table.to_json(orient="records", double_precision=15))
+        return {**self.summary(), "modules": rows}
+
+    def plot(self, layer: str | None = None) -> "Figure":
+        """Return the excess loss of one module over path and noise as a figure.
+
+        Args:
+            layer: the module; by default the one whose whole grid was evaluated, or else the most critical one.
+
+        Raises:
+            ProtocolError: nothing was evaluated for such a layer.
+        """
+        from layercrit.figures.module_criticality import excess_map
+
+        if layer is None:
+            layer = self.record["surface"] or str(
+                self.table.sort_values("module_criticality", na_position="first")["layer"].iloc[-1]
+            )
+        row = self.table[self.table["layer"] == layer].to_dict("records")
+        points = self.points[self.points["layer"] == layer]
+        if not row or points.empty:
+            known = ", ".join(dict.fromkeys(self.points["layer"]))
+            raise ProtocolError(f"No point of the grid was evaluated for {layer!r}. Modules with points: {known}.")
+        title = f"{str(self.record['model']).removeprefix('file:').partition('?')[0]}: {layer}"
+        optimum = (float(row[0]["a"]), float(row[0]["s"]))
+        grid = np.array(self.record["a"]), np.array(self.record["s"])
+        return excess_map(points, grid, self.record["allowed_loss"] - self.record["loss"], optimum, title=title)
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``module-criticality.csv``, ``-points.csv``, ``.json`` and the figure into a folder; return the files.
+
+        Raises:
+            LayercritError: the folder cannot be written.
+        """
+        from layercrit.figures.style import save_figure
+
+        folder = Path(folder).expanduser()
+        files = [folder / f"{_FILE}{end}" for end in (".csv", "-points.csv", ".json")]
+        about = encodable({"measured": self.record, **self.to_dict()})
+        text = json.dumps(about, indent=2, ensure_ascii=False, allow_nan=False)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_csv(self.table, files[0])
+            write_csv(self.points, files[1])
+            files[2].write_text(text + "\n", encoding="utf-8")
+            return [*files, *(save_figure(self.plot(), folder / _FILE) if len(self.points) else [])]
+        except OSError as error:
+            raise LayercritError(
+                f"The module criticality cannot be written to {folder} ({error.strerror or error}). Free some space or "
+                "name another folder (--out), then save again."
+            ) from error
+
+    def __repr__(self) -> str:
+        return f"<ModuleCriticality of {self.record['model']}: {len(self.table)} modules>"
+
+
+def measure_module_criticality(
+    model: str | Model | nn.Module,
+    images: Any,
+    *,
+    initial: nn.Module | str | Path | None = None,
+    tolerance: float = 1.01,
+    excess: float | None = None,
+    draws: int = 10,
+    n_images: int = 1_000,
+    n_a: int = 11,
+    n_s: int = 21,
+    s_range: tuple[float, float] = (1e-3, 10.0),
+    surface: str | None = None,
+    layers: str = DEFAULTS.layers,
+    types: str = DEFAULTS.types,
+    group: str = DEFAULTS.group,
+    seed: int = DEFAULTS.seed,
+    batch_size: int | str = DEFAULTS.batch_size,
+    dtype: str = "float32",
+    device: str = DEFAULTS.device,
+    level: float = DEFAULTS.level,
+    labels: LabelsGiven = "auto",
+    classes: str | Path | Sequence[str] | None = None,
+    keep_images: str | Path | None = None,
+    progress: bool = True,
+) -> ModuleCriticality:
+    """Measure how far each module can go towards its initial values, and under how much noise, at the same loss.
+
+    The module criticality of a layer l is the smallest ``(a / s)^2 ||theta_l - theta0_l||^2`` over ``0 <= a <= 1`` and
+    ``s > 0`` for which the mean loss with ``(1 - a) theta0_l + a theta_l + u`` in its place, u normal with the standard
+    deviation s, is at most what is allowed, and all other layers are trained (Chatterji, Neyshabur & Sedghi 2020,
+    arXiv 1912.00528). 0: the initial values do as well. The model is left bit for bit as it was.
+
+    Args:
+        model: as for `layercrit.measure`.
+        images: likewise. They need labels, for the loss is the cross-entropy with these.
+        initial: weights before training: a weight file, ``DIR@epoch=0`` of a training run, a model reference or a
+            module, of the very same architecture. By default those of the training run that the model is from.
+        tolerance: what is allowed, as a factor of the trained network's loss on the images, as published.
+        excess: what is allowed above the trained network's loss, in nats, in place of ``tolerance``.
+        draws: draws of the noise. Each draws one normal number for each parameter, which is used all over the grid.
+        n_images: how many of the images to use, drawn by ``seed``; all if there are fewer.
+        n_a: places on the path, evenly from 0 to 1.
+        n_s: standard deviations of the noise, evenly in their logarithm.
+        s_range: the smallest and the largest of them, in units of the root mean square of the module's parameters.
+        surface: a module for which the whole grid is evaluated, for its figure.
+        layers: as for `layercrit.measure`.
+        types: likewise.
+        group: likewise; a module is then a whole block, say.
+        seed: of the draws and of the choice of images.
+        batch_size: as for `layercrit.measure`.
+        dtype: ``float32`` (folded and fused) or ``reference`` (the network's own operators). bfloat16 would round the
+            loss by more than what is allowed.
+        device: as for `layercrit.measure`.
+        level: confidence level of the limits, between 0 and 1.
+        labels: as for `layercrit.measure`.
+        classes: likewise.
+        keep_images: likewise.
+        progress: whether to show a progress bar on a terminal.
+
+    Raises:
+        ProtocolError: a setting makes no sense, or there are no initial weights.
+        ProbeError: the images have no labels.
+        ModelError: the initial weights are those of another architecture.
+        LayercritError: as `layercrit.measure`.
+
+    Notes:
+        A constraint on the mean loss over draws and images; the limits of the criticality are those values that it has
+        where the confidence limits of the excess loss take the place of its mean (two crossed random effects, see
+        `layercrit.contrasts.crossed_contrasts`). The published code draws noise once and takes a grid of 11 x 11.
+    """
+    started = time.perf_counter()
+    grid, allowed = Grid.of(n_a, n_s, s_range), Allowed(tolerance, excess)
+    protocol = _protocol(draws, dtype, n_images=n_images, layers=layers, types=types, group=group, seed=seed,
+                         batch_size=batch_size, device=device, level=level)  # fmt: skip
+    if not are_wanted(labels):
+        raise ProbeError(_WITHOUT_LABELS.format("they were left out with labels='none'"))
+    attack, images = split_attack(images)
+    before = _initial(model, initial)
+    with Bar(progress) as bar, opened_subject(model, images, labels, protocol, before) as subject:
+        _check_names(before, subject)
+        _check_surface(surface, subject)
+        probe_set = draw_images(images, subject, n_images, seed, attack, labels, classes, keep_images, bar)
+        session = Session(protocol, subject, probe_set, ["cosine"], True, bar)
+        if session.labels is None:
+            raise ProbeError(_WITHOUT_LABELS.format(f"{probe_set.source!r} has none that the model knows"))
+        paths = ModulePaths(subject, Losses(session, session.labels), grid=grid, allowed=allowed, draws=draws,
+                            seed=seed, level=level)  # fmt: skip
+        paths.search(bar)
+        if surface is not None:
+            paths.complete(surface, bar)
+        record = {**_record(session, grid, paths, started), "surface": surface}
+        return ModuleCriticality(paths.table(), paths.points(), record)
+
+
+def _protocol(draws: int, dtype: str, **settings: Any) -> Protocol:
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise ProtocolError(f"draws must be a whole number of at least 1; got {draws!r}.")
+    if dtype not in _DTYPES:
+        raise ProtocolError(
+            f"The dtype {dtype!r} is not for module criticality: expected one of {', '.join(_DTYPES)}. bfloat16 rounds "
+            "the loss by more than what is allowed; leave it out for float32."
+        )
+    return Protocol(trials=1, dtype=dtype, reset="rewind", **settings)  # going back is no draw, and so one trial
+
+
+def _initial(model: str | Model | nn.Module, initial: nn.Module | str | Path | None) -> nn.Module | str | Path:
+    """Return where the initial weights come from; by default, the training run of the model.
+
+    Raises:
+        ProtocolError: none were given, and the model is of no run that kept them.
+    """
+    if initial is not None:
+        is_model = not isinstance(initial, nn.Module) and is_reference(initial)
+        return open_model(str(initial)).network if is_model else initial
+    reference = model.reference if isinstance(model, Model) else str(model) if isinstance(model, str) else ""
+    run = training_run(reference) if reference.startswith("file:") else None
+    if run is None or 0 not in epochs_of(run):
+        of = f"{reference!r} is" if reference else "the model is"
+        raise ProtocolError(
+            f"Module criticality needs the weights before training, and {of} of no training run that kept its epoch 0. "
+            "Give them with --initial (initial=...): a weight file, DIR@epoch=0 of a training run, or a model "
+            "reference. Without them: `layercrit measure` and `layercrit worst-case`."
+        )
+    return f"{run}@epoch=0"
+
+
+def _check_names(initial: nn.Module | str | Path, subject: Subject) -> None:
+    """Make sure that a network of initial weights has the names of the model's; files are checked as they are read."""
+    if not isinstance(initial, nn.Module):
+        return
+    own, theirs = (dict(network.named_parameters()) for network in (subject.network, initial))
+    if unlike := sorted(own.keys() ^ theirs.keys()):
+        whose = "the model" if unlike[0] in own else "the initial network"
+        raise ModelError(
+            f"The initial weights are not of the architecture of {subject.model.reference!r}: {len(unlike)} parameters "
+            f"are in one of the two only, such as {unlike[0]!r} in {whose}. Give the weights that this model was "
+            "trained from."
+        )
+
+
+def _check_surface(surface: str | None, subject: Subject) -> None:
+    names = [layer.name for layer in subject.layers]
+    if surface is not None and surface not in names:
+        raise LayerError(f"There is no module {surface!r} whose whole grid could be evaluated. {near(surface, names)}")
+
+
+def _record(session: Session, grid: Grid, paths: ModulePaths, started: float) -> dict[str, Any]:
+    """Return how it was measured, as plain data."""
+    subject = session.subject
+    model, predictions = subject.model, session.predictions
+    return {
+        "model": encodable(model.reference),
+        "architecture": model.architecture,
+        "sha256": model.sha256,
+        "initial": subject.donor_in_words,
+        "probe_set": session.probe_set.to_dict(),
+        "n_images": session.probe_set.n_images,
+        "n_draws": paths.draws,
+        "a": list(grid.a),
+        "s": list(grid.s),
+        "n_points_of_grid": len(grid.a) * len(grid.s),
+        "loss": paths.loss,
+        "allowed_loss": paths.allowed_loss,
+        "top1_accuracy": predictions.top1_accuracy,
+        "level": paths.level,
+        "covers": paths.covers,
+        "backend": session.holder.backend,
+        "dtype": session.holder.mode,
+        "device": str(subject.device),
+        "warnings": predictions.warnings(),
+        "notes": list(dict.fromkeys(session.notes)),
+        "versions": versions(),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
