@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from layercrit.attacks import attacked, split_attack
+from layercrit.attacks import Pgd, attacked, split_attack
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.subject import Subject
@@ -30,7 +30,7 @@ from layercrit.sampling import OnTrial, Sampling
 from layercrit.seeds import probe_set_seed
 from layercrit.trackers.callbacks import Caller, OnCell
 
-__all__ = ["Measurement", "measure"]
+__all__ = ["Measurement", "drawn_images", "measure", "with_input_of"]
 
 
 def measure(
@@ -159,7 +159,7 @@ def measure(
     attack, images = split_attack(images)
     names = distance_names(distances)
     with undisturbed(), rng_untouched(), Bar(progress) as bar:
-        opened = _with_input_of(images, labels, model)
+        opened = with_input_of(images, labels, model)
         with untouched(opened.network), large_blocks_stay():
             subject = Subject(protocol, opened, donor)
             bar.say(_intention(subject, protocol))
@@ -171,29 +171,67 @@ def measure(
             def draw(n_images: int) -> ProbeSet:
                 if whole is not None:
                     return whole.first(n_images)
-                drawn = ProbeSet.from_source(
+                return drawn_images(
                     images,
-                    opened.preprocessing,
+                    subject,
+                    bar,
+                    attack=attack,
                     n_images=n_images,
-                    seed=probe_set_seed(protocol.seed),
+                    seed=protocol.seed,
                     labels=labels,
                     classes=classes,
-                    progress=bar.decoded,
-                )
-                if attack is None:
-                    return drawn
-                return attacked(
-                    drawn,
-                    replace(subject.model, network=subject.network),
-                    attack,
-                    use_labels=are_wanted(labels),
-                    device=str(subject.device),
                     folder=keep_images,
-                    progress=bar.attacked,
                 )
 
             sampling = Sampling(started, protocol, subject, draw, n_available, names, are_wanted(labels), bar)
             return sampling.run(resume, on_trial, on_cell and Caller(on_cell))
+
+
+def drawn_images(
+    images: Any,
+    subject: Subject,
+    bar: Bar,
+    *,
+    attack: Pgd | None,
+    n_images: int,
+    seed: int,
+    labels: LabelsGiven,
+    classes: str | Path | Sequence[str] | None,
+    folder: str | Path | None = None,
+) -> ProbeSet:
+    """Return the images of a source that a model is shown, adversarial ones where they are to be attacked.
+
+    Args:
+        images: the source, without the attack.
+        subject: the model.
+        bar: shows the progress.
+        attack: what is done to them, or None.
+        n_images: how many, at most.
+        seed: of the measurement.
+        labels: as for `measure`, as are ``classes``.
+        classes: names of classes.
+        folder: where adversarial images are kept.
+    """
+    drawn = ProbeSet.from_source(
+        images,
+        subject.model.preprocessing,
+        n_images=n_images,
+        seed=probe_set_seed(seed),
+        labels=labels,
+        classes=classes,
+        progress=bar.decoded,
+    )
+    if attack is None:
+        return drawn
+    return attacked(
+        drawn,
+        replace(subject.model, network=subject.network),
+        attack,
+        use_labels=are_wanted(labels),
+        device=str(subject.device),
+        folder=folder,
+        progress=bar.attacked,
+    )
 
 
 def distance_names(distances: str | Iterable[str] | None) -> list[str]:
@@ -205,7 +243,7 @@ def distance_names(distances: str | Iterable[str] | None) -> list[str]:
     return names
 
 
-def _with_input_of(images: Any, labels: LabelsGiven, model: str | Model | nn.Module) -> Model:
+def with_input_of(images: Any, labels: LabelsGiven, model: str | Model | nn.Module) -> Model:
     """Open a model for the size of the images where it declares none, and note which input settings are defaults.
 
     A network given as an object gets an array or a probe set in the size that its images have, whatever it declares.
