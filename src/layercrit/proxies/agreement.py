@@ -34,7 +34,6 @@ class Exact:
         images: hash of the images.
         seeds: of the draws.
         random_trials: whether draws differ.
-        origin: where the values come from, in words.
     """
 
     layers: tuple[str, ...]
@@ -42,7 +41,6 @@ class Exact:
     images: str
     seeds: tuple[int, ...]
     random_trials: bool
-    origin: str
 
     @property
     def values(self) -> Array:
@@ -315,7 +313,12 @@ def verdict(table: pd.DataFrame, best: str | None, level: float) -> str:
             f"None of {len(proxies)} proxies beats {null}, by {interval}; the highest is {top['label']} "
             f"({top['spearman']:.2f}; difference {_signed(top)})."
         )
-    listed = ", ".join(f"{row['label']} ({_signed(row)})" for row in better.to_dict("records"))
+    n_layers = int(table["n_layers"].max())
+    listed = ", ".join(
+        f"{row['label']} ({_signed(row)}"
+        + (f"; on the {row['n_layers']} of {n_layers} layers that it applies to)" if row["n_layers"] < n_layers else ")")
+        for row in better.to_dict("records")
+    )
     return f"{len(better)} of {len(proxies)} proxies beat {null}, by {interval}: {listed}."
 
 

@@ -174,7 +174,6 @@ def exact_of(measurement: Measurement) -> Exact:
         images=measurement.record["probe_set"]["sha256"],
         seeds=tuple(measurement.record["trial_seeds"]),
         random_trials=measurement.record["random_trials"],
-        origin=f"{distances.shape[1]} trials, {distances.shape[2]} images",
     )
 
 
