@@ -18,6 +18,7 @@ import click
 from layercrit.cli.demo import demo_command
 from layercrit.cli.measure import layers_command, measure_command, show_command
 from layercrit.cli.printing import visible_lines
+from layercrit.cli.proxies import proxies_command
 from layercrit.cli.report import report_command
 from layercrit.cli.study import study
 from layercrit.cli.submit import submit_command
@@ -75,6 +76,7 @@ for command in (
     measure_command,
     layers_command,
     show_command,
+    proxies_command,
     demo_command,
     train_command,
     methods_command,

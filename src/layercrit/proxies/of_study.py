@@ -131,7 +131,9 @@ class StudyProxies:
             row: dict[str, Any] = {"proxy": name, "label": proxy.label, "null": proxy.null, "n_models": len(own)}
             row["n_layers"] = int(own["n_layers"].max()) if len(own) else 0
             for column in (one for one in _MEANS if one in models):
-                row[column], row[f"{column}_low"], row[f"{column}_high"] = _interval(own[column], self.level)
+                largest = 2.0 if column == "difference" else 1.0
+                row[column], *limits = _interval(own[column], self.level)
+                row[f"{column}_low"], row[f"{column}_high"] = np.clip(limits, -largest, largest)
             row |= {column: float(own[column].mean()) for column in _SHARES}
             rows.append(row)
         table = pd.DataFrame(rows)
