@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
@@ -97,6 +98,13 @@ class LayerGradients:
         self.sites = {layer.name: self._sites(layer, modules, called) for layer in layers}
         self._sites_of_all = {site for sites in self.sites.values() for site in sites}
         self._blocks = {modules[name]: name for name in blocks}
+        self._saving: Callable[[], AbstractContextManager[Any]] = nullcontext
+        try:
+            self.of_image(image, torch.sum)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            self._saving = allow_mutation_on_saved_tensors  # slower: what is written over is copied first
 
     def parameters(self, layer: Layer) -> Sequence[Tensor]:
         """Return the parameters of a layer that can have gradients; those that are tied to each other once."""
@@ -126,7 +134,7 @@ class LayerGradients:
             return output
 
         started = time.perf_counter()
-        with torch.enable_grad(), in_single_operators(), calls_answered(self.network, answer):
+        with torch.enable_grad(), in_single_operators(), self._saving(), calls_answered(self.network, answer):
             logits = answer(self.network, self._logits, image.clone())
             value = loss(logits)
             seconds = time.perf_counter() - started
@@ -147,7 +155,7 @@ class LayerGradients:
         Raises:
             RuntimeError: some operator of the network has no second derivative.
         """
-        with torch.enable_grad(), in_single_operators(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), in_single_operators(), self._saving(), sdpa_kernel(SDPBackend.MATH):
             gradients = self._gradients(loss(self._logits(image.clone())), create_graph=True)
             return [
                 self._curvature(layer, new, gradients) for layer, new in zip(self.layers, values, strict=True)
