@@ -1,7 +1,7 @@
 """What a loss says of each layer, image by image: gradients of its parameters and outputs, and its curvature."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -157,6 +157,7 @@ class LayerGradients:
         """
         with torch.enable_grad(), in_single_operators(), self._saving(), sdpa_kernel(SDPBackend.MATH):
             gradients = self._gradients(loss(self._logits(image.clone())), create_graph=True)
+            _check_twice_differentiable(gradients.values())
             return [
                 self._curvature(layer, new, gradients) for layer, new in zip(self.layers, values, strict=True)
             ]
@@ -267,6 +268,24 @@ class ImageGradients:
                         weighted += float(product.square().sum(dtype=torch.float64))
                         first_order += float(product.sum(dtype=torch.float64))
         return OutputChange(weighted, first_order)
+
+
+def _check_twice_differentiable(gradients: Iterable[Tensor]) -> None:
+    """Raise RuntimeError where a function of the network's own says that its gradient has none.
+
+    Its error would be raised only if it were reached, but it cuts what is behind it off from the gradients.
+    """
+    found = {gradient.grad_fn for gradient in gradients}
+    stack = list(found)
+    while stack:
+        node = stack.pop()
+        if node is None:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("a function of its own is marked once_differentiable")
+        following = {one for one, _ in node.next_functions} - found
+        found |= following
+        stack += following
 
 
 def _recorded(call: _Call, output: Any) -> _Call:

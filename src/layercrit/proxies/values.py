@@ -498,14 +498,14 @@ class _Sweep:
 
     def _checked(self, found: dict[str, Array]) -> dict[str, Array]:
         """Return the samples, blank for layers where a reset makes some that are not finite."""
-        for name in ("fisher", "first_order", "gauss_newton", "second_order"):
+        applies = np.array([change.status != "no_branch" for change in self._changes[0]])
+        if not self.n_hessian:
+            del found["second_order"]
+        for name in found.keys() & {"fisher", "first_order", "gauss_newton", "second_order"}:
             bad = ~np.isfinite(found[name]).all(axis=tuple(range(1, found[name].ndim)))
-            applies = ~np.isnan(found["fisher"]).all(axis=(1, 2))
             if names := [self._subject.layers[row].name for row in np.flatnonzero(bad & applies)]:
                 self.notes.append(f"{PROXIES[name].label} is not finite for {len(names)} layers, such as {names[0]}")
             found[name][bad] = np.nan
-        if not self.n_hessian:
-            del found["second_order"]
         return found
 
     @contextlib.contextmanager
