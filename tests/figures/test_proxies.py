@@ -42,7 +42,11 @@ def values():
 def test_proxy_scatter__a_panel_per_proxy_in_the_order_of_the_table():
     figure = proxy_scatter(values(), TABLE, title="a model")
     assert written(figure, "proxy") == ["output change", "OBD", "depth"]  # a proxy of no layer has no panel
-    assert written(figure, "correlation") == ["ρ = 0.80 (0.61 to 0.90)", "ρ = 0.50, 3 layers", "ρ = −0.20 (−0.40 to 0.10)"]
+    assert written(figure, "correlation") == [
+        "rho = 0.80 (0.61 to 0.90)",
+        "rho = 0.50, 3 layers",
+        "rho = -0.20 (-0.40 to 0.10)".replace("-", "\u2212"),
+    ]
     first, second, null = figure.axes
     np.testing.assert_array_equal(lines(first, "layer")[0].get_xydata(), np.stack([values()["fisher"], EXACT], axis=1))
     assert len(lines(second, "layer")[0].get_xydata()) == 3
@@ -67,7 +71,7 @@ def test_proxy_ranks__marks_of_models_and_means():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["output change", "OBD", "depth"]
     np.testing.assert_array_equal(lines(axes, "model")[0].get_xydata(), [[0.7, 0], [0.9, 0]])
     assert [line.get_xydata()[0].tolist() for line in lines(axes, "mean")] == [[0.8, 0], [0.5, 1], [-0.2, 2]]
-    assert [line.get_xdata() for line in lines(axes, "interval")] == [[0.61, 0.9], [-0.4, 0.1]]
+    assert [list(line.get_xdata()) for line in lines(axes, "interval")] == [[0.61, 0.9], [-0.4, 0.1]]
 
 
 def test_proxy_figures__what_cannot_be_plotted():

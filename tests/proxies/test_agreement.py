@@ -120,7 +120,9 @@ def test_agreement__intervals_by_a_plain_loop(same):
     assert shown.best_null == "depth"
     for name, rho in rows.items():
         expected = np.quantile(rho, [0.025, 0.975])
-        np.testing.assert_allclose(table.loc[name, ["spearman_low", "spearman_high"]].astype(float), expected, atol=1e-6)
+        np.testing.assert_allclose(
+            table.loc[name, ["spearman_low", "spearman_high"]].astype(float), expected, atol=1e-6
+        )
     expected = np.quantile(gaps, [0.025, 0.975])
     found_gap = table.loc["fisher", ["difference_low", "difference_high"]].astype(float)
     np.testing.assert_allclose(found_gap, expected, atol=1e-6)
@@ -141,7 +143,7 @@ def test_agreement__absolute_means_are_taken_within_a_resample():
 def test_agreement__a_proxy_in_the_order_of_the_exact_values():
     """It has rho 1 and all of the k; it beats the null, and the sentence says so."""
     against = exact(draw(L, R, N) * 0.01 + np.array([0.1, 0.9, 0.3, 0.7, 0.5, 0.2, 0.8, 0.4])[:, None, None])
-    found = agree(samples(snip=against.values**3), against, k=3)
+    found = agree(samples(snip=against.criticality**3), against, k=3)
     row = found.table.iloc[0]
     assert (row["proxy"], row["spearman"], row["kendall"]) == ("snip", 1, 1)
     assert (row["lowest"], row["highest"], row["spearman_low"]) == (1, 1, 1)
@@ -168,7 +170,7 @@ def test_agreement__a_proxy_of_some_layers_is_compared_on_these():
     part[3:] = np.nan
     found = agree(samples(obd=part))
     table = found.table.set_index("proxy")
-    values, depth = exact().values[:3], np.arange(3.0)
+    values, depth = exact().criticality[:3], np.arange(3.0)
     assert table.loc["obd", "n_layers"] == 3
     rho = spearmanr(part[:3].mean(axis=1), values).statistic
     assert table.loc["obd", "spearman"] == pytest.approx(rho)
@@ -188,8 +190,8 @@ def test_agreement__order_and_missing_layers():
     distances[0] = np.nan
     distances[1, 0] = np.nan  # a trial that was not finite
     found = agree(against=exact(distances))
-    assert list(found.values["layer"]) == LAYERS[1:]
-    assert found.values["exact"][0] == pytest.approx(distances[1, 1:].mean())
+    assert list(found.by_layer["layer"]) == LAYERS[1:]
+    assert found.by_layer["exact"][0] == pytest.approx(distances[1, 1:].mean())
     assert np.isfinite(found.table[["spearman_low", "spearman_high"]]).all(axis=None)
 
 

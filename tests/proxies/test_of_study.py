@@ -22,7 +22,9 @@ HOW = {"n_images": 6, "hessian_images": 0, "progress": False, "device": "cpu"}
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     sections = {"protocol": {"layers": "conv1,layer1.1.*,fc", "resets": ["rerandomize", "zero"]}}
-    run_study(read_study_file(write_study(folder, n_models=3, n_images=8, **sections)), folder / "out", executor=Inline())
+    run_study(
+        read_study_file(write_study(folder, n_models=3, n_images=8, **sections)), folder / "out", executor=Inline()
+    )
     return folder
 
 
@@ -38,7 +40,7 @@ def test_measure_study_proxies__each_model_is_that_of_a_single_call(found, folde
     study = load_study(folder / "out")
     table = study.to_pandas().set_index(["model", "reset", "layer"])["criticality"]
     for model, one in found.agreements.items():
-        values = one.values.set_index("layer")["exact"]
+        values = one.by_layer.set_index("layer")["exact"]
         np.testing.assert_allclose(values, table[model, "rerandomize"][values.index], rtol=1e-6)
     alone = measure_proxies(
         f"file:{folder}/m1.safetensors?{OPTIONS}&input_size=(1,8,8)", str(folder / "images.npz"), n_images=8, trials=2,
@@ -73,7 +75,7 @@ def test_measure_study_proxies__some_models_and_another_reset(folder):
     assert list(found.agreements) == ["m2"]
     assert found.proxies["m2"].record["protocol"]["reset"] == "zero"
     table = load_study(folder / "out").to_pandas().set_index(["model", "reset", "layer"])["criticality"]
-    values = found.agreements["m2"].values.set_index("layer")["exact"]
+    values = found.agreements["m2"].by_layer.set_index("layer")["exact"]
     np.testing.assert_allclose(values, table["m2", "zero"][values.index], rtol=1e-6)
     assert "there are no intervals" in found.sentence  # of one model
 
@@ -86,7 +88,7 @@ def test_measure_study_proxies__a_model_that_is_gone_is_left_out(folder, tmp_pat
         found = measure_study_proxies(folder / "out", **HOW)
         assert list(found.agreements) == ["m0", "m2"]
         assert list(found.failed) == ["m1"]
-        with pytest.raises(StudyError, match="No model of the study .* has proxies"):
+        with pytest.raises(StudyError, match=r"No model of the study .* has proxies"):
             measure_study_proxies(folder / "out", models=["m1"], **HOW)
     finally:
         (tmp_path / "m1.safetensors").rename(file)

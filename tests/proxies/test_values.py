@@ -16,14 +16,13 @@ from layercrit.measuring import measure
 from layercrit.models.references import open_model
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.protocol import Protocol
-from layercrit.proxies import PROXIES, measure_proxies
-from layercrit.proxies.values import proxy_samples
+from layercrit.proxies import PROXIES
+from layercrit.proxies.sweep import proxy_samples
 from proxies_of_small_networks import QUIET, proxies_of
 from small_subjects import (
     GROUPS,
     PIXELS,
     SIZE,
-    STILL,
     SmallNetwork,
     fresh,
     mostly_right,
@@ -32,7 +31,6 @@ from small_subjects import (
     small_network,
     two_layers,
 )
-from photographs import pieces
 from training_runs import write_run
 
 N = 6
@@ -186,10 +184,14 @@ def test_proxy_samples__a_linear_network_with_squared_loss():
             for name, value in change.values.items():
                 twin.get_parameter(name).copy_(value)
             exact = [
-                float(squared(twin(x[i : i + 1]), labels[i : i + 1]) - squared(network(x[i : i + 1]), labels[i : i + 1]))
+                float(
+                    squared(twin(x[i : i + 1]), labels[i : i + 1]) - squared(network(x[i : i + 1]), labels[i : i + 1])
+                )
                 for i in range(6)
             ]
-        np.testing.assert_allclose(found["first_order"][row, 0] + found["second_order"][row], exact, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            found["first_order"][row, 0] + found["second_order"][row], exact, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_measure_proxies__an_unchanged_layer_has_0(network, images):
@@ -396,7 +398,7 @@ def test_measure_proxies__initial_weights(tmp_path):
     write_run(tmp_path / "run", {0: start, 1: final}, final=final)
     found = proxies_of(two_layers(), PIXELS, initial=f"{tmp_path}/run@epoch=0")
     np.testing.assert_allclose(found.layers["distance"], 1, rtol=1e-6)
-    assert "epoch=0" in found.record["model"]["initial"]
+    assert "epoch=0" in found.record["initial"]
     with pytest.raises(CheckpointError, match="did not keep the weights of epoch '3'"):
         proxies_of(two_layers(), PIXELS, initial=f"{tmp_path}/run@epoch=3")
     with pytest.raises(ModelError, match="not of the architecture"):

@@ -144,8 +144,8 @@ def _of_model(model: str, folder: Path, as_json: bool, asked: dict[str, Any]) ->
         say()
         print_table(_agreement_table(agreement.table, "proxies against exact criticality", agreement.level))
         say(agreement.sentence)
-        say(f"k = {agreement.k} of {len(agreement.values)} layers, of which chance would name "
-            f"{agreement.k / len(agreement.values):.0%}; intervals: {agreement.resampled}")  # fmt: skip
+        say(f"k = {agreement.k} of {len(agreement.by_layer)} layers, of which chance would name "
+            f"{agreement.k / len(agreement.by_layer):.0%}; intervals: {agreement.resampled}")  # fmt: skip
     say(f"Saved in {folder}: {', '.join(path.name for path in files)}", err=True)
 
 
@@ -217,7 +217,7 @@ def _layer_table(found: "Proxies", agreement: "Agreement | None") -> Any:
 
     title = plain(f"{found.record['model']['reference']}: proxies of criticality")
     shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    exact = {} if agreement is None else dict(zip(agreement.values["layer"], agreement.values["exact"], strict=True))
+    exact = {} if agreement is None else agreement.by_layer.set_index("layer")["exact"].to_dict()
     names = [name for name in found.samples if not found.layers[name].isna().all()]
     shown.add_column("layer", no_wrap=True)
     for name in [*(["criticality"] if exact else []), *names]:

@@ -158,9 +158,7 @@ class LayerGradients:
         with torch.enable_grad(), in_single_operators(), self._saving(), sdpa_kernel(SDPBackend.MATH):
             gradients = self._gradients(loss(self._logits(image.clone())), create_graph=True)
             _check_twice_differentiable(gradients.values())
-            return [
-                self._curvature(layer, new, gradients) for layer, new in zip(self.layers, values, strict=True)
-            ]
+            return [self._curvature(layer, new, gradients) for layer, new in zip(self.layers, values, strict=True)]
 
     def _curvature(self, layer: Layer, values: Values, gradients: Mapping[int, Tensor]) -> float:
         first_counts = reversed(list(values.items()))  # of tied ones
@@ -296,7 +294,7 @@ def _recorded(call: _Call, output: Any) -> _Call:
     for place, tensor in enumerate(_floats(output)):
         call.outputs.append(tensor.detach().clone())
         if tensor.requires_grad:
-            tensor.register_hook(partial(call.gradients.__setitem__, place))
+            tensor.register_hook(partial(call.gradients.__setitem__, place))  # type: ignore[no-untyped-call]
     return call
 
 

@@ -57,7 +57,7 @@ def proxy_scatter(values: "pd.DataFrame", table: "pd.DataFrame", *, title: str) 
         for number in range(len(rows))
     ]
     with figure_style():
-        notes = ["criticality of each layer (%) over the proxy; ρ is Spearman's; nulls are grey"]
+        notes = ["criticality of each layer (%) over the proxy; rho: Spearman's; nulls are grey"]
         figure, axes = framed(size, _LEFT, _BELOW, title, [], notes, panels=places)
         for number, (one, row) in enumerate(zip(axes, rows, strict=True)):
             _draw_panel(one, row, values, numbered=number % columns == 0)
@@ -93,7 +93,7 @@ def _draw_panel(axes: "Axes", row: dict[Any, Any], values: "pd.DataFrame", numbe
 def _rho(row: dict[Any, Any]) -> str:
     if not math.isfinite(row["spearman"]):
         return "no rank correlation"
-    text = f"ρ = {row['spearman']:.2f}"
+    text = f"rho = {row['spearman']:.2f}"
     if math.isfinite(row["spearman_low"]):
         text += f" ({row['spearman_low']:.2f} to {row['spearman_high']:.2f})"
     return text.replace("-", "−")  # noqa: RUF001 (a minus sign)
@@ -117,7 +117,7 @@ def proxy_ranks(by_model: "pd.DataFrame", table: "pd.DataFrame", *, title: str) 
     with figure_style():
         left = max(text_width(shown(row["label"]), NAME_SIZE) for row in rows) + 0.2
         size = _ROWS_WIDTH, _ROW * len(rows)
-        notes = ["Spearman's ρ over layers: a point per model; mean and interval over models; nulls are grey"]
+        notes = ["Spearman's rho over layers: a mark per model; mean and interval over models; nulls are grey"]
         figure, (axes,) = framed(size, left, _BELOW, title, [], notes)
         axes.axvline(0, color=FRAME_COLOR, linewidth=0.5, zorder=0)
         for place, row in enumerate(rows):
@@ -141,6 +141,6 @@ def _check(table: "pd.DataFrame", columns: tuple[str, ...]) -> None:
     for column in columns:
         if column not in table.columns:
             raise ProtocolError(
-                f"The table of proxies has no column {column!r}; it has {', '.join(map(str, table.columns)) or 'none'}. "
-                f"Expected {', '.join(columns)}."
+                f"The table of proxies has no column {column!r}; it has {', '.join(map(str, table.columns))}; "
+                f"expected {', '.join(columns)}."
             )

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from layercrit.errors import ProtocolError
-from layercrit.proxies.formulas import NULLS, PROXIES
+from layercrit.proxies.formulas import PROXIES
 from layercrit.seeds import seed_of
 
 if TYPE_CHECKING:
@@ -43,9 +43,11 @@ class Exact:
     random_trials: bool
 
     @property
-    def values(self) -> Array:
+    def criticality(self) -> Array:
         """Mean over draws and images, ``(n_layers,)``; NaN where there is none."""
-        return self._over_draws(self.distances.mean(axis=2, dtype=np.float64), np.ones((1, self.distances.shape[1])))[0]
+        means: Array = self.distances.mean(axis=2, dtype=np.float64)
+        criticality: Array = self._over_draws(means, np.ones((1, self.distances.shape[1])))[0]
+        return criticality
 
     def resampled(self, images: Array, draws: Array) -> Array:
         """Return the means of resamples, ``(n_resamples, n_layers)``.
@@ -55,11 +57,12 @@ class Exact:
             draws: likewise, ``(n_resamples, n_draws)``.
         """
         shares = images / images.sum(axis=1, keepdims=True)
-        n_layers, n_draws, _ = self.distances.shape
-        means = np.stack([layer.astype(np.float64) @ shares.T for layer in self.distances])  # (layers, draws, resamples)
+        means = np.stack(
+            [layer.astype(np.float64) @ shares.T for layer in self.distances]
+        )  # (layers, draws, resamples)
         return np.stack(
             [self._over_draws(means[..., one], draws[one : one + 1])[0] for one in range(len(shares))]
-        ).reshape(len(shares), n_layers)
+        ).reshape(len(shares), len(self.layers))
 
     @staticmethod
     def _over_draws(means: Array, draws: Array) -> Array:
@@ -79,7 +82,7 @@ class Agreement:
             ``n_layers`` (that it applies to), ``spearman`` and ``kendall`` (tau-b) with the exact values and their
             intervals, ``lowest`` and ``highest`` (share of the k lowest or highest layers that it names), and
             ``difference``: Spearman minus that of the best null on the same layers, with its interval. NaN: not known.
-        values: one row per layer: ``layer``, ``exact``, and a column per proxy.
+        by_layer: one row per layer: ``layer``, ``exact``, and a column per proxy.
         best_null: its name: of the nulls, the one whose Spearman is farthest from 0, its order reversed where negative.
         k: how many layers are lowest, and highest.
         level: confidence level.
@@ -88,7 +91,7 @@ class Agreement:
     """
 
     table: pd.DataFrame
-    values: pd.DataFrame
+    by_layer: pd.DataFrame
     best_null: str | None
     k: int
     level: float
@@ -104,7 +107,7 @@ class Agreement:
         """Return the figure: exact criticality over each proxy, a panel each."""
         from layercrit.figures.proxies import proxy_scatter
 
-        return proxy_scatter(self.values, self.table, title=self.title)
+        return proxy_scatter(self.by_layer, self.table, title=self.title)
 
     def __repr__(self) -> str:
         return f"<Agreement of proxies with {self.title}: {self.sentence}>"
@@ -144,7 +147,7 @@ def agreement(
         ProtocolError: there are fewer than three layers to compare, or k is not possible.
     """
     place = {name: number for number, name in enumerate(layers)}
-    values = exact.values
+    values = exact.criticality
     rows = [number for number, name in enumerate(exact.layers) if name in place and np.isfinite(values[number])]
     if len(rows) < _FEWEST:
         raise ProtocolError(
@@ -162,9 +165,7 @@ def agreement(
     resamples = {
         name: np.broadcast_to(weights.values(name, found), (n_resamples, len(rows))) for name, found in samples.items()
     }
-    compared = [
-        _row(name, own[name], values[rows], resamples[name], others, k, level) for name in samples
-    ]
+    compared = [_row(name, own[name], values[rows], resamples[name], others, k, level) for name in samples]
     table = pd.DataFrame(compared)
     best = best_null(table)
     if best is not None:
@@ -221,7 +222,9 @@ class _Weights:
             return "nothing"
         what = "images and draws" if self._random else "images"
         fixed = "SNIP, relative gradient, worst case, distance and the nulls stay as they are"
-        return f"{what} of the exact values and of the proxies that are means over them ({self._n:,} resamples); {fixed}"
+        return (
+            f"{what} of the exact values and of the proxies that are means over them ({self._n:,} resamples); {fixed}"
+        )
 
     def _images(self, n: int) -> Array:
         same = self._same_images and n == self.exact_images.shape[1]
@@ -286,7 +289,7 @@ def _limits(found: Array, level: float) -> tuple[float, float]:
 def best_null(table: pd.DataFrame) -> str | None:
     """Return the null whose Spearman is farthest from 0; None where none has one."""
     nulls = table[table["null"] & table["spearman"].notna()]
-    return None if nulls.empty else str(nulls.loc[nulls["spearman"].abs().idxmax(), "proxy"])
+    return None if nulls.empty else str(nulls["proxy"].iloc[int(nulls["spearman"].abs().to_numpy().argmax())])
 
 
 def verdict(table: pd.DataFrame, best: str | None, level: float) -> str:
@@ -308,7 +311,7 @@ def verdict(table: pd.DataFrame, best: str | None, level: float) -> str:
     better = proxies[proxies["difference_low"] > 0]
     interval = f"the {100 * level:g}% interval of its paired difference"
     if better.empty:
-        top = proxies.iloc[0]
+        top = proxies.to_dict("records")[0]
         return (
             f"None of {len(proxies)} proxies beats {null}, by {interval}; the highest is {top['label']} "
             f"({top['spearman']:.2f}; difference {_signed(top)})."
@@ -316,7 +319,11 @@ def verdict(table: pd.DataFrame, best: str | None, level: float) -> str:
     n_layers = int(table["n_layers"].max())
     listed = ", ".join(
         f"{row['label']} ({_signed(row)}"
-        + (f"; on the {row['n_layers']} of {n_layers} layers that it applies to)" if row["n_layers"] < n_layers else ")")
+        + (
+            f"; on the {row['n_layers']} of {n_layers} layers that it applies to)"
+            if row["n_layers"] < n_layers
+            else ")"
+        )
         for row in better.to_dict("records")
     )
     return f"{len(better)} of {len(proxies)} proxies beat {null}, by {interval}: {listed}."
@@ -367,4 +374,5 @@ def _membership(values: Array, k: int) -> Array:
     """Return the probability that each value is among the k lowest, ties broken at random."""
     border = np.sort(values)[k - 1]
     below, at = values < border, values == border
-    return below + at * (k - below.sum()) / at.sum()
+    share: Array = below + at * (k - below.sum()) / at.sum()
+    return share

@@ -112,7 +112,11 @@ _ALL = (
         parts=("forward", "backward"),
     ),
     Proxy(
-        "snip", "SNIP", "sum over parameters of the size of theta g (Lee et al. 2019)", "layers", parts=("forward", "backward")
+        "snip",
+        "SNIP",
+        "sum over parameters of the size of theta g (Lee et al. 2019)",
+        "layers",
+        parts=("forward", "backward"),
     ),
     Proxy(
         "relative_gradient",

@@ -73,8 +73,7 @@ class StudyProxies:
         best, models = self.best_null, self.by_model
         if best is None:
             return self._means()
-        rho = models.pivot(index="model", columns="proxy", values="spearman")
-        sign = math.copysign(1, rho[best].mean())
+        sign = math.copysign(1, models.loc[models["proxy"] == best, "spearman"].mean())
         models["difference"] = [
             math.nan if row["proxy"] == best else row["spearman"] - sign * self._null_on(row, best)
             for row in models.to_dict("records")
@@ -116,7 +115,7 @@ class StudyProxies:
         """Return the null's Spearman in a model, on the layers to which a proxy applies."""
         from layercrit.proxies.agreement import spearman
 
-        values = self.agreements[row["model"]].values
+        values = self.agreements[row["model"]].by_layer
         known = np.isfinite(values[row["proxy"]])
         if known.sum() < 2:
             return math.nan
@@ -197,7 +196,11 @@ def measure_study_proxies(
         for number, row in enumerate(chosen):
             bar.measured(number, len(chosen))
             own = cells[cells["model"] == row["model"]]
-            how = {"trials": trials or min(3, own["trial"].nunique()), "initial": initial or _own_start(row), **settings}
+            how = {
+                "trials": trials or min(3, own["trial"].nunique()),
+                "initial": initial or _own_start(row),
+                **settings,
+            }
             try:
                 one = _of_model(found, row, str(own["reset"].iloc[0]), n_images, how)
                 agreements[row["model"]] = one.against(_exact(found, row, own), k=k, level=level, n_resamples=0)
@@ -216,8 +219,8 @@ def _of_model(study: Study, row: Mapping[Any, Any], reset: str, n_images: int, h
     probe_set = probe_set_of(study.folder, row["record"])
     if probe_set is None:
         raise StudyError(
-            f"The images of {row['model']} are not in {study.folder} any more. Measure it by itself: `layercrit proxies "
-            "MODEL --images SOURCE --measure`."
+            f"The images of {row['model']} are not in {study.folder} any more. Measure it by itself: `layercrit "
+            "proxies MODEL --images SOURCE --measure`."
         )
     size = probe_set.preprocessing
     shape = (size.channels, size.height, size.width)
@@ -237,7 +240,9 @@ def _own_start(row: Mapping[Any, Any]) -> str | None:
 def _exact(study: Study, row: Mapping[Any, Any], cells: pd.DataFrame) -> Exact:
     """Return what a study measured of one model under one reset; resets that change nothing have 0."""
     layers, n_trials = list(dict.fromkeys(cells["layer"])), 1 + int(cells["trial"].max())
-    distances: npt.NDArray[np.float32] = np.full((len(layers), n_trials, int(cells["n_images"].max())), np.nan, np.float32)
+    distances: npt.NDArray[np.float32] = np.full(
+        (len(layers), n_trials, int(cells["n_images"].max())), np.nan, np.float32
+    )
     for number, (layer, values) in enumerate(distances_of(study.folder, cells)):
         own = cells[cells["layer"] == layer]
         distances[number, np.sort(own.loc[own["status"] == "ok", "trial"])] = values
