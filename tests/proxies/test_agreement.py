@@ -176,6 +176,8 @@ def test_agreement__a_proxy_of_some_layers_is_compared_on_these():
     assert table.loc["obd", "spearman"] == pytest.approx(rho)
     assert found.best_null == "depth"
     assert table.loc["obd", "difference"] == pytest.approx(rho - spearmanr(depth, values).statistic)
+    mine, theirs = part[:3].mean(axis=1), exact().criticality[:3]
+    assert table.loc["obd", "lowest"] == (mine.argmin() == theirs.argmin())  # k of 2 of 8 layers is 1 of 3
     part[2:] = np.nan
     assert math.isnan(agree(samples(obd=part)).table.set_index("proxy").loc["obd", "spearman"])
 

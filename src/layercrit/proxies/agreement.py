@@ -57,9 +57,8 @@ class Exact:
             draws: likewise, ``(n_resamples, n_draws)``.
         """
         shares = images / images.sum(axis=1, keepdims=True)
-        means = np.stack(
-            [layer.astype(np.float64) @ shares.T for layer in self.distances]
-        )  # (layers, draws, resamples)
+        # (n_layers, n_draws, n_resamples)
+        means = np.stack([layer.astype(np.float64) @ shares.T for layer in self.distances])
         return np.stack(
             [self._over_draws(means[..., one], draws[one : one + 1])[0] for one in range(len(shares))]
         ).reshape(len(shares), len(self.layers))
@@ -80,8 +79,9 @@ class Agreement:
     Attributes:
         table: one row per proxy, nulls among them, the highest Spearman first: ``proxy``, ``label``, ``null``,
             ``n_layers`` (that it applies to), ``spearman`` and ``kendall`` (tau-b) with the exact values and their
-            intervals, ``lowest`` and ``highest`` (share of the k lowest or highest layers that it names), and
-            ``difference``: Spearman minus that of the best null on the same layers, with its interval. NaN: not known.
+            intervals, ``lowest`` and ``highest`` (share of the k lowest or highest layers that it names; where it
+            applies to some layers only, k is as large a share of these), and ``difference``: Spearman minus that of the
+            best null on the same layers, with its interval. NaN: not known.
         by_layer: one row per layer: ``layer``, ``exact``, and a column per proxy.
         best_null: its name: of the nulls, the one whose Spearman is farthest from 0, its order reversed where negative.
         k: how many layers are lowest, and highest.
@@ -258,7 +258,7 @@ def _row(
         if others is not None and not few:
             found = correlate(resamples[:, known], others[:, known])
             row[f"{method}_low"], row[f"{method}_high"] = _limits(found, level)
-    k = min(k, int(known.sum()))
+    k = max(1, round(k * int(known.sum()) / len(known)))  # as large a share of the layers that it applies to
     row["lowest"] = math.nan if few else overlap(own[known], exact[known], k)
     row["highest"] = math.nan if few else overlap(-own[known], -exact[known], k)
     return row
