@@ -106,7 +106,7 @@ _ALL = (
     Proxy(
         "taylor",
         "Taylor",
-        "size of the sum over parameters of theta g (Molchanov et al. 2019)",
+        "size of the sum over parameters of theta g (Molchanov et al. 2019, arXiv 1906.10771)",
         "images",
         absolute=True,
         parts=("forward", "backward"),
@@ -114,14 +114,14 @@ _ALL = (
     Proxy(
         "snip",
         "SNIP",
-        "sum over parameters of the size of theta g (Lee et al. 2019)",
+        "sum over parameters of the size of theta g (Lee et al. 2019, arXiv 1810.02340)",
         "layers",
         parts=("forward", "backward"),
     ),
     Proxy(
         "relative_gradient",
         "relative gradient",
-        "norm of g over norm of theta (Lee et al. 2023)",
+        "norm of g over norm of theta (Lee et al. 2023, arXiv 2210.11466)",
         "layers",
         parts=("forward", "backward"),
     ),
@@ -135,7 +135,7 @@ _ALL = (
     Proxy(
         "block_influence",
         "block influence",
-        "1 - mean cosine of input and output of the block that the layer lies in (Men et al. 2024)",
+        "1 - mean cosine of input and output of the block that the layer lies in (Men et al. 2024, arXiv 2403.03853)",
         "images",
         parts=("forward",),
     ),
