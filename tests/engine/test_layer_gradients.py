@@ -37,7 +37,13 @@ def tokens():
     return Sketch(how, norm=nn.LayerNorm(8), into=nn.Linear(8, 16), out=nn.Linear(16, 8))
 
 
+def written_over():
+    """The input of a convolution is written over once that has read it."""
+    return Sketch(lambda net, x: net.a(x) + net.b(x.relu_()), a=padded(), b=padded())
+
+
 NETWORKS = {
+    "written over": (written_over, IMAGES),
     "grouped": (grouped, IMAGES),
     "tokens": (tokens, IMAGES),
     "used twice": (tiny.UsedTwice, IMAGES),
