@@ -19,6 +19,7 @@ from layercrit.cli.demo import demo_command
 from layercrit.cli.measure import layers_command, measure_command, show_command
 from layercrit.cli.module_criticality import module_criticality_command
 from layercrit.cli.printing import visible_lines
+from layercrit.cli.proxies import proxies_command
 from layercrit.cli.report import report_command
 from layercrit.cli.study import study
 from layercrit.cli.submit import submit_command
@@ -79,6 +80,7 @@ for command in (
     show_command,
     module_criticality_command,
     worst_case_command,
+    proxies_command,
     demo_command,
     train_command,
     methods_command,
