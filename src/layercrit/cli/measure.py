@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from layercrit.measurement import Measurement
 
-__all__ = ["layers_command", "measure_command", "show_command"]
+__all__ = ["folder_for", "layers_command", "measure_command", "show_command"]
 
 _SECONDS_BETWEEN_SAVES = 60.0
 _STRONGEST = 8  # interactions that are printed
@@ -192,7 +192,7 @@ def measure_command(
         raise click.UsageError(
             "--half-width and --minutes plan the trials: leave --trials out; the limits are --pilot and --max-trials."
         )
-    folder = _folder_for(model, out)
+    folder = folder_for(model, out)
     if epochs is not None:
         if overwrite or by or trackers or settings["donor"] or settings["reset"] != DEFAULTS.reset:
             raise click.UsageError("--epochs goes with neither --reset, --from, --by, --track nor --overwrite.")
@@ -371,7 +371,7 @@ def _earlier(folder: Path, settings: dict[str, Any]) -> "Measurement | None":
     return found
 
 
-def _folder_for(model: str, out: Path | None) -> Path:
+def folder_for(model: str, out: Path | None) -> Path:
     folder = out or Path("layercrit-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
     try:
         folder.mkdir(parents=True, exist_ok=True)
