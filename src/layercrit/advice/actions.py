@@ -14,7 +14,7 @@ class Action:
     Attributes:
         name: as the command line has it.
         done: the participle, such as ``frozen``.
-        highest_first: whether the most critical layers are chosen, rather than the least critical ones.
+        highest_first: whether the most critical layers are chosen, rather than the least critical ones for their size.
         budget: the default: a share of parameters in (0, 1), or mean bits of a parameter.
         budget_in_words: what the budget is, with a gap for it.
     """

@@ -11,7 +11,7 @@ import pandas as pd
 from layercrit.advice.actions import Action, action_named
 from layercrit.advice.budgets import bits_within, chosen_within, share_in_words
 from layercrit.advice.formats import FORMATS
-from layercrit.advice.ranking import knobs_of, ranked
+from layercrit.advice.ranking import in_order, knobs_of, ranked
 from layercrit.cell_columns import WHOLE
 from layercrit.errors import AdviceError, near
 from layercrit.measurement import Measurement
@@ -127,8 +127,8 @@ def advise(
     Args:
         of: a measurement, or a table of one row per layer with the columns ``layer``, ``criticality``, ``low``,
             ``high``, ``n_parameters`` and ``status``, in depth order.
-        action: ``freeze`` (least critical first), ``finetune`` (most critical first), ``prune`` (least critical first)
-            or ``quantise`` (bits at the least sum of scores).
+        action: ``freeze`` or ``prune`` (the least criticality for each parameter first), ``finetune`` (the most
+            critical first) or ``quantise`` (bits at the least sum of scores).
         budget: share of the parameters of these layers, in (0, 1]: to be frozen or removed at least, or fine-tuned at
             most; for ``quantise`` the mean bits of a parameter. None: the action's default.
         knobs: layer -> name of its knob, such as those of `coupled_layers`, where layers can only be changed together.
@@ -225,7 +225,7 @@ def _with_choice(
         """The bits of each knob, or whether it is chosen, if their criticality were this."""
         if action.name == "quantise":
             return pd.Series(bits_within(knobs, bits, budget, n_unmeasured), knobs.index)
-        knobs = knobs.sort_values("criticality", ascending=not action.highest_first, kind="stable")
+        knobs = in_order(knobs, highest_first=action.highest_first)
         counts = ratio if action.name == "prune" else 1.0
         return pd.Series(chosen_within(knobs, action, budget, total, counts), knobs.index)
 
@@ -272,9 +272,10 @@ def _reason(row: Mapping[Any, Any], action: Action, order: pd.DataFrame, record:
         return f"not measured ({row['status']}): left as it is"
     if row["layer"] in record["fixed"]:
         return "its channels are the classes: left as it is"
-    if row["rank"] is pd.NA:
+    if pd.isna(row["rank"]):
         return "changes only together with a layer that is left as it is"
-    words = [f"no. {row['rank']} of {len(order)} from the {'most' if action.highest_first else 'least'} critical"]
+    by = "most critical" if action.highest_first else "least critical for its size"
+    words = [f"no. {row['rank']} of {len(order)} from the {by}"]
     if (decides := order.loc[row["knob"], "layer"]) != row["layer"]:
         words.append(f"together with {decides}")
     if row["tie"]:

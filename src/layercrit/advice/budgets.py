@@ -22,7 +22,7 @@ def chosen_within(
 ) -> npt.NDArray[np.bool_]:
     """Return which knobs of a ranking are chosen, ``(n_knobs,)``.
 
-    Where the least critical come first, as many as it takes to reach the budget; where the most critical do, each that
+    Where the least critical for their size come first, as many as it takes to reach the budget; where the most critical do, each that
     still fits into it.
 
     Args:

@@ -6,7 +6,7 @@ from math import hypot
 import numpy as np
 import pandas as pd
 
-__all__ = ["knobs_of", "ranked"]
+__all__ = ["in_order", "knobs_of", "ranked"]
 
 
 def knobs_of(layers: pd.DataFrame, knobs: Mapping[str, str]) -> pd.DataFrame:
@@ -36,6 +36,9 @@ def knobs_of(layers: pd.DataFrame, knobs: Mapping[str, str]) -> pd.DataFrame:
 def ranked(knobs: pd.DataFrame, *, highest_first: bool) -> pd.DataFrame:
     """Return the measured knobs in the order in which they are chosen, with the places that each may have.
 
+    The least critical are those with the least criticality for each of their parameters, since it takes a share of the
+    parameters to meet a budget: one large layer costs less than many small ones that are each a little less critical.
+
     Two knobs separate where the interval of their difference excludes 0: its limits are made from those of the two
     (Zou & Donner 2008, equation 2, for independent estimates: draws are independent between layers, and what the same
     images do to both makes it wider than it need be). ``rank_low`` and ``rank_high`` are the places left by the knobs
@@ -44,10 +47,12 @@ def ranked(knobs: pd.DataFrame, *, highest_first: bool) -> pd.DataFrame:
 
     Args:
         knobs: as `knobs_of` returns them.
-        highest_first: whether the most critical come first.
+        highest_first: whether the most critical come first, of whatever size.
     """
-    found = knobs[knobs["measured"]].sort_values("criticality", ascending=not highest_first, kind="stable")
+    found = in_order(knobs[knobs["measured"]], highest_first=highest_first)
     values = found[["criticality", "low", "high"]].to_numpy(np.float64)
+    if not highest_first:
+        values = values / found[["n_parameters"]].to_numpy(np.float64).clip(1)
     before = [sum(_separate(values[other], one) for other in range(place)) for place, one in _places(values)]
     after = [
         sum(_separate(one, values[other]) for other in range(place + 1, len(values))) for place, one in _places(values)
@@ -57,6 +62,12 @@ def ranked(knobs: pd.DataFrame, *, highest_first: bool) -> pd.DataFrame:
         rank_low=[1 + n for n in before],
         rank_high=[len(found) - n for n in after],
     )
+
+
+def in_order(knobs: pd.DataFrame, *, highest_first: bool) -> pd.DataFrame:
+    """Return knobs in the order in which they are chosen."""
+    values = -knobs["criticality"] if highest_first else knobs["criticality"] / knobs["n_parameters"].clip(lower=1)
+    return knobs.loc[values.sort_values(kind="stable").index]
 
 
 def _places(values: np.ndarray) -> list[tuple[int, np.ndarray]]:
