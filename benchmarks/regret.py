@@ -7,10 +7,10 @@ by an oracle that does the action to each layer alone and looks at the accuracy;
 layers as make up the budget, and the accuracy that is left is measured on other images. Regret is the accuracy under
 the oracle's order minus that under another order; intervals are for new networks (Student's t over networks).
 
-Actions: `quantise` half of the parameters to 4 bits (torch's own rounding, symmetric, by output channel); `prune-weights`
-sets half of the weights of half of the parameters to 0 (torch.nn.utils.prune, smallest first); `prune-channels` removes
-half of the channels of layers that hold half of the parameters (Torch-Pruning, by magnitude); `finetune` trains layers
-that hold at most a quarter of the parameters on corrupted images, the rest frozen.
+Actions: `quantise` half of the parameters to 4 bits (torch's own rounding, symmetric, by output channel);
+`prune-weights` sets half of the weights of half of the parameters to 0 (torch.nn.utils.prune, smallest first);
+`prune-channels` removes half of the channels of layers that hold half of the parameters (Torch-Pruning, by magnitude);
+`finetune` trains layers that hold at most a quarter of the parameters on corrupted images, the rest frozen.
 """
 
 import argparse
@@ -196,9 +196,7 @@ def subject_of(folder: Path, name: str) -> tuple[Subject, "layercrit.Measurement
     return Subject(model, clean, shifted, table, knobs, fixed), exact
 
 
-def accuracies_of(
-    folder: Path, name: str, left: Mapping[str, set[str]], report: Callable[[str], None]
-) -> pd.DataFrame:
+def accuracies_of(folder: Path, name: str, left: Mapping[str, set[str]], report: Callable[[str], None]) -> pd.DataFrame:
     """Return the accuracies of a network after actions, under orders that are not there yet."""
     subject, exact = subject_of(folder, name)
     rows = []
@@ -249,12 +247,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     copy_family(given.folder)
-    names = given.models.split(",") if given.models else sorted(path.name for path in (given.folder / "models").iterdir())
+    family = sorted(path.name for path in (given.folder / "models").iterdir())
+    names = given.models.split(",") if given.models else family
     kept = given.folder / "regret.csv"
     tables = [pd.read_csv(kept)] if kept.exists() else []
     for name in names:
-        there = {action: {row.order for table in tables for row in table.itertuples()
-                          if (row.model, row.action) == (name, action)} for action in given.actions.split(",")}  # fmt: skip
+        rows = [row for table in tables for row in table.itertuples() if row.model == name]
+        there = {action: {row.order for row in rows if row.action == action} for action in given.actions.split(",")}
         tables.append(accuracies_of(given.folder, name, there, print))
         pd.concat(tables).to_csv(kept, index=False)
     found = summary(pd.concat(tables))

@@ -182,9 +182,7 @@ def test_to__nncf_ignores_all_other_layers():
 class Blocks(nn.Module):
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({"attn": nn.Linear(4, 4), "mlp": nn.Linear(4, 4)}) for _ in range(3)
-        )
+        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": nn.Linear(4, 4), "mlp": nn.Linear(4, 4)}) for _ in range(3))
         self.head = nn.Linear(4, 2)
 
     def forward(self, x):

@@ -73,7 +73,7 @@ def test_coupled_layers__advice_is_what_torch_pruning_can_do():
 def test_coupled_layers__without_torch_pruning(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
 
-    with pytest.raises(AdviceError, match="layercrit\\[action\\].*--of weights"):
+    with pytest.raises(AdviceError, match=r"layercrit\[action\].*--of weights"):
         coupled_layers(opened(SmallNetwork(), 12))
 
 
@@ -90,5 +90,5 @@ def test_coupled_layers__a_network_that_torch_pruning_cannot_follow():
                 raise RuntimeError("no gradients here")
             return self.fc(self.conv(x).mean((2, 3)))
 
-    with pytest.raises(AdviceError, match="cannot follow.*no gradients here"):
+    with pytest.raises(AdviceError, match=r"cannot follow.*no gradients here"):
         coupled_layers(opened(Detached(), 8))

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,9 +43,9 @@ class Advice:
 
         ``rank`` is the place of the layer's knob, ``rank_low`` and ``rank_high`` the places that its interval leaves
         it; ``knob`` names the layers that can only be changed together; ``chosen`` says whether the action is done to
-        it; ``tie``, whether it would be on the other side were its criticality at the other end of its interval; ``ratio`` is the share of it that is
-        pruned, ``bits`` are those of its parameters, where the action has them. ``reason`` says why, in words. Layers
-        that were not measured have no rank and are never chosen.
+        it; ``tie``, whether it would be on the other side were its criticality at the other end of its interval;
+        ``ratio`` is the share of it that is pruned, ``bits`` are those of its parameters, where the action has them.
+        ``reason`` says why, in words. Layers that were not measured have no rank and are never chosen.
         """
         return self.layers.copy()
 
@@ -75,7 +74,7 @@ class Advice:
         ]
         if ties := int(self.layers["tie"].sum()):
             lines.append(
-                f"{ties} layers are ties: somewhere in its interval each would be on the other side; more trials may tell"
+                f"{ties} layers are ties: within its interval each would be on the other side too; more trials may tell"
             )
         if left := record["not_measured"]:
             lines.append(f"{len(left)} layers were not measured, so they are left as they are: {', '.join(left[:5])}"

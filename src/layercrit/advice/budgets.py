@@ -22,8 +22,8 @@ def chosen_within(
 ) -> npt.NDArray[np.bool_]:
     """Return which knobs of a ranking are chosen, ``(n_knobs,)``.
 
-    Where the least critical for their size come first, as many as it takes to reach the budget; where the most critical do, each that
-    still fits into it.
+    Where the least critical for their size come first, as many as it takes to reach the budget; where the most critical
+    do, each that still fits into it.
 
     Args:
         ranked: as `ranking.ranked` returns them.
@@ -60,9 +60,7 @@ def chosen_within(
     return chosen
 
 
-def bits_within(
-    knobs: pd.DataFrame, bits: Sequence[int], budget: float, n_unmeasured: int
-) -> npt.NDArray[np.int64]:
+def bits_within(knobs: pd.DataFrame, bits: Sequence[int], budget: float, n_unmeasured: int) -> npt.NDArray[np.int64]:
     """Return the bits of each knob: the least sum of scores with so many bits for a parameter in the mean.
 
     The score of a knob at b bits is its criticality times the variance of rounding, which falls fourfold with each bit.

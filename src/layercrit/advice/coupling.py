@@ -49,7 +49,7 @@ def coupled_layers(model: Model) -> tuple[dict[str, str], list[str]]:
     for group in groups:
         members = {dependency.target.name.split(" ")[0] for dependency, _ in group if dependency.handler in outputs}
         of_group = [name for name in used if name in members]
-        coupled |= {name: of_group[0] for name in of_group}
+        coupled |= dict.fromkeys(of_group, next(iter(of_group), ""))
     return coupled, [name for name in used if coupled.get(name, name) in {coupled.get(one, one) for one in last}]
 
 

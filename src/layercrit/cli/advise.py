@@ -44,8 +44,8 @@ def _bits(context: click.Context, parameter: click.Parameter, value: str) -> lis
     "--budget",
     callback=_budget,
     metavar="SHARE|BITS",
-    help="Share of the parameters, such as 0.3 or 30%: frozen or removed at least, fine-tuned at most; of quantise, the "
-    "bits of a parameter in the mean, at most. [default: freeze 50%, finetune 25%, prune 25%, quantise 6]",
+    help="Share of the parameters, such as 0.3 or 30%: frozen or removed at least, fine-tuned at most; of quantise, "
+    "the bits of a parameter in the mean, at most. [default: freeze 50%, finetune 25%, prune 25%, quantise 6]",
 )
 @click.option("--model", metavar="NAME", help="Which model, where DIR is a study. [default: its only one]")
 @click.option("--reset", metavar="NAME", help="One of the study's resets. [default: its first]")
@@ -57,9 +57,7 @@ def _bits(context: click.Context, parameter: click.Parameter, value: str) -> lis
     show_default=True,
     help="What prune removes. Channels that are added up can only be removed together: their layers are chosen as one.",
 )
-@click.option(
-    "--ratio", type=float, default=0.5, show_default=True, help="Share of a chosen layer that prune removes."
-)
+@click.option("--ratio", type=float, default=0.5, show_default=True, help="Share of a chosen layer that prune removes.")
 @click.option(
     "--bits", callback=_bits, default="8,4", show_default=True, metavar="N,...", help="Bits that quantise chooses from."
 )
@@ -124,8 +122,8 @@ def _criticality(
 ) -> tuple["Measurement | pd.DataFrame", str, str]:
     """Return a measurement, or a model's layers in a study; the model's name; and its reference."""
     from layercrit.measurement import Measurement
-    from layercrit.study.tables import load_study
     from layercrit.study.shards import is_study
+    from layercrit.study.tables import load_study
 
     folder = Path(source).expanduser()
     if images is not None:
@@ -170,8 +168,8 @@ def _measure(model: str, images: str, trials: int, n_images: int) -> "Measuremen
     folder = folder_for(model, None)
     if (folder / "measurement.json").exists():
         raise LayercritError(
-            f"{folder} already contains a measurement of {model}. Run `layercrit advise {folder}` to use it, or measure "
-            "anew into another folder with `layercrit measure --out`."
+            f"{folder} already contains a measurement of {model}. Run `layercrit advise {folder}` to use it, or "
+            "measure anew into another folder with `layercrit measure --out`."
         )
     measurement = measure(model, images, trials=trials, n_images=n_images)
     measurement.save(folder)
@@ -199,6 +197,7 @@ def _write(text: str, out: Path | None) -> None:
 
 def _show(advice: "Advice") -> None:
     """Print the ranking."""
+    import pandas as pd
     from rich.table import Table
 
     for line in advice.in_words():
@@ -216,7 +215,7 @@ def _show(advice: "Advice") -> None:
     for row in table.to_dict("records"):
         interval = "-" if row["low"] != row["low"] else f"{row['low']:.3f} - {row['high']:.3f}"
         places = {row["rank_low"], row["rank_high"]}
-        place = "-" if row["rank"] != row["rank"] or str(row["rank"]) == "<NA>" else " to ".join(map(str, sorted(places)))
+        place = "-" if pd.isna(row["rank"]) else " to ".join(map(str, sorted(places)))
         about = {"ratio": f"{row.get('ratio', 0):g}", "bits": str(row.get("bits"))}
         shown.add_row(
             advice.action.done.split()[0] if row["chosen"] else "",

@@ -372,6 +372,7 @@ def _earlier(folder: Path, settings: dict[str, Any]) -> "Measurement | None":
 
 
 def folder_for(model: str, out: Path | None) -> Path:
+    """Return the folder that a measurement is saved in, made where it is missing."""
     folder = out or Path("layercrit-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
     try:
         folder.mkdir(parents=True, exist_ok=True)
