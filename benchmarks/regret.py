@@ -15,6 +15,7 @@ Actions: `quantise` half of the parameters to 4 bits (torch's own rounding, symm
 
 import argparse
 import copy
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -37,7 +38,11 @@ from layercrit.advice.ranking import knobs_of
 from layercrit.demo import copy_family
 from layercrit.models.model import Model
 from layercrit.probes.probe_set import ProbeSet
+from layercrit.proxies import PROXIES, measure_proxies
 
+ROOT = Path(__file__).parents[1]
+REAL = ROOT.parent / "shared" / "real"
+CIFAR = {"resnet20": (3, "resnet20-12fca82f.th"), "resnet56": (9, "resnet56-4bfd9763.th")}
 N_RANDOM, TRIALS = 20, 5
 N_SELECT, N_TUNE = 500, 750  # images to put layers in order by, and to fine-tune on; the others measure accuracy
 SHIFT = "corrupt:gaussian_noise@5:"
@@ -152,12 +157,13 @@ class Subject:
         return [layer for layer in table["layer"] if (self.knobs.get(layer, layer) if by_channel else layer) in taken]
 
 
-def orders_of(subject: Subject, exact: "layercrit.Measurement", action: str) -> dict[str, dict[str, float]]:
+def orders_of(
+    exact: "layercrit.Measurement", proxies: Mapping[str, pd.Series], action: str
+) -> dict[str, dict[str, float]]:
     """Return what layers are put in order by -> layer -> value; those with the lowest are chosen first."""
     table = exact.to_pandas().set_index("layer")
     sign = -1 if action == "finetune" else 1
     sizes = table["n_parameters"]
-    norms = [float(subject.model.network.get_submodule(layer).weight.detach().norm()) for layer in table.index]
     values = {
         "criticality": sign * table["criticality"],
         "criticality per parameter": sign * table["criticality"] / sizes,
@@ -165,8 +171,10 @@ def orders_of(subject: Subject, exact: "layercrit.Measurement", action: str) -> 
         "smallest first": sizes,
         "last first": -table["depth"],
         "first first": table["depth"],
-        "weight norm": sign * pd.Series(norms, table.index),
     }
+    for proxy, own in proxies.items():
+        if own.notna().all():
+            values[f"{proxy}, per parameter" if sign > 0 else proxy] = sign * own / (sizes if sign > 0 else 1)
     return {name: dict(zip(table.index, value.to_numpy(np.float64).tolist(), strict=True))
             for name, value in values.items()}  # fmt: skip
 
@@ -185,25 +193,42 @@ def oracle(subject: Subject, action: str) -> dict[str, float]:
     return found
 
 
-def subject_of(folder: Path, name: str) -> tuple[Subject, "layercrit.Measurement"]:
-    source = str(folder / "fashion-mnist-test.npz")
-    model = layercrit.open_model(f"file:{folder}/models/{name}")
+def subject_of(folder: Path, name: str) -> tuple[Subject, "layercrit.Measurement", dict[str, pd.Series]]:
+    """Return a network, its criticality, and its proxies by label."""
+    if name in CIFAR:
+        source, model = str(REAL / "cifar10-2000.npz"), cifar_model(name)
+    else:
+        source, model = str(folder / "fashion-mnist-test.npz"), layercrit.open_model(f"file:{folder}/models/{name}")
     clean, shifted = images_of(source, model), images_of(SHIFT + source, model)
     probe_set = ProbeSet.from_source(source, model.preprocessing, n_images=2000, seed=0).first(N_SELECT)
     exact = layercrit.measure(model, probe_set, trials=TRIALS, progress=False)
+    found = measure_proxies(model, probe_set, n_images=N_SELECT, trials=TRIALS, progress=False).layers.set_index("layer")
+    proxies = {proxy.label: found[proxy.name] for proxy in PROXIES.values() if proxy.name not in ("log_parameters", "depth")}
     knobs, fixed = coupled_layers(model)
     table = exact.to_pandas()[["layer", "n_parameters", "depth", "status"]]
-    return Subject(model, clean, shifted, table, knobs, fixed), exact
+    return Subject(model, clean, shifted, table, knobs, fixed), exact, proxies
+
+
+def cifar_model(name: str) -> Model:
+    """Return a published network; see README.md of the folder of real inputs."""
+    spec = importlib.util.spec_from_file_location("cifar_networks", ROOT / "tests" / "cifar_networks.py")
+    networks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(networks)
+    n_blocks, file = CIFAR[name]
+    weights = torch.load(REAL / file, weights_only=True, map_location="cpu")["state_dict"]
+    network = networks.ResNet20(n_blocks)
+    network.load_state_dict({key.removeprefix("module."): value for key, value in weights.items()})
+    return layercrit.open_model(network.eval(), mean=networks.MEAN, std=networks.STD, input_size=(3, 32, 32))
 
 
 def accuracies_of(folder: Path, name: str, left: Mapping[str, set[str]], report: Callable[[str], None]) -> pd.DataFrame:
     """Return the accuracies of a network after actions, under orders that are not there yet."""
-    subject, exact = subject_of(folder, name)
+    subject, exact, proxies = subject_of(folder, name)
     rows = []
     for action, there in left.items():
         started = time.perf_counter()
         found = {"oracle": oracle(subject, action)} if "oracle" not in there else {}
-        found |= orders_of(subject, exact, action)
+        found |= orders_of(exact, proxies, action)
         for number in range(N_RANDOM):
             drawn = np.random.default_rng(number).permutation(len(subject.layers))
             found[f"random {number}"] = dict(zip(subject.layers["layer"], drawn.tolist(), strict=True))
@@ -259,7 +284,43 @@ def main() -> None:
     found = summary(pd.concat(tables))
     print(found.round(4).to_string(index=False))
     if given.json:
-        given.json.write_text(json.dumps(found.to_dict("records"), indent=1) + "\n", encoding="utf-8")
+        rows = json.loads(found.to_json(orient="records", double_precision=6))
+        text = json.dumps({"torch": torch.__version__, "rows": rows}, indent=1)
+        given.json.write_text(text + "\n", encoding="utf-8")
+
+
+TITLES = {
+    "quantise": "Quantise layers that hold at least half of the parameters to 4 bits",
+    "prune-weights": "Set half of the weights to 0 in layers that hold at least half of the parameters",
+    "prune-channels": "Remove half of the channels of layers that hold at least half of the parameters that can be",
+    "finetune": "Fine-tune layers that hold at most a quarter of the parameters on noisy images",
+}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Return the tables of docs/advise.md: accuracies and their differences in points."""
+    lines = []
+    for action, title in TITLES.items():
+        rows = [row for row in results["rows"] if row["action"] == action]
+        if not rows:
+            continue
+        lines += [f"**{title}** ({rows[0]['n_models']} networks)", "",
+                  "| layers in the order of | accuracy left | regret | more than by chance |", "|---|---|---|---|"]  # fmt: skip
+        for row in sorted(rows, key=lambda row: -row["accuracy"]):
+            parts = [points(row[name], row[low], row[high]) for name, low, high in
+                     (("regret", "low", "high"), ("over_random", "over_random_low", "over_random_high"))]  # fmt: skip
+            parts[0] = parts[0] if row["order"] != "oracle" else "0"
+            parts[1] = parts[1] if row["order"] != "random" else "0"
+            lines.append(f"| {NAMES.get(row['order'], row['order'])} | {100 * row['accuracy']:.1f} | {' | '.join(parts)} |")
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+NAMES = {"random": "chance, mean of 20", "oracle": "the oracle", "nothing done": "(nothing done)"}
+
+
+def points(value: float, low: float, high: float) -> str:
+    return f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 if __name__ == "__main__":
