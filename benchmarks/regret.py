@@ -202,7 +202,7 @@ def subject_of(folder: Path, name: str) -> tuple[Subject, "layercrit.Measurement
     clean, shifted = images_of(source, model), images_of(SHIFT + source, model)
     probe_set = ProbeSet.from_source(source, model.preprocessing, n_images=2000, seed=0).first(N_SELECT)
     exact = layercrit.measure(model, probe_set, trials=TRIALS, progress=False)
-    found = measure_proxies(model, probe_set, n_images=N_SELECT, trials=TRIALS, progress=False).layers.set_index("layer")
+    found = measure_proxies(model, probe_set.first(64), trials=TRIALS, progress=False).layers.set_index("layer")
     proxies = {proxy.label: found[proxy.name] for proxy in PROXIES.values() if proxy.name not in ("log_parameters", "depth")}
     knobs, fixed = coupled_layers(model)
     table = exact.to_pandas()[["layer", "n_parameters", "depth", "status"]]
