@@ -1,10 +1,10 @@
-"""Write the tables of docs/benchmarks.md from what the benchmarks measured.
+"""Write the tables of docs/benchmarks.md and docs/advise.md from what the benchmarks measured.
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/replay.py --json benchmarks/results/replay.json
     python benchmarks/tables.py
 
-In the page, the tables of a benchmark stand between two comments that name it.
+In a page, the tables of a benchmark stand between two comments that name it.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "benchmarks.md"
+PAGES = [HERE.parent / "docs" / name for name in ("benchmarks.md", "advise.md")]
 
 
 def benchmark(name: str) -> ModuleType:
@@ -27,9 +27,11 @@ def benchmark(name: str) -> ModuleType:
 
 
 def written(page: str) -> str:
-    """Return the page with the tables of all results."""
+    """Return a page with the tables of all results that it has a place for."""
     for results in sorted((HERE / "results").glob("*.json")):
         name = results.stem
+        if f"<!-- {name}.py -->" not in page:
+            continue
         tables = benchmark(name).markdown(json.loads(results.read_text()))
         page, n = re.subn(
             rf"(<!-- {name}\.py -->\n).*?(\n<!-- end of {name}\.py -->)",
@@ -38,9 +40,10 @@ def written(page: str) -> str:
             flags=re.DOTALL,
         )
         if n != 1:
-            raise SystemExit(f"docs/benchmarks.md has {n} places for {name}.py: one is expected")
+            raise SystemExit(f"{n} places for {name}.py in a page: one is expected")
     return page
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text()))
+    for path in PAGES:
+        path.write_text(written(path.read_text()))

@@ -32,14 +32,15 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, n_blocks: int = 3) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         widths = (16, 16, 32, 64)
         for number, (before, width) in enumerate(pairwise(widths), 1):
-            first = Block(before, width, 1 if number == 1 else 2)
-            setattr(self, f"layer{number}", nn.Sequential(first, Block(width, width, 1), Block(width, width, 1)))
+            blocks = [Block(before, width, 1 if number == 1 else 2)]
+            blocks += [Block(width, width, 1) for _ in range(n_blocks - 1)]
+            setattr(self, f"layer{number}", nn.Sequential(*blocks))
         self.linear = nn.Linear(64, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -488,8 +488,11 @@ def test_benchmarks__tables_are_those_of_the_results():
     spec = importlib.util.spec_from_file_location("tables", path)
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    page = tables.PAGE.read_text(encoding="utf-8")
-    assert tables.written(page) == page, "run python benchmarks/tables.py"
+    pages = [page.read_text(encoding="utf-8") for page in tables.PAGES]
+    for page in pages:
+        assert tables.written(page) == page, "run python benchmarks/tables.py"
+    for results in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert sum(f"<!-- {results.stem}.py -->" in page for page in pages) == 1, results.name
 
 
 def test_package__is_the_one_that_is_described():

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "AdviceError",
     "CheckpointError",
     "LayerError",
     "LayercritError",
@@ -38,6 +39,10 @@ class CheckpointError(LayercritError, ValueError):
 
 class LayerError(LayercritError, ValueError):
     """A layer is unknown, or none is selected."""
+
+
+class AdviceError(LayercritError, ValueError):
+    """There is no advice of this kind, its budget cannot be met, or it cannot be written in a format."""
 
 
 class ProbeError(LayercritError, ValueError):

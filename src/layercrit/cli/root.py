@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from layercrit.cli.advise import advise_command
 from layercrit.cli.demo import demo_command
 from layercrit.cli.measure import layers_command, measure_command, show_command
 from layercrit.cli.module_criticality import module_criticality_command
@@ -89,6 +90,7 @@ for command in (
     report_command,
     import_command,
     export_command,
+    advise_command,
     zoo,
 ):
     cli.add_command(command)

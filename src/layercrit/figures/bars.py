@@ -1,6 +1,6 @@
 """Figures of one model: its layers' criticality as bars, in depth order."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +34,30 @@ _REQUIRED = ("layer", "type", "criticality", "low", "high", "status")
 # Inches. Everything but the bars has a fixed size, so that the figure grows with the number of layers only.
 _LEFT, _MARGIN, _AXES_HEIGHT = 0.6, 0.1, 2.5
 _TITLE_HEIGHT, _LEGEND_HEIGHT, _LEGEND_PATCH = 0.32, 0.24, 0.42
+_MARKS_HEIGHT = 0.1
 _NARROWEST_AXES, _USUAL_AXES = 3.4, 9.0
 _SLOT_RANGE = (0.125, 0.4)  # room of one bar
 _LABEL_GAP = 0.15  # between the centres of the labels at the right
 _TITLE_SIZE, _NOTE_SIZE, _LARGEST_NAME_SIZE = 9.5, 7.5, 8.0  # points
 
 
+# How layers are marked, in the order in which marks are given.
+_MARKS: tuple[dict[str, Any], ...] = (
+    {"color": "black"},
+    {"color": "#9A9A9A"},
+    {"markerfacecolor": "white", "markeredgecolor": "black", "markeredgewidth": 0.7},
+)
+_MARK: dict[str, Any] = {"linestyle": "none", "marker": "v", "markersize": 3.6}
+_MARK_HEIGHT = 1.035  # of their centres, on the axis of criticality
+
+
 def criticality_bars(
-    table: "pd.DataFrame", *, title: str, mean: float | None = None, chance: float | None = None
+    table: "pd.DataFrame",
+    *,
+    title: str,
+    mean: float | None = None,
+    chance: float | None = None,
+    marks: Mapping[str, Collection[str]] | None = None,
 ) -> "Figure":
     """Plot the criticality of one model's layers as bars, in the order of the table.
 
@@ -57,6 +73,7 @@ def criticality_bars(
         mean: mean criticality of the model: a dashed line. None or NaN: none.
         chance: chance level, the mean cosine between predictions for different images: a dotted line at 1 - chance,
             where the prediction after the reset is as far off as one for another image. None or NaN: none.
+        marks: label -> layers that get a triangle above their bars; three labels at most.
 
     Raises:
         ProtocolError: the table has no rows, lacks a column, or contains a layer twice.
@@ -71,6 +88,7 @@ def criticality_bars(
     doubtful = (~table["status"].isin(WHOLE) | table["criticality"].isna()).to_numpy()
     colors = _colors([str(kind) for kind in table["type"]])
     legend = _legend(colors, bool(doubtful.any()))
+    marked = {label: look for look, (label, layers) in zip(_MARKS, (marks or {}).items(), strict=False) if layers}
     levels = _levels(mean, chance)
     with figure_style():
         slot = min(max(_USUAL_AXES / len(table), _SLOT_RANGE[0]), _SLOT_RANGE[1])
@@ -79,11 +97,12 @@ def criticality_bars(
             slot * len(table),
             _NARROWEST_AXES,
             text_width(printable(title), _TITLE_SIZE, "bold"),
-            sum(text_width(label, _NOTE_SIZE) + _LEGEND_PATCH for label in legend),
+            sum(text_width(label, _NOTE_SIZE) + _LEGEND_PATCH for label in [*legend, *marked]),
         )
         right = max((text_width(label, _NOTE_SIZE) + 0.06 for _, label, _ in levels), default=0) + _MARGIN
         below = max(text_width(name, name_size) for name in names) + 0.06 + _MARGIN
-        above = _LEGEND_HEIGHT * bool(legend) + _TITLE_HEIGHT
+        marks_height = _MARKS_HEIGHT * bool(marked)
+        above = marks_height + _LEGEND_HEIGHT * bool(legend or marked) + _TITLE_HEIGHT
         width, height = _LEFT + axes_width + right, below + _AXES_HEIGHT + above
         figure = Figure(figsize=(width, height), dpi=100)
         axes = figure.add_axes((_LEFT / width, below / height, axes_width / width, _AXES_HEIGHT / height))
@@ -93,7 +112,10 @@ def criticality_bars(
                       horizontalalignment="right", verticalalignment="top")  # fmt: skip
         _draw_bars(axes, table, doubtful, [colors[str(kind)] for kind in table["type"]])
         _draw_levels(axes, levels)
-        _draw_legend(axes, legend)
+        for label, look in marked.items():
+            places = table["layer"].isin(set((marks or {})[label])).to_numpy().nonzero()[0]
+            axes.plot(places, [_MARK_HEIGHT] * len(places), clip_on=False, gid=label, **_MARK, **look)
+        _draw_legend(axes, legend, marked, marks_height)
         axes.text(
             0,
             1 + (above - _TITLE_HEIGHT + 0.1) / _AXES_HEIGHT,
@@ -199,17 +221,20 @@ def _apart(levels: Sequence[float]) -> list[float]:
     return [middle + half, middle - half]
 
 
-def _draw_legend(axes: "Axes", entries: dict[str, dict[str, Any]]) -> None:
+def _draw_legend(
+    axes: "Axes", bars: dict[str, dict[str, Any]], marks: dict[str, dict[str, Any]], marks_height: float
+) -> None:
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    if not entries:
+    if not bars and not marks:
         return
     axes.legend(
-        [Patch(**look) for look in entries.values()],
-        list(entries),
-        ncols=len(entries),
+        [Patch(**look) for look in bars.values()] + [Line2D([], [], **_MARK, **look) for look in marks.values()],
+        [*bars, *marks],
+        ncols=len(bars) + len(marks),
         loc="lower left",
-        bbox_to_anchor=(0, 1),
+        bbox_to_anchor=(0, 1 + marks_height / _AXES_HEIGHT),
         borderaxespad=0,
         borderpad=0.3,
         columnspacing=1.4,

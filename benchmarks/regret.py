@@ -1,0 +1,327 @@
+"""What is lost by following criticality, or something cheaper: docs/advise.md's table of regrets.
+
+python benchmarks/regret.py DIR [--models NAME,...] [--actions NAME,...] [--json FILE]
+
+For each network of the bundled family: its layers are put in order by criticality, by proxies, by chance (20 times) and
+by an oracle that does the action to each layer alone and looks at the accuracy; then the action is done to as many
+layers as make up the budget, and the accuracy that is left is measured on other images. Regret is the accuracy under
+the oracle's order minus that under another order; intervals are for new networks (Student's t over networks).
+
+Actions: `quantise` half of the parameters to 4 bits (torch's own rounding, symmetric, by output channel);
+`prune-weights` sets half of the weights of half of the parameters to 0 (torch.nn.utils.prune, smallest first);
+`prune-channels` removes half of the channels of layers that hold half of the parameters (Torch-Pruning, by magnitude);
+`finetune` trains layers that hold at most a quarter of the parameters on corrupted images, the rest frozen.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import layercrit
+from layercrit.advice.actions import ACTIONS
+from layercrit.advice.budgets import chosen_within
+from layercrit.advice.coupling import coupled_layers
+from layercrit.advice.ranking import knobs_of
+from layercrit.demo import copy_family
+from layercrit.models.model import Model
+from layercrit.probes.probe_set import ProbeSet
+from layercrit.proxies import PROXIES, measure_proxies
+
+ROOT = Path(__file__).parents[1]
+REAL = ROOT.parent / "shared" / "real"
+CIFAR = {"resnet20": (3, "resnet20-12fca82f.th"), "resnet56": (9, "resnet56-4bfd9763.th")}
+N_RANDOM, TRIALS = 20, 5
+N_SELECT, N_TUNE = 500, 750  # images to put layers in order by, and to fine-tune on; the others measure accuracy
+SHIFT = "corrupt:gaussian_noise@5:"
+STEPS, BATCH, RATE = 40, 64, 1e-3
+BUDGETS = {"quantise": 0.5, "prune-weights": 0.5, "prune-channels": 0.5, "finetune": 0.25}
+
+
+@dataclass
+class Images:
+    """Pixels as a network takes them, `(n_images, channels, height, width)`, and labels `(n_images,)`."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def part(self, start: int, stop: int | None = None) -> "Images":
+        return Images(self.pixels[start:stop], self.labels[start:stop])
+
+
+def images_of(source: str, model: Model) -> Images:
+    """Return the first 2,000 images of a source in its order, which are the same for all sources made of it."""
+    probe_set = ProbeSet.from_source(source, model.preprocessing, n_images=2000, seed=0)
+    pixels = model.classifier.normalise(torch.from_numpy(np.array(probe_set.images)))
+    return Images(pixels, torch.from_numpy(np.array(probe_set.labels)))
+
+
+@torch.inference_mode()
+def logits_of(network: nn.Module, images: Images) -> Tensor:
+    return torch.cat([network(pixels) for pixels in images.pixels.split(250)])
+
+
+def quantise(network: nn.Module, layers: list[str]) -> None:
+    for layer in layers:
+        weight = network.get_submodule(layer).weight
+        scale = weight.detach().abs().flatten(1).amax(1).clamp_min(1e-12) / 7
+        zero = torch.zeros(len(scale), dtype=torch.int32)
+        weight.data = torch.fake_quantize_per_channel_affine(weight.detach(), scale, zero, 0, -8, 7)
+
+
+def prune_weights(network: nn.Module, layers: list[str]) -> None:
+    for layer in layers:
+        module = network.get_submodule(layer)
+        prune.l1_unstructured(module, "weight", 0.5)
+        prune.remove(module, "weight")
+
+
+def prune_channels(network: nn.Module, layers: list[str], example: Tensor) -> None:
+    import torch_pruning
+
+    if layers:
+        ratios = {network.get_submodule(layer): 0.5 for layer in layers}
+        importance = torch_pruning.importance.MagnitudeImportance()
+        torch_pruning.pruner.BasePruner(
+            network, example, importance=importance, pruning_ratio=0.0, pruning_ratio_dict=ratios
+        ).step()
+
+
+def finetune(network: nn.Module, layers: list[str], images: Images) -> None:
+    """Train some layers; normalisation layers keep their statistics, so that only these layers adapt."""
+    network.requires_grad_(False)
+    parameters = [p.requires_grad_() for layer in layers for p in network.get_submodule(layer).parameters()]
+    optimizer = torch.optim.Adam(parameters, RATE)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(STEPS):
+        batch = torch.randint(len(images.labels), (BATCH,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images.pixels[batch]), images.labels[batch]).backward()
+        optimizer.step()
+
+
+@dataclass
+class Subject:
+    """A network, its images and its layers."""
+
+    model: Model
+    clean: Images
+    shifted: Images
+    layers: pd.DataFrame
+    knobs: dict[str, str]
+    fixed: list[str]
+
+    def after(self, action: str, layers: list[str]) -> nn.Module:
+        """Return a copy of the network to which the action was done."""
+        network = copy.deepcopy(self.model.network).eval()
+        if action == "finetune":
+            finetune(network, layers, self.shifted.part(N_SELECT, N_SELECT + N_TUNE))
+        elif action == "prune-channels":
+            prune_channels(network, layers, self.clean.pixels[:1])
+        else:
+            {"quantise": quantise, "prune-weights": prune_weights}[action](network, layers)
+        return network
+
+    def loss(self, action: str, network: nn.Module) -> float:
+        """Return the loss on the images that orders are found with."""
+        images = (self.shifted if action == "finetune" else self.clean).part(0, N_SELECT)
+        return float(nn.functional.cross_entropy(logits_of(network, images), images.labels))
+
+    def accuracy(self, action: str, network: nn.Module) -> float:
+        """Return the accuracy on the images held out."""
+        images = (self.shifted if action == "finetune" else self.clean).part(N_SELECT + N_TUNE)
+        return float((logits_of(network, images).argmax(1) == images.labels).float().mean())
+
+    def chosen(self, action: str, scores: Mapping[str, float]) -> list[str]:
+        """Return the layers that are chosen where these scores stand in for criticality."""
+        table = self.layers.assign(criticality=self.layers["layer"].map(scores), measured=True, low=np.nan, high=np.nan)
+        by_channel = action == "prune-channels"
+        table["measured"] = ~table["layer"].isin(self.fixed) | (not by_channel)
+        knobs = knobs_of(table, self.knobs if by_channel else {})
+        way = ACTIONS["finetune" if action == "finetune" else "freeze"]
+        order = knobs[knobs["measured"]].sort_values("criticality", kind="stable")
+        budget = BUDGETS[action] * (order["n_parameters"].sum() / table["n_parameters"].sum() if by_channel else 1)
+        taken = set(order.index[chosen_within(order, way, budget, int(table["n_parameters"].sum()))])
+        return [layer for layer in table["layer"] if (self.knobs.get(layer, layer) if by_channel else layer) in taken]
+
+
+def orders_of(
+    exact: "layercrit.Measurement", proxies: Mapping[str, pd.Series], action: str
+) -> dict[str, dict[str, float]]:
+    """Return what layers are put in order by -> layer -> value; those with the lowest are chosen first."""
+    table = exact.to_pandas().set_index("layer")
+    sign = -1 if action == "finetune" else 1
+    sizes = table["n_parameters"]
+    values = {
+        "criticality": sign * table["criticality"],
+        "criticality per parameter": sign * table["criticality"] / sizes,
+        "largest first": -sizes,
+        "smallest first": sizes,
+        "last first": -table["depth"],
+        "first first": table["depth"],
+    }
+    for proxy, own in proxies.items():
+        if own.notna().all():
+            values[f"{proxy}, per parameter" if sign > 0 else proxy] = sign * own / (sizes if sign > 0 else 1)
+    return {name: dict(zip(table.index, value.to_numpy(np.float64).tolist(), strict=True))
+            for name, value in values.items()}  # fmt: skip
+
+
+def oracle(subject: Subject, action: str) -> dict[str, float]:
+    """Return how much loss the action adds for each parameter, done to each layer (or knob) alone."""
+    knobs = subject.knobs if action == "prune-channels" else {}
+    before = subject.loss(action, subject.model.network)
+    found: dict[str, float] = {}
+    for knob in dict.fromkeys(knobs.get(layer, layer) for layer in subject.layers["layer"]):
+        own = subject.layers[[knobs.get(layer, layer) == knob for layer in subject.layers["layer"]]]
+        members = list(own["layer"])
+        fixed = action == "prune-channels" and bool(set(members) & set(subject.fixed))
+        added = 0.0 if fixed else subject.loss(action, subject.after(action, members)) - before
+        found |= dict.fromkeys(members, added / own["n_parameters"].sum())
+    return found
+
+
+def subject_of(folder: Path, name: str) -> tuple[Subject, "layercrit.Measurement", dict[str, pd.Series]]:
+    """Return a network, its criticality, and its proxies by label."""
+    if name in CIFAR:
+        source, model = str(REAL / "cifar10-2000.npz"), cifar_model(name)
+    else:
+        source, model = str(folder / "fashion-mnist-test.npz"), layercrit.open_model(f"file:{folder}/models/{name}")
+    clean, shifted = images_of(source, model), images_of(SHIFT + source, model)
+    probe_set = ProbeSet.from_source(source, model.preprocessing, n_images=2000, seed=0).first(N_SELECT)
+    exact = layercrit.measure(model, probe_set, trials=TRIALS, progress=False)
+    found = measure_proxies(model, probe_set.first(64), trials=TRIALS, progress=False).layers.set_index("layer")
+    proxies = {proxy.label: found[proxy.name] for proxy in PROXIES.values() if proxy.name not in ("log_parameters", "depth")}
+    knobs, fixed = coupled_layers(model)
+    table = exact.to_pandas()[["layer", "n_parameters", "depth", "status"]]
+    return Subject(model, clean, shifted, table, knobs, fixed), exact, proxies
+
+
+def cifar_model(name: str) -> Model:
+    """Return a published network; see README.md of the folder of real inputs."""
+    spec = importlib.util.spec_from_file_location("cifar_networks", ROOT / "tests" / "cifar_networks.py")
+    networks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(networks)
+    n_blocks, file = CIFAR[name]
+    weights = torch.load(REAL / file, weights_only=True, map_location="cpu")["state_dict"]
+    network = networks.ResNet20(n_blocks)
+    network.load_state_dict({key.removeprefix("module."): value for key, value in weights.items()})
+    return layercrit.open_model(network.eval(), mean=networks.MEAN, std=networks.STD, input_size=(3, 32, 32))
+
+
+def accuracies_of(folder: Path, name: str, left: Mapping[str, set[str]], report: Callable[[str], None]) -> pd.DataFrame:
+    """Return the accuracies of a network after actions, under orders that are not there yet."""
+    subject, exact, proxies = subject_of(folder, name)
+    rows = []
+    for action, there in left.items():
+        started = time.perf_counter()
+        found = {"oracle": oracle(subject, action)} if "oracle" not in there else {}
+        found |= orders_of(exact, proxies, action)
+        for number in range(N_RANDOM):
+            drawn = np.random.default_rng(number).permutation(len(subject.layers))
+            found[f"random {number}"] = dict(zip(subject.layers["layer"], drawn.tolist(), strict=True))
+        for order, scores in found.items():
+            if order not in there:
+                network = subject.after(action, subject.chosen(action, scores))
+                rows.append({"model": name, "action": action, "order": order,
+                             "accuracy": subject.accuracy(action, network)})  # fmt: skip
+        if "nothing done" not in there:
+            untouched = subject.accuracy(action, subject.model.network)
+            rows.append({"model": name, "action": action, "order": "nothing done", "accuracy": untouched})
+        report(f"{name}, {action}: {time.perf_counter() - started:.0f} s")
+    return pd.DataFrame(rows)
+
+
+def summary(found: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per action and order: mean accuracy and regret over networks, with intervals for new ones."""
+    rows: list[dict[str, Any]] = []
+    found = found.assign(order=found["order"].str.replace(r"^random \d+$", "random", regex=True))
+    for action, of_action in found.groupby("action", sort=False):
+        wide = of_action.pivot_table(index="model", columns="order", values="accuracy")  # the mean of random orders
+        for order in of_action["order"].unique():
+            regret = wide["oracle"] - wide[order]
+            over_random = wide[order] - wide["random"]
+            limits = [
+                stats.t.interval(0.95, len(one) - 1, one.mean(), stats.sem(one)) if one.std() > 0 else (one.mean(),) * 2
+                for one in (regret, over_random)
+            ]
+            rows.append({"action": action, "order": order, "n_models": len(wide), "accuracy": wide[order].mean(),
+                         "regret": regret.mean(), "low": limits[0][0], "high": limits[0][1],
+                         "over_random": over_random.mean(), "over_random_low": limits[1][0],
+                         "over_random_high": limits[1][1]})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--models", default="")
+    parser.add_argument("--actions", default=",".join(BUDGETS))
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    copy_family(given.folder)
+    family = sorted(path.name for path in (given.folder / "models").iterdir())
+    names = given.models.split(",") if given.models else family
+    kept = given.folder / "regret.csv"
+    tables = [pd.read_csv(kept)] if kept.exists() else []
+    for name in names:
+        rows = [row for table in tables for row in table.itertuples() if row.model == name]
+        there = {action: {row.order for row in rows if row.action == action} for action in given.actions.split(",")}
+        tables.append(accuracies_of(given.folder, name, there, print))
+        pd.concat(tables).to_csv(kept, index=False)
+    found = summary(pd.concat(tables))
+    print(found.round(4).to_string(index=False))
+    if given.json:
+        rows = json.loads(found.to_json(orient="records", double_precision=6))
+        text = json.dumps({"torch": torch.__version__, "rows": rows}, indent=1)
+        given.json.write_text(text + "\n", encoding="utf-8")
+
+
+TITLES = {
+    "quantise": "Quantise layers that hold at least half of the parameters to 4 bits",
+    "prune-weights": "Set half of the weights to 0 in layers that hold at least half of the parameters",
+    "prune-channels": "Remove half of the channels of layers that hold at least half of the parameters that can be",
+    "finetune": "Fine-tune layers that hold at most a quarter of the parameters on noisy images",
+}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Return the tables of docs/advise.md: accuracies and their differences in points."""
+    lines = []
+    for action, title in TITLES.items():
+        rows = [row for row in results["rows"] if row["action"] == action]
+        if not rows:
+            continue
+        lines += [f"**{title}** ({rows[0]['n_models']} networks)", "",
+                  "| layers in the order of | accuracy left | regret | more than by chance |", "|---|---|---|---|"]  # fmt: skip
+        for row in sorted(rows, key=lambda row: -row["accuracy"]):
+            parts = [points(row[name], row[low], row[high]) for name, low, high in
+                     (("regret", "low", "high"), ("over_random", "over_random_low", "over_random_high"))]  # fmt: skip
+            parts[0] = parts[0] if row["order"] != "oracle" else "0"
+            parts[1] = parts[1] if row["order"] != "random" else "0"
+            lines.append(f"| {NAMES.get(row['order'], row['order'])} | {100 * row['accuracy']:.1f} | {' | '.join(parts)} |")
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+NAMES = {"random": "chance, mean of 20", "oracle": "the oracle", "nothing done": "(nothing done)"}
+
+
+def points(value: float, low: float, high: float) -> str:
+    return f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Advice: which layers to freeze, fine-tune, prune or quantise, from how critical each of them is."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from layercrit.advice.actions import Action, action_named
+from layercrit.advice.budgets import bits_within, chosen_within, share_in_words
+from layercrit.advice.formats import FORMATS
+from layercrit.advice.ranking import in_order, knobs_of, ranked
+from layercrit.cell_columns import WHOLE
+from layercrit.errors import AdviceError, near
+from layercrit.measurement import Measurement
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Advice", "advise"]
+
+_BITS, _RATIO = (8, 4), 0.5
+_REQUIRED = ("layer", "criticality", "low", "high", "n_parameters", "status")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Advice:
+    """Which layers to choose for an action, in order, with the reason for each.
+
+    Attributes:
+        action: what is to be done to them.
+        layers: one row per layer, as `to_pandas` returns it.
+        record: what the advice rests on, as plain data.
+    """
+
+    action: Action
+    layers: pd.DataFrame
+    record: Mapping[str, Any]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one row per layer: those that come first in the ranking first, those not measured last.
+
+        ``rank`` is the place of the layer's knob, ``rank_low`` and ``rank_high`` the places that its interval leaves
+        it; ``knob`` names the layers that can only be changed together; ``chosen`` says whether the action is done to
+        it; ``tie``, whether it would be on the other side were its criticality at the other end of its interval;
+        ``ratio`` is the share of it that is pruned, ``bits`` are those of its parameters, where the action has them.
+        ``reason`` says why, in words. Layers that were not measured have no rank and are never chosen.
+        """
+        return self.layers.copy()
+
+    @property
+    def chosen(self) -> list[str]:
+        """The layers that the action is done to, in depth order."""
+        order = {layer: place for place, layer in enumerate(self.record["layers"])}
+        return sorted(self.layers.loc[self.layers["chosen"], "layer"], key=order.__getitem__)
+
+    @property
+    def kept(self) -> list[str]:
+        """All other layers, in depth order."""
+        chosen = set(self.chosen)
+        return [layer for layer in self.record["layers"] if layer not in chosen]
+
+    def in_words(self) -> list[str]:
+        """Return what was chosen and what it rests on, a sentence each."""
+        record, n = self.record, len(self.chosen)
+        budget = record["budget"]
+        amount = f"{budget:g}" if self.action.name == "quantise" else share_in_words(budget)
+        default = "" if record["budget_given"] else " (the default)"
+        share = self.layers.loc[self.layers["chosen"], "n_parameters"].sum() / max(1, record["n_parameters"])
+        lines = [
+            f"{n} of {len(self.layers)} layers to be {self.action.done}, {share_in_words(share)} of the parameters of "
+            f"these layers; budget{default}: {self.action.budget_in_words.format(amount)}"
+        ]
+        if ties := int(self.layers["tie"].sum()):
+            lines.append(
+                f"{ties} layers are ties: within its interval each would be on the other side too; more trials may tell"
+            )
+        if left := record["not_measured"]:
+            lines.append(f"{len(left)} layers were not measured, so they are left as they are: {', '.join(left[:5])}"
+                         f"{' ...' if len(left) > 5 else ''}")  # fmt: skip
+        return lines
+
+    def to(self, name: str) -> str:
+        """Return the advice as text for another program.
+
+        Args:
+            name: one of `layercrit.advice.FORMATS`.
+
+        Raises:
+            AdviceError: there is no such format, or it has no place for this advice.
+        """
+        if name not in FORMATS:
+            raise AdviceError(f"There is no format {name!r} for advice. {near(name, FORMATS)}")
+        return FORMATS[name](self)
+
+    def plot(self) -> "Figure":
+        """Return the profile of criticality in depth order, with the chosen layers marked."""
+        from layercrit.figures.bars import criticality_bars
+
+        order = {layer: place for place, layer in enumerate(self.record["layers"])}
+        table = self.layers.sort_values("layer", key=lambda names: names.map(order))
+        names, chosen, tie = table["layer"], table["chosen"], table["tie"]
+        done = self.action.done
+        marks = {
+            f"to be {done}": list(names[chosen & ~tie]),
+            f"to be {done}, a tie": list(names[chosen & tie]),
+            f"not to be {done}, a tie": list(names[~chosen & tie]),
+        }
+        return criticality_bars(table, title=f"{self.record['model']}: {self.action.name}", marks=marks)
+
+
+def advise(
+    of: Measurement | pd.DataFrame,
+    action: str,
+    budget: float | None = None,
+    *,
+    knobs: Mapping[str, str] | None = None,
+    fixed: Collection[str] = (),
+    bits: Sequence[int] = _BITS,
+    ratio: float = _RATIO,
+    model: str | None = None,
+) -> Advice:
+    """Return which layers to choose for an action.
+
+    Args:
+        of: a measurement, or a table of one row per layer with the columns ``layer``, ``criticality``, ``low``,
+            ``high``, ``n_parameters`` and ``status``, in depth order.
+        action: ``freeze`` or ``prune`` (the least criticality for each parameter first), ``finetune`` (the most
+            critical first) or ``quantise`` (bits at the least sum of scores).
+        budget: share of the parameters of these layers, in (0, 1]: to be frozen or removed at least, or fine-tuned at
+            most; for ``quantise`` the mean bits of a parameter. None: the action's default.
+        knobs: layer -> name of its knob, such as those of `coupled_layers`, where layers can only be changed together.
+            A knob is chosen only if all its layers were measured.
+        fixed: layers that are never chosen, such as those whose channels are the classes.
+        bits: the choices for ``quantise``.
+        ratio: the share of a chosen layer that ``prune`` removes, in (0, 1).
+        model: name of the model, for titles; None: that of the measurement.
+
+    Raises:
+        AdviceError: the action is unknown, the budget or an option makes no sense or cannot be met, or nothing was
+            measured.
+    """
+    found = action_named(action)
+    layers, parameters = _layers_of(of)
+    asked = _checked_budget(found, budget, bits, ratio)
+    layers["measured"] = layers["status"].isin(WHOLE) & layers["criticality"].notna()
+    not_measured = list(layers.loc[~layers["measured"], "layer"])
+    if not layers["measured"].any():
+        raise AdviceError(
+            "There is no advice without criticality: none of these layers was measured whole. Look at the status of "
+            "its layers, and measure again."
+        )
+    layers["measured"] &= ~layers["layer"].isin(set(fixed))
+    total = int(layers["n_parameters"].sum())
+    order = ranked(knobs_of(layers, knobs or {}), highest_first=found.highest_first)
+    order = _with_choice(order, found, asked, total, bits, ratio)
+    record = {
+        "model": model or (of.record["model"]["reference"] if isinstance(of, Measurement) else "model"),
+        "action": found.name,
+        "budget": asked,
+        "budget_given": budget is not None,
+        "bits": sorted(bits, reverse=True) if action == "quantise" else None,
+        "ratio": ratio if action == "prune" else None,
+        "reset": of.record["protocol"]["reset"] if isinstance(of, Measurement) else None,
+        "level": of.record["protocol"]["level"] if isinstance(of, Measurement) else None,
+        "layers": list(layers["layer"]),
+        "parameters": parameters,
+        "n_parameters": total,
+        "not_measured": not_measured,
+        "fixed": [name for name in layers["layer"] if name in set(fixed)],
+    }
+    return Advice(found, _table(layers, order, found, knobs or {}, record), record)
+
+
+def _layers_of(of: Measurement | pd.DataFrame) -> tuple[pd.DataFrame, dict[str, list[str]] | None]:
+    """Return the table of layers, and the names of the parameters of each where they are known."""
+    if isinstance(of, Measurement):
+        if any("members" in about for about in of.record["layers"].values()):
+            raise AdviceError(
+                "Advice is about layers, or groups of them, one by one, and this measurement resets sets of layers "
+                "together. Measure with --sets each (the default)."
+            )
+        return of.to_pandas(), {name: list(about["parameters"]) for name, about in of.record["layers"].items()}
+    if missing := [name for name in _REQUIRED if name not in of]:
+        raise AdviceError(f"The table lacks the columns {', '.join(missing)}. It needs {', '.join(_REQUIRED)}.")
+    if of["layer"].duplicated().any():
+        raise AdviceError(
+            f"The table has the layer {of.loc[of['layer'].duplicated(), 'layer'].iloc[0]!r} twice. Give the rows of "
+            "one model and one reset."
+        )
+    table = of.reset_index(drop=True)
+    return table if "type" in table else table.assign(type="layer"), None
+
+
+def _checked_budget(action: Action, budget: float | None, bits: Sequence[int], ratio: float) -> float:
+    asked = action.budget if budget is None else float(budget)
+    if not 0 < ratio < 1:
+        raise AdviceError(f"The ratio is the share of a layer that is pruned, between 0 and 1, not {ratio:g}.")
+    if action.name != "quantise":
+        if not 0 < asked <= 1:
+            raise AdviceError(
+                f"The budget of {action.name!r} is a share of the parameters, above 0 and at most 1, not {asked:g}. "
+                f"For {asked:g} %, give {asked / 100:g}."
+            )
+        return asked
+    if len(set(bits)) < 2 or not all(1 <= one <= 32 for one in bits):
+        raise AdviceError(f"Bits to choose from are two or more whole numbers from 1 to 32, not {list(bits)}.")
+    if not min(bits) <= asked <= max(bits):
+        raise AdviceError(
+            f"The budget of 'quantise' is the mean bits of a parameter, from {min(bits)} to {max(bits)} with the bits "
+            f"that may be chosen, not {asked:g}."
+        )
+    return asked
+
+
+def _with_choice(
+    order: pd.DataFrame, action: Action, budget: float, total: int, bits: Sequence[int], ratio: float
+) -> pd.DataFrame:
+    """Return the ranking with the columns ``chosen``, ``tie``, and what the action has beside them."""
+    n_unmeasured = total - int(order["n_parameters"].sum())
+
+    def choice(knobs: pd.DataFrame) -> pd.Series:
+        """The bits of each knob, or whether it is chosen, if their criticality were this."""
+        if action.name == "quantise":
+            return pd.Series(bits_within(knobs, bits, budget, n_unmeasured), knobs.index)
+        knobs = in_order(knobs, highest_first=action.highest_first)
+        counts = ratio if action.name == "prune" else 1.0
+        return pd.Series(chosen_within(knobs, action, budget, total, counts), knobs.index)
+
+    made = choice(order)
+    limits = order[["low", "high"]].fillna({"low": 0.0, "high": 1.0})
+    ties = []
+    for knob in order.index:
+        others = []
+        for limit in limits.loc[knob]:
+            moved = order["criticality"].copy()
+            moved[knob] = limit
+            others.append(choice(order.assign(criticality=moved))[knob])
+        ties.append(any(other != made[knob] for other in others))
+    if action.name == "quantise":
+        return order.assign(bits=made, chosen=made < max(bits), tie=ties)
+    order = order.assign(chosen=made, tie=ties)
+    return order.assign(ratio=np.where(order["chosen"], ratio, 0.0)) if action.name == "prune" else order
+
+
+def _table(
+    layers: pd.DataFrame, order: pd.DataFrame, action: Action, knobs: Mapping[str, str], record: Mapping[str, Any]
+) -> pd.DataFrame:
+    """Return one row per layer, in the order of the ranking."""
+    knob = layers["layer"].map(lambda layer: knobs.get(layer, layer))
+    of_knob = order.drop(columns=["layer", "criticality", "low", "high", "n_parameters", "measured"], errors="ignore")
+    own = ["rank", "rank_low", "rank_high", "chosen", "tie", *(name for name in ("ratio", "bits") if name in of_knob)]
+    columns = ["layer", "type", "criticality", "low", "high", "n_parameters", "status"]
+    table = layers[[name for name in columns if name in layers]].assign(knob=knob)
+    table = table.join(of_knob[own], on="knob")
+    table["chosen"], table["tie"] = (table[name].eq(True) for name in ("chosen", "tie"))
+    table[["rank", "rank_low", "rank_high"]] = table[["rank", "rank_low", "rank_high"]].astype("Int64")
+    if "bits" in table:
+        table["bits"] = table["bits"].fillna(max(record["bits"])).astype(np.int64)
+    if "ratio" in table:
+        table["ratio"] = table["ratio"].fillna(0.0)
+    table = table.sort_values("rank", kind="stable", na_position="last").reset_index(drop=True)
+    table["reason"] = [_reason(row, action, order, record) for row in table.to_dict("records")]
+    return table
+
+
+def _reason(row: Mapping[Any, Any], action: Action, order: pd.DataFrame, record: Mapping[str, Any]) -> str:
+    """Return why a layer is chosen, or is not."""
+    if row["layer"] in record["not_measured"]:
+        return f"not measured ({row['status']}): left as it is"
+    if row["layer"] in record["fixed"]:
+        return "its channels are the classes: left as it is"
+    if pd.isna(row["rank"]):
+        return "changes only together with a layer that is left as it is"
+    by = "most critical" if action.highest_first else "least critical for its size"
+    words = [f"no. {row['rank']} of {len(order)} from the {by}"]
+    if (decides := order.loc[row["knob"], "layer"]) != row["layer"]:
+        words.append(f"together with {decides}")
+    if row["tie"]:
+        words.append("tie")
+    return ", ".join(words)

@@ -1,0 +1,102 @@
+"""How many layers are chosen: down a ranking to a share of the parameters, or bits at the least sum of scores."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from layercrit.advice.actions import Action
+from layercrit.errors import AdviceError
+
+__all__ = ["bits_within", "chosen_within", "share_in_words"]
+
+
+def share_in_words(share: float) -> str:
+    """Return a share as a percentage."""
+    return f"{100 * share:.3g}%"
+
+
+def chosen_within(
+    ranked: pd.DataFrame, action: Action, budget: float, n_parameters: int, ratio: float = 1.0
+) -> npt.NDArray[np.bool_]:
+    """Return which knobs of a ranking are chosen, ``(n_knobs,)``.
+
+    Where the least critical for their size come first, as many as it takes to reach the budget; where the most critical
+    do, each that still fits into it.
+
+    Args:
+        ranked: as `ranking.ranked` returns them.
+        action: what is done to them.
+        budget: share of all parameters.
+        n_parameters: how many there are, those of layers included that were not measured.
+        ratio: share of a chosen knob's parameters that counts.
+
+    Raises:
+        AdviceError: the budget cannot be met.
+    """
+    sizes = ratio * ranked["n_parameters"].to_numpy(np.float64) / max(1, n_parameters)
+    if not action.highest_first:
+        reached = np.cumsum(sizes)
+        if not len(sizes) or reached[-1] < budget - 1e-9:
+            most = float(reached[-1]) if len(sizes) else 0.0
+            raise AdviceError(
+                f"A budget of {share_in_words(budget)} cannot be met: all layers that were measured, {action.done}"
+                f"{'' if ratio == 1 else f' by {share_in_words(ratio)} each'}, make up {share_in_words(most)} of the "
+                f"parameters. Give at most {share_in_words(most)}"
+                f"{'' if ratio == 1 else ', or another ratio'}, or measure more layers."
+            )
+        return np.asarray(np.arange(len(sizes)) <= int(np.argmax(reached >= budget - 1e-9)))
+    chosen, left = np.zeros(len(sizes), np.bool_), budget + 1e-9
+    for place, size in enumerate(sizes):
+        if size <= left:
+            chosen[place], left = True, left - size
+    if not chosen.any():
+        least = float(sizes.min()) if len(sizes) else 1.0
+        raise AdviceError(
+            f"A budget of {share_in_words(budget)} cannot be met: the smallest layer that was measured has "
+            f"{share_in_words(least)} of the parameters. Give at least that much."
+        )
+    return chosen
+
+
+def bits_within(knobs: pd.DataFrame, bits: Sequence[int], budget: float, n_unmeasured: int) -> npt.NDArray[np.int64]:
+    """Return the bits of each knob: the least sum of scores with so many bits for a parameter in the mean.
+
+    The score of a knob at b bits is its criticality times the variance of rounding, which falls fourfold with each bit.
+    Layers that were not measured keep the most bits. Solved exactly, as an integer program.
+
+    Args:
+        knobs: with the columns ``criticality`` and ``n_parameters``.
+        bits: the choices.
+        budget: bits for a parameter in the mean, those of layers included that were not measured.
+        n_unmeasured: parameters of layers that were not measured.
+
+    Raises:
+        AdviceError: the budget cannot be met.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    choices = np.array(sorted(bits, reverse=True))
+    sizes = knobs["n_parameters"].to_numpy(np.float64)
+    total = sizes.sum() + n_unmeasured
+    left = budget * total - choices[0] * n_unmeasured
+    if not len(sizes) or left < choices[-1] * sizes.sum() - 1e-6:
+        least = (choices[-1] * sizes.sum() + choices[0] * n_unmeasured) / max(1.0, total)
+        raise AdviceError(
+            f"A budget of {budget:g} bits for a parameter cannot be met: with {choices[-1]} bits in every layer that "
+            f"was measured, and {choices[0]} in the others, it is {least:.3g}. Give at least that, or fewer bits to "
+            "choose from."
+        )
+    scores = np.outer(knobs["criticality"].to_numpy(np.float64), 4.0 ** (choices[-1] - choices))
+    n_knobs, n_choices = scores.shape
+    once = np.kron(np.eye(n_knobs), np.ones(n_choices))
+    cost = np.outer(sizes, choices).ravel() / total
+    found = milp(
+        scores.ravel() + 1e-9 * cost,  # of equal scores, that with fewer bits
+        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(cost, -np.inf, left / total + 1e-9)],
+        integrality=np.ones(n_knobs * n_choices),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0.0},
+    )
+    return np.asarray(choices[found.x.reshape(n_knobs, n_choices).argmax(axis=1)], np.int64)

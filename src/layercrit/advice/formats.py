@@ -1,0 +1,112 @@
+"""Advice as other programs read it."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from layercrit.errors import AdviceError
+
+if TYPE_CHECKING:
+    from layercrit.advice.advice import Advice
+
+__all__ = ["FORMATS"]
+
+_IN_BLOCK = re.compile(r"(?:(?P<outer>.+)\.)?(?P<pattern>[^.]+)\.(?P<index>\d+)\.(?P<inside>.+)")
+
+
+def as_json(advice: "Advice") -> str:
+    """Everything, as one JSON object."""
+    rows = json.loads(advice.to_pandas().to_json(orient="records", double_precision=15))
+    about = {name: value for name, value in advice.record.items() if name != "parameters"}
+    return _json({**about, "in_words": advice.in_words(), "chosen": advice.chosen, "table": rows})
+
+
+def as_list(advice: "Advice") -> str:
+    """The names of the chosen layers, one per line."""
+    return "".join(f"{layer}\n" for layer in advice.chosen)
+
+
+def as_regex(advice: "Advice") -> str:
+    """A regular expression that matches the names of the chosen layers, whole, and no other."""
+    return _regex(advice.chosen) + "\n"
+
+
+def as_peft(advice: "Advice") -> str:
+    """Arguments of a PEFT configuration such as LoraConfig: adapters in the chosen layers and in no other.
+
+    ``layers_to_transform`` where the chosen layers are the same ones of some blocks, else a regular expression.
+    """
+    return _json(_in_blocks(advice.chosen, advice.record["layers"]) or {"target_modules": _regex(advice.chosen)})
+
+
+def as_torch_pruning(advice: "Advice") -> str:
+    """Torch-Pruning's ``pruning_ratio_dict`` by the names of modules, beside ``pruning_ratio=0``."""
+    if "ratio" not in advice.layers:
+        raise AdviceError("Pruning ratios are for advice to prune. Ask with --for prune, or for another format.")
+    ratios = advice.layers.set_index("layer")["ratio"].to_dict()
+    return _json({layer: ratios[layer] for layer in advice.chosen})
+
+
+def as_nncf(advice: "Advice") -> str:
+    """Arguments of NNCF's IgnoredScope: patterns of the operations in all layers that are not chosen."""
+    return _json({"patterns": [f"{re.escape(layer.replace('.', '/'))}/.*" for layer in advice.kept]})
+
+
+def as_groups(advice: "Advice") -> str:
+    """Names of parameters in two groups, for an optimizer: to train and to leave as they are.
+
+    Of ``freeze`` the chosen layers are left; of all other actions they are what is trained. Parameters of layers that
+    were not measured are in neither group: whoever builds the optimizer decides.
+    """
+    parameters = advice.record["parameters"]
+    if parameters is None:
+        raise AdviceError(
+            "The names of parameters are known of a measurement of one model, and not of a study. Measure the model "
+            "with `layercrit measure`, or take the format regex, whose names begin those of the parameters."
+        )
+    measured = [layer for layer in advice.record["layers"] if layer not in advice.record["not_measured"]]
+    chosen = [name for layer in advice.chosen for name in parameters[layer]]
+    others = [name for layer in measured if layer in set(advice.kept) for name in parameters[layer]]
+    trained, left = (others, chosen) if advice.action.name == "freeze" else (chosen, others)
+    return _json([{"params": trained, "lr_scale": 1.0}, {"params": left, "lr_scale": 0.0}])
+
+
+FORMATS: dict[str, Callable[["Advice"], str]] = {
+    "json": as_json,
+    "list": as_list,
+    "regex": as_regex,
+    "peft": as_peft,
+    "torch-pruning": as_torch_pruning,
+    "nncf": as_nncf,
+    "groups": as_groups,
+}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _regex(names: Sequence[str]) -> str:
+    return f"(?:{'|'.join(map(re.escape, names))})" if names else r"(?!)"
+
+
+def _in_blocks(chosen: Sequence[str], layers: Sequence[str]) -> dict[str, Any] | None:
+    """Return the chosen layers as the same ones of some blocks; None where that would be others, too."""
+    found = [_IN_BLOCK.fullmatch(name) for name in chosen]
+    if not found or any(one is None for one in found):
+        return None
+    parts = [one.groupdict() for one in found if one is not None]
+    if len({part["pattern"] for part in parts}) > 1:
+        return None
+    pattern, indices = parts[0]["pattern"], sorted({int(part["index"]) for part in parts})
+    inside = list(dict.fromkeys(part["inside"] for part in parts))
+    if set(chosen) != {name for name in layers if _is_adapted(name, pattern, indices, inside)}:
+        return None
+    return {"target_modules": inside, "layers_to_transform": indices, "layers_pattern": pattern}
+
+
+def _is_adapted(name: str, pattern: str, indices: Sequence[int], inside: Sequence[str]) -> bool:
+    """Return whether PEFT puts an adapter into a layer: where the name ends so, in a block of that number."""
+    block = re.match(rf"(?:^|.*?\.){re.escape(pattern)}\.(\d+)\.", name)
+    return block is not None and int(block[1]) in indices and any(name.endswith(f".{one}") for one in inside)

@@ -1,0 +1,267 @@
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import layercrit
+from layercrit.advice import FORMATS, advise
+from layercrit.errors import AdviceError
+from small_subjects import QUIET, SmallNetwork
+
+LAYERS = [
+    # layer, criticality, half-width, parameters
+    ("blocks.0.attn", 0.30, 0.02, 100),
+    ("blocks.0.mlp", 0.10, 0.02, 100),
+    ("blocks.1.attn", 0.61, 0.02, 100),
+    ("blocks.1.mlp", 0.60, 0.05, 100),
+    ("head", 0.90, 0.01, 20),
+]
+
+
+def table(rows=LAYERS, **status):
+    layers = [(name, c, c - half, c + half, n, status.get(name.replace(".", "_"), "ok")) for name, c, half, n in rows]
+    found = pd.DataFrame(layers, columns=["layer", "criticality", "low", "high", "n_parameters", "status"])
+    found.loc[found["status"] != "ok", ["criticality", "low", "high"]] = np.nan
+    return found
+
+
+def of(advice, layer):
+    return advice.to_pandas().set_index("layer").loc[layer]
+
+
+@pytest.mark.parametrize(
+    ("action", "budget", "chosen"),
+    [
+        ("freeze", 0.4, ["blocks.0.attn", "blocks.0.mlp"]),
+        ("prune", 0.2, ["blocks.0.attn", "blocks.0.mlp"]),
+        ("finetune", 0.30, ["blocks.1.attn", "head"]),
+        ("quantise", 6.2, ["blocks.0.attn", "blocks.0.mlp"]),
+    ],
+)
+def test_advise__chooses_within_the_budget(action, budget, chosen):
+    assert advise(table(), action, budget).chosen == chosen
+
+
+def test_advise__layers_that_might_be_on_the_other_side_are_ties():
+    """The two of block 1 are 0.01 apart, less than their half-widths; the other three are far from the cut."""
+    found = advise(table(), "freeze", 0.7)
+
+    assert found.chosen == ["blocks.0.attn", "blocks.0.mlp", "blocks.1.mlp"]
+    assert found.layers.set_index("layer")["tie"].to_dict() == {
+        "blocks.0.attn": False, "blocks.0.mlp": False, "blocks.1.attn": True, "blocks.1.mlp": True, "head": False,
+    }  # fmt: skip
+    assert of(found, "blocks.1.mlp")[["rank", "rank_low", "rank_high"]].to_list() == [3, 3, 4]
+    assert any("2 layers are ties" in line for line in found.in_words())
+
+
+def test_advise__layers_that_were_not_measured_are_never_chosen():
+    found = advise(table(blocks_0_mlp="failed"), "freeze", 0.7)
+
+    assert found.chosen == ["blocks.0.attn", "blocks.1.attn", "blocks.1.mlp"]
+    assert pd.isna(of(found, "blocks.0.mlp")["rank"])
+    assert "not measured" in of(found, "blocks.0.mlp")["reason"]
+    assert found.record["not_measured"] == ["blocks.0.mlp"]
+    assert any("blocks.0.mlp" in line for line in found.in_words())
+    with pytest.raises(AdviceError, match=r"Give at most 76\.2%"):  # its 100 of 420 parameters cannot be frozen
+        advise(table(blocks_0_mlp="failed"), "freeze", 0.8)
+    assert of(advise(table(blocks_0_mlp="failed"), "quantise", 7.0), "blocks.0.mlp")["bits"] == 8
+
+
+def test_advise__a_layer_that_not_all_trials_measured_is_not_robust():
+    rows = table()
+    rows.loc[1, "status"] = "2 of 3 trials: not finite"
+
+    assert "blocks.0.mlp" not in advise(rows, "freeze", 0.3).chosen
+
+
+def test_advise__coupled_layers_are_chosen_as_one():
+    """Pruned alone, blocks.0.mlp would be the first; the most critical layer of its knob makes it the last."""
+    knobs = {"blocks.0.mlp": "blocks.0.mlp", "blocks.1.attn": "blocks.0.mlp"}
+
+    found = advise(table(), "prune", 0.15, knobs=knobs)
+    all_of_it = advise(table(), "prune", 0.45, knobs=knobs)
+
+    assert found.chosen == ["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn"]
+    assert of(found, "blocks.0.mlp")["rank"] == of(found, "blocks.1.attn")["rank"] == 2
+    assert "together with blocks.1.attn" in of(found, "blocks.0.mlp")["reason"]
+    assert {"blocks.0.mlp", "blocks.1.attn"} <= set(all_of_it.chosen)
+    assert advise(table(blocks_1_attn="failed"), "prune", 0.1, knobs=knobs).chosen == ["blocks.0.attn"]
+
+
+def test_advise__fixed_layers_are_left_as_they_are():
+    found = advise(table(), "prune", 0.1, fixed=["blocks.0.mlp", "not there"])
+
+    assert found.chosen == ["blocks.0.attn"]
+    assert "left as it is" in of(found, "blocks.0.mlp")["reason"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"action": "prunne"}, "'prune'"),
+        ({"action": "freeze", "budget": 30}, "give 0.3"),
+        ({"action": "freeze", "budget": 0}, "above 0"),
+        ({"action": "quantise", "budget": 3}, "from 4 to 8"),
+        ({"action": "quantise", "bits": [4]}, "two or more"),
+        ({"action": "prune", "ratio": 1}, "between 0 and 1"),
+    ],
+)
+def test_advise__what_makes_no_sense(asked, message):
+    with pytest.raises(AdviceError, match=message):
+        advise(table(), **asked)
+
+
+def test_advise__of_nothing_measured():
+    with pytest.raises(AdviceError, match="none of these layers"):
+        advise(table([LAYERS[0]], blocks_0_attn="failed"), "freeze")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda rows: rows.drop(columns="low"), "lacks the columns low"), (lambda rows: pd.concat([rows, rows]), "twice")],
+)
+def test_advise__of_a_table_that_is_not_one(change, message):
+    with pytest.raises(AdviceError, match=message):
+        advise(change(table()), "freeze")
+
+
+# --- as other programs read it --------------------------------------------------------------------------------------
+
+
+def test_to__json_is_everything():
+    found = advise(table(blocks_0_mlp="failed"), "freeze", 0.4)
+
+    told = json.loads(found.to("json"))
+
+    assert told["chosen"] == found.chosen
+    assert told["budget"] == 0.4
+    assert [row["layer"] for row in told["table"]] == list(found.layers["layer"])
+    assert told["table"][-1]["rank"] is None
+
+
+def test_to__list_and_regex_name_the_chosen_layers_and_no_other():
+    found = advise(table([*LAYERS, ("blocks_0.attn", 0.7, 0.01, 10), ("head.attn", 0.7, 0.01, 10)]), "freeze", 0.4)
+
+    names, pattern = found.to("list").split(), re.compile(found.to("regex").strip())
+
+    assert names == found.chosen == ["blocks.0.attn", "blocks.0.mlp"]
+    assert [layer for layer in found.record["layers"] if pattern.fullmatch(layer)] == names
+
+
+def test_to__ratios_and_groups_that_cannot_be():
+    found = advise(table(), "freeze")
+
+    with pytest.raises(AdviceError, match="--for prune"):
+        found.to("torch-pruning")
+    with pytest.raises(AdviceError, match="Measure the model"):
+        found.to("groups")
+    with pytest.raises(AdviceError, match="'regex'"):
+        found.to("regexp")
+
+
+def test_to__torch_pruning_has_a_ratio_for_each_chosen_layer():
+    found = advise(table(), "prune", 0.11, ratio=0.25)
+
+    assert json.loads(found.to("torch-pruning")) == {"blocks.0.attn": 0.25, "blocks.0.mlp": 0.25}
+
+
+def test_to__nncf_ignores_all_other_layers():
+    """As NNCF names operations: the layer with slashes, the operation, and a number."""
+    patterns = json.loads(advise(table(), "quantise", 6.2).to("nncf"))["patterns"]
+    operations = [f"{name.replace('.', '/')}/linear/0" for name, *_ in LAYERS]
+
+    ignored = [one for one in operations if any(re.fullmatch(pattern, one) for pattern in patterns)]
+
+    assert ignored == ["blocks/1/attn/linear/0", "blocks/1/mlp/linear/0", "head/linear/0"]
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": nn.Linear(4, 4), "mlp": nn.Linear(4, 4)}) for _ in range(3))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block["mlp"](block["attn"](x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("critical", "way"),
+    [
+        (["blocks.0.attn", "blocks.2.attn"], "layers_to_transform"),
+        (["blocks.1.attn", "blocks.1.mlp"], "layers_to_transform"),
+        (["blocks.0.attn", "blocks.1.mlp"], "regular expression"),
+        (["blocks.0.attn", "head"], "regular expression"),
+    ],
+)
+def test_to__peft_adapts_the_chosen_layers_and_no_other(critical, way):
+    peft = pytest.importorskip("peft")
+    names = [f"blocks.{block}.{part}" for block in range(3) for part in ("attn", "mlp")] + ["head"]
+    rows = [(name, 0.9 if name in critical else 0.1, 0.01, 10) for name in names]
+
+    arguments = json.loads(advise(table(rows), "finetune", 0.3).to("peft"))
+    adapted = peft.get_peft_model(Blocks(), peft.LoraConfig(r=2, **arguments))
+
+    found = [name.removeprefix("base_model.model.") for name, module in adapted.named_modules()
+             if isinstance(module, peft.tuners.lora.Linear)]  # fmt: skip
+    assert found == critical
+    assert ("layers_to_transform" in arguments) == (way == "layers_to_transform")
+
+
+# --- of a real measurement ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measurement():
+    torch.manual_seed(0)
+    images = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3), dtype=np.uint8)
+    return layercrit.measure(SmallNetwork().eval(), images, trials=3, dtype="float32", **QUIET)
+
+
+def test_to__groups_are_what_an_optimizer_takes(measurement):
+    frozen = advise(measurement, "freeze", 0.5)
+    trained = advise(measurement, "finetune", 0.5)
+    network = SmallNetwork()
+    named = dict(network.named_parameters())
+
+    for advice, n in ((frozen, 1), (trained, 0)):
+        groups = json.loads(advice.to("groups"))
+        optimizer = torch.optim.SGD(
+            [{"params": [named[name] for name in group["params"]], "lr": group["lr_scale"]} for group in groups]
+        )
+        layers = [{name.rpartition(".")[0] for name in group["params"]} for group in groups]
+        assert layers[n] == set(advice.chosen)
+        assert layers[1 - n] == set(advice.kept)
+        assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.0]
+
+
+def test_plot__marks_the_chosen_layers(measurement):
+    advice = advise(measurement, "freeze", 0.5)
+
+    figure = advice.plot()
+
+    marks = [len(line.get_xdata()) for line in figure.axes[0].lines if "frozen" in (line.get_gid() or "")]
+    ties = advice.layers["tie"]
+    assert sum(marks) == (advice.layers["chosen"] | ties).sum() > 0
+
+
+def test_advise__of_sets_of_layers(measurement):
+    torch.manual_seed(0)
+    images = np.random.default_rng(0).integers(0, 256, (10, 12, 12, 3), dtype=np.uint8)
+    pairs = layercrit.measure(SmallNetwork().eval(), images, trials=1, layers="stem,fc", sets="pairs", **QUIET)
+
+    with pytest.raises(AdviceError, match="--sets each"):
+        advise(pairs, "freeze")
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_to__every_format_of_a_measurement(measurement, name):
+    advice = advise(measurement, "prune", 0.1)
+
+    assert advice.to(name).strip()
