@@ -203,7 +203,8 @@ def subject_of(folder: Path, name: str) -> tuple[Subject, "layercrit.Measurement
     probe_set = ProbeSet.from_source(source, model.preprocessing, n_images=2000, seed=0).first(N_SELECT)
     exact = layercrit.measure(model, probe_set, trials=TRIALS, progress=False)
     found = measure_proxies(model, probe_set.first(64), trials=TRIALS, progress=False).layers.set_index("layer")
-    proxies = {proxy.label: found[proxy.name] for proxy in PROXIES.values() if proxy.name not in ("log_parameters", "depth")}
+    cheap = [proxy for proxy in PROXIES.values() if proxy.name not in ("log_parameters", "depth")]
+    proxies = {proxy.label: found[proxy.name] for proxy in cheap}
     knobs, fixed = coupled_layers(model)
     table = exact.to_pandas()[["layer", "n_parameters", "depth", "status"]]
     return Subject(model, clean, shifted, table, knobs, fixed), exact, proxies
@@ -304,14 +305,15 @@ def markdown(results: dict[str, Any]) -> str:
         rows = [row for row in results["rows"] if row["action"] == action]
         if not rows:
             continue
-        lines += [f"**{title}** ({rows[0]['n_models']} networks)", "",
-                  "| layers in the order of | accuracy left | regret | more than by chance |", "|---|---|---|---|"]  # fmt: skip
+        lines += [f"**{title}** ({rows[0]['n_models']} networks)", ""]
+        lines += ["| layers in the order of | accuracy left | regret | more than by chance |", "|---|---|---|---|"]
         for row in sorted(rows, key=lambda row: -row["accuracy"]):
             parts = [points(row[name], row[low], row[high]) for name, low, high in
                      (("regret", "low", "high"), ("over_random", "over_random_low", "over_random_high"))]  # fmt: skip
             parts[0] = parts[0] if row["order"] != "oracle" else "0"
             parts[1] = parts[1] if row["order"] != "random" else "0"
-            lines.append(f"| {NAMES.get(row['order'], row['order'])} | {100 * row['accuracy']:.1f} | {' | '.join(parts)} |")
+            name = NAMES.get(row["order"], row["order"])
+            lines.append(f"| {name} | {100 * row['accuracy']:.1f} | {' | '.join(parts)} |")
         lines.append("")
     return "\n".join(lines).strip()
 

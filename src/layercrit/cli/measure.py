@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from layercrit.measurement import Measurement
 
-__all__ = ["folder_for", "layers_command", "measure_command", "show_command"]
+__all__ = ["layers_command", "measure_command", "show_command"]
 
 _SECONDS_BETWEEN_SAVES = 60.0
 _STRONGEST = 8  # interactions that are printed
