@@ -2,37 +2,71 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
+import pandas as pd
+
+from layercrit.advice.actions import Action
 from layercrit.errors import AdviceError
 
-if TYPE_CHECKING:
-    from layercrit.advice.advice import Advice
+__all__ = ["FORMATS", "Written"]
 
-__all__ = ["FORMATS"]
+
+class Written(Protocol):
+    """What is written: `layercrit.advice.Advice`."""
+
+    @property
+    def action(self) -> Action:
+        """What is done to layers."""
+        ...
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """The table of layers."""
+        ...
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What it rests on."""
+        ...
+
+    @property
+    def chosen(self) -> list[str]:
+        """The layers that it is done to."""
+        ...
+
+    @property
+    def kept(self) -> list[str]:
+        """All others."""
+        ...
+
+    def in_words(self) -> list[str]:
+        """Return it as sentences."""
+        ...
+
 
 _IN_BLOCK = re.compile(r"(?:(?P<outer>.+)\.)?(?P<pattern>[^.]+)\.(?P<index>\d+)\.(?P<inside>.+)")
 
 
-def as_json(advice: "Advice") -> str:
+def as_json(advice: Written) -> str:
     """Everything, as one JSON object."""
-    rows = json.loads(advice.to_pandas().to_json(orient="records", double_precision=15))
+    rows = json.loads(advice.layers.to_json(orient="records", double_precision=15))
     about = {name: value for name, value in advice.record.items() if name != "parameters"}
     return _json({**about, "in_words": advice.in_words(), "chosen": advice.chosen, "table": rows})
 
 
-def as_list(advice: "Advice") -> str:
+def as_list(advice: Written) -> str:
     """The names of the chosen layers, one per line."""
     return "".join(f"{layer}\n" for layer in advice.chosen)
 
 
-def as_regex(advice: "Advice") -> str:
+def as_regex(advice: Written) -> str:
     """A regular expression that matches the names of the chosen layers, whole, and no other."""
     return _regex(advice.chosen) + "\n"
 
 
-def as_peft(advice: "Advice") -> str:
+def as_peft(advice: Written) -> str:
     """Arguments of a PEFT configuration such as LoraConfig: adapters in the chosen layers and in no other.
 
     ``layers_to_transform`` where the chosen layers are the same ones of some blocks, else a regular expression.
@@ -40,7 +74,7 @@ def as_peft(advice: "Advice") -> str:
     return _json(_in_blocks(advice.chosen, advice.record["layers"]) or {"target_modules": _regex(advice.chosen)})
 
 
-def as_torch_pruning(advice: "Advice") -> str:
+def as_torch_pruning(advice: Written) -> str:
     """Torch-Pruning's ``pruning_ratio_dict`` by the names of modules, beside ``pruning_ratio=0``."""
     if "ratio" not in advice.layers:
         raise AdviceError("Pruning ratios are for advice to prune. Ask with --for prune, or for another format.")
@@ -48,12 +82,12 @@ def as_torch_pruning(advice: "Advice") -> str:
     return _json({layer: ratios[layer] for layer in advice.chosen})
 
 
-def as_nncf(advice: "Advice") -> str:
+def as_nncf(advice: Written) -> str:
     """Arguments of NNCF's IgnoredScope: patterns of the operations in all layers that are not chosen."""
     return _json({"patterns": [f"{re.escape(layer.replace('.', '/'))}/.*" for layer in advice.kept]})
 
 
-def as_groups(advice: "Advice") -> str:
+def as_groups(advice: Written) -> str:
     """Names of parameters in two groups, for an optimizer: to train and to leave as they are.
 
     Of ``freeze`` the chosen layers are left; of all other actions they are what is trained. Parameters of layers that
@@ -72,7 +106,7 @@ def as_groups(advice: "Advice") -> str:
     return _json([{"params": trained, "lr_scale": 1.0}, {"params": left, "lr_scale": 0.0}])
 
 
-FORMATS: dict[str, Callable[["Advice"], str]] = {
+FORMATS: dict[str, Callable[[Written], str]] = {
     "json": as_json,
     "list": as_list,
     "regex": as_regex,
