@@ -74,6 +74,7 @@ def test_epoch_files__folder_of_a_training_run(folder):
         ("7=a/none.pt", ["no file a/none.pt for epoch 7"]),
         ("a/best.pt", ["no number", "5=a/best.pt"]),
         ("a/r18-9.pt", ["several numbers (18, 9)", "5=a/r18-9.pt"]),
+        ("a", ["a/r18-9.pt has several numbers (18, 9)"]),
         ("empty", ["No weight file in empty has an epoch in its name", "best.pt"]),
         ({3: "a/none.pt"}, ["no file a/none.pt for epoch 3"]),
         ([], ["no weight file"]),

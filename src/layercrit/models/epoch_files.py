@@ -105,14 +105,14 @@ def _of_folder(folder: Path) -> Iterator[tuple[int, Path]]:
         yield from kept.items()
         return
     files = sorted(one for one in folder.iterdir() if one.suffix in _SUFFIXES and one.is_file())
-    found = [(_epochs_in(one), one) for one in files]
-    if not any(len(epochs) == 1 for epochs, _ in found):
+    named = [one for one in files if _epochs_in(one)]
+    if not named:
         there = ", ".join(one.name for one in files[:_LISTED]) or "no weight file"
         raise CheckpointError(
             f"No weight file in {folder} has an epoch in its name, such as epoch-5.pt. It contains: {there}. Say which "
             f"epochs they are of: 0={folder}/FILE,5={folder}/FILE."
         )
-    yield from ((epochs[0], one) for epochs, one in found if len(epochs) == 1)
+    yield from ((_epoch_in(one), one) for one in named)
 
 
 def _epoch_in(file: Path) -> int:
