@@ -1,8 +1,8 @@
 """Which differences between models, or categories of them, are significant: layer by layer, with intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from layercrit.contrasts import (
     holm,
 )
 from layercrit.errors import StudyError, near
+from layercrit.paired_samples import Sample, by_pairing, paired_distances, samples_of
 from layercrit.protocol import MATCHED
 from layercrit.study.shards import StoredStudy, open_study
 from layercrit.study.tables import Study
@@ -235,7 +236,7 @@ def compared_differences(
     found: list[dict[str, Any]] = []
     notes = [_NEW if unit == "models" else _THESE, *_about_fewer_models(comparison, between)]
     with open_study(study.folder) as store:
-        for layer, samples in _samples(store, study, comparison, cells[cells["status"] == "ok"], quantity).items():
+        for layer, samples in samples_of(store, study, comparison, cells[cells["status"] == "ok"], quantity).items():
             usable = comparison.criticality[layer].notna().to_numpy()
             if unit == "models":
                 found.append(_over_models(sides, samples, usable, study.level))
@@ -287,56 +288,6 @@ def _about_fewer_models(comparison: Comparison, between: str) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """What is known of one model on one layer.
-
-    Attributes:
-        means: of each trial, ``(n_trials,)``.
-        keys: of its cells.
-        trials: their numbers.
-        seeds: of their draws; None where they are not known.
-        images: number and hash of the images; None where the hash is not known.
-        random: whether the reset is.
-        every_image: whether the distances of single images are known.
-    """
-
-    means: Array
-    keys: tuple[str, ...]
-    trials: tuple[int, ...]
-    seeds: tuple[int, ...] | None
-    images: tuple[int, str] | None
-    random: bool
-    every_image: bool
-
-
-def _samples(
-    store: StoredStudy, study: Study, comparison: Comparison, cells: pd.DataFrame, quantity: str
-) -> dict[str, list[_Sample]]:
-    """Return layer -> the samples of its models; that of a model without a cell is empty."""
-    records = dict(zip(study.models["model"], study.models["record"], strict=True))
-    places = cells.groupby(["layer", "model"], sort=False).indices
-    means = cells[quantity].to_numpy(np.float64)
-    seeds, trials, keys = (cells[name].to_numpy() for name in ("seed", "trial", "key"))
-    n_images = cells["n_images"].fillna(0).to_numpy(np.int64)
-    with_images = store.keys_with_images()
-    found: dict[str, list[_Sample]] = {}
-    for layer, model in product(comparison.criticality.columns, comparison.criticality.index):
-        rows = places.get((layer, model), [])
-        record: Mapping[str, Any] = records[model]
-        sample = _Sample(
-            means=means[rows],
-            keys=tuple(keys[rows]),
-            trials=tuple(trials[rows]),
-            seeds=None if pd.isna(seeds[rows]).any() else tuple(seeds[rows]),
-            images=(n_images[rows].max(initial=0), record["probe_set"]) if record.get("probe_set") else None,
-            random=record.get("random_trials", {}).get(comparison.reset, True),
-            every_image=with_images.issuperset(keys[rows]),
-        )
-        found.setdefault(layer, []).append(sample)
-    return found
-
-
 def _weights(sides: Sequence[Array], usable: npt.NDArray[np.bool_]) -> Array:
     """Return the weight of each model in each pair, ``(n_pairs, n_models)``; NaN where a side has no model left."""
     with np.errstate(invalid="ignore"):
@@ -347,7 +298,7 @@ def _weights(sides: Sequence[Array], usable: npt.NDArray[np.bool_]) -> Array:
 def _over_trials(
     store: StoredStudy,
     sides: Sequence[Array],
-    samples: Sequence[_Sample],
+    samples: Sequence[Sample],
     usable: npt.NDArray[np.bool_],
     quantity: str,
     level: float,
@@ -356,14 +307,14 @@ def _over_trials(
     usable = usable & np.array([len(sample.means) > 0 and bool(np.isfinite(sample.means).all()) for sample in samples])
     weights = _weights(sides, usable)
     values, notes = _nothing(len(weights)), []
-    for paired, rows in _by_pairing(samples, weights).items():
+    for paired, rows in by_pairing(samples, weights).items():
         of_rows = weights[rows]
         if paired is None:
             _put(values, rows, _independent(samples, of_rows, level))
             notes.append(_INDEPENDENT)
             continue
         involved = (of_rows != 0).any(axis=0).nonzero()[0]
-        distances = _distances(store, [samples[place] for place in involved], paired, quantity)
+        distances = paired_distances(store, [samples[place] for place in involved], paired, quantity)
         contrasts = crossed_contrasts(distances, of_rows[:, involved], level=level, random_trials=paired.random)
         _put(values, rows, contrasts)
         notes += [_SAME_IMAGES] if not paired.every_image else []
@@ -371,69 +322,7 @@ def _over_trials(
     return values, notes
 
 
-@dataclass(frozen=True)
-class _Pairing:
-    """What the models of a contrast have in common.
-
-    Attributes:
-        seeds: of the trials that all of them have; empty where the reset is not random, so that all trials are alike.
-        images: number and hash.
-        random: whether the reset is.
-        every_image: whether the distances of single images are known of all.
-    """
-
-    seeds: tuple[int, ...]
-    images: tuple[int, str]
-    random: bool
-    every_image: bool
-
-
-def _by_pairing(samples: Sequence[_Sample], weights: Array) -> dict[_Pairing | None, list[int]]:
-    """Return how the models of each contrast are paired (None: not at all) -> the contrasts, those of known models."""
-    kinds = [(sample.seeds, sample.images, sample.random, sample.every_image) for sample in samples]
-    of_kind = dict(zip(kinds, samples, strict=True))
-    found: dict[_Pairing | None, list[int]] = {}
-    known: dict[frozenset[Any], _Pairing | None] = {}
-    for row in np.flatnonzero(np.isfinite(weights).all(axis=1)).tolist():
-        involved = frozenset(kinds[place] for place in weights[row].nonzero()[0])
-        if involved not in known:
-            known[involved] = _pairing([of_kind[kind] for kind in involved])
-        found.setdefault(known[involved], []).append(row)
-    return found
-
-
-def _pairing(samples: Sequence[_Sample]) -> _Pairing | None:
-    """Return what some models have in common, None where that is not enough to pair them."""
-    images, random = {sample.images for sample in samples}, {sample.random for sample in samples}
-    every_image = len(images) == 1 and all(sample.every_image for sample in samples)
-    if len(random) > 1 or None in images or (len(images) > 1 and random == {False}):
-        return None
-    (chance,) = random
-    asked = samples[0].images or (0, "")
-    if not chance:
-        return _Pairing((), asked, chance, every_image)
-    of_samples = [sample.seeds for sample in samples]
-    common = [seed for seed in of_samples[0] or () if all(seed in (seeds or ()) for seeds in of_samples)]
-    alike = all(seeds is not None and len(seeds) == len(common) for seeds in of_samples)
-    return _Pairing(tuple(common), asked, chance, every_image) if len(common) > 1 or (alike and common) else None
-
-
-def _distances(store: StoredStudy, samples: Sequence[_Sample], paired: _Pairing, quantity: str) -> Array:
-    """Return the distances of paired models, ``(n_models, n_trials, n_images)``; means if images are not known."""
-    found = []
-    for sample in samples:
-        wanted = [sample.seeds.index(seed) for seed in paired.seeds] if sample.seeds else range(len(sample.keys))
-        wanted = wanted if paired.random else range(len(sample.keys))
-        if paired.every_image:
-            of_cells = store.per_image([sample.keys[place] for place in wanted])
-            trials = np.array([of_cells[sample.keys[place]][quantity] for place in wanted], np.float64)
-        else:
-            trials = sample.means[list(wanted), None]
-        found.append(trials if paired.random else trials.mean(axis=0, keepdims=True))
-    return np.array(found)
-
-
-def _independent(samples: Sequence[_Sample], weights: Array, level: float) -> Contrasts:
+def _independent(samples: Sequence[Sample], weights: Array, level: float) -> Contrasts:
     """Return contrasts of means over images, of models that are not paired.
 
     Models that share their draws make one sample, of their weighted sums; so do those of one side whose draws are not
@@ -460,7 +349,7 @@ def _independent(samples: Sequence[_Sample], weights: Array, level: float) -> Co
 
 
 def _over_models(
-    sides: Sequence[Array], samples: Sequence[_Sample], usable: npt.NDArray[np.bool_], level: float
+    sides: Sequence[Array], samples: Sequence[Sample], usable: npt.NDArray[np.bool_], level: float
 ) -> dict[str, Any]:
     """Return the differences of one layer for new models."""
     values = _nothing(len(sides[0]))

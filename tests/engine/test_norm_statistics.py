@@ -277,6 +277,18 @@ def test_measure__a_network_without_statistics(how):
     assert not any("no running statistics" in note for note in plain.record["notes"])
 
 
+def test_measure__batches_suit_the_images_that_are_run_again():
+    """Of 250 images, 128 are run once more: in one batch, not in two."""
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(400, 6))
+    options = {"trials": 1, "dtype": "reference", **QUIET}
+    images = photographs(250)
+    sizes = {how: measure(small_network(), images, norm_statistics=how, **options).record["protocol"]["batch_size"]
+             for how in NORM_STATISTICS}  # fmt: skip
+    assert sizes == {"trained": 125, "reset": 125, "reestimate": 128}
+    found = measure(fresh(lambda: plain, 0), images, norm_statistics="reestimate", **options)
+    assert found.record["protocol"]["batch_size"] == 125
+
+
 class Undecided(nn.Module):
     """Cannot be exported: what it computes depends on the image."""
 

@@ -43,6 +43,7 @@ def condition_options(command: Callable[..., Any], or_all: bool = False) -> Call
 
 def comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say what of a study is compared, named like the arguments of `compare`."""
+    command = condition_options(command)
     for option in reversed(
         [
             click.option("--baseline", metavar="MODEL",
@@ -51,7 +52,6 @@ def comparison_options(command: Callable[..., Any]) -> Callable[..., Any]:
                          help="A model or category to leave out; may be given several times, '' for none. [default: "
                          "the study's own]"),
             click.option("--reset", metavar="NAME", help="One of the study's resets. [default: its first]"),
-            condition_options,
         ]
     ):  # fmt: skip
         command = option(command)
