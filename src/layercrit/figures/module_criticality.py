@@ -43,7 +43,7 @@ def excess_map(
 ) -> "Figure":
     """Plot the excess loss of one module over the place on its path and the noise, in units of what is allowed.
 
-    The line goes round the points at which the loss is as allowed; the dot is where the module criticality is.
+    The line goes round the points at which the loss is as allowed; the ring is where the module criticality is.
     Squares without a value were not evaluated.
 
     Args:
@@ -118,7 +118,9 @@ def _draw_optimum(axes: "Axes", s: Array, optimum: tuple[float, float]) -> None:
     steps = math.log(noise / s[0]) / math.log(s[1] / s[0])
     n_a = round((axes.get_xlim()[1] - _LEFT - _MARGIN) / _WIDTH)
     place = _LEFT + _WIDTH * (a * (n_a - 1) + 0.5), _BELOW + _HEIGHT * (steps + 0.5)
-    axes.plot(*place, "o", markersize=5, color="white", markeredgecolor="black", markeredgewidth=1, gid="optimum")
+    for style in (_LINE, _CORE):
+        axes.plot(*place, "o", markersize=13, fillstyle="none", markeredgecolor=style["color"],
+                  markeredgewidth=style["linewidth"], gid="optimum")  # fmt: skip
 
 
 def _draw_names(axes: "Axes", a: Array, s: Array) -> None:
