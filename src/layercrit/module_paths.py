@@ -180,7 +180,7 @@ class ModulePaths:
 
     def _limited(self, above: Array) -> list[Excess]:
         """Return means and limits of losses above what is allowed, ``(n_points, n_draws, n_images)``."""
-        finite = np.isfinite(above).all(axis=(1, 2))
+        finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(above).all(axis=(1, 2)))
         excesses = [Excess(math.inf, math.inf, math.inf)] * len(above)
         if finite.any():
             found = crossed_contrasts(above[finite], np.eye(finite.sum()), level=self.level, upper=math.inf)

@@ -65,7 +65,7 @@ class Losses:
         trials: list[dict[str, Any]] = [{}]
         places: dict[str | None, list[int]] = {}  # layer -> its changes
         for place, (layer, new) in enumerate(zip(layers, values, strict=True)):
-            mine = places.setdefault(layer and layer.name, [])
+            mine = places.setdefault(None if layer is None else layer.name, [])
             if len(mine) == len(trials):
                 trials.append({})
             if layer is not None:

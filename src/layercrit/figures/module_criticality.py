@@ -43,7 +43,7 @@ def excess_map(
 ) -> "Figure":
     """Plot the excess loss of one module over the place on its path and the noise, in units of what is allowed.
 
-    The line goes round the points at which the loss is as allowed; the dot is where the module criticality is.
+    The line goes round the points at which the loss is as allowed; the ring is where the module criticality is.
     Squares without a value were not evaluated.
 
     Args:
@@ -67,7 +67,10 @@ def excess_map(
         values[line, column] = row["excess"] / allowed
     scale = _Decades(COLOR_MAPS["criticality"], -_DECADES, _DECADES, ticks=2 * _DECADES + 1)
     with figure_style():
-        width = _LEFT + _WIDTH * len(a) + _MARGIN
+        quantity = f"excess loss in units of what is allowed, {allowed:.2g} nats"
+        bar_at = _MARGIN + text_width(quantity, _NOTE_SIZE) + 0.25
+        titled = 2 * _MARGIN + text_width(shown(title), _TITLE_SIZE, "bold")
+        width = max(_LEFT + _WIDTH * len(a) + _MARGIN, bar_at + _BAR_WIDTH + 2 * _MARGIN, titled)
         height = _BELOW + _HEIGHT * len(s) + _BAND
         figure = Figure(figsize=(width, height), dpi=100)
         axes = figure.add_axes((0, 0, 1, 1), label="squares")
@@ -81,9 +84,9 @@ def excess_map(
         size = number_size(squares.widest(1), _WIDTH, _HEIGHT)
         draw_squares(axes, at, (_WIDTH, _HEIGHT), squares, scale, size, "excess loss")
         _draw_border(axes, values)
-        _draw_optimum(axes, s, optimum)
+        _draw_optimum(axes, grid, optimum)
         _draw_names(axes, a, s)
-        _draw_band(figure, axes, scale, title, allowed)
+        _draw_band(figure, axes, scale, (title, quantity), bar_at)
     return figure
 
 
@@ -111,14 +114,15 @@ def _draw_border(axes: "Axes", values: Array) -> None:
             axes.plot(x, y, gid="allowed", **style)  # type: ignore[arg-type]
 
 
-def _draw_optimum(axes: "Axes", s: Array, optimum: tuple[float, float]) -> None:
-    a, noise = optimum
+def _draw_optimum(axes: "Axes", grid: tuple[Array, Array], optimum: tuple[float, float]) -> None:
+    (places, s), (a, noise) = grid, optimum
     if math.isnan(a) or math.isnan(noise):
         return
     steps = math.log(noise / s[0]) / math.log(s[1] / s[0])
-    n_a = round((axes.get_xlim()[1] - _LEFT - _MARGIN) / _WIDTH)
-    place = _LEFT + _WIDTH * (a * (n_a - 1) + 0.5), _BELOW + _HEIGHT * (steps + 0.5)
-    axes.plot(*place, "o", markersize=5, color="white", markeredgecolor="black", markeredgewidth=1, gid="optimum")
+    place = _LEFT + _WIDTH * (a * (len(places) - 1) + 0.5), _BELOW + _HEIGHT * (steps + 0.5)
+    for style in (_LINE, _CORE):
+        axes.plot(*place, "o", markersize=13, fillstyle="none", markeredgecolor=style["color"],
+                  markeredgewidth=style["linewidth"], gid="optimum")  # fmt: skip
 
 
 def _draw_names(axes: "Axes", a: Array, s: Array) -> None:
@@ -136,18 +140,11 @@ def _draw_names(axes: "Axes", a: Array, s: Array) -> None:
     axes.text(_MARGIN, up, text, ha="left", va="center", rotation=90, fontsize=_NOTE_SIZE)
 
 
-def _draw_band(figure: "Figure", axes: "Axes", scale: Scale, title: str, allowed: float) -> None:
+def _draw_band(figure: "Figure", axes: "Axes", scale: Scale, texts: tuple[str, str], bar_at: float) -> None:
     """Plot the title, what is shown, and the colour bar."""
     width, height = figure.get_size_inches()
     top = height - _MARGIN - 0.08
-    text = f"excess loss in units of what is allowed, {allowed:.2g} nats"
-    axes.text(_MARGIN, top, shown(title), fontsize=_TITLE_SIZE, fontweight="bold", va="center", gid="title")
-    axes.text(_MARGIN, top - 0.24, text, fontsize=_NOTE_SIZE, va="center", gid="quantity")
-    beside = _MARGIN + text_width(text, _NOTE_SIZE) + 0.25
-    place = (
-        beside / width,
-        (top - 0.26) / height,
-        min(_BAR_WIDTH, width - beside - 0.15) / width,
-        _BAR_HEIGHT / height,
-    )
+    axes.text(_MARGIN, top, shown(texts[0]), fontsize=_TITLE_SIZE, fontweight="bold", va="center", gid="title")
+    axes.text(_MARGIN, top - 0.24, texts[1], fontsize=_NOTE_SIZE, va="center", gid="quantity")
+    place = (bar_at / width, (top - 0.26) / height, _BAR_WIDTH / width, _BAR_HEIGHT / height)
     draw_color_bar(figure, place, scale, _NOTE_SIZE)
