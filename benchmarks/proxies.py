@@ -91,7 +91,7 @@ def family(study: Path | None) -> dict[str, Any]:
             study = Path(scratch) / "study"
             run_study(read_study_file(copy_family(Path(scratch))), study)
         found = measure_study_proxies(study, n_images=200, hessian_images=16, progress=False)
-    return {"models": len(found.agreements), "sentence": found.sentence, "ranks": ranks(found)}
+    return {"models": len(found.agreements), "sentence": found.sentence.partition(": ")[2], "ranks": ranks(found)}
 
 
 def real() -> dict[str, Any]:
@@ -134,7 +134,7 @@ def ranks(found: Any) -> dict[str, list[float | None]]:
     """Return proxy -> Spearman with its limits, and its difference from the best null with its limits."""
     columns = ["spearman", "spearman_low", "spearman_high", "difference", "difference_low", "difference_high"]
     rows = {row["proxy"]: [row[column] for column in columns] for row in found.table.to_dict("records")}
-    return {name: [None if value != value else round(value, 3) for value in row] for name, row in rows.items()}
+    return {name: [None if value != value else round(value, 4) for value in row] for name, row in rows.items()}
 
 
 def markdown(results: dict[str, Any]) -> str:
