@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from layercrit.cli.root import cli
+from layercrit.errors import LayercritError
 from layercrit.study.file import read_study_file
 from layercrit.study.running import run_study
 from running_jobs import Inline
@@ -59,6 +60,7 @@ def test_proxies__measured_at_once_and_given(asked, tmp_path):
     assert rows["fisher"]["spearman_low"] <= rows["fisher"]["spearman"] <= rows["fisher"]["spearman_high"]
     assert found["k"] == 2
     assert rows["distance"]["spearman"] is None
+    assert json.loads((tmp_path / "out" / "against.json").read_text())["sentence"] == found["sentence"]
     assert {"against.csv", "proxies.png", "proxies.svg"} <= {path.name for path in (tmp_path / "out").iterdir()}
     given = invoke(*asked, "--against", tmp_path / "out" / "measurement", "--k", "2", "--out", tmp_path / "again")
     assert given.exit_code == 0, given.output
@@ -102,6 +104,8 @@ def test_proxies__what_a_study_does_not_take(folder, asked, tmp_path):
     shown = invoke("proxies", folder / "out", "--images", folder / "images.npz")
     assert shown.exit_code == 2
     assert "--images goes with a MODEL" in shown.output
+    shown = invoke("proxies", f"{asked[1]}&name={'x' * 5000}", "--images", folder / "images.npz", "--out", tmp_path)
+    assert isinstance(shown.exception, LayercritError)  # of the model, whose name no file could have
     shown = invoke("proxies", asked[1], "--out", tmp_path)
     assert shown.exit_code == 2
     assert "Missing option '--images'" in shown.output

@@ -148,7 +148,7 @@ def test_agreement__a_proxy_in_the_order_of_the_exact_values():
     assert (row["proxy"], row["spearman"], row["kendall"]) == ("snip", 1, 1)
     assert (row["lowest"], row["highest"], row["spearman_low"]) == (1, 1, 1)
     assert row["difference_low"] > 0
-    assert found.sentence.startswith("1 of 3 proxies beat the best null")
+    assert found.sentence.startswith("1 of 3 proxies beats the best null")
     assert "SNIP (+" in found.sentence
 
 

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
+from layercrit.demo import small_resnet
 from layercrit.errors import StudyError
 from layercrit.proxies import measure_proxies
 from layercrit.proxies.of_study import measure_study_proxies
+from layercrit.seeds import drawing
 from layercrit.study.file import read_study_file
 from layercrit.study.running import run_study
 from layercrit.study.tables import load_study
 from running_jobs import Inline
 from small_studies import OPTIONS, write_study
+from training_runs import write_run
 
 HOW = {"n_images": 6, "hessian_images": 0, "progress": False, "device": "cpu"}
 
@@ -92,6 +95,25 @@ def test_measure_study_proxies__a_model_that_is_gone_is_left_out(folder, tmp_pat
             measure_study_proxies(folder / "out", models=["m1"], **HOW)
     finally:
         (tmp_path / "m1.safetensors").rename(file)
+
+
+def test_measure_study_proxies__a_training_run_has_its_own_start(tmp_path):
+    """The distance from the start is known where the run kept epoch 0, and for no other model."""
+    with drawing(3):
+        final = small_resnet().state_dict()
+    start = {
+        name: value + 2 if name.endswith(".weight") or name == "fc.bias" else value for name, value in final.items()
+    }
+    write_run(tmp_path / "run", {0: start, 1: final}, final=final)
+    models = [{"reference": f"file:run?{OPTIONS}", "name": "run"},
+              {"reference": f"file:m0.safetensors?{OPTIONS}", "name": "m0"}]  # fmt: skip
+    sections = {"protocol": {"layers": "conv1,layer1.1.conv1,fc"}, "models": models, "study": {"baseline": None}}
+    file = write_study(tmp_path, n_models=1, n_images=4, **sections)
+    run_study(read_study_file(file), tmp_path / "out", executor=Inline())
+    found = measure_study_proxies(tmp_path / "out", **HOW)
+    np.testing.assert_allclose(found.proxies["run"].layers["distance"], 2, rtol=1e-5)
+    assert found.proxies["m0"].layers["distance"].isna().all()
+    assert found.table.set_index("proxy").loc["distance", "n_models"] == 1
 
 
 def test_measure_study_proxies__unknown_names(folder, tmp_path):

@@ -1,5 +1,6 @@
 """The command `proxies`: cheap proxies for the criticality of layers, and how well they rank them."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -91,7 +92,9 @@ def proxies_command(
     from layercrit.study.shards import is_study
 
     folder = out or Path("layercrit-proxies-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
-    of_study = is_study(Path(model).expanduser())
+    of_study = False
+    with contextlib.suppress(OSError):  # a reference may be longer than names of files may be
+        of_study = is_study(Path(model).expanduser())
     _refuse(context, _OF_MODEL if of_study else _OF_STUDY, of_study)
     if of_study:
         _of_study(model, folder, as_json, None if models is None else models.split(","), asked)
@@ -131,11 +134,15 @@ def _of_model(model: str, folder: Path, as_json: bool, asked: dict[str, Any]) ->
     if exact is not None:
         how = {} if level is None else {"level": level}
         agreement = found.against(exact, k=k, **how)
-        files += _save_agreement(agreement, folder)
+        files += agreement.save(folder)
     if as_json:
         costs = _rows(found.costs)
         about = {"model": model, "record": found.record, "layers": _rows(found.layers), "costs": costs}
-        click.echo(json.dumps({**about, **_agreement_in_json(agreement), "folder": str(folder)}, allow_nan=False))
+        click.echo(
+            json.dumps(
+                {**about, **({} if agreement is None else agreement.to_dict()), "folder": str(folder)}, allow_nan=False
+            )
+        )
         return
     print_table(_layer_table(found, agreement))
     for line in _about(found):
@@ -184,26 +191,6 @@ def _of_study(study: str, folder: Path, as_json: bool, models: list[str] | None,
 
 def _labels_of(found: "StudyProxies") -> str:
     return "; ".join(dict.fromkeys(str(one.record["labels"]) for one in found.proxies.values()))
-
-
-def _save_agreement(agreement: "Agreement", folder: Path) -> list[Path]:
-    from layercrit.figures.style import save_figure
-    from layercrit.foreign_text import write_csv
-
-    write_csv(agreement.table, folder / "against.csv")
-    return [folder / "against.csv", *save_figure(agreement.plot(), folder / "proxies")]
-
-
-def _agreement_in_json(agreement: "Agreement | None") -> dict[str, Any]:
-    if agreement is None:
-        return {}
-    about = {"k": agreement.k, "level": agreement.level, "resampled": agreement.resampled}
-    return {
-        "against": _rows(agreement.table),
-        "best_null": agreement.best_null,
-        "sentence": agreement.sentence,
-        **about,
-    }
 
 
 def _rows(table: "pd.DataFrame") -> list[dict[str, Any]]:

@@ -1,15 +1,18 @@
 """How well proxies rank layers: rank correlations with exact values, intervals by resampling, and the best null."""
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from layercrit.errors import ProtocolError
+from layercrit.errors import LayercritError, ProtocolError
+from layercrit.foreign_text import encodable, write_csv
 from layercrit.proxies.formulas import PROXIES
 from layercrit.seeds import seed_of
 
@@ -108,6 +111,34 @@ class Agreement:
         from layercrit.figures.proxies import proxy_scatter
 
         return proxy_scatter(self.by_layer, self.table, title=self.title)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the layers as plain data for JSON; None where a number is not known."""
+        rows = json.loads(self.table.to_json(orient="records", double_precision=15))
+        about = {"best_null": self.best_null, "k": self.k, "level": self.level, "resampled": self.resampled}
+        return {"against": rows, **about, "sentence": self.sentence}
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``against.csv`` (the table), ``against.json`` (`to_dict`) and the figure into a folder.
+
+        Raises:
+            LayercritError: it cannot be written.
+        """
+        from layercrit.figures.style import save_figure
+
+        folder = Path(folder).expanduser()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_csv(self.table, folder / "against.csv")
+            text = json.dumps(encodable(self.to_dict()), indent=2, ensure_ascii=False, allow_nan=False)
+            (folder / "against.json").write_text(text + "\n", encoding="utf-8")
+            figures = save_figure(self.plot(), folder / "proxies")
+        except OSError as error:
+            raise LayercritError(
+                f"The comparison cannot be written to {folder} ({error.strerror or error}). Free some space or name "
+                "another folder (--out), then save again."
+            ) from error
+        return [folder / "against.csv", folder / "against.json", *figures]
 
     def __repr__(self) -> str:
         return f"<Agreement of proxies with {self.title}: {self.sentence}>"
@@ -326,7 +357,7 @@ def verdict(table: pd.DataFrame, best: str | None, level: float) -> str:
         )
         for row in better.to_dict("records")
     )
-    return f"{len(better)} of {len(proxies)} proxies beat {null}, by {interval}: {listed}."
+    return f"{len(better)} of {len(proxies)} proxies {'beats' if len(better) == 1 else 'beat'} {null}, by {interval}: {listed}."
 
 
 def _signed(row: Mapping[Any, Any]) -> str:
