@@ -357,7 +357,8 @@ def verdict(table: pd.DataFrame, best: str | None, level: float) -> str:
         )
         for row in better.to_dict("records")
     )
-    return f"{len(better)} of {len(proxies)} proxies {'beats' if len(better) == 1 else 'beat'} {null}, by {interval}: {listed}."
+    beat = "beats" if len(better) == 1 else "beat"
+    return f"{len(better)} of {len(proxies)} proxies {beat} {null}, by {interval}: {listed}."
 
 
 def _signed(row: Mapping[Any, Any]) -> str:
