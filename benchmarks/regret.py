@@ -2,8 +2,8 @@
 
 python benchmarks/regret.py DIR [--models NAME,...] [--actions NAME,...] [--json FILE]
 
-For each network of the bundled family: its layers are put in order by criticality, by proxies, by chance (20 times) and
-by an oracle that does the action to each layer alone and looks at the accuracy; then the action is done to as many
+For each network, of the bundled family or `resnet20` and `resnet56` of the folder of real inputs: its layers are put in order by criticality, by proxies, by chance (20 times) and
+by an oracle that does the action to each layer alone and looks at the loss; then the action is done to as many
 layers as make up the budget, and the accuracy that is left is measured on other images. Regret is the accuracy under
 the oracle's order minus that under another order; intervals are for new networks (Student's t over networks).
 
@@ -316,6 +316,42 @@ def markdown(results: dict[str, Any]) -> str:
             lines.append(f"| {name} | {100 * row['accuracy']:.1f} | {' | '.join(parts)} |")
         lines.append("")
     return "\n".join(lines).strip()
+
+
+NULLS = {
+    "largest first": "the largest layers first",
+    "smallest first": "the smallest layers first",
+    "last first": "the last layers first",
+    "first first": "the first layers first",
+}
+
+
+def evidence(results: dict[str, Any]) -> dict[str, str]:
+    """Return what `layercrit.advice.ACTIONS` says of how good a guide criticality is."""
+    rows = {(row["action"], row["order"]): row for row in results["rows"]}
+
+    def told(action: str, order: str, what: str) -> str:
+        own, before, chance = (rows[action, name] for name in (order, "nothing done", "random"))
+        null = max((rows[action, name] for name in NULLS), key=lambda row: row["accuracy"])
+        gap = own["accuracy"] - null["accuracy"]
+        judged = "a poorer guide" if gap < -0.01 else "a better guide" if gap > 0.01 else "no better a guide"
+        return (
+            f"criticality is {judged} than {NULLS[null['order']]} where {what}: {100 * own['accuracy']:.1f} % accuracy "
+            f"against {100 * null['accuracy']:.1f} %, by chance {100 * chance['accuracy']:.1f} %, before it "
+            f"{100 * before['accuracy']:.1f} % (mean of {own['n_models']} networks)"
+        )
+
+    tuned = told("finetune", "criticality", "layers are fine-tuned on noisy images and all others frozen")
+    pruned = [
+        told("prune-channels", "criticality per parameter", "channels are removed and nothing is trained afterwards"),
+        told("prune-weights", "criticality per parameter", "half of the weights of layers are set to 0"),
+    ]
+    return {
+        "freeze": tuned,
+        "finetune": tuned,
+        "prune": "; ".join(pruned),
+        "quantise": told("quantise", "criticality per parameter", "half of the parameters are rounded to 4 bits"),
+    }
 
 
 NAMES = {"random": "chance, mean of 20", "oracle": "the oracle", "nothing done": "(nothing done)"}

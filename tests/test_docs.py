@@ -16,6 +16,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import json
 import os
 import re
 import shlex
@@ -34,6 +35,7 @@ import pytest
 import layercrit
 from forked import forked_workers
 from layercrit import errors
+from layercrit.advice import ACTIONS
 from layercrit.cli.root import cli
 from layercrit.demo import copy_family, example_study
 from layercrit.distances import DISTANCES
@@ -493,6 +495,15 @@ def test_benchmarks__tables_are_those_of_the_results():
         assert tables.written(page) == page, "run python benchmarks/tables.py"
     for results in (ROOT / "benchmarks" / "results").glob("*.json"):
         assert sum(f"<!-- {results.stem}.py -->" in page for page in pages) == 1, results.name
+
+
+def test_advice__says_what_was_measured():
+    path = ROOT / "benchmarks" / "regret.py"
+    spec = importlib.util.spec_from_file_location("regret", path)
+    regret = sys.modules["regret"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(regret)
+    told = regret.evidence(json.loads((path.parent / "results" / "regret.json").read_text(encoding="utf-8")))
+    assert {name: action.evidence for name, action in ACTIONS.items()} == told
 
 
 def test_package__is_the_one_that_is_described():

@@ -17,6 +17,7 @@ class Action:
         highest_first: whether the most critical layers are chosen, rather than the least critical ones for their size.
         budget: the default: a share of parameters in (0, 1), or mean bits of a parameter.
         budget_in_words: what the budget is, with a gap for it.
+        evidence: how good a guide criticality is for it, as ``benchmarks/regret.py`` measured.
     """
 
     name: str
@@ -24,15 +25,36 @@ class Action:
     highest_first: bool
     budget: float
     budget_in_words: str
+    evidence: str
 
+
+_TUNED = (
+    "criticality is no better a guide than the smallest layers first where layers are fine-tuned on noisy"
+    " images and all others frozen: 85.3 % accuracy against 86.0 %, by chance 84.9 %, before it 64.4 % "
+    "(mean of 2 networks)"
+)
+_PRUNED = (
+    "criticality is a poorer guide than the last layers first where channels are removed and nothing is "
+    "trained afterwards: 27.0 % accuracy against 42.8 %, by chance 14.3 %, before it 85.9 % (mean of 5 "
+    "networks); criticality is no better a guide than the largest layers first where half of the weights "
+    "of layers are set to 0: 84.7 % accuracy against 84.5 %, by chance 71.0 %, before it 85.9 % (mean of "
+    "5 networks)"
+)
+_QUANTISED = (
+    "criticality is no better a guide than the largest layers first where half of the parameters are "
+    "rounded to 4 bits: 85.7 % accuracy against 85.7 %, by chance 85.0 %, before it 85.9 % (mean of 5 "
+    "networks)"
+)
 
 ACTIONS = {
     action.name: action
     for action in (
-        Action("freeze", "frozen", False, 0.5, "at least {} of the parameters frozen"),
-        Action("finetune", "fine-tuned", True, 0.25, "at most {} of the parameters fine-tuned"),
-        Action("prune", "pruned", False, 0.25, "at least {} of the parameters removed"),
-        Action("quantise", "quantised to fewer bits", False, 6.0, "at most {} bits for a parameter in the mean"),
+        Action("freeze", "frozen", False, 0.5, "at least {} of the parameters frozen", _TUNED),
+        Action("finetune", "fine-tuned", True, 0.25, "at most {} of the parameters fine-tuned", _TUNED),
+        Action("prune", "pruned", False, 0.25, "at least {} of the parameters removed", _PRUNED),
+        Action(
+            "quantise", "quantised to fewer bits", False, 6.0, "at most {} bits for a parameter in the mean", _QUANTISED
+        ),
     )
 }
 

@@ -62,15 +62,16 @@ class Advice:
         return [layer for layer in self.record["layers"] if layer not in chosen]
 
     def in_words(self) -> list[str]:
-        """Return what was chosen and what it rests on, a sentence each."""
+        """Return how good a guide criticality is, what was chosen, and what that rests on, a sentence each."""
         record, n = self.record, len(self.chosen)
         budget = record["budget"]
         amount = f"{budget:g}" if self.action.name == "quantise" else share_in_words(budget)
         default = "" if record["budget_given"] else " (the default)"
         share = self.layers.loc[self.layers["chosen"], "n_parameters"].sum() / max(1, record["n_parameters"])
         lines = [
+            f"measured: {self.action.evidence}",
             f"{n} of {len(self.layers)} layers to be {self.action.done}, {share_in_words(share)} of the parameters of "
-            f"these layers; budget{default}: {self.action.budget_in_words.format(amount)}"
+            f"these layers; budget{default}: {self.action.budget_in_words.format(amount)}",
         ]
         if ties := int(self.layers["tie"].sum()):
             lines.append(
