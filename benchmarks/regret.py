@@ -3,8 +3,8 @@
 python benchmarks/regret.py DIR [--models NAME,...] [--actions NAME,...] [--json FILE]
 
 For each network, of the bundled family or `resnet20` and `resnet56` of the folder of real inputs: its layers are put in
-order by criticality, by proxies, by chance (20 times) and by an oracle that does the action to each layer alone and looks
-at the loss; then the action is done to as many layers as make up the budget, and the accuracy that is left is measured
+order by criticality, by proxies, by chance (20 times) and by an oracle that does the action to each layer alone and
+looks at the loss; then the action is done to as many layers as make up the budget, and the accuracy that is left is measured
 on other images. Regret is the accuracy under the oracle's order minus that under another order; intervals are for new
 networks (Student's t over networks).
 
