@@ -2,11 +2,11 @@
 
 python benchmarks/regret.py DIR [--models NAME,...] [--actions NAME,...] [--json FILE]
 
-For each network, of the bundled family or `resnet20` and `resnet56` of the folder of real inputs: its layers are put in
-order by criticality, by proxies, by chance (20 times) and by an oracle that does the action to each layer alone and
-looks at the loss; then the action is done to as many layers as make up the budget, and the accuracy that is left is measured
-on other images. Regret is the accuracy under the oracle's order minus that under another order; intervals are for new
-networks (Student's t over networks).
+For each network, of the bundled family or `resnet20` and `resnet56` of the folder of real inputs: its layers are put
+in order by criticality, by proxies, by chance (20 times) and by an oracle that does the action to each layer alone and
+looks at the loss; then the action is done to as many layers as make up the budget, and the accuracy that is left is
+measured on other images. Regret is the accuracy under the oracle's order minus that under another order; intervals are
+for new networks (Student's t over networks).
 
 Actions: `quantise` half of the parameters to 4 bits (torch's own rounding, symmetric, by output channel);
 `prune-weights` sets half of the weights of half of the parameters to 0 (torch.nn.utils.prune, smallest first);
