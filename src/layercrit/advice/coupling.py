@@ -16,7 +16,7 @@ __all__ = ["coupled_layers"]
 def coupled_layers(model: Model) -> tuple[dict[str, str], list[str]]:
     """Return which layers lose the same channels when one of them is pruned, and which cannot be pruned at all.
 
-    The dependencies are found by Torch-Pruning (Fang et al., DepGraph, CVPR 2023) on a copy of the network.
+    The dependencies are found by Torch-Pruning (Fang et al. 2023, arXiv 2301.12900) on a copy of the network.
 
     Returns:
         convolutional or linear layer -> the first layer (in depth order) whose channels are coupled with its own;
