@@ -145,53 +145,72 @@ class Subject:
         images = (self.shifted if action == "finetune" else self.clean).part(N_SELECT + N_TUNE)
         return float((logits_of(network, images).argmax(1) == images.labels).float().mean())
 
-    def chosen(self, action: str, scores: Mapping[str, float]) -> list[str]:
-        """Return the layers that are chosen where these scores stand in for criticality."""
-        table = self.layers.assign(criticality=self.layers["layer"].map(scores), measured=True, low=np.nan, high=np.nan)
+    def chosen(self, action: str, order: "Order") -> list[str]:
+        """Return the layers that are chosen where an order takes the place of that by criticality."""
         by_channel = action == "prune-channels"
+        of_layer = self.knobs if by_channel else {}
+        values = self.layers["layer"].map(order.by_layer) if order.by_layer else 0.0
+        table = self.layers.assign(criticality=values, low=np.nan, high=np.nan)
         table["measured"] = ~table["layer"].isin(self.fixed) | (not by_channel)
-        knobs = knobs_of(table, self.knobs if by_channel else {})
+        knobs = knobs_of(table, of_layer)
+        knobs = knobs[knobs["measured"]]
         way = ACTIONS["finetune" if action == "finetune" else "freeze"]
-        order = knobs[knobs["measured"]].sort_values("criticality", kind="stable")
-        budget = BUDGETS[action] * (order["n_parameters"].sum() / table["n_parameters"].sum() if by_channel else 1)
-        taken = set(order.index[chosen_within(order, way, budget, int(table["n_parameters"].sum()))])
-        return [layer for layer in table["layer"] if (self.knobs.get(layer, layer) if by_channel else layer) in taken]
+        ordered = knobs.loc[order.of(knobs, way.highest_first).sort_values(kind="stable").index]
+        total = int(table["n_parameters"].sum())
+        budget = BUDGETS[action] * (ordered["n_parameters"].sum() / total if by_channel else 1)
+        taken = set(ordered.index[chosen_within(ordered, way, budget, total)])
+        return [layer for layer in table["layer"] if of_layer.get(layer, layer) in taken]
 
 
-def orders_of(
-    exact: "layercrit.Measurement", proxies: Mapping[str, pd.Series], action: str
-) -> dict[str, dict[str, float]]:
-    """Return what layers are put in order by -> layer -> value; those with the lowest are chosen first."""
+@dataclass
+class Order:
+    """What layers (or knobs) are put in order by: their values, or something else about them.
+
+    Of a knob, the value is that of its most critical layer, as in `layercrit.advice`.
+    """
+
+    by_layer: Mapping[str, float] | None = None
+    per_parameter: bool = False
+    by: Callable[[pd.DataFrame], pd.Series] | None = None
+
+    def of(self, knobs: pd.DataFrame, highest_first: bool) -> pd.Series:
+        if self.by is not None:
+            return self.by(knobs)
+        values = knobs["criticality"] / (knobs["n_parameters"] if self.per_parameter else 1)
+        return -values if highest_first else values
+
+
+def chance(number: int) -> Order:
+    return Order(by=lambda knobs: pd.Series(np.random.default_rng(number).permutation(len(knobs)), knobs.index))
+
+
+def orders_of(exact: "layercrit.Measurement", proxies: Mapping[str, pd.Series], action: str) -> dict[str, Order]:
     table = exact.to_pandas().set_index("layer")
-    sign = -1 if action == "finetune" else 1
-    sizes = table["n_parameters"]
-    values = {
-        "criticality": sign * table["criticality"],
-        "criticality per parameter": sign * table["criticality"] / sizes,
-        "largest first": -sizes,
-        "smallest first": sizes,
-        "last first": -table["depth"],
-        "first first": table["depth"],
+    by_size = action != "finetune"
+    found = {
+        "criticality": Order(table["criticality"].to_dict()),
+        "criticality per parameter": Order(table["criticality"].to_dict(), per_parameter=True),
+        "largest first": Order(by=lambda knobs: -knobs["n_parameters"]),
+        "smallest first": Order(by=lambda knobs: knobs["n_parameters"]),
+        "last first": Order(by=lambda knobs: -knobs["depth"]),
+        "first first": Order(by=lambda knobs: knobs["depth"]),
     }
     for proxy, own in proxies.items():
         if own.notna().all():
-            values[f"{proxy}, per parameter" if sign > 0 else proxy] = sign * own / (sizes if sign > 0 else 1)
-    return {name: dict(zip(table.index, value.to_numpy(np.float64).tolist(), strict=True))
-            for name, value in values.items()}  # fmt: skip
-
-
-def oracle(subject: Subject, action: str) -> dict[str, float]:
-    """Return how much loss the action adds for each parameter, done to each layer (or knob) alone."""
-    knobs = subject.knobs if action == "prune-channels" else {}
-    before = subject.loss(action, subject.model.network)
-    found: dict[str, float] = {}
-    for knob in dict.fromkeys(knobs.get(layer, layer) for layer in subject.layers["layer"]):
-        own = subject.layers[[knobs.get(layer, layer) == knob for layer in subject.layers["layer"]]]
-        members = list(own["layer"])
-        fixed = action == "prune-channels" and bool(set(members) & set(subject.fixed))
-        added = 0.0 if fixed else subject.loss(action, subject.after(action, members)) - before
-        found |= dict.fromkeys(members, added / own["n_parameters"].sum())
+            found[f"{proxy}, per parameter" if by_size else proxy] = Order(own.to_dict(), per_parameter=by_size)
     return found
+
+
+def oracle(subject: Subject, action: str) -> Order:
+    """Return the order by how much loss the action adds for each parameter, done to each layer (or knob) alone."""
+    of_layer = subject.knobs if action == "prune-channels" else {}
+    before = subject.loss(action, subject.model.network)
+    added: dict[str, float] = {}
+    for knob in dict.fromkeys(of_layer.get(layer, layer) for layer in subject.layers["layer"]):
+        members = [layer for layer in subject.layers["layer"] if of_layer.get(layer, layer) == knob]
+        fixed = action == "prune-channels" and bool(set(members) & set(subject.fixed))
+        added[knob] = 0.0 if fixed else subject.loss(action, subject.after(action, members)) - before
+    return Order(by=lambda knobs: knobs.index.to_series().map(added) / knobs["n_parameters"])
 
 
 def subject_of(folder: Path, name: str) -> tuple[Subject, "layercrit.Measurement", dict[str, pd.Series]]:
@@ -231,12 +250,10 @@ def accuracies_of(folder: Path, name: str, left: Mapping[str, set[str]], report:
         started = time.perf_counter()
         found = {"oracle": oracle(subject, action)} if "oracle" not in there else {}
         found |= orders_of(exact, proxies, action)
-        for number in range(N_RANDOM):
-            drawn = np.random.default_rng(number).permutation(len(subject.layers))
-            found[f"random {number}"] = dict(zip(subject.layers["layer"], drawn.tolist(), strict=True))
-        for order, scores in found.items():
+        found |= {f"random {number}": chance(number) for number in range(N_RANDOM)}
+        for order, how in found.items():
             if order not in there:
-                network = subject.after(action, subject.chosen(action, scores))
+                network = subject.after(action, subject.chosen(action, how))
                 rows.append({"model": name, "action": action, "order": order,
                              "accuracy": subject.accuracy(action, network)})  # fmt: skip
         if "nothing done" not in there:
@@ -260,6 +277,7 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
                 for one in (regret, over_random)
             ]
             rows.append({"action": action, "order": order, "n_models": len(wide), "accuracy": wide[order].mean(),
+                         "accuracies": wide[order].to_list(),
                          "regret": regret.mean(), "low": limits[0][0], "high": limits[0][1],
                          "over_random": over_random.mean(), "over_random_low": limits[1][0],
                          "over_random_high": limits[1][1]})  # fmt: skip
@@ -334,10 +352,12 @@ def evidence(results: dict[str, Any]) -> dict[str, str]:
     def told(action: str, order: str, what: str) -> str:
         own, before, chance = (rows[action, name] for name in (order, "nothing done", "random"))
         null = max((rows[action, name] for name in NULLS), key=lambda row: row["accuracy"])
-        gap = own["accuracy"] - null["accuracy"]
-        judged = "a poorer guide" if gap < -0.01 else "a better guide" if gap > 0.01 else "no better a guide"
+        gap = np.subtract(own["accuracies"], null["accuracies"])
+        low, high = stats.t.interval(0.95, len(gap) - 1, gap.mean(), stats.sem(gap))
+        judged = "was a better guide than" if low > 0 else "was a poorer guide than" if high < 0 else (
+            "could not be told from")  # fmt: skip
         return (
-            f"criticality is {judged} than {NULLS[null['order']]} where {what}: {100 * own['accuracy']:.1f} % accuracy "
+            f"criticality {judged} {NULLS[null['order']]} where {what}: {100 * own['accuracy']:.1f} % accuracy "
             f"against {100 * null['accuracy']:.1f} %, by chance {100 * chance['accuracy']:.1f} %, before it "
             f"{100 * before['accuracy']:.1f} % (mean of {own['n_models']} networks)"
         )
@@ -348,7 +368,7 @@ def evidence(results: dict[str, Any]) -> dict[str, str]:
         told("prune-weights", "criticality per parameter", "half of the weights of layers are set to 0"),
     ]
     return {
-        "freeze": tuned,
+        "freeze": f"not measured for freezing by itself, but {tuned}",
         "finetune": tuned,
         "prune": "; ".join(pruned),
         "quantise": told("quantise", "criticality per parameter", "half of the parameters are rounded to 4 bits"),

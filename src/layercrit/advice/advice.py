@@ -18,7 +18,7 @@ from layercrit.measurement import Measurement
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Advice", "advise"]
+__all__ = ["Advice", "advise", "check_advice"]
 
 _BITS, _RATIO = (8, 4), 0.5
 _REQUIRED = ("layer", "criticality", "low", "high", "n_parameters", "status")
@@ -74,9 +74,10 @@ class Advice:
             f"these layers; budget{default}: {self.action.budget_in_words.format(amount)}",
         ]
         if ties := int(self.layers["tie"].sum()):
-            lines.append(
-                f"{ties} layers are ties: within its interval each would be on the other side too; more trials may tell"
+            which = (
+                "layer is a tie: within its interval it" if ties == 1 else "layers are ties: within its interval each"
             )
+            lines.append(f"{ties} {which} would be on the other side too; more trials may tell")
         if left := record["not_measured"]:
             lines.append(f"{len(left)} layers were not measured, so they are left as they are: {', '.join(left[:5])}"
                          f"{' ...' if len(left) > 5 else ''}")  # fmt: skip
@@ -111,6 +112,15 @@ class Advice:
         return criticality_bars(table, title=f"{self.record['model']}: {self.action.name}", marks=marks)
 
 
+def check_advice(action: str, budget: float | None = None, bits: Sequence[int] = _BITS, ratio: float = _RATIO) -> None:
+    """Check what is asked of `advise`, before anything is measured for it.
+
+    Raises:
+        AdviceError: the action is unknown, or the budget or an option makes no sense.
+    """
+    _checked_budget(action_named(action), budget, bits, ratio)
+
+
 def advise(
     of: Measurement | pd.DataFrame,
     action: str,
@@ -128,7 +138,8 @@ def advise(
         of: a measurement, or a table of one row per layer with the columns ``layer``, ``criticality``, ``low``,
             ``high``, ``n_parameters`` and ``status``, in depth order.
         action: ``freeze`` or ``prune`` (the least criticality for each parameter first), ``finetune`` (the most
-            critical first) or ``quantise`` (bits at the least sum of scores).
+            critical first) or ``quantise`` (fewer bits first where criticality times the variance of rounding rises
+            least).
         budget: share of the parameters of these layers, in (0, 1]: to be frozen or removed at least, or fine-tuned at
             most; for ``quantise`` the mean bits of a parameter. None: the action's default.
         knobs: layer -> name of its knob, such as those of `coupled_layers`, where layers can only be changed together.
@@ -205,7 +216,7 @@ def _checked_budget(action: Action, budget: float | None, bits: Sequence[int], r
                 f"For {asked:g} %, give {asked / 100:g}."
             )
         return asked
-    if len(set(bits)) < 2 or not all(1 <= one <= 32 for one in bits):
+    if len(set(bits)) < 2 or not all(isinstance(one, int) and 1 <= one <= 32 for one in bits):
         raise AdviceError(f"Bits to choose from are two or more whole numbers from 1 to 32, not {list(bits)}.")
     if not min(bits) <= asked <= max(bits):
         raise AdviceError(

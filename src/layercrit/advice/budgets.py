@@ -1,6 +1,7 @@
-"""How many layers are chosen: down a ranking to a share of the parameters, or bits at the least sum of scores."""
+"""How many layers are chosen: down a ranking to a share of the parameters, or to so many bits in the mean."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,11 @@ def chosen_within(
         reached = np.cumsum(sizes)
         if not len(sizes) or reached[-1] < budget - 1e-9:
             most = float(reached[-1]) if len(sizes) else 0.0
+            if not most:
+                raise AdviceError(
+                    f"A budget of {share_in_words(budget)} cannot be met: no layer can be {action.done}. Measure more "
+                    "layers; where channels are coupled with layers left as they are, ask for --of weights."
+                )
             raise AdviceError(
                 f"A budget of {share_in_words(budget)} cannot be met: all layers that were measured, {action.done}"
                 f"{'' if ratio == 1 else f' by {share_in_words(ratio)} each'}, make up {share_in_words(most)} of the "
@@ -61,10 +67,11 @@ def chosen_within(
 
 
 def bits_within(knobs: pd.DataFrame, bits: Sequence[int], budget: float, n_unmeasured: int) -> npt.NDArray[np.int64]:
-    """Return the bits of each knob: the least sum of scores with so many bits for a parameter in the mean.
+    """Return the bits of each knob: down from the most, where that raises the sum of scores least for what it saves.
 
     The score of a knob at b bits is its criticality times the variance of rounding, which falls fourfold with each bit.
-    Layers that were not measured keep the most bits. Solved exactly, as an integer program.
+    Among all choices of the same or a smaller size, none has a smaller sum. Layers that were not measured keep the most
+    bits.
 
     Args:
         knobs: with the columns ``criticality`` and ``n_parameters``.
@@ -75,28 +82,24 @@ def bits_within(knobs: pd.DataFrame, bits: Sequence[int], budget: float, n_unmea
     Raises:
         AdviceError: the budget cannot be met.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    choices = np.array(sorted(bits, reverse=True))
-    sizes = knobs["n_parameters"].to_numpy(np.float64)
+    choices = sorted(set(bits), reverse=True)
+    criticality, sizes = knobs["criticality"].to_numpy(np.float64), knobs["n_parameters"].to_numpy(np.float64)
     total = sizes.sum() + n_unmeasured
-    left = budget * total - choices[0] * n_unmeasured
-    if not len(sizes) or left < choices[-1] * sizes.sum() - 1e-6:
-        least = (choices[-1] * sizes.sum() + choices[0] * n_unmeasured) / max(1.0, total)
+    steps = sorted(
+        (c * (4.0**-lower - 4.0**-upper) / max(1.0, size) / (upper - lower), place, level + 1)
+        for place, (c, size) in enumerate(zip(criticality, sizes, strict=True))
+        for level, (upper, lower) in enumerate(pairwise(choices))
+    )
+    chosen, used = np.zeros(len(sizes), np.int64), choices[0] * total
+    for _, place, level in steps:  # of one knob, in this order too: each step down raises the score more
+        if used <= budget * total + 1e-6:
+            break
+        chosen[place] = level
+        used -= sizes[place] * (choices[level - 1] - choices[level])
+    if used > budget * total + 1e-6:
         raise AdviceError(
             f"A budget of {budget:g} bits for a parameter cannot be met: with {choices[-1]} bits in every layer that "
-            f"was measured, and {choices[0]} in the others, it is {least:.3g}. Give at least that, or fewer bits to "
-            "choose from."
+            f"was measured, and {choices[0]} in the others, it is {used / max(1.0, total):.3g}. Give at least that, or "
+            "fewer bits to choose from."
         )
-    scores = np.outer(knobs["criticality"].to_numpy(np.float64), 4.0 ** (choices[-1] - choices))
-    n_knobs, n_choices = scores.shape
-    once = np.kron(np.eye(n_knobs), np.ones(n_choices))
-    cost = np.outer(sizes, choices).ravel() / total
-    found = milp(
-        scores.ravel() + 1e-9 * cost,  # of equal scores, that with fewer bits
-        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(cost, -np.inf, left / total + 1e-9)],
-        integrality=np.ones(n_knobs * n_choices),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
-    return np.asarray(choices[found.x.reshape(n_knobs, n_choices).argmax(axis=1)], np.int64)
+    return np.array(choices, np.int64)[chosen]

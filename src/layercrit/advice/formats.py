@@ -71,6 +71,7 @@ def as_peft(advice: Written) -> str:
 
     ``layers_to_transform`` where the chosen layers are the same ones of some blocks, else a regular expression.
     """
+    _check_single_modules(advice)
     return _json(_in_blocks(advice.chosen, advice.record["layers"]) or {"target_modules": _regex(advice.chosen)})
 
 
@@ -78,6 +79,7 @@ def as_torch_pruning(advice: Written) -> str:
     """Torch-Pruning's ``pruning_ratio_dict`` by the names of modules, beside ``pruning_ratio=0``."""
     if "ratio" not in advice.layers:
         raise AdviceError("Pruning ratios are for advice to prune. Ask with --for prune, or for another format.")
+    _check_single_modules(advice)
     ratios = advice.layers.set_index("layer")["ratio"].to_dict()
     return _json({layer: ratios[layer] for layer in advice.chosen})
 
@@ -115,6 +117,16 @@ FORMATS: dict[str, Callable[[Written], str]] = {
     "nncf": as_nncf,
     "groups": as_groups,
 }
+
+
+def _check_single_modules(advice: Written) -> None:
+    """Make sure that layers are modules with parameters of their own, not groups of them."""
+    for layer, names in (advice.record["parameters"] or {}).items():
+        if any(name.rpartition(".")[0] != layer for name in names):
+            raise AdviceError(
+                f"{layer!r} is a group of modules, and this format is about single ones. Take the format list, regex, "
+                "nncf or groups, or measure with --group layer."
+            )
 
 
 def _json(value: Any) -> str:

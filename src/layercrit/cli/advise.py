@@ -1,9 +1,11 @@
 """The command that says which layers to freeze, fine-tune, prune or quantise."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from layercrit.cli.printing import bar, number, plain, print_table, say
 from layercrit.errors import AdviceError, LayercritError, near
@@ -97,10 +99,12 @@ def advise_command(
 
     DIR is a measurement or a study; a MODEL is measured first, on --images.
     """
-    from layercrit.advice import advise
+    from layercrit.advice import advise, check_advice
 
+    _check_options(action, images)
+    check_advice(action, budget, bits, ratio)
     layers, name, reference = _criticality(source, model, reset, images, trials, n_images)
-    knobs, fixed = _coupled(reference) if action == "prune" and unit == "channels" else ({}, [])
+    knobs, fixed = _coupled(reference, layers) if action == "prune" and unit == "channels" else ({}, [])
     found = advise(layers, action, budget, knobs=knobs, fixed=fixed, bits=bits, ratio=ratio, model=name)
     if form == "table" and out is None:
         _show(found)
@@ -126,21 +130,41 @@ def _criticality(
     from layercrit.study.tables import load_study
 
     folder = Path(source).expanduser()
+    if images is None and _is(is_study, folder):
+        return _of_study(load_study(folder), model, reset)
+    if model is not None or reset is not None:
+        raise click.UsageError("--model and --reset choose from a study, and this is none.")
     if images is not None:
         measurement = _measure(source, images, trials, n_images)
-    elif is_study(folder):
-        return _of_study(load_study(folder), model, reset)
-    elif (folder / "measurement.json").is_file():
+    elif _is(Path.is_file, folder / "measurement.json"):
         measurement = Measurement.load(folder)
     else:
         raise AdviceError(
             f"There is no measurement or study in {source}. Give the folder that `layercrit measure` or `layercrit "
             "study run` wrote; or, where it is a model, --images to measure it on."
         )
-    if model is not None or reset is not None:
-        raise click.UsageError("--model and --reset choose from a study, and this is a measurement.")
     reference = str(measurement.record["model"]["reference"])
     return measurement, reference, reference
+
+
+def _is(question: Callable[[Path], bool], path: Path) -> bool:
+    try:
+        return question(path)
+    except OSError:  # a reference may be longer than a file name can be
+        return False
+
+
+def _check_options(action: str, images: str | None) -> None:
+    """Refuse options that would say nothing."""
+    context = click.get_current_context()
+    for option, belongs in (("ratio", action == "prune"), ("unit", action == "prune"), ("bits", action == "quantise"),
+                            ("trials", images is not None), ("n_images", images is not None)):  # fmt: skip
+        if not belongs and context.get_parameter_source(option) is not ParameterSource.DEFAULT:
+            with_what = {"bits": "--for quantise", "trials": "--images", "n_images": "--images"}.get(
+                option, "--for prune"
+            )
+            name = {"unit": "of", "n_images": "n-images"}.get(option, option)
+            raise click.UsageError(f"--{name} goes only with {with_what}.")
 
 
 def _of_study(study: Any, model: str | None, reset: str | None) -> tuple["pd.DataFrame", str, str]:
@@ -149,6 +173,11 @@ def _of_study(study: Any, model: str | None, reset: str | None) -> tuple["pd.Dat
         raise AdviceError(
             f"Advice is for one model, and the study has {len(names)}: {', '.join(names[:10])}"
             f"{' ...' if len(names) > 10 else ''}. Name it with --model."
+        )
+    if study.record.get("protocol", {}).get("sets", "each") != "each":
+        raise AdviceError(
+            "Advice is about layers, or groups of them, one by one, and this study resets sets of layers together. Run "
+            "a study without `sets`."
         )
     name = names[0] if model is None else model
     if name not in names:
@@ -177,11 +206,28 @@ def _measure(model: str, images: str, trials: int, n_images: int) -> "Measuremen
     return measurement
 
 
-def _coupled(reference: str) -> tuple[dict[str, str], list[str]]:
+def _coupled(reference: str, layers: "Measurement | pd.DataFrame") -> tuple[dict[str, str], list[str]]:
+    """Return which layers share their channels, and which have the classes as channels."""
+    import pandas as pd
+
     from layercrit.advice import coupled_layers
     from layercrit.models.references import open_model
 
-    return coupled_layers(open_model(reference))
+    try:
+        model = open_model(reference)
+    except LayercritError as error:
+        raise AdviceError(
+            f"Which layers share their channels is found in the network, and {reference!r} cannot be opened ({error}). "
+            "Ask for the weights of each layer by itself: --of weights."
+        ) from error
+    knobs, fixed = coupled_layers(model)
+    table = layers if isinstance(layers, pd.DataFrame) else layers.to_pandas()
+    if unlike := [layer for layer in table["layer"] if layer not in knobs and layer not in fixed]:
+        raise AdviceError(
+            f"{unlike[0]!r} is no convolution or linear layer whose channels could be removed. Measure these one by "
+            "one (--group layer, --types conv,linear: the defaults), or ask for weights: --of weights."
+        )
+    return knobs, fixed
 
 
 def _write(text: str, out: Path | None) -> None:

@@ -102,7 +102,12 @@ def _lines(summary: dict[str, Any]) -> list[str]:
         "architecture, and no bound on anything",
         f"loss {summary['loss']:.4g} nats, {summary['allowed_loss']:.4g} allowed; top-1 accuracy "
         f"{percent(summary['top1_accuracy'])}",
-        f"{summary['n_draws']} draws, {summary['n_images']} images; limits hold for new {summary['covers']}",
+        f"{summary['n_draws']} draws, {summary['n_images']} images; "
+        + (
+            "no limits: one draw or one image says nothing of others"
+            if summary["covers"] == "nothing"
+            else f"limits hold for new {summary['covers']}"
+        ),
         f"{n:,} evaluations, {n / max(n_of_grid, 1):.0%} of the whole grid's {n_of_grid:,}",
         *(f"note: {note}" for note in summary["notes"]),
     ]

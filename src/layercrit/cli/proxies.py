@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from layercrit.cli.model_options import check_free
 from layercrit.cli.printing import number, plain, print_table, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption
 from layercrit.errors import LayercritError
@@ -80,10 +81,18 @@ _OF_STUDY = ("models", "probe_set")
 @click.option("--probe-set", metavar="NAME", help="Of a STUDY with several, its images. [default: the first]")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to save. [default: "
               "layercrit-proxies-MODEL]")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the proxies in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 @click.pass_context
 def proxies_command(
-    context: click.Context, /, model: str, out: Path | None, as_json: bool, models: str | None, **asked: Any
+    context: click.Context,
+    /,
+    model: str,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    models: str | None,
+    **asked: Any,
 ) -> None:
     """Say cheaply which layers of MODEL may be critical, and how well each proxy ranks them.
 
@@ -96,6 +105,8 @@ def proxies_command(
     with contextlib.suppress(OSError):  # a reference may be longer than names of files may be
         of_study = is_study(Path(model).expanduser())
     _refuse(context, _OF_MODEL if of_study else _OF_STUDY, of_study)
+    for file in ("proxies.json", "proxies.csv"):
+        check_free(folder / file, overwrite)
     if of_study:
         _of_study(model, folder, as_json, None if models is None else models.split(","), asked)
     else:
@@ -120,6 +131,8 @@ def _of_model(model: str, folder: Path, as_json: bool, asked: dict[str, Any]) ->
         raise click.UsageError("Missing option '--images': a MODEL needs images, such as a folder of photographs.")
     if asked["against"] is not None and asked["measure_too"]:
         raise click.UsageError("--against names exact values, and --measure measures them: give one of the two.")
+    if asked["against"] is None and not asked["measure_too"] and (asked["k"], asked["level"]) != (None, None):
+        raise click.UsageError("--k and --level are about exact values: give some with --against, or --measure.")
     against, measure_too = asked.pop("against"), asked.pop("measure_too")
     k, level = asked.pop("k"), asked.pop("level")
     asked.pop("probe_set")

@@ -61,7 +61,8 @@ def _show(found: "WorstCase") -> None:
         shown.add_row(plain(row["layer"]), plain(row["type"]), *numbers, remark)
     print_table(shown)
     raised = "loss above the trained network's, in nats" if summary["objective"] == "loss" else "1 - cosine"
-    say(f"\nraised: {raised}, mean over {summary['n_images']} images; changes of at most "
+    say()
+    say(f"raised: {raised}, mean over {summary['n_images']} images; changes of at most "
         f"{summary['relative_radius']:g} times a module's norm")  # fmt: skip
     if summary["loss"] is not None:
         say(f"trained network: loss {summary['loss']:.4g} nats, top-1 accuracy {percent(summary['top1_accuracy'])}")

@@ -191,6 +191,8 @@ def agreement(
     mine = [place[name] for name in names]
     samples = {name: found[mine] for name, found in samples.items()}
     own = {name: PROXIES[name].value(found) for name, found in samples.items()}
+    if exact.distances.shape[2] < 2 or (exact.random_trials and exact.distances.shape[1] < 2):
+        n_resamples = 0  # one image, or one draw, says nothing of others
     weights = _Weights(exact, images, tuple(seeds), n_resamples, seed)
     others = exact.resampled(weights.exact_images, weights.exact_draws)[:, rows] if n_resamples else None
     resamples = {
@@ -337,6 +339,8 @@ def verdict(table: pd.DataFrame, best: str | None, level: float) -> str:
     reversed_ = ", its order reversed" if rho < 0 else ""
     null = f"the best null, {PROXIES[best].label}{reversed_} (Spearman {abs(rho):.2f})"
     proxies = table[~table["null"] & table["spearman"].notna()]
+    if "difference_low" in table:
+        proxies = proxies[proxies["difference_low"].notna() | proxies["difference_low"].isna().all()]
     if "difference_low" not in table or proxies["difference_low"].isna().all():
         return f"Whether a proxy beats {null}, cannot be said: there are no intervals."
     better = proxies[proxies["difference_low"] > 0]

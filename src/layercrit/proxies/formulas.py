@@ -52,12 +52,15 @@ class Proxy:
             means = samples if self.axes == "layers" else samples.mean(axis=-1)
             means = np.abs(means) if self.absolute else means
             return means.mean(axis=-1) if self.axes == "draws" else means
-        means = np.moveaxis(samples @ _shares(images).T, -1, 0)  # (n_resamples, n_layers[, n_draws])
+        shares = _shares(images).T  # layer by layer, so that layers that are alike stay so to the last bit
+        means = np.moveaxis(
+            np.stack([layer @ shares for layer in samples]), -1, 0
+        )  # (n_resamples, n_layers[, n_draws])
         means = np.abs(means) if self.absolute else means
         if self.axes == "images" or draws is None:
             return means if self.axes == "images" else means.mean(axis=-1)
-        found: Array = np.einsum("bld,bd->bl", means, _shares(draws))
-        return found
+        of_draws: Array = np.einsum("bld,bd->bl", means, _shares(draws))
+        return of_draws
 
 
 def _shares(weights: Array) -> Array:

@@ -197,7 +197,7 @@ def measure_study_proxies(
             bar.measured(number, len(chosen))
             own = cells[cells["model"] == row["model"]]
             how = {
-                "trials": trials or min(3, own["trial"].nunique()),
+                "trials": min(3, own["trial"].nunique()) if trials is None else trials,
                 "initial": initial or _own_start(row),
                 **settings,
             }

@@ -132,7 +132,20 @@ class Sweep:
         ]
         found["snip"] = np.array([sum(_total((p * g).abs()) for p, g in own) for own in pairs], np.float64)
         found["gradient_norm"] = np.sqrt([sum(_total(g.square()) for _, g in own) for own in pairs])
+        self._leave_blank([index for index, own in enumerate(pairs) if not own], found)
         return self._checked(found)
+
+    def _leave_blank(self, unreached: list[int], found: dict[str, Array]) -> None:
+        """Take away what a gradient says of layers that none reaches."""
+        if not unreached:
+            return
+        for name in ("fisher", "first_order", "gauss_newton", "second_order", "obd", "taylor", "snip", "gradient_norm"):
+            found[name][unreached] = np.nan
+        names = [self._subject.layers[index].name for index in unreached]
+        self.notes.append(
+            f"no gradient of the loss reaches {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}: proxies that "
+            "need one are blank there"
+        )
 
     def _run_image(
         self, gradients: LayerGradients, place: int, found: Mapping[str, Array], totals: dict[int, Tensor]

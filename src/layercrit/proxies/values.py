@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +33,6 @@ from layercrit.proxies.formulas import PROXIES
 from layercrit.proxies.sweep import HESSIAN_IMAGES, Sweep, of_parameters
 from layercrit.resets import get_reset
 from layercrit.restoring import untouched
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["N_IMAGES", "RADIUS", "Proxies", "exact_of", "measure_proxies"]
 
@@ -149,6 +146,17 @@ class Proxies:
             raise ProtocolError(
                 f"The exact values are of the reset {found!r}, the proxies of {asked!r}. Ask for proxies of the same: "
                 f"--reset '{found}' (reset={found!r})."
+            )
+        statistics = measurement.record["protocol"].get("norm_statistics", DEFAULTS.norm_statistics)
+        if statistics != DEFAULTS.norm_statistics:
+            raise ProtocolError(
+                f"The exact values are with the norm statistics {statistics!r}, and proxies are about a reset beside "
+                f"trained ones. Give a measurement with --norm-statistics {DEFAULTS.norm_statistics}."
+            )
+        if mine["donor"] != theirs.get("donor"):
+            raise ProtocolError(
+                f"The exact values are of resets to {theirs.get('donor')!r}, the proxies of those to "
+                f"{mine['donor']!r}. Take new values from the same place: --from (donor=...)."
             )
         return exact_of(measurement)
 
