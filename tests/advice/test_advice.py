@@ -265,3 +265,21 @@ def test_to__every_format_of_a_measurement(measurement, name):
     advice = advise(measurement, "prune", 0.1)
 
     assert advice.to(name).strip()
+
+
+@pytest.mark.parametrize("name", ["peft", "torch-pruning"])
+def test_to__formats_of_single_modules_refuse_groups(name):
+    images = np.random.default_rng(0).integers(0, 256, (10, 12, 12, 3), dtype=np.uint8)
+    blocks = layercrit.measure(SmallNetwork().eval(), images, trials=2, group="block", **QUIET)
+
+    advice = advise(blocks, "prune", 0.1)
+
+    with pytest.raises(AdviceError, match="--group layer"):
+        advice.to(name)
+    assert advice.to("list").split() == advice.chosen
+
+
+def test_advise__says_first_how_good_a_guide_it_is():
+    for action in ("freeze", "finetune", "prune", "quantise"):
+        first = advise(table(), action).in_words()[0]
+        assert re.search(r"criticality (could not be told from|was a (poorer|better) guide than)", first)

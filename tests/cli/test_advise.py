@@ -123,3 +123,55 @@ def test_advise__measures_a_model_first(study, tmp_path, monkeypatch):
     again, said = call(reference, "--for", "freeze", "--images", "images.npy")
     assert again.exit_code != 0
     assert f"layercrit advise {folder.name}" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--for", "freeze", "--ratio", "0.3"], "--ratio goes only with --for prune"),
+        (["--for", "freeze", "--bits", "8,2"], "--bits goes only with --for quantise"),
+        (["--for", "quantise", "--of", "weights"], "--of goes only with --for prune"),
+        (["--for", "freeze", "--n-images", "5"], "--n-images goes only with --images"),
+    ],
+)
+def test_advise__options_that_would_say_nothing(saved, options, message):
+    result, said = call(saved, *options)
+
+    assert result.exit_code == 2
+    assert message in said
+
+
+def test_advise__asks_before_it_measures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    for options in (["--budget", "30"], ["--model", "m"]):
+        result, _ = call("nowhere.pt", "--for", "freeze", "--images", "nowhere", *options)
+        assert result.exit_code != 0
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_advise__a_reference_longer_than_a_file_name():
+    result, said = call("timm:" + "x" * 300, "--for", "freeze")
+
+    assert result.exit_code != 0
+    assert "--images to measure it on" in said
+
+
+def test_advise__of_sets_in_a_study(tmp_path):
+    path = write_study(tmp_path / "own", n_models=1, n_images=4, protocol={"sets": "pairs", "layers": "conv1,fc"})
+    run_study(read_study_file(path), tmp_path / "out", n_workers=1)
+
+    _, said = call(tmp_path / "out", "--for", "freeze")
+
+    assert "without `sets`" in said
+
+
+def test_advise__channels_of_blocks(tmp_path):
+    pytest.importorskip("torch_pruning")
+    path = write_study(tmp_path / "own", n_models=1, n_images=4, protocol={"group": "block"})
+    run_study(read_study_file(path), tmp_path / "out", n_workers=1)
+
+    _, said = call(tmp_path / "out", "--for", "prune")
+
+    assert "--of weights" in said
+    assert call(tmp_path / "out", "--for", "prune", "--of", "weights")[0].exit_code == 0

@@ -453,3 +453,50 @@ def test_costs__count_passes(found):
     assert costs.loc["block_influence", ["forward", "backward"]].tolist() == [N, 0]
     assert (costs.loc[["log_parameters", "depth", "weight_norm"], "seconds"] == 0).all()
     assert (costs.loc[["fisher", "second_order", "obd"], "seconds"] > 0).all()
+
+
+class HalfDetached(nn.Module):
+    """The first convolution's output is detached, so that no gradient reaches it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.fc = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = F.relu(self.second(F.relu(self.first(x)).detach()))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_proxies__are_blank_where_no_gradient_comes(images):
+    torch.manual_seed(0)
+    found = proxies_of(HalfDetached().eval(), images, labels="none")
+
+    table = found.layers.set_index("layer")
+    needs = ["fisher", "first_order", "gauss_newton", "obd", "taylor", "snip", "relative_gradient", "worst_case"]
+    assert table.loc["first", needs].isna().all()
+    assert (table.loc[["second", "fc"], "obd"] > 0).all()
+    assert np.isfinite(table.loc["first", ["log_parameters", "depth", "weight_norm"]].astype(float)).all()
+    assert any("no gradient of the loss reaches first" in note for note in found.record["notes"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"norm_statistics": "reset"}, "norm statistics 'reset'"), ({"donor": small_network(9)}, "Take new values from")],
+)
+def test_against__exact_values_that_were_asked_for_otherwise(network, images, change, message):
+    settings = {"trials": 1, "reset": "donor"} if "donor" in change else {"trials": 1}
+    own = {"donor": small_network(8)} if "donor" in change else {}
+    found = proxies_of(network, images, hessian_images=0, **settings, **own)
+    exact = measure(network, images, distances="cosine", progress=False, **settings, **change)
+
+    with pytest.raises(ProtocolError, match=message):
+        found.against(exact)
+
+
+def test_against__one_draw_says_nothing_of_others(network, images):
+    found = proxies_of(network, images, trials=1, hessian_images=0)
+
+    agreement = found.against(measure(network, images, trials=1, distances="cosine", progress=False))
+
+    assert agreement.table["spearman_low"].isna().all()
+    assert "cannot be said" in agreement.sentence
