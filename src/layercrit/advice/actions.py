@@ -29,27 +29,27 @@ class Action:
 
 
 _TUNED = (
-    "criticality is no better a guide than the smallest layers first where layers are fine-tuned on noisy"
-    " images and all others frozen: 85.3 % accuracy against 86.0 %, by chance 84.9 %, before it 64.4 % "
+    "criticality could not be told from the smallest layers first where layers are fine-tuned on noisy "
+    "images and all others frozen: 85.3 % accuracy against 86.0 %, by chance 84.9 %, before it 64.4 % "
     "(mean of 2 networks)"
 )
 _PRUNED = (
-    "criticality is a poorer guide than the last layers first where channels are removed and nothing is "
-    "trained afterwards: 27.0 % accuracy against 42.8 %, by chance 14.3 %, before it 85.9 % (mean of 5 "
-    "networks); criticality is no better a guide than the largest layers first where half of the weights "
-    "of layers are set to 0: 84.7 % accuracy against 84.5 %, by chance 71.0 %, before it 85.9 % (mean of "
-    "5 networks)"
-)
-_QUANTISED = (
-    "criticality is no better a guide than the largest layers first where half of the parameters are "
-    "rounded to 4 bits: 85.7 % accuracy against 85.7 %, by chance 85.0 %, before it 85.9 % (mean of 5 "
+    "criticality could not be told from the last layers first where channels are removed and nothing is "
+    "trained afterwards: 36.5 % accuracy against 42.8 %, by chance 16.4 %, before it 85.9 % (mean of 5 "
+    "networks); criticality could not be told from the largest layers first where half of the weights of "
+    "layers are set to 0: 84.7 % accuracy against 84.5 %, by chance 71.0 %, before it 85.9 % (mean of 5 "
     "networks)"
 )
+_QUANTISED = (
+    "criticality could not be told from the largest layers first where half of the parameters are rounded"
+    " to 4 bits: 85.7 % accuracy against 85.7 %, by chance 85.0 %, before it 85.9 % (mean of 5 networks)"
+)
+_FROZEN = f"not measured for freezing by itself, but {_TUNED}"
 
 ACTIONS = {
     action.name: action
     for action in (
-        Action("freeze", "frozen", False, 0.5, "at least {} of the parameters frozen", _TUNED),
+        Action("freeze", "frozen", False, 0.5, "at least {} of the parameters frozen", _FROZEN),
         Action("finetune", "fine-tuned", True, 0.25, "at most {} of the parameters fine-tuned", _TUNED),
         Action("prune", "pruned", False, 0.25, "at least {} of the parameters removed", _PRUNED),
         Action(

@@ -339,9 +339,9 @@ def verdict(table: pd.DataFrame, best: str | None, level: float) -> str:
     reversed_ = ", its order reversed" if rho < 0 else ""
     null = f"the best null, {PROXIES[best].label}{reversed_} (Spearman {abs(rho):.2f})"
     proxies = table[~table["null"] & table["spearman"].notna()]
-    if "difference_low" in table:
-        proxies = proxies[proxies["difference_low"].notna() | proxies["difference_low"].isna().all()]
-    if "difference_low" not in table or proxies["difference_low"].isna().all():
+    if "difference_low" in table and proxies["difference_low"].notna().any():
+        proxies = proxies[proxies["difference_low"].notna()]  # what cannot be compared does not count
+    else:
         return f"Whether a proxy beats {null}, cannot be said: there are no intervals."
     better = proxies[proxies["difference_low"] > 0]
     interval = f"the {100 * level:g}% interval of its paired difference"
