@@ -263,6 +263,13 @@ def accuracies_of(folder: Path, name: str, left: Mapping[str, set[str]], report:
     return pd.DataFrame(rows)
 
 
+def interval(values: np.ndarray) -> tuple[float, float]:
+    if np.ptp(values) < 1e-12:
+        return float(values.mean()), float(values.mean())
+    low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+    return float(low), float(high)
+
+
 def summary(found: pd.DataFrame) -> pd.DataFrame:
     """Return one row per action and order: mean accuracy and regret over networks, with intervals for new ones."""
     rows: list[dict[str, Any]] = []
@@ -272,10 +279,7 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
         for order in of_action["order"].unique():
             regret = wide["oracle"] - wide[order]
             over_random = wide[order] - wide["random"]
-            limits = [
-                stats.t.interval(0.95, len(one) - 1, one.mean(), stats.sem(one)) if one.std() > 0 else (one.mean(),) * 2
-                for one in (regret, over_random)
-            ]
+            limits = [interval(one.to_numpy()) for one in (regret, over_random)]
             rows.append({"action": action, "order": order, "n_models": len(wide), "accuracy": wide[order].mean(),
                          "accuracies": wide[order].to_list(),
                          "regret": regret.mean(), "low": limits[0][0], "high": limits[0][1],
@@ -353,7 +357,7 @@ def evidence(results: dict[str, Any]) -> dict[str, str]:
         own, before, chance = (rows[action, name] for name in (order, "nothing done", "random"))
         null = max((rows[action, name] for name in NULLS), key=lambda row: row["accuracy"])
         gap = np.subtract(own["accuracies"], null["accuracies"])
-        low, high = stats.t.interval(0.95, len(gap) - 1, gap.mean(), stats.sem(gap))
+        low, high = interval(gap)
         judged = "was a better guide than" if low > 0 else "was a poorer guide than" if high < 0 else (
             "could not be told from")  # fmt: skip
         return (
