@@ -18,6 +18,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -264,8 +265,8 @@ def accuracies_of(folder: Path, name: str, left: Mapping[str, set[str]], report:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    if np.ptp(values) < 1e-12:
-        return float(values.mean()), float(values.mean())
+    if np.ptp(values) < 1e-9:  # few networks that happen to differ by as many images say nothing of others
+        return math.nan, math.nan
     low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
     return float(low), float(high)
 
@@ -382,7 +383,9 @@ def evidence(results: dict[str, Any]) -> dict[str, str]:
 NAMES = {"random": "chance, mean of 20", "oracle": "the oracle", "nothing done": "(nothing done)"}
 
 
-def points(value: float, low: float, high: float) -> str:
+def points(value: float, low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return f"{100 * value:+.1f}"
     return f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
