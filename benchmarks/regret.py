@@ -265,7 +265,7 @@ def accuracies_of(folder: Path, name: str, left: Mapping[str, set[str]], report:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    if np.ptp(values) < 1e-9:  # few networks that happen to differ by as many images say nothing of others
+    if np.ptp(values) < 1e-6:  # few networks that happen to differ by as many images say nothing of others
         return math.nan, math.nan
     low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
     return float(low), float(high)
