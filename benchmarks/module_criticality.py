@@ -2,7 +2,7 @@
 
     python benchmarks/module_criticality.py [--initial FILE] [--json FILE]
 
-On the demo's baseline (23 modules), 200 images, 10 draws, a grid of 11 x 21, opening included.
+On the demo family's run with kept epochs (23 modules), 200 images, 10 draws, a grid of 11 x 21, opening included.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     arguments = parser.parse_args()
     clock, cpu = time.perf_counter(), time.process_time()
     found = measure_module_criticality(
-        f"file:{FAMILY / 'baseline'}",
+        f"file:{FAMILY / 'baseline-epochs'}",
         str(FAMILY / "fashion-mnist-test.npz"),
         initial=arguments.initial,
         n_images=arguments.n_images,
