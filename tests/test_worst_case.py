@@ -191,7 +191,7 @@ def test_measure_worst_case__what_it_does_not_depend_on(network, monkeypatch):
     pd.testing.assert_frame_equal(measured(network, batch_size=7).to_pandas(), expected, rtol=1e-3)
     alone = measured(network, layers="3").to_pandas()
     pd.testing.assert_frame_equal(alone, expected[expected["layer"] == "3"].reset_index(drop=True), rtol=1e-3)
-    monkeypatch.setattr("layercrit.engine.gradients._BYTES_OF_PREFIX", 0)
+    monkeypatch.setattr("layercrit.engine.differentiable_suffix._BYTES_OF_PREFIX", 0)
     pd.testing.assert_frame_equal(measured(network, batch_size=7).to_pandas(), expected, rtol=1e-3)
     other = measured(network, objective="cosine").to_pandas()["worst_case"]
     assert (measured(network, objective="cosine", seed=3).to_pandas()["worst_case"] != other).all()

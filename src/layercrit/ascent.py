@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from layercrit.engine.gradients import Suffix
+from layercrit.engine.differentiable_suffix import DifferentiableSuffix
 from layercrit.engine.session import Session
 from layercrit.errors import ModelError
 from layercrit.layers import Layer
@@ -83,7 +83,7 @@ class Ascent:
         if not radius:
             return Found(layer, norm, radius, math.nan, [])
 
-        def work(suffix: Suffix) -> Found:
+        def work(suffix: DifferentiableSuffix) -> Found:
             still = {name: torch.zeros_like(value) for name, value in trained.items()}
             at_rest, slope = self._value(suffix, layer, trained, still, "at the trained values")
             first_order = radius * _norm(slope) if self._objective == "loss" else math.nan
@@ -95,9 +95,11 @@ class Ascent:
                 reached.append(self._climb(suffix, layer, trained, start, radius) - at_rest)
             return Found(layer, norm, radius, first_order, reached)
 
-        return self._session.holder.run(lambda replay: work(Suffix(replay, self._session, layer)))
+        return self._session.holder.run(lambda replay: work(DifferentiableSuffix(replay, self._session, layer)))
 
-    def _climb(self, suffix: Suffix, layer: Layer, trained: Change, change: Change, radius: float) -> float:
+    def _climb(
+        self, suffix: DifferentiableSuffix, layer: Layer, trained: Change, change: Change, radius: float
+    ) -> float:
         """Return the largest value on the way up from a start."""
         best = -math.inf
         for step in range(self._steps + 1):
@@ -112,7 +114,7 @@ class Ascent:
         return best
 
     def _value(
-        self, suffix: Suffix, layer: Layer, trained: Change, change: Change, where: str
+        self, suffix: DifferentiableSuffix, layer: Layer, trained: Change, change: Change, where: str
     ) -> tuple[float, dict[str, Tensor]]:
         """Return the mean over images and its gradient."""
         values = {name: (trained[name] + change[name]).requires_grad_() for name in trained}
@@ -133,7 +135,7 @@ class Ascent:
             )
         return total, slope
 
-    def _per_image(self, suffix: Suffix, start: int, n: int, logits: Tensor) -> Tensor:
+    def _per_image(self, suffix: DifferentiableSuffix, start: int, n: int, logits: Tensor) -> Tensor:
         """Return what is raised, ``(n_images,)``."""
         if self._labels is not None:
             return F.cross_entropy(logits, self._labels[start : start + n], reduction="none")

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-__all__ = ["RankAgreement", "rank_agreement", "rank_correlations"]
+__all__ = ["RankAgreement", "rank_agreement", "rank_correlations", "spearman"]
 
 _EXACT = 8  # models up to which the p-value of Spearman's rho is taken over all their orders
 _RESAMPLED = 4_000
@@ -89,19 +89,19 @@ def rank_agreement(
     of_layers = generator.integers(n_layers, size=(_RESAMPLED, n_layers))
     of_trials = generator.multinomial(n_trials, np.full(n_trials, 1 / n_trials), size=_RESAMPLED) / n_trials
     means = np.take_along_axis(of_trials @ draws, of_layers, axis=1)  # (n_resamples, n_layers)
-    resampled = _spearman(means, other[of_layers])
+    resampled = spearman(means, other[of_layers])
     resampled = resampled[np.isfinite(resampled)]
     low, high = math.nan, math.nan
     if n_layers >= _FEWEST and len(resampled):
         low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     others = (draws.sum(axis=0) - draws) / max(n_trials - 1, 1)
-    one_draw = float(_spearman(draws, others).mean()) if n_trials > 1 else math.nan
-    rho = float(_spearman(draws.mean(axis=0), other))
+    one_draw = float(spearman(draws, others).mean()) if n_trials > 1 else math.nan
+    rho = float(spearman(draws.mean(axis=0), other))
     return RankAgreement(rho, float(low), float(high), level, one_draw, n_layers, n_trials)
 
 
-def _spearman(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return Spearman's rho of the last axes, NaN where one side is constant."""
+def spearman(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return Spearman's rho over the last axis of two arrays ``(..., n_values)``; NaN where one side is constant."""
     from scipy.stats import rankdata
 
     x, y = (rankdata(values, axis=-1) - (values.shape[-1] + 1) / 2 for values in (x, y))

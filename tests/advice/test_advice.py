@@ -283,3 +283,14 @@ def test_advise__says_first_how_good_a_guide_it_is():
     for action in ("freeze", "finetune", "prune", "quantise"):
         first = advise(table(), action).in_words()[0]
         assert re.search(r"criticality (could not be told from|was a (poorer|better) guide than)", first)
+
+
+def test_command__offers_what_there_is():
+    """The command lists them itself, so that its help need not import pandas."""
+    from layercrit.advice import ACTIONS
+    from layercrit.cli.advise import advise_command
+
+    choices = {
+        option.name: list(option.type.choices) for option in advise_command.params if option.name in ("action", "form")
+    }
+    assert choices == {"action": list(ACTIONS), "form": ["table", *FORMATS]}

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau, spearmanr
 
+from layercrit.correlations import spearman
 from layercrit.errors import ProtocolError
-from layercrit.proxies.agreement import Exact, agreement, kendall, overlap, spearman
+from layercrit.proxies.agreement import Exact, agreement, kendall, overlap
 from layercrit.proxies.formulas import PROXIES, get_proxy
 from layercrit.seeds import seed_of
 

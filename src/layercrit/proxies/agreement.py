@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from layercrit.correlations import spearman
 from layercrit.errors import LayercritError, ProtocolError
 from layercrit.foreign_text import encodable, write_csv
 from layercrit.proxies.formulas import PROXIES
@@ -19,7 +20,7 @@ from layercrit.seeds import seed_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Agreement", "Exact", "agreement", "kendall", "overlap", "spearman", "verdict"]
+__all__ = ["Agreement", "Exact", "agreement", "kendall", "overlap", "verdict"]
 
 Array = npt.NDArray[np.float64]
 
@@ -370,15 +371,6 @@ def _signed(row: Mapping[Any, Any]) -> str:
 
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
-
-
-def spearman(x: Array, y: Array) -> Array:
-    """Return Spearman's rho of each row, of two arrays ``(n_rows, n_values)``; NaN where one side is constant."""
-    from scipy.stats import rankdata  # not above: it takes a second
-
-    ranks = [rankdata(values, axis=1) for values in (x, y)]
-    a, b = (one - one.mean(axis=1, keepdims=True) for one in ranks)
-    return _ratio((a * b).sum(axis=1), np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1)))
 
 
 def kendall(x: Array, y: Array) -> Array:

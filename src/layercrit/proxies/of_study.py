@@ -12,6 +12,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from layercrit.conditions import under
+from layercrit.correlations import spearman
 from layercrit.errors import LayercritError, StudyError, near
 from layercrit.foreign_text import write_csv
 from layercrit.models.file_source import epochs_of, training_run
@@ -113,8 +114,6 @@ class StudyProxies:
 
     def _null_on(self, row: Mapping[Any, Any], best: str) -> float:
         """Return the null's Spearman in a model, on the layers to which a proxy applies."""
-        from layercrit.proxies.agreement import spearman
-
         values = self.agreements[row["model"]].by_layer
         known = np.isfinite(values[row["proxy"]])
         if known.sum() < 2:

@@ -12,12 +12,12 @@ from layercrit.engine.replay import Replay, Values
 from layercrit.engine.session import Session
 from layercrit.layers import Layer
 
-__all__ = ["Suffix"]
+__all__ = ["DifferentiableSuffix"]
 
 _BYTES_OF_PREFIX = 2**31  # of values from before the layer that are kept; those of later batches are computed again
 
 
-class Suffix:
+class DifferentiableSuffix:
     """What follows one layer, for all images of a session.
 
     Where the network cannot be exported, the whole of it is run.
