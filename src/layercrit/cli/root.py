@@ -17,6 +17,8 @@ import click
 
 from layercrit.cli.advise import advise_command
 from layercrit.cli.demo import demo_command
+from layercrit.cli.doctor import doctor_command
+from layercrit.cli.global_options import add_global_options, use_colours, version_option
 from layercrit.cli.measure import layers_command, measure_command, show_command
 from layercrit.cli.module_criticality import module_criticality_command
 from layercrit.cli.printing import visible_lines
@@ -55,6 +57,14 @@ class _Commands(click.Group):
         with _reader_watched():
             return super().invoke(context)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands under headings, in the order in which one meets them."""
+        width = max(map(len, self.commands))
+        for heading, commands in _SECTIONS.items():
+            with formatter.section(heading):
+                rows = [(f"{one.name:<{width}}", one.get_short_help_str(formatter.width)) for one in commands]
+                formatter.write_dl(rows)
+
 
 @contextlib.contextmanager
 def _reader_watched() -> Iterator[None]:
@@ -65,36 +75,29 @@ def _reader_watched() -> Iterator[None]:
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="layercrit")
-@click.option("--traceback", "show_traceback", is_flag=True, help="Show the traceback of an error, for a bug report.")
-def cli(show_traceback: bool) -> None:
+@version_option
+@click.pass_context
+def cli(context: click.Context, /) -> None:
     """Which layers of a trained vision model do its decisions depend on?
 
     Each layer's parameters are reset to random values while the rest stays trained, and the same images are run again:
     how far the predictions move is the layer's criticality, from 0 (auxiliary) to 1 (critical).
     """
+    use_colours(context)
 
 
-for command in (
-    measure_command,
-    layers_command,
-    show_command,
-    module_criticality_command,
-    worst_case_command,
-    proxies_command,
-    demo_command,
-    train_command,
-    methods_command,
-    study,
-    compare_command,
-    report_command,
-    import_command,
-    export_command,
-    advise_command,
-    zoo,
-):
-    cli.add_command(command)
+_SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Begin": (demo_command, doctor_command),
+    "One model": (measure_command, layers_command, show_command, advise_command),
+    "Other questions about its layers": (proxies_command, module_criticality_command, worst_case_command),
+    "Many models": (study, compare_command, report_command, export_command, import_command),
+    "Get models": (train_command, methods_command, zoo),
+}
 study.add_command(submit_command)
+for _commands in _SECTIONS.values():
+    for _command in _commands:
+        cli.add_command(_command)
+add_global_options(cli)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ __all__ = ["zoo"]
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 
 
-@click.group()
+@click.group(short_help="Fetch the checkpoints of the published study.")
 def zoo() -> None:
     """Published checkpoints: the 51 ResNet-50s of the paper, each opened as zoo:ID once it is fetched.
 
@@ -28,7 +28,7 @@ def zoo() -> None:
     """
 
 
-@zoo.command("list")
+@zoo.command("list", short_help="List the models.")
 @click.argument("pattern", default="*")
 @click.option("--category", metavar="NAME", help="Only models of this category.")
 @_JSON
@@ -60,7 +60,7 @@ def list_command(pattern: str, category: str | None, as_json: bool) -> None:
     say(f"{len(entries)} models")
 
 
-@zoo.command("show")
+@zoo.command("show", short_help="Show what is known about a model.")
 @click.argument("name", metavar="ID")
 @_JSON
 def show_command(name: str, as_json: bool) -> None:
@@ -91,7 +91,7 @@ def show_command(name: str, as_json: bool) -> None:
     click.echo(f"\n{entry.citation.bibtex(entry.id)}")
 
 
-@zoo.command("fetch")
+@zoo.command("fetch", short_help="Download models, and convert them to safetensors.")
 @click.argument("names", nargs=-1, metavar="ID...")
 @click.option("--all", "everything", is_flag=True, help="Fetch every model (51 files of 100 to 300 MB).")
 @click.option(
@@ -135,7 +135,7 @@ def fetch_command(names: tuple[str, ...], everything: bool, given: tuple[Path, .
         )
 
 
-@zoo.command("check")
+@zoo.command("check", short_help="Compare a model's accuracy with the documented one.")
 @click.argument("name", metavar="ID")
 @click.option(
     "--images", required=True, metavar="SOURCE", help="Labelled images, as for `layercrit measure`; ImageNet's."
