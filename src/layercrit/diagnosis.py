@@ -256,9 +256,7 @@ def _engine() -> Iterator[Finding]:
     from layercrit.layers import find_layers
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    slower = (
-        "layercrit measures with a slower backend. Install the release of torch in constraints.txt, or report this."
-    )
+    slower = "A slower backend measures. Install the release of torch that constraints.txt names, or report this."
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

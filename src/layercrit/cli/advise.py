@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 
 from layercrit.cli.printing import bar, notice, number, plain, print_table, say
+from layercrit.cli.registered import complete_files
 from layercrit.errors import AdviceError, LayercritError, near
 
 # Everything that imports torch is imported inside the functions, so that `layercrit --help` answers at once.
@@ -64,7 +65,10 @@ def _bits(context: click.Context, parameter: click.Parameter, value: str) -> lis
     "--bits", callback=_bits, default="8,4", show_default=True, metavar="N,...", help="Bits that quantise chooses from."
 )
 @click.option(
-    "--images", metavar="SOURCE", help="Measure MODEL on these images first, and save that as `measure` does."
+    "--images",
+    metavar="SOURCE",
+    shell_complete=complete_files,
+    help="Measure MODEL on these images first, and save that as `measure` does.",
 )
 @click.option("--trials", type=int, default=10, show_default=True, help="Random draws per layer, with --images.")
 @click.option("--n-images", type=int, default=1000, show_default=True, help="Images at most, with --images.")

@@ -4,6 +4,7 @@ import json
 
 import click
 
+from layercrit.cli.exit_codes import ExitCode
 from layercrit.cli.printing import say
 from layercrit.foreign_text import visible
 
@@ -44,4 +45,4 @@ def doctor_command(context: click.Context, /, as_json: bool) -> None:
         click.echo(json.dumps({"counts": counts, "findings": rows}, indent=2))
     else:
         say(", ".join(f"{n} {state}{'s' * (n != 1 and state != 'ok')}" for state, n in counts.items()))
-    context.exit(1 if counts["problem"] else 0)
+    context.exit(ExitCode.ERROR if counts["problem"] else ExitCode.DONE)

@@ -1,11 +1,10 @@
 """The options that every command takes: how much is told beside results, tracebacks, and the version."""
 
 import os
-from functools import partial
 
 import click
 
-from layercrit.cli.printing import say
+from layercrit.cli.printing import say, visible_lines
 from layercrit.errors import first_line
 from layercrit.verbosity import logged, quiet
 
@@ -37,7 +36,11 @@ def _quiet(context: click.Context, parameter: click.Parameter, asked: bool) -> N
 def _verbose(context: click.Context, parameter: click.Parameter, count: int) -> None:
     if count:
         _tell(context, "--verbose")
-        context.find_root().with_resource(logged(partial(say, err=True), debug=count > 1))
+        context.find_root().with_resource(logged(_write, debug=count > 1))
+
+
+def _write(line: str) -> None:
+    click.echo(visible_lines(line), err=True)
 
 
 def _tell(context: click.Context, option: str) -> None:

@@ -14,7 +14,7 @@ from layercrit.cli.by_images import by_option, rows_by, save_by, show_by
 from layercrit.cli.epochs import measure_through_training
 from layercrit.cli.model_options import folder_for, number_or_auto
 from layercrit.cli.printing import bar, notice, number, percent, plain, print_table, print_warnings, say
-from layercrit.cli.registered import ModelCommand, RegisteredOption
+from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, DTYPES, GROUPS, INTERVALS, NORM_STATISTICS
@@ -63,6 +63,7 @@ def _epochs(context: click.Context, parameter: click.Parameter, value: str | Non
     "--images",
     required=True,
     metavar="SOURCE",
+    shell_complete=complete_files,
     help="A folder, .npz/.npy, .parquet, WebDataset .tar, Hugging Face data set on disk, MNIST files (of a folder: the "
     "t10k part), or 'torchvision:NAME?root=DIR&split=test'. A part of a source: 'SOURCE?split=test'. Corrupted: "
     "'corrupt:fog@3:SOURCE' (KIND@SEVERITY, 1 to 5). Adversarial: 'attack:pgd(norm=linf, eps=4/255, steps=10):SOURCE'.",

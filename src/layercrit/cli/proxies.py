@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from layercrit.cli.model_options import check_free
 from layercrit.cli.printing import notice, number, plain, print_table, say
-from layercrit.cli.registered import ModelCommand, RegisteredOption
+from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, GROUPS
 
@@ -31,7 +31,9 @@ _OF_STUDY = ("models", "probe_set")
 
 @click.command("proxies", cls=ModelCommand, short_help="Rank the layers of MODEL cheaply, by proxies.")
 @click.argument("model", metavar="MODEL|STUDY")
-@click.option("--images", metavar="SOURCE", help="As for `layercrit measure`; needed for a MODEL.")
+@click.option(
+    "--images", metavar="SOURCE", shell_complete=complete_files, help="As for `layercrit measure`; needed for a MODEL."
+)
 @click.option(
     "--against",
     type=click.Path(path_type=Path),

@@ -18,6 +18,7 @@ import click
 from layercrit.cli.advise import advise_command
 from layercrit.cli.demo import demo_command
 from layercrit.cli.doctor import doctor_command
+from layercrit.cli.exit_codes import ExitCode
 from layercrit.cli.global_options import add_global_options, use_colours, version_option
 from layercrit.cli.measure import layers_command, measure_command, show_command
 from layercrit.cli.module_criticality import module_criticality_command
@@ -30,7 +31,7 @@ from layercrit.cli.tables import compare_command, export_command, import_command
 from layercrit.cli.train import methods_command, train_command
 from layercrit.cli.worst_case import worst_case_command
 from layercrit.cli.zoo import zoo
-from layercrit.errors import TRY_AGAIN, LayercritError, UnfinishedPilotError
+from layercrit.errors import LayercritError, UnfinishedPilotError
 
 __all__ = ["cli", "main"]
 
@@ -40,7 +41,6 @@ __all__ = ["cli", "main"]
 # What ends a command from outside, beside Ctrl-C: schedulers and time limits, and a terminal that is closed.
 _MOMENT = 0.2  # seconds
 _ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-_INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -111,12 +111,12 @@ def main() -> None:
         with _signals_end_like_ctrl_c(ended, over):
             code = _run("--traceback" in sys.argv[1:])
     except KeyboardInterrupt:  # while an error was reported
-        code = _INTERRUPTED
+        code = ExitCode.INTERRUPTED
     over.set()
     if ended and code:  # whatever was made of the exception on its way: C code has its own
         _print(f"Ended by {signal.Signals(ended[0]).name}.")
         code = 128 + ended[0]
-    elif code == _INTERRUPTED:
+    elif code == ExitCode.INTERRUPTED:
         _print("Interrupted.")
     _flush()
     sys.exit(code)
@@ -133,18 +133,18 @@ def _run(debug: bool) -> int:
             _print(line)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        return _INTERRUPTED
+        return ExitCode.INTERRUPTED
     except _ReaderGoneError:
-        return 141
+        return ExitCode.READER_GONE
     except UnfinishedPilotError as error:
-        return _complain(str(error), debug, TRY_AGAIN)
+        return _complain(str(error), debug, ExitCode.TRY_AGAIN)
     except LayercritError as error:
-        return _complain(str(error), debug, 1)
+        return _complain(str(error), debug, ExitCode.ERROR)
     except Exception as error:
         if (text := _of_surroundings(error)) is not None:
-            return _complain(text, debug, 1)
+            return _complain(text, debug, ExitCode.ERROR)
         return _complain(f"{type(error).__name__}: {error}\n  This is a bug in layercrit. Run again with "
-                         "`layercrit --traceback ...` and report what it prints.", debug, 70)  # fmt: skip
+                         "`layercrit --traceback ...` and report what it prints.", debug, ExitCode.BUG)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from layercrit.cli.exit_codes import ExitCode
 from layercrit.cli.printing import (
     duration,
     notice,
@@ -140,7 +141,7 @@ def _end_run(failures: "list[FailureRow]") -> None:
     if failures:
         _show_failures(failures)
         say("Fix the causes, then run again with --retry.", err=True)
-        raise click.exceptions.Exit(1)
+        raise click.exceptions.Exit(ExitCode.ERROR)
 
 
 @study.command("plan", short_help="Estimate cells, downloads and time; measure nothing.")

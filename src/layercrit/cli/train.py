@@ -11,7 +11,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from layercrit.cli.exit_codes import ExitCode
 from layercrit.cli.printing import duration, notice, percent, plain, print_table, say
+from layercrit.cli.registered import complete_methods
 from layercrit.verbosity import is_quiet
 
 __all__ = ["methods_command", "train_command"]
@@ -37,7 +39,9 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
 @click.command("train", short_help="Train a model by a method, or those of a study.")
 @click.argument("models", nargs=-1)
 @click.option("--study", metavar="FILE", help="Train the models of a study file (all, or the MODELS named).")
-@click.option("--method", metavar="METHOD", help="Training method; see `layercrit methods`.")
+@click.option(
+    "--method", metavar="METHOD", shell_complete=complete_methods, help="Training method; see `layercrit methods`."
+)
 @click.option("--arch", metavar="MODEL", help="Architecture, such as timm:resnet18, with random initial weights.")
 @click.option(
     "--data",
@@ -189,14 +193,14 @@ def _train_models(study: str, names: tuple[str, ...], download: bool, options: A
             for name, reason in found.failures.items() if is_quiet() else ():  # else said when it happened
                 say(f"{name} failed: {reason}", err=True)
             say(f"{len(found.failures)} could not be trained: {', '.join(found.failures)}.", err=True)
-            sys.exit(1)
+            sys.exit(ExitCode.ERROR)
         notice(f"Next: layercrit study run {shlex.quote(study)}")
 
     return report
 
 
 @click.command("methods", short_help="List the training methods, or a method's settings.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete_methods)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def methods_command(name: str | None, as_json: bool) -> None:
     """List the training methods, or the settings of the one named NAME."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from layercrit.cli.printing import say, visible_lines
+from layercrit.cli.registered import complete_files, complete_zoo
 from layercrit.errors import LayercritError, ZooError
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
@@ -61,7 +62,7 @@ def list_command(pattern: str, category: str | None, as_json: bool) -> None:
 
 
 @zoo.command("show", short_help="Show what is known about a model.")
-@click.argument("name", metavar="ID")
+@click.argument("name", metavar="ID", shell_complete=complete_zoo)
 @_JSON
 def show_command(name: str, as_json: bool) -> None:
     """Show all that is known about the model ID: files, how they are read, licence, citation."""
@@ -92,7 +93,7 @@ def show_command(name: str, as_json: bool) -> None:
 
 
 @zoo.command("fetch", short_help="Download models, and convert them to safetensors.")
-@click.argument("names", nargs=-1, metavar="ID...")
+@click.argument("names", nargs=-1, metavar="ID...", shell_complete=complete_zoo)
 @click.option("--all", "everything", is_flag=True, help="Fetch every model (51 files of 100 to 300 MB).")
 @click.option(
     "--from",
@@ -136,9 +137,13 @@ def fetch_command(names: tuple[str, ...], everything: bool, given: tuple[Path, .
 
 
 @zoo.command("check", short_help="Compare a model's accuracy with the documented one.")
-@click.argument("name", metavar="ID")
+@click.argument("name", metavar="ID", shell_complete=complete_zoo)
 @click.option(
-    "--images", required=True, metavar="SOURCE", help="Labelled images, as for `layercrit measure`; ImageNet's."
+    "--images",
+    required=True,
+    metavar="SOURCE",
+    shell_complete=complete_files,
+    help="Labelled images, as for `layercrit measure`; ImageNet's.",
 )
 @click.option("--n-images", default=10_000, show_default=True, help="Images drawn from SOURCE.")
 @click.option("--batch-size", default=None, type=click.IntRange(min=1), help="[default: chosen for the device]")
