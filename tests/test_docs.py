@@ -36,6 +36,7 @@ import layercrit
 from forked import forked_workers
 from layercrit import errors
 from layercrit.advice import ACTIONS
+from layercrit.cli.exit_codes import ExitCode
 from layercrit.cli.root import cli
 from layercrit.demo import copy_family, example_study
 from layercrit.distances import DISTANCES
@@ -170,7 +171,12 @@ def figures() -> str:
     return table("figure", "what it shows", rows=rows)
 
 
+def exit_codes() -> str:
+    return table("code", "meaning", rows=[(str(code.value), markdown(code.meaning)) for code in ExitCode])
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "exit codes": exit_codes,
     "figures": figures,
     "resets": resets,
     "distances": distances,
