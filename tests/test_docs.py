@@ -439,6 +439,27 @@ def test_errors__messages_are_those_of_the_code():
         assert any(pattern.search(text) for text in texts), f"no message reads {heading}"
 
 
+def variables_read(path: Path) -> Iterator[str]:
+    """The environment variables that a module names where it reads them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            of, name = node.func.value, node.args[0]
+        elif isinstance(node, ast.Subscript):
+            of, name = node.value, node.slice
+        else:
+            continue
+        if getattr(of, "attr", None) == "environ" and isinstance(name, ast.Constant):
+            yield name.value
+
+
+def test_command_line__lists_every_variable_that_is_read():
+    text = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    listed = re.findall(r"`([A-Z][A-Z_]+)(?:\.\.\.)?`", text.partition("## Environment variables")[2])
+    read = {name for path in modules() for name in variables_read(path)}
+    assert {"LAYERCRIT_CACHE", "NO_COLOR", "RANK", "HF_ENDPOINT"} <= read, "the test sees them"
+    assert [name for name in sorted(read) if not name.startswith(tuple(listed))] == []
+
+
 def sources_of_papers() -> Iterator[str]:
     for path in [*modules(), *PACKAGE.rglob("*.toml"), ROOT / "CITATION.cff"]:
         yield path.read_text(encoding="utf-8").replace("arXiv:", "arXiv ")
