@@ -442,7 +442,12 @@ def test_errors__messages_are_those_of_the_code():
 def variables_read(path: Path) -> Iterator[str]:
     """The environment variables that a module names where it reads them."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "get"
+            and node.args
+        ):
             of, name = node.func.value, node.args[0]
         elif isinstance(node, ast.Subscript):
             of, name = node.value, node.slice
