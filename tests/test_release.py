@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hatchling import build
 from packaging.version import Version
 
 import layercrit
@@ -117,7 +118,6 @@ def test_licences__nothing_else_is_bundled():
 
 
 def test_wheel__is_the_same_wherever_and_whenever_it_is_built(tmp_path, monkeypatch):
-    build = pytest.importorskip("hatchling.build", reason="hatchling is not installed; .ci/build checks it too")
     wheels = []
     for number, mode in enumerate((0o644, 0o600)):
         folder = tmp_path / f"copy{number}"
