@@ -268,12 +268,12 @@ def _engine() -> Iterator[Finding]:
         layers = find_layers(network, images)
         replay = open_replay(network, layers, images, "float32")
         plain = PlainReplay(network, layers).logits(images)
-        error = float((replay.logits(images) - plain).abs().max() / plain.abs().max())
+        difference = float((replay.logits(images) - plain).abs().max() / plain.abs().max())
     except Exception as error:  # whatever torch raises on this machine
         yield Finding("engine", "torch.export", "problem", f"a small network fails ({first_line(error)})", slower)
         return
-    if error > 1e-4:
-        yield Finding("engine", "torch.export", "problem", f"logits differ by {error:.1g} of the largest",
+    if difference > 1e-4:
+        yield Finding("engine", "torch.export", "problem", f"logits differ by {difference:.1g} of the largest",
                       "Do not trust measurements here: report this with `layercrit doctor --json`.")  # fmt: skip
     elif replay.backend != "exported graph" or replay.note:
         yield Finding("engine", "torch.export", "note", replay.note or replay.backend, slower)
