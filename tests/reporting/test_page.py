@@ -457,7 +457,7 @@ def test_page__methods(page, study):
     ):
         assert part in text
     assert "/home/me" not in page.content(), "folders of this machine do not belong into a file that is passed on"
-    assert "The cosine depends on how peaked" in page.inner_text("aside")
+    assert "The cosine depends on confidence." in page.inner_text("aside")
 
 
 # --- safety -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from layercrit.cli.by_images import by_option, rows_by, save_by, show_by
 from layercrit.cli.epochs import measure_through_training
 from layercrit.cli.model_options import folder_for, number_or_auto
+from layercrit.cli.pitfalls import say_pitfalls
 from layercrit.cli.printing import bar, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
@@ -333,12 +334,16 @@ def _earlier(folder: Path, settings: dict[str, Any]) -> "Measurement | None":
 
 
 def _show(measurement: "Measurement", as_json: bool, folder: Path, by: str | None) -> None:
+    from layercrit.pitfalls import pitfalls_of_measurement
+
     summary, table, has_pairs = measurement.summary(), measurement.to_pandas(), measurement.has_pairs
+    applying = pitfalls_of_measurement(measurement)
     if as_json:
         rows = json.loads(table.to_json(orient="records", double_precision=15))
         found = measurement.interactions().to_json(orient="records", double_precision=15) if has_pairs else "[]"
         more = {"interactions": json.loads(found)} if has_pairs else {}
         more |= {f"by_{by}": rows_by(measurement, by)} if by else {}
+        more["pitfalls"] = [one.name for one in applying]
         click.echo(json.dumps({**summary, "layers": rows, "folder": str(folder), **more}, allow_nan=False))
         return
     print_warnings(summary["warnings"])
@@ -347,6 +352,7 @@ def _show(measurement: "Measurement", as_json: bool, folder: Path, by: str | Non
         print_table(_interaction_table(measurement.interactions(), summary))
     for line in _summary_lines(summary):
         say(line)
+    say_pitfalls(applying)
     if by:
         show_by(measurement, by)
 

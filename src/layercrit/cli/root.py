@@ -19,6 +19,7 @@ from layercrit.cli.advise import advise_command
 from layercrit.cli.demo import demo_command
 from layercrit.cli.measure import layers_command, measure_command, show_command
 from layercrit.cli.module_criticality import module_criticality_command
+from layercrit.cli.pitfalls import pitfalls_command
 from layercrit.cli.printing import visible_lines
 from layercrit.cli.proxies import proxies_command
 from layercrit.cli.report import report_command
@@ -88,6 +89,7 @@ for command in (
     study,
     compare_command,
     report_command,
+    pitfalls_command,
     import_command,
     export_command,
     advise_command,

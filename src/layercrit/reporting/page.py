@@ -20,6 +20,7 @@ from layercrit.conditions import STATISTICS_IN_WORDS, Condition
 from layercrit.differences import compared_differences
 from layercrit.epoch_map import EpochMap
 from layercrit.errors import StudyError
+from layercrit.pitfalls import PITFALLS, pitfalls_of_comparison
 from layercrit.reporting.epochs import epochs_data
 from layercrit.reporting.page_data import page_data
 from layercrit.reporting.whom import whom_data
@@ -27,18 +28,6 @@ from layercrit.study.tables import Study
 
 __all__ = ["write_page"]
 
-_CAUTIONS = (
-    (
-        "The cosine depends on how peaked the softmax is.",
-        "Models trained with label smoothing, mixup or a sigmoid loss are not directly comparable with plain ones. "
-        "Look at the temperature-matched values and at top-1 agreement before you interpret a difference as reliance "
-        "on layers.",
-    ),
-    (
-        "An unrelated prediction does not give 1.",
-        "It gives 1 minus the mean cosine between predictions for different images, which each model's profile shows.",
-    ),
-)  # fmt: skip
 _SCRIPTS = (
     "data",
     "texts",
@@ -53,7 +42,7 @@ _SCRIPTS = (
 _FOLDERS = re.compile(r"""(?<![\w/.])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'"<>|:;,()]+[\\/])+(?=[^\\/\s])""")
 _NO_MATCHED = (
     "This study has no temperature-matched values and no chance level: its results were published as means over "
-    "images, so the two cautions above cannot be checked here."
+    "images, so it cannot be checked here how far confidence and chance level matter."
 )
 _DEFINITION = (
     "Each layer's parameters were replaced by fresh draws from the architecture's own initialiser, or by what the "
@@ -137,6 +126,7 @@ def _filled(
         cautions=_of_each([_cautions(study, one) for one in comparisons], "div"),
         about_differences=_of_each([html.escape(_about_differences(study, one)) for one in comparisons], "span"),
         correlations=_of_each([_correlations(one) for one in comparisons], "div"),
+        pitfalls=_pitfalls(),
         methods=_of_each([_methods(study, one) for one in comparisons], "div"),
         data="\n".join(elements),
         plotly=plotly,
@@ -213,10 +203,21 @@ def _facts(study: Study, comparison: Comparison) -> str:
 
 def _cautions(study: Study, comparison: Comparison) -> str:
     parts = [f"<p><strong>Warning:</strong> {html.escape(text)}.</p>" for text in study.warnings]
-    parts += [f"<p><strong>{html.escape(claim)}</strong> {html.escape(text)}</p>" for claim, text in _CAUTIONS]
+    applying = pitfalls_of_comparison(study, comparison)
+    parts += [
+        f"<details><summary>{html.escape(one.title)}</summary>{html.escape(one.text)}</details>" for one in applying
+    ]
     if comparison.models["criticality_matched"].isna().all():
         parts.append(f"<p>{html.escape(_NO_MATCHED)}</p>")
     return f'<aside aria-label="Cautions">{"".join(parts)}</aside>'
+
+
+def _pitfalls() -> str:
+    """Return all pitfalls, to which the page's sections link."""
+    return "".join(
+        f'<h3 id="pitfall-{one.name}">{html.escape(one.title)}</h3><p>{html.escape(one.text)}</p>'
+        for one in PITFALLS.values()
+    )
 
 
 def _about_differences(study: Study, comparison: Comparison) -> str:
