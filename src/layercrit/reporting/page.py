@@ -21,6 +21,7 @@ from layercrit.differences import compared_differences
 from layercrit.epoch_map import EpochMap
 from layercrit.errors import StudyError
 from layercrit.pitfalls import PITFALLS, pitfalls_of_comparison
+from layercrit.reporting.advised import advice_data
 from layercrit.reporting.epochs import epochs_data
 from layercrit.reporting.page_data import page_data
 from layercrit.reporting.whom import whom_data
@@ -72,7 +73,8 @@ def write_page(
         study: finished or not.
         comparison: of its models, under one reset.
         path: of the file; its folder is created if missing.
-        models: those of which it shows criticality by class, where that is known, under the first condition.
+        models: those of which it shows criticality by class, where that is known, and advice, under the first
+            condition.
         thumbnails: whether it shows, of these models, the images that each layer's reset moves most and least.
         others: of the same study under other conditions, to which readers can switch.
         epoch_maps: of training runs; those of the study's own epochs are shown without being given.
@@ -108,6 +110,7 @@ def _filled(
         data, packed = page_data(study, comparison)
         shown = [model["name"] for model in data["models"]]
         data["whom"] = whom_data(study, comparison, [] if number else models, shown, thumbnails)
+        data["advice"] = advice_data(study, comparison, [] if number else models, shown)
         data["epochs"] = epochs_data(study, comparison, epoch_maps)
         elements.append(_data(number, data, packed))
     web = resources.files(__package__) / "web"

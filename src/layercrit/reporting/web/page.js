@@ -38,6 +38,8 @@ function prepareControls() {
   const values = D.differences.values;
   $("values").append(...values.map((name) => new Option(name === "matched" ? "temperature-matched" : name, name)));
   $("categories").append(...D.categories.map(categoryBox));
+  $("action-label").hidden = !D.advice.length;
+  $("action").append(...D.advice.map(({ done }, i) => new Option(done, i)));
   const other = D.models.findIndex((_, i) => i !== D.baseline);
   startWith({ layer: mostUnlike(), model: Math.max(0, other) });
   listen();
@@ -92,6 +94,10 @@ function listen() {
   document.addEventListener("choose", (event) => show(event.detail));
   onChoice("layer", (value) => choose({ layer: Number(value) }));
   onChoice("model", (value) => choose({ model: Number(value) }));
+  onChoice("action", (value) => {
+    if (value) choose({ model: D.advice[value].models[0].model });
+    drawModel();
+  });
   onChoice("control", (value) => {
     state.control = value;
     drawCompare();
