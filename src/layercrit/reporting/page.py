@@ -21,9 +21,11 @@ from layercrit.differences import compared_differences
 from layercrit.epoch_map import EpochMap
 from layercrit.errors import StudyError
 from layercrit.pitfalls import PITFALLS, pitfalls_of_comparison
+from layercrit.proxies.of_study import StudyProxies
 from layercrit.reporting.advised import advice_data
 from layercrit.reporting.epochs import epochs_data
 from layercrit.reporting.page_data import page_data
+from layercrit.reporting.proxied import proxies_data, read_proxies
 from layercrit.reporting.whom import whom_data
 from layercrit.study.tables import Study
 
@@ -37,6 +39,7 @@ _SCRIPTS = (
     "differences",
     "whom",
     "epochs",
+    "proxies",
     "page",
 )  # each imports from those before it
 # The page may be published, and where files are on this machine is private: of absolute paths only the name is shown.
@@ -63,6 +66,7 @@ def write_page(
     thumbnails: bool = False,
     others: Sequence[Comparison] = (),
     epoch_maps: Sequence[EpochMap] = (),
+    proxies: StudyProxies | str | Path | None = None,
 ) -> Path:
     """Write the page of a study: one self-contained HTML file that works offline.
 
@@ -78,12 +82,14 @@ def write_page(
         thumbnails: whether it shows, of these models, the images that each layer's reset moves most and least.
         others: of the same study under other conditions, to which readers can switch.
         epoch_maps: of training runs; those of the study's own epochs are shown without being given.
+        proxies: of the study's models, or the folder that they were saved in; None: the page has no such section.
 
     Raises:
-        StudyError: the file cannot be written.
+        StudyError: the file cannot be written, or there are no proxies in the folder.
     """
     path = Path(path).expanduser()
-    text = _filled(study, [comparison, *others], models, thumbnails, epoch_maps)
+    told = read_proxies(proxies) if isinstance(proxies, str | Path) else proxies
+    text = _filled(study, [comparison, *others], models, thumbnails, epoch_maps, told)
     beside = path.with_name(f".writing-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,6 +109,7 @@ def _filled(
     models: Sequence[str],
     thumbnails: bool,
     epoch_maps: Sequence[EpochMap],
+    proxies: StudyProxies | Mapping[str, Any] | None,
 ) -> str:
     """Return the page's text."""
     elements = []
@@ -112,6 +119,7 @@ def _filled(
         data["whom"] = whom_data(study, comparison, [] if number else models, shown, thumbnails)
         data["advice"] = advice_data(study, comparison, [] if number else models, shown)
         data["epochs"] = epochs_data(study, comparison, epoch_maps)
+        data["proxies"] = None if number else proxies_data(proxies, comparison, shown)
         elements.append(_data(number, data, packed))
     web = resources.files(__package__) / "web"
     script, (hash_of_plotly, plotly) = _script(), _plotly()

@@ -28,6 +28,7 @@ from layercrit.figures.rankings import ranking
 from layercrit.figures.style import check_formats, save_figure
 from layercrit.layers import layer_labels
 from layercrit.progress_bar import Bar
+from layercrit.proxies.of_study import StudyProxies
 from layercrit.registry import Registry
 from layercrit.reporting.page import write_page
 from layercrit.reporting.whom import class_table
@@ -125,6 +126,7 @@ def report(
     norm_statistics: str | None = None,
     epoch: int | None = None,
     epoch_maps: Sequence[EpochMap] = (),
+    proxies: StudyProxies | str | Path | None = None,
 ) -> Report:
     """Write ``report.html``, one self-contained page, and the figures in every format.
 
@@ -147,6 +149,8 @@ def report(
         epoch: likewise.
         epoch_maps: maps over the epochs of training runs, such as those of `layercrit.epoch_map.measure_epochs`, which
             the page shows beside those of the study's own epochs.
+        proxies: what `layercrit.proxies.of_study.measure_study_proxies` returned, or the folder that it was saved in,
+            to be plotted on the page.
 
     Raises:
         StudyError: a name is unknown, a figure that was asked for cannot be plotted, or a file cannot be written.
@@ -185,7 +189,7 @@ def report(
             written[name] = _saved(drawn, folder / "figures", formats)
         bar.drawn("report.html", len(asked), len(asked) + 1)
         page = write_page(
-            study, comparison, folder / "report.html", list(tables.profiles), thumbnails, others, epoch_maps
+            study, comparison, folder / "report.html", list(tables.profiles), thumbnails, others, epoch_maps, proxies
         )
     return Report(page, written, left_out, comparison)
 

@@ -17,6 +17,7 @@ import { drawCompare, readDifferences } from "./differences.js";
 import { drawEpochs, prepareEpochs } from "./epochs.js";
 import { drawMap, drawMapTable } from "./heatmap.js";
 import { drawAccuracy, drawLayer, drawModel } from "./plots.js";
+import { drawProxies, prepareProxies } from "./proxies.js";
 import { count, drawTable, element, interval, percent, save, share, signed } from "./texts.js";
 import { drawMoved, drawWhom, prepareWhom } from "./whom.js";
 
@@ -192,6 +193,7 @@ function drawAll() {
   drawCompare();
   drawWhom();
   drawEpochs();
+  drawProxies();
 }
 
 async function start() {
@@ -199,6 +201,7 @@ async function start() {
   prepareControls();
   prepareWhom();
   prepareEpochs();
+  prepareProxies();
   setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
   drawModels();
   document.head.append(element("script", { textContent: await unzipped(bytes("plotly")).text() }));
