@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def hold(
         told = {
             "process": os.getpid(),
             "machine": platform.node(),
-            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **(about or {}),
         }
         write_whole(folder / _HOLDER, json.dumps(told))

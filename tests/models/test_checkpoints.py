@@ -196,7 +196,11 @@ BESIDE = {
     "paths-of-3.13": Path313("/", "data"),
     "paths": [Path("/data"), pathlib.PureWindowsPath("c:/data"), pathlib.PurePosixPath("a")],
     "enum": Mode.FAST,
-    "times": [datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC), datetime.date(2024, 1, 1), datetime.timedelta(1)],
+    "times": [
+        datetime.datetime(2024, 1, 1, tzinfo=datetime.timezone.utc),
+        datetime.date(2024, 1, 1),
+        datetime.timedelta(1),
+    ],
     "numbers": [decimal.Decimal("0.1"), fractions.Fraction(1, 3), uuid.UUID(int=5), 1 + 2j, range(3), slice(1, 2)],
     "containers": [
         collections.defaultdict(list, a=[1]),

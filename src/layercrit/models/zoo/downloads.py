@@ -117,7 +117,9 @@ def shown(address: str) -> str:
 def digest_of(path: Path) -> Fetched:
     """Return size and SHA-256 of a file, read block by block."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
+        digest = hashlib.sha256()
+        while block := file.read(_BLOCK):
+            digest.update(block)
         return Fetched(path, file.tell(), digest.hexdigest())
 
 
