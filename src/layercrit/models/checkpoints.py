@@ -200,7 +200,7 @@ def loading_safely() -> Iterator[None]:
                 return load(file, *arguments, **options)
             return _parse_torch(Path(file), _read_bytes(Path(file)))[0]
 
-        torch.load = load_safely
+        torch.load = load_safely  # type: ignore[assignment]
         try:
             yield
         finally:

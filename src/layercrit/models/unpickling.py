@@ -162,6 +162,9 @@ _NAMED_VALUES: dict[str, object] = {
 class _Unpickler(pickle._Unpickler):
     """Python's own machine for pickles, in which a file reaches nothing but what is named above and stand-ins."""
 
+    stack: list[Any]
+    append: Callable[[object], None]
+    pop_mark: Callable[[], list[Any]]
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, stream: io.BytesIO, named: Mapping[str, str], storage_of: Callable[..., Tensor]) -> None:
@@ -218,11 +221,11 @@ class _Unpickler(pickle._Unpickler):
 
     def load_build(self) -> None:
         state = self.stack.pop()
-        built = self.stack[-1]
+        built: Any = self.stack[-1]
         if isinstance(built, Inert):
             built.held.append(state)
         elif isinstance(built, OrderedDict) and isinstance(state, dict) and "_metadata" in state:
-            built._metadata = state["_metadata"]  # versions of a network's modules, for load_state_dict
+            setattr(built, "_metadata", state["_metadata"])  # noqa: B010, versions of a network's modules, for load_state_dict
         # attributes of anything else are left out
 
     def load_append(self) -> None:
