@@ -24,7 +24,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +46,7 @@ from layercrit.reporting.reports import FIGURES
 from layercrit.resets import RESETS
 from layercrit.study.file import read_study_file
 from layercrit.study.running import run_study
+from layercrit.toml import tomllib
 from layercrit.trackers import TRACKERS
 from layercrit.training.methods import CATEGORIES, METHODS
 from running_jobs import Inline

@@ -71,7 +71,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether the device has instructions for bfloat16 products, rather than emulating them."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return device.type == "cpu" and any(ask is not None and ask() for ask in asked)  # which torch 2.4 cannot tell
 
 
 def is_out_of_memory(error: BaseException) -> bool:

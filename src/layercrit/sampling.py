@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
@@ -372,7 +372,7 @@ class Sampling:
             "versions": versions(),
             "seconds_opening": round(session.holder.seconds_opening, 3),
             "seconds": round(self.seconds_before + time.perf_counter() - self.started, 3),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 
 

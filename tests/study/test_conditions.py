@@ -223,7 +223,7 @@ def test_store__a_file_from_before_there_were_conditions(study, tmp_path):
         insert = "INSERT INTO models (model, position, reference, record) VALUES (?, ?, ?, ?)"
         old.executemany(insert, [("a", 0, "x", None), ("b", 1, "y", '{"sha256": "1"}'), ("c", 2, "z", None)])
         old.execute("UPDATE models SET reference = 'other' WHERE model = 'c'")  # without its checksum
-        old.execute(f"PRAGMA application_id = {int.from_bytes(b'lcrt')}")
+        old.execute(f"PRAGMA application_id = {int.from_bytes(b'lcrt', 'big')}")
         old.execute("PRAGMA user_version = 4")
         old.commit()
     with Store(tmp_path) as store:

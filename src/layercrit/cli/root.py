@@ -29,7 +29,7 @@ from layercrit.cli.tables import compare_command, export_command, import_command
 from layercrit.cli.train import methods_command, train_command
 from layercrit.cli.worst_case import worst_case_command
 from layercrit.cli.zoo import zoo
-from layercrit.errors import TRY_AGAIN, LayercritError, UnfinishedPilotError
+from layercrit.errors import DISK_FULL, TRY_AGAIN, LayercritError, UnfinishedPilotError
 
 __all__ = ["cli", "main"]
 
@@ -40,7 +40,7 @@ __all__ = ["cli", "main"]
 _MOMENT = 0.2  # seconds
 _ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _INTERRUPTED = 130
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_FULL = (*DISK_FULL, errno.EIO)
 
 
 class _ReaderGoneError(Exception):

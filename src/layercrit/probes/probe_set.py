@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from typing_extensions import Unpack
 
 from layercrit.errors import ProbeError
 from layercrit.foreign_files import read_json

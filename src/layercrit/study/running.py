@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -482,4 +482,4 @@ class _Run:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def _finish(run: Run, network: nn.Module, initial_sha256: str) -> dict[str, Any]
         "device": str(run.accelerator.device),
         "n_processes": run.accelerator.num_processes,
         "versions": versions(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if run.accelerator.is_main_process:
         record = run.folder.save_final(tensors, record)

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -225,7 +225,7 @@ def _convert(entry: ZooEntry, paths: Sequence[Path], hashes: Sequence[str | None
             "files": sources,
             "licence": entry.licence,
             "citation": asdict(entry.citation),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),
         }
         partial.replace(entry.path)
