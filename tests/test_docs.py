@@ -35,6 +35,7 @@ import layercrit
 from forked import forked_workers
 from layercrit import errors
 from layercrit.advice import ACTIONS
+from layercrit.cli.exit_codes import ExitCode
 from layercrit.cli.root import cli
 from layercrit.demo import copy_family, example_study
 from layercrit.distances import DISTANCES
@@ -170,7 +171,12 @@ def figures() -> str:
     return table("figure", "what it shows", rows=rows)
 
 
+def exit_codes() -> str:
+    return table("code", "meaning", rows=[(str(code.value), markdown(code.meaning)) for code in ExitCode])
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "exit codes": exit_codes,
     "figures": figures,
     "resets": resets,
     "distances": distances,
@@ -431,6 +437,33 @@ def test_errors__messages_are_those_of_the_code():
         parts = [re.escape(part.strip()) for part in heading.replace("`", "").split("...")]
         pattern = re.compile(".*".join(parts), re.DOTALL)
         assert any(pattern.search(text) for text in texts), f"no message reads {heading}"
+
+
+def variables_read(path: Path) -> Iterator[str]:
+    """The environment variables that a module names where it reads them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "get"
+            and node.args
+        ):
+            of, name = node.func.value, node.args[0]
+        elif isinstance(node, ast.Subscript):
+            of, name = node.value, node.slice
+        else:
+            continue
+        if getattr(of, "attr", None) == "environ" and isinstance(name, ast.Constant):
+            yield name.value
+
+
+def test_command_line__lists_every_variable_that_is_read():
+    text = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    listed = re.findall(r"`([A-Z][A-Z_]+)(\.\.\.)?`", text.partition("## Environment variables")[2])
+    names, families = {name for name, more in listed if not more}, tuple(name for name, more in listed if more)
+    read = {name for path in modules() for name in variables_read(path)}
+    assert {"LAYERCRIT_CACHE", "NO_COLOR", "RANK", "HF_ENDPOINT"} <= read, "the test sees them"
+    assert [name for name in sorted(read - names) if not name.startswith(families)] == []
 
 
 def sources_of_papers() -> Iterator[str]:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,7 +16,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from layercrit.errors import StudyError
 from layercrit.foreign_files import read_json
 
-__all__ = ["about_holder", "hold", "holder", "is_on_network", "write_whole"]
+__all__ = ["about_holder", "has_locks", "hold", "holder", "is_on_network", "write_whole"]
 
 _LOCK = ".lock"  # released when the process that holds it ends, however it ends
 _SOFT_LOCK = ".lock-soft"  # its being there is the lock: for file systems that know no other
@@ -141,6 +142,18 @@ def _acquired(folder: Path, timeout: float) -> BaseFileLock:
     lock = SoftFileLock(folder / _SOFT_LOCK)
     lock.acquire(timeout=timeout)
     return lock
+
+
+def has_locks(folder: Path) -> bool:
+    """Return whether the file system of a folder has locks that end with the process that holds them.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    with tempfile.TemporaryDirectory(prefix=".layercrit-", dir=folder) as inside:
+        lock = _acquired(Path(inside), timeout=1)
+        lock.release()
+    return not isinstance(lock, SoftFileLock)
 
 
 def is_on_network(path: Path) -> bool:

@@ -37,6 +37,11 @@ def find_device(name: str) -> torch.device:
     return probe.device
 
 
+def name_of(device: torch.device) -> str:
+    """Return how a device is called, such as ``cpu`` or ``cuda:0, NVIDIA H100 80GB HBM3``."""
+    return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+
+
 def choose_batch_size(
     asked: int | str, n_images: int, height: int, width: int, device: torch.device, n_again: int = 0
 ) -> int:

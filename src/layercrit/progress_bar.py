@@ -4,13 +4,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from layercrit.foreign_text import visible
+from layercrit.verbosity import is_quiet
 
 
 class Bar:
     """The progress bar on stderr: shown on a terminal only, and silent unless it was asked for."""
 
     def __init__(self, shown: bool) -> None:
-        self._shown = shown
+        self._shown = shown = shown and not is_quiet()
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),

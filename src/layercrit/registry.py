@@ -1,5 +1,6 @@
 """Registries: resets, distances, methods and whatever else has a name, open to installed plug-ins."""
 
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
@@ -13,6 +14,8 @@ __all__ = ["Registry", "summary_of"]
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 Entry = TypeVar("Entry")
+
+_LOG = logging.getLogger(__name__)
 
 
 def summary_of(entry: object) -> str:
@@ -109,6 +112,7 @@ class Registry(MutableMapping[str, Entry]):
         for plug_in in entry_points(group=group):
             try:
                 plug_in.load()
+                _LOG.info("the plug-in %s adds to %s", _in_words(plug_in), group)
             except Exception as error:  # whatever the code of others raises
                 self._broken.append(f"The plug-in {_in_words(plug_in)} could not be imported ({first_line(error)}).")
                 warnings.warn(

@@ -1,5 +1,6 @@
 """Run the trials of one measurement: as many as were asked for, or a pilot and what is planned after it."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from layercrit.protocol import DEFAULTS, MATCHED, Protocol
 from layercrit.trackers.callbacks import OnCell
 
 __all__ = ["OnTrial", "Sampling"]
+
+_LOG = logging.getLogger(__name__)
 
 OnTrial = Callable[[Callable[[], Measurement]], object]
 
@@ -201,6 +204,7 @@ class Sampling:
         layers_of_trials: Mapping[int, Sequence[Layer]],
         on_trial: OnTrial | None,
     ) -> None:
+        started = time.perf_counter()
         draws = self.session.draws(layers_of_trials)
         batches = [batch.per_image for batch in draws.batches()]
         values = {name: np.concatenate([batch[name] for batch in batches], axis=1) for name in batches[0]}
@@ -212,6 +216,11 @@ class Sampling:
                 rows=[self._row(draws, values, index, status[index]) for index in range(len(draws.cells))],
                 distances={name: values[name] for name in (*self.distances, MATCHED)},
             )
+        )
+        _LOG.debug(
+            "trial %s: %d resets of %d images in %.1f s",
+            ", ".join(map(str, layers_of_trials)),
+            *(len(draws.cells), self.session.probe_set.n_images, time.perf_counter() - started),
         )
         draws.forget()
         if on_trial is not None:

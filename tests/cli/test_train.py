@@ -310,7 +310,7 @@ def test_methods__an_unknown_one(call):
 def test_help__lists_both_commands_without_torch():
     listed = " ".join(printed("--help").split())
     assert "methods List the training methods" in listed
-    assert "train Train a model by a method, or the models of a study" in listed
+    assert "train Train a model by a method, or those of a study." in listed
     code = """
 import sys, layercrit.cli.root as c
 for arguments in (["--help"], ["train", "--help"], ["methods", "--help"]):

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from layercrit.cli.printing import bar, number, plain, print_table, say
+from layercrit.cli.printing import bar, notice, number, plain, print_table, say
+from layercrit.cli.registered import complete_files
 from layercrit.errors import AdviceError, LayercritError, near
 
 # Everything that imports torch is imported inside the functions, so that `layercrit --help` answers at once.
@@ -39,7 +40,7 @@ def _bits(context: click.Context, parameter: click.Parameter, value: str) -> lis
         raise click.BadParameter(f"{value!r} is not a list of whole numbers, such as 8,4.") from None
 
 
-@click.command("advise")
+@click.command("advise", short_help="Say which layers to freeze, fine-tune, prune, quantise.")
 @click.argument("source", metavar="DIR|MODEL")
 @click.option("--for", "action", required=True, type=click.Choice(_ACTIONS), help="What is to be done to layers.")
 @click.option(
@@ -64,7 +65,10 @@ def _bits(context: click.Context, parameter: click.Parameter, value: str) -> lis
     "--bits", callback=_bits, default="8,4", show_default=True, metavar="N,...", help="Bits that quantise chooses from."
 )
 @click.option(
-    "--images", metavar="SOURCE", help="Measure MODEL on these images first, and save that as `measure` does."
+    "--images",
+    metavar="SOURCE",
+    shell_complete=complete_files,
+    help="Measure MODEL on these images first, and save that as `measure` does.",
 )
 @click.option("--trials", type=int, default=10, show_default=True, help="Random draws per layer, with --images.")
 @click.option("--n-images", type=int, default=1000, show_default=True, help="Images at most, with --images.")
@@ -111,14 +115,14 @@ def advise_command(
     else:
         text = found.to("json" if form == "table" else form)
         for line in found.in_words():
-            say(line, err=True)
+            notice(line)
         _write(text, out)
     if plot is not None:
         try:
             found.plot().savefig(plot, dpi=200)
         except (OSError, ValueError) as error:  # ValueError: no such file format
             raise AdviceError(f"The figure cannot be written to {plot} ({error}). Name another file.") from error
-        say(plot, err=True)
+        notice(plot)
 
 
 def _criticality(
@@ -202,7 +206,7 @@ def _measure(model: str, images: str, trials: int, n_images: int) -> "Measuremen
         )
     measurement = measure(model, images, trials=trials, n_images=n_images)
     measurement.save(folder)
-    say(f"Saved in {folder}", err=True)
+    notice(f"Saved in {folder}")
     return measurement
 
 
@@ -238,7 +242,7 @@ def _write(text: str, out: Path | None) -> None:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise AdviceError(f"{out} cannot be written ({error.strerror}). Name another file with --out.") from error
-    say(out, err=True)
+    notice(out)
 
 
 def _show(advice: "Advice") -> None:

@@ -1,19 +1,18 @@
 """The command that measures the bundled family of networks."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import click
 
 from layercrit.cli.epochs import show_epochs
-from layercrit.cli.printing import say
+from layercrit.cli.printing import notice
 from layercrit.cli.tables import show_comparison
 
 __all__ = ["demo_command"]
 
 
-@click.command("demo")
+@click.command("demo", short_help="Measure 15 small networks that come with layercrit.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("layercrit-demo"), show_default=True, metavar="DIR"
 )
@@ -25,7 +24,7 @@ def demo_command(out: Path, as_json: bool) -> None:
     """
     from layercrit.demo import EPOCHS_RUN, run_demo
 
-    result = run_demo(out, say=partial(say, err=True))
+    result = run_demo(out, say=notice)
     if as_json:
         agreement = result.epochs.agreement().to_dict()
         found = {**result.comparison.to_dict(), "findings": result.findings, "epochs": agreement}
@@ -35,8 +34,8 @@ def demo_command(out: Path, as_json: bool) -> None:
         click.echo(f"\n{result.findings}\n")
         show_epochs(result.epochs)
     files = ", ".join(sorted(path.name for path in out.iterdir() if path.is_file()))
-    say(f"Saved in {out}: {files}; figures in {out / 'figures'}.", err=True)
-    say(f"Open {out / 'report.html'} in a browser. The same, step by step:", err=True)
+    notice(f"Saved in {out}: {files}; figures in {out / 'figures'}.")
+    notice(f"Open {out / 'report.html'} in a browser. The same, step by step:")
     for command in (
         f"layercrit study run {out / 'fashion.toml'} --out {out / 'study'}",
         f"layercrit compare {out / 'study'}",
@@ -44,4 +43,4 @@ def demo_command(out: Path, as_json: bool) -> None:
         f"layercrit measure file:{out / 'models' / 'baseline'} --images {out / 'fashion-mnist-test.npz'} --trials 5",
         f"layercrit measure file:{out / 'models' / EPOCHS_RUN} --images {out / 'fashion-mnist-test.npz'} --epochs all",
     ):
-        say(f"  {command}", err=True)
+        notice(f"  {command}")

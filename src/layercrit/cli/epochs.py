@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from layercrit.cli.printing import number, plain, print_table, say
+from layercrit.cli.printing import notice, number, plain, print_table, say
 
 # Everything that imports torch is imported inside the functions, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def measure_through_training(
         click.echo(json.dumps(shown, allow_nan=False))
         return
     show_epochs(found)
-    say(f"Saved in {folder}: {', '.join(path.name for path in files)}", err=True)
+    notice(f"Saved in {folder}: {', '.join(path.name for path in files)}")
 
 
 def show_epochs(found: "EpochMap") -> None:

@@ -14,8 +14,8 @@ from layercrit.cli.by_images import by_option, rows_by, save_by, show_by
 from layercrit.cli.epochs import measure_through_training
 from layercrit.cli.model_options import folder_for, number_or_auto
 from layercrit.cli.pitfalls import say_pitfalls
-from layercrit.cli.printing import bar, number, percent, plain, print_table, print_warnings, say
-from layercrit.cli.registered import ModelCommand, RegisteredOption
+from layercrit.cli.printing import bar, notice, number, percent, plain, print_table, print_warnings, say
+from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, DTYPES, GROUPS, INTERVALS, NORM_STATISTICS
@@ -58,12 +58,13 @@ def _epochs(context: click.Context, parameter: click.Parameter, value: str | Non
     return [int(number) for number in numbers] if all(number.isdecimal() for number in numbers) else value
 
 
-@click.command("measure", cls=ModelCommand)
+@click.command("measure", cls=ModelCommand, short_help="Measure the criticality of every layer of MODEL.")
 @click.argument("model")
 @click.option(
     "--images",
     required=True,
     metavar="SOURCE",
+    shell_complete=complete_files,
     help="A folder, .npz/.npy, .parquet, WebDataset .tar, Hugging Face data set on disk, MNIST files (of a folder: the "
     "t10k part), or 'torchvision:NAME?root=DIR&split=test'. A part of a source: 'SOURCE?split=test'. Corrupted: "
     "'corrupt:fog@3:SOURCE' (KIND@SEVERITY, 1 to 5). Adversarial: 'attack:pgd(norm=linf, eps=4/255, steps=10):SOURCE'.",
@@ -211,7 +212,7 @@ def measure_command(
             pass_measurement(tracking, measurement, folder)
 
 
-@click.command("layers", cls=ModelCommand)
+@click.command("layers", cls=ModelCommand, short_help="List what would be reset in MODEL, in depth order.")
 @click.argument("model")
 @_selection
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
@@ -250,7 +251,7 @@ def layers_command(model: str, layers: str, types: str, group: str, sets: str, a
     say(f"{len(found)} layers, {total:,} parameters; {passes}")
 
 
-@click.command("show")
+@click.command("show", short_help="Print a saved measurement, and plot it again.")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 @by_option
@@ -268,9 +269,9 @@ def show_command(folder: Path, as_json: bool, by: str | None, methods: bool) -> 
     _show(measurement, as_json, folder, by)
     try:
         for path in save_figure(measurement.plot(), folder / "criticality"):
-            say(path, err=True)
+            notice(path)
         for path in save_by(measurement, by, folder) if by else ():
-            say(path, err=True)
+            notice(path)
     except OSError as error:
         say(f"note: no figure was plotted, since {folder} cannot be written ({error.strerror})", err=True)
 
@@ -300,7 +301,7 @@ class _Saver:
             raise LayercritError(f"{error}\n  The measurement is saved in {elsewhere} instead.") from error
         if not quietly:
             files = ", ".join(sorted(path.name for path in self.folder.iterdir() if path.is_file()))
-            say(f"Saved in {self.folder}: {files}", err=True)
+            notice(f"Saved in {self.folder}: {files}")
 
     def save_what_is_finished(self) -> None:
         """Save the trials that were finished before an interruption."""

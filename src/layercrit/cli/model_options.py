@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from layercrit.cli.registered import complete_files
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, GROUPS
 
@@ -29,7 +30,8 @@ def images_and_layers(n_images: int) -> Callable[[Callable[..., Any]], Callable[
         n_images: the default of ``--n-images``.
     """
     options = [
-        click.option("--images", required=True, metavar="SOURCE", help="As for `layercrit measure`."),
+        click.option("--images", required=True, metavar="SOURCE", shell_complete=complete_files,
+                     help="As for `layercrit measure`."),
         click.option("--n-images", default=n_images, show_default=True, help="Images drawn from SOURCE, at most."),
         click.option("--labels", default="auto", show_default=True, metavar="FILE|COLUMN|none",
                      help="Labels in place of those that SOURCE comes with, as for `layercrit measure`."),

@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from layercrit.cli.model_options import check_free, folder_for, images_and_layers
-from layercrit.cli.printing import percent, plain, print_table, print_warnings, say
+from layercrit.cli.printing import notice, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand
 from layercrit.protocol import DEFAULTS
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["module_criticality_command"]
 
 
-@click.command("module-criticality", cls=ModelCommand)
+@click.command("module-criticality", cls=ModelCommand, short_help="Find how far back to its start each module can go.")
 @click.argument("model")
 @images_and_layers(n_images=1_000)
 @click.option("--initial", metavar="FILE|MODEL",
@@ -64,7 +64,7 @@ def module_criticality_command(
         click.echo(json.dumps({**found.to_dict(), "folder": str(folder)}, allow_nan=False))
         return
     _show(found)
-    say(f"Saved in {folder}: {', '.join(path.name for path in files)}", err=True)
+    notice(f"Saved in {folder}: {', '.join(path.name for path in files)}")
 
 
 def _show(found: "ModuleCriticality") -> None:

@@ -7,10 +7,12 @@ from typing import Any
 import click
 
 from layercrit.foreign_text import visible
+from layercrit.verbosity import is_quiet
 
 __all__ = [
     "bar",
     "duration",
+    "notice",
     "number",
     "percent",
     "plain",
@@ -27,6 +29,12 @@ _LISTED = 10  # damaged rows that are named
 def say(line: object = "", *, err: bool = False) -> None:
     """Print one line, on stderr if asked: what names in it would do to the terminal is shown instead."""
     click.echo(visible(line), err=err)
+
+
+def notice(line: object) -> None:
+    """Print one line on stderr that is neither a result nor about something that went wrong; not with ``--quiet``."""
+    if not is_quiet():
+        say(line, err=True)
 
 
 def visible_lines(text: str) -> str:

@@ -10,8 +10,8 @@ import click
 from click.core import ParameterSource
 
 from layercrit.cli.model_options import check_free
-from layercrit.cli.printing import number, plain, print_table, say
-from layercrit.cli.registered import ModelCommand, RegisteredOption
+from layercrit.cli.printing import notice, number, plain, print_table, say
+from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, GROUPS
 
@@ -29,9 +29,11 @@ _OF_MODEL = ("images", "against", "measure_too", "layers", "types", "group", "se
 _OF_STUDY = ("models", "probe_set")
 
 
-@click.command("proxies", cls=ModelCommand)
+@click.command("proxies", cls=ModelCommand, short_help="Rank the layers of MODEL cheaply, by proxies.")
 @click.argument("model", metavar="MODEL|STUDY")
-@click.option("--images", metavar="SOURCE", help="As for `layercrit measure`; needed for a MODEL.")
+@click.option(
+    "--images", metavar="SOURCE", shell_complete=complete_files, help="As for `layercrit measure`; needed for a MODEL."
+)
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
@@ -166,7 +168,7 @@ def _of_model(model: str, folder: Path, as_json: bool, asked: dict[str, Any]) ->
         say(agreement.sentence)
         say(f"k = {agreement.k} of {len(agreement.by_layer)} layers, of which chance would name "
             f"{agreement.k / len(agreement.by_layer):.0%}; intervals: {agreement.resampled}")  # fmt: skip
-    say(f"Saved in {folder}: {', '.join(path.name for path in files)}", err=True)
+    notice(f"Saved in {folder}: {', '.join(path.name for path in files)}")
 
 
 def _measured(model: str, folder: Path, settings: dict[str, Any]) -> Path:
@@ -197,7 +199,7 @@ def _of_study(study: str, folder: Path, as_json: bool, models: list[str] | None,
     for model, text in found.failed.items():
         say(f"left out: {model}: {text}", err=True)
     if not as_json:
-        say(f"Saved in {folder}: {', '.join(path.name for path in files)}", err=True)
+        notice(f"Saved in {folder}: {', '.join(path.name for path in files)}")
     if found.failed:
         raise LayercritError(f"{len(found.failed)} of the study's models have no proxies; the others are saved.")
 

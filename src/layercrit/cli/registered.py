@@ -1,15 +1,25 @@
-"""Help that lists what is registered, read only when it is shown: the registries import torch."""
+"""What is registered, in help and in the completion of shells.
+
+The registries import torch, so help reads them only when it is shown. Completion, which has to be quick, reads names
+from the text of the modules that register them: those of layercrit itself, not those of plug-ins.
+"""
 
 import copy
+import re
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
     from layercrit.registry import Registry
 
-__all__ = ["ModelCommand", "RegisteredOption"]
+__all__ = ["ModelCommand", "RegisteredOption", "complete_files", "complete_methods", "complete_zoo"]
+
+_PACKAGE = Path(__file__).parents[1]
+_REGISTERED = re.compile(r"^@\w+\(\s*\"([\w-]+)\"", re.MULTILINE)  # the decorator that registers, and the name
 
 
 class RegisteredOption(click.Option):
@@ -31,6 +41,38 @@ class RegisteredOption(click.Option):
         shown = copy.copy(self)
         shown.help = f"{self.help} {listed}."
         return click.Option.get_help_record(shown, ctx)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the names that begin as the last of those that were typed, which commas separate."""
+        return _complete(_names_in(self.registry.partition(":")[0]), incomplete)
+
+
+def complete_methods(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the training methods whose names begin so."""
+    return _complete(_names_in("layercrit.training"), incomplete)
+
+
+def complete_zoo(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the models of the zoo whose identifiers begin so."""
+    text = (_PACKAGE / "models" / "zoo" / "zoo.toml").read_text(encoding="utf-8")
+    return _complete(re.findall(r'^\[models\."([^"]+)"\]', text, re.MULTILINE), incomplete)
+
+
+def complete_files(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete names of files and folders."""
+    return [CompletionItem(incomplete, type="file")]
+
+
+def _complete(names: list[str], incomplete: str) -> list[CompletionItem]:
+    before, comma, begun = incomplete.rpartition(",")
+    return [CompletionItem(f"{before}{comma}{name}") for name in names if name.startswith(begun)]
+
+
+def _names_in(module: str) -> list[str]:
+    """Return the names that a module, or those of a package, register."""
+    place = _PACKAGE.parent.joinpath(*module.split("."))
+    files = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    return [name for file in files for name in _REGISTERED.findall(file.read_text(encoding="utf-8"))]
 
 
 class ModelCommand(click.Command):

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from layercrit.cli.printing import print_warnings, say, say_damaged
+from layercrit.cli.printing import notice, print_warnings, say, say_damaged
 from layercrit.cli.registered import RegisteredOption
 from layercrit.cli.tables import comparison_options
 
@@ -19,7 +19,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
     return [name.strip() for name in value.split(",") if name.strip()]
 
 
-@click.command("report")
+@click.command("report", short_help="Plot a study's figures, and write its page.")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="STUDY")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write. [default: STUDY itself]")
 @click.option(
@@ -97,9 +97,9 @@ def report_command(
         click.echo(json.dumps({"page": str(written.page), "figures": listed, "left_out": written.left_out}))
         return
     for name, reason in written.left_out.items():
-        say(f"note: no figure {name}: {reason}", err=True)
+        notice(f"note: no figure {name}: {reason}")
     for paths in written.figures.values():
         for path in paths:
             say(path)
     say(written.page)
-    say(f"Open {written.page} in a browser.", err=True)
+    notice(f"Open {written.page} in a browser.")

@@ -17,6 +17,9 @@ import click
 
 from layercrit.cli.advise import advise_command
 from layercrit.cli.demo import demo_command
+from layercrit.cli.doctor import doctor_command
+from layercrit.cli.exit_codes import ExitCode
+from layercrit.cli.global_options import add_global_options, use_colours, version_option
 from layercrit.cli.measure import layers_command, measure_command, show_command
 from layercrit.cli.module_criticality import module_criticality_command
 from layercrit.cli.pitfalls import pitfalls_command
@@ -29,7 +32,7 @@ from layercrit.cli.tables import compare_command, export_command, import_command
 from layercrit.cli.train import methods_command, train_command
 from layercrit.cli.worst_case import worst_case_command
 from layercrit.cli.zoo import zoo
-from layercrit.errors import DISK_FULL, TRY_AGAIN, LayercritError, UnfinishedPilotError
+from layercrit.errors import DISK_FULL, LayercritError, UnfinishedPilotError
 
 __all__ = ["cli", "main"]
 
@@ -39,7 +42,6 @@ __all__ = ["cli", "main"]
 # What ends a command from outside, beside Ctrl-C: schedulers and time limits, and a terminal that is closed.
 _MOMENT = 0.2  # seconds
 _ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-_INTERRUPTED = 130
 _FULL = (*DISK_FULL, errno.EIO)
 
 
@@ -56,6 +58,14 @@ class _Commands(click.Group):
         with _reader_watched():
             return super().invoke(context)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands under headings, in the order in which one meets them."""
+        width = max(map(len, self.commands))
+        for heading, commands in _SECTIONS.items():
+            with formatter.section(heading):
+                rows = [(f"{one.name:<{width}}", one.get_short_help_str(formatter.width)) for one in commands]
+                formatter.write_dl(rows)
+
 
 @contextlib.contextmanager
 def _reader_watched() -> Iterator[None]:
@@ -66,37 +76,29 @@ def _reader_watched() -> Iterator[None]:
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="layercrit")
-@click.option("--traceback", "show_traceback", is_flag=True, help="Show the traceback of an error, for a bug report.")
-def cli(show_traceback: bool) -> None:
+@version_option
+@click.pass_context
+def cli(context: click.Context, /) -> None:
     """Which layers of a trained vision model do its decisions depend on?
 
     Each layer's parameters are reset to random values while the rest stays trained, and the same images are run again:
     how far the predictions move is the layer's criticality, from 0 (auxiliary) to 1 (critical).
     """
+    use_colours(context)
 
 
-for command in (
-    measure_command,
-    layers_command,
-    show_command,
-    module_criticality_command,
-    worst_case_command,
-    proxies_command,
-    demo_command,
-    train_command,
-    methods_command,
-    study,
-    compare_command,
-    report_command,
-    pitfalls_command,
-    import_command,
-    export_command,
-    advise_command,
-    zoo,
-):
-    cli.add_command(command)
+_SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Begin": (demo_command, doctor_command),
+    "One model": (measure_command, layers_command, show_command, advise_command),
+    "Other questions about its layers": (proxies_command, module_criticality_command, worst_case_command),
+    "Many models": (study, compare_command, report_command, pitfalls_command, export_command, import_command),
+    "Get models": (train_command, methods_command, zoo),
+}
 study.add_command(submit_command)
+for _commands in _SECTIONS.values():
+    for _command in _commands:
+        cli.add_command(_command)
+add_global_options(cli)
 
 
 def main() -> None:
@@ -110,12 +112,12 @@ def main() -> None:
         with _signals_end_like_ctrl_c(ended, over):
             code = _run("--traceback" in sys.argv[1:])
     except KeyboardInterrupt:  # while an error was reported
-        code = _INTERRUPTED
+        code = ExitCode.INTERRUPTED
     over.set()
     if ended and code:  # whatever was made of the exception on its way: C code has its own
         _print(f"Ended by {signal.Signals(ended[0]).name}.")
         code = 128 + ended[0]
-    elif code == _INTERRUPTED:
+    elif code == ExitCode.INTERRUPTED:
         _print("Interrupted.")
     _flush()
     sys.exit(code)
@@ -132,18 +134,18 @@ def _run(debug: bool) -> int:
             _print(line)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        return _INTERRUPTED
+        return ExitCode.INTERRUPTED
     except _ReaderGoneError:
-        return 141
+        return ExitCode.READER_GONE
     except UnfinishedPilotError as error:
-        return _complain(str(error), debug, TRY_AGAIN)
+        return _complain(str(error), debug, ExitCode.TRY_AGAIN)
     except LayercritError as error:
-        return _complain(str(error), debug, 1)
+        return _complain(str(error), debug, ExitCode.ERROR)
     except Exception as error:
         if (text := _of_surroundings(error)) is not None:
-            return _complain(text, debug, 1)
+            return _complain(text, debug, ExitCode.ERROR)
         return _complain(f"{type(error).__name__}: {error}\n  This is a bug in layercrit. Run again with "
-                         "`layercrit --traceback ...` and report what it prints.", debug, 70)  # fmt: skip
+                         "`layercrit --traceback ...` and report what it prints.", debug, ExitCode.BUG)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from layercrit.cli.exit_codes import ExitCode
 from layercrit.cli.printing import (
     duration,
+    notice,
     number,
     percent,
     plain,
@@ -104,7 +106,7 @@ def run_command(
     _keep_own_file(folder)
     read = read_study_file(file)
     if own is not None:
-        say(f"{own.in_words()}", err=True)
+        notice(f"{own.in_words()}")
     executor = None if on is None else executor_on(on, read, folder, workers)
     try:
         with tracked_study(trackers, read, folder, own) as on_cell:
@@ -139,10 +141,10 @@ def _end_run(failures: "list[FailureRow]") -> None:
     if failures:
         _show_failures(failures)
         say("Fix the causes, then run again with --retry.", err=True)
-        raise click.exceptions.Exit(1)
+        raise click.exceptions.Exit(ExitCode.ERROR)
 
 
-@study.command("plan")
+@study.command("plan", short_help="Estimate cells, downloads and time; measure nothing.")
 @_FILE
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="The study's folder, to count what is done."
@@ -160,7 +162,7 @@ def plan_command(file: Path, out: Path | None, as_json: bool) -> None:
     _show_plan(found)
 
 
-@study.command("status")
+@study.command("status", short_help="Show how much is done, left and failed.")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @_JSON
 def status_command(folder: Path, as_json: bool) -> None:
@@ -191,7 +193,7 @@ def status_command(folder: Path, as_json: bool) -> None:
         _show_failures(found.failures)
 
 
-@study.command("merge")
+@study.command("merge", short_help="Merge studies that several machines measured.")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIR DIR...")
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The folder of the new study."
@@ -202,11 +204,11 @@ def merge_command(folders: tuple[Path, ...], out: Path) -> None:
 
     merged = merge_studies(folders, out)
     for note in merged.record["notes"]:
-        say(f"note: {note}", err=True)
+        notice(f"note: {note}")
     say(f"{len(merged.models)} models, {len(merged.cells)} cells. Saved in {out}.")
 
 
-@study.command("repair")
+@study.command("repair", short_help="Save what can be read of a malformed study.")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 def repair_command(folder: Path) -> None:
     """Save what can be read of a study whose file SQLite calls malformed; the damaged file is kept beside it."""
@@ -217,7 +219,7 @@ def repair_command(folder: Path) -> None:
     say(f"{repaired.n_kept} cells kept; the damaged file is {repaired.damaged}. Next: `layercrit study run {folder}`.")
 
 
-@study.command("example")
+@study.command("example", short_help="Print a commented study file to start from.")
 @click.argument("name", type=click.Choice(["paper", "fashion"]))
 def example_command(name: str) -> None:
     """Print a commented study file to start from: the paper's study, or that of the demo's networks."""
@@ -226,7 +228,7 @@ def example_command(name: str) -> None:
     click.echo(example_study(name), nl=False)
 
 
-@study.command("schema")
+@study.command("schema", short_help="Print the JSON Schema of study files.")
 def schema_command() -> None:
     """Print the JSON Schema of study files, for completion and checks in editors."""
     from layercrit.study.schema import study_schema

@@ -12,7 +12,7 @@ __all__ = ["submit_command"]
 # Everything that imports torch or submitit is imported inside the command, so that `layercrit --help` answers at once.
 
 
-@click.command("submit")
+@click.command("submit", short_help="Submit a study to SLURM as an array of jobs.")
 @click.argument("file", type=click.Path(path_type=Path), metavar="STUDY.toml")
 @click.option("--jobs", "n_jobs", type=int, default=1, show_default=True, metavar="N", help="Shards of the study.")
 @click.option("--time", required=True, metavar="TIME", help="Time limit of a job, such as 4:00:00; others follow it.")

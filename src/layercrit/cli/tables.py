@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from layercrit.cli.pitfalls import say_pitfalls
-from layercrit.cli.printing import number, percent, plain, print_table, print_warnings, say, say_damaged
+from layercrit.cli.printing import notice, number, percent, plain, print_table, print_warnings, say, say_damaged
 from layercrit.cli.registered import RegisteredOption
 from layercrit.protocol import NORM_STATISTICS
 
@@ -64,7 +64,7 @@ def _left_out(context: click.Context, parameter: click.Parameter, names: tuple[s
     return [name for name in names if name] if names else None
 
 
-@click.command("import")
+@click.command("import", short_help="Read published results into a study.")
 @click.argument("results", type=click.Path(path_type=Path), metavar="RESULTS.csv")
 @click.option("--as", "layout", required=True, type=click.Choice(["published"]), help="The layout of the file.")
 @click.option(
@@ -86,11 +86,11 @@ def import_command(results: Path, layout: str, models: Path | None, out: Path) -
     study = import_published(results, out, models)
     say(f"{len(study.models)} models, {len(study.cells)} cells from {study.record['origin']['source']}")
     for note in study.record["notes"]:
-        say(f"note: {note}", err=True)
-    say(f"Saved in {out}. Next: `layercrit compare {out}`.", err=True)
+        notice(f"note: {note}")
+    notice(f"Saved in {out}. Next: `layercrit compare {out}`.")
 
 
-@click.command("export")
+@click.command("export", short_help="Write a study's tables for other programs.")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option(
     "--format",
@@ -144,7 +144,7 @@ def compare_command(folder: Path, as_json: bool, **asked: Any) -> None:
     if comparison.condition and len(study.conditions) > 1:
         words = comparison.condition.label(study.conditions)
         others = [one.label(study.conditions) for one in study.conditions if one != comparison.condition]
-        say(f"note: {words}{(others and '; there are also: ' + '; '.join(others)) or ''}", err=True)
+        notice(f"note: {words}{(others and '; there are also: ' + '; '.join(others)) or ''}")
     if comparison.caution:
         say(f"note: {comparison.caution}", err=True)
     if as_json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from layercrit.cli.printing import say
+from layercrit.cli.printing import notice
 from layercrit.cli.registered import RegisteredOption
 from layercrit.errors import LayercritError
 
@@ -124,7 +124,7 @@ def _pass_result(tracking: "Tracking", found: "Study", folder: Path) -> None:
         figures = save_figures(found, folder / _FOLDER / "figures", _FIGURES)
     except LayercritError as error:
         figures = {}
-        say(f"note: no figures for the trackers: {error}", err=True)
+        notice(f"note: no figures for the trackers: {error}")
     means = found.by_model().dropna(subset="criticality")
     summary = {
         metric_of({"model": row["model"], "reset": row["reset"]}, _MEAN): row["criticality"]
@@ -146,4 +146,4 @@ def _open(names: Sequence[str], folder: Path, name: str, config: Mapping[str, An
     from layercrit.trackers import Tracking
 
     config = {**config, "versions": versions()}
-    return Tracking(names, folder / _FOLDER, name, config, lambda line: say(line, err=True))
+    return Tracking(names, folder / _FOLDER, name, config, notice)

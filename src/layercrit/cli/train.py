@@ -11,7 +11,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from layercrit.cli.printing import duration, percent, plain, print_table, say
+from layercrit.cli.exit_codes import ExitCode
+from layercrit.cli.printing import duration, notice, percent, plain, print_table, say
+from layercrit.cli.registered import complete_methods
+from layercrit.verbosity import is_quiet
 
 __all__ = ["methods_command", "train_command"]
 
@@ -33,10 +36,12 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
     return found
 
 
-@click.command("train")
+@click.command("train", short_help="Train a model by a method, or those of a study.")
 @click.argument("models", nargs=-1)
 @click.option("--study", metavar="FILE", help="Train the models of a study file (all, or the MODELS named).")
-@click.option("--method", metavar="METHOD", help="Training method; see `layercrit methods`.")
+@click.option(
+    "--method", metavar="METHOD", shell_complete=complete_methods, help="Training method; see `layercrit methods`."
+)
 @click.option("--arch", metavar="MODEL", help="Architecture, such as timm:resnet18, with random initial weights.")
 @click.option(
     "--data",
@@ -161,9 +166,9 @@ def _train_one(
         top1 = f"{percent(trained.top1_accuracy)} top-1 accuracy on {record['data']['n_test']} held-out images"
         epochs = f"{record['epochs']} epoch{'s' * (record['epochs'] != 1)}"
         say(f"{record['method']}: {top1} after {epochs} ({duration(record['seconds'])}).")
-        say(f"Saved in {out}: model.safetensors, model.json, log.csv, epochs.", err=True)
+        notice(f"Saved in {out}: model.safetensors, model.json, log.csv, epochs.")
         reference = shlex.quote(trained.reference)
-        say(f"Next: layercrit measure {reference} --images SOURCE", err=True)
+        notice(f"Next: layercrit measure {reference} --images SOURCE")
 
     return report
 
@@ -185,15 +190,17 @@ def _train_models(study: str, names: tuple[str, ...], download: bool, options: A
         if rows:
             print_table(_table(["model", "method", "top-1 accuracy", "time"], rows, right=("top-1 accuracy", "time")))
         if found.failures:
+            for name, reason in found.failures.items() if is_quiet() else ():  # else said when it happened
+                say(f"{name} failed: {reason}", err=True)
             say(f"{len(found.failures)} could not be trained: {', '.join(found.failures)}.", err=True)
-            sys.exit(1)
-        say(f"Next: layercrit study run {shlex.quote(study)}", err=True)
+            sys.exit(ExitCode.ERROR)
+        notice(f"Next: layercrit study run {shlex.quote(study)}")
 
     return report
 
 
-@click.command("methods")
-@click.argument("name", required=False)
+@click.command("methods", short_help="List the training methods, or a method's settings.")
+@click.argument("name", required=False, shell_complete=complete_methods)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def methods_command(name: str | None, as_json: bool) -> None:
     """List the training methods, or the settings of the one named NAME."""
@@ -221,7 +228,8 @@ def methods_command(name: str | None, as_json: bool) -> None:
             members = [cls for cls in METHODS.values() if cls.category == category]
             rows += [[category, "", ""], *([f"  {cls.name}", cls.changes, _authors(cls.paper)] for cls in members)]
         print_table(_table(["method", "what it changes", "paper"], rows))
-        click.echo("\nSettings and paper of a method: layercrit methods NAME", err=True)
+        notice("")
+        notice("Settings and paper of a method: layercrit methods NAME")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from layercrit.cli.model_options import check_free, folder_for, images_and_layers
-from layercrit.cli.printing import number, percent, plain, print_table, print_warnings, say
+from layercrit.cli.printing import notice, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand
 
 # Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["worst_case_command"]
 
 
-@click.command("worst-case", cls=ModelCommand)
+@click.command("worst-case", cls=ModelCommand, short_help="Find the worst change of each module of MODEL.")
 @click.argument("model")
 @images_and_layers(n_images=500)
 @click.option("--radius", default=0.1, show_default=True,
@@ -44,7 +44,7 @@ def worst_case_command(
         click.echo(json.dumps({**found.to_dict(), "folder": str(folder)}, allow_nan=False))
         return
     _show(found)
-    say(f"Saved in {folder}: {', '.join(path.name for path in files)}", err=True)
+    notice(f"Saved in {folder}: {', '.join(path.name for path in files)}")
 
 
 def _show(found: "WorstCase") -> None:

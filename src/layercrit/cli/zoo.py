@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from layercrit.cli.printing import say, visible_lines
+from layercrit.cli.registered import complete_files, complete_zoo
 from layercrit.errors import LayercritError, ZooError
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
@@ -20,7 +21,7 @@ __all__ = ["zoo"]
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 
 
-@click.group()
+@click.group(short_help="Fetch the checkpoints of the published study.")
 def zoo() -> None:
     """Published checkpoints: the 51 ResNet-50s of the paper, each opened as zoo:ID once it is fetched.
 
@@ -28,7 +29,7 @@ def zoo() -> None:
     """
 
 
-@zoo.command("list")
+@zoo.command("list", short_help="List the models.")
 @click.argument("pattern", default="*")
 @click.option("--category", metavar="NAME", help="Only models of this category.")
 @_JSON
@@ -60,8 +61,8 @@ def list_command(pattern: str, category: str | None, as_json: bool) -> None:
     say(f"{len(entries)} models")
 
 
-@zoo.command("show")
-@click.argument("name", metavar="ID")
+@zoo.command("show", short_help="Show what is known about a model.")
+@click.argument("name", metavar="ID", shell_complete=complete_zoo)
 @_JSON
 def show_command(name: str, as_json: bool) -> None:
     """Show all that is known about the model ID: files, how they are read, licence, citation."""
@@ -91,8 +92,8 @@ def show_command(name: str, as_json: bool) -> None:
     click.echo(f"\n{entry.citation.bibtex(entry.id)}")
 
 
-@zoo.command("fetch")
-@click.argument("names", nargs=-1, metavar="ID...")
+@zoo.command("fetch", short_help="Download models, and convert them to safetensors.")
+@click.argument("names", nargs=-1, metavar="ID...", shell_complete=complete_zoo)
 @click.option("--all", "everything", is_flag=True, help="Fetch every model (51 files of 100 to 300 MB).")
 @click.option(
     "--from",
@@ -135,10 +136,14 @@ def fetch_command(names: tuple[str, ...], everything: bool, given: tuple[Path, .
         )
 
 
-@zoo.command("check")
-@click.argument("name", metavar="ID")
+@zoo.command("check", short_help="Compare a model's accuracy with the documented one.")
+@click.argument("name", metavar="ID", shell_complete=complete_zoo)
 @click.option(
-    "--images", required=True, metavar="SOURCE", help="Labelled images, as for `layercrit measure`; ImageNet's."
+    "--images",
+    required=True,
+    metavar="SOURCE",
+    shell_complete=complete_files,
+    help="Labelled images, as for `layercrit measure`; ImageNet's.",
 )
 @click.option("--n-images", default=10_000, show_default=True, help="Images drawn from SOURCE.")
 @click.option("--batch-size", default=None, type=click.IntRange(min=1), help="[default: chosen for the device]")

@@ -1,5 +1,6 @@
 """The replay of one subject and one probe set: opened when needed, in batches that fit into memory."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ _CALIBRATION_LAYERS = 12
 _LONG_JOB, _GPU_IS_FASTER = 4e12, 100
 
 Result = TypeVar("Result")
+
+_LOG = logging.getLogger(__name__)
 
 
 class ReplayHolder:
@@ -132,7 +135,13 @@ class ReplayHolder:
         self.backend = replay.backend
         if replay.note and replay.note not in self._notes:
             self._notes.append(replay.note)
-        self.seconds_opening += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.seconds_opening += seconds
+        _LOG.info(
+            "%s, %s, on %s, in batches of %d; opened in %.1f s%s",
+            *(replay.backend, replay.mode, self._subject.device, self.batch_size, seconds),
+            f"; {replay.note}" * bool(replay.note),
+        )
         return replay
 
     def _open_in(self, mode: Mode, images: Tensor) -> Replay:

@@ -9,6 +9,7 @@ other options are passed on to the library's constructor, as ``num_classes=10`` 
 words.
 """
 
+import logging
 import math
 from collections.abc import Collection, Sequence
 
@@ -26,6 +27,8 @@ from layercrit.models.sources import Progress, open_reference, parse, with_input
 from layercrit.restoring import undisturbed
 
 __all__ = ["fetch", "is_here", "open_model", "without_weights"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @undisturbed()
@@ -86,6 +89,8 @@ def open_model(
             raise ModelError(
                 f"{model.reference}: {name!r} is {parameter.dtype}; expected torch.float32. Call .float() first."
             )
+    n_parameters = sum(parameter.numel() for parameter in model.network.parameters())
+    _LOG.info("opened %s: %s with %d parameters", model.reference, type(model.network).__name__, n_parameters)
     return model
 
 

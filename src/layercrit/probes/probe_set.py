@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import sys
@@ -35,6 +36,8 @@ from layercrit.shown_images import ShownImages
 __all__ = ["MEMORY_LIMIT", "ProbeOptions", "ProbeSet", "Progress"]
 
 MEMORY_LIMIT = 2**30  # bytes
+_LOG = logging.getLogger(__name__)
+
 _IMAGES, _ABOUT = "images.npy", "probe_set.json"
 _IMAGES_AT_ONCE = 256
 _SHARE_OF_GPU = 0.2  # of its free memory, that images may take
@@ -402,6 +405,7 @@ class ProbeSet:
         draw = Draw(opened, preprocessing, seed, max_unreadable, threads, progress)
         draw.fill(store, order_of(len(opened), seed))
         kept = None if found is None else _labels_of(draw.kept, found)
+        _LOG.info("decoded %d images of %s, %d of them unreadable", n_wanted, opened.description, len(draw.skipped))
         notes += _about_corruptions(opened.corruptions, preprocessing, len({*draw.unchanged} & {*draw.kept}))
         return cls(
             preprocessing=preprocessing,

@@ -1,6 +1,7 @@
 """Run a study: every cell is measured once, nothing is lost, and a failing model does not stop the others."""
 
 import contextlib
+import logging
 import math
 import platform
 import time
@@ -38,6 +39,8 @@ from layercrit.study.worker import Job, Left, Measured, Opening, Planned, Progre
 from layercrit.trackers.callbacks import Caller, OnCell
 
 __all__ = ["RunReport", "run_study"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -420,6 +423,7 @@ class _Run:
         places = places_of(event.task)
         match event:
             case Failed(error=error, details=details):
+                _LOG.debug("%s failed:\n  %s", name, details.replace("\n", "\n  "))
                 for where in places:
                     self.store.put_failure(FailureRow(*where, error, details, _now()))
                 if (job.model.name, error) not in self.said:
@@ -430,6 +434,7 @@ class _Run:
                 self.store.put_part(task, part)
                 self.done[name] += n_cells * (part.stop - part.start) / self._n_images
             case Message(content=Measured(task, cells, record)):
+                _LOG.info("%s: %d cells measured", name, len(cells))
                 self._put_record(job.model.name, record)
                 self._say_about(job.model.name, record)
                 self.store.put_cells(cells, self.number)

@@ -11,6 +11,7 @@ import hashlib
 import html
 import http.client
 import json
+import logging
 import os
 import re
 import shutil
@@ -36,6 +37,8 @@ DRIVE = "https://drive.usercontent.google.com"
 
 Progress = Callable[[int, int | None], object]
 """Called with how many bytes have arrived, and how many there are if the server says so."""
+
+_LOG = logging.getLogger(__name__)
 
 _PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds between attempts that brought nothing new
 _TIMEOUT = 60.0  # seconds without a byte after which a connection counts as dropped
@@ -156,6 +159,7 @@ def fetch(
             if path.exists() and path.stat().st_size:
                 return check_file(digest_of(path), address, size, sha256)
             part = _Part(path)
+            _LOG.info("downloading %s", shown(address))
             _bring(part, address, url, size, progress)
             try:
                 _refuse_page(part.path, address)
