@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from layercrit.cli.printing import duration, percent, plain, print_table, say
+from layercrit.cli.registered import RegisteredOption
 
 __all__ = ["methods_command", "train_command"]
 
@@ -36,7 +37,14 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
 @click.command("train")
 @click.argument("models", nargs=-1)
 @click.option("--study", metavar="FILE", help="Train the models of a study file (all, or the MODELS named).")
-@click.option("--method", metavar="METHOD", help="Training method; see `layercrit methods`.")
+@click.option(
+    "--method",
+    cls=RegisteredOption,
+    registry="layercrit.training:METHODS",
+    only_names=True,
+    metavar="METHOD",
+    help="Training method; `layercrit methods` says what each is:",
+)
 @click.option("--arch", metavar="MODEL", help="Architecture, such as timm:resnet18, with random initial weights.")
 @click.option(
     "--data",
