@@ -63,8 +63,8 @@ def study() -> None:
     cls=RegisteredOption,
     registry="layercrit.study.ray_workers:EXECUTORS",
     metavar="NAME[:ADDRESS]",
-    help="Measure elsewhere than in processes of this machine; a Ray cluster gets by default a worker for each GPU, else "
-    "one for each node.",
+    help="Measure elsewhere than in processes of this machine. Ray's workers are by default one for each GPU, else one "
+    "for each node.",
 )
 @click.option("--retry", is_flag=True, help="Retry the trials that failed before.")
 @click.option(

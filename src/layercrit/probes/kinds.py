@@ -88,8 +88,7 @@ def open_named(kind: str, source: str, split: str | None = None) -> ImageSource:
         )
     if options:
         error = NoSuchPartError if [*options] == ["split"] else ProbeError
-        raise error(
-            f"Cannot read '{source}': the {IMAGE_SOURCES.in_words(kind)} has no option {next(iter(options))!r}."
-        )
+        words = f"the {IMAGE_SOURCES.in_words(kind)} has no option {next(iter(options))!r}"
+        raise error(f"Cannot read '{source}': {words}.")
     opened.description = source if split is None else f"{source}{'&' if query else '?'}split={split}"
     return opened
