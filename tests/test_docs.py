@@ -166,7 +166,7 @@ def papers_of_zoo() -> str:
 
 
 def figures() -> str:
-    rows = [(f"`{name}`", markdown(draw.__doc__.splitlines()[0])) for name, draw in FIGURES.items()]
+    rows = [(f"`{name}`", markdown(summary)) for name, summary in FIGURES.summaries().items()]
     return table("figure", "what it shows", rows=rows)
 
 

@@ -128,11 +128,12 @@ class TorchvisionSource(ImageSource):
 @image_source("torchvision")
 def _open(rest: str, options: dict[str, str]) -> ImageSource:
     """Data sets of torchvision on disk, such as ``torchvision:CIFAR10?root=DIR&split=test``."""
-    if "root" not in options:
+    root, split = options.pop("root", None), options.pop("split", None)
+    if root is None or options:
         raise ProbeError(
             f"Cannot read 'torchvision:{rest}': expected 'torchvision:NAME?root=PATH', optionally with '&split=SPLIT'."
         )
-    return TorchvisionSource(rest, options.pop("root"), options.pop("split", None))
+    return TorchvisionSource(rest, root, split)
 
 
 def _split_settings(name: str, split: str | None, parameters: Mapping[str, Any]) -> dict[str, Any]:

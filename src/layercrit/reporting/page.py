@@ -73,6 +73,7 @@ def write_page(
     thumbnails: bool = False,
     others: Sequence[Comparison] = (),
     epoch_maps: Sequence[EpochMap] = (),
+    pictures: Mapping[str, Sequence[bytes]] | None = None,
 ) -> Path:
     """Write the page of a study: one self-contained HTML file that works offline.
 
@@ -87,12 +88,13 @@ def write_page(
         thumbnails: whether it shows, of these models, the images that each layer's reset moves most and least.
         others: of the same study under other conditions, to which readers can switch.
         epoch_maps: of training runs; those of the study's own epochs are shown without being given.
+        pictures: what further figures show, in words -> the figures as SVG.
 
     Raises:
         StudyError: the file cannot be written.
     """
     path = Path(path).expanduser()
-    text = _filled(study, [comparison, *others], models, thumbnails, epoch_maps)
+    text = _filled(study, [comparison, *others], models, thumbnails, epoch_maps, pictures or {})
     beside = path.with_name(f".writing-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +114,7 @@ def _filled(
     models: Sequence[str],
     thumbnails: bool,
     epoch_maps: Sequence[EpochMap],
+    pictures: Mapping[str, Sequence[bytes]],
 ) -> str:
     """Return the page's text."""
     elements = []
@@ -137,10 +140,30 @@ def _filled(
         cautions=_of_each([_cautions(study, one) for one in comparisons], "div"),
         about_differences=_of_each([html.escape(_about_differences(study, one)) for one in comparisons], "span"),
         correlations=_of_each([_correlations(one) for one in comparisons], "div"),
+        further_link='<a href="#further">Further figures</a>\n' if pictures else "",
+        further=_further(pictures),
         methods=_of_each([_methods(study, one) for one in comparisons], "div"),
         data="\n".join(elements),
         plotly=plotly,
         script=script,
+    )
+
+
+def _further(pictures: Mapping[str, Sequence[bytes]]) -> str:
+    """Return the section of further figures; as pictures, no script in one is run."""
+    if not pictures:
+        return ""
+    parts = []
+    for summary, files in pictures.items():
+        about = html.escape(summary)
+        parts.append(f"<h3>{about}</h3>")
+        for svg in files:
+            data = base64.b64encode(svg).decode()
+            parts.append(f'<img class="further" alt="{about}" src="data:image/svg+xml;base64,{data}">')
+    inside = "\n".join(parts)
+    return (
+        '<section id="further" aria-labelledby="further-title">\n<h2 id="further-title">Further figures</h2>\n'
+        f"{inside}\n</section>"
     )
 
 
