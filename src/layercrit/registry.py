@@ -4,7 +4,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions, entry_points
 from typing import Any, TypeVar
 
 from layercrit.errors import LayercritError, first_line, near
@@ -132,7 +132,8 @@ class Registry(MutableMapping[str, Entry]):
 def plug_in_that_raised(error: BaseException) -> str | None:
     """Return the plug-in in whose code an exception arose, in words; None where no plug-in had a part in it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    by_module = {_top(one.module): one for one in entry_points() if one.group.startswith("layercrit.")}
+    every = (one for package in distributions() for one in package.entry_points if one.group.startswith("layercrit."))
+    by_module = {_top(one.module): one for one in every}
     tops = (_top(frame.f_globals.get("__name__", "")) for frame in reversed(frames))
     return next((_in_words(by_module[top]) for top in tops if top in by_module), None)
 
