@@ -9,14 +9,15 @@ from layercrit.probes.parts import NoSuchPartError
 from layercrit.probes.sources import ImageSource
 from layercrit.registry import Registry
 
-__all__ = ["IMAGE_SOURCES", "image_source", "kind_of", "open_named", "without_split"]
+__all__ = ["IMAGE_SOURCES", "image_source", "kind_of", "named_kind", "open_named", "without_split"]
 
 Opener = Callable[[str, dict[str, str]], ImageSource]
 
 
 def _check_kind(name: str) -> None:
-    if name in ("corrupt", "attack"):
-        raise ProbeError(f"A kind of images cannot be named {name!r}: so begin changed images. Choose another name.")
+    if name in ("corrupt", "attack") or len(name) == 1:
+        taken = "so begin paths on Windows" if len(name) == 1 else "so begin changed images"
+        raise ProbeError(f"A kind of images cannot be named {name!r}: {taken}. Choose another name.")
 
 
 IMAGE_SOURCES = Registry[Opener]("kind of images", ProbeError, "layercrit.image_sources", check=_check_kind)
@@ -45,6 +46,12 @@ def kind_of(source: str | Path) -> str | None:
     """Return the registered kind of which a text ``NAME:REST`` is; None for a path, and for everything else."""
     name, colon, _ = str(source).partition(":")
     return name if colon and name in IMAGE_SOURCES and not Path(source).exists() else None
+
+
+def named_kind(source: str | Path) -> str | None:
+    """Return the name with which a text ``NAME:REST`` begins, registered or not; None for URLs and everything else."""
+    found = re.match(r"([A-Za-z][\w-]+):(?!//)", str(source))
+    return None if found is None else found[1]
 
 
 def without_split(source: str | Path) -> tuple[str | Path, str | None]:

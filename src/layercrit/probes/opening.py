@@ -1,6 +1,5 @@
 """Find out what a source of images is, and open it."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from layercrit.probes.corruptions import split_corruption
 from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import SUFFIXES
-from layercrit.probes.kinds import IMAGE_SOURCES, kind_of, open_named, without_split
+from layercrit.probes.kinds import IMAGE_SOURCES, kind_of, named_kind, open_named, without_split
 from layercrit.probes.label_files import LABEL_SUFFIXES
 from layercrit.probes.parquet import ParquetSource
 from layercrit.probes.parts import same_part
@@ -96,10 +95,10 @@ def _kind(source: str | Path) -> type[ImageSource]:
         return ParquetSource
     if suffix == ".tar":
         return TarSource
-    if not path.exists() and (named := re.match(r"([A-Za-z][\w-]+):(?![/\\])", str(source))):
+    if not path.exists() and (name := named_kind(source)):
         raise ProbeError(
-            f"'{source}' is neither a file nor a folder, and there is no kind of images {named[1]!r}. "
-            f"{IMAGE_SOURCES.hint(named[1])} Accepted: {ACCEPTED}."
+            f"'{source}' is neither a file nor a folder, and there is no kind of images {name!r}. "
+            f"{IMAGE_SOURCES.hint(name)} Accepted: {ACCEPTED}."
         )
     check_exists(path)
     if IdxSource.is_images(path):
