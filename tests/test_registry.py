@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from layercrit.errors import ProtocolError, StudyError
-from layercrit.registry import Registry, plug_in_that_raised, summary_of
+from layercrit.registry import _READ, Registry, plug_in_that_raised, summary_of
 
 
 def draw():
@@ -158,6 +158,7 @@ def site(tmp_path, monkeypatch):
     yield tmp_path / "site"
     for name in ("lab_things", "lab_broken"):
         sys.modules.pop(name, None)
+        _READ.pop(name, None)
 
 
 def test_plug_in__is_imported_when_the_registry_is_first_read(site, monkeypatch):
@@ -197,7 +198,8 @@ def test_package_of__an_entry_of_any_module_of_the_package(site, monkeypatch):
 def test_plug_in_that_raised__is_found_by_its_code(site):
     code = "def call(function):\n    return function()\ndef fail():\n    return 1 / 0\n"
     install(site, "lab-things", "lab_things", ["layercrit.things"], code)
-    lab_things = importlib.import_module("lab_things")
+    list(Registry("thing", ProtocolError, "layercrit.things"))
+    lab_things = sys.modules["lab_things"]
     within = "lab_things of the package lab-things 1.2"
     for function, said in (
         (lab_things.fail, within),

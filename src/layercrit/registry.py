@@ -4,7 +4,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
-from importlib.metadata import EntryPoint, distributions, entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from layercrit.errors import LayercritError, first_line, near
@@ -12,6 +12,8 @@ from layercrit.errors import LayercritError, first_line, near
 __all__ = ["Registry", "plug_in_that_raised", "summary_of"]
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+_READ: dict[str, EntryPoint] = {}  # by its outermost package, of all registries
 
 Entry = TypeVar("Entry")
 
@@ -120,6 +122,7 @@ class Registry(MutableMapping[str, Entry]):
             return
         self._plug_ins = list(entry_points(group=group))
         for plug_in in self._plug_ins:
+            _READ[_top(plug_in.module)] = plug_in
             try:
                 plug_in.load()
             except Exception as error:  # whatever the code of others raises
@@ -132,10 +135,8 @@ class Registry(MutableMapping[str, Entry]):
 def plug_in_that_raised(error: BaseException) -> str | None:
     """Return the plug-in in whose code an exception arose, in words; None where no plug-in had a part in it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    every = (one for package in distributions() for one in package.entry_points if one.group.startswith("layercrit."))
-    by_module = {_top(one.module): one for one in every}
     tops = (_top(frame.f_globals.get("__name__", "")) for frame in reversed(frames))
-    return next((_in_words(by_module[top]) for top in tops if top in by_module), None)
+    return next((_in_words(_READ[top]) for top in tops if top in _READ), None)
 
 
 def _in_words(plug_in: EntryPoint) -> str:

@@ -1,9 +1,12 @@
 """Executors by name; those that there are have files of tests of their own."""
 
+from importlib.metadata import EntryPoint
+
 import pytest
 
 from layercrit.errors import StudyError
-from layercrit.study.executors import EXECUTORS, executor, executor_on
+from layercrit.registry import _READ
+from layercrit.study.executors import EXECUTORS, error_text, executor, executor_on
 from running_jobs import Inline
 
 
@@ -43,3 +46,11 @@ def test_executors__ray_is_one():
     import layercrit.study.ray_workers  # noqa: F401
 
     assert EXECUTORS.summaries()["ray"].startswith("A Ray cluster")
+
+
+def test_error_text__names_the_plug_in_that_raised(monkeypatch):
+    with pytest.raises(ZeroDivisionError) as raised:
+        1 / 0  # noqa: B018
+    assert error_text(raised.value) == "ZeroDivisionError: division by zero"
+    monkeypatch.setitem(_READ, __name__.partition(".")[0], EntryPoint("lab", "lab.resets", "layercrit.resets"))
+    assert error_text(raised.value) == "ZeroDivisionError: division by zero (raised by the plug-in lab.resets)"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from layercrit.errors import ProtocolError, StudyError
-from layercrit.registry import Registry
+from layercrit.registry import Registry, plug_in_that_raised
 
 if TYPE_CHECKING:
     from layercrit.study.file import StudyFile
@@ -339,5 +339,7 @@ def event_of(task: Task, said: Part | Done | Error) -> TaskEvent:
 
 
 def error_text(error: Exception) -> str:
-    """Return type and text of an error."""
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
+    """Return type and text of an error, and the plug-in that raised it, if one did."""
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    plug_in = plug_in_that_raised(error)
+    return text if plug_in is None else f"{text} (raised by the plug-in {plug_in})"
