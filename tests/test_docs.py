@@ -43,9 +43,11 @@ from layercrit.models.sources import MODEL_SOURCES
 from layercrit.models.zoo.fetching import ZOO
 from layercrit.named_options import with_options
 from layercrit.probes.corruptions import CORRUPTIONS
+from layercrit.probes.kinds import IMAGE_SOURCES
 from layercrit.reporting.reports import FIGURES
 from layercrit.resets import RESETS
 from layercrit.study.file import read_study_file
+from layercrit.study.ray_workers import EXECUTORS
 from layercrit.study.running import run_study
 from layercrit.toml import tomllib
 from layercrit.trackers import TRACKERS
@@ -55,7 +57,7 @@ from running_jobs import Inline
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "src" / "layercrit"
-PAGES = sorted(path for path in DOCS.glob("*.md") if path.name != "family.md")  # that one a program writes
+PAGES = sorted(path for path in DOCS.rglob("*.md") if path.name != "family.md")  # that one a program writes
 ARXIV = re.compile(r"\b\d{4}\.\d{5}\b|(?<=arXiv )\d{4}\.\d{4,5}\b")
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -167,7 +169,7 @@ def papers_of_zoo() -> str:
 
 
 def figures() -> str:
-    rows = [(f"`{name}`", markdown(draw.__doc__.splitlines()[0])) for name, draw in FIGURES.items()]
+    rows = [(f"`{name}`", markdown(summary)) for name, summary in FIGURES.summaries().items()]
     return table("figure", "what it shows", rows=rows)
 
 
@@ -287,7 +289,7 @@ def measure_some_of(demo: Path) -> None:
 @pytest.fixture
 def as_a_reader(demo, monkeypatch):
     """In the demo's folder, as a program there; what the pages register or import is forgotten afterwards."""
-    registries = (RESETS, DISTANCES, MODEL_SOURCES, METHODS, TRACKERS, CORRUPTIONS)
+    registries = (RESETS, DISTANCES, MODEL_SOURCES, IMAGE_SOURCES, METHODS, TRACKERS, CORRUPTIONS, FIGURES, EXECUTORS)
     before, known = [dict(registry) for registry in registries], set(sys.modules)
     monkeypatch.chdir(demo)
     monkeypatch.setattr(sys, "path", [str(demo), *sys.path])
@@ -351,6 +353,26 @@ def test_page__code_does_what_is_shown(path, as_a_reader):
                     cli.main(shlex.split(line), prog_name="layercrit", standalone_mode=False)
             if block.shown is not None:
                 assert_prints(printed.getvalue(), block.shown, where)
+
+
+TEMPLATES = ROOT / "tests" / "plugin_package" / "src" / "layercrit_example"
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "extending").glob("*.md")), ids=lambda path: path.stem)
+def test_extending__templates_are_the_modules_of_the_example_package(path):
+    """Which tests/test_plug_ins.py installs."""
+    (template,) = [block for block in blocks(path, "python") if block.file]
+    assert template.code == (TEMPLATES / template.file.removeprefix("my_")).read_text(encoding="utf-8")
+
+
+def test_extending__names_every_registry_that_is_open_to_plug_ins():
+    made = re.compile(r'Registry(?:\[[^(]*\])?\(\s*"[\w ]+", \w+, "(layercrit\.\w+)"')
+    groups = sorted(group for path in modules() for group in made.findall(path.read_text(encoding="utf-8")))
+    assert len(groups) >= 10
+    text = (DOCS / "extending.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| .*\| `(layercrit\.\w+)` \|$", text, re.MULTILINE)) == groups
+    example = tomllib.loads((TEMPLATES.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert sorted(example["project"]["entry-points"]) == groups
 
 
 def commands(block: Block) -> Iterator[str]:

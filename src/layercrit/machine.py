@@ -12,6 +12,9 @@ import torch
 
 from layercrit.errors import ProtocolError
 
+PACKAGES = ("layercrit", "torch", "torchvision", "timm", "transformers", "numpy", "pillow")
+"""The packages that results depend on, apart from plug-ins."""
+
 # What allocators of the CPU and of GPUs say, and oneDNN, whose other errors name a primitive descriptor.
 _OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
@@ -102,9 +105,8 @@ def available_memory() -> int | None:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result depends on."""
-    packages = ("layercrit", "torch", "torchvision", "timm", "transformers", "numpy", "pillow")
     found = {}
-    for name in packages:
+    for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return {"python": platform.python_version(), **found}

@@ -18,7 +18,6 @@ from layercrit.engine.session import Session
 from layercrit.engine.subject import Subject
 from layercrit.errors import LayercritError, LayerError, ModelError, ProbeError, ProtocolError, near
 from layercrit.foreign_text import encodable, write_csv
-from layercrit.machine import versions
 from layercrit.measuring import draw_images, opened_subject
 from layercrit.models.file_source import epochs_of, training_run
 from layercrit.models.model import Model
@@ -27,6 +26,7 @@ from layercrit.module_paths import Allowed, Grid, ModulePaths
 from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
+from layercrit.provenance import versions_with
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -314,6 +314,6 @@ def _record(session: Session, grid: Grid, paths: ModulePaths, started: float) ->
         "device": str(subject.device),
         "warnings": predictions.warnings(),
         "notes": list(dict.fromkeys(session.notes)),
-        "versions": versions(),
+        "versions": versions_with(models=[model.reference, model.architecture], images=[session.probe_set.source]),
         "seconds": round(time.perf_counter() - started, 3),
     }

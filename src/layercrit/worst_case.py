@@ -16,12 +16,12 @@ from layercrit.attacks import split_attack
 from layercrit.engine.session import Session
 from layercrit.errors import LayercritError, ProbeError, ProtocolError, near
 from layercrit.foreign_text import encodable, write_csv
-from layercrit.machine import versions
 from layercrit.measuring import draw_images, opened_subject
 from layercrit.models.model import Model
 from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
+from layercrit.provenance import versions_with
 
 __all__ = ["OBJECTIVES", "WorstCase", "measure_worst_case"]
 
@@ -241,6 +241,6 @@ def _record(session: Session, started: float) -> dict[str, Any]:
         "device": str(session.subject.device),
         "warnings": predictions.warnings(),
         "notes": list(dict.fromkeys(session.notes)),
-        "versions": versions(),
+        "versions": versions_with(models=[model.reference, model.architecture], images=[session.probe_set.source]),
         "seconds": round(time.perf_counter() - started, 3),
     }

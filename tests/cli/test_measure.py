@@ -209,6 +209,19 @@ def test_errors__a_bug_is_called_one(monkeypatch, capsys):
     assert "Traceback" not in printed.err
 
 
+def test_errors__a_bug_of_a_plug_in_is_called_one_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["layercrit", "show", "."])
+    monkeypatch.setattr("layercrit.measurement.Measurement.load", lambda folder: 1 / 0)
+    monkeypatch.setattr("layercrit.cli.root.plug_in_that_raised", lambda error: "lab.resets of the package lab 1.2")
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 70
+    assert "ZeroDivisionError: division by zero" in printed
+    assert "This is an error of the plug-in lab.resets of the package lab 1.2." in printed
+    assert "bug in layercrit" not in printed
+
+
 def test_measure__a_full_disk_loses_nothing(photographs, tmp_path, monkeypatch, capsys):
     from layercrit.measurement import Measurement
 

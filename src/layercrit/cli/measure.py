@@ -15,7 +15,7 @@ from layercrit.cli.epochs import measure_through_training
 from layercrit.cli.model_options import folder_for, number_or_auto
 from layercrit.cli.pitfalls import say_pitfalls
 from layercrit.cli.printing import bar, notice, number, percent, plain, print_table, print_warnings, say
-from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files
+from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files, missing_plug_ins_named
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, DTYPES, GROUPS, INTERVALS, NORM_STATISTICS
@@ -63,11 +63,15 @@ def _epochs(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option(
     "--images",
     required=True,
+    cls=RegisteredOption,
+    registry="layercrit.probes.kinds:IMAGE_SOURCES",
+    more=("Corruptions:", "layercrit.probes.corruptions:CORRUPTIONS"),
     metavar="SOURCE",
     shell_complete=complete_files,
     help="A folder, .npz/.npy, .parquet, WebDataset .tar, Hugging Face data set on disk, MNIST files (of a folder: the "
-    "t10k part), or 'torchvision:NAME?root=DIR&split=test'. A part of a source: 'SOURCE?split=test'. Corrupted: "
-    "'corrupt:fog@3:SOURCE' (KIND@SEVERITY, 1 to 5). Adversarial: 'attack:pgd(norm=linf, eps=4/255, steps=10):SOURCE'.",
+    "t10k part), or KIND:NAME. A part of a source: 'SOURCE?split=test'. Corrupted: "
+    "'corrupt:fog@3:SOURCE' (KIND@SEVERITY, 1 to 5). Adversarial: 'attack:pgd(norm=linf, eps=4/255, steps=10):SOURCE'. "
+    "Kinds:",
 )
 @click.option("--trials", default=DEFAULTS.trials, show_default=True, help="Random draws per layer.")
 @click.option("--n-images", default=DEFAULTS.n_images, show_default=True, help="Images drawn from SOURCE, at most.")
@@ -197,10 +201,11 @@ def measure_command(
     with tracked_measurement(trackers, model, settings, folder) as tracking:
         on_cell = None if tracking is None else tracking.cell
         try:
-            measurement = measure(
-                model, images, resume=earlier, on_trial=saver.keep, on_cell=on_cell, keep_images=folder / "images",
-                **settings,
-            )  # fmt: skip
+            with missing_plug_ins_named(lambda: {} if earlier is None else earlier.record["versions"]):
+                measurement = measure(
+                    model, images, resume=earlier, on_trial=saver.keep, on_cell=on_cell, keep_images=folder / "images",
+                    **settings,
+                )  # fmt: skip
         except BaseException:
             saver.save_what_is_finished()
             raise

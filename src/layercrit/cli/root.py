@@ -33,6 +33,7 @@ from layercrit.cli.train import methods_command, train_command
 from layercrit.cli.worst_case import worst_case_command
 from layercrit.cli.zoo import zoo
 from layercrit.errors import DISK_FULL, LayercritError, UnfinishedPilotError
+from layercrit.registry import plug_in_that_raised
 
 __all__ = ["cli", "main"]
 
@@ -144,6 +145,9 @@ def _run(debug: bool) -> int:
     except Exception as error:
         if (text := _of_surroundings(error)) is not None:
             return _complain(text, debug, ExitCode.ERROR)
+        if (plug_in := plug_in_that_raised(error)) is not None:
+            return _complain(f"{type(error).__name__}: {error}\n  This is an error of the plug-in {plug_in}. Report it "
+                             "there, with what `layercrit --traceback ...` prints.", debug, ExitCode.BUG)  # fmt: skip
         return _complain(f"{type(error).__name__}: {error}\n  This is a bug in layercrit. Run again with "
                          "`layercrit --traceback ...` and report what it prints.", debug, ExitCode.BUG)  # fmt: skip
 

@@ -135,9 +135,7 @@ class Corruption:
 
     def __post_init__(self) -> None:
         if self.kind not in CORRUPTIONS:
-            raise ProbeError(
-                f"There is no corruption {shown(self.kind)}. {near(str(self.kind), CORRUPTIONS, limit=99)}"
-            )
+            raise ProbeError(f"There is no corruption {shown(self.kind)}. {CORRUPTIONS.hint(self.kind, limit=99)}")
         if isinstance(self.severity, bool) or self.severity not in SEVERITIES:
             raise ProbeError(
                 f"The severity of a corruption is a whole number from 1 (weak) to 5 (strong); got "

@@ -67,6 +67,7 @@ def write_page(
     others: Sequence[Comparison] = (),
     epoch_maps: Sequence[EpochMap] = (),
     proxies: StudyProxies | str | Path | None = None,
+    pictures: Mapping[str, Sequence[bytes]] | None = None,
 ) -> Path:
     """Write the page of a study: one self-contained HTML file that works offline.
 
@@ -83,13 +84,14 @@ def write_page(
         others: of the same study under other conditions, to which readers can switch.
         epoch_maps: of training runs; those of the study's own epochs are shown without being given.
         proxies: of the study's models, or the folder that they were saved in; None: the page has no such section.
+        pictures: what further figures show, in words -> the figures as SVG.
 
     Raises:
         StudyError: the file cannot be written, or there are no proxies in the folder.
     """
     path = Path(path).expanduser()
     told = read_proxies(proxies) if isinstance(proxies, str | Path) else proxies
-    text = _filled(study, [comparison, *others], models, thumbnails, epoch_maps, told)
+    text = _filled(study, [comparison, *others], models, thumbnails, epoch_maps, told, pictures or {})
     beside = path.with_name(f".writing-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,6 +112,7 @@ def _filled(
     thumbnails: bool,
     epoch_maps: Sequence[EpochMap],
     proxies: StudyProxies | Mapping[str, Any] | None,
+    pictures: Mapping[str, Sequence[bytes]],
 ) -> str:
     """Return the page's text."""
     elements = []
@@ -138,10 +141,30 @@ def _filled(
         about_differences=_of_each([html.escape(_about_differences(study, one)) for one in comparisons], "span"),
         correlations=_of_each([_correlations(one) for one in comparisons], "div"),
         pitfalls=_pitfalls(),
+        further_link='<a href="#further">Further figures</a>\n' if pictures else "",
+        further=_further(pictures),
         methods=_of_each([_methods(study, one) for one in comparisons], "div"),
         data="\n".join(elements),
         plotly=plotly,
         script=script,
+    )
+
+
+def _further(pictures: Mapping[str, Sequence[bytes]]) -> str:
+    """Return the section of further figures; as pictures, no script in one is run."""
+    if not pictures:
+        return ""
+    parts = []
+    for summary, files in pictures.items():
+        about = html.escape(summary)
+        parts.append(f"<h3>{about}</h3>")
+        for svg in files:
+            data = base64.b64encode(svg).decode()
+            parts.append(f'<img class="further" alt="{about}" src="data:image/svg+xml;base64,{data}">')
+    inside = "\n".join(parts)
+    return (
+        '<section id="further" aria-labelledby="further-title">\n<h2 id="further-title">Further figures</h2>\n'
+        f"{inside}\n</section>"
     )
 
 

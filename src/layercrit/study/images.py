@@ -12,8 +12,8 @@ from layercrit.errors import ProbeError
 from layercrit.locks import hold
 from layercrit.models.model import Model
 from layercrit.probes.changes import plain_source
+from layercrit.probes.kinds import without_split
 from layercrit.probes.labelling import open_images
-from layercrit.probes.parts import without_split
 from layercrit.probes.probe_set import ProbeSet, Progress
 from layercrit.seeds import probe_set_seed
 from layercrit.study.file import StudyFile

@@ -17,11 +17,11 @@ import torch
 from layercrit.attacks import split_attack
 from layercrit.errors import LayercritError, StudyError
 from layercrit.locks import hold, write_whole
-from layercrit.machine import versions
 from layercrit.models.references import fetch
 from layercrit.precision import PrecisionPlan, n_pilot_images, plan_half_width
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
+from layercrit.provenance import versions_with
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import Executor, Failed, Message, Note, Task, TaskEvent
 from layercrit.study.facts import facts_of, model_row
@@ -167,7 +167,13 @@ class _Run:
                 for entry in self.study.models:
                     self.store.drop_failures(entry.name)
             self.store.put_meta("study", about)
-            about_run: dict[str, Any] = {"versions": versions(), "machine": platform.node()}
+            made_with = versions_with(
+                resets=self.study.resets,
+                distances=self.study.distances,
+                models=[entry.reference for entry in self.study.models],
+                images=[images.source for images in self.study.images],
+            )
+            about_run: dict[str, Any] = {"versions": made_with, "machine": platform.node()}
             about_run |= {"shard": str(self.shard)} if self.shard else {}
             self.number = self.store.put_run(_now(), about_run)
         write_whole(self.folder / "study.toml", self.study.to_toml())
@@ -317,7 +323,7 @@ class _Run:
         if any(split_attack(images.source)[0] for images in self.study.images):
             raise StudyError(
                 "Adversarial images (attack:...) are made once on each model and kept in the study's folder, which "
-                "workers of a Ray cluster do not write. Run such a study here, in shards (--shard), or with `layercrit "
+                "workers elsewhere do not write. Run such a study here, in shards (--shard), or with `layercrit "
                 "study submit`."
             )
 

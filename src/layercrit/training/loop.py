@@ -13,12 +13,12 @@ from torch import nn
 
 from layercrit.errors import TrainingError
 from layercrit.locks import hold
-from layercrit.machine import versions
 from layercrit.models.checkpoints import hash_tensors
+from layercrit.provenance import versions_with
 from layercrit.restoring import rng_untouched, undisturbed
 from layercrit.training.architecture import fitted_architecture, initial_network
 from layercrit.training.data import TrainingData
-from layercrit.training.methods import Method
+from layercrit.training.methods import METHODS, Method
 from layercrit.training.optimisation import make_accelerator
 from layercrit.training.phases import PhaseOfRun
 from layercrit.training.runs import WEIGHTS_DTYPES, Options, Run, RunFolder, TrainingProgress
@@ -179,7 +179,8 @@ def _finish(run: Run, network: nn.Module, initial_sha256: str) -> dict[str, Any]
         "kept_sha256": run.folder.kept_hashes(),
         "device": str(run.accelerator.device),
         "n_processes": run.accelerator.num_processes,
-        "versions": versions(),
+        "versions": versions_with(models=[run.about["arch"]], images=[run.about["data"]["source"]])
+        | METHODS.package_of(run.method.name),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if run.accelerator.is_main_process:
