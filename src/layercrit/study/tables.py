@@ -263,9 +263,15 @@ class Study:
         return conditions_of(self.models)
 
     def __repr__(self) -> str:
-        return (
-            f"<Study {self.record.get('name', self.folder.name)}: {len(self.models)} models, {len(self.cells)} cells>"
-        )
+        name, failed = self.record.get("name", self.folder.name), len(self.failures)
+        cells = f"{len(self.cells)} cells" + f", {failed} failed trials" * (failed > 0)
+        return f"<Study {name}: {len(self.models)} models, {cells}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: facts, the ranking of the models, and their table."""
+        from layercrit.study.notebook_view import study_html
+
+        return study_html(self)
 
     @property
     def warnings(self) -> list[str]:
