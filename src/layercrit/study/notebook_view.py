@@ -1,12 +1,13 @@
 """What a notebook shows of a study: how far it is, the ranking of its models, and their table."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from layercrit.figures.rankings import ranking
 from layercrit.notebook_html import Column, result_html
 
 if TYPE_CHECKING:
-    from layercrit.study.tables import Study
+    import pandas as pd
 
 __all__ = ["study_html"]
 
@@ -22,28 +23,39 @@ _COLUMNS = (
 )
 
 
-def study_html(study: "Study") -> str:
-    """Return a study as HTML; of several resets, the figure and the table are those of the first."""
-    means, resets = study.by_model(), study.resets
-    protocol, probe_set = study.record.get("protocol", {}), study.record.get("probe_set", {})
-    progress = study.progress()
-    planned = int(progress["n_planned"].sum())
-    done = f"{len(study.cells):,}" + (f" of {planned:,}" if planned > len(study.cells) else "")
+def study_html(
+    name: str,
+    record: Mapping[str, Any],
+    resets: Sequence[str],
+    means: "pd.DataFrame",
+    progress: "pd.DataFrame",
+    warnings: Sequence[str],
+) -> str:
+    """Return a study as HTML; of several resets, the figure and the table are those of the first.
+
+    Args:
+        name: of the study.
+        record: as in `layercrit.study.tables.Study`, and all else as its methods return it.
+        resets: of which there are cells.
+        means: one row per model and reset.
+        progress: one row per model.
+        warnings: what puts numbers in doubt.
+    """
+    protocol, probe_set, baseline = (record.get(key) for key in ("protocol", "probe_set", "baseline"))
+    done, planned = int(progress["n_done"].sum()), int(progress["n_planned"].sum())
     own = means[means["reset"] == resets[0]] if resets else means.head(0)
     own = own.astype({"n_layers": "Int64", "n_trials": "Int64"})
     facts = {
-        "models": len(study.models),
-        "cells": done,
-        "trials that failed": len(study.failures) or "",
+        "models": len(progress),
+        "cells": f"{done:,}" + (f" of {planned:,}" if planned > done else ""),
+        "trials that failed": int(progress["n_failed"].sum()) or "",
         "models not opened yet": int((progress["state"] == "not opened").sum()) or "",
         "resets": ", ".join(resets),
-        "trials": protocol.get("trials", ""),
-        "images": f"{probe_set['n_images']:,} of {probe_set.get('source', '?')}" if "n_images" in probe_set else "",
-        "warnings": " ".join(study.warnings),
+        "trials": (protocol or {}).get("trials", ""),
+        "images": f"{probe_set['n_images']:,} of {probe_set['source']}" if probe_set else "",
+        "warnings": " ".join(warnings),
     }
-    name = str(study.record.get("name", study.folder.name))
     heading = f"{len(own)} models" + (f", reset {resets[0]}" if len(resets) > 1 else "")
     measured = own["criticality"].notna().any()
-    baseline = study.record.get("baseline")
     figure = ranking(own, baseline=baseline if baseline in set(own["model"]) else None) if measured else None
     return result_html(name, facts, heading, own, _COLUMNS, figure)

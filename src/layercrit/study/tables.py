@@ -263,15 +263,18 @@ class Study:
         return conditions_of(self.models)
 
     def __repr__(self) -> str:
-        name, failed = self.record.get("name", self.folder.name), len(self.failures)
-        cells = f"{len(self.cells)} cells" + f", {failed} failed trials" * (failed > 0)
-        return f"<Study {name}: {len(self.models)} models, {cells}>"
+        cells = f"{len(self.cells)} cells" + f", {len(self.failures)} failed trials" * bool(self.failures)
+        return f"<Study {self._name}: {len(self.models)} models, {cells}>"
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: facts, the ranking of the models, and their table."""
         from layercrit.study.notebook_view import study_html
 
-        return study_html(self)
+        return study_html(self._name, self.record, self.resets, self.by_model(), self.progress(), self.warnings)
+
+    @property
+    def _name(self) -> str:
+        return str(self.record.get("name", self.folder.name))
 
     @property
     def warnings(self) -> list[str]:
