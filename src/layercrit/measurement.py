@@ -53,6 +53,13 @@ class Measurement:
             device, the backend, the chance level and the temperature.
         images: names of the images, their labels, and what the trained network predicts for each; None in measurements
             that an earlier version of layercrit saved.
+
+    Examples:
+        >>> import layercrit
+        >>> images = "layercrit-demo/fashion-mnist-test.npz"
+        >>> measurement = layercrit.measure("file:layercrit-demo/models/pixmix", images, layers="conv1,fc", n_images=50)
+        >>> layercrit.Measurement.load(measurement.save("layercrit-pixmix")).summary()["n_layers"]
+        2
     """
 
     cells: pd.DataFrame

@@ -159,6 +159,12 @@ def advise(
         AdviceError: the action is unknown, the budget or an option makes no sense or cannot be met, or nothing was
             measured.
         StudyError: the study has no such reset.
+
+    Examples:
+        >>> import layercrit
+        >>> advice = layercrit.advise("layercrit-demo/study", "freeze", budget=0.3, model="baseline")
+        >>> advice.action.done, len(advice.chosen) + len(advice.kept)
+        ('frozen', 23)
     """
     found = action_named(action)
     evidence = evidence_of(of, model, reset)

@@ -57,6 +57,12 @@ class Study:
         damaged: which rows of the study's file are damaged and so left out, in words.
         plans: model and reset -> what was planned after its pilot, where a half-width was asked for.
         conflicts: which stores of its shards are about different weights, images or number formats, in words.
+
+    Examples:
+        >>> import layercrit
+        >>> study = layercrit.load_study("layercrit-demo/study")
+        >>> study.by_model()["n_layers"].unique().tolist()
+        [23]
     """
 
     folder: Path
@@ -431,6 +437,11 @@ def load_study(folder: str | Path) -> Study:
 
     Raises:
         StudyError: the folder contains no study, or a damaged one.
+
+    Examples:
+        >>> import layercrit
+        >>> layercrit.load_study("layercrit-demo/study").progress()["state"].unique().tolist()
+        ['done']
     """
     folder = Path(folder).expanduser()
     with open_study(folder) as store:
