@@ -13,6 +13,7 @@ Four comments in the pages steer these tests, each on a line of its own:
 
 import ast
 import contextlib
+import html
 import importlib
 import importlib.util
 import inspect
@@ -491,7 +492,18 @@ def test_site__is_built_without_warnings_and_has_every_page(site):
     for path in DOCS.rglob("*.md"):
         assert (site / path.relative_to(DOCS)).with_suffix(".html").is_file(), path
     assert (site / "search" / "search_index.json").is_file()
-    assert (site / "notebooks" / "published_findings.ipynb").is_file()
+    for path in DOCS.glob("notebooks/*.ipynb"):
+        assert (site / path.relative_to(DOCS)).is_file(), path
+
+
+def test_site__reference_has_every_name_with_its_example(site):
+    page = (site / "reference.html").read_text(encoding="utf-8")
+    for name in layercrit.__all__:
+        assert f'id="layercrit.{name}"' in page
+    assert page.count("Examples:") == len(layercrit.__all__)
+    text = html.unescape(re.sub("<[^>]+>", "", page))
+    assert text.count(">>> import layercrit") == len(layercrit.__all__)
+    assert not re.search(r"&(?:amp|lt|gt|quot|#\d+);", text), "something is escaped twice"
 
 
 def test_site__asks_nothing_of_any_network(site):

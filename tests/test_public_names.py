@@ -58,24 +58,33 @@ def test_names__an_unknown_one():
 
 @pytest.fixture(scope="module")
 def as_a_reader(tmp_path_factory):
-    """In a folder in which the demo was run, of fewer models on fewer images; registries are as before afterwards."""
+    """In a folder in which the demo was run, of fewer models on fewer images."""
     folder = tmp_path_factory.mktemp("reader")
-    registries = (RESETS, DISTANCES, MODEL_SOURCES, METHODS, TRACKERS, CORRUPTIONS, FORMATS)
-    before = [dict(registry) for registry in registries]
     with contextlib.chdir(folder), forked_workers():
         copy_family(folder / "layercrit-demo")
         measure_small_family(folder / "layercrit-demo", STUDY_FILE)
         yield folder
+
+
+@contextlib.contextmanager
+def registered_for_now():
+    """Afterwards, nothing is registered that was not before."""
+    registries = (RESETS, DISTANCES, MODEL_SOURCES, METHODS, TRACKERS, CORRUPTIONS, FORMATS)
+    before = [dict(registry) for registry in registries]
+    yield
     for registry, kept in zip(registries, before, strict=True):
         registry.clear()
         registry.update(kept)
 
 
-def run_example(found):
+def wrong_in(*examples):
+    """What examples print that is not what they show."""
     said = io.StringIO()
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
-    runner.run(found, out=said.write)
-    assert not runner.summarize(verbose=False).failed, said.getvalue()
+    for example in examples:
+        with registered_for_now():
+            runner.run(example, out=said.write)
+    return said.getvalue()
 
 
 def example_of(name):
@@ -86,8 +95,7 @@ def example_of(name):
 
 @pytest.mark.slow
 def test_examples__of_all_names_do_what_they_show(as_a_reader):
-    for name in layercrit.__all__:
-        run_example(example_of(name))
+    assert not wrong_in(*map(example_of, layercrit.__all__))
 
 
 @pytest.mark.parametrize("name", layercrit.__all__)
@@ -112,7 +120,7 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("found", [test for _, test in EXAMPLES], ids=[test.name for _, test in EXAMPLES])
 def test_example__of_what_is_inside(found):
-    run_example(found)
+    assert not wrong_in(found)
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def list_layers(
         >>> import layercrit
         >>> layers = layercrit.list_layers("file:layercrit-demo/models/baseline")
         >>> len(layers), layers["layer"].iloc[-1], layers["n_parameters"].sum()
-        (23, 'fc', np.int64(123114))
+        (23, 'fc', np.int64(123658))
     """
     kept = ("mean", "std", "input_size")
     opened = open_model(without_weights(model, keep=kept) if isinstance(model, str) else model)

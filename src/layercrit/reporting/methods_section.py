@@ -45,8 +45,8 @@ def methods_section(measurement: Measurement) -> str:
     Examples:
         >>> import layercrit
         >>> measurement = layercrit.Measurement.load("layercrit-pixmix")
-        >>> "10 draws" in layercrit.methods_section(measurement)
-        True
+        >>> layercrit.methods_section(measurement).partition(" of file:")[0]
+        'We measured the criticality of 2 layers'
     """
     record, summary = measurement.record, measurement.summary()
     protocol, images = record["protocol"], record["probe_set"]
