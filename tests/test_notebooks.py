@@ -151,7 +151,7 @@ def test_published_findings__finds_what_is_published(tmp_path):
     pictures = [
         output for cell in code_cells(mine) for output in cell["outputs"] if "image/png" in output.get("data", {})
     ]
-    assert len(pictures) == 7, "one each of criticality, difference, depth, accuracy, budget, and two of the spread"
+    assert len(pictures) == 6, "one each of criticality, difference, depth, accuracy, budget, and the spread"
 
 
 @pytest.mark.slow

@@ -126,10 +126,11 @@ class _Cell:
             self._replace("")
 
     def _replace(self, text: str) -> None:
-        from IPython.display import display
+        from IPython import display
 
         shown = {"text/plain": text, "text/html": text and f'<pre style="margin: 0">{html.escape(text)}</pre>'}
         if self._output is None:
-            self._output = display(shown, raw=True, display_id=True)
+            untyped: Any = display
+            self._output = untyped.display(shown, raw=True, display_id=True)
         else:
             self._output.update(shown, raw=True)

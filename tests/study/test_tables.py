@@ -387,7 +387,7 @@ def test_repr_html__facts_ranking_and_models(ran):
 
 def test_repr_html__a_study_under_way(tmp_path):
     html = begun(tmp_path, failures=[("m2", 0, "no such file")])._repr_html_()
-    for fact in ("6 of 8", "trials that failed", "models not opened yet"):
+    for fact in ("6 of 8", "trials that failed", "m2: no such file", "models not opened yet"):
         assert fact in html
     assert html.count("<img") == 1
 

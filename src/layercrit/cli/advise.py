@@ -103,8 +103,16 @@ def advise_command(
     if (model, reset) != (None, None) and (images is not None or not _is_study(source)):
         raise click.UsageError("--model and --reset choose from a study, and this is none.")
     layers = source if images is None else _measure(source, images, trials, n_images)
-    knobs = "channels" if action == "prune" and unit == "channels" else None
-    found = advise(layers, action, budget, knobs=knobs, bits=bits, ratio=ratio, model=model, reset=reset)
+    found = advise(
+        layers,
+        action,
+        budget,
+        knobs="channels" if action == "prune" and unit == "channels" else None,
+        bits=bits,
+        ratio=ratio,
+        model=model,
+        reset=reset,
+    )
     if form == "table" and out is None:
         _show(found)
     else:

@@ -44,11 +44,13 @@ def study_html(
     protocol, probe_set, baseline = (record.get(key) for key in ("protocol", "probe_set", "baseline"))
     done, planned = int(progress["n_done"].sum()), int(progress["n_planned"].sum())
     own = means[means["reset"] == resets[0]] if resets else means.head(0)
+    failed = progress[progress["n_failed"] > 0]
     own = own.astype({"n_layers": "Int64", "n_trials": "Int64"})
     facts = {
         "models": len(progress),
         "cells": f"{done:,}" + (f" of {planned:,}" if planned > done else ""),
-        "trials that failed": int(progress["n_failed"].sum()) or "",
+        "trials that failed": int(failed["n_failed"].sum()) or "",
+        "first failure": "" if failed.empty else f"{failed['model'].iloc[0]}: {failed['error'].iloc[0]}",
         "models not opened yet": int((progress["state"] == "not opened").sum()) or "",
         "resets": ", ".join(resets),
         "trials": (protocol or {}).get("trials", ""),
