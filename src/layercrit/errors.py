@@ -32,7 +32,16 @@ _COMPARED = 5_000  # names that a wrong one is compared with, which takes a seco
 
 
 class LayercritError(Exception):
-    """Base class of every error that layercrit raises on purpose."""
+    """Base class of every error that layercrit raises on purpose.
+
+    Examples:
+        >>> import layercrit
+        >>> try:
+        ...     layercrit.measure("tim:resnet50", "photos/")
+        ... except layercrit.LayercritError as error:
+        ...     print(type(error).__name__)
+        ModelError
+    """
 
 
 class ModelError(LayercritError, ValueError):

@@ -212,6 +212,15 @@ def measure_module_criticality(
         A constraint on the mean loss over draws and images; the limits of the criticality are those values that it has
         where the confidence limits of the excess loss take the place of its mean (two crossed random effects, see
         `layercrit.contrasts.crossed_contrasts`). The published code draws noise once and takes a grid of 11 x 11.
+
+    Examples:
+        >>> import layercrit
+        >>> images = "layercrit-demo/fashion-mnist-test.npz"
+        >>> found = layercrit.measure_module_criticality(
+        ...     "file:layercrit-demo/models/baseline-epochs", images, layers="fc", n_images=50, draws=2, n_a=3, n_s=3
+        ... )
+        >>> found.to_pandas()["layer"].tolist()
+        ['fc']
     """
     started = time.perf_counter()
     grid, allowed = Grid.of(n_a, n_s, s_range), Allowed(tolerance, excess)

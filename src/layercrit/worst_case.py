@@ -146,6 +146,13 @@ def measure_worst_case(
         ProbeError: the loss is to be raised, and the images have no labels.
         ModelError: the ascent reaches NaN.
         LayercritError: as `layercrit.measure`.
+
+    Examples:
+        >>> import layercrit
+        >>> images = "layercrit-demo/fashion-mnist-test.npz"
+        >>> found = layercrit.measure_worst_case("file:layercrit-demo/models/baseline", images, layers="fc")
+        >>> bool((found.to_pandas()["worst_case"] > 0).all())
+        True
     """
     started = time.perf_counter()
     _check(radius, objective, steps, step_size, restarts)

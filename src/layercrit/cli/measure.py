@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -228,32 +228,23 @@ def layers_command(model: str, layers: str, types: str, group: str, sets: str, a
     """
     from rich.table import Table
 
-    from layercrit.engine.flops import count_flops
-    from layercrit.layer_sets import read_sets, sets_of
-    from layercrit.layers import Group, find_layers, select_layers
-    from layercrit.models.references import open_model, without_weights
+    from layercrit.measuring import list_layers
 
-    opened = open_model(without_weights(model, keep=("mean", "std", "input_size")))  # nothing is downloaded
-    black = opened.classifier.normalise(opened.black_image)
-    wanted = read_sets(sets)
-    every = find_layers(opened.network, black, group)
-    found = sets_of(select_layers(every, types=types, patterns=layers, group=cast(Group, group)), wanted)
-    _, after = count_flops(opened.network, found, black)
+    found = list_layers(model, layers=layers, types=types, group=group, sets=sets).rename(columns={"layer": "name"})
+    rows = found.to_dict("records")
     if as_json:
-        rows = [{**layer.to_dict(), "flops_after": after[layer.name]} for layer in found]
         click.echo(json.dumps({"model": model, "layers": rows}, allow_nan=False))
         return
     table = Table(title=plain(model), title_justify="left", box=None, pad_edge=False)
     for column in ("depth", "layer", "type", "shape", "parameters", "after"):
         table.add_column(column, justify="left" if column in ("layer", "type", "shape") else "right")
-    for layer in found:
-        shape = " x ".join(str(n) for n in layer.shape)
-        share = f"{100 * after[layer.name]:.1f}%"
-        table.add_row(str(layer.depth), plain(layer.name), layer.type, shape, f"{layer.n_parameters:,}", share)
+    for row in rows:
+        shape = " x ".join(str(n) for n in row["shape"])
+        share = f"{100 * row['flops_after']:.1f}%"
+        table.add_row(str(row["depth"]), plain(row["name"]), row["type"], shape, f"{row['n_parameters']:,}", share)
     print_table(table)
-    total = sum(layer.n_parameters for layer in found)
-    passes = f"one trial of all layers costs {sum(after.values()):.1f} forward passes"
-    say(f"{len(found)} layers, {total:,} parameters; {passes}")
+    passes = f"one trial of all layers costs {found['flops_after'].sum():.1f} forward passes"
+    say(f"{len(found)} layers, {found['n_parameters'].sum():,} parameters; {passes}")
 
 
 @click.command("show", short_help="Print a saved measurement, and plot it again.")

@@ -101,6 +101,13 @@ def corruption(
 
     Raises:
         ProbeError: the name is taken or not valid, the family is unknown, or there are not five positive strengths.
+
+    Examples:
+        >>> import layercrit
+        >>> @layercrit.corruption("dimmed", "weather", small=(0.1, 0.2, 0.3, 0.4, 0.5), unit="what is taken away")
+        ... def dimmed(images, strength, generator):
+        ...     '''All pixels are darker by the same factor.'''
+        ...     return images * (1 - strength)
     """
     strengths = tuple(small), tuple(small if large is None else large)
     if family not in FAMILIES:

@@ -75,6 +75,13 @@ class ProbeSet:
         skipped: name and reason of each image left out because it could not be read.
         notes: what the user should know about images and labels, in words.
         names_of_labels: label -> name of its class, where classes have names.
+
+    Examples:
+        >>> import layercrit
+        >>> size = layercrit.open_model("file:layercrit-demo/models/baseline").preprocessing
+        >>> images = layercrit.ProbeSet.from_source("layercrit-demo/fashion-mnist-test.npz", size, n_images=50)
+        >>> images.n_images, images.labels.shape
+        (50, (50,))
     """
 
     preprocessing: Preprocessing

@@ -200,6 +200,13 @@ def measure_study_proxies(
 
     Raises:
         StudyError: there is no such study, model, reset or probe set, or no model could be opened.
+
+    Examples:
+        >>> import layercrit
+        >>> found = layercrit.measure_study_proxies("layercrit-demo/study", models=["baseline", "pixmix"], n_images=8,
+        ...                                         trials=1, hessian_images=0)
+        >>> list(found.proxies)
+        ['baseline', 'pixmix']
     """
     found = study if isinstance(study, Study) else load_study(study)
     level = found.level if level is None else level

@@ -230,6 +230,15 @@ def measure_proxies(
 
     Raises:
         LayercritError: a subclass, with a message that says what was wrong and what to do.
+
+    Examples:
+        >>> import layercrit
+        >>> images = "layercrit-demo/fashion-mnist-test.npz"
+        >>> proxies = layercrit.measure_proxies(
+        ...     "file:layercrit-demo/models/baseline", images, layers="conv1,fc", n_images=8, hessian_images=0
+        ... )
+        >>> proxies.layers["layer"].tolist()
+        ['conv1', 'fc']
     """
     started = time.perf_counter()
     protocol = Protocol(

@@ -190,10 +190,11 @@ def report(
         StudyError: a name is unknown, a figure that was asked for cannot be plotted, or a file cannot be written.
         ProtocolError: a format is unknown.
 
-    Example:
+    Examples:
         >>> import layercrit
-        >>> layercrit.report(layercrit.load_study("layercrit-demo/study")).page  # doctest: +SKIP
-        PosixPath('layercrit-demo/study/report.html')
+        >>> report = layercrit.report(layercrit.load_study("layercrit-demo/study"), "paper", figures=["ranking"])
+        >>> report.page.name, [path.name for path in report.figures["ranking"]]
+        ('report.html', ['ranking.pdf', 'ranking.png', 'ranking.svg'])
     """
     for name in figures or ():
         FIGURES.find(name)

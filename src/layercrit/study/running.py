@@ -25,7 +25,7 @@ from layercrit.provenance import versions_with
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import Executor, Failed, Message, Note, Task, TaskEvent
 from layercrit.study.facts import facts_of, model_row
-from layercrit.study.file import StudyFile
+from layercrit.study.file import StudyFile, read_study_file
 from layercrit.study.images import draw_images, drawn_images, n_available_images
 from layercrit.study.local_processes import LocalProcesses, local_places
 from layercrit.study.peers import about_run, check_folder, check_peers, wait_for_pilots
@@ -65,7 +65,7 @@ class RunReport:
 
 
 def run_study(
-    study: StudyFile,
+    study: StudyFile | str | Path,
     folder: str | Path,
     *,
     n_workers: int | None = None,
@@ -81,7 +81,7 @@ def run_study(
     images, settings), so that no cell is measured twice and none of another model, image or setting is mixed in.
 
     Args:
-        study: what to measure, from `layercrit.study.file.read_study_file`.
+        study: what to measure: a study file, or what `layercrit.study.file.read_study_file` makes of one.
         folder: where the results go; created if missing.
         n_workers: local processes; None: one for each GPU, else one.
         retry: whether to retry what failed in an earlier run.
@@ -97,10 +97,18 @@ def run_study(
             exception is said once, as a RuntimeWarning, and the run goes on.
 
     Raises:
-        StudyError: models are not trained yet, another process runs this study or shard, others run shards of another
-            study file or under other versions, or the folder cannot be used or is not the same one on all machines.
+        StudyError: the file has mistakes, models are not trained yet, another process runs this study or shard, others
+            run shards of another study file or under other versions, or the folder cannot be used or is not the same
+            one on all machines.
         ProbeError: the images cannot be read.
+
+    Examples:
+        >>> import layercrit
+        >>> layercrit.run_study("layercrit-demo/fashion.toml", "layercrit-demo/study").n_measured  # all is there
+        0
     """
+    if not isinstance(study, StudyFile):
+        study = read_study_file(study)
     study.check_trained()
     started = time.monotonic()
     folder = Path(folder).expanduser().absolute()
