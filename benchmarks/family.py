@@ -6,10 +6,11 @@ layercrit demo --out DIR && python benchmarks/family.py DIR
 import json
 import shutil
 import sys
-import tomllib
 from pathlib import Path
 
 import pandas as pd
+
+from layercrit.toml import tomllib
 
 DOCS = Path(__file__).parents[1] / "docs"
 HEAD = """# The demo family: one network, fifteen ways to train it

@@ -1,12 +1,43 @@
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
+
+SLOW = Path(__file__).with_name("slow_tests.txt")
+SHARED = "seconds of a shared fixture"  # property of a test: the longest set-up of a fixture that others use too
+_seconds = {}  # of fixtures that several tests share
 
 
 def pytest_configure(config):
     # Several workers share the cores, and more threads than cores wait for each other.
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what `slow_tests.py` has found to take long; the others are the fast loop."""
+    slow = set(SLOW.read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    start = time.perf_counter()
+    try:
+        return (yield)
+    finally:
+        if fixturedef.scope != "function":
+            _seconds[fixturedef] = time.perf_counter() - start
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    definitions = [one for found in item._fixtureinfo.name2fixturedefs.values() for one in found]
+    item.user_properties.append((SHARED, max((_seconds.get(one, 0.0) for one in definitions), default=0.0)))
+    return (yield)
 
 
 @pytest.fixture

@@ -57,6 +57,21 @@ def layercrit(*arguments, cwd, env=None, prepare=None, timeout=300):
         return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
 
 
+def without_network():
+    """To be called in a forked process: from then on it can connect to nothing."""
+    import socket
+
+    def connect(*_):
+        raise AssertionError("the network was used")
+
+    socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = connect
+
+
+def with_forked_workers(address):
+    """To be called in a forked process: from then on its workers are forked from the server at this address."""
+    forked_workers(address).__enter__()
+
+
 def _be_layercrit(arguments, cwd, environment, prepare, out, err):
     import torch
 

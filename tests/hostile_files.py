@@ -88,7 +88,7 @@ def tar_member(name: str, size: int, content: bytes = b"", kind: bytes = tarfile
     member = tarfile.TarInfo(name)
     member.type = kind
     header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
-    header[124:136] = b"\x80" + size.to_bytes(11) if size >= 0 else (2**96 + size).to_bytes(12)
+    header[124:136] = b"\x80" + size.to_bytes(11, "big") if size >= 0 else (2**96 + size).to_bytes(12, "big")
     header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 8 * ord(" "))
     return bytes(header) + content + bytes(-len(content) % 512)
 

@@ -4,7 +4,6 @@ import getpass
 import json
 import re
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from layercrit.cli.root import main
 from layercrit.diagnosis import EXTRAS, Finding, anonymous, diagnose
 from layercrit.engine import onednn, opening
 from layercrit.engine.replay import PlainReplay
+from layercrit.toml import tomllib
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,8 +13,10 @@ Four comments in the pages steer these tests, each on a line of its own:
 
 import ast
 import contextlib
+import html
 import importlib
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -24,7 +26,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,24 +39,26 @@ from layercrit import errors
 from layercrit.advice import ACTIONS
 from layercrit.cli.exit_codes import ExitCode
 from layercrit.cli.root import cli
-from layercrit.demo import copy_family, example_study
+from layercrit.demo import copy_family
 from layercrit.distances import DISTANCES
 from layercrit.models.sources import MODEL_SOURCES
 from layercrit.models.zoo.fetching import ZOO
 from layercrit.named_options import with_options
 from layercrit.probes.corruptions import CORRUPTIONS
+from layercrit.probes.kinds import IMAGE_SOURCES
 from layercrit.reporting.reports import FIGURES
 from layercrit.resets import RESETS
 from layercrit.study.file import read_study_file
-from layercrit.study.running import run_study
+from layercrit.study.ray_workers import EXECUTORS
+from layercrit.toml import tomllib
 from layercrit.trackers import TRACKERS
 from layercrit.training.methods import CATEGORIES, METHODS
-from running_jobs import Inline
+from small_family import measure_small_family
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PACKAGE = ROOT / "src" / "layercrit"
-PAGES = sorted(path for path in DOCS.glob("*.md") if path.name != "family.md")  # that one a program writes
+PAGES = sorted(path for path in DOCS.rglob("*.md") if path.name != "family.md")  # that one a program writes
 ARXIV = re.compile(r"\b\d{4}\.\d{5}\b|(?<=arXiv )\d{4}\.\d{4,5}\b")
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -167,7 +170,7 @@ def papers_of_zoo() -> str:
 
 
 def figures() -> str:
-    rows = [(f"`{name}`", markdown(draw.__doc__.splitlines()[0])) for name, draw in FIGURES.items()]
+    rows = [(f"`{name}`", markdown(summary)) for name, summary in FIGURES.summaries().items()]
     return table("figure", "what it shows", rows=rows)
 
 
@@ -274,20 +277,10 @@ def demo(tmp_path_factory):
     return folder
 
 
-def measure_some_of(demo: Path) -> None:
-    """Leave what the demo leaves, a study of the family, of fewer models on fewer images."""
-    head, *models = example_study("fashion").replace("trials = 5", "trials = 3").split("[[models]]")
-    wanted = ("baseline", "baseline-seed1", "l2-eps1.5", "pixmix")
-    kept = [text for text in models if re.search(r'name = "([^"]+)"', text)[1] in wanted]
-    file = demo / "layercrit-demo" / "few.toml"
-    file.write_text("[[models]]".join([head.replace("n_images = 500", "n_images = 40"), *kept]), encoding="utf-8")
-    run_study(read_study_file(file), demo / "layercrit-demo" / "study", executor=Inline())
-
-
 @pytest.fixture
 def as_a_reader(demo, monkeypatch):
     """In the demo's folder, as a program there; what the pages register or import is forgotten afterwards."""
-    registries = (RESETS, DISTANCES, MODEL_SOURCES, METHODS, TRACKERS, CORRUPTIONS)
+    registries = (RESETS, DISTANCES, MODEL_SOURCES, IMAGE_SOURCES, METHODS, TRACKERS, CORRUPTIONS, FIGURES, EXECUTORS)
     before, known = [dict(registry) for registry in registries], set(sys.modules)
     monkeypatch.chdir(demo)
     monkeypatch.setattr(sys, "path", [str(demo), *sys.path])
@@ -325,7 +318,7 @@ WITH_CODE = [path for path in PAGES if any(blocks(path, "python", "toml"))]
 def test_page__code_does_what_is_shown(path, as_a_reader):
     namespace = {"__name__": "__main__"}
     if '"layercrit-demo/study"' in path.read_text(encoding="utf-8"):
-        measure_some_of(as_a_reader)
+        measure_small_family(as_a_reader / "layercrit-demo", "few.toml")
     for block in blocks(path, "python", "toml", "sh"):
         where = f"{path.name}, line {block.line},"
         if block.language == "toml":
@@ -351,6 +344,26 @@ def test_page__code_does_what_is_shown(path, as_a_reader):
                     cli.main(shlex.split(line), prog_name="layercrit", standalone_mode=False)
             if block.shown is not None:
                 assert_prints(printed.getvalue(), block.shown, where)
+
+
+TEMPLATES = ROOT / "tests" / "plugin_package" / "src" / "layercrit_example"
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "extending").glob("*.md")), ids=lambda path: path.stem)
+def test_extending__templates_are_the_modules_of_the_example_package(path):
+    """Which tests/test_plug_ins.py installs."""
+    (template,) = [block for block in blocks(path, "python") if block.file]
+    assert template.code == (TEMPLATES / template.file.removeprefix("my_")).read_text(encoding="utf-8")
+
+
+def test_extending__names_every_registry_that_is_open_to_plug_ins():
+    made = re.compile(r'Registry(?:\[[^(]*\])?\(\s*"[\w ]+", \w+, "(layercrit\.\w+)"')
+    groups = sorted(group for path in modules() for group in made.findall(path.read_text(encoding="utf-8")))
+    assert len(groups) >= 10
+    text = (DOCS / "extending.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| .*\| `(layercrit\.\w+)` \|$", text, re.MULTILINE)) == groups
+    example = tomllib.loads((TEMPLATES.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert sorted(example["project"]["entry-points"]) == groups
 
 
 def commands(block: Block) -> Iterator[str]:
@@ -402,6 +415,40 @@ def test_commands__are_all_somewhere_in_the_pages():
         members = getattr(command, "commands", {"": None})
         for member in members:
             assert f"layercrit {name} {member}".rstrip() in text, f"no page shows layercrit {name} {member}"
+
+
+def leaves(group: click.Group, name: str) -> Iterator[str]:
+    for member, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from leaves(command, f"{name} {member}")
+        else:
+            yield f"{name} {member}"
+
+
+ROWS = re.findall(
+    r"^\| `(layercrit [^`]+)` \| (.+) \|$", (DOCS / "python.md").read_text(encoding="utf-8"), re.MULTILINE
+)
+
+
+def test_python__has_a_call_for_every_command():
+    assert sorted({command.partition(" --")[0] for command, _ in ROWS}) == sorted(leaves(cli, "layercrit"))
+
+
+@pytest.mark.parametrize(("command", "calls"), ROWS, ids=[command for command, _ in ROWS])
+def test_python__every_call_can_be_made(command, calls):
+    made = [text for text in re.findall(r"`([^`]+)`", calls) if text.startswith("layercrit.")]
+    assert made
+    for text in made:
+        call = ast.parse(text, mode="eval").body
+        while isinstance(call.func.value, ast.Call):  # such as load_study(DIR).progress()
+            call = call.func.value
+        module, _, name = ast.unparse(call.func).rpartition(".")
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError:  # a method of a class or registry
+            module, _, owner = module.rpartition(".")
+            function = getattr(getattr(importlib.import_module(module), owner), name)
+        inspect.signature(function).bind(*call.args)  # raises where there are too few or too many
 
 
 # --- lists ------------------------------------------------------------------------------------------------------------
@@ -500,7 +547,18 @@ def test_site__is_built_without_warnings_and_has_every_page(site):
     for path in DOCS.rglob("*.md"):
         assert (site / path.relative_to(DOCS)).with_suffix(".html").is_file(), path
     assert (site / "search" / "search_index.json").is_file()
-    assert (site / "notebooks" / "published_findings.ipynb").is_file()
+    for path in DOCS.glob("notebooks/*.ipynb"):
+        assert (site / path.relative_to(DOCS)).is_file(), path
+
+
+def test_site__reference_has_every_name_with_its_example(site):
+    page = (site / "reference.html").read_text(encoding="utf-8")
+    for name in layercrit.__all__:
+        assert f'id="layercrit.{name}"' in page
+    assert page.count("Examples:") == len(layercrit.__all__)
+    text = html.unescape(re.sub("<[^>]+>", "", page))
+    assert text.count(">>> import layercrit") == len(layercrit.__all__)
+    assert not re.search(r"&(?:amp|lt|gt|quot|#\d+);", text), "something is escaped twice"
 
 
 def test_site__asks_nothing_of_any_network(site):

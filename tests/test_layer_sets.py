@@ -32,6 +32,7 @@ from layercrit.study.planning import plan_study
 from layercrit.study.running import run_study
 from layercrit.study.shards import open_study
 from layercrit.study.tables import load_study
+from running_jobs import Inline
 from slow_measurement import hashed, slow_measurement
 from small_studies import N_LAYERS, OPTIONS, write_study, write_weights
 from small_subjects import (
@@ -386,7 +387,7 @@ def test_run_study__sets(tmp_path, sets):
     study = read_study_file(write_study(tmp_path, protocol=settings))
     names = list(by_hand(CHOSEN, sets))
     assert plan_study(study).models["n_layers"].to_list() == [len(names)] * 2
-    run_study(study, tmp_path / "out", progress=False)
+    run_study(study, tmp_path / "out", progress=False, executor=Inline())
     done = load_study(tmp_path / "out")
     assert list(dict.fromkeys(done.cells["layer"])) == names
     again = read_study_file(tmp_path / "out" / "study.toml")
@@ -408,7 +409,7 @@ def test_run_study__a_file_of_named_sets(tmp_path):
     (tmp_path / "sets.toml").write_text('ends = "conv1,fc"\nblock = "layer1.0.*"\nfc = "fc"')
     study = read_study_file(write_study(tmp_path, n_models=1, protocol={"sets": "sets.toml"}))
     assert study.protocol.sets == {"ends": "conv1,fc", "block": "layer1.0.*", "fc": "fc"}
-    run_study(study, tmp_path / "out", progress=False)
+    run_study(study, tmp_path / "out", progress=False, executor=Inline())
     assert list(dict.fromkeys(load_study(tmp_path / "out").cells["layer"])) == [
         "ends", "block", "fc",
     ]  # fmt: skip
@@ -434,7 +435,7 @@ def test_key__of_a_set_differs_from_that_of_a_group(tmp_path):
         folder.mkdir()
         (folder / "sets.toml").write_text('"layer1.0" = "layer1.0.*"\n"fc" = "fc"')
         study = read_study_file(write_study(folder, n_models=1, trials=1, protocol={"resets": ["permute"], **protocol}))
-        run_study(study, folder / "out", progress=False)
+        run_study(study, folder / "out", progress=False, executor=Inline())
         with open_study(folder / "out") as store:
             keys[name] = {row.layer: row.key for row in store.plan()}
     assert keys["set"]["layer1.0"] != keys["block"]["layer1.0"]

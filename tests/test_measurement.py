@@ -131,11 +131,35 @@ def test_summary__leaves_out_layers_with_cells_that_do_not_count(zeroed):
 
 
 def test_repr__is_one_line(measured):
-    mean = measured.summary()["criticality"]["mean"]
+    mean = measured.summary()["criticality"]
     assert repr(measured) == (
-        f"<Measurement of module:torch.nn.modules.container.Sequential: mean criticality {mean:.3f}, "
-        "3 layers, 3 trials, 7 images>"
+        f"<Measurement of module:torch.nn.modules.container.Sequential: mean criticality {mean['mean']:.3f} "
+        f"(90% interval {mean['low']:.3f} to {mean['high']:.3f}), 3 layers, 3 trials, 7 images, reset rerandomize>"
     )
+
+
+def test_repr_html__facts_figure_and_layers(measured, zeroed):
+    html, summary = measured._repr_html_(), measured.summary()
+    assert f"{summary['criticality']['mean']:.3f} (90% interval" in html
+    assert f"{summary['top1_accuracy']:.1%}" in html
+    for row in measured.to_pandas().to_dict("records"):
+        assert f">{row['layer']}</td>" in html
+        assert f"{row['criticality']:.3f} <span" in html
+    assert html.count("<img") == 1
+    assert "1 layers" not in html
+    unchanged = zeroed._repr_html_()
+    assert "unchanged 1/1" in unchanged
+    assert "top-1 accuracy" not in unchanged
+
+
+def test_repr_html__nothing_is_known(zeroed):
+    with np.errstate(all="ignore"):
+        cells = zeroed.cells.assign(status="not_finite")
+    html = Measurement(
+        cells, {name: values * np.nan for name, values in zeroed.per_image.items()}, zeroed.record
+    )._repr_html_()
+    assert "not known" in html
+    assert html.count("<img") == 1
 
 
 def test_record__is_plain_data_and_complete(measured):

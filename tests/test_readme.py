@@ -20,11 +20,12 @@ def demo(tmp_path_factory):
     return folder
 
 
-def test_readme__example_prints_what_is_shown(demo):
+def test_readme__example_prints_what_is_shown(demo, monkeypatch):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
     shown = re.search(r"```text\n(.*?)```", README, re.DOTALL).group(1)
     printed = io.StringIO()
-    with contextlib.chdir(demo), contextlib.redirect_stdout(printed):
+    monkeypatch.chdir(demo)
+    with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), {})
     numbers = re.compile(r"\d\.\d+")
     assert numbers.sub("#", printed.getvalue()).split() == numbers.sub("#", shown).split()

@@ -1,19 +1,15 @@
-"""Registries: names, reloading, and plug-ins that are installed as distributions of their own."""
+"""Registries: names, reloading, and plug-ins."""
 
 import functools
 import importlib
-import json
-import os
-import subprocess
 import sys
 import textwrap
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from layercrit.errors import ProtocolError, StudyError
-from layercrit.registry import Registry, summary_of
+from layercrit.registry import _READ, Registry, plug_in_that_raised, summary_of
 
 
 def draw():
@@ -162,6 +158,7 @@ def site(tmp_path, monkeypatch):
     yield tmp_path / "site"
     for name in ("lab_things", "lab_broken"):
         sys.modules.pop(name, None)
+        _READ.pop(name, None)
 
 
 def test_plug_in__is_imported_when_the_registry_is_first_read(site, monkeypatch):
@@ -186,147 +183,29 @@ def test_plug_in__one_that_cannot_be_imported_is_left_out_and_named(site):
         registry.find("min")
 
 
-PLUG_IN = '''
-    from dataclasses import replace
-
-    import torch
-
-    import layercrit
-    from layercrit.models import model_source, open_model
-    from layercrit.trackers import Tracker, metric_of, tracker
-    from layercrit.training import Method, method
-
-
-    @layercrit.reset("lab_halve", random=False)
-    def halve(draw):
-        """Half of each value."""
-        return {name: value / 2 for name, value in draw.trained.items()}
+def test_package_of__an_entry_of_any_module_of_the_package(site, monkeypatch):
+    registry = Registry("thing", ProtocolError, "layercrit.things")
+    monkeypatch.setattr(sys.modules[__name__], "shared", registry, raising=False)
+    code = f"import sys\nthings = sys.modules[{__name__!r}].shared\ndef mine(): pass\nthings['mine'] = mine\n"
+    install(site, "lab-things", "lab_things", ["layercrit.things"], code)
+    registry["draw"] = draw
+    assert registry.package_of("mine") == {"lab-things": "1.2"}
+    assert registry.in_words("mine") == "thing 'mine' of the package lab-things 1.2"
+    assert registry.package_of("draw") == registry.package_of("none") == {}
+    assert registry.in_words("draw") == "thing 'draw'"
 
 
-    @layercrit.distance("lab_largest", upper=1.0)
-    def largest(p, q):
-        """Largest change of any class."""
-        return (p - q).abs().amax(dim=1)
-
-
-    @model_source("lab")
-    def open_lab(rest, options):
-        """A linear network of N classes."""
-        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, int(rest)))
-        return open_model(network.eval(), input_size=(3, 2, 2))
-
-
-    @tracker("lab_tracker")
-    class Lines(Tracker):
-        """Writes a line a cell."""
-
-        def begin(self, name, config, folder):
-            self.file = folder / "lines.txt"
-
-        def cell(self, row):
-            with self.file.open("a") as file:
-                print(metric_of(row), row["cosine"], file=file)
-
-        def end(self, ok):
-            pass
-
-
-    @method("lab_method", category="augmentation", changes="nothing at all", paper="none")
-    class Lab(Method):
-        """As the baseline."""
-'''
-
-
-COMMANDS = {
-    "help": ["measure", "--help"],
-    "methods": ["methods", "--json"],
-    "measure": ["measure", "lab:5", "--images", "images.npy", "--reset", "lab_halve", "--distances", "lab_largest",
-                "--track", "lab_tracker", "--out", "measured", "--json"],
-    "unknown": ["measure", "lab:5", "--images", "images.npy", "--reset", "lab_broken", "--out", "unknown"],
-}  # fmt: skip
-PROGRAM = """
-import importlib, json, pkgutil, sys
-from click.testing import CliRunner
-import layercrit
-
-for found in pkgutil.walk_packages(layercrit.__path__, "layercrit."):
-    if found.name != "layercrit.__main__":
-        importlib.import_module(found.name)
-said = {"imported": sorted({"layercrit_lab", "lab_broken"} & set(sys.modules))}
-from layercrit.cli.root import cli
-
-for name, command in json.loads(sys.argv[1]).items():
-    result = CliRunner().invoke(cli, command)
-    said[name] = [result.exit_code, result.stdout, result.stderr + str(result.exception or "")]
-print(json.dumps(said))
-"""
-
-
-@pytest.fixture(scope="module")
-def laboratory(tmp_path_factory):
-    """Where a plug-in is installed, and another one that is broken."""
-    return tmp_path_factory.mktemp("laboratory")
-
-
-@pytest.fixture(scope="module")
-def said(laboratory):
-    """What layercrit prints there."""
-    folder = laboratory
-    groups = [f"layercrit.{name}" for name in ("resets", "distances", "model_sources", "methods", "trackers")]
-    install(folder / "site", "layercrit-lab", "layercrit_lab", groups, PLUG_IN)
-    install(folder / "site", "lab-broken", "lab_broken", groups[:1], "import a_package_that_is_missing\n")
-    np.save(folder / "images.npy", np.random.default_rng(0).integers(0, 256, (8, 2, 2, 3), np.uint8))
-    path = os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-c", PROGRAM, json.dumps(COMMANDS)]
-    result = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def test_plug_in__importing_layercrit_imports_none(said):
-    """Otherwise one would be imported while the modules that it needs are half imported."""
-    assert said["imported"] == []
-
-
-def test_plug_in__is_in_the_help_beside_a_broken_one(said):
-    code, printed, complaints = said["help"]
-    assert code == 0, complaints
-    text = " ".join(printed.split())
-    for line in (
-        "lab_halve: Half of each value.",
-        "lab_largest: Largest change of any class.",
-        "lab_tracker: Writes a line a cell.",
-        "lab:NAME A linear network of N classes.",
+def test_plug_in_that_raised__is_found_by_its_code(site):
+    code = "def call(function):\n    return function()\ndef fail():\n    return 1 / 0\n"
+    install(site, "lab-things", "lab_things", ["layercrit.things"], code)
+    list(Registry("thing", ProtocolError, "layercrit.things"))
+    lab_things = sys.modules["lab_things"]
+    within = "lab_things of the package lab-things 1.2"
+    for function, said in (
+        (lab_things.fail, within),
+        (lambda: lab_things.call(lambda: 1 / 0), within),
+        (lambda: 1 / 0, None),
     ):
-        assert line in text
-    assert "lab_broken of the package lab-broken 1.2 could not be imported" in complaints
-    assert "layercrit_lab" not in complaints
-
-
-def test_plug_in__can_be_used(said):
-    code, printed, complaints = said["measure"]
-    assert code == 0, complaints
-    (layer,) = json.loads(printed)["layers"]
-    assert layer["status"] == "ok"
-    assert 0 < layer["lab_largest"] < 1
-    assert "l1" not in layer
-
-
-def test_plug_in__a_tracker_is_passed_the_cells(said, laboratory):
-    (layer,) = json.loads(said["measure"][1])["layers"]
-    (line,) = (laboratory / "measured" / "tracking" / "lines.txt").read_text().splitlines()
-    name, value = line.split()
-    assert name == f"criticality/lab:5/{layer['layer']}/lab_halve"
-    assert float(value) == pytest.approx(layer["criticality"], rel=1e-14)
-
-
-def test_plug_in__adds_a_training_method(said):
-    changes = {method["name"]: method["changes"] for method in json.loads(said["methods"][1])}
-    assert changes["lab_method"] == "nothing at all"
-
-
-def test_plug_in__an_unknown_name_tells_of_the_broken_one(said):
-    code, _, complaints = said["unknown"]
-    assert code == 1
-    assert "There is no reset 'lab_broken'." in complaints
-    assert "ModuleNotFoundError: No module named 'a_package_that_is_missing'" in complaints
+        with pytest.raises(ZeroDivisionError) as raised:
+            function()
+        assert plug_in_that_raised(raised.value) == said

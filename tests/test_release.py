@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 import zipfile
 from datetime import date
 from importlib import metadata
@@ -16,6 +15,7 @@ from hatchling import build
 from packaging.version import Version
 
 import layercrit
+from layercrit.toml import tomllib
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -115,10 +115,37 @@ def _timm(name: str, **options: object) -> nn.Module:
     return timm.create_model(name, num_classes=N_CLASSES, **options)
 
 
+def _vgg16_bn() -> nn.Module:
+    from timm.models.vgg import VGG
+
+    widths = [16, 16, "M", 32, 32, "M", 32, "M", 64, "M", 64, "M"]
+    return VGG(widths, num_classes=N_CLASSES, norm_layer=nn.BatchNorm2d, mlp_ratio=0.02)
+
+
 def _densenet121() -> nn.Module:
     from timm.models.densenet import DenseNet
 
-    return DenseNet(num_classes=N_CLASSES, growth_rate=8, block_config=(2, 4, 6, 3))
+    return DenseNet(num_classes=N_CLASSES, growth_rate=8, block_config=(2, 2, 3, 2))
+
+
+def _regnety_008() -> nn.Module:
+    from timm.models.regnet import RegNet, RegNetCfg
+
+    return RegNet(RegNetCfg(depth=6, w0=16, wa=16.0, wm=2.0, group_size=8, se_ratio=0.25), num_classes=N_CLASSES)
+
+
+def _inverted_residuals(cls: str, blocks: list[list[str]], **options: object) -> nn.Module:
+    """One of timm's networks of inverted residuals, of the blocks that timm's notation says."""
+    from timm.models import efficientnet, mobilenetv3
+    from timm.models._efficientnet_builder import decode_arch_def
+
+    build = {"EfficientNet": efficientnet.EfficientNet, "MobileNetV3": mobilenetv3.MobileNetV3}[cls]
+    return build(decode_arch_def(blocks), num_classes=N_CLASSES, num_features=96, stem_size=16, **options)
+
+
+_EFFICIENTNET = [["ds_r1_k3_s1_e1_c16_se0.25"], ["ir_r2_k3_s2_e6_c24_se0.25"], ["ir_r2_k5_s2_e6_c40_se0.25"]]
+_MOBILENET = [["ds_r1_k3_s1_e1_c16_nre"], ["ir_r2_k5_s2_e3_c24_se0.25_nre"], ["ir_r2_k3_s2_e3_c40"],
+              ["cn_r1_k1_s1_c96"]]  # fmt: skip
 
 
 def _mixer() -> nn.Module:
@@ -130,7 +157,7 @@ def _mixer() -> nn.Module:
 def _torchvision_resnet18() -> nn.Module:
     import torchvision
 
-    return torchvision.models.resnet18(num_classes=N_CLASSES)
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [2, 1, 1, 1], num_classes=N_CLASSES)
 
 
 def _torchvision_vit() -> nn.Module:
@@ -159,17 +186,20 @@ def _transformers_vit(attention: str = "sdpa") -> nn.Module:
 
 # name -> (builder, size of an image)
 ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "resnet50": (partial(_timm, "resnet50", channels=(16, 32, 64, 128), layers=(2, 2, 3, 2)), 32),
-    "vgg16_bn": (partial(_timm, "vgg16_bn", mlp_ratio=0.02), 32),
+    "resnet50": (partial(_timm, "resnet50", channels=(16, 32, 64, 128), layers=(2, 1, 2, 1)), 32),
+    "vgg16_bn": (_vgg16_bn, 32),
     "densenet121": (_densenet121, 32),
     "convnext_tiny": (partial(_timm, "convnext_tiny", depths=(1, 1, 2, 1), dims=(16, 32, 64, 96)), 64),
-    "efficientnet_b0": (partial(_timm, "efficientnet_b0"), 32),
-    "mobilenetv3_large_100": (partial(_timm, "mobilenetv3_large_100"), 32),
-    "regnety_008": (partial(_timm, "regnety_008"), 32),
+    "efficientnet_b0": (partial(_inverted_residuals, "EfficientNet", _EFFICIENTNET, act_layer=nn.SiLU), 32),
+    "mobilenetv3_large_100": (
+        partial(_inverted_residuals, "MobileNetV3", _MOBILENET, act_layer=nn.Hardswish),
+        32,
+    ),
+    "regnety_008": (_regnety_008, 32),
     "vit_tiny": (partial(_timm, "vit_tiny_patch16_224", img_size=48, depth=3, embed_dim=48), 48),
     "deit_tiny": (partial(_timm, "deit_tiny_distilled_patch16_224", img_size=48, depth=2, embed_dim=48), 48),
     "swin_tiny": (
-        partial(_timm, "swin_tiny_patch4_window7_224", img_size=56, embed_dim=24, depths=(2, 1, 2, 1)),
+        partial(_timm, "swin_tiny_patch4_window7_224", img_size=56, embed_dim=24, depths=(2, 1, 1)),
         56,
     ),
     "mixer_b16": (_mixer, 32),

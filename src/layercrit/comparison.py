@@ -184,6 +184,12 @@ def compare(
 
     Raises:
         StudyError: a name is unknown, no model is left, or the models have no layer in common.
+
+    Examples:
+        >>> import layercrit
+        >>> comparison = layercrit.compare(layercrit.load_study("layercrit-demo/study"))
+        >>> comparison.baseline, comparison.models["criticality"].idxmax()
+        ('baseline', 'baseline')
     """
     models, condition = under(
         study.models, study.folder, probe_set=probe_set, norm_statistics=norm_statistics, epoch=epoch

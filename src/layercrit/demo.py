@@ -88,11 +88,17 @@ def example_study(name: str) -> str:
     return resources.files("layercrit").joinpath(f"study/examples/{name}.toml").read_text(encoding="utf-8")
 
 
-def copy_family(folder: Path) -> Path:
+def copy_family(folder: str | Path) -> Path:
     """Copy the trained models, the test images and their study file into a folder, and return the file's path.
 
     Files that are already there stay, so that retrained models are not lost.
+
+    Examples:
+        >>> import layercrit
+        >>> layercrit.copy_family("family").name
+        'fashion.toml'
     """
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     study_file = folder / STUDY_FILE
     study_file.write_text(example_study("fashion"), encoding="utf-8")
@@ -124,7 +130,7 @@ class DemoResult:
     folder: Path
 
 
-def run_demo(folder: Path, say: Callable[[str], Any] = print) -> DemoResult:
+def run_demo(folder: str | Path, say: Callable[[str], Any] = print) -> DemoResult:
     """Measure the bundled family, and write models, images, the study, tables, figures and the page into a folder.
 
     Args:
@@ -134,7 +140,13 @@ def run_demo(folder: Path, say: Callable[[str], Any] = print) -> DemoResult:
 
     Raises:
         StudyError: a model could not be measured, or another process runs the demo in this folder.
+
+    Examples:
+        >>> import layercrit
+        >>> layercrit.run_demo("layercrit-demo").comparison.baseline  # doctest: +SKIP
+        'baseline'
     """
+    folder = Path(folder).expanduser()
     study_file = read_study_file(copy_family(folder))
     n_models, trials = len(study_file.models), study_file.protocol.trials
     say(

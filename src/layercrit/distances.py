@@ -68,13 +68,12 @@ def distance(name: str, *, upper: float) -> Callable[[DistanceFunction], Distanc
     Raises:
         ProtocolError: the name is taken or not a lower-case identifier, or ``upper`` is not above 0.
 
-    Example:
-        >>> @distance("largest_change", upper=1.0)
+    Examples:
+        >>> import layercrit
+        >>> @layercrit.distance("largest_change", upper=1.0)
         ... def largest_change(p, q):
         ...     '''Largest change of the probability of any class.'''
         ...     return (p - q).abs().amax(dim=1)
-        >>> DISTANCES.pop("largest_change").summary
-        'Largest change of the probability of any class.'
     """
     if not upper > 0:
         raise ProtocolError(

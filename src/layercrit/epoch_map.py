@@ -183,6 +183,13 @@ def measure_epochs(
         CheckpointError: a weight file is missing, its epoch is not known, it does not fit the architecture, or it is
             another one than the training run has kept.
         LayercritError: as `layercrit.measure`.
+
+    Examples:
+        >>> import layercrit
+        >>> images = "layercrit-demo/fashion-mnist-test.npz"
+        >>> found = layercrit.measure_epochs("file:layercrit-demo/models/baseline-epochs", images, layers="fc")
+        >>> found.epochs
+        [0, 1, 2, 4, 6]
     """
     for name in ("reset", "donor", "resume"):
         if name in settings:

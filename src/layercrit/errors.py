@@ -1,9 +1,12 @@
 """The errors a user can meet: one base class, and messages that say what was wrong, what was given and what to do."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 __all__ = [
+    "DISK_FULL",
+    "TRY_AGAIN",
     "AdviceError",
     "CheckpointError",
     "LayerError",
@@ -19,6 +22,9 @@ __all__ = [
     "near",
 ]
 
+DISK_FULL = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)]
+"""Numbers of an `OSError` that say that a disk or a user's share of it is full; not every system has all of them."""
+
 TRY_AGAIN = 75
 """Exit code of a command that can do its work later, and not yet: EX_TEMPFAIL of sysexits.h."""
 
@@ -26,7 +32,16 @@ _COMPARED = 5_000  # names that a wrong one is compared with, which takes a seco
 
 
 class LayercritError(Exception):
-    """Base class of every error that layercrit raises on purpose."""
+    """Base class of every error that layercrit raises on purpose.
+
+    Examples:
+        >>> import layercrit
+        >>> try:
+        ...     layercrit.measure("tim:resnet50", "photos/")
+        ... except layercrit.LayercritError as error:
+        ...     print(type(error).__name__)
+        ModelError
+    """
 
 
 class ModelError(LayercritError, ValueError):

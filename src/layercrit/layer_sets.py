@@ -1,7 +1,6 @@
 """Sets of layers that are reset together: all but one, cascades, pairs, or those that a file names."""
 
 import fnmatch
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from layercrit.errors import LayerError, near
 from layercrit.foreign_text import encodable
 from layercrit.layers import Layer, joined, stages_of
 from layercrit.protocol import SETS
+from layercrit.toml import tomllib
 
 __all__ = ["NamedSets", "read_sets", "sets_of", "stages_of_sets"]
 

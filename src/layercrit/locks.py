@@ -7,7 +7,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ _NETWORK_FILE_SYSTEMS = (
     *("9p", "afs", "beegfs", "ceph", "cifs", "fuse.beegfs", "fuse.ceph", "fuse.glusterfs", "fuse.sshfs", "glusterfs"),
     *("gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb3", "smbfs", "wekafs"),
 )
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
+_NO_LOCKS = [getattr(errno, name) for name in ("ENOSYS", "EOPNOTSUPP", "ENOTSUP", "ENOLCK") if hasattr(errno, name)]
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def hold(
         told = {
             "process": os.getpid(),
             "machine": platform.node(),
-            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+            "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **(about or {}),
         }
         write_whole(folder / _HOLDER, json.dumps(told))

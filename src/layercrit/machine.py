@@ -12,6 +12,9 @@ import torch
 
 from layercrit.errors import ProtocolError
 
+PACKAGES = ("layercrit", "torch", "torchvision", "timm", "transformers", "numpy", "pillow")
+"""The packages that results depend on, apart from plug-ins."""
+
 # What allocators of the CPU and of GPUs say, and oneDNN, whose other errors name a primitive descriptor.
 _OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
@@ -76,7 +79,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether the device has instructions for bfloat16 products, rather than emulating them."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return device.type == "cpu" and any(ask is not None and ask() for ask in asked)  # which torch 2.4 cannot tell
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -101,9 +105,8 @@ def available_memory() -> int | None:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result depends on."""
-    packages = ("layercrit", "torch", "torchvision", "timm", "transformers", "numpy", "pillow")
     found = {}
-    for name in packages:
+    for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return {"python": platform.python_version(), **found}

@@ -53,6 +53,13 @@ class Measurement:
             device, the backend, the chance level and the temperature.
         images: names of the images, their labels, and what the trained network predicts for each; None in measurements
             that an earlier version of layercrit saved.
+
+    Examples:
+        >>> import layercrit
+        >>> images = "layercrit-demo/fashion-mnist-test.npz"
+        >>> measurement = layercrit.measure("file:layercrit-demo/models/pixmix", images, layers="conv1,fc", n_images=50)
+        >>> layercrit.Measurement.load(measurement.save("layercrit-pixmix")).summary()["n_layers"]
+        2
     """
 
     cells: pd.DataFrame
@@ -191,11 +198,40 @@ class Measurement:
 
     def __repr__(self) -> str:
         summary = self.summary()
-        mean = "not known" if summary["criticality"] is None else f"{summary['criticality']['mean']:.3f}"
         return (
-            f"<Measurement of {summary['model']}: mean criticality {mean}, {summary['n_layers']} layers, "
-            f"{summary['n_trials']} trials, {summary['n_images']} images>"
+            f"<Measurement of {summary['model']}: mean criticality {self._mean_in_words(summary)}, "
+            f"{summary['n_layers']} layers, {summary['n_trials']} trials, {summary['n_images']} images, "
+            f"reset {self.record['protocol']['reset']}>"
         )
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: facts, the figure, and the table of layers."""
+        from layercrit.notebook_html import Column, result_html
+
+        summary, table = self.summary(), self.to_pandas()
+        chance, accuracy = summary["chance"], summary["top1_accuracy"]
+        left_out = len(summary["left_out"])
+        facts = {
+            "mean criticality": self._mean_in_words(summary),
+            "an unrelated prediction would give": "" if chance is None else f"{1 - chance:.3f}",
+            "top-1 accuracy": "" if accuracy is None else f"{accuracy:.1%}",
+            "reset": self.record["protocol"]["reset"],
+            "trials": summary["n_trials"],
+            "images": f"{summary['n_images']:,} of {self.record['probe_set']['source']}",
+            "left out of the mean": f"{left_out} layers" if left_out else "",
+            "warnings": " ".join(summary["warnings"]),
+        }
+        columns = [Column("layer"), Column("type"), Column("criticality", "bar"), Column("low", "number"),
+                   Column("high", "number"), Column("n_trials", "number", "trials"), Column("status")]  # fmt: skip
+        return result_html(summary["model"], facts, f"{len(table)} layers", table, columns, self.plot())
+
+    def _mean_in_words(self, summary: Mapping[str, Any]) -> str:
+        mean = summary["criticality"]
+        if mean is None:
+            return "not known"
+        if mean["low"] is None:
+            return f"{mean['mean']:.3f}"
+        return f"{mean['mean']:.3f} ({100 * summary['level']:g}% interval {mean['low']:.3f} to {mean['high']:.3f})"
 
     def plot(self) -> "Figure":
         """Return the bar chart of criticality in depth order; of pairs, only the layers that were reset alone."""

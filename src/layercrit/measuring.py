@@ -5,20 +5,23 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
 from layercrit.attacks import Pgd, attacked, split_attack
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.engine.allocator import large_blocks_stay
+from layercrit.engine.flops import count_flops
 from layercrit.engine.subject import Subject
-from layercrit.layer_sets import read_sets
+from layercrit.layer_sets import read_sets, sets_of
+from layercrit.layers import Group, find_layers, select_layers
 from layercrit.measurement import Measurement
 from layercrit.models.model import Model
-from layercrit.models.references import open_model
+from layercrit.models.references import open_model, without_weights
 from layercrit.probes.image_sizes import common_size
 from layercrit.probes.labelling import LabelsGiven, are_wanted, open_images
 from layercrit.probes.probe_set import ProbeSet
@@ -31,7 +34,7 @@ from layercrit.sampling import OnTrial, Sampling
 from layercrit.seeds import probe_set_seed
 from layercrit.trackers.callbacks import Caller, OnCell
 
-__all__ = ["Measurement", "measure"]
+__all__ = ["Measurement", "list_layers", "measure"]
 
 
 def measure(
@@ -127,14 +130,13 @@ def measure(
     Raises:
         LayercritError: a subclass, with a message that says what was wrong and what to do.
 
-    Example:
-        >>> import torch
-        >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.ReLU(),
-        ...                               torch.nn.Linear(8, 3))
-        >>> pixels = torch.randint(0, 256, (32, 3, 2, 2), dtype=torch.uint8)
-        >>> result = measure(network, pixels, trials=5, progress=False)
-        >>> list(result.to_pandas()["layer"])
-        ['1', '3']
+    Examples:
+        >>> import layercrit
+        >>> images = "layercrit-demo/fashion-mnist-test.npz"
+        >>> measurement = layercrit.measure("file:layercrit-demo/models/baseline", images, layers="layer1.0.*,fc",
+        ...                                 n_images=50, trials=2)
+        >>> measurement.to_pandas()["layer"].tolist()[-2:]
+        ['layer1.0.downsample.0', 'fc']
     """
     started = time.perf_counter()
     protocol = Protocol(
@@ -173,6 +175,51 @@ def measure(
 
         sampling = Sampling(started, protocol, subject, draw, n_available, names, are_wanted(labels), bar)
         return sampling.run(resume, on_trial, on_cell and Caller(on_cell))
+
+
+def list_layers(
+    model: str | Model | nn.Module,
+    *,
+    layers: str = DEFAULTS.layers,
+    types: str = DEFAULTS.types,
+    group: str = DEFAULTS.group,
+    sets: str | Path | Mapping[str, Any] = DEFAULTS.sets,
+) -> pd.DataFrame:
+    """Return what `measure` would reset in a model, in depth order, without measuring and without its weights.
+
+    Args:
+        model: as for `measure`; a module must take images of 224 x 224 pixels, else give
+            ``open_model(module, input_size=(channels, height, width))``.
+        layers: as for `measure`, and so are ``types``, ``group`` and ``sets``.
+        types: types of layers.
+        group: what is reset at once.
+        sets: sets of layers.
+
+    Returns:
+        one row per layer, with ``layer`` (its name), ``type``, ``depth`` (its place, from 0), ``shape`` (of its
+        largest parameter), ``n_parameters`` and others; ``flops_after`` is the share of the forward pass's FLOPs that
+        must be computed again when it is reset.
+
+    Raises:
+        LayerError: no layer is chosen, or the sets make no sense.
+        ModelError: the model cannot be opened.
+
+    Examples:
+        >>> import layercrit
+        >>> layers = layercrit.list_layers("file:layercrit-demo/models/baseline")
+        >>> len(layers), layers["layer"].iloc[-1], layers["n_parameters"].sum()
+        (23, 'fc', np.int64(123658))
+    """
+    kept = ("mean", "std", "input_size")
+    opened = open_model(without_weights(model, keep=kept) if isinstance(model, str) else model)
+    with undisturbed():
+        black = opened.classifier.normalise(opened.black_image.to(opened.classifier.mean.device))
+        wanted = read_sets(sets)
+        every = find_layers(opened.network, black, group)
+        found = sets_of(select_layers(every, types=types, patterns=layers, group=cast(Group, group)), wanted)
+        _, after = count_flops(opened.network, found, black)
+    rows = [{**layer.to_dict(), "flops_after": after[layer.name]} for layer in found]
+    return pd.DataFrame(rows).rename(columns={"name": "layer"})
 
 
 @contextmanager

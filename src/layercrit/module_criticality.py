@@ -18,7 +18,6 @@ from layercrit.engine.session import Session
 from layercrit.engine.subject import Subject
 from layercrit.errors import LayercritError, LayerError, ModelError, ProbeError, ProtocolError, near
 from layercrit.foreign_text import encodable, write_csv
-from layercrit.machine import versions
 from layercrit.measuring import draw_images, opened_subject
 from layercrit.models.file_source import epochs_of, training_run
 from layercrit.models.model import Model
@@ -27,6 +26,7 @@ from layercrit.module_paths import Allowed, Grid, ModulePaths
 from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
+from layercrit.provenance import versions_with
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -212,6 +212,15 @@ def measure_module_criticality(
         A constraint on the mean loss over draws and images; the limits of the criticality are those values that it has
         where the confidence limits of the excess loss take the place of its mean (two crossed random effects, see
         `layercrit.contrasts.crossed_contrasts`). The published code draws noise once and takes a grid of 11 x 11.
+
+    Examples:
+        >>> import layercrit
+        >>> images = "layercrit-demo/fashion-mnist-test.npz"
+        >>> found = layercrit.measure_module_criticality(
+        ...     "file:layercrit-demo/models/baseline-epochs", images, layers="fc", n_images=50, draws=2, n_a=3, n_s=3
+        ... )
+        >>> found.to_pandas()["layer"].tolist()
+        ['fc']
     """
     started = time.perf_counter()
     grid, allowed = Grid.of(n_a, n_s, s_range), Allowed(tolerance, excess)
@@ -314,6 +323,6 @@ def _record(session: Session, grid: Grid, paths: ModulePaths, started: float) ->
         "device": str(subject.device),
         "warnings": predictions.warnings(),
         "notes": list(dict.fromkeys(session.notes)),
-        "versions": versions(),
+        "versions": versions_with(models=[model.reference, model.architecture], images=[session.probe_set.source]),
         "seconds": round(time.perf_counter() - started, 3),
     }

@@ -87,7 +87,7 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
     """
     parameters = inspect.signature(function).parameters.values()
     declared = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    hints = typing.get_type_hints(function, include_extras=True) if declared else {}
+    hints = inspect.get_annotations(function, eval_str=True) if declared else {}
     return {one.name: _option(one.name, hints.get(one.name), one.default) for one in declared}
 
 

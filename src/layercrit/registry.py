@@ -2,16 +2,19 @@
 
 import logging
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from layercrit.errors import LayercritError, first_line, near
 
-__all__ = ["Registry", "summary_of"]
+__all__ = ["Registry", "plug_in_that_raised", "summary_of"]
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+_READ: dict[str, EntryPoint] = {}  # by its outermost package, of all registries
 
 Entry = TypeVar("Entry")
 
@@ -53,6 +56,7 @@ class Registry(MutableMapping[str, Entry]):
         self._what, self._error, self._check, self._summary = what, error, check, summary
         self._entries: dict[str, Entry] = {}
         self._unread_group = group
+        self._plug_ins: list[EntryPoint] = []
         self._broken: list[str] = []  # a sentence for each plug-in that could not be imported
 
     def __setitem__(self, name: str, entry: Entry) -> None:
@@ -97,19 +101,31 @@ class Registry(MutableMapping[str, Entry]):
             raise self._error(f"There is no {self._what} {name!r}. {self.hint(name)}")
         return self[name]
 
-    def hint(self, name: str) -> str:
+    def hint(self, name: str, limit: int = 5) -> str:
         """Return a hint for an unknown name: near names that are known, and the plug-ins that were left out."""
-        return " ".join([near(str(name), self), *self._broken])
+        return " ".join([near(str(name), self, limit), *self._broken])
 
     def summaries(self) -> dict[str, str]:
         """Return every name with its summary, for help and tables."""
         return {name: self._summary(entry) for name, entry in self.items()}
 
+    def package_of(self, name: str) -> dict[str, str]:
+        """Return name -> version of the installed package whose plug-in registered an entry; else nothing."""
+        module = getattr(_made_of(self.get(name)), "__module__", "")
+        return next((_package(one) for one in self._plug_ins if _top(one.module) == _top(module)), {})
+
+    def in_words(self, name: str) -> str:
+        """Return what an entry is, for messages: ``figure 'share' of the package lab 1.2``."""
+        packages = [f" of the package {package} {version}" for package, version in self.package_of(name).items()]
+        return f"{self._what} {name!r}{''.join(packages)}"
+
     def _read_plug_ins(self) -> None:
         group, self._unread_group = self._unread_group, None  # at once, since a plug-in may read the registry
         if group is None:
             return
-        for plug_in in entry_points(group=group):
+        self._plug_ins = list(entry_points(group=group))
+        for plug_in in self._plug_ins:
+            _READ[_top(plug_in.module)] = plug_in
             try:
                 plug_in.load()
                 _LOG.info("the plug-in %s adds to %s", _in_words(plug_in), group)
@@ -120,10 +136,25 @@ class Registry(MutableMapping[str, Entry]):
                 )
 
 
+def plug_in_that_raised(error: BaseException) -> str | None:
+    """Return the plug-in in whose code an exception arose, in words; None where no plug-in had a part in it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    tops = (_top(frame.f_globals.get("__name__", "")) for frame in reversed(frames))
+    return next((_in_words(_READ[top]) for top in tops if top in _READ), None)
+
+
 def _in_words(plug_in: EntryPoint) -> str:
-    if plug_in.dist is None:
-        return plug_in.value
-    return f"{plug_in.value} of the package {plug_in.dist.name} {plug_in.dist.version}"
+    packages = [f" of the package {package} {version}" for package, version in _package(plug_in).items()]
+    return f"{plug_in.value}{''.join(packages)}"
+
+
+def _package(plug_in: EntryPoint) -> dict[str, str]:
+    """Return name -> version of the package that a plug-in belongs to."""
+    return {} if plug_in.dist is None else {plug_in.dist.name: plug_in.dist.version}
+
+
+def _top(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _same_origin(one: object, other: object) -> bool:
@@ -133,8 +164,12 @@ def _same_origin(one: object, other: object) -> bool:
 
 def _origin(entry: object) -> tuple[str, str] | None:
     """Return module and name of an entry's function or class; None for lambdas and other functions without a name."""
-    made_of = entry if isinstance(entry, type) else getattr(entry, "function", entry)
-    if not callable(made_of):
-        made_of = type(made_of)
+    made_of = _made_of(entry)
     name = getattr(made_of, "__qualname__", "<lambda>")
     return None if "<lambda>" in name else (made_of.__module__, name)
+
+
+def _made_of(entry: object) -> Any:
+    """Return the function or the class that an entry was made of."""
+    made_of = entry if isinstance(entry, type) else getattr(entry, "function", entry)
+    return made_of if callable(made_of) else type(made_of)

@@ -117,14 +117,12 @@ def reset(
     Raises:
         ProtocolError: the name is taken by another function or not valid, or an option is not declared as it must be.
 
-    Example:
-        >>> @reset("negate", random=False)
+    Examples:
+        >>> import layercrit
+        >>> @layercrit.reset("negate", random=False)
         ... def negate(draw):
         ...     '''The layer's values with their signs flipped.'''
         ...     return {name: -value for name, value in draw.trained.items()}
-        >>> RESETS["negate"].summary
-        "The layer's values with their signs flipped."
-        >>> del RESETS["negate"]
     """
 
     def register(function: ResetFunction) -> ResetFunction:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
@@ -20,13 +20,13 @@ from layercrit.engine.subject import Subject
 from layercrit.errors import ProtocolError
 from layercrit.foreign_text import encodable
 from layercrit.layers import Layer
-from layercrit.machine import versions
 from layercrit.measurement import Measurement
 from layercrit.precision import Components, Cost, Pilot, PrecisionPlan, plan_half_width, plan_seconds, run_together
 from layercrit.precision import n_pilot_images as pilot_images
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, MATCHED, Protocol
+from layercrit.provenance import versions_with
 from layercrit.trackers.callbacks import OnCell
 
 __all__ = ["OnTrial", "Sampling"]
@@ -378,10 +378,15 @@ class Sampling:
             "threads": torch.get_num_threads(),
             "warnings": session.predictions.warnings(),
             "notes": list(dict.fromkeys([*session.notes, *self.notes, *about_plan])),
-            "versions": versions(),
+            "versions": versions_with(
+                resets=[self.protocol.reset],
+                distances=session.distances,
+                models=[model.reference, model.architecture],
+                images=[session.probe_set.source],
+            ),
             "seconds_opening": round(session.holder.seconds_opening, 3),
             "seconds": round(self.seconds_before + time.perf_counter() - self.started, 3),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
 
 

@@ -16,12 +16,12 @@ from layercrit.attacks import split_attack
 from layercrit.engine.session import Session
 from layercrit.errors import LayercritError, ProbeError, ProtocolError, near
 from layercrit.foreign_text import encodable, write_csv
-from layercrit.machine import versions
 from layercrit.measuring import draw_images, opened_subject
 from layercrit.models.model import Model
 from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
+from layercrit.provenance import versions_with
 
 __all__ = ["OBJECTIVES", "WorstCase", "measure_worst_case"]
 
@@ -146,6 +146,13 @@ def measure_worst_case(
         ProbeError: the loss is to be raised, and the images have no labels.
         ModelError: the ascent reaches NaN.
         LayercritError: as `layercrit.measure`.
+
+    Examples:
+        >>> import layercrit
+        >>> images = "layercrit-demo/fashion-mnist-test.npz"
+        >>> found = layercrit.measure_worst_case("file:layercrit-demo/models/baseline", images, layers="fc")
+        >>> bool((found.to_pandas()["worst_case"] > 0).all())
+        True
     """
     started = time.perf_counter()
     _check(radius, objective, steps, step_size, restarts)
@@ -241,6 +248,6 @@ def _record(session: Session, started: float) -> dict[str, Any]:
         "device": str(session.subject.device),
         "warnings": predictions.warnings(),
         "notes": list(dict.fromkeys(session.notes)),
-        "versions": versions(),
+        "versions": versions_with(models=[model.reference, model.architecture], images=[session.probe_set.source]),
         "seconds": round(time.perf_counter() - started, 3),
     }

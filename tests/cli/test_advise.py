@@ -12,6 +12,7 @@ from layercrit.cli.root import cli
 from layercrit.measurement import Measurement
 from layercrit.study.file import read_study_file
 from layercrit.study.running import run_study
+from running_jobs import Inline
 from small_studies import OPTIONS, write_study
 from small_subjects import PIXELS, QUIET, two_layers
 
@@ -26,7 +27,7 @@ def saved(tmp_path_factory):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    run_study(read_study_file(write_study(folder / "own", n_images=8)), folder / "out", n_workers=1)
+    run_study(read_study_file(write_study(folder / "own", n_images=8)), folder / "out", executor=Inline())
     return folder / "out"
 
 
@@ -159,7 +160,7 @@ def test_advise__a_reference_longer_than_a_file_name():
 
 def test_advise__of_sets_in_a_study(tmp_path):
     path = write_study(tmp_path / "own", n_models=1, n_images=4, protocol={"sets": "pairs", "layers": "conv1,fc"})
-    run_study(read_study_file(path), tmp_path / "out", n_workers=1)
+    run_study(read_study_file(path), tmp_path / "out", executor=Inline())
 
     _, said = call(tmp_path / "out", "--for", "freeze")
 
@@ -169,7 +170,7 @@ def test_advise__of_sets_in_a_study(tmp_path):
 def test_advise__channels_of_blocks(tmp_path):
     pytest.importorskip("torch_pruning")
     path = write_study(tmp_path / "own", n_models=1, n_images=4, protocol={"group": "block"})
-    run_study(read_study_file(path), tmp_path / "out", n_workers=1)
+    run_study(read_study_file(path), tmp_path / "out", executor=Inline())
 
     _, said = call(tmp_path / "out", "--for", "prune")
 

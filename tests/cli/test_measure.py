@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
 
-from forked import layercrit
+from forked import layercrit, without_network
 from labelled_images import BASELINE, LABELS, NAMES, write_classes, write_pngs
 from layercrit.cli.root import cli, main
 from layercrit.errors import LayercritError
@@ -73,7 +72,7 @@ def test_measure__writes_every_file_that_is_promised(measured):
 
 def test_measure__same_seed_same_table_in_another_process(measured, photographs, tmp_path):
     folder, _ = measured
-    again = entry_point("measure", MODEL, "--images", photographs, "--trials", "2", "--out", "again", cwd=tmp_path)
+    again = layercrit("measure", MODEL, "--images", photographs, "--trials", "2", "--out", "again", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "again" / "layers.csv").read_bytes() == (folder / "layers.csv").read_bytes()
     assert "mean criticality" in again.stdout
@@ -210,6 +209,19 @@ def test_errors__a_bug_is_called_one(monkeypatch, capsys):
     assert "Traceback" not in printed.err
 
 
+def test_errors__a_bug_of_a_plug_in_is_called_one_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["layercrit", "show", "."])
+    monkeypatch.setattr("layercrit.measurement.Measurement.load", lambda folder: 1 / 0)
+    monkeypatch.setattr("layercrit.cli.root.plug_in_that_raised", lambda error: "lab.resets of the package lab 1.2")
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 70
+    assert "ZeroDivisionError: division by zero" in printed
+    assert "This is an error of the plug-in lab.resets of the package lab 1.2." in printed
+    assert "bug in layercrit" not in printed
+
+
 def test_measure__a_full_disk_loses_nothing(photographs, tmp_path, monkeypatch, capsys):
     from layercrit.measurement import Measurement
 
@@ -289,9 +301,8 @@ def test_options__defaults_are_the_library_s():
 
 
 def test_layers__downloads_nothing(tmp_path):
-    result = entry_point(
-        "layers", "timm:test_resnet.r160_in1k", "--json", cwd=tmp_path, env=os.environ | {"HF_HOME": str(tmp_path)}
-    )
+    command = ("layers", "timm:test_resnet.r160_in1k", "--json")
+    result = layercrit(*command, cwd=tmp_path, prepare=without_network)
     assert result.returncode == 0, result.stderr
     assert len(json.loads(result.stdout)["layers"]) > 10
 

@@ -1,7 +1,6 @@
 """The command that writes a report, called as the command line calls it."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,13 +8,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from forked import layercrit
 from layercrit.cli.report import report_command
 from layercrit.cli.root import cli, main
 from layercrit.reporting.reports import FIGURES
 from layercrit.study.store import FILE, ModelRow
 from published_results import PREDICTED, measured
-
-LAYERCRIT = Path(sys.executable).parent / "layercrit"
 
 
 def call(*arguments):
@@ -43,9 +41,8 @@ def files_in(folder):
     return {path for path in folder.rglob("*") if path.is_file() and path.name != FILE}
 
 
-def test_report__through_the_entry_point(study):
-    command = [LAYERCRIT, "report", "study", "--format", "png"]
-    result = subprocess.run(command, cwd=study.parent, capture_output=True, text=True, check=False)
+def test_report__in_a_process_of_its_own(study):
+    result = layercrit("report", "study", "--format", "png", cwd=study.parent)
     assert result.returncode == 0, result.stderr
     printed = result.stdout.splitlines()
     assert printed[0] == "study/figures/criticality.png"

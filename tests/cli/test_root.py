@@ -127,7 +127,7 @@ def test_measure__its_tables_are_saved_where_the_figure_cannot_be_plotted(images
     assert "mean criticality" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["methods"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["pitfalls"]])
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
 def test_output__to_a_full_device_and_to_nobody(arguments, tmp_path):
     with Path("/dev/full").open("w") as full:

@@ -1,4 +1,4 @@
-"""The commands about studies: through the installed entry point where processes matter, else in this process."""
+"""The commands about studies: in a process of their own where processes matter, else in this one."""
 
 import contextlib
 import json
@@ -6,11 +6,12 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 from click.testing import CliRunner
 
+from forked import layercrit, server, with_forked_workers
 from layercrit.cli.root import main
 from layercrit.cli.study import study as group
 from layercrit.errors import StudyError
@@ -22,7 +23,6 @@ from published_results import measured
 from running_jobs import Inline
 from small_studies import N_LAYERS, OPTIONS, write_study, write_weights
 
-LAYERCRIT = Path(sys.executable).parent / "layercrit"
 MARKUP = "[red]x[/red]"
 
 
@@ -44,11 +44,11 @@ def write(folder, **sections):
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """A study run by the entry point: its folder, and what the command gave."""
+    """A study run in a process of its own, with workers: its folder, and what the command gave."""
     folder = tmp_path_factory.mktemp("ran")
     write(folder)
-    command = [LAYERCRIT, "study", "run", "small.toml", "--json"]
-    return folder / "small", subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    prepare = partial(with_forked_workers, server()[1])
+    return folder / "small", layercrit("study", "run", "small.toml", "--json", cwd=folder, prepare=prepare)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """What a command that a job scheduler ends leaves on a real terminal, and on the disk."""
 
-import contextlib
 import os
 import re
 import select
@@ -81,7 +80,7 @@ def assert_same_cells(found, expected):
 
 
 @pytest.mark.slow
-def test_measure__ended_while_measuring(tmp_path):
+def test_measure__ended_while_measuring(tmp_path, monkeypatch):
     write_small(tmp_path, n_models=1)
     model, images = f"file:m0.safetensors?{ARCHITECTURE}&input_size=(3,2,2)", "images.npz"
     command = ["measure", model, "--images", images, "--trials", str(MANY), "--dtype", "float32", "--out", "result"]
@@ -91,8 +90,8 @@ def test_measure__ended_while_measuring(tmp_path):
     assert 3 <= n_kept < MANY
     kept = Measurement.load(tmp_path / "result").cells
     assert set(kept["trial"]) == set(range(n_kept))
-    with contextlib.chdir(tmp_path):
-        unstopped = measure(model, images, trials=3, dtype="float32", progress=False).cells
+    monkeypatch.chdir(tmp_path)
+    unstopped = measure(model, images, trials=3, dtype="float32", progress=False).cells
     assert_same_cells(kept[kept["trial"] < 3], unstopped)
 
 

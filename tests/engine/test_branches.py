@@ -88,7 +88,7 @@ SHORTCUTS = {
     "regnety_008": (r"s\d\.b\d", downsampled),
     "convnext_tiny": (r"stages\.\d\.blocks\.\d", itself),
     "transformers_convnext": (r".*stages\.\d\.layers\.\d", itself),
-    "mobilenetv3_large_100": (r"blocks\.(0\.0|1\.1|2\.[12]|3\.[123]|4\.1|5\.[12])", itself),
+    "mobilenetv3_large_100": (r"blocks\.(0\.0|1\.1|2\.1)", itself),
     "vit_tiny": (r"blocks\.\d", itself),
     "torchvision_vit_b_16": (r"encoder\.layers\.encoder_layer_\d", itself),
     "transformers_vit": (r"vit\..*layers?\.\d", itself),

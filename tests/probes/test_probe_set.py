@@ -129,7 +129,7 @@ def test_probe_set__order_is_a_fixed_function_of_number_and_seed() -> None:
     names = ProbeSet.from_array(pieces(8), TAKEN, seed=0).names
     # Written down when this was made: published probe sets depend on it.
     assert [int(name[-2]) for name in names] == [4, 5, 6, 0, 7, 3, 2, 1]
-    word = int.from_bytes(hashlib.sha256(b'["probe set", 0]').digest()[:8])
+    word = int.from_bytes(hashlib.sha256(b'["probe set", 0]').digest()[:8], "big")
     words = np.random.PCG64(word).random_raw(8).tolist()
     assert sorted(range(8), key=lambda index: words[index]) == [4, 5, 6, 0, 7, 3, 2, 1]
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from layercrit.errors import ProbeError
+from layercrit.probes.opening import open_source
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.probes.torchvision import TorchvisionSource
 from packed_images import IMAGES, items_of, n_classes_of, origin_of
@@ -15,8 +16,8 @@ def test_torchvision_source__fashion_mnist(tmp_path: Path) -> None:
     images, labels = write_fashion_mnist(tmp_path)
     for source in [
         TorchvisionSource("FashionMNIST", tmp_path),
-        TorchvisionSource.from_text(f"torchvision:FashionMNIST?root={tmp_path}&split=test"),
-        TorchvisionSource.from_text(f"torchvision:FashionMNIST?root={tmp_path}"),
+        open_source(f"torchvision:FashionMNIST?root={tmp_path}&split=test"),
+        open_source(f"torchvision:FashionMNIST?root={tmp_path}"),
     ]:
         assert [np.asarray(image).tolist() for image, _ in items_of(source)] == images.tolist()
         assert [label for _, label in items_of(source)] == labels
@@ -81,7 +82,7 @@ def test_torchvision_source__files_are_not_decoded(tmp_path: Path) -> None:
 )
 def test_torchvision_source__not_there(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ProbeError, match=message):
-        TorchvisionSource.from_text(text.format(tmp_path))
+        open_source(text.format(tmp_path))
 
 
 def test_torchvision_source__never_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

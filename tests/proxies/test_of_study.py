@@ -129,5 +129,5 @@ def test_measure_study_proxies__unknown_names(folder, tmp_path):
 
 def test_save__tables_and_each_model(found, tmp_path):
     files = found.save(tmp_path)
-    assert [path.name for path in files] == ["against.csv", "by_model.csv"]
+    assert [path.name for path in files] == ["against.csv", "by_model.csv", "against.json"]
     assert (tmp_path / "model-002" / "proxies.json").exists()

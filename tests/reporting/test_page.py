@@ -457,7 +457,7 @@ def test_page__methods(page, study):
     ):
         assert part in text
     assert "/home/me" not in page.content(), "folders of this machine do not belong into a file that is passed on"
-    assert "The cosine depends on how peaked" in page.inner_text("aside")
+    assert "The cosine depends on confidence." in page.inner_text("aside")
 
 
 # --- safety -----------------------------------------------------------------------------------------------------------
@@ -479,7 +479,9 @@ def test_page__texts_from_outside_run_nothing_and_are_shown_as_they_are(browser,
     failures = [{"model": names[0], "trial": 1, "error": HOSTILE}]
     study = measured(tmp_path, cells, models=models, record=record,
                      failures=[tuple(failure.values()) for failure in failures])  # fmt: skip
-    with opened_page(browser, write_page(study, compare(study), tmp_path / "r.html")) as page:
+    drawn = b'<svg xmlns="http://www.w3.org/2000/svg"><script>window.top.ran = 3</script></svg>'
+    written = write_page(study, compare(study), tmp_path / "r.html", pictures={HOSTILE: [drawn]})
+    with opened_page(browser, written) as page:
         for measure in page.locator("#measure option").all_inner_texts():
             page.select_option("#measure", label=measure)
         for place in ("#map-details summary", "#compare-details summary"):
@@ -490,7 +492,8 @@ def test_page__texts_from_outside_run_nothing_and_are_shown_as_they_are(browser,
         page.locator("#models-table thead button").first.click()
         assert page.evaluate("() => window.ran") is None
         assert page.locator("script").count() == 5, "the page's own, and Plotly"
-        assert page.locator("img").count() == 0
+        assert page.locator("img").count() == 1, "the further figure"
+        assert page.inner_text("#further h3") == page.locator("img").get_attribute("alt") == HOSTILE
         assert page.inner_text("h1") == HOSTILE
         assert HOSTILE in page.inner_text("#methods")
         assert page.locator("#models-table tbody th").first.inner_text() == f"{HOSTILE} label 0"

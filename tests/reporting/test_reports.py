@@ -507,8 +507,8 @@ def test_figures__each_says_in_a_line_what_it_shows():
         "criticality", "difference", "conditions", "spread", "accuracy", "budget", "depth", "profile", "classes",
         "ranking",
     ]  # fmt: skip
-    for name, draw in FIGURES.items():
-        assert re.fullmatch(r"[A-Z].+\.", draw.__doc__ or ""), name
+    for name, summary in FIGURES.summaries().items():
+        assert re.fullmatch(r"[A-Z].+\.", summary), name
 
 
 SCRIPTS = {

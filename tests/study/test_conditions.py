@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from conditioned_studies import N, write, write_weights
+from forked import forked_workers
 from layercrit.comparison import compare
 from layercrit.conditions import Condition, under
 from layercrit.differences import condition_differences, differences
@@ -222,7 +223,7 @@ def test_store__a_file_from_before_there_were_conditions(study, tmp_path):
         insert = "INSERT INTO models (model, position, reference, record) VALUES (?, ?, ?, ?)"
         old.executemany(insert, [("a", 0, "x", None), ("b", 1, "y", '{"sha256": "1"}'), ("c", 2, "z", None)])
         old.execute("UPDATE models SET reference = 'other' WHERE model = 'c'")  # without its checksum
-        old.execute(f"PRAGMA application_id = {int.from_bytes(b'lcrt')}")
+        old.execute(f"PRAGMA application_id = {int.from_bytes(b'lcrt', 'big')}")
         old.execute("PRAGMA user_version = 4")
         old.commit()
     with Store(tmp_path) as store:
@@ -261,7 +262,8 @@ def test_run__adversarial_images_are_made_once_on_each_model_and_kept(tmp_path):
             np.testing.assert_allclose(found.loc[f"m{place} ({name})"], alone.to_pandas()["criticality"], atol=1e-6)
     assert study.models.set_index("model")["top1_accuracy"]["m0 (adversarial)"] < 0.5
     more = write(tmp_path, images=images, protocol={"trials": 3}, study={"baseline": "m0"})
-    assert run(more, tmp_path / "out", executor=LocalProcesses([PLACE] * 2)).n_measured == 2 * 3 * 2
+    with forked_workers():
+        assert run(more, tmp_path / "out", executor=LocalProcesses([PLACE] * 2)).n_measured == 2 * 3 * 2
     assert [(one / "images.npy").stat().st_mtime_ns for one in kept] == times, "the images were attacked again"
     table = load_study(tmp_path / "out").by_class("m0 (adversarial)")  # finds the images that the model was shown
     assert table["n_images"].groupby(table["layer"]).sum().eq(N).all()

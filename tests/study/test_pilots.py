@@ -1,7 +1,6 @@
 """Studies for a half-width: a pilot of every model, one plan, and what is run after it."""
 
 import contextlib
-import tomllib
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from layercrit.study.planning import plan_study
 from layercrit.study.running import run_study
 from layercrit.study.store import Store
 from layercrit.study.tables import load_study
+from layercrit.toml import tomllib
 from running_jobs import Inline
 from small_studies import write_study
 

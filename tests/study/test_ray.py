@@ -19,11 +19,11 @@ import ray_jobs
 from forked import forked_workers, layercrit
 from layercrit.errors import LayercritError, ProtocolError, StudyError
 from layercrit.study import ray_cluster
-from layercrit.study.executors import Failed, Finished, Message, Note, Place, Task
+from layercrit.study.executors import Failed, Finished, Message, Note, Place, Task, executor_on
 from layercrit.study.file import read_study_file
 from layercrit.study.local_processes import LocalProcesses
 from layercrit.study.ray_cluster import Node, Share, shares
-from layercrit.study.ray_workers import RayWorkers, executor_on
+from layercrit.study.ray_workers import RayWorkers
 from layercrit.study.running import run_study
 from running_jobs import assert_same_tables, is_running, tables, write_small
 
@@ -90,7 +90,7 @@ def test_shares__divide_gpus_and_cpus(resources, n_workers, device, expected):
         (lambda: RayWorkers(n_workers=0), ProtocolError),
         (lambda: RayWorkers(attempts=0), ProtocolError),
         (lambda: RayWorkers(device="cuda:1"), ProtocolError),
-        (lambda: executor_on("slurm", None, Path(), None), StudyError),
+        (lambda: executor_on("ray:x", None, Path(), None), StudyError),
         (lambda: RayWorkers("ray://"), StudyError),
         (lambda: RayWorkers("ray://127.0.0.1:99999"), StudyError),
     ],

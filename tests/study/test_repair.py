@@ -100,10 +100,14 @@ def test_repair__a_file_of_something_else(tmp_path):
 
 def schema_pages(content):
     """The numbers of the pages in which SQLite looks for the schema."""
-    cells = int.from_bytes(content[103:105])
+    cells = int.from_bytes(content[103:105], "big")
     assert content[100] == 5, "the schema fills more than one page"
-    offsets = [int.from_bytes(content[at : at + 2]) for at in range(112, 112 + 2 * cells, 2)]
-    return {1, int.from_bytes(content[108:112]), *(int.from_bytes(content[at : at + 4]) for at in offsets)}
+    offsets = [int.from_bytes(content[at : at + 2], "big") for at in range(112, 112 + 2 * cells, 2)]
+    return {
+        1,
+        int.from_bytes(content[108:112], "big"),
+        *(int.from_bytes(content[at : at + 4], "big") for at in offsets),
+    }
 
 
 def flipped(content, generator, pages):
@@ -224,9 +228,9 @@ def test_repair__rows_between_two_damaged_ones(measured, tmp_path):
     pages = pages_of(cells, content)
     page = next(page for page in pages.values() if list(pages.values()).count(page) > 2)
     start = PAGE * (page - 1)
-    n_rows = int.from_bytes(content[start + 3 : start + 5])
+    n_rows = int.from_bytes(content[start + 3 : start + 5], "big")
     for row in (0, n_rows - 1):
-        at = start + int.from_bytes(content[start + 8 + 2 * row : start + 10 + 2 * row])
+        at = start + int.from_bytes(content[start + 8 + 2 * row : start + 10 + 2 * row], "big")
         content[at : at + 2] = b"\xff\x7f"  # how long the row is
     copy = copied(folder, tmp_path, content)
     assert repair_study(copy).n_kept == len(cells) - 2

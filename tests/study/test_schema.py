@@ -1,7 +1,6 @@
 """The JSON Schema of study files: what it refuses, reading refuses; what reading accepts, it accepts."""
 
 import copy
-import tomllib
 from importlib import resources
 
 import jsonschema
@@ -12,6 +11,7 @@ from layercrit.demo import example_study
 from layercrit.layers import GROUPS
 from layercrit.study.file import read_study_file
 from layercrit.study.schema import TABLES, study_schema
+from layercrit.toml import tomllib
 from small_studies import write_study
 
 SCHEMA = study_schema()

@@ -68,7 +68,7 @@ def pragma(path, name):
 
 
 def test_store__is_marked_as_a_studys(store):
-    assert pragma(store.path, "application_id") == int.from_bytes(b"lcrt")
+    assert pragma(store.path, "application_id") == int.from_bytes(b"lcrt", "big")
     assert pragma(store.path, "user_version") == SCHEMA == 5
     assert pragma(store.path, "journal_mode") == "wal"
 

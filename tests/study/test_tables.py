@@ -268,7 +268,7 @@ def test_progress__states(tmp_path):
     assert table["n_done"].to_list() == [4, 2, 0, 0]
     assert table["n_failed"].to_list() == [0, 0, 2, 0]
     assert table["error"].to_list()[2] == "no such file"
-    assert repr(study) == "<Study begun: 4 models, 6 cells>"
+    assert repr(study) == "<Study begun: 4 models, 6 cells, 2 failed trials>"
 
 
 def test_seconds_left__at_the_speed_of_the_last_run(tmp_path):
@@ -368,3 +368,32 @@ def test_per_image__unknown_names(random, arguments, message):
 def test_per_image__of_imported_results_is_empty(tmp_path):
     study = import_published(write_table(tmp_path / "t.csv", rows_of()), tmp_path / "study")
     assert study.per_image(next(iter(MODELS)), LAYERS[0]).shape == (0, 0)
+
+
+# In a notebook
+
+
+def test_repr_html__facts_ranking_and_models(ran):
+    html = ran._repr_html_()
+    means = ran.by_model()
+    first = means[means["reset"] == ran.resets[0]]
+    for row in first.to_dict("records"):
+        assert f"{row['criticality']:.3f} <span" in html
+    for fact in ("models", "cells", "resets", "trials", "images", "warnings"):
+        assert f">{fact}</th><td" in html
+    assert html.count("<img") == 1
+    assert "zero, rerandomize" in html
+
+
+def test_repr_html__a_study_under_way(tmp_path):
+    html = begun(tmp_path, failures=[("m2", 0, "no such file")])._repr_html_()
+    for fact in ("6 of 8", "trials that failed", "m2: no such file", "models not opened yet"):
+        assert fact in html
+    assert html.count("<img") == 1
+
+
+def test_repr_html__nothing_is_measured(tmp_path):
+    Store(tmp_path, create=True).close()
+    html = load_study(tmp_path)._repr_html_()
+    assert "0 models" in html
+    assert "<img" not in html

@@ -2,18 +2,21 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from layercrit.advice.actions import Action, action_named
 from layercrit.advice.budgets import bits_within, chosen_within, share_in_words
+from layercrit.advice.evidence import evidence_of
 from layercrit.advice.formats import FORMATS
 from layercrit.advice.ranking import in_order, knobs_of, ranked
 from layercrit.cell_columns import WHOLE
 from layercrit.errors import AdviceError, near
 from layercrit.measurement import Measurement
+from layercrit.study.tables import Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["Advice", "advise", "check_advice"]
 
 _BITS, _RATIO = (8, 4), 0.5
-_REQUIRED = ("layer", "criticality", "low", "high", "n_parameters", "status")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -122,39 +124,53 @@ def check_advice(action: str, budget: float | None = None, bits: Sequence[int] =
 
 
 def advise(
-    of: Measurement | pd.DataFrame,
+    of: Measurement | Study | pd.DataFrame | str | Path,
     action: str,
     budget: float | None = None,
     *,
-    knobs: Mapping[str, str] | None = None,
+    knobs: Mapping[str, str] | Literal["channels"] | None = None,
     fixed: Collection[str] = (),
     bits: Sequence[int] = _BITS,
     ratio: float = _RATIO,
     model: str | None = None,
+    reset: str | None = None,
 ) -> Advice:
     """Return which layers to choose for an action.
 
     Args:
-        of: a measurement, or a table of one row per layer with the columns ``layer``, ``criticality``, ``low``,
-            ``high``, ``n_parameters`` and ``status``, in depth order.
+        of: a measurement, a study, the folder of either, or a table of one row per layer with the columns ``layer``,
+            ``criticality``, ``low``, ``high``, ``n_parameters`` and ``status``, in depth order.
         action: ``freeze`` or ``prune`` (the least criticality for each parameter first), ``finetune`` (the most
             critical first) or ``quantise`` (fewer bits first where criticality times the variance of rounding rises
             least).
         budget: share of the parameters of these layers, in (0, 1]: to be frozen or removed at least, or fine-tuned at
             most; for ``quantise`` the mean bits of a parameter. None: the action's default.
-        knobs: layer -> name of its knob, such as those of `coupled_layers`, where layers can only be changed together.
-            A knob is chosen only if all its layers were measured.
+        knobs: layer -> name of its knob, such as those of `coupled_layers`, where layers can only be changed together;
+            ``"channels"``: these, and ``fixed``, found in the network of the measurement or study. A knob is chosen
+            only if all its layers were measured.
         fixed: layers that are never chosen, such as those whose channels are the classes.
         bits: the choices for ``quantise``.
         ratio: the share of a chosen layer that ``prune`` removes, in (0, 1).
-        model: name of the model, for titles; None: that of the measurement.
+        model: which model, where ``of`` is a study; else its name, for titles. None: the only one of the study, or the
+            name in the measurement.
+        reset: which of a study's resets; None: its first.
 
     Raises:
         AdviceError: the action is unknown, the budget or an option makes no sense or cannot be met, or nothing was
             measured.
+        StudyError: the study has no such reset.
+
+    Examples:
+        >>> import layercrit
+        >>> advice = layercrit.advise("layercrit-demo/study", "freeze", budget=0.3, model="baseline")
+        >>> advice.action.done, len(advice.chosen) + len(advice.kept)
+        ('frozen', 23)
     """
     found = action_named(action)
-    layers, parameters = _layers_of(of)
+    evidence = evidence_of(of, model, reset)
+    layers = evidence.layers.copy()
+    if knobs == "channels":
+        knobs, fixed = evidence.channels()
     asked = _checked_budget(found, budget, bits, ratio)
     layers["measured"] = layers["status"].isin(WHOLE) & layers["criticality"].notna()
     not_measured = list(layers.loc[~layers["measured"], "layer"])
@@ -168,41 +184,21 @@ def advise(
     order = ranked(knobs_of(layers, knobs or {}), highest_first=found.highest_first)
     order = _with_choice(order, found, asked, total, bits, ratio)
     record = {
-        "model": model or (of.record["model"]["reference"] if isinstance(of, Measurement) else "model"),
+        "model": evidence.model,
         "action": found.name,
         "budget": asked,
         "budget_given": budget is not None,
         "bits": sorted(bits, reverse=True) if action == "quantise" else None,
         "ratio": ratio if action == "prune" else None,
-        "reset": of.record["protocol"]["reset"] if isinstance(of, Measurement) else None,
-        "level": of.record["protocol"]["level"] if isinstance(of, Measurement) else None,
+        "reset": evidence.reset,
+        "level": evidence.level,
         "layers": list(layers["layer"]),
-        "parameters": parameters,
+        "parameters": evidence.parameters,
         "n_parameters": total,
         "not_measured": not_measured,
         "fixed": [name for name in layers["layer"] if name in set(fixed)],
     }
     return Advice(found, _table(layers, order, found, knobs or {}, record), record)
-
-
-def _layers_of(of: Measurement | pd.DataFrame) -> tuple[pd.DataFrame, dict[str, list[str]] | None]:
-    """Return the table of layers, and the names of the parameters of each where they are known."""
-    if isinstance(of, Measurement):
-        if any("members" in about for about in of.record["layers"].values()):
-            raise AdviceError(
-                "Advice is about layers, or groups of them, one by one, and this measurement resets sets of layers "
-                "together. Measure with --sets each (the default)."
-            )
-        return of.to_pandas(), {name: list(about["parameters"]) for name, about in of.record["layers"].items()}
-    if missing := [name for name in _REQUIRED if name not in of]:
-        raise AdviceError(f"The table lacks the columns {', '.join(missing)}. It needs {', '.join(_REQUIRED)}.")
-    if of["layer"].duplicated().any():
-        raise AdviceError(
-            f"The table has the layer {of.loc[of['layer'].duplicated(), 'layer'].iloc[0]!r} twice. Give the rows of "
-            "one model and one reset."
-        )
-    table = of.reset_index(drop=True)
-    return table if "type" in table else table.assign(type="layer"), None
 
 
 def _checked_budget(action: Action, budget: float | None, bits: Sequence[int], ratio: float) -> float:

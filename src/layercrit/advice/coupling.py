@@ -30,7 +30,7 @@ def coupled_layers(model: Model) -> tuple[dict[str, str], list[str]]:
     except ImportError as error:
         raise AdviceError(
             "Which layers share their channels is found by Torch-Pruning, which is not installed. Install "
-            "layercrit[action], or ask for the weights of each layer on its own: --of weights (of='weights')."
+            "layercrit[action], or ask for the weights of each layer on its own: --of weights (knobs=None)."
         ) from error
     with undisturbed():
         network = copy.deepcopy(model.classifier.network).eval().cpu()
@@ -42,7 +42,7 @@ def coupled_layers(model: Model) -> tuple[dict[str, str], list[str]]:
         except Exception as error:  # it follows gradients, and raises whatever goes wrong there
             raise AdviceError(
                 f"Torch-Pruning cannot follow {model.reference} ({first_line(error)}). Ask for the weights of each "
-                "layer on its own: --of weights (of='weights')."
+                "layer on its own: --of weights (knobs=None)."
             ) from error
     coupled: dict[str, str] = {}
     outputs = (torch_pruning.prune_conv_out_channels, torch_pruning.prune_linear_out_channels)

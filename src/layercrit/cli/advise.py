@@ -1,20 +1,17 @@
 """The command that says which layers to freeze, fine-tune, prune or quantise."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
 
 from layercrit.cli.printing import bar, notice, number, plain, print_table, say
 from layercrit.cli.registered import complete_files
-from layercrit.errors import AdviceError, LayercritError, near
+from layercrit.errors import AdviceError, LayercritError
 
 # Everything that imports torch is imported inside the functions, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
-    import pandas as pd
-
     from layercrit.advice import Advice
     from layercrit.measurement import Measurement
 
@@ -107,9 +104,19 @@ def advise_command(
 
     _check_options(action, images)
     check_advice(action, budget, bits, ratio)
-    layers, name, reference = _criticality(source, model, reset, images, trials, n_images)
-    knobs, fixed = _coupled(reference, layers) if action == "prune" and unit == "channels" else ({}, [])
-    found = advise(layers, action, budget, knobs=knobs, fixed=fixed, bits=bits, ratio=ratio, model=name)
+    if (model, reset) != (None, None) and (images is not None or not _is_study(source)):
+        raise click.UsageError("--model and --reset choose from a study, and this is none.")
+    layers = source if images is None else _measure(source, images, trials, n_images)
+    found = advise(
+        layers,
+        action,
+        budget,
+        knobs="channels" if action == "prune" and unit == "channels" else None,
+        bits=bits,
+        ratio=ratio,
+        model=model,
+        reset=reset,
+    )
     if form == "table" and out is None:
         _show(found)
     else:
@@ -125,35 +132,11 @@ def advise_command(
         notice(plot)
 
 
-def _criticality(
-    source: str, model: str | None, reset: str | None, images: str | None, trials: int, n_images: int
-) -> tuple["Measurement | pd.DataFrame", str, str]:
-    """Return a measurement, or a model's layers in a study; the model's name; and its reference."""
-    from layercrit.measurement import Measurement
+def _is_study(source: str) -> bool:
     from layercrit.study.shards import is_study
-    from layercrit.study.tables import load_study
 
-    folder = Path(source).expanduser()
-    if images is None and _is(is_study, folder):
-        return _of_study(load_study(folder), model, reset)
-    if model is not None or reset is not None:
-        raise click.UsageError("--model and --reset choose from a study, and this is none.")
-    if images is not None:
-        measurement = _measure(source, images, trials, n_images)
-    elif _is(Path.is_file, folder / "measurement.json"):
-        measurement = Measurement.load(folder)
-    else:
-        raise AdviceError(
-            f"There is no measurement or study in {source}. Give the folder that `layercrit measure` or `layercrit "
-            "study run` wrote; or, where it is a model, --images to measure it on."
-        )
-    reference = str(measurement.record["model"]["reference"])
-    return measurement, reference, reference
-
-
-def _is(question: Callable[[Path], bool], path: Path) -> bool:
     try:
-        return question(path)
+        return is_study(Path(source).expanduser())
     except OSError:  # a reference may be longer than a file name can be
         return False
 
@@ -171,28 +154,6 @@ def _check_options(action: str, images: str | None) -> None:
             raise click.UsageError(f"--{name} goes only with {with_what}.")
 
 
-def _of_study(study: Any, model: str | None, reset: str | None) -> tuple["pd.DataFrame", str, str]:
-    names = list(study.models["model"])
-    if model is None and len(names) > 1:
-        raise AdviceError(
-            f"Advice is for one model, and the study has {len(names)}: {', '.join(names[:10])}"
-            f"{' ...' if len(names) > 10 else ''}. Name it with --model."
-        )
-    if study.record.get("protocol", {}).get("sets", "each") != "each":
-        raise AdviceError(
-            "Advice is about layers, or groups of them, one by one, and this study resets sets of layers together. Run "
-            "a study without `sets`."
-        )
-    name = names[0] if model is None else model
-    if name not in names:
-        raise AdviceError(f"The study has no model {name!r}. {near(name, names)}")
-    wanted = study.of_reset(reset)["reset"].iloc[0]
-    table = study.to_pandas()
-    table = table[(table["model"] == name) & (table["reset"] == wanted)]
-    reference = study.models.set_index("model").loc[name, "reference"]
-    return table, name, str(reference)
-
-
 def _measure(model: str, images: str, trials: int, n_images: int) -> "Measurement":
     """Measure a model and save that, where `layercrit measure` would."""
     from layercrit.cli.model_options import folder_for
@@ -208,30 +169,6 @@ def _measure(model: str, images: str, trials: int, n_images: int) -> "Measuremen
     measurement.save(folder)
     notice(f"Saved in {folder}")
     return measurement
-
-
-def _coupled(reference: str, layers: "Measurement | pd.DataFrame") -> tuple[dict[str, str], list[str]]:
-    """Return which layers share their channels, and which have the classes as channels."""
-    import pandas as pd
-
-    from layercrit.advice import coupled_layers
-    from layercrit.models.references import open_model
-
-    try:
-        model = open_model(reference)
-    except LayercritError as error:
-        raise AdviceError(
-            f"Which layers share their channels is found in the network, and {reference!r} cannot be opened ({error}). "
-            "Ask for the weights of each layer by itself: --of weights."
-        ) from error
-    knobs, fixed = coupled_layers(model)
-    table = layers if isinstance(layers, pd.DataFrame) else layers.to_pandas()
-    if unlike := [layer for layer in table["layer"] if layer not in knobs and layer not in fixed]:
-        raise AdviceError(
-            f"{unlike[0]!r} is no convolution or linear layer whose channels could be removed. Measure these one by "
-            "one (--group layer, --types conv,linear: the defaults), or ask for weights: --of weights."
-        )
-    return knobs, fixed
 
 
 def _write(text: str, out: Path | None) -> None:

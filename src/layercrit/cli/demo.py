@@ -30,7 +30,7 @@ def demo_command(out: Path, as_json: bool) -> None:
         found = {**result.comparison.to_dict(), "findings": result.findings, "epochs": agreement}
         click.echo(json.dumps(found, allow_nan=False))
     else:
-        show_comparison(result.comparison)
+        show_comparison(result.study, result.comparison)
         click.echo(f"\n{result.findings}\n")
         show_epochs(result.epochs)
     files = ", ".join(sorted(path.name for path in out.iterdir() if path.is_file()))

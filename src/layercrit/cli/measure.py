@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -13,8 +13,9 @@ from click.core import ParameterSource
 from layercrit.cli.by_images import by_option, rows_by, save_by, show_by
 from layercrit.cli.epochs import measure_through_training
 from layercrit.cli.model_options import folder_for, number_or_auto
+from layercrit.cli.pitfalls import say_pitfalls
 from layercrit.cli.printing import bar, notice, number, percent, plain, print_table, print_warnings, say
-from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files
+from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files, missing_plug_ins_named
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, DTYPES, GROUPS, INTERVALS, NORM_STATISTICS
@@ -62,11 +63,15 @@ def _epochs(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option(
     "--images",
     required=True,
+    cls=RegisteredOption,
+    registry="layercrit.probes.kinds:IMAGE_SOURCES",
+    more=("Corruptions:", "layercrit.probes.corruptions:CORRUPTIONS"),
     metavar="SOURCE",
     shell_complete=complete_files,
     help="A folder, .npz/.npy, .parquet, WebDataset .tar, Hugging Face data set on disk, MNIST files (of a folder: the "
-    "t10k part), or 'torchvision:NAME?root=DIR&split=test'. A part of a source: 'SOURCE?split=test'. Corrupted: "
-    "'corrupt:fog@3:SOURCE' (KIND@SEVERITY, 1 to 5). Adversarial: 'attack:pgd(norm=linf, eps=4/255, steps=10):SOURCE'.",
+    "t10k part), or KIND:NAME. A part of a source: 'SOURCE?split=test'. Corrupted: "
+    "'corrupt:fog@3:SOURCE' (KIND@SEVERITY, 1 to 5). Adversarial: 'attack:pgd(norm=linf, eps=4/255, steps=10):SOURCE'. "
+    "Kinds:",
 )
 @click.option("--trials", default=DEFAULTS.trials, show_default=True, help="Random draws per layer.")
 @click.option("--n-images", default=DEFAULTS.n_images, show_default=True, help="Images drawn from SOURCE, at most.")
@@ -196,10 +201,11 @@ def measure_command(
     with tracked_measurement(trackers, model, settings, folder) as tracking:
         on_cell = None if tracking is None else tracking.cell
         try:
-            measurement = measure(
-                model, images, resume=earlier, on_trial=saver.keep, on_cell=on_cell, keep_images=folder / "images",
-                **settings,
-            )  # fmt: skip
+            with missing_plug_ins_named(lambda: {} if earlier is None else earlier.record["versions"]):
+                measurement = measure(
+                    model, images, resume=earlier, on_trial=saver.keep, on_cell=on_cell, keep_images=folder / "images",
+                    **settings,
+                )  # fmt: skip
         except BaseException:
             saver.save_what_is_finished()
             raise
@@ -222,32 +228,23 @@ def layers_command(model: str, layers: str, types: str, group: str, sets: str, a
     """
     from rich.table import Table
 
-    from layercrit.engine.flops import count_flops
-    from layercrit.layer_sets import read_sets, sets_of
-    from layercrit.layers import Group, find_layers, select_layers
-    from layercrit.models.references import open_model, without_weights
+    from layercrit.measuring import list_layers
 
-    opened = open_model(without_weights(model, keep=("mean", "std", "input_size")))  # nothing is downloaded
-    black = opened.classifier.normalise(opened.black_image)
-    wanted = read_sets(sets)
-    every = find_layers(opened.network, black, group)
-    found = sets_of(select_layers(every, types=types, patterns=layers, group=cast(Group, group)), wanted)
-    _, after = count_flops(opened.network, found, black)
+    found = list_layers(model, layers=layers, types=types, group=group, sets=sets).rename(columns={"layer": "name"})
+    rows = found.to_dict("records")
     if as_json:
-        rows = [{**layer.to_dict(), "flops_after": after[layer.name]} for layer in found]
         click.echo(json.dumps({"model": model, "layers": rows}, allow_nan=False))
         return
     table = Table(title=plain(model), title_justify="left", box=None, pad_edge=False)
     for column in ("depth", "layer", "type", "shape", "parameters", "after"):
         table.add_column(column, justify="left" if column in ("layer", "type", "shape") else "right")
-    for layer in found:
-        shape = " x ".join(str(n) for n in layer.shape)
-        share = f"{100 * after[layer.name]:.1f}%"
-        table.add_row(str(layer.depth), plain(layer.name), layer.type, shape, f"{layer.n_parameters:,}", share)
+    for row in rows:
+        shape = " x ".join(str(n) for n in row["shape"])
+        share = f"{100 * row['flops_after']:.1f}%"
+        table.add_row(str(row["depth"]), plain(row["name"]), row["type"], shape, f"{row['n_parameters']:,}", share)
     print_table(table)
-    total = sum(layer.n_parameters for layer in found)
-    passes = f"one trial of all layers costs {sum(after.values()):.1f} forward passes"
-    say(f"{len(found)} layers, {total:,} parameters; {passes}")
+    passes = f"one trial of all layers costs {found['flops_after'].sum():.1f} forward passes"
+    say(f"{len(found)} layers, {found['n_parameters'].sum():,} parameters; {passes}")
 
 
 @click.command("show", short_help="Print a saved measurement, and plot it again.")
@@ -334,12 +331,16 @@ def _earlier(folder: Path, settings: dict[str, Any]) -> "Measurement | None":
 
 
 def _show(measurement: "Measurement", as_json: bool, folder: Path, by: str | None) -> None:
+    from layercrit.pitfalls import pitfalls_of_measurement
+
     summary, table, has_pairs = measurement.summary(), measurement.to_pandas(), measurement.has_pairs
+    applying = pitfalls_of_measurement(measurement)
     if as_json:
         rows = json.loads(table.to_json(orient="records", double_precision=15))
         found = measurement.interactions().to_json(orient="records", double_precision=15) if has_pairs else "[]"
         more = {"interactions": json.loads(found)} if has_pairs else {}
         more |= {f"by_{by}": rows_by(measurement, by)} if by else {}
+        more["pitfalls"] = [one.name for one in applying]
         click.echo(json.dumps({**summary, "layers": rows, "folder": str(folder), **more}, allow_nan=False))
         return
     print_warnings(summary["warnings"])
@@ -348,6 +349,7 @@ def _show(measurement: "Measurement", as_json: bool, folder: Path, by: str | Non
         print_table(_interaction_table(measurement.interactions(), summary))
     for line in _summary_lines(summary):
         say(line)
+    say_pitfalls(applying)
     if by:
         show_by(measurement, by)
 

@@ -1,11 +1,13 @@
-"""What is registered, in help and in the completion of shells.
+"""What is registered, in help and in the completion of shells; missing plug-ins.
 
 The registries import torch, so help reads them only when it is shown. Completion, which has to be quick, reads names
 from the text of the modules that register them: those of layercrit itself, not those of plug-ins.
 """
 
+import contextlib
 import copy
 import re
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +15,19 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from layercrit.errors import LayercritError
+
 if TYPE_CHECKING:
     from layercrit.registry import Registry
 
-__all__ = ["ModelCommand", "RegisteredOption", "complete_files", "complete_methods", "complete_zoo"]
+__all__ = [
+    "ModelCommand",
+    "RegisteredOption",
+    "complete_files",
+    "complete_methods",
+    "complete_zoo",
+    "missing_plug_ins_named",
+]
 
 _PACKAGE = Path(__file__).parents[1]
 _REGISTERED = re.compile(r"^@\w+\(\s*\"([\w-]+)\"", re.MULTILINE)  # the decorator that registers, and the name
@@ -27,23 +38,31 @@ class RegisteredOption(click.Option):
 
     Args:
         registry: where it is, such as ``layercrit.resets:RESETS``.
+        only_names: whether they are listed without what they stand for, as there are many.
+        more: a heading and another registry, whose names are listed behind.
     """
 
-    def __init__(self, *args: Any, registry: str, **settings: Any) -> None:
+    def __init__(
+        self, *args: Any, registry: str, only_names: bool = False, more: tuple[str, str] | None = None, **settings: Any
+    ) -> None:
         super().__init__(*args, **settings)
-        self.registry = registry
+        self.registry, self.only_names, self.more = registry, only_names, more
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """Return the option and its help, with the names and what they stand for."""
-        module, _, name = self.registry.partition(":")
-        lines = _lines(getattr(import_module(module), name))
+        lines = _lines(_registry(self.registry))
         listed = "; ".join(f"{name}: {line.rstrip('.')}" if line else name for name, line in lines.items())
         shown = copy.copy(self)
-        shown.help = f"{self.help} {listed}."
+        shown.help = f"{self.help} {', '.join(lines) if self.only_names else listed}."
+        if self.more is not None:
+            heading, registry = self.more
+            shown.help += f" {heading} {', '.join(_registry(registry))}."
         return click.Option.get_help_record(shown, ctx)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Return the names that begin as the last of those that were typed, which commas separate."""
+        if self._custom_shell_complete is not None:
+            return super().shell_complete(ctx, incomplete)
         return _complete(_names_in(self.registry.partition(":")[0]), incomplete)
 
 
@@ -87,6 +106,33 @@ class ModelCommand(click.Command):
             formatter.write_dl(list(zip(forms, _lines(MODEL_SOURCES).values(), strict=True)))
 
 
+def _registry(where: str) -> "Registry[Any]":
+    """Return the registry that is named ``MODULE:NAME``."""
+    module, _, name = where.partition(":")
+    found: Registry[Any] = getattr(import_module(module), name)
+    return found
+
+
 def _lines(registry: "Registry[Any]") -> dict[str, str]:
     """Return the names and what they stand for, as a terminal shows it."""
     return {name: text.replace("``", "") for name, text in registry.summaries().items()}
+
+
+@contextlib.contextmanager
+def missing_plug_ins_named(recorded: Callable[[], Mapping[str, str]]) -> Iterator[None]:
+    """Say in errors that are raised here which plug-ins an earlier result was made with that are not installed.
+
+    Args:
+        recorded: returns the versions that the earlier result names.
+    """
+    try:
+        yield
+    except LayercritError as error:
+        from layercrit.provenance import missing_plug_ins
+
+        if not (missing := missing_plug_ins(recorded())):
+            raise
+        raise type(error)(
+            f"{error}\nWhat is there was made with plug-ins that are not installed here: {', '.join(missing)}. Install "
+            "them, then run the same command again."
+        ) from error

@@ -56,6 +56,12 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
     help="Show in the page, of the same models, the images that each layer's reset moves most and least, as small "
     "pictures. Leave it out where the images are private: who gets the page sees them.",
 )
+@click.option(
+    "--proxies",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A folder that `layercrit proxies STUDY` wrote: plot its proxies on the page.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 def report_command(
     folder: Path,
@@ -64,6 +70,7 @@ def report_command(
     formats: list[str],
     profiles: tuple[str, ...],
     thumbnails: bool,
+    proxies: Path | None,
     as_json: bool,
     **asked: Any,
 ) -> None:
@@ -81,6 +88,7 @@ def report_command(
         formats=formats,
         profiles=profiles or None,
         thumbnails=thumbnails,
+        proxies=proxies,
         progress=True,
         **asked,
     )

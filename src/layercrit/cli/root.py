@@ -22,6 +22,7 @@ from layercrit.cli.exit_codes import ExitCode
 from layercrit.cli.global_options import add_global_options, use_colours, version_option
 from layercrit.cli.measure import layers_command, measure_command, show_command
 from layercrit.cli.module_criticality import module_criticality_command
+from layercrit.cli.pitfalls import pitfalls_command
 from layercrit.cli.printing import visible_lines
 from layercrit.cli.proxies import proxies_command
 from layercrit.cli.report import report_command
@@ -31,7 +32,8 @@ from layercrit.cli.tables import compare_command, export_command, import_command
 from layercrit.cli.train import methods_command, train_command
 from layercrit.cli.worst_case import worst_case_command
 from layercrit.cli.zoo import zoo
-from layercrit.errors import LayercritError, UnfinishedPilotError
+from layercrit.errors import DISK_FULL, LayercritError, UnfinishedPilotError
+from layercrit.registry import plug_in_that_raised
 
 __all__ = ["cli", "main"]
 
@@ -41,7 +43,7 @@ __all__ = ["cli", "main"]
 # What ends a command from outside, beside Ctrl-C: schedulers and time limits, and a terminal that is closed.
 _MOMENT = 0.2  # seconds
 _ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_FULL = (*DISK_FULL, errno.EIO)
 
 
 class _ReaderGoneError(Exception):
@@ -90,7 +92,7 @@ _SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Begin": (demo_command, doctor_command),
     "One model": (measure_command, layers_command, show_command, advise_command),
     "Other questions about its layers": (proxies_command, module_criticality_command, worst_case_command),
-    "Many models": (study, compare_command, report_command, export_command, import_command),
+    "Many models": (study, compare_command, report_command, pitfalls_command, export_command, import_command),
     "Get models": (train_command, methods_command, zoo),
 }
 study.add_command(submit_command)
@@ -143,6 +145,9 @@ def _run(debug: bool) -> int:
     except Exception as error:
         if (text := _of_surroundings(error)) is not None:
             return _complain(text, debug, ExitCode.ERROR)
+        if (plug_in := plug_in_that_raised(error)) is not None:
+            return _complain(f"{type(error).__name__}: {error}\n  This is an error of the plug-in {plug_in}. Report it "
+                             "there, with what `layercrit --traceback ...` prints.", debug, ExitCode.BUG)  # fmt: skip
         return _complain(f"{type(error).__name__}: {error}\n  This is a bug in layercrit. Run again with "
                          "`layercrit --traceback ...` and report what it prints.", debug, ExitCode.BUG)  # fmt: skip
 

@@ -20,6 +20,7 @@ from layercrit.cli.printing import (
     say_damaged,
     visible_lines,
 )
+from layercrit.cli.registered import RegisteredOption, missing_plug_ins_named
 from layercrit.cli.tracking import track_option, tracked_study
 from layercrit.errors import StudyError
 from layercrit.foreign_text import visible
@@ -61,9 +62,11 @@ def study() -> None:
 )
 @click.option(
     "--on",
-    metavar="ray[://HOST:PORT]",
-    help="Use a Ray cluster that runs already: the one this machine belongs to, or one to connect to from outside. "
-    "[default workers there: one for each GPU, else one for each node]",
+    cls=RegisteredOption,
+    registry="layercrit.study.ray_workers:EXECUTORS",
+    metavar="NAME[:ADDRESS]",
+    help="Measure elsewhere than in processes of this machine. Ray's workers are by default one for each GPU, else one "
+    "for each node.",
 )
 @click.option("--retry", is_flag=True, help="Retry the trials that failed before.")
 @click.option(
@@ -88,9 +91,10 @@ def run_command(
 
     STUDY.toml may also be the folder of a study that was started before.
     """
+    import layercrit.study.ray_workers  # noqa: F401 - registers ray
+    from layercrit.study.executors import executor_on
     from layercrit.study.file import read_study_file
     from layercrit.study.ranks import Shard, rank_of
-    from layercrit.study.ray_workers import executor_on
     from layercrit.study.running import run_study
     from layercrit.study.tables import load_study
 
@@ -99,12 +103,13 @@ def run_command(
         own = None
     if on is not None and own is not None:
         raise StudyError(
-            f"This process is to measure {own.in_words()}, and to use a Ray cluster, which deals the study to its own "
-            "workers. Start one process with --on ray; with --shard 1/1 where a launcher says otherwise."
+            f"This process is to measure {own.in_words()}, and to use the executor {on!r}, which deals the study to "
+            f"its own workers. Start one process with --on {on}; with --shard 1/1 where a launcher says otherwise."
         )
     folder = _folder_of(file, out)
     _keep_own_file(folder)
-    read = read_study_file(file)
+    with missing_plug_ins_named(lambda: _versions(folder)):
+        read = read_study_file(file)
     if own is not None:
         notice(f"{own.in_words()}")
     executor = None if on is None else executor_on(on, read, folder, workers)
@@ -257,6 +262,16 @@ def _keep_own_file(folder: Path) -> None:
             f"{folder} contains a study.toml but no study yet, and a run would replace that file. Give the file "
             "itself, and another folder with --out."
         )
+
+
+def _versions(folder: Path) -> dict[str, str]:
+    """Return the versions under which a study was run before, if it was."""
+    from layercrit.study.shards import is_study, open_study
+
+    if not is_study(folder):
+        return {}
+    with open_study(folder) as store:
+        return {name: version for run in store.runs() for name, version in run.get("versions", {}).items()}
 
 
 def _status(found: "Study") -> dict[str, Any]:

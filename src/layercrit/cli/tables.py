@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from layercrit.cli.pitfalls import say_pitfalls
 from layercrit.cli.printing import notice, number, percent, plain, print_table, print_warnings, say, say_damaged
 from layercrit.cli.registered import RegisteredOption
 from layercrit.protocol import NORM_STATISTICS
@@ -15,6 +16,7 @@ from layercrit.protocol import NORM_STATISTICS
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
     from layercrit.comparison import Comparison
+    from layercrit.study.tables import Study
 
 __all__ = ["compare_command", "comparison_options", "export_command", "import_command", "show_comparison"]
 
@@ -132,6 +134,7 @@ def compare_command(folder: Path, as_json: bool, **asked: Any) -> None:
     layer, 1 the last.
     """
     from layercrit.comparison import compare
+    from layercrit.pitfalls import pitfalls_of_comparison
     from layercrit.study.tables import load_study
 
     study = load_study(folder)
@@ -145,13 +148,16 @@ def compare_command(folder: Path, as_json: bool, **asked: Any) -> None:
     if comparison.caution:
         say(f"note: {comparison.caution}", err=True)
     if as_json:
-        click.echo(json.dumps(comparison.to_dict(), allow_nan=False))
+        names = [one.name for one in pitfalls_of_comparison(study, comparison)]
+        click.echo(json.dumps({**comparison.to_dict(), "pitfalls": names}, allow_nan=False))
         return
-    show_comparison(comparison)
+    show_comparison(study, comparison)
 
 
-def show_comparison(comparison: "Comparison") -> None:
+def show_comparison(study: "Study", comparison: "Comparison") -> None:
     """Print the models, most critical first, categories, and correlations."""
+    from layercrit.pitfalls import pitfalls_of_comparison
+
     print_table(_ranking(comparison))
     say()
     if len(comparison.categories):
@@ -170,6 +176,7 @@ def show_comparison(comparison: "Comparison") -> None:
         say(f"left out: {', '.join(comparison.left_out)}")
     for note in comparison.notes:
         say(f"note: {note}")
+    say_pitfalls(pitfalls_of_comparison(study, comparison))
 
 
 def _table(title: str, names: tuple[str, ...], numbers: tuple[str, ...]) -> Any:

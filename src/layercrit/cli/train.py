@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from layercrit.cli.exit_codes import ExitCode
 from layercrit.cli.printing import duration, notice, percent, plain, print_table, say
-from layercrit.cli.registered import complete_methods
+from layercrit.cli.registered import RegisteredOption, complete_methods
 from layercrit.verbosity import is_quiet
 
 __all__ = ["methods_command", "train_command"]
@@ -40,7 +40,12 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
 @click.argument("models", nargs=-1)
 @click.option("--study", metavar="FILE", help="Train the models of a study file (all, or the MODELS named).")
 @click.option(
-    "--method", metavar="METHOD", shell_complete=complete_methods, help="Training method; see `layercrit methods`."
+    "--method",
+    cls=RegisteredOption,
+    registry="layercrit.training:METHODS",
+    only_names=True,
+    metavar="METHOD",
+    help="Training method; `layercrit methods` says what each is:",
 )
 @click.option("--arch", metavar="MODEL", help="Architecture, such as timm:resnet18, with random initial weights.")
 @click.option(

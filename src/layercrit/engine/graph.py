@@ -25,7 +25,7 @@ from typing_extensions import override
 from layercrit.engine import cudnn, onednn
 from layercrit.engine.linear_layers import add_before_permuting, fold_layer_scales
 from layercrit.engine.narrowing import narrow
-from layercrit.engine.nodes import CONVOLUTIONS, value_of
+from layercrit.engine.nodes import CONVOLUTIONS, output_of, value_of
 from layercrit.models.outputs import logits_of
 from layercrit.restoring import attributes_kept
 
@@ -35,6 +35,8 @@ aten = torch.ops.aten
 
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 _READ_MEMORY = {aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default, aten.view_as_real.default}
+# Before torch 2.6 the exporter itself wrote no views and no writes to memory, and decomposing splits fast operators
+_EXPORTS_IN_FINAL_FORM = torch.__version__ < (2, 6)
 # What the exporter writes in its final form at once: neither views nor writes to memory, nor made of other operators
 _FINAL = {
     *(aten.conv2d.default, aten.linear.default, aten.add.Tensor, aten.mul.Tensor, aten.mean.dim),
@@ -109,8 +111,8 @@ def export_graph(
             depends on the image. The caller takes a slower backend.
     """
     with torch.no_grad(), _quiet(), attributes_kept(network):
-        program = torch.export.export(_Logits(network, read_logits), (images,))
-        if not _write_out(program.graph):
+        program = torch.export.export(_Logits(network, read_logits), (images,), strict=False)
+        if not _EXPORTS_IN_FINAL_FORM and not _write_out(program.graph):
             program = program.run_decompositions({})
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
@@ -134,7 +136,8 @@ def export_graph(
             values[node] = tensors[name] if name in tensors else program.constants[inputs[node.name]]
             names[node] = names_of.get(id(values[node]), (name,))
     (images_node,) = (node for node in graph.nodes if node.op == "placeholder" and node not in values)
-    (logits_node,) = graph.output_node().args[0]
+    outputs: Any = output_of(graph).args[0]
+    (logits_node,) = outputs
     for node in reversed(list(graph.nodes)):
         # true of the float32 network; a fast mode changes types and layouts on purpose
         is_promise = node.target is aten._assert_tensor_metadata.default
@@ -254,7 +257,8 @@ def _drop_copies(weight_graph: WeightGraph) -> None:
     for node in [node for node in weight_graph.dynamic_nodes() if node.op == "call_function"]:
         arguments: Any = node.args
         empty_pad = node.target is aten.pad.default and not any(arguments[1])
-        if node.target in (aten.clone.default, aten.alias.default) or empty_pad:
+        idle_dropout = node.target is aten.dropout.default and arguments[2] is False
+        if node.target in (aten.clone.default, aten.alias.default) or empty_pad or idle_dropout:
             node.replace_all_uses_with(arguments[0])
             weight_graph.graph.erase_node(node)
 
@@ -302,7 +306,7 @@ def _cast_inputs(weight_graph: WeightGraph, dtype: torch.dtype) -> None:
 
 def _cast_logits(weight_graph: WeightGraph) -> None:
     graph = weight_graph.graph
-    output = graph.output_node()
+    output = output_of(graph)
     outputs: Any = output.args[0]
     (logits,) = outputs  # the node that was exported may have been replaced
     with graph.inserting_before(output):

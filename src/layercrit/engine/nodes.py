@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["CONVOLUTIONS", "alike", "convolution_arguments", "epilogue", "only_user", "shortcut_of", "value_of"]
+__all__ = [
+    "CONVOLUTIONS",
+    "alike",
+    "convolution_arguments",
+    "epilogue",
+    "only_user",
+    "output_of",
+    "shortcut_of",
+    "value_of",
+]
 
 aten = torch.ops.aten
 
@@ -21,6 +30,12 @@ def value_of(node: fx.Node) -> Tensor:
     """Return what stands for a node's value in the exported network: a tensor without memory."""
     value: Tensor = node.meta["val"]
     return value
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    """Return the node that a graph ends with."""
+    output: fx.Node = list(graph.nodes)[-1]
+    return output
 
 
 def alike(node: fx.Node, other: fx.Node) -> bool:

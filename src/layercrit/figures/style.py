@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from layercrit.errors import ProtocolError, near
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["check_formats", "figure_style", "printable", "save_figure", "text_width"]
+__all__ = ["check_formats", "figure_style", "printable", "save_figure", "svg_of", "text_width"]
 
 # Each format with the metadata that would hold the date.
 _FORMATS: dict[str, dict[str, Any]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
@@ -119,3 +120,11 @@ def save_figure(
             figure.savefig(path, format=one, dpi=200, metadata=_FORMATS[one])
         paths.append(path)
     return paths
+
+
+def svg_of(figure: "Figure") -> bytes:
+    """Return a figure as `save_figure` writes it as SVG."""
+    file = BytesIO()
+    with figure_style():
+        figure.savefig(file, format="svg", dpi=200, metadata=_FORMATS["svg"])
+    return file.getvalue()

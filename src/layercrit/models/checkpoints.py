@@ -2,11 +2,10 @@
 
 A file is read into memory once, so its hash is that of exactly the bytes that were parsed. Before a pickle is loaded,
 its opcodes are scanned (nothing is executed), and the file is refused if it would call anything but classes of data;
-then ``torch.load(weights_only=True)`` builds the tensors, and inert stand-ins in place of all other objects.
+then `layercrit.models.unpickling` builds the tensors, and inert stand-ins in place of all other objects.
 """
 
 import hashlib
-import io
 import stat
 import threading
 from collections import deque
@@ -21,9 +20,10 @@ import torch
 from torch import Tensor
 
 from layercrit.errors import CheckpointError, first_line, near
-from layercrit.models.pickles import Inert, imports_of, is_data, is_inert, stand_in
+from layercrit.models.pickles import Inert, imports_of, is_data, is_inert
+from layercrit.models.unpickling import unpickle
 
-__all__ = ["Checkpoint", "foreign_globals", "hash_tensors", "look_beside", "read_checkpoint"]
+__all__ = ["Checkpoint", "foreign_globals", "hash_tensors", "loading_safely", "look_beside", "read_checkpoint"]
 
 _LISTED = 8  # names shown of each kind of difference
 
@@ -168,8 +168,7 @@ def _parse_torch(path: Path, data: bytes) -> tuple[object, tuple[str, ...]]:
         raise _more_than_weights(path, acting)
     objects = tuple(name for name in named if not is_data(name))
     try:
-        with _allowing_only([(stand_in(name, use), name) for name, use in named.items()]):
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        content = unpickle(data, named)
     except Exception as error:  # damaged or hostile bytes raise whatever the unpickler meets first
         if objects:
             raise _more_than_weights(path, objects) from error
@@ -187,17 +186,25 @@ _LOADING = threading.Lock()
 
 
 @contextmanager
-def _allowing_only(stand_ins: list[Any]) -> Iterator[None]:
-    """Inside, torch takes the stand-ins for the classes that a file names, and none that was allowed elsewhere."""
-    with _LOADING:  # torch keeps one list for the whole process
-        before = torch.serialization.get_safe_globals()
-        torch.serialization.clear_safe_globals()
+def loading_safely() -> Iterator[None]:
+    """Inside, what this thread loads with ``torch.load``, as timm and torchvision do, runs no code.
+
+    Raises:
+        CheckpointError: inside, where a file is loaded that `read_checkpoint` would refuse to read.
+    """
+    with _LOADING:  # torch has one function for the whole process
+        load, thread = torch.load, threading.get_ident()
+
+        def load_safely(file: Any, *arguments: Any, **options: Any) -> Any:
+            if threading.get_ident() != thread:
+                return load(file, *arguments, **options)
+            return _parse_torch(Path(file), _read_bytes(Path(file)))[0]
+
+        torch.load = load_safely  # type: ignore[assignment]
         try:
-            torch.serialization.add_safe_globals(stand_ins)
             yield
         finally:
-            torch.serialization.clear_safe_globals()
-            torch.serialization.add_safe_globals(before)
+            torch.load = load
 
 
 def _more_than_weights(path: Path, names: Sequence[str]) -> CheckpointError:

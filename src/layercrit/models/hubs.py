@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from layercrit.errors import ModelError, near
+from layercrit.models.checkpoints import loading_safely
 from layercrit.models.model import Model, structure
 from layercrit.models.sources import ModelSource, explained, model_source, written
 from layercrit.probes.images import Interpolation, Preprocessing
@@ -85,7 +86,7 @@ def _timm_model(reference: str, name: str, config: dict[str, Any] | None, option
     pretrained = options.pop("pretrained", True)
     architecture = name.partition(".")[0]
     usual = ("pretrained", "seed", "num_classes", "in_chans", "img_size", "patch_size", "global_pool")
-    with explained(reference, options, usual), drawing(options.pop("seed", 0)):
+    with explained(reference, options, usual), drawing(options.pop("seed", 0)), loading_safely():
         network: Any = timm.create_model(name, pretrained=pretrained, pretrained_cfg=config, **options)
     n_published = network.pretrained_cfg["num_classes"]
     if pretrained and options.get("num_classes", n_published) != n_published:
@@ -149,11 +150,8 @@ class _Torchvision(ModelSource):
         seed = options.pop("seed", 0)
         with explained(f"torchvision:{rest}", options, ("pretrained", "seed", "num_classes")), drawing(seed):
             build = partial(models.get_model, name, weights=None, **options)
-            if pretrained:
-                # torchvision itself unpickles without restriction. Reading the file once with it refuses code; then the
-                # library's own function may load the same file, which knows what each architecture needs beside it.
-                weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-            network = models.get_model(name, weights=weights, progress=False, **options) if pretrained else build()
+            with loading_safely():  # torchvision itself unpickles without restriction
+                network = models.get_model(name, weights=weights, progress=False, **options) if pretrained else build()
         mean, std, shape = torchvision_input(weights)
         architecture = f"torchvision:{name}{written(options)}"
         initialiser = f"torchvision.models.get_model({name!r}, weights=None)"

@@ -37,6 +37,12 @@ class Model:
         probabilities: whether that part are probabilities, whose logarithms then stand for logits.
         undeclared: which of `INPUT` neither the model nor the user has said, so that they are defaults.
         notes: what a reader of results has to know about how it was opened, in words.
+
+    Examples:
+        >>> import layercrit
+        >>> model = layercrit.open_model("file:layercrit-demo/models/baseline")
+        >>> model.architecture, model.n_classes, model.mean
+        ('py:layercrit.demo:small_resnet', 10, (0.286,))
     """
 
     reference: str

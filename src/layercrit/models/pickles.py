@@ -17,7 +17,7 @@ from typing import Any
 
 from layercrit.errors import CheckpointError, first_line
 
-__all__ = ["Inert", "imports_of", "is_data", "is_inert", "stand_in"]
+__all__ = ["Inert", "imports_of", "is_data", "is_inert", "is_plain", "python_3_name", "stand_in"]
 
 # What torch itself writes into a file of plain tensors; none of it runs code that a file's author can choose.
 _PLAIN_GLOBAL = re.compile(
@@ -65,6 +65,11 @@ class Inert:
         self.held.append(state)
 
 
+def is_plain(name: str) -> bool:
+    """Whether a dotted name is one that torch writes into files of plain tensors, such as ``torch.FloatStorage``."""
+    return _PLAIN_GLOBAL.fullmatch(name) is not None
+
+
 def is_data(name: str) -> bool:
     """Whether a dotted name is that of data known to be beside weights, such as ``pathlib.PosixPath``."""
     return _DATA_GLOBAL.fullmatch(name) is not None
@@ -81,6 +86,12 @@ def is_inert(name: str) -> bool:
     )
 
 
+def python_3_name(module: str, name: str) -> str:
+    """Return the dotted name that a global of a pickle has in Python 3, whichever Python wrote it."""
+    module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+    return f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
+
+
 def stand_in(name: str, use: str) -> type:
     """Return the class that stands for a dotted name.
 
@@ -91,7 +102,7 @@ def stand_in(name: str, use: str) -> type:
     made: Any = {"mapping": OrderedDict, "list": list}.get(use)
     if made is None:
         return type(name.rpartition(".")[2], (Inert,), {"origin": name})
-    # torch fills only its own mappings and plain lists, so an object that is filled like one is one.
+    # only mappings and lists are filled, so an object that is filled like one is one
     return type(name.rpartition(".")[2], (), {"__new__": lambda cls, *arguments: made()})
 
 
@@ -113,10 +124,13 @@ def imports_of(path: Path, data: bytes) -> dict[str, str]:
     for stream in _pickle_streams(path, data):
         try:
             uses = _uses(stream)
-        except (ValueError, IndexError):  # no pickle, or no longer one: torch.load, restricted too, says what is wrong
+        except (
+            ValueError,
+            IndexError,
+        ):  # no pickle, or no longer one: who reads it, restricted too, says what is wrong
             break
         found |= {name: use for name, use in uses.items() if found.get(name, "object") == "object"}
-    return {str(name): found[name] for name in sorted(found) if not _PLAIN_GLOBAL.fullmatch(name)}
+    return {str(name): found[name] for name in sorted(found) if not is_plain(name)}
 
 
 def _pickle_streams(path: Path, data: bytes) -> Iterator[io.BytesIO]:
@@ -223,7 +237,6 @@ def _take(stack: list[str | None], opcode: pickletools.OpcodeInfo) -> list[str |
 
 def _named(uses: dict[str, str], module: str, name: str) -> _Of:
     """Note a global, under the name that it has in Python 3."""
-    module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
-    dotted = _Of(f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}")
+    dotted = _Of(python_3_name(module, name))
     uses.setdefault(dotted, "object")
     return dotted

@@ -60,6 +60,11 @@ def open_model(
     Raises:
         ModelError: the reference is unknown, its weights are not available, or the arguments do not fit together.
         CheckpointError: a weight file is unreadable, unsafe, or does not fit.
+
+    Examples:
+        >>> import layercrit
+        >>> layercrit.open_model("py:layercrit.demo:small_resnet?input_size=(1,28,28)").black_image.shape
+        torch.Size([1, 1, 28, 28])
     """
     if isinstance(reference, Model):
         model = reference

@@ -88,6 +88,15 @@ def model_source(kind: str) -> Callable[[_Source], _Source]:
 
     Raises:
         ModelError: the name is taken by another function or class, or is not valid.
+
+    Examples:
+        >>> import layercrit
+        >>> @layercrit.model_source("family")
+        ... def open_member(rest, options):
+        ...     '''family:NAME, a network of the demo.'''
+        ...     return layercrit.open_model(f"file:layercrit-demo/models/{rest}")
+        >>> layercrit.open_model("family:pixmix").n_classes
+        10
     """
 
     def register(source: _Source) -> _Source:

@@ -101,6 +101,13 @@ def corruption(
 
     Raises:
         ProbeError: the name is taken or not valid, the family is unknown, or there are not five positive strengths.
+
+    Examples:
+        >>> import layercrit
+        >>> @layercrit.corruption("dimmed", "weather", small=(0.1, 0.2, 0.3, 0.4, 0.5), unit="what is taken away")
+        ... def dimmed(images, strength, generator):
+        ...     '''All pixels are darker by the same factor.'''
+        ...     return images * (1 - strength)
     """
     strengths = tuple(small), tuple(small if large is None else large)
     if family not in FAMILIES:
@@ -135,9 +142,7 @@ class Corruption:
 
     def __post_init__(self) -> None:
         if self.kind not in CORRUPTIONS:
-            raise ProbeError(
-                f"There is no corruption {shown(self.kind)}. {near(str(self.kind), CORRUPTIONS, limit=99)}"
-            )
+            raise ProbeError(f"There is no corruption {shown(self.kind)}. {CORRUPTIONS.hint(self.kind, limit=99)}")
         if isinstance(self.severity, bool) or self.severity not in SEVERITIES:
             raise ProbeError(
                 f"The severity of a corruption is a whole number from 1 (weak) to 5 (strong); got "

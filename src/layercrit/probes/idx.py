@@ -166,11 +166,11 @@ def _damaged(path: Path, shape: tuple[int, ...], found: str) -> ProbeError:
 
 def _lengths(path: Path, header: bytes, n_axes: int) -> tuple[int, ...]:
     """Return the lengths of the axes that the header of an IDX file names."""
-    magic = (0x0800 + n_axes).to_bytes(4)  # unsigned bytes, and how many axes they have
+    magic = (0x0800 + n_axes).to_bytes(4, "big")  # unsigned bytes, and how many axes they have
     if header[:4] != magic or len(header) != 4 + 4 * n_axes:
         what = "images" if n_axes == 3 else "labels"
         raise ProbeError(
             f"'{path}' is not an IDX file of {what}: it begins with {header[:4].hex(' ') or 'nothing'}; expected "
             f"{magic.hex(' ')} and the lengths of its axes."
         )
-    return tuple(int.from_bytes(header[start : start + 4]) for start in range(4, len(header), 4))
+    return tuple(int.from_bytes(header[start : start + 4], "big") for start in range(4, len(header), 4))

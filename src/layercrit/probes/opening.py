@@ -13,12 +13,12 @@ from layercrit.probes.corruptions import split_corruption
 from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import SUFFIXES
+from layercrit.probes.kinds import IMAGE_SOURCES, kind_of, named_kind, open_named, without_split
 from layercrit.probes.label_files import LABEL_SUFFIXES
 from layercrit.probes.parquet import ParquetSource
-from layercrit.probes.parts import same_part, without_split
+from layercrit.probes.parts import same_part
 from layercrit.probes.sources import ACCEPTED, ArraySource, FolderSource, ImageSource, check_exists, is_folder
 from layercrit.probes.tar import TarSource
-from layercrit.probes.torchvision import TorchvisionSource
 
 __all__ = ["open_source"]
 
@@ -55,6 +55,9 @@ def open_source(
             "'attack:pgd(...):SOURCE'), with corruptions, if any, behind the attack: "
             "'attack:pgd(...):corrupt:KIND@SEVERITY:SOURCE'. For a probe set, call layercrit.attacks.attacked."
         )
+    if name := kind_of(source):
+        _refuse_column(column, f"'{source}'")
+        return open_named(name, str(source), split)
     source, named = without_split(source)
     kind, split = _kind(source), split or named
     if kind is ParquetSource or kind is TarSource or kind is HuggingFaceSource:
@@ -66,8 +69,6 @@ def open_source(
             if same_part(folder.name, split) and is_folder(folder) and _kind(folder) is not FolderSource:
                 return open_source(folder, column=column)  # of shards or files of another kind
     _refuse_column(column, f"'{source}'")
-    if kind is TorchvisionSource:
-        return TorchvisionSource.from_text(str(source))
     if kind is ArraySource:
         return ArraySource(source, split=split)
     return IdxSource(source, split) if kind is IdxSource else FolderSource(source, split)
@@ -82,9 +83,7 @@ def _refuse_column(column: str | None, where: str) -> None:
 
 
 def _kind(source: str | Path) -> type[ImageSource]:
-    """Return the kind of source that a path or another text names."""
-    if str(source).startswith("torchvision:"):
-        return TorchvisionSource
+    """Return the kind of source that a path names."""
     try:
         path = Path(source).expanduser()
     except RuntimeError as error:  # of a user who is not known
@@ -96,6 +95,11 @@ def _kind(source: str | Path) -> type[ImageSource]:
         return ParquetSource
     if suffix == ".tar":
         return TarSource
+    if not path.exists() and (name := named_kind(source)):
+        raise ProbeError(
+            f"'{source}' is neither a file nor a folder, and there is no kind of images {name!r}. "
+            f"{IMAGE_SOURCES.hint(name)} Accepted: {ACCEPTED}."
+        )
     check_exists(path)
     if IdxSource.is_images(path):
         return IdxSource

@@ -2,11 +2,10 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from layercrit.errors import ProbeError, near
 
-__all__ = ["NoSuchPartError", "chosen_part", "level_of_parts", "part_named", "same_part", "without_split", "words_of"]
+__all__ = ["NoSuchPartError", "chosen_part", "level_of_parts", "part_named", "same_part", "words_of"]
 
 _ALIKE = (("train", "training"), ("val", "valid", "validation", "dev"), ("test", "testing", "t10k", "eval"))
 _PART_OF = {name: alike[0] for alike in _ALIKE for name in alike}
@@ -14,21 +13,6 @@ _PART_OF = {name: alike[0] for alike in _ALIKE for name in alike}
 
 class NoSuchPartError(ProbeError):
     """A data set has no part of the name asked for."""
-
-
-def without_split(source: str | Path) -> tuple[str | Path, str | None]:
-    """Return a source without ``?split=NAME`` at its end, and that name or None.
-
-    Raises:
-        ProbeError: another option stands there.
-    """
-    found = re.fullmatch(r"(.+)\?(\w+)=(.*)", str(source), re.DOTALL)
-    if found is None or str(source).startswith("torchvision:") or Path(source).expanduser().exists():
-        return source, None
-    path, option, name = found.groups()
-    if option != "split" or not name:
-        raise ProbeError(f"Unknown option {option!r} in '{source}'; expected '{path}?split=NAME', such as split=test.")
-    return path, name
 
 
 def words_of(name: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Where the pixels of a probe set are stored: in memory, in a temporary file, or in a file that is kept."""
 
-import errno
+import contextlib
 import math
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from layercrit.errors import ProbeError
+from layercrit.errors import DISK_FULL, ProbeError
 from layercrit.probes.images import Pixels
 
 
@@ -84,7 +84,7 @@ class PixelStore:
                 file.seek(slot * image.nbytes)
                 file.write(image.data)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno in DISK_FULL:
                 raise self._disk_full() from error
             raise
 
@@ -118,4 +118,5 @@ class PixelStore:
 
 def _remove(path: Path, process: int) -> None:
     if os.getpid() == process:  # and not a fork of it, where this object goes earlier
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # Windows keeps a file that is mapped
+            path.unlink(missing_ok=True)

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from typing_extensions import Unpack
 
 from layercrit.errors import ProbeError
 from layercrit.foreign_files import read_json
@@ -74,6 +75,13 @@ class ProbeSet:
         skipped: name and reason of each image left out because it could not be read.
         notes: what the user should know about images and labels, in words.
         names_of_labels: label -> name of its class, where classes have names.
+
+    Examples:
+        >>> import layercrit
+        >>> size = layercrit.open_model("file:layercrit-demo/models/baseline").preprocessing
+        >>> images = layercrit.ProbeSet.from_source("layercrit-demo/fashion-mnist-test.npz", size, n_images=50)
+        >>> images.n_images, images.labels.shape
+        (50, (50,))
     """
 
     preprocessing: Preprocessing

@@ -11,6 +11,7 @@ from PIL import Image
 
 from layercrit.errors import ProbeError, near
 from layercrit.probes.classes import Labels, as_numpy, labels_of
+from layercrit.probes.kinds import image_source
 from layercrit.probes.parts import chosen_part
 from layercrit.probes.sources import ImageSource, Item, check_exists
 
@@ -56,17 +57,6 @@ class TorchvisionSource(ImageSource):
         self._origin = f"the targets of torchvision's {name}"
         if len(self) == 0:
             raise ProbeError(f"There are no images in '{self.description}'.")
-
-    @classmethod
-    def from_text(cls, text: str) -> "TorchvisionSource":
-        """Open ``torchvision:NAME?root=PATH&split=SPLIT``; the path is taken literally, without ``%`` escapes."""
-        name, _, query = text.removeprefix("torchvision:").partition("?")
-        settings = dict(part.partition("=")[::2] for part in query.split("&"))
-        if "root" not in settings or not settings.keys() <= {"root", "split"}:
-            raise ProbeError(
-                f"Cannot read '{text}': expected 'torchvision:NAME?root=PATH', optionally with '&split=SPLIT'."
-            )
-        return cls(name, settings["root"], settings.get("split"))
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -133,6 +123,17 @@ class TorchvisionSource(ImageSource):
                 "Choose a data set for classification."
             )
         return sample[0], sample[1]
+
+
+@image_source("torchvision")
+def _open(rest: str, options: dict[str, str]) -> ImageSource:
+    """Data sets of torchvision on disk, such as ``torchvision:CIFAR10?root=DIR&split=test``."""
+    root, split = options.pop("root", None), options.pop("split", None)
+    if root is None or options:
+        raise ProbeError(
+            f"Cannot read 'torchvision:{rest}': expected 'torchvision:NAME?root=PATH', optionally with '&split=SPLIT'."
+        )
+    return TorchvisionSource(rest, root, split)
 
 
 def _split_settings(name: str, split: str | None, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Proxies over the models of a study: how well each ranks the layers, in the mean over models."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from scipy.special import stdtrit
 from layercrit.conditions import under
 from layercrit.correlations import spearman
 from layercrit.errors import LayercritError, StudyError, near
-from layercrit.foreign_text import write_csv
+from layercrit.foreign_text import encodable, write_csv
 from layercrit.models.file_source import epochs_of, training_run
 from layercrit.models.references import open_model
 from layercrit.progress_bar import Bar
@@ -60,6 +61,13 @@ class StudyProxies:
         return table[["model", *columns]]
 
     @property
+    def by_layer(self) -> pd.DataFrame:
+        """One row per model and layer: ``model``, and the columns of `Agreement.by_layer`."""
+        parts = [found.by_layer.assign(model=model) for model, found in self.agreements.items()]
+        table = pd.concat(parts, ignore_index=True)
+        return table[["model", *(name for name in table if name != "model")]]
+
+    @property
     def best_null(self) -> str | None:
         """The null whose mean Spearman over models is farthest from 0."""
         return best_null(self._means())
@@ -93,13 +101,25 @@ class StudyProxies:
         title = f"{self.folder.name}: rank correlation of proxies with criticality"
         return proxy_ranks(self.by_model, self.table, title=title)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the tables and what they say as plain data for JSON; None where a number is not known."""
+        tables = {"table": self.table, "by_model": self.by_model, "by_layer": self.by_layer}
+        rows = {name: json.loads(one.to_json(orient="records", double_precision=15)) for name, one in tables.items()}
+        said = {"best_null": self.best_null, "level": self.level, "sentence": self.sentence}
+        return {**rows, **said, "failed": dict(self.failed)}
+
     def save(self, folder: str | Path) -> list[Path]:
-        """Write ``against.csv`` (the table), ``by_model.csv``, and the proxies of each model in a folder of its own."""
+        """Write ``against.csv`` (the table), ``by_model.csv``, and the proxies of each model in a folder of its own.
+
+        ``against.json`` has all of these and the values by layer, for the page of a report.
+        """
         folder = Path(folder).expanduser()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_csv(self.table, folder / "against.csv")
             write_csv(self.by_model, folder / "by_model.csv")
+            text = json.dumps(encodable(self.to_dict()), ensure_ascii=False, allow_nan=False)
+            (folder / "against.json").write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise LayercritError(
                 f"The proxies cannot be written to {folder} ({error.strerror or error}). Free some space or name "
@@ -107,7 +127,7 @@ class StudyProxies:
             ) from error
         for number, found in enumerate(self.proxies.values()):
             found.save(folder / f"model-{number:03d}")
-        return [folder / "against.csv", folder / "by_model.csv"]
+        return [folder / "against.csv", folder / "by_model.csv", folder / "against.json"]
 
     def __repr__(self) -> str:
         return f"<StudyProxies of {self.folder}: {self.sentence}>"
@@ -180,6 +200,13 @@ def measure_study_proxies(
 
     Raises:
         StudyError: there is no such study, model, reset or probe set, or no model could be opened.
+
+    Examples:
+        >>> import layercrit
+        >>> found = layercrit.measure_study_proxies("layercrit-demo/study", models=["baseline", "pixmix"], n_images=8,
+        ...                                         trials=1, hessian_images=0)
+        >>> list(found.proxies)
+        ['baseline', 'pixmix']
     """
     found = study if isinstance(study, Study) else load_study(study)
     level = found.level if level is None else level

@@ -20,7 +20,6 @@ from layercrit.donors import read_donor
 from layercrit.engine.subject import Subject
 from layercrit.errors import LayercritError, ProtocolError
 from layercrit.foreign_text import encodable, write_csv
-from layercrit.machine import versions
 from layercrit.measurement import Measurement
 from layercrit.measuring import draw_images, opened_subject
 from layercrit.models.model import Model
@@ -28,6 +27,7 @@ from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
+from layercrit.provenance import versions_with
 from layercrit.proxies.agreement import Agreement, Exact, agreement
 from layercrit.proxies.formulas import PROXIES
 from layercrit.proxies.sweep import HESSIAN_IMAGES, Sweep, of_parameters
@@ -230,6 +230,15 @@ def measure_proxies(
 
     Raises:
         LayercritError: a subclass, with a message that says what was wrong and what to do.
+
+    Examples:
+        >>> import layercrit
+        >>> images = "layercrit-demo/fashion-mnist-test.npz"
+        >>> proxies = layercrit.measure_proxies(
+        ...     "file:layercrit-demo/models/baseline", images, layers="conv1,fc", n_images=8, hessian_images=0
+        ... )
+        >>> proxies.layers["layer"].tolist()
+        ['conv1', 'fc']
     """
     started = time.perf_counter()
     protocol = Protocol(
@@ -278,7 +287,11 @@ def _record(subject: Subject, probe_set: ProbeSet, protocol: Protocol, sweep: Sw
         "loss": sweep.mean_loss,
         "device": str(subject.device),
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": versions_with(
+            resets=[protocol.reset],
+            models=[subject.model.reference, subject.model.architecture],
+            images=[probe_set.source],
+        ),
     }
 
 

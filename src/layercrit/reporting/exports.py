@@ -61,7 +61,15 @@ FORMATS = Registry[Format]("format", StudyError, "layercrit.export_formats", sum
 
 
 def export_format(name: str, files: Sequence[str]) -> Callable[[FormatFunction], FormatFunction]:
-    """Register a function that writes the named files of a study into a folder; its docstring is the summary."""
+    """Register a function that writes the named files of a study into a folder; its docstring is the summary.
+
+    Examples:
+        >>> import layercrit
+        >>> @layercrit.export_format("names", files=["names.csv"])
+        ... def write_names(study, folder):
+        ...     '''The names of the models.'''
+        ...     study.models[["model"]].to_csv(folder / "names.csv")
+    """
 
     def register(function: FormatFunction) -> FormatFunction:
         FORMATS[name] = Format(name, tuple(files), function, summary_of(function))
@@ -104,6 +112,12 @@ def export(
         StudyError: the format is unknown or cannot represent the study, the study has no such condition, a file already
             exists, or the folder cannot be written.
         ProbeError: labels or predictions of single images are not known.
+
+    Examples:
+        >>> import layercrit
+        >>> files = layercrit.export(layercrit.load_study("layercrit-demo/study"), "csv", "tables")
+        >>> "models.csv" in {path.name for path in files}
+        True
     """
     chosen = FORMATS.find(format) if by is None else _format_by(FORMATS.find(format).name, by)
     asked: dict[str, Any] = {"probe_set": probe_set, "norm_statistics": norm_statistics, "epoch": epoch}

@@ -40,7 +40,14 @@ _SOURCES = {  # by name and options of the reset
 
 
 def methods_section(measurement: Measurement) -> str:
-    """Return a paragraph that says how a measurement was made: resets, images, trials, intervals."""
+    """Return a paragraph that says how a measurement was made: resets, images, trials, intervals.
+
+    Examples:
+        >>> import layercrit
+        >>> measurement = layercrit.Measurement.load("layercrit-pixmix")
+        >>> layercrit.methods_section(measurement).partition(" of file:")[0]
+        'We measured the criticality of 2 layers'
+    """
     record, summary = measurement.record, measurement.summary()
     protocol, images = record["protocol"], record["probe_set"]
     layers = measurement.to_pandas()

@@ -20,25 +20,17 @@ from layercrit.conditions import STATISTICS_IN_WORDS, Condition
 from layercrit.differences import compared_differences
 from layercrit.epoch_map import EpochMap
 from layercrit.errors import StudyError
+from layercrit.pitfalls import PITFALLS, pitfalls_of_comparison
+from layercrit.proxies.of_study import StudyProxies
+from layercrit.reporting.advised import advice_data
 from layercrit.reporting.epochs import epochs_data
 from layercrit.reporting.page_data import page_data
+from layercrit.reporting.proxied import proxies_data, read_proxies
 from layercrit.reporting.whom import whom_data
 from layercrit.study.tables import Study
 
 __all__ = ["write_page"]
 
-_CAUTIONS = (
-    (
-        "The cosine depends on how peaked the softmax is.",
-        "Models trained with label smoothing, mixup or a sigmoid loss are not directly comparable with plain ones. "
-        "Look at the temperature-matched values and at top-1 agreement before you interpret a difference as reliance "
-        "on layers.",
-    ),
-    (
-        "An unrelated prediction does not give 1.",
-        "It gives 1 minus the mean cosine between predictions for different images, which each model's profile shows.",
-    ),
-)  # fmt: skip
 _SCRIPTS = (
     "data",
     "texts",
@@ -47,13 +39,14 @@ _SCRIPTS = (
     "differences",
     "whom",
     "epochs",
+    "proxies",
     "page",
 )  # each imports from those before it
 # The page may be published, and where files are on this machine is private: of absolute paths only the name is shown.
 _FOLDERS = re.compile(r"""(?<![\w/.])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'"<>|:;,()]+[\\/])+(?=[^\\/\s])""")
 _NO_MATCHED = (
     "This study has no temperature-matched values and no chance level: its results were published as means over "
-    "images, so the two cautions above cannot be checked here."
+    "images, so it cannot be checked here how far confidence and chance level matter."
 )
 _DEFINITION = (
     "Each layer's parameters were replaced by fresh draws from the architecture's own initialiser, or by what the "
@@ -73,6 +66,8 @@ def write_page(
     thumbnails: bool = False,
     others: Sequence[Comparison] = (),
     epoch_maps: Sequence[EpochMap] = (),
+    proxies: StudyProxies | str | Path | None = None,
+    pictures: Mapping[str, Sequence[bytes]] | None = None,
 ) -> Path:
     """Write the page of a study: one self-contained HTML file that works offline.
 
@@ -83,16 +78,20 @@ def write_page(
         study: finished or not.
         comparison: of its models, under one reset.
         path: of the file; its folder is created if missing.
-        models: those of which it shows criticality by class, where that is known, under the first condition.
+        models: those of which it shows criticality by class, where that is known, and advice, under the first
+            condition.
         thumbnails: whether it shows, of these models, the images that each layer's reset moves most and least.
         others: of the same study under other conditions, to which readers can switch.
         epoch_maps: of training runs; those of the study's own epochs are shown without being given.
+        proxies: of the study's models, or the folder that they were saved in; None: the page has no such section.
+        pictures: what further figures show, in words -> the figures as SVG.
 
     Raises:
-        StudyError: the file cannot be written.
+        StudyError: the file cannot be written, or there are no proxies in the folder.
     """
     path = Path(path).expanduser()
-    text = _filled(study, [comparison, *others], models, thumbnails, epoch_maps)
+    told = read_proxies(proxies) if isinstance(proxies, str | Path) else proxies
+    text = _filled(study, [comparison, *others], models, thumbnails, epoch_maps, told, pictures or {})
     beside = path.with_name(f".writing-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +111,8 @@ def _filled(
     models: Sequence[str],
     thumbnails: bool,
     epoch_maps: Sequence[EpochMap],
+    proxies: StudyProxies | Mapping[str, Any] | None,
+    pictures: Mapping[str, Sequence[bytes]],
 ) -> str:
     """Return the page's text."""
     elements = []
@@ -119,7 +120,9 @@ def _filled(
         data, packed = page_data(study, comparison)
         shown = [model["name"] for model in data["models"]]
         data["whom"] = whom_data(study, comparison, [] if number else models, shown, thumbnails)
+        data["advice"] = advice_data(study, comparison, [] if number else models, shown)
         data["epochs"] = epochs_data(study, comparison, epoch_maps)
+        data["proxies"] = None if number else proxies_data(proxies, comparison, shown)
         elements.append(_data(number, data, packed))
     web = resources.files(__package__) / "web"
     script, (hash_of_plotly, plotly) = _script(), _plotly()
@@ -137,10 +140,31 @@ def _filled(
         cautions=_of_each([_cautions(study, one) for one in comparisons], "div"),
         about_differences=_of_each([html.escape(_about_differences(study, one)) for one in comparisons], "span"),
         correlations=_of_each([_correlations(one) for one in comparisons], "div"),
+        pitfalls=_pitfalls(),
+        further_link='<a href="#further">Further figures</a>\n' if pictures else "",
+        further=_further(pictures),
         methods=_of_each([_methods(study, one) for one in comparisons], "div"),
         data="\n".join(elements),
         plotly=plotly,
         script=script,
+    )
+
+
+def _further(pictures: Mapping[str, Sequence[bytes]]) -> str:
+    """Return the section of further figures; as pictures, no script in one is run."""
+    if not pictures:
+        return ""
+    parts = []
+    for summary, files in pictures.items():
+        about = html.escape(summary)
+        parts.append(f"<h3>{about}</h3>")
+        for svg in files:
+            data = base64.b64encode(svg).decode()
+            parts.append(f'<img class="further" alt="{about}" src="data:image/svg+xml;base64,{data}">')
+    inside = "\n".join(parts)
+    return (
+        '<section id="further" aria-labelledby="further-title">\n<h2 id="further-title">Further figures</h2>\n'
+        f"{inside}\n</section>"
     )
 
 
@@ -213,10 +237,21 @@ def _facts(study: Study, comparison: Comparison) -> str:
 
 def _cautions(study: Study, comparison: Comparison) -> str:
     parts = [f"<p><strong>Warning:</strong> {html.escape(text)}.</p>" for text in study.warnings]
-    parts += [f"<p><strong>{html.escape(claim)}</strong> {html.escape(text)}</p>" for claim, text in _CAUTIONS]
+    applying = pitfalls_of_comparison(study, comparison)
+    parts += [
+        f"<details><summary>{html.escape(one.title)}</summary>{html.escape(one.text)}</details>" for one in applying
+    ]
     if comparison.models["criticality_matched"].isna().all():
         parts.append(f"<p>{html.escape(_NO_MATCHED)}</p>")
     return f'<aside aria-label="Cautions">{"".join(parts)}</aside>'
+
+
+def _pitfalls() -> str:
+    """Return all pitfalls, to which the page's sections link."""
+    return "".join(
+        f'<h3 id="pitfall-{one.name}">{html.escape(one.title)}</h3><p>{html.escape(one.text)}</p>'
+        for one in PITFALLS.values()
+    )
 
 
 def _about_differences(study: Study, comparison: Comparison) -> str:

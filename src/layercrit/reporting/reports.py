@@ -16,7 +16,7 @@ from layercrit.cell_columns import WHOLE
 from layercrit.comparison import Comparison, about_models, compare, estimates_of, has_sets
 from layercrit.conditions import conditions_of
 from layercrit.epoch_map import EpochMap
-from layercrit.errors import ProbeError, StudyError, near
+from layercrit.errors import LayercritError, ProbeError, StudyError, first_line, near
 from layercrit.figures.accuracy import criticality_against_accuracy
 from layercrit.figures.bars import criticality_bars
 from layercrit.figures.budget import criticality_against_budget
@@ -25,10 +25,11 @@ from layercrit.figures.class_maps import class_map
 from layercrit.figures.depth import criticality_over_depth
 from layercrit.figures.heat_maps import difference_map, heat_map, spread_map
 from layercrit.figures.rankings import ranking
-from layercrit.figures.style import check_formats, save_figure
+from layercrit.figures.style import check_formats, save_figure, svg_of
 from layercrit.layers import layer_labels
 from layercrit.progress_bar import Bar
-from layercrit.registry import Registry
+from layercrit.proxies.of_study import StudyProxies
+from layercrit.registry import Registry, summary_of
 from layercrit.reporting.page import write_page
 from layercrit.reporting.whom import class_table
 from layercrit.study.tables import Study
@@ -37,7 +38,7 @@ from layercrit.wrappers import wrapper_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["FIGURES", "Report", "report", "save_figures"]
+__all__ = ["FIGURES", "Drawn", "FigureKind", "Report", "Tables", "figure", "report", "save_figures"]
 
 _UNFINISHED = ".writing-"  # before the name of a file that is being written
 _LONGEST = 100  # bytes of a model's name in that of a file; some file systems take no more than 143 in all
@@ -61,7 +62,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Tables:
+class Tables:
     """What figures are plotted from.
 
     Attributes:
@@ -95,15 +96,49 @@ class _Tables:
         return table.reindex(index=self.comparison.criticality.index, columns=self.comparison.criticality.columns)
 
 
-# A figure's files have its name, with the model's behind it where there is one for each of several models.
-_Drawn = Iterator[tuple[str, "Figure"]]
-FIGURES = Registry[Callable[[_Tables], _Drawn]]("figure", StudyError)
-"""Name of a figure -> the function that plots it; the first line of its docstring says what it shows."""
+Drawn = Iterator[tuple[str, "Figure"]]
+"""Names of files without their format, each with what is in it."""
+
+FigureFunction = Callable[[Tables], Drawn]
 
 
-def _figure(name: str) -> Callable[[Callable[[_Tables], _Drawn]], Callable[[_Tables], _Drawn]]:
-    def register(function: Callable[[_Tables], _Drawn]) -> Callable[[_Tables], _Drawn]:
-        FIGURES[name] = function
+@dataclass(frozen=True)
+class FigureKind:
+    """A registered figure.
+
+    Attributes:
+        name: what it is called on the command line.
+        function: plots it.
+        on_page: whether the page shows it as it is; the page has its own form of most figures.
+        summary: one line for tables.
+    """
+
+    name: str
+    function: FigureFunction
+    on_page: bool
+    summary: str
+
+
+FIGURES = Registry[FigureKind]("figure", StudyError, "layercrit.figures", summary=lambda figure: figure.summary)
+"""All figures by name, filled by `figure` and by installed plug-ins."""
+
+
+def figure(name: str, *, on_page: bool = False) -> Callable[[FigureFunction], FigureFunction]:
+    """Register a function that plots a figure of a study; the first line of its docstring says what it shows.
+
+    It is passed `Tables` and yields pairs: the name of a file without its format, which is ``name`` or begins with it,
+    and a matplotlib figure. Where the study has not what it shows, it raises a `StudyError` that says so.
+
+    Args:
+        name: what it is called on the command line.
+        on_page: whether the page shows it, too, as a picture.
+
+    Raises:
+        StudyError: the name is taken or not valid.
+    """
+
+    def register(function: FigureFunction) -> FigureFunction:
+        FIGURES[name] = FigureKind(name, function, on_page, summary_of(function))
         return function
 
     return register
@@ -125,6 +160,7 @@ def report(
     norm_statistics: str | None = None,
     epoch: int | None = None,
     epoch_maps: Sequence[EpochMap] = (),
+    proxies: StudyProxies | str | Path | None = None,
 ) -> Report:
     """Write ``report.html``, one self-contained page, and the figures in every format.
 
@@ -147,15 +183,18 @@ def report(
         epoch: likewise.
         epoch_maps: maps over the epochs of training runs, such as those of `layercrit.epoch_map.measure_epochs`, which
             the page shows beside those of the study's own epochs.
+        proxies: what `layercrit.proxies.of_study.measure_study_proxies` returned, or the folder that it was saved in,
+            to be plotted on the page.
 
     Raises:
         StudyError: a name is unknown, a figure that was asked for cannot be plotted, or a file cannot be written.
         ProtocolError: a format is unknown.
 
-    Example:
+    Examples:
         >>> import layercrit
-        >>> layercrit.report(layercrit.load_study("layercrit-demo/study")).page  # doctest: +SKIP
-        PosixPath('layercrit-demo/study/report.html')
+        >>> report = layercrit.report(layercrit.load_study("layercrit-demo/study"), "paper", figures=["ranking"])
+        >>> report.page.name, [path.name for path in report.figures["ranking"]]
+        ('report.html', ['ranking.pdf', 'ranking.png', 'ranking.svg'])
     """
     for name in figures or ():
         FIGURES.find(name)
@@ -172,6 +211,7 @@ def report(
     tables = replace(_tables(study, comparison, profiles), others=others)
     written: dict[str, list[Path]] = {}
     left_out: dict[str, str] = {}
+    pictures: dict[str, list[bytes]] = {}
     with Bar(progress) as bar:
         for done, name in enumerate(asked):
             bar.drawn(name, done, len(asked) + 1)
@@ -183,9 +223,19 @@ def report(
                 left_out[name] = str(error)
                 continue
             written[name] = _saved(drawn, folder / "figures", formats)
+            if FIGURES[name].on_page:
+                pictures[FIGURES[name].summary or name] = [svg_of(one) for _, one in drawn]
         bar.drawn("report.html", len(asked), len(asked) + 1)
         page = write_page(
-            study, comparison, folder / "report.html", list(tables.profiles), thumbnails, others, epoch_maps
+            study,
+            comparison,
+            folder / "report.html",
+            list(tables.profiles),
+            thumbnails,
+            others,
+            epoch_maps,
+            proxies,
+            pictures,
         )
     return Report(page, written, left_out, comparison)
 
@@ -220,7 +270,7 @@ def save_figures(
     return written
 
 
-def _tables(study: Study, comparison: Comparison, profiles: Sequence[str] | None) -> _Tables:
+def _tables(study: Study, comparison: Comparison, profiles: Sequence[str] | None) -> Tables:
     models = about_models(study, comparison)
     known = models["model"].to_list()
     own = study.models.set_index("model")["variant_of"]
@@ -234,7 +284,7 @@ def _tables(study: Study, comparison: Comparison, profiles: Sequence[str] | None
     labels = layer_labels({str(layer): shape if isinstance(shape, str) else None for layer, shape in shapes.items()})
     chosen = [comparison.baseline or known[0]] if profiles is None else profiles
     files = _file_names(study.models["model"])  # of all, so that a model's does not depend on who is left out
-    return _Tables(comparison, models, rows, labels, {name: files[name] for name in chosen}, study)
+    return Tables(comparison, models, rows, labels, {name: files[name] for name in chosen}, study)
 
 
 def _file_names(models: Iterable[str]) -> dict[str, str]:
@@ -249,12 +299,26 @@ def _file_names(models: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _drawn(name: str, tables: _Tables) -> list[tuple[str, "Figure"]]:
+def _drawn(name: str, tables: Tables) -> list[tuple[str, "Figure"]]:
     if not tables.comparison.criticality.notna().any(axis=None):
         raise StudyError(
             "No layer of any model has only cells that are ok, so no criticality is known. Measure the models again."
         )
-    return list(FIGURES[name](tables))
+    function = FIGURES[name].function
+    try:
+        drawn = [(str(file), one) for file, one in function(tables)]
+        for _, one in drawn if _is_foreign(function) else []:
+            one.draw_without_rendering()  # what fails only when it is saved, fails here
+    except Exception as error:  # the code of others raises what it likes
+        if isinstance(error, LayercritError) or not _is_foreign(function):
+            raise
+        raise StudyError(f"The {FIGURES.in_words(name)} failed ({first_line(error)}).") from error
+    return drawn
+
+
+def _is_foreign(function: FigureFunction) -> bool:
+    """Return whether a figure comes from a plug-in or the user."""
+    return not function.__module__.startswith("layercrit.")
 
 
 def _saved(drawn: Iterable[tuple[str, "Figure"]], folder: Path, formats: Iterable[str]) -> list[Path]:
@@ -275,15 +339,15 @@ def _saved(drawn: Iterable[tuple[str, "Figure"]], folder: Path, formats: Iterabl
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-@_figure("criticality")
-def _criticality(tables: _Tables) -> _Drawn:
+@figure("criticality")
+def _criticality(tables: Tables) -> Drawn:
     """Heat map of models and layers."""
     values = tables.comparison.criticality
     yield "criticality", heat_map(values, tables.models, layer_labels=tables.labels, stages=tables.stages)
 
 
-@_figure("difference")
-def _difference(tables: _Tables) -> _Drawn:
+@figure("difference")
+def _difference(tables: Tables) -> Drawn:
     """Heat map of differences to the baseline."""
     values = tables.comparison.difference
     if values is None:
@@ -295,8 +359,8 @@ def _difference(tables: _Tables) -> _Drawn:
     yield "difference", difference_map(values, tables.models, layer_labels=tables.labels, stages=tables.stages)
 
 
-@_figure("conditions")
-def _conditions(tables: _Tables) -> _Drawn:
+@figure("conditions")
+def _conditions(tables: Tables) -> Drawn:
     """Heat map of the study's conditions and layers, means over the models that all of them have."""
     comparisons = [one for one in (tables.comparison, *tables.others) if one.condition is not None]
     conditions = [one.condition for one in comparisons if one.condition is not None]
@@ -320,8 +384,8 @@ def _conditions(tables: _Tables) -> _Drawn:
     yield "conditions", heat_map(values, rows, layer_labels=tables.labels, stages=tables.stages, rows="conditions")
 
 
-@_figure("spread")
-def _spread(tables: _Tables) -> _Drawn:
+@figure("spread")
+def _spread(tables: Tables) -> Drawn:
     """Heat maps of the standard deviation over trials and of the half-width of the interval."""
     half = tables.grid(tables.rows["half_width"].where(tables.rows["status"].isin(WHOLE)))
     wanted = {
@@ -338,8 +402,8 @@ def _spread(tables: _Tables) -> _Drawn:
         )
 
 
-@_figure("accuracy")
-def _accuracy(tables: _Tables) -> _Drawn:
+@figure("accuracy")
+def _accuracy(tables: Tables) -> Drawn:
     """Mean criticality against accuracy, with rank correlations."""
     if not tables.models[["accuracy", "criticality"]].notna().all(axis=1).any():
         raise StudyError("No accuracy is known. Give it in the study file, or labels with the images.")
@@ -348,16 +412,16 @@ def _accuracy(tables: _Tables) -> _Drawn:
     yield "accuracy", criticality_against_accuracy(tables.models, correlations=rows[wanted])
 
 
-@_figure("budget")
-def _budget(tables: _Tables) -> _Drawn:
+@figure("budget")
+def _budget(tables: Tables) -> Drawn:
     """Mean criticality against the budget of adversarial training, by norm."""
     if not tables.models[["attack_norm", "eps", "criticality"]].notna().all(axis=1).any():
         raise StudyError("No model has a budget of adversarial training. Give attack_norm and eps in the study file.")
     yield "budget", criticality_against_budget(tables.models, baseline=tables.comparison.baseline)
 
 
-@_figure("depth")
-def _depth(tables: _Tables) -> _Drawn:
+@figure("depth")
+def _depth(tables: Tables) -> Drawn:
     """Criticality over depth, a line for each category."""
     if tables.comparison.layers["stage"].isna().any() and has_sets(tables.study):
         raise StudyError("Sets of layers of several stages have no depth. Leave the figure out, or measure each layer.")
@@ -369,8 +433,8 @@ def _depth(tables: _Tables) -> _Drawn:
     )
 
 
-@_figure("profile")
-def _profile(tables: _Tables) -> _Drawn:
+@figure("profile")
+def _profile(tables: Tables) -> Drawn:
     """Bars of one model's layers, with intervals."""
     about = tables.models.assign(title=labels_of(tables.models)).set_index("model")
     for model, file in tables.profiles.items():
@@ -380,8 +444,8 @@ def _profile(tables: _Tables) -> _Drawn:
         yield f"profile-{file}", criticality_bars(rows, title=about["title"][model], mean=mean, chance=chance)
 
 
-@_figure("classes")
-def _classes(tables: _Tables) -> _Drawn:
+@figure("classes")
+def _classes(tables: Tables) -> Drawn:
     """Heat map of one model's layers and the classes of images, like classes next to each other."""
     titles = dict(zip(tables.models["model"], labels_of(tables.models), strict=True))
     for model, file in tables.profiles.items():
@@ -396,7 +460,7 @@ def _classes(tables: _Tables) -> _Drawn:
         )
 
 
-@_figure("ranking")
-def _ranking(tables: _Tables) -> _Drawn:
+@figure("ranking")
+def _ranking(tables: Tables) -> Drawn:
     """Models by their mean criticality, with intervals."""
     yield "ranking", ranking(tables.models, baseline=tables.comparison.baseline)

@@ -14,11 +14,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from layercrit.errors import ProtocolError
+from layercrit.errors import ProtocolError, StudyError
+from layercrit.registry import Registry, plug_in_that_raised
+
+if TYPE_CHECKING:
+    from layercrit.study.file import StudyFile
 
 __all__ = [
+    "EXECUTORS",
     "Answer",
     "Asked",
     "Done",
@@ -42,6 +48,8 @@ __all__ = [
     "check_names",
     "error_text",
     "event_of",
+    "executor",
+    "executor_on",
     "no_answer",
     "steps",
 ]
@@ -171,6 +179,42 @@ class Executor(ABC):
         """
 
 
+Maker: TypeAlias = "Callable[[str, StudyFile, Path, int | None], Executor]"
+
+EXECUTORS = Registry[Maker]("executor", StudyError, "layercrit.executors")
+"""All executors by name, filled by `executor` and by installed plug-ins."""
+
+
+def executor(name: str) -> Callable[[Maker], Maker]:
+    """Register what makes an executor, for ``layercrit study run --on NAME``: a function, or a class of `Executor`.
+
+    It is called with what follows ``NAME:`` in ``--on`` (often an address, else an empty text), the study file, the
+    study's folder, and the number of workers asked for, or None.
+
+    Raises:
+        StudyError: the name is taken or not valid.
+    """
+
+    def register(maker: Maker) -> Maker:
+        EXECUTORS[name] = maker
+        return maker
+
+    return register
+
+
+def executor_on(where: str, study: "StudyFile", folder: Path, n_workers: int | None) -> Executor:
+    """Return the executor that ``--on NAME`` or ``--on NAME:REST`` names.
+
+    Raises:
+        StudyError: no executor has this name, or it cannot be used.
+    """
+    name, _, rest = where.partition(":")
+    made = EXECUTORS.find(name)(rest, study, folder, n_workers)
+    if not isinstance(made, Executor):
+        raise StudyError(f"The {EXECUTORS.in_words(name)} made {type(made).__name__}; expected an Executor.")
+    return made
+
+
 def check_names(tasks: Sequence[Task]) -> None:
     """Make sure that the names of tasks are unique.
 
@@ -295,5 +339,7 @@ def event_of(task: Task, said: Part | Done | Error) -> TaskEvent:
 
 
 def error_text(error: Exception) -> str:
-    """Return type and text of an error."""
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
+    """Return type and text of an error, and the plug-in that raised it, if one did."""
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    plug_in = plug_in_that_raised(error)
+    return text if plug_in is None else f"{text} (raised by the plug-in {plug_in})"

@@ -28,7 +28,6 @@ their types, defaults and meanings, are declared in `layercrit.study.schema`.
 """
 
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -58,6 +57,7 @@ from layercrit.study.schema import (
 )
 from layercrit.study.shards import is_study
 from layercrit.study.training_entries import Training, TrainingRun, model_mistakes, run_of, training_mistakes
+from layercrit.toml import tomllib
 
 __all__ = ["ModelEntry", "StudyFile", "Training", "TrainingRun", "read_study_file"]
 

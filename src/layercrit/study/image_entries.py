@@ -10,6 +10,7 @@ from layercrit.declarations import read_table
 from layercrit.errors import LayercritError
 from layercrit.probes.changes import is_change_alone, plain_source
 from layercrit.probes.images import STANDARD, Preprocessing
+from layercrit.probes.kinds import named_kind
 from layercrit.probes.labelling import is_label_file
 from layercrit.study.schema import ImagesTable
 
@@ -97,9 +98,9 @@ def pixels_of(table: ImagesTable, mistakes: list[str]) -> Preprocessing:
 
 
 def absolute_source(source: str, folder: Path) -> str:
-    """Make the path in an image source absolute; that of a torchvision data set is its option ``root``."""
+    """Make the path in an image source absolute; that of a kind of images with a name is its option ``root``."""
     before, source = plain_source(source)
-    if source.startswith("torchvision:"):
+    if named_kind(source) is not None and not _absolute(source, folder).exists():
         return before + re.sub(r"(?<=[?&]root=)[^&]*", lambda found: str(_absolute(found[0], folder)), source)
     return before + str(_absolute(source, folder))
 

@@ -12,8 +12,8 @@ from layercrit.errors import ProbeError
 from layercrit.locks import hold
 from layercrit.models.model import Model
 from layercrit.probes.changes import plain_source
+from layercrit.probes.kinds import without_split
 from layercrit.probes.labelling import open_images
-from layercrit.probes.parts import without_split
 from layercrit.probes.probe_set import ProbeSet, Progress
 from layercrit.seeds import probe_set_seed
 from layercrit.study.file import StudyFile
@@ -153,6 +153,6 @@ def _state_of(source: str, lists: Sequence[str]) -> str | None:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in filter(Path.is_file, [*files, *(Path(one.partition("?column=")[0]) for one in lists)]):
         about = file.stat()
-        name = file.relative_to(path) if file.is_relative_to(path) else file
+        name = (file.relative_to(path) if file.is_relative_to(path) else file).as_posix()
         digest.update(f"{name} {about.st_size} {about.st_mtime_ns}\n".encode())
     return digest.hexdigest()

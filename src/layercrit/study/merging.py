@@ -40,6 +40,12 @@ def merge_studies(folders: Sequence[str | Path], out: str | Path) -> Study:
     Raises:
         StudyError: a folder contains no study, the new one already contains one, two different models have one name, or
             a trial of a model was measured under different settings.
+
+    Examples:
+        >>> import layercrit
+        >>> both = layercrit.merge_studies(["layercrit-demo/study", "layercrit-demo/study"], "both")
+        >>> both.models["model"].is_unique
+        True
     """
     paths = [Path(folder).expanduser() for folder in folders]
     out = Path(out).expanduser()

@@ -23,7 +23,7 @@ from layercrit.resets import get_reset
 from layercrit.restoring import undisturbed
 from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
-from layercrit.study.file import StudyFile
+from layercrit.study.file import StudyFile, read_study_file
 from layercrit.study.images import n_available_images
 from layercrit.study.pilots import plans_of
 from layercrit.study.shards import is_study, open_study
@@ -82,16 +82,24 @@ class StudyPlan:
 
 
 @undisturbed()
-def plan_study(study: StudyFile, folder: str | Path | None = None) -> StudyPlan:
+def plan_study(study: StudyFile | str | Path, folder: str | Path | None = None) -> StudyPlan:
     """Estimate what a study will cost. Each architecture is built and run on a black image; nothing is measured.
 
     Args:
-        study: what to measure.
+        study: what to measure: a study file, or what `layercrit.study.file.read_study_file` makes of one.
         folder: the study's folder, to count what is done; None for a new study.
 
     Raises:
-        StudyError: models are not trained yet.
+        StudyError: the file has mistakes, or models are not trained yet.
+
+    Examples:
+        >>> import layercrit
+        >>> plan = layercrit.plan_study("layercrit-demo/fashion.toml", "layercrit-demo/study")
+        >>> bool((plan.models["n_done"] == plan.models["n_cells"]).all())
+        True
     """
+    if not isinstance(study, StudyFile):
+        study = read_study_file(study)
     study.check_trained()
     n_images, images_mistake = study.n_images, ""
     available = {images.name: images.n_images for images in study.images}

@@ -15,6 +15,7 @@ from layercrit.errors import ProtocolError, StudyError
 from layercrit.models.sources import parse
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import (
+    EXECUTORS,
     Answer,
     Asked,
     Error,
@@ -32,6 +33,7 @@ from layercrit.study.executors import (
     check_names,
     error_text,
     event_of,
+    executor,
     no_answer,
 )
 from layercrit.study.file import StudyFile
@@ -49,7 +51,7 @@ from layercrit.study.ray_cluster import (
     token_in,
 )
 
-__all__ = ["RayWorkers", "executor_on"]
+__all__ = ["EXECUTORS", "RayWorkers"]
 
 _LOOK_AGAIN = 5.0  # seconds
 _SAY_WAITING = 30.0  # seconds without a worker, after which the user is told what Ray may wait for
@@ -59,23 +61,13 @@ _ADVICE = (
 )
 
 
-def executor_on(where: str, study: StudyFile, folder: Path, n_workers: int | None) -> "RayWorkers":
-    """Return the executor that ``--on`` names.
-
-    Args:
-        where: ``ray``, or ``ray://HOST:PORT``.
-        study: what is run.
-        folder: its folder.
-        n_workers: how many workers; None: see `RayWorkers`.
-
-    Raises:
-        StudyError: it names no executor, ray is not installed, or there is no cluster.
-        ProtocolError: the number of workers or the device make no sense there.
-    """
-    if where != "ray" and not where.startswith("ray://"):
-        raise StudyError(f"A study cannot be run on {where!r}; expected ray, or ray://HOST:PORT.")
+@executor("ray")
+def _on_ray(rest: str, study: StudyFile, folder: Path, n_workers: int | None) -> "RayWorkers":
+    """A Ray cluster that runs already: the one this machine belongs to, or ray://HOST:PORT from outside."""
+    if rest and not rest.startswith("//"):
+        raise StudyError(f"A study cannot be run on {f'ray:{rest}'!r}; expected ray, or ray://HOST:PORT.")
     return RayWorkers(
-        None if where == "ray" else where,
+        f"ray:{rest}" if rest else None,
         n_workers=n_workers,
         device=study.protocol.device,
         folder=folder.expanduser().absolute(),

@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,15 +17,15 @@ import torch
 from layercrit.attacks import split_attack
 from layercrit.errors import LayercritError, StudyError
 from layercrit.locks import hold, write_whole
-from layercrit.machine import versions
 from layercrit.models.references import fetch
 from layercrit.precision import PrecisionPlan, n_pilot_images, plan_half_width
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
+from layercrit.provenance import versions_with
 from layercrit.study.entries import ModelEntry
 from layercrit.study.executors import Executor, Failed, Message, Note, Task, TaskEvent
 from layercrit.study.facts import facts_of, model_row
-from layercrit.study.file import StudyFile
+from layercrit.study.file import StudyFile, read_study_file
 from layercrit.study.images import draw_images, drawn_images, n_available_images
 from layercrit.study.local_processes import LocalProcesses, local_places
 from layercrit.study.peers import about_run, check_folder, check_peers, wait_for_pilots
@@ -65,7 +65,7 @@ class RunReport:
 
 
 def run_study(
-    study: StudyFile,
+    study: StudyFile | str | Path,
     folder: str | Path,
     *,
     n_workers: int | None = None,
@@ -81,7 +81,7 @@ def run_study(
     images, settings), so that no cell is measured twice and none of another model, image or setting is mixed in.
 
     Args:
-        study: what to measure, from `layercrit.study.file.read_study_file`.
+        study: what to measure: a study file, or what `layercrit.study.file.read_study_file` makes of one.
         folder: where the results go; created if missing.
         n_workers: local processes; None: one for each GPU, else one.
         retry: whether to retry what failed in an earlier run.
@@ -97,10 +97,18 @@ def run_study(
             exception is said once, as a RuntimeWarning, and the run goes on.
 
     Raises:
-        StudyError: models are not trained yet, another process runs this study or shard, others run shards of another
-            study file or under other versions, or the folder cannot be used or is not the same one on all machines.
+        StudyError: the file has mistakes, models are not trained yet, another process runs this study or shard, others
+            run shards of another study file or under other versions, or the folder cannot be used or is not the same
+            one on all machines.
         ProbeError: the images cannot be read.
+
+    Examples:
+        >>> import layercrit
+        >>> layercrit.run_study("layercrit-demo/fashion.toml", "layercrit-demo/study").n_measured  # all is there
+        0
     """
+    if not isinstance(study, StudyFile):
+        study = read_study_file(study)
     study.check_trained()
     started = time.monotonic()
     folder = Path(folder).expanduser().absolute()
@@ -167,7 +175,13 @@ class _Run:
                 for entry in self.study.models:
                     self.store.drop_failures(entry.name)
             self.store.put_meta("study", about)
-            about_run: dict[str, Any] = {"versions": versions(), "machine": platform.node()}
+            made_with = versions_with(
+                resets=self.study.resets,
+                distances=self.study.distances,
+                models=[entry.reference for entry in self.study.models],
+                images=[images.source for images in self.study.images],
+            )
+            about_run: dict[str, Any] = {"versions": made_with, "machine": platform.node()}
             about_run |= {"shard": str(self.shard)} if self.shard else {}
             self.number = self.store.put_run(_now(), about_run)
         write_whole(self.folder / "study.toml", self.study.to_toml())
@@ -317,7 +331,7 @@ class _Run:
         if any(split_attack(images.source)[0] for images in self.study.images):
             raise StudyError(
                 "Adversarial images (attack:...) are made once on each model and kept in the study's folder, which "
-                "workers of a Ray cluster do not write. Run such a study here, in shards (--shard), or with `layercrit "
+                "workers elsewhere do not write. Run such a study here, in shards (--shard), or with `layercrit "
                 "study submit`."
             )
 
@@ -487,4 +501,4 @@ class _Run:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

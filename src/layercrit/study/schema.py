@@ -7,11 +7,14 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, create_m
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from layercrit.declarations import Declaration, expected
+from layercrit.distances import DISTANCES
 from layercrit.errors import StudyError, near
 from layercrit.layer_sets import read_sets
 from layercrit.layers import LAYER_TYPES
 from layercrit.probes.images import STANDARD, Interpolation, Preprocessing
 from layercrit.protocol import DEFAULTS, GROUPS, KindOfStatistics, Protocol
+from layercrit.registry import Registry
+from layercrit.resets import RESETS
 
 __all__ = [
     "METHOD_KEYS",
@@ -232,6 +235,17 @@ TABLES: dict[str, type[Declaration]] = {
 """The sections of a study file, and what each may contain."""
 
 
+def _named() -> tuple[tuple[str, str, Registry[Any]], ...]:
+    """Return the keys whose values are names, each with its table and its registry."""
+    from layercrit.training import METHODS  # which readers of study files need not wait for
+
+    return (
+        ("ProtocolTable", "resets", RESETS),
+        ("ProtocolTable", "distances", DISTANCES),
+        ("ModelTable", "method", METHODS),
+    )
+
+
 class _Plain(GenerateJsonSchema):
     """Without titles that repeat names, and without null, which TOML does not have."""
 
@@ -249,15 +263,22 @@ class _Plain(GenerateJsonSchema):
 
 
 def study_schema() -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of study files: what can be known of one without opening what it names."""
+    """Return the JSON Schema (2020-12) of study files: what can be known of one without opening what it names.
+
+    Names of resets, distances and training methods are examples: a study file may import more.
+    """
     sections: dict[str, Any] = {name: (table, None) for name, table in TABLES.items()}
     sections["images"] = (ImagesTable | list[ImagesTable], ...)
     sections["models"] = (list[ModelTable], Field(min_length=1, description="the models of the study"))
     document = create_model("StudyFile", __base__=Declaration, __doc__="A study file of layercrit.", **sections)
     trains = {"required": ["models"], "properties": {"models": {"contains": {"required": ["method"]}}}}
+    schema = document.model_json_schema(schema_generator=_Plain)
+    for table, key, registry in _named():
+        declared = schema["$defs"][table]["properties"][key]
+        declared.get("items", declared)["examples"] = list(registry)
     return {
         "$schema": _Plain.schema_dialect,
-        **document.model_json_schema(schema_generator=_Plain),
+        **schema,
         "if": trains,
         "then": {"required": ["training"]},
     }

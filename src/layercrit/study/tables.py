@@ -57,6 +57,12 @@ class Study:
         damaged: which rows of the study's file are damaged and so left out, in words.
         plans: model and reset -> what was planned after its pilot, where a half-width was asked for.
         conflicts: which stores of its shards are about different weights, images or number formats, in words.
+
+    Examples:
+        >>> import layercrit
+        >>> study = layercrit.load_study("layercrit-demo/study")
+        >>> study.by_model()["n_layers"].unique().tolist()
+        [23]
     """
 
     folder: Path
@@ -263,9 +269,18 @@ class Study:
         return conditions_of(self.models)
 
     def __repr__(self) -> str:
-        return (
-            f"<Study {self.record.get('name', self.folder.name)}: {len(self.models)} models, {len(self.cells)} cells>"
-        )
+        cells = f"{len(self.cells)} cells" + f", {len(self.failures)} failed trials" * bool(self.failures)
+        return f"<Study {self._name}: {len(self.models)} models, {cells}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: facts, the ranking of the models, and their table."""
+        from layercrit.study.notebook_view import study_html
+
+        return study_html(self._name, self.record, self.resets, self.by_model(), self.progress(), self.warnings)
+
+    @property
+    def _name(self) -> str:
+        return str(self.record.get("name", self.folder.name))
 
     @property
     def warnings(self) -> list[str]:
@@ -422,6 +437,11 @@ def load_study(folder: str | Path) -> Study:
 
     Raises:
         StudyError: the folder contains no study, or a damaged one.
+
+    Examples:
+        >>> import layercrit
+        >>> layercrit.load_study("layercrit-demo/study").progress()["state"].unique().tolist()
+        ['done']
     """
     folder = Path(folder).expanduser()
     with open_study(folder) as store:

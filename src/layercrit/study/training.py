@@ -75,7 +75,7 @@ def train_models(
                 precision=run.precision,
                 weights_dtype=run.weights_dtype,
                 options=options,
-                progress=None if progress is None else lambda done, name=run.name: progress(name, done),  # type: ignore[misc]
+                progress=False if progress is None else lambda done, name=run.name: progress(name, done),  # type: ignore[misc]
                 say=say,
             )
         except Exception as error:  # whatever a network or a device raises must not stop the other models

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -372,7 +372,7 @@ def _cells(
     keys: Mapping[tuple[int, str], str],
     seconds: float,
 ) -> list[CellRow]:
-    finished = datetime.now(UTC).isoformat(timespec="milliseconds")
+    finished = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
     kept = [*opened.study.distances, MATCHED]
     cells = []
     for index, ((trial, layer), status) in enumerate(zip(draws.cells, draws.status(values["cosine"]), strict=True)):

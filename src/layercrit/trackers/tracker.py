@@ -77,8 +77,10 @@ def tracker(name: str) -> Callable[[type[Tracker]], type[Tracker]]:
     Raises:
         TrackingError: the name is taken.
 
-    Example:
-        >>> @tracker("printed")
+    Examples:
+        >>> import layercrit
+        >>> from layercrit.trackers import Tracker, metric_of
+        >>> @layercrit.tracker("printed")
         ... class Printed(Tracker):
         ...     '''Prints each cell.'''
         ...     def begin(self, name, config, folder):
@@ -87,8 +89,6 @@ def tracker(name: str) -> Callable[[type[Tracker]], type[Tracker]]:
         ...         print(metric_of(row), row["trial"], row["cosine"])
         ...     def end(self, ok):
         ...         print("done" if ok else "stopped")
-        >>> TRACKERS.pop("printed").__doc__
-        'Prints each cell.'
     """
 
     def register(made: type[Tracker]) -> type[Tracker]:

@@ -18,8 +18,9 @@ from layercrit.foreign_files import open_regular
 from layercrit.probes.changes import plain_source
 from layercrit.probes.idx import IdxSource
 from layercrit.probes.images import FORMATS, Preprocessing, open_image
+from layercrit.probes.kinds import without_split
 from layercrit.probes.opening import open_source
-from layercrit.probes.parts import NoSuchPartError, without_split
+from layercrit.probes.parts import NoSuchPartError
 from layercrit.probes.sources import ArraySource, ImageSource
 from layercrit.seeds import seed_of
 from layercrit.training.methods import Inputs

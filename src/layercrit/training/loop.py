@@ -5,7 +5,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import nn
 
 from layercrit.errors import TrainingError
 from layercrit.locks import hold
-from layercrit.machine import versions
 from layercrit.models.checkpoints import hash_tensors
+from layercrit.progress_bar import Bar
+from layercrit.provenance import versions_with
 from layercrit.restoring import rng_untouched, undisturbed
 from layercrit.training.architecture import fitted_architecture, initial_network
-from layercrit.training.data import TrainingData
-from layercrit.training.methods import Method
+from layercrit.training.data import TrainingData, open_training_data
+from layercrit.training.methods import METHODS, Method, get_method
 from layercrit.training.optimisation import make_accelerator
 from layercrit.training.phases import PhaseOfRun
 from layercrit.training.runs import WEIGHTS_DTYPES, Options, Run, RunFolder, TrainingProgress
@@ -54,16 +55,17 @@ class TrainedModel:
 
 @undisturbed()
 def train(
-    method: Method,
+    method: Method | str,
     architecture: str,
-    data: TrainingData,
+    data: TrainingData | str | Path,
     folder: str | Path,
     *,
+    settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     precision: str = "no",
     weights_dtype: str = "float32",
     options: Options | None = None,
-    progress: Callable[[TrainingProgress], Any] | None = None,
+    progress: Callable[[TrainingProgress], Any] | bool = True,
     say: Callable[[str], Any] | None = None,
 ) -> TrainedModel:
     """Train a model, or resume an interrupted run, with the same result as without the interruption.
@@ -72,22 +74,39 @@ def train(
     the same seed differ only in the method.
 
     Args:
-        method: the training method with its settings.
+        method: the name of a training method, or one with its settings, as `get_method` returns it.
         architecture: a model reference; its weights are initialised at random.
-        data: the images.
+        data: labelled images: a source, or what `open_training_data` makes of one.
         folder: where the run is saved (see `RunFolder`); a finished run is returned as it is.
+        settings: of a method that is given by name, such as ``{"epochs": 5}``.
         seed: of initial weights, order of images and views.
         precision: of mixed-precision training, ``bf16`` or ``fp16``; ``no``: float32.
         weights_dtype: of the saved matrices, also those of kept epochs, ``float32`` or ``float16``; the reported
             accuracy is that of the saved weights.
         options: what the result does not depend on.
-        progress: called with the progress of the run.
-        say: called with messages for the user.
+        progress: called with the progress of the run; or whether to show a progress bar on a terminal.
+        say: called with messages for the user; None: they are shown with the progress bar.
 
     Raises:
-        TrainingError: the folder contains another run, an argument or a setting is invalid, or the loss is not finite.
+        TrainingError: the method or a setting is unknown, the folder contains another run, an argument or a setting is
+            invalid, or the loss is not finite.
+        ProbeError: the images cannot be read.
         ModelError: the architecture cannot be opened or does not fit the images.
+
+    Examples:
+        >>> import layercrit
+        >>> images = "layercrit-demo/fashion-mnist-test.npz"
+        >>> network = "py:layercrit.demo:small_resnet"
+        >>> trained = layercrit.train("baseline", network, images, "run", settings={"epochs": 1})
+        >>> trained.reference, trained.record["epochs"]
+        ('file:run', 1)
     """
+    if isinstance(method, str):
+        method = get_method(method, settings)
+    elif settings:
+        raise TrainingError("settings are for a method that is given by name; this one has its own.")
+    if not isinstance(data, TrainingData):
+        data = open_training_data(data)
     options = options or Options()
     for name, values, known in (
         ("precision", (precision,), PRECISIONS),
@@ -114,8 +133,14 @@ def train(
     with (
         hold(run_folder.path, "training run") if accelerator.is_main_process else contextlib.nullcontext(),
         rng_untouched(),
+        Bar(shown=progress is True and accelerator.is_main_process) as bar,
     ):
-        run = Run(method, data, about, run_folder, accelerator, options, progress or _nobody, say or _nobody)
+
+        def show(done: TrainingProgress) -> None:
+            bar.trained("", **vars(done))
+
+        call = progress if callable(progress) else show
+        run = Run(method, data, about, run_folder, accelerator, options, call, say or bar.say)
         return TrainedModel(run_folder.path, _all_phases(run))
 
 
@@ -179,17 +204,14 @@ def _finish(run: Run, network: nn.Module, initial_sha256: str) -> dict[str, Any]
         "kept_sha256": run.folder.kept_hashes(),
         "device": str(run.accelerator.device),
         "n_processes": run.accelerator.num_processes,
-        "versions": versions(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions_with(models=[run.about["arch"]], images=[run.about["data"]["source"]])
+        | METHODS.package_of(run.method.name),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if run.accelerator.is_main_process:
         record = run.folder.save_final(tensors, record)
     run.accelerator.wait_for_everyone()
     return record
-
-
-def _nobody(_: object) -> None:
-    """Ignore what is reported."""
 
 
 def _check_same_run(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -263,14 +263,14 @@ def method(name: str, *, category: str, changes: str, paper: str) -> Callable[[t
     Raises:
         TrainingError: the name is taken by another class, or cannot be one.
 
-    Example:
+    Examples:
+        >>> import layercrit
         >>> from dataclasses import dataclass
-        >>> @method("baseline_long", category="training_recipes", changes="300 epochs", paper="none")
+        >>> from layercrit.training import Method, setting
+        >>> @layercrit.method("baseline_long", category="training_recipes", changes="300 epochs", paper="none")
         ... @dataclass(frozen=True)
         ... class Long(Method):
         ...     epochs: int = setting(300, "passes over the training images", low=1)
-        >>> METHODS.pop("baseline_long").category
-        'training_recipes'
     """
 
     def register(cls: type[Method]) -> type[Method]:

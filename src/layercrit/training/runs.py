@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save
@@ -21,6 +21,7 @@ from layercrit.errors import TrainingError
 from layercrit.foreign_files import read_json
 from layercrit.models.file_source import epochs_of
 from layercrit.models.outputs import logits_of
+from layercrit.models.unpickling import unpickle
 from layercrit.training.batches import held_out_batches, to_device
 from layercrit.training.data import TrainingData
 from layercrit.training.methods import Learner, Method
@@ -152,7 +153,7 @@ class RunFolder:
     def load_state(self) -> tuple[dict[str, Any] | None, list[str]]:
         """Return the latest intact state, if there is one, and messages about damaged later ones.
 
-        A state cannot run code: it is read with ``weights_only``.
+        A state cannot run code: it is read as weight files are.
         """
         problems = []
         for path in self._state_files():
@@ -161,7 +162,7 @@ class RunFolder:
                 if hashlib.sha256(data[32:]).digest() != data[:32]:
                     problems.append(f"{path} is damaged or incomplete, so it is skipped")
                     continue
-                return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True), problems
+                return dict(cast(Mapping[str, Any], unpickle(data[32:], {}))), problems
             except Exception as error:  # unpickling may raise anything
                 problems.append(f"{path} cannot be read ({type(error).__name__}), so it is skipped")
         return None, problems

@@ -10,7 +10,6 @@ import random
 import re
 import struct
 import tarfile
-import tomllib
 import zipfile
 from dataclasses import replace
 from importlib import metadata, resources
@@ -33,6 +32,7 @@ from layercrit.models.zoo.accuracy import check_accuracy
 from layercrit.models.zoo.entries import Citation, ZooFile, read_zoo
 from layercrit.models.zoo.fetching import ZOO, fetch_entry, find_entries, is_fetched, open_zoo_file
 from layercrit.probes.images import Preprocessing
+from layercrit.toml import tomllib
 from zoo_files import LEGACY, WRITERS, classic, full_state, head, light_state, prefixed, resnet50_shapes
 
 TEXT = resources.files("layercrit").joinpath("models/zoo/zoo.toml").read_text(encoding="utf-8")

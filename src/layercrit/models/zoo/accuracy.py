@@ -9,7 +9,7 @@ import torch
 from layercrit.errors import ZooError
 from layercrit.machine import choose_batch_size, find_device
 from layercrit.models.zoo.entries import ZooEntry
-from layercrit.models.zoo.fetching import open_entry
+from layercrit.models.zoo.fetching import find_entry, open_entry
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.restoring import undisturbed
 
@@ -43,14 +43,19 @@ class AccuracyCheck:
 
 @undisturbed()
 def check_accuracy(
-    entry: ZooEntry, images: Any, *, n_images: int | None = 10_000, batch_size: int | str = "auto", device: str = "auto"
+    entry: ZooEntry | str,
+    images: Any,
+    *,
+    n_images: int | None = 10_000,
+    batch_size: int | str = "auto",
+    device: str = "auto",
 ) -> AccuracyCheck:
     """Compare the top-1 accuracy of an entry's weights on labelled images with the documented one.
 
     The interval is Wilson's score interval (1927), which is valid near 0 and 1 too.
 
     Args:
-        entry: what to check; its weights must have been downloaded.
+        entry: what to check, or its identifier; its weights must have been downloaded.
         images: anything that `ProbeSet.from_source` takes, with labels.
         n_images: how many to draw; None for all.
         batch_size: how many to classify at once.
@@ -59,6 +64,8 @@ def check_accuracy(
     Raises:
         LayercritError: the weights or the images cannot be used.
     """
+    if isinstance(entry, str):
+        entry = find_entry(entry)
     model = open_entry(entry, {})
     probe_set = ProbeSet.from_source(images, model.preprocessing, n_images=n_images)
     known, notes = probe_set.labels_for(model.n_classes)

@@ -7,7 +7,6 @@ other server: one way to resume, one way to check, and nothing stored twice in a
 
 import base64
 import contextlib
-import errno
 import hashlib
 import html
 import http.client
@@ -28,7 +27,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock
 
-from layercrit.errors import ZooError
+from layercrit.errors import DISK_FULL, ZooError
 from layercrit.foreign_files import read_json
 
 __all__ = ["DRIVE", "Fetched", "address_of", "cache_folder", "check_file", "digest_of", "fetch", "shown"]
@@ -120,7 +119,9 @@ def shown(address: str) -> str:
 def digest_of(path: Path) -> Fetched:
     """Return size and SHA-256 of a file, read block by block."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
+        digest = hashlib.sha256()
+        while block := file.read(_BLOCK):
+            digest.update(block)
         return Fetched(path, file.tell(), digest.hexdigest())
 
 
@@ -174,7 +175,7 @@ def fetch(
 
 
 def _not_stored(path: Path, error: OSError) -> ZooError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in DISK_FULL:
         return ZooError(
             f"The disk is full: {path} is incomplete. Free some space, or choose another folder with "
             "LAYERCRIT_CACHE, and run again; the download resumes where it stopped."

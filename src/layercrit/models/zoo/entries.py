@@ -3,7 +3,6 @@
 import fnmatch
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from layercrit.declarations import STRICT, mistakes
 from layercrit.errors import CheckpointError, ZooError
 from layercrit.models.zoo.downloads import address_of, cache_folder
 from layercrit.probes.images import Preprocessing
+from layercrit.toml import tomllib
 
 __all__ = ["Citation", "ZooEntry", "ZooFile", "read_zoo"]
 

@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -147,7 +147,7 @@ def is_fetched(entry: ZooEntry) -> bool:
 
 
 def fetch_entry(
-    entry: ZooEntry, *, given: Sequence[str | Path] | None = None, progress: Progress | None = None
+    entry: ZooEntry | str, *, given: Sequence[str | Path] | None = None, progress: Progress | None = None
 ) -> Path:
     """Download and convert an entry's weights, unless they are cached intact.
 
@@ -155,7 +155,7 @@ def fetch_entry(
     are removed once they are converted or refused; the part of an interrupted download is kept.
 
     Args:
-        entry: what to download.
+        entry: what to download, or its identifier.
         given: files that were downloaded by other means, in the order of ``entry.files``; works offline, and replaces
             cached weights.
         progress: called as bytes arrive.
@@ -167,6 +167,8 @@ def fetch_entry(
         ZooError: a file cannot be downloaded, or is not the one it was the first time.
         CheckpointError: see `open_zoo_file`.
     """
+    if isinstance(entry, str):
+        entry = find_entry(entry)
     raw = entry.path.parent / "raw" / entry.id
     try:
         entry.path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +227,7 @@ def _convert(entry: ZooEntry, paths: Sequence[Path], hashes: Sequence[str | None
             "files": sources,
             "licence": entry.licence,
             "citation": asdict(entry.citation),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": versions(),
         }
         partial.replace(entry.path)

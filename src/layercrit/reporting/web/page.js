@@ -17,6 +17,7 @@ import { drawCompare, readDifferences } from "./differences.js";
 import { drawEpochs, prepareEpochs } from "./epochs.js";
 import { drawMap, drawMapTable } from "./heatmap.js";
 import { drawAccuracy, drawLayer, drawModel } from "./plots.js";
+import { drawProxies, prepareProxies } from "./proxies.js";
 import { count, drawTable, element, interval, percent, save, share, signed } from "./texts.js";
 import { drawMoved, drawWhom, prepareWhom } from "./whom.js";
 
@@ -38,6 +39,8 @@ function prepareControls() {
   const values = D.differences.values;
   $("values").append(...values.map((name) => new Option(name === "matched" ? "temperature-matched" : name, name)));
   $("categories").append(...D.categories.map(categoryBox));
+  $("action-label").hidden = !D.advice.length;
+  $("action").append(...D.advice.map(({ done }, i) => new Option(done, i)));
   const other = D.models.findIndex((_, i) => i !== D.baseline);
   startWith({ layer: mostUnlike(), model: Math.max(0, other) });
   listen();
@@ -92,6 +95,10 @@ function listen() {
   document.addEventListener("choose", (event) => show(event.detail));
   onChoice("layer", (value) => choose({ layer: Number(value) }));
   onChoice("model", (value) => choose({ model: Number(value) }));
+  onChoice("action", (value) => {
+    if (value) choose({ model: D.advice[value].models[0].model });
+    drawModel();
+  });
   onChoice("control", (value) => {
     state.control = value;
     drawCompare();
@@ -186,6 +193,7 @@ function drawAll() {
   drawCompare();
   drawWhom();
   drawEpochs();
+  drawProxies();
 }
 
 async function start() {
@@ -193,6 +201,7 @@ async function start() {
   prepareControls();
   prepareWhom();
   prepareEpochs();
+  prepareProxies();
   setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
   drawModels();
   document.head.append(element("script", { textContent: await unzipped(bytes("plotly")).text() }));

@@ -187,12 +187,13 @@ export function drawModel() {
   const both = known(D.baseline) && model !== D.baseline;
   const traces = both ? [line(D.baseline, style("--soft"), 0.15, "dot")] : [];
   traces.push(line(model, colorOf(categoryOf(D.models[model])), both ? -0.15 : 0, "solid"));
+  traces.push(...advised(model));
   $("model-plot").style.width = `max(100%, ${11 * N_LAYERS + 80}px)`;
   const layout = {
     ...layerSize(260),
     ...LEGEND_ABOVE,
     xaxis: layerAxis(),
-    yaxis: { title: { text: "criticality" }, range: [-0.02, 1.05], zeroline: false },
+    yaxis: { title: { text: "criticality" }, range: [-0.02, 1.1], zeroline: false },
     ...stagesAndLevel(D.models[model].unrelated),
   };
   draw("model-plot", traces, layout, (point) => choose({ layer: Math.round(point.x) }));
@@ -210,6 +211,45 @@ export function drawModel() {
       { name: "status", of: ({ row, i }) => D.statuses[row][i] },
     ],
   };
+}
+
+// Marks of the layers to which the chosen action is done; says below what that rests on.
+function advised(model) {
+  const action = D.advice[$("action").value];
+  const found = action?.models.find((one) => one.model === model);
+  const others = action?.models.map((one) => D.models[one.model].label).join(", ");
+  const missing = action ? `Advice is here for ${others}. Other models: layercrit report --model NAME.` : "";
+  $("advice-said").textContent = found?.said ?? missing;
+  if (!found) return [];
+  const tie = new Set(found.tie);
+  const chosen = new Set(found.chosen);
+  const mark = (name, symbol, layers) => ({
+    type: "scatter",
+    mode: "markers",
+    name,
+    x: layers,
+    y: layers.map(() => 1.06),
+    hoverinfo: "text",
+    text: layers.map((i) => `<b>${escaped(D.layers[i].name)}</b><br>${name}`),
+    marker: { color: style("--text"), size: 9, symbol },
+  });
+  return [
+    mark(
+      `to be ${action.done}`,
+      "triangle-down",
+      found.chosen.filter((i) => !tie.has(i)),
+    ),
+    mark(
+      `to be ${action.done}, a tie`,
+      "triangle-down-open",
+      found.chosen.filter((i) => tie.has(i)),
+    ),
+    mark(
+      `not to be ${action.done}, a tie`,
+      "circle-open",
+      found.tie.filter((i) => !chosen.has(i)),
+    ),
+  ].filter(({ x }) => x.length);
 }
 
 // Where stages end, and the level of an unrelated prediction if it is known.
