@@ -68,6 +68,8 @@ def test_packages__missing_or_too_old(monkeypatch):
     assert (numpy.state, numpy.advice) == ("problem", "pip install 'numpy>=99'")
     assert re.fullmatch(r"numpy is [\d.]+, expected >=99", numpy.found)
     assert (nothing.state, nothing.found) == ("problem", "layercrit-nothing is not installed")
+    without = only(diagnosis._extras(), "[ray]")
+    assert (without.state, without.found.partition(", which")[0]) == ("note", "without studies on a Ray cluster")
     extra = only(diagnosis._extras(), "[hf]")
     assert extra.state == "note"
     assert "timm is" in extra.found

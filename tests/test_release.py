@@ -168,6 +168,8 @@ def test_workflows__test_the_oldest_and_the_newest_python():
     assert {system.partition("-")[0] for system in matrix["os"]} == {"ubuntu", "macos", "windows"}
     oldest, newest = matrix["python"]
     assert PROJECT["requires-python"] == f">={oldest}"
+    for page in ("README.md", "CONTRIBUTING.md", "docs/getting-started.md"):
+        assert f"ith Python {oldest} or newer" in (ROOT / page).read_text(encoding="utf-8"), page
     assert Version(newest) > Version(oldest)
 
 

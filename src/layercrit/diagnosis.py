@@ -103,13 +103,17 @@ def _packages() -> Iterator[Finding]:
 
 def _extras() -> Iterator[Finding]:
     for extra, purpose in EXTRAS.items():
-        wrong = [text for one in _requirements(extra) if (text := _wrong(one))]
+        needed = list(_requirements(extra))
+        wrong = [text for one in needed if (text := _wrong(one))]
         if wrong:
             found = f"without {purpose}: {', '.join(wrong)}"
             yield Finding("software", f"[{extra}]", "note", found, f"pip install 'layercrit[{extra}]'")
-        else:
-            names = ", ".join(f"{one.name} {metadata.version(one.name)}" for one in _requirements(extra))
+        elif needed:
+            names = ", ".join(f"{one.name} {metadata.version(one.name)}" for one in needed)
             yield Finding("software", f"[{extra}]", "ok", names)
+        else:
+            found = f"without {purpose}, which Python {platform.python_version()} is too old for"
+            yield Finding("software", f"[{extra}]", "note", found)
 
 
 def _requirements(extra: str | None) -> Iterator[Requirement]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["pitfalls_command", "say_pitfalls"]
 
 
-@click.command("pitfalls")
+@click.command("pitfalls", short_help="Explain what to bear in mind before quoting a number.")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 def pitfalls_command(names: tuple[str, ...]) -> None:
     """Explain what to bear in mind before a number is quoted: all pitfalls, or those named.
