@@ -173,6 +173,13 @@ def test_workflows__test_the_oldest_and_the_newest_python():
     assert Version(newest) > Version(oldest)
 
 
+def test_workflows__the_documentation_is_built_with_its_plugins():
+    config = re.search(r"^plugins:\n((?:[ ].*\n)+)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    plugins = set(re.findall(r"^  - (\w+)", config[1], re.MULTILINE)) - {"search"}
+    (command,) = [step["run"] for step in steps_of("docs") if "mkdocs build" in step.get("run", "")]
+    assert set(re.findall(r"--with '?([a-z-]+)", command)) == {"mkdocs-material", *plugins}
+
+
 def test_workflows__a_release_is_built_once_and_uploaded_by_a_job_that_runs_nothing_else():
     workflow = parsed(WORKFLOWS["release"])
     assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML takes `on` for true
