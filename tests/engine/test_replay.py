@@ -112,7 +112,9 @@ def test_open_replay__every_reset_of_the_sweep_matters(name):
     _, expected, _ = architecture(name)
     clean = expected[None]
     assert clean.softmax(1).std(dim=1).min() > 0.02, "predictions are near-constant"
-    assert [n for n in expected if n is not None and torch.equal(expected[n], clean)] == []
+    idle = [n for n in expected if n is not None and torch.equal(expected[n], clean)]
+    # the last windows of swin_tiny are one position, whose bias means nothing unless timm pads them
+    assert [n for n in idle if not re.match(r"layers\.3\..*relative_position_bias_table", n)] == []
     assert criticalities(expected).max() > 0.05
 
 
@@ -289,7 +291,7 @@ class Unseparable(nn.Module):
         return torch.fft.fft2(x).abs()
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 5), reason="torch 2.4 cannot export a Fourier transform")
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="torch 2.4 and 2.5 cannot export a Fourier transform")
 def test_open_replay__a_number_format_that_fails_gives_way_to_the_next():
     made = case(partial(Sketch, lambda net, x: net.fourier(x), fourier=Unseparable()), *IMAGES)
     opened = open_replay(made.network, made.layers, made.images, "bfloat16")

@@ -310,7 +310,7 @@ def test_integer_label__integers(value: object) -> None:
     assert (label, type(label)) == (3, int)
 
 
-@pytest.mark.parametrize("value", [3.0, "3", None, True, np.bool(True), np.float32(3), 2**63, np.array([3, 4]), b"3"])
+@pytest.mark.parametrize("value", [3.0, "3", None, True, np.bool_(True), np.float32(3), 2**63, np.array([3, 4]), b"3"])
 def test_integer_label__others(value: object) -> None:
     with pytest.raises(ProbeError, match=r"Labels must be integers.* that of 'cat.jpg' is .*labels='none'"):
         integer_label(value, "cat.jpg")

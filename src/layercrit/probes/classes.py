@@ -179,7 +179,7 @@ def integer_label(value: object, name: str) -> int:
         number = operator.index(value)  # type: ignore[arg-type]  # which values have an index is the question
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool | np.bool) or not -(2**63) <= number < 2**63:
+    if number is None or isinstance(value, bool | np.bool_) or not -(2**63) <= number < 2**63:
         raise ProbeError(
             f"Labels must be integers, the model's class numbers, but that of '{name}' is {shown(value)}. Give "
             "integers, or ignore the labels with labels='none' (--labels none)."
