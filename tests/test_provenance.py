@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 import pytest
 
-from layercrit.machine import versions
+from layercrit.machine import PACKAGES, versions
 from layercrit.provenance import missing_plug_ins, versions_with
 from layercrit.registry import Registry
 
@@ -34,6 +34,7 @@ def test_versions_with__nothing_of_a_plug_in():
     assert versions_with(resets=["zero"], distances=["l1"], models=["timm:x"], images=["x"]) == versions()
 
 
-def test_missing_plug_ins__are_those_that_are_not_installed():
-    recorded = versions() | {"transformers": "0.1", "pytest": version("pytest"), "lab": "1.2"}
+def test_missing_plug_ins__are_those_that_are_not_installed(monkeypatch):
+    monkeypatch.setattr("layercrit.provenance.PACKAGES", (*PACKAGES, "no-plug-in"))
+    recorded = versions() | {"no-plug-in": "0.1", "pytest": version("pytest"), "lab": "1.2"}
     assert missing_plug_ins(recorded) == ["lab 1.2"]

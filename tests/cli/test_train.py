@@ -313,9 +313,14 @@ def test_help__lists_both_commands_without_torch():
     assert "train Train a model by a method, or those of a study." in listed
     code = """
 import sys, layercrit.cli.root as c
-for arguments in (["--help"], ["train", "--help"], ["methods", "--help"]):
+for arguments in (["--help"], ["methods", "--help"]):
     c.cli(arguments, standalone_mode=False)
 print("torch" in sys.modules or "rich" in sys.modules)"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("False")
-    assert "The same command resumes an interrupted run." in " ".join(result.stdout.split())
+
+
+def test_help__of_train_lists_the_methods():
+    shown = " ".join(printed("train", "--help").split())
+    assert "The same command resumes an interrupted run." in shown
+    assert f"{', '.join(METHODS)}." in shown

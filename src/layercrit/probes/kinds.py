@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from layercrit.errors import ProbeError
 from layercrit.probes.parts import NoSuchPartError
@@ -12,19 +13,20 @@ from layercrit.registry import Registry
 __all__ = ["IMAGE_SOURCES", "image_source", "kind_of", "named_kind", "open_named", "without_split"]
 
 Opener = Callable[[str, dict[str, str]], ImageSource]
+_Opener = TypeVar("_Opener", bound=Opener)
 
 
 def _check_kind(name: str) -> None:
     if name in ("corrupt", "attack") or len(name) == 1:
-        taken = "so begin paths on Windows" if len(name) == 1 else "so begin changed images"
-        raise ProbeError(f"A kind of images cannot be named {name!r}: {taken}. Choose another name.")
+        what = "paths on Windows" if len(name) == 1 else "sources of changed images"
+        raise ProbeError(f"A kind of images cannot be named {name!r}: {what} begin like this. Choose another name.")
 
 
 IMAGE_SOURCES = Registry[Opener]("kind of images", ProbeError, "layercrit.image_sources", check=_check_kind)
 """All kinds of images with a name, ``NAME:REST``, filled by `image_source` and by installed plug-ins."""
 
 
-def image_source(name: str) -> Callable[[Opener], Opener]:
+def image_source(name: str) -> Callable[[_Opener], _Opener]:
     """Register what opens images that are named ``NAME:REST?option=value&...``.
 
     It is a function (or a class) of ``REST`` and a dictionary of the options, texts by name, and returns an
@@ -35,7 +37,7 @@ def image_source(name: str) -> Callable[[Opener], Opener]:
         ProbeError: the name is taken or not valid.
     """
 
-    def register(opener: Opener) -> Opener:
+    def register(opener: _Opener) -> _Opener:
         IMAGE_SOURCES[name] = opener
         return opener
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from layercrit.errors import ProtocolError, StudyError
 from layercrit.registry import Registry, plug_in_that_raised
@@ -180,12 +180,13 @@ class Executor(ABC):
 
 
 Maker: TypeAlias = "Callable[[str, StudyFile, Path, int | None], Executor]"
+_Maker = TypeVar("_Maker", bound=Maker)
 
 EXECUTORS = Registry[Maker]("executor", StudyError, "layercrit.executors")
 """All executors by name, filled by `executor` and by installed plug-ins."""
 
 
-def executor(name: str) -> Callable[[Maker], Maker]:
+def executor(name: str) -> Callable[[_Maker], _Maker]:
     """Register what makes an executor, for ``layercrit study run --on NAME``: a function, or a class of `Executor`.
 
     It is called with what follows ``NAME:`` in ``--on`` (often an address, else an empty text), the study file, the
@@ -195,7 +196,7 @@ def executor(name: str) -> Callable[[Maker], Maker]:
         StudyError: the name is taken or not valid.
     """
 
-    def register(maker: Maker) -> Maker:
+    def register(maker: _Maker) -> _Maker:
         EXECUTORS[name] = maker
         return maker
 
