@@ -559,6 +559,7 @@ def test_site__reference_has_every_name_with_its_example(site):
     text = html.unescape(re.sub("<[^>]+>", "", page))
     assert text.count(">>> import layercrit") == len(layercrit.__all__)
     assert not re.search(r"&(?:amp|lt|gt|quot|#\d+);", text), "something is escaped twice"
+    assert "(among the model's outputs)" in " ".join(text.split()), "a text of several lines is cut into items"
 
 
 def test_site__asks_nothing_of_any_network(site):

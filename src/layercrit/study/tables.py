@@ -18,21 +18,17 @@ from layercrit.errors import LayercritError, ProbeError, StudyError, near
 from layercrit.image_groups import Layers, by_correctness, by_group, by_image, extreme_images
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.precision import PrecisionPlan
-from layercrit.protocol import DEFAULTS, MATCHED
+from layercrit.protocol import MATCHED
 from layercrit.shown_images import GroupsOf, ShownImages
 from layercrit.statistics import estimate
 from layercrit.study import status
 from layercrit.study.cell_table import ABOUT_LAYER, mean_names
+from layercrit.study.model_table import models_table
 from layercrit.study.pilots import plans_of
 from layercrit.study.rows import FailureRow
 from layercrit.study.shards import Shards, StoredStudy, holders, open_study
 
 __all__ = ["Study", "load_study"]
-
-_MODEL_NUMBERS = ("documented_accuracy", "eps", "top1_accuracy", "chance", "temperature")
-_MODEL_COLUMNS = ["model", "reference", "category", "label", "attack_norm", *_MODEL_NUMBERS,
-                  "architecture", "dtype", "sha256", "variant_of", "epoch", "probe_set", "norm_statistics",
-                  "record"]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -445,7 +441,7 @@ def load_study(folder: str | Path) -> Study:
     """
     folder = Path(folder).expanduser()
     with open_study(folder) as store:
-        models, record = _models_table(store), store.meta("study", {})
+        models, record = models_table(store), store.meta("study", {})
         plans = plans_of(store.meta("precision"))
         return Study(
             folder=folder,
@@ -468,18 +464,6 @@ def _as_written(reset: str) -> str:
     with suppress(LayercritError):
         return get_reset(reset).name
     return reset
-
-
-def _models_table(store: StoredStudy) -> pd.DataFrame:
-    rows = []
-    for row in store.models():
-        record = row.record or {}
-        known = {**record, **record.get("predictions", {}), **vars(row), "label": row.label or row.model}
-        known["norm_statistics"] = row.norm_statistics or DEFAULTS.norm_statistics
-        rows.append([record if name == "record" else known.get(name) for name in _MODEL_COLUMNS])
-    # else pandas makes None NaN in columns of texts
-    table = pd.DataFrame(rows, columns=_MODEL_COLUMNS, dtype=object)
-    return table.astype(dict.fromkeys((*_MODEL_NUMBERS, "epoch"), "float64"))
 
 
 def _per_image(
