@@ -32,7 +32,7 @@ from torch import nn
 from torch._weights_only_unpickler import _get_allowed_globals
 
 from layercrit.errors import CheckpointError
-from layercrit.models import pickles
+from layercrit.models import pickles, unpickling
 from layercrit.models.checkpoints import foreign_globals, hash_tensors, read_checkpoint
 
 
@@ -52,6 +52,20 @@ class RunsCode:
 
     def __reduce__(self):
         return (open, (self.marker, "w"))
+
+
+@pytest.fixture(autouse=True, params=["torch's reader", "our own"])
+def reader(request, monkeypatch):
+    """Either way of reading pickles, whatever the version of torch."""
+    if request.param == "torch's reader" and not unpickling._TORCH_IS_SAFE:
+        pytest.skip("not used with this version of torch")
+    monkeypatch.setattr(unpickling, "_TORCH_IS_SAFE", request.param == "torch's reader")
+
+
+def allowed_elsewhere(*classes):
+    """What others have allowed torch to load; older versions have no such list."""
+    known = getattr(torch.serialization, "safe_globals", None)
+    return known(list(classes)) if known else contextlib.nullcontext()
 
 
 @pytest.fixture
@@ -227,8 +241,10 @@ def test_read_checkpoint__stand_ins_for_objects_beside_the_weights(tmp_path, sta
     monkeypatch.setitem(sys.modules, "pathlib._local", types.SimpleNamespace(PosixPath=Path313))
     content = {"hyper_parameters": {"x": BESIDE[name]}, "acc": np.float64(76.1), "state_dict": state}
     path = saved(tmp_path / "w.pth", content, _use_new_zipfile_serialization=zipped)
+    allowed = set(torch.serialization.get_safe_globals())
     assert same(read_checkpoint(path).tensors, state)
     assert any(found.endswith("multiarray.scalar") for found in foreign_globals(path))
+    assert set(torch.serialization.get_safe_globals()) == allowed
 
 
 def test_plain_globals__cover_all_that_torch_allows_and_no_module():
@@ -453,7 +469,7 @@ def gadget(kind, marker):
 def test_read_checkpoint__objects_of_others_do_not_act(tmp_path, marker, state, kind, zipped):
     content = {"x": gadget(kind, marker), "state_dict": state}
     path = saved(tmp_path / "w.pth", content, _use_new_zipfile_serialization=zipped)
-    with contextlib.suppress(CheckpointError):
+    with allowed_elsewhere(Gadget), contextlib.suppress(CheckpointError):
         assert same(read_checkpoint(path).tensors, state)
         assert kind is not Filled, "with entries of both kinds, there is no stand-in for it"
     assert not marker.exists(), "the file's code was run"
@@ -501,6 +517,13 @@ def test_read_checkpoint__attributes_that_hide_methods(tmp_path, state):
     assert same(read_checkpoint(path).tensors, state)
     with pytest.raises(CheckpointError, match="contains no weights"):
         read_checkpoint(saved(tmp_path / "w.pth", Hiding({"x": 1})))
+
+
+def test_read_checkpoint__classes_allowed_for_torch_elsewhere_are_refused_as_well(tmp_path, marker, state):
+    path = hostile_files(tmp_path, marker, state)["zip"]
+    with allowed_elsewhere(open), pytest.raises(CheckpointError, match=r"io\.open"):
+        read_checkpoint(path)
+    assert not marker.exists()
 
 
 def test_read_checkpoint__stand_ins_cannot_be_called_into_tensors(tmp_path, state):
@@ -558,7 +581,7 @@ BROKEN = {
     "empty-zip": (zip_with({}), "without a data.pkl.*nothing"),
     "zip-bomb": (zip_with({"a/data.pkl": bytes(10**7)}, zipfile.ZIP_DEFLATED), "compressed zip archive"),
     "torchscript": (zip_with({"m/data.pkl": b"\x80\x02}.", "m/constants.pkl": b"\x80\x02)."}), "TorchScript archive"),
-    "only-pickle": (zip_with({"a/data.pkl": b"\x80\x02}."}), "contains no weights"),
+    "only-pickle": (zip_with({"a/data.pkl": b"\x80\x02}."}), "contains no weights|cannot be read as weights"),
     "broken-pickle": (zip_with({"a/data.pkl": b"\x80\x02zzzz"}), "cannot be read as weights"),
     "tar": (old_tar(WEIGHTS), "cannot be read as weights"),
     "pickled-dict": (pickle.dumps({"a": 1}, protocol=2), "cannot be read as weights"),

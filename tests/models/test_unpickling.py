@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from layercrit.errors import CheckpointError
+from layercrit.models import unpickling
 from layercrit.models.checkpoints import loading_safely, read_checkpoint
 from layercrit.models.unpickling import unpickle
 
@@ -150,10 +151,11 @@ def test_unpickle__a_legacy_storage_larger_than_the_file():
         unpickle(data.replace(b"K\xc8", b"J\xff\xff\xff\x7f", 1), {})
 
 
-def test_read_checkpoint__does_not_use_torchs_own_readers(tmp_path, monkeypatch):
+def test_read_checkpoint__does_not_use_torchs_readers_where_they_are_not_safe(tmp_path, monkeypatch):
+    monkeypatch.setattr(unpickling, "_TORCH_IS_SAFE", False)
     path = tmp_path / "w.pth"
     torch.save({"w": torch.ones(2)}, path)
-    for owner, name in ((torch, "load"), (torch.jit, "load"), (torch._C, "PyTorchFileReader")):
+    for owner, name in ((unpickling, "_TORCH_LOAD"), (torch.jit, "load"), (torch._C, "PyTorchFileReader")):
         monkeypatch.setattr(owner, name, None)
     assert read_checkpoint(path).tensors["w"].tolist() == [1, 1]
 

@@ -2,7 +2,8 @@
 
 A file is read into memory once, so its hash is that of exactly the bytes that were parsed. Before a pickle is loaded,
 its opcodes are scanned (nothing is executed), and the file is refused if it would call anything but classes of data;
-then `layercrit.models.unpickling` builds the tensors, and inert stand-ins in place of all other objects.
+then ``torch.load(weights_only=True)``, or under an older torch our own reader, builds the tensors, and inert stand-ins
+in place of all other objects.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from layercrit.errors import CheckpointError, first_line, near
 from layercrit.models.pickles import Inert, imports_of, is_data, is_inert
-from layercrit.models.unpickling import unpickle
+from layercrit.models.unpickling import read_pickled
 
 __all__ = ["Checkpoint", "foreign_globals", "hash_tensors", "loading_safely", "look_beside", "read_checkpoint"]
 
@@ -168,7 +169,7 @@ def _parse_torch(path: Path, data: bytes) -> tuple[object, tuple[str, ...]]:
         raise _more_than_weights(path, acting)
     objects = tuple(name for name in named if not is_data(name))
     try:
-        content = unpickle(data, named)
+        content = read_pickled(data, named)
     except Exception as error:  # damaged or hostile bytes raise whatever the unpickler meets first
         if objects:
             raise _more_than_weights(path, objects) from error

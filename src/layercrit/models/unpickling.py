@@ -1,16 +1,18 @@
-"""Build what a pickled weight file holds, with nothing but our own constructors: mappings, lists, tensors, stand-ins.
+"""Read what a pickled weight file holds: tensors, mappings, lists, and inert stand-ins in place of all other objects.
 
-``torch.load(weights_only=True)`` is meant to be safe, and was not for years: before torch 2.6 a file could run code
-(CVE-2025-32434), before torch 2.10 it could corrupt memory (CVE-2026-24747). So files are read here, in the same way
-under every version of torch. Nothing that a file names is imported. It can have made what the tables of this module
-hold, and inert stand-ins; tensors are views of the file's bytes, whose bounds are checked.
+``torch.load(weights_only=True)`` does this from torch 2.10 on. Before 2.6 a file could run code in spite of it
+(CVE-2025-32434), and before 2.10 corrupt memory (CVE-2026-24747), so under older versions files are read here, with
+nothing but our own constructors. Nothing that a file names is imported. It can have made what the tables of this module
+hold, and stand-ins; tensors are views of the file's bytes, whose bounds are checked.
 """
 
 import io
 import pickle
+import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +20,11 @@ from torch import Tensor
 
 from layercrit.models.pickles import Inert, is_plain, python_3_name, stand_in
 
-__all__ = ["unpickle"]
+__all__ = ["read_pickled", "unpickle"]
+
+_TORCH_IS_SAFE = torch.__version__ >= "2.10"
+_TORCH_LOAD = torch.load  # which `checkpoints.loading_safely` replaces for a while
+_LOADING = threading.Lock()
 
 _MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001  # what a file begins with that torch.save wrote before 1.6
 
@@ -29,8 +35,39 @@ _STORAGES = {
 }  # fmt: skip
 
 
-def unpickle(data: bytes, named: Mapping[str, str]) -> object:
+def read_pickled(data: bytes, named: Mapping[str, str]) -> object:
     """Return what a file of ``torch.save``, zip or legacy, holds; tensors are on the CPU.
+
+    Args:
+        data: the file's bytes.
+        named: the functions and classes that get stand-ins, as `pickles.imports_of` returns them. It has looked at the
+            archive already.
+
+    Raises:
+        Exception: the bytes are damaged, or no such file; whatever the parser meets first.
+    """
+    if not _TORCH_IS_SAFE:
+        return unpickle(data, named)
+    with _allowing_only([(stand_in(name, use), name) for name, use in named.items()]):
+        return _TORCH_LOAD(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _allowing_only(stand_ins: list[Any]) -> Iterator[None]:
+    """Inside, torch takes the stand-ins for the classes that a file names, and none that was allowed elsewhere."""
+    with _LOADING:  # torch keeps one list for the whole process
+        before = torch.serialization.get_safe_globals()
+        torch.serialization.clear_safe_globals()
+        try:
+            torch.serialization.add_safe_globals(stand_ins)
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(before)
+
+
+def unpickle(data: bytes, named: Mapping[str, str]) -> object:
+    """Return the same as `read_pickled`, without torch's own reader.
 
     A tensor that has no plain values, as a sparse or quantised one, is a tensor on the device ``meta``.
 

@@ -21,7 +21,7 @@ from layercrit.errors import TrainingError
 from layercrit.foreign_files import read_json
 from layercrit.models.file_source import epochs_of
 from layercrit.models.outputs import logits_of
-from layercrit.models.unpickling import unpickle
+from layercrit.models.unpickling import read_pickled
 from layercrit.training.batches import held_out_batches, to_device
 from layercrit.training.data import TrainingData
 from layercrit.training.methods import Learner, Method
@@ -162,7 +162,7 @@ class RunFolder:
                 if hashlib.sha256(data[32:]).digest() != data[:32]:
                     problems.append(f"{path} is damaged or incomplete, so it is skipped")
                     continue
-                return dict(cast(Mapping[str, Any], unpickle(data[32:], {}))), problems
+                return dict(cast(Mapping[str, Any], read_pickled(data[32:], {}))), problems
             except Exception as error:  # unpickling may raise anything
                 problems.append(f"{path} cannot be read ({type(error).__name__}), so it is skipped")
         return None, problems
