@@ -36,7 +36,7 @@ aten = torch.ops.aten
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 _READ_MEMORY = {aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default, aten.view_as_real.default}
 # Before torch 2.6 the exporter itself wrote no views and no writes to memory, and decomposing splits fast operators
-_EXPORTS_IN_FINAL_FORM = torch.__version__ < (2, 6)
+_EXPORTS_IN_FINAL_FORM = torch.__version__ < "2.6"
 # What the exporter writes in its final form at once: neither views nor writes to memory, nor made of other operators
 _FINAL = {
     *(aten.conv2d.default, aten.linear.default, aten.add.Tensor, aten.mul.Tensor, aten.mean.dim),
