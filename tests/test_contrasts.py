@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy import optimize, stats
+from scipy import integrate, optimize, stats
 
 from layercrit.contrasts import benjamini_hochberg, contrasts_of_samples, crossed_contrasts, holm
 from layercrit.errors import ProtocolError
@@ -37,7 +37,7 @@ def plainly(d, level):
     error = np.sqrt((np.maximum(ss_trials / u - rest, 0) + max(images, rest)) / (n_trials * n_images))
 
     def p_value(distance):
-        return np.trapezoid(2 * stats.t.sf(distance / error, n_images - 1), shares)
+        return integrate.trapezoid(2 * stats.t.sf(distance / error, n_images - 1), shares)
 
     half = optimize.brentq(lambda x: p_value(x) - (1 - level), 1e-9, 1e6 * np.ptp(d), xtol=1e-12)
     return mean, mean - half, mean + half, p_value(abs(mean))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_DEVICES_WITH_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+_DEVICES_WITH_AUTOCAST = ("cpu", "cuda", *(["mps"] if torch.__version__ >= "2.5" else []), "xpu")
 _one_at_a_time = threading.RLock()
 
 
@@ -45,12 +45,14 @@ def undisturbed() -> Iterator[None]:
 def _whole_float32() -> Iterator[None]:
     """Multiply float32 as float32.
 
-    Torch has two interfaces to this. The older one sets both, but cannot be read where they disagree.
+    Torch has two interfaces to this from 2.9 on. The older one sets both, but cannot be read where they disagree.
     """
     torch_backends: Any = torch.backends  # partly untyped
     cudnn, mkldnn = torch_backends.cudnn, torch_backends.mkldnn
-    backends = (torch_backends, cudnn, cudnn.conv, cudnn.rnn, torch_backends.cuda.matmul,
-                mkldnn, mkldnn.conv, mkldnn.rnn, mkldnn.matmul)  # fmt: skip
+    backends: tuple[Any, ...] = ()
+    if hasattr(torch_backends, "fp32_precision"):
+        backends = (torch_backends, cudnn, cudnn.conv, cudnn.rnn, torch_backends.cuda.matmul,
+                    mkldnn, mkldnn.conv, mkldnn.rnn, mkldnn.matmul)  # fmt: skip
     with contextlib.ExitStack() as before:
         for backend in backends:  # the last to be put back: the older interface sets them, too
             before.callback(setattr, backend, "fp32_precision", backend.fp32_precision)

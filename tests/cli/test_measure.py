@@ -136,7 +136,7 @@ def test_layers__lists_depth_type_shape_and_share(tmp_path):
         (["measure", MODEL, "--images", "PHOTOGRAPHS", "--dtype", "float23"], 2, "float32"),
         (["measure", MODEL, "--images", "PHOTOGRAPHS", "--device", "abacus"], 1, "abacus"),
         (["show", "."], 1, "no measurement"),
-        (["messure"], 2, "Did you mean 'measure'"),
+        (["messure"], 2, "No such command 'messure'"),
     ],
     ids=lambda value: "-".join(value[:1] + value[-1:]) if isinstance(value, list) else "",
 )
