@@ -99,8 +99,9 @@ def write_distribution(site, package, module, group, code):
 def laboratory(tmp_path_factory):
     """A folder to work in; below it, the example is installed, beside plug-ins that fail."""
     folder = tmp_path_factory.mktemp("laboratory")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    command += ["--no-index", "--no-deps", "--no-build-isolation", "--target", str(folder / "site"), str(PACKAGE)]
+    pip = [sys.executable, "-m", "pip", "--isolated", "install", "--quiet", "--disable-pip-version-check"]
+    offline = ["--no-index", "--no-deps", "--no-build-isolation", "--no-compile"]
+    command = [*pip, *offline, "--target", str(folder / "site"), str(PACKAGE)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     write_distribution(folder / "site", "lab-broken", "lab_broken", "resets", "import a_package_that_is_missing")
