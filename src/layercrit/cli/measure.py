@@ -30,6 +30,7 @@ __all__ = ["layers_command", "measure_command", "show_command"]
 
 _SECONDS_BETWEEN_SAVES = 60.0
 _STRONGEST = 8  # interactions that are printed
+_NO_LABELS = "layercrit.no_labels"
 
 
 def _selection(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,6 +50,15 @@ def _selection(command: Callable[..., Any]) -> Callable[..., Any]:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def _no_labels(context: click.Context, parameter: click.Parameter, asked: bool) -> None:
+    """Note what `_labels` looks for; two options for one value have other defaults in each version of click."""
+    context.meta[_NO_LABELS] = asked
+
+
+def _labels(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    return "none" if context.meta.get(_NO_LABELS) else value
 
 
 def _epochs(context: click.Context, parameter: click.Parameter, value: str | None) -> str | list[int] | None:
@@ -141,12 +151,13 @@ def _epochs(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option(
     "--labels",
     default="auto",
+    callback=_labels,
     show_default=True,
     metavar="FILE|COLUMN|none",
     help="Labels in place of those that SOURCE comes with: a .csv, .txt, .json or .npy file, or a column (of an .npz "
     "file: a key; of a .tar file: a suffix); none: ignore them.",
 )
-@click.option("--no-labels", "labels", flag_value="none", hidden=True)
+@click.option("--no-labels", is_flag=True, expose_value=False, callback=_no_labels, hidden=True)
 @click.option(
     "--classes",
     metavar="FILE",
