@@ -461,7 +461,7 @@ def layers_as_compared(rows: pd.DataFrame, layers: Sequence[str]) -> pd.DataFram
     """Return the rows of some layers, which models may have under names with a wrapper."""
     wanted = set(layers)
     names = {}
-    for model, own in rows.groupby("model", sort=False)["layer"].unique().items():
+    for model, own in rows.groupby("model", sort=False, observed=True)["layer"].unique().items():
         wrapper = "" if wanted <= set(own) else wrapper_of(own)
         names.update({(model, name): name.removeprefix(wrapper) for name in own})
     rows = rows.assign(layer=[names[pair] for pair in zip(rows["model"], rows["layer"], strict=True)])

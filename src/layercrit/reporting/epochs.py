@@ -58,7 +58,7 @@ def _of_study(study: Study, comparison: Comparison) -> Iterator[tuple[str, Kind,
         return
     table = layers_as_compared(study.to_pandas(), list(comparison.criticality.columns))
     table.loc[table["status"].str.fullmatch(r"unchanged (\d+)/\1"), "criticality"] = 0.0  # every trial
-    by_reset = dict(iter(table.groupby(["model", "reset"], sort=False)))
+    by_reset = dict(iter(table.groupby(["model", "reset"], sort=False, observed=True)))
     for _, versions in about.sort_values("epoch", na_position="first", kind="stable").groupby("own", sort=False):
         final = versions[versions["epoch"].isna()]
         if final.empty:
