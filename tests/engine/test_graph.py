@@ -329,6 +329,8 @@ def sketch(name: str) -> Sketch:
 
 @cache
 def sketched(name: str) -> tuple[Case, dict[str | None, Tensor], graph.WeightGraph]:
+    if name == "a region in bfloat16" and torch.__version__ < "2.6":
+        pytest.skip("before torch 2.6 the exporter leaves autocast out; open_replay takes a slower backend")
     made = case(partial(sketch, name), *IMAGES)
     expected = PlainWay(made.network).sweep(made)
     assert not [n for n in expected if n is not None and torch.equal(expected[n], expected[None])]
@@ -560,7 +562,7 @@ def test_export_graph__decomposes_only_where_it_must(build, runs, monkeypatch):
     )
     made = case(build, *((4, 1, 28, 28) if build is small_resnet else IMAGES))
     export_graph(made.network, made.images)
-    assert len(done) == runs
+    assert len(done) == (runs if torch.__version__ >= "2.6" else 0)
 
 
 def test_export_graph__names_every_weight_by_all_its_names():
@@ -599,6 +601,7 @@ def test_export_graph__a_network_that_writes_to_its_input_is_refused():
         export_graph(made.network, made.images.clone())
 
 
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.4 and 2.5 do not export torch.cond without dynamo")
 def test_export_graph__a_graph_inside_the_graph_is_refused():
     def branching(net: Sketch, x: Tensor) -> Tensor:
         return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, (x,))
