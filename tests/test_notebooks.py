@@ -43,8 +43,9 @@ def executed(notebook, folder, **environment):
         for variable, value in own.items():
             patch.setenv(variable, value)
         client = NotebookClient(
-            notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(folder)}}
-        )
+            notebook, timeout=600, record_timing=False, coalesce_streams=True,
+            resources={"metadata": {"path": str(folder)}},
+        )  # fmt: skip
         client.execute()
     first.source = source
     for cell in code_cells(notebook):
