@@ -23,7 +23,7 @@ from layercrit.errors import (
     ProtocolError,
 )
 from layercrit.measurement import Measurement
-from layercrit.measuring import measure
+from layercrit.measuring import list_layers, measure
 from layercrit.models.model import structure
 from layercrit.models.references import open_model
 from layercrit.probes.images import Preprocessing
@@ -417,6 +417,17 @@ def test_measure__takes_a_model_an_array_and_a_reference_alike(tmp_path):
     stored = measure(open_model(network, input_size=(3, 2, 2)), tmp_path / "images.npz", **QUIET)
     assert np.array_equal(stored.per_image["cosine"], given.per_image["cosine"])
     assert stored.record["probe_set"]["labels"]
+
+
+def test_list_layers__are_those_that_are_measured():
+    model = open_model(two_layers(), input_size=(3, 2, 2))
+    chosen = {"layers": "*", "types": "all", "sets": "pairs"}
+    listed = list_layers(model, **chosen)
+    measured = measure(model, PIXELS, **{**QUIET, **chosen}).to_pandas()
+    columns = ["layer", "type", "depth", "n_parameters", "flops_after"]
+    pd.testing.assert_frame_equal(listed[columns], measured[columns], check_dtype=False, check_names=False)
+    with pytest.raises(LayerError, match="No layer matches"):
+        list_layers(model, layers="nothing")
 
 
 def test_measure__n_images_is_how_many_are_drawn():

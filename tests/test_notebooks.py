@@ -43,8 +43,9 @@ def executed(notebook, folder, **environment):
         for variable, value in own.items():
             patch.setenv(variable, value)
         client = NotebookClient(
-            notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(folder)}}
-        )
+            notebook, timeout=600, record_timing=False, coalesce_streams=True,
+            resources={"metadata": {"path": str(folder)}},
+        )  # fmt: skip
         client.execute()
     first.source = source
     for cell in code_cells(notebook):
@@ -128,13 +129,22 @@ def test_first_steps__shows_what_is_stored(tmp_path):
 
 @pytest.mark.slow
 def test_own_training_methods__shows_what_is_stored(tmp_path):
-    """Trained weights are others on other processors, so that only words are compared, and what must hold anywhere."""
+    """With less of everything than in the notebook, so that numbers are others; what is shown is the same in kind."""
     stored = read(OWN)
-    mine = executed(stored, tmp_path)
-    assert kinds(mine) == kinds(stored)
-    accuracies = re.findall(r"accuracy (\d+)%", "\n".join(texts(mine)))
-    assert len(accuracies) == 3
-    assert min(map(int, accuracies)) > 50
+    quick = copy.deepcopy(stored)
+    for cell in code_cells(quick):
+        for much, little in (
+            ('"epochs": 8', '"epochs": 1'),
+            ("trials = 4", "trials = 2"),
+            ("_images = 150", "_images = 20"),
+        ):
+            cell.source = cell.source.replace(much, little)
+    assert sum(one.source != other.source for one, other in zip(quick.cells, stored.cells, strict=True)) == 2
+    mine = executed(quick, tmp_path)
+    last = [[cell[-1:] for cell in kinds(one)] for one in (mine, stored)]  # before it, warnings of such poor networks
+    assert last[0] == last[1]
+    for notebook in (mine, stored):
+        assert len(re.findall(r"^\S+ +top-1 accuracy \d+%$", "\n".join(texts(notebook)), re.MULTILINE)) == 3
     assert (tmp_path / "methods" / "report.html").is_file()
 
 

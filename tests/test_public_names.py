@@ -53,6 +53,14 @@ def test_names__an_unknown_one():
         layercrit.meassure  # noqa: B018
 
 
+def test_names__are_completed_by_editors():
+    jedi = pytest.importorskip("jedi")  # IPython's, and that of many editors
+    completed = {one.name for one in jedi.Script("from layercrit import ").complete()}
+    assert set(layercrit.__all__) <= completed
+    (signature,) = jedi.Script("import layercrit\nlayercrit.list_layers(").get_signatures()
+    assert [one.name for one in signature.params] == ["model", "layers", "types", "group", "sets"]
+
+
 # --- examples ---------------------------------------------------------------------------------------------------------
 
 

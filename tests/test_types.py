@@ -21,7 +21,7 @@ WRONG = {
     'words: str = layercrit.open_model("timm:resnet18")': "assignment",
     'layercrit.train("baseline", "timm:resnet18", 3, "run")': "arg-type",
     'layercrit.advise("study", "prune", knobs="weights")': "arg-type",
-    '@layercrit.distance("mine", upper=1.0)\ndef mine(p: str) -> str: ...': "type-var",
+    '@layercrit.distance("mine", upper=1.0)\ndef mine(p: str) -> str: ...': "arg-type",
 }
 
 

@@ -251,6 +251,22 @@ def test_plot__marks_the_chosen_layers(measurement):
     assert sum(marks) == (advice.layers["chosen"] | ties).sum() > 0
 
 
+def test_advise__of_a_folder_is_that_of_the_measurement(measurement, tmp_path):
+    found = advise(measurement.save(tmp_path / "kept"), "freeze", 0.5)
+    pd.testing.assert_frame_equal(found.to_pandas(), advise(measurement, "freeze", 0.5).to_pandas())
+    with pytest.raises(AdviceError, match="no measurement or study in"):
+        advise(tmp_path, "freeze")
+
+
+def test_advise__channels_of_what_no_network_is_known_of(measurement):
+    with pytest.raises(AdviceError, match="a table does not say which one it is of"):
+        advise(table(), "prune", knobs="channels")
+    with pytest.raises(AdviceError, match="cannot be opened"):
+        advise(measurement, "prune", knobs="channels")  # of a network that was given as an object
+    with pytest.raises(AdviceError, match="chooses from a study"):
+        advise(measurement, "freeze", reset="zero")
+
+
 def test_advise__of_sets_of_layers(measurement):
     torch.manual_seed(0)
     images = np.random.default_rng(0).integers(0, 256, (10, 12, 12, 3), dtype=np.uint8)

@@ -67,6 +67,11 @@ def test_plan_study__counts(tmp_path):
     assert plan.seconds > 0
 
 
+def test_plan_study__of_a_path(tmp_path):
+    path = write_study(tmp_path)
+    assert plan_study(path).to_dict()["n_cells"] == plan_study(read_study_file(path)).to_dict()["n_cells"]
+
+
 def test_plan_study__flops_by_hand(nets):
     """3 trials of two layers on 24 images; each trial runs the trained network beside what follows each layer."""
     plan = planned(nets, TWO, trials=3)

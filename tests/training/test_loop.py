@@ -56,6 +56,17 @@ def test_train__is_not_disturbed_by_the_callers_settings(data, tmp_path):
     assert same(weights(tmp_path / "one"), weights(tmp_path / "other"))
 
 
+def test_train__takes_names_and_a_file(data, tmp_path, capsys):
+    run(data, tmp_path / "one")
+    options = Options(device="cpu")
+    train("baseline", ARCHITECTURE, data.source, tmp_path / "other", settings=TINY, options=options, progress=False)
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "other"))
+    with pytest.raises(TrainingError, match="no setting 'epoch'"):
+        train("baseline", ARCHITECTURE, data, tmp_path / "other", settings={"epoch": 1})
+    with pytest.raises(TrainingError, match="settings are for a method that is given by name"):
+        train(get_method("baseline"), ARCHITECTURE, data, tmp_path / "other", settings=TINY)
+
+
 class PowerCutError(Exception):
     """Training ended in the middle."""
 

@@ -873,6 +873,14 @@ def test_check_accuracy__without_labels(says_three):
         check_accuracy(ZOO[ENTRY], np.zeros((2, 224, 224, 3), np.uint8))
 
 
+def test_check_accuracy__by_identifier(says_three, images):
+    assert check_accuracy(ENTRY, images, n_images=2) == check_accuracy(ZOO[ENTRY], images, n_images=2)
+    assert fetch_entry(ENTRY) == ZOO[ENTRY].path
+    for call in (fetch_entry, lambda name: check_accuracy(name, images)):
+        with pytest.raises(ZooError, match="Did you mean"):
+            call(ENTRY + "s")
+
+
 def test_check_accuracy__not_fetched(images):
     with pytest.raises(LayercritError, match="are not downloaded"):
         check_accuracy(ZOO["resnet50_dino"], images)
