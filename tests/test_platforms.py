@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from small_studies import OPTIONS, write_images, write_weights
 
 # What Windows and, partly, macOS lack. What other libraries take of it they have taken when they were imported.
@@ -27,6 +29,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_layercrit__without_what_only_posix_has(tmp_path):
     write_weights(tmp_path / "m0.safetensors", 0)
     write_images(tmp_path / "images.npz", 24)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytest.importorskip("kornia", reason="kornia 0.9 needs Python 3.11")
+
 from cifar_networks import IMAGES, MEAN, STD, WEIGHTS, needs_real_files
 from layercrit.errors import ProbeError, TrainingError
 from layercrit.models.references import open_model

@@ -152,7 +152,7 @@ class Corruption:
         if needs is not None and importlib.util.find_spec(needs) is None:
             raise ProbeError(
                 f"The corruption {self.kind!r} requires the library {needs}. Install it: "
-                "pip install 'layercrit[corrupt]'."
+                "pip install 'layercrit[corrupt]' (with Python 3.11 or newer)."
             )
 
     def __str__(self) -> str:
