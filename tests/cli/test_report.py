@@ -144,7 +144,7 @@ def test_help__lists_every_figure_and_what_it_shows():
     result = CliRunner().invoke(cli, ["report", "--help"])
     assert result.exit_code == 0
     text = " ".join(result.stdout.split())
-    for name, draw in FIGURES.items():
-        assert f"{name}: {draw.__doc__.removesuffix('.')}" in text
+    for name, figure in FIGURES.items():
+        assert f"{name}: {figure.summary.removesuffix('.')}" in text
     for default in ("all", "pdf,png,svg"):
         assert f"[default: {default}]" in text

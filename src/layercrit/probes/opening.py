@@ -1,5 +1,6 @@
 """Find out what a source of images is, and open it."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def _kind(source: str | Path) -> type[ImageSource]:
         return ParquetSource
     if suffix == ".tar":
         return TarSource
-    if not path.exists() and (name := named_kind(source)):
+    if (name := named_kind(source)) and not os.path.exists(path):  # noqa: PTH110 - which no name makes raise
         raise ProbeError(
             f"'{source}' is neither a file nor a folder, and there is no kind of images {name!r}. "
             f"{IMAGE_SOURCES.hint(name)} Accepted: {ACCEPTED}."
