@@ -321,6 +321,17 @@ def test_measure__where_no_cell_counts_there_is_no_mean():
     assert "mean criticality not known" in repr(found)
 
 
+def test_measure__new_values_that_are_not_finite_are_never_ok(own_reset):
+    """Fused with a convolution, ReLU may make 0 of NaN, so that predictions are finite."""
+
+    @own_reset("nans", random=False)
+    def nans(draw):
+        return {name: torch.full_like(value, math.nan) for name, value in draw.trained.items()}
+
+    found = measure(small_network(), photographs(4), reset="nans", dtype="float32", **QUIET)
+    assert set(found.cells["status"]) == {"not_finite"}
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
 def test_measure__predictions_that_are_not_finite_are_marked_and_left_out(own_reset, value):
     """In trial 1 layer '3' is given values under which logits overflow; its other trials and layer '1' count."""

@@ -328,8 +328,11 @@ class Draws:
         self._changes, self._prepared = {}, None
 
     def status(self, cosine: npt.NDArray[np.float32]) -> list[str]:
-        """Return each cell's status, given its distances ``(n_cells, n_images)``."""
+        """Return each cell's status, given its distances ``(n_cells, n_images)``.
+
+        New values that are NaN or infinite are never ok: an activation may make finite numbers of what comes of them.
+        """
         return [
-            unchanged if norm == 0 else "ok" if np.isfinite(row).all() else "not_finite"
+            unchanged if norm == 0 else "ok" if math.isfinite(norm) and np.isfinite(row).all() else "not_finite"
             for norm, unchanged, row in zip(self.delta_norm, self._if_unchanged, cosine, strict=True)
         ]
