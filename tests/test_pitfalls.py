@@ -22,11 +22,13 @@ HARMLESS = {"a": 0.2, "b": 0.5, "c": 0.3}  # criticality by layer; the first is 
 BASELINES = {"one": 0.0, "two": 0.01, "other": 0.1}  # by model, how much is added to each layer
 
 
-def names_of(folder, *, layers=None, spread=0.01, matched=0.0, chance=0.1, n_trials=5, baselines=2, models=BASELINES):
+def names_of(
+    folder, *, layers=None, spread=0.01, matched=0.0, chance=0.1, n_trials=5, baselines=2, models=BASELINES, random=True
+):
     """Names of the pitfalls of a made-up study that has none if nothing is said."""
     rows = [
         ModelRow(name, f"py:{name}", "baseline" if number < baselines else "others", name, 0.5,
-                 {"random_trials": {"rerandomize": True}, "predictions": {"chance": chance}})
+                 {"random_trials": {"rerandomize": random}, "predictions": {"chance": chance}})
         for number, name in enumerate(models)
     ]  # fmt: skip
     cells = [
@@ -52,6 +54,7 @@ def test_comparison__without_pitfalls(tmp_path):
         pytest.param({"chance": 0.4}, ["chance-level"], id="a layer as far off as unrelated predictions"),
         pytest.param({"spread": 0.06}, ["few-trials"], id="wide intervals"),
         pytest.param({"n_trials": 1}, ["few-trials"], id="no intervals"),
+        pytest.param({"n_trials": 1, "random": False}, [], id="a reset without randomness"),
         pytest.param({"baselines": 1}, ["training-seed"], id="one baseline"),
         pytest.param({"models": BASELINES | {"two": 0.2}}, ["training-seed"], id="within seed noise"),
         pytest.param({"layers": {name: HARMLESS | {"a": 0.6} for name in BASELINES}}, ["first-layers"], id="first"),
@@ -63,11 +66,21 @@ def test_comparison__one_pitfall(tmp_path, changed, expected):
     assert names_of(tmp_path / "s", **changed) == expected
 
 
-def made_up(*, values=(0.2, 0.5, 0.3), half_width=0.05, spread=0.01, matched=0.0, chance=0.1, covers="trials"):
+def made_up(
+    *,
+    values=(0.2, 0.5, 0.3),
+    half_width=0.05,
+    spread=0.01,
+    matched=0.0,
+    chance=0.1,
+    random=True,
+    chosen="*",
+    sets="each",
+):
     """What `pitfalls_of_measurement` reads of a measurement; without pitfalls if nothing is said."""
     values = np.array(values)
     layers = pd.DataFrame({"layer": list("abc"), "status": "ok", "criticality": values,
-                           "low": values - half_width, "high": values + half_width})  # fmt: skip
+                           "half_width": half_width})  # fmt: skip
     cells = [
         {"layer": layer, "status": "ok", "cosine": value + sign * spread}
         for layer, value in zip("abc", values, strict=True)
@@ -75,8 +88,9 @@ def made_up(*, values=(0.2, 0.5, 0.3), half_width=0.05, spread=0.01, matched=0.0
     ]
     mean = float(values.mean())
     summary = {"criticality": {"mean": mean}, "criticality_matched": {"mean": mean + matched}, "chance": chance,
-               "covers": covers}  # fmt: skip
-    return SimpleNamespace(summary=lambda: summary, to_pandas=lambda: layers, cells=pd.DataFrame(cells))
+               "covers": "trials"}  # fmt: skip
+    record = {"random_trials": random, "protocol": {"layers": chosen, "sets": sets}}
+    return SimpleNamespace(summary=lambda: summary, to_pandas=lambda: layers, cells=pd.DataFrame(cells), record=record)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +101,13 @@ def made_up(*, values=(0.2, 0.5, 0.3), half_width=0.05, spread=0.01, matched=0.0
         pytest.param({"chance": 0.5}, ["chance-level"], id="a layer as far off as unrelated predictions"),
         pytest.param({"chance": None}, [], id="no chance level"),
         pytest.param({"half_width": 0.11}, ["few-trials"], id="wide intervals"),
-        pytest.param({"half_width": float("nan"), "covers": "nothing"}, ["few-trials"], id="no intervals"),
-        pytest.param({"half_width": 0.11, "covers": "images"}, [], id="a reset without randomness"),
+        pytest.param({"half_width": float("nan")}, ["few-trials"], id="no intervals"),
+        pytest.param({"half_width": 0.11, "random": False}, [], id="a reset without randomness"),
+        pytest.param({"values": (0.6, 0.5, 0.3), "chosen": "a,b,c"}, [], id="first of those that were chosen"),
+        pytest.param({"values": (0.6, 0.5, 0.3), "sets": "cascade-down"}, [], id="first of sets"),
         pytest.param({"values": (0.6, 0.5, 0.3)}, ["first-layers"], id="first"),
         pytest.param({"spread": 0.0}, ["donor"], id="all draws are alike"),
-        pytest.param({"spread": 0.0, "covers": "images"}, [], id="they should be"),
+        pytest.param({"spread": 0.0, "random": False}, [], id="they should be"),
     ],
 )
 def test_measurement__each_pitfall(changed, expected):

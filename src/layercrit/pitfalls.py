@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layercrit.comparison import estimates_of
 from layercrit.errors import LayercritError, near
+from layercrit.protocol import DEFAULTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,13 +115,14 @@ def pitfalls_of_measurement(measurement: "Measurement") -> list[Pitfall]:
     cells = measurement.cells[measurement.cells["status"] == "ok"].groupby("layer")["cosine"]
     ok = layers[layers["status"] == "ok"]
     mean, matched, chance = (summary[name] for name in ("criticality", "criticality_matched", "chance"))
-    random = "trials" in summary["covers"] or summary["covers"] == "nothing"
-    half_widths = (ok["high"] - ok["low"]) / 2
+    random = bool(measurement.record["random_trials"])
     found = {
         "confidence": mean is not None and matched is not None and abs(mean["mean"] - matched["mean"]) > _MOVED,
         "chance-level": chance is not None and bool((ok["criticality"] >= 1 - chance).any()),
-        "few-trials": random and bool((half_widths.isna() | (half_widths > _WIDE)).any()),
-        "first-layers": len(ok) > 1 and ok["criticality"].idxmax() == layers.index[0],
+        "few-trials": random and _wide(ok["half_width"]),
+        "first-layers": _all_layers(measurement.record["protocol"])
+        and len(ok) > 1
+        and ok["criticality"].idxmax() == layers.index[0],
         "donor": random and _constant(cells.std().to_numpy(), cells.mean().to_numpy()),
     }
     return [PITFALLS[name] for name in PITFALLS if found.get(name)]
@@ -133,28 +136,33 @@ def pitfalls_of_comparison(study: "Study", comparison: "Comparison") -> list[Pit
         comparison: of them.
     """
     models, values = comparison.models, comparison.criticality
-    several, n_trials = len(models) > 1, int(comparison.origin["trials"])
+    several = len(models) > 1
     cells = study.cells[study.cells["model"].isin(models.index)]
     chance = study.models.set_index("model")["chance"].reindex(models.index)
-    spread = comparison.sd_trials.to_numpy()
-    first_is_most = len(comparison.layers) > 1 and comparison.layers["criticality"].argmax() == 0
+    rows = estimates_of(study, comparison)
+    random = rows["covers"].isin(["nothing", "trials", "trials and images"])
+    means = comparison.layers["criticality"]
+    first_is_most = _all_layers(study.record.get("protocol", {})) and len(means) > 1 and means.argmax() == 0
     found = {
         "confidence": several and not _matched_agrees(models),
         "chance-level": bool((values.max(axis=1) >= 1 - chance).any()),
-        "few-trials": n_trials < 2 or bool((_half_widths(spread, n_trials) > _WIDE).any()),
+        "few-trials": _wide(rows.loc[random & (rows["status"] == "ok"), "half_width"]),
         "training-seed": several and _within_seed_noise(models),
         "first-layers": first_is_most,
-        "donor": _constant(spread, values.to_numpy()),
+        "donor": bool(random.any()) and _constant(comparison.sd_trials.to_numpy(), values.to_numpy()),
         "architectures": len(set(cells.groupby("model")["layer"].agg(frozenset))) > 1,
     }
     return [PITFALLS[name] for name in PITFALLS if found.get(name)]
 
 
-def _half_widths(spread: np.ndarray, n_trials: int) -> np.ndarray:
-    """Return the half-widths of Student's intervals at 95% for new trials, from the spread over trials."""
-    from scipy.stats import t
+def _wide(half_widths: "pd.Series[float]") -> bool:
+    """Return whether some interval of a random reset is wide, or missing."""
+    return bool((half_widths.isna() | (half_widths > _WIDE)).any())
 
-    return np.asarray(t.ppf(0.975, n_trials - 1) * spread / np.sqrt(n_trials))
+
+def _all_layers(protocol: Mapping[str, Any]) -> bool:
+    """Return whether every layer is reset by itself, so that the first row of a table is the network's first layer."""
+    return bool(protocol.get("layers", DEFAULTS.layers) == DEFAULTS.layers and protocol.get("sets", "each") == "each")
 
 
 def _constant(spread: np.ndarray, values: np.ndarray) -> bool:
