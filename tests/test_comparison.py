@@ -437,3 +437,15 @@ def test_about_models__adversarially_trained_ones_stand_by_norm_and_eps_among_th
     assert table["eps"].fillna(0).to_list() == [0, 3, 10, 0, 4, 8]
     means = study.by_model().set_index("model")
     assert table["low"].to_list() == means.loc[table["model"], "low"].to_list()
+
+
+def test_compare__says_where_number_formats_differ(tmp_path):
+    cells = [{"model": model, "layer": layer, "trial": 0, "cosine": 0.5} for model in "abc" for layer in ("x", "y")]
+    for name, formats in (("one", "float32"), ("two", "bfloat16")):
+        models = [
+            ModelRow(model, f"py:{model}", "others", model, 0.5, {"dtype": formats if model == "b" else "float32"})
+            for model in "abc"
+        ]
+        told = [note for note in compare(measured(tmp_path / name, cells, models=models)).notes if "formats" in note]
+        assert bool(told) == (name == "two")
+    assert "(bfloat16: b; float32: a, c)" in told[0]

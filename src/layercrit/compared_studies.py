@@ -8,7 +8,7 @@ import pandas as pd
 
 from layercrit.statistics import needed_trials
 
-__all__ = ["ComparedStudy", "about_bad", "about_missing", "listed_names"]
+__all__ = ["ComparedStudy", "about_bad", "about_formats", "about_missing", "listed_names"]
 
 
 class _Failure(Protocol):
@@ -95,6 +95,19 @@ def _about_unlike_trials(cells: pd.DataFrame, half_width: float) -> list[str]:
         f"Layers have {of_layers.min()} to {of_layers.max()} trials, as planned for a half-width of {half_width:g}. A "
         "mean over layers takes each layer's mean over its own trials; its interval rests on those that all layers of "
         "a model have."
+    ]
+
+
+def about_formats(study: ComparedStudy, models: Sequence[str]) -> list[str]:
+    """Say so where models were measured in different number formats."""
+    formats = study.models.set_index("model")["dtype"].reindex(models).dropna()
+    used = {str(name): list(members) for name, members in formats.index.groupby(formats.astype(str)).items()}
+    if len(used) < 2:
+        return []
+    listed = "; ".join(f"{name}: {listed_names(members, 3)}" for name, members in used.items())
+    return [
+        f"Measured in different number formats ({listed}); the models' notes give the error of each. Set `dtype` in "
+        "the study file to measure all in one."
     ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from layercrit.categories import ADVERSARIAL
-from layercrit.compared_studies import ComparedStudy, about_bad, about_missing, listed_names
+from layercrit.compared_studies import ComparedStudy, about_bad, about_formats, about_missing, listed_names
 from layercrit.conditions import Condition, under
 from layercrit.correlations import rank_correlations
 from layercrit.errors import StudyError, near
@@ -257,7 +257,14 @@ def compare_models(
         condition=condition,
         left_out=tuple(name for name in listed if name in left_out),
         caution=_CAUTION if unlike else None,
-        notes=(*about_layers, *notes, *about_baseline, *about_bad(cells, tables["n_bad"]), *about_accuracy),
+        notes=(
+            *about_layers,
+            *notes,
+            *about_baseline,
+            *about_formats(study, compared),
+            *about_bad(cells, tables["n_bad"]),
+            *about_accuracy,
+        ),
         origin=_origin(study, used),
     )
 
