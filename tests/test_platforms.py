@@ -9,7 +9,7 @@ from small_studies import OPTIONS, write_images, write_weights
 
 # What Windows and, partly, macOS lack. What other libraries take of it they have taken when they were imported.
 WITHOUT = """
-import errno, importlib, os, pkgutil, runpy, signal, sys
+import errno, importlib, os, pkgutil, runpy, shutil, signal, sys
 import filelock, matplotlib.pyplot, pandas, plotly, pyarrow.parquet, timm, torch, torchvision
 
 sys.modules.update(dict.fromkeys(["fcntl", "grp", "pwd", "resource", "termios", "tty"]))  # importing them fails
@@ -18,6 +18,7 @@ for name in ("EDQUOT", "ENOTSUP", "EOPNOTSUPP"):
 for name in ("sched_getaffinity", "fork", "forkpty", "killpg", "getpgid", "setsid", "sysconf", "mkfifo", "geteuid",
              "getuid", "uname", "O_NONBLOCK", "register_at_fork"):
     delattr(os, name)
+shutil._use_fd_functions = False  # as on Windows; they take O_NONBLOCK
 for name in ("SIGHUP", "SIGCHLD", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGPIPE", "pthread_sigmask", "setitimer"):
     delattr(signal, name)
 
