@@ -24,6 +24,7 @@ def two_nodes():
     """A cluster with a CPU on each of two nodes, and the address of Ray Client."""
     from ray.cluster_utils import Cluster
 
+    Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray").mkdir(parents=True, exist_ok=True)  # Ray notes the address there
     port = free_port(HOSTS[0])
     folder = tempfile.mkdtemp(prefix="lr", dir="/tmp")  # paths of sockets must be short
     cluster = Cluster(
