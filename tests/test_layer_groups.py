@@ -157,7 +157,7 @@ MLP = {
 }
 
 CONV_NORM = {
-    "torchvision resnet": (*ARCHITECTURES["torchvision_resnet18"], "conv1+bn1", ["conv1", "bn1"], 20),
+    "torchvision resnet": (*ARCHITECTURES["torchvision_resnet18"], "conv1+bn1", ["conv1", "bn1"], 14),
     "timm convnext": (*ARCHITECTURES["convnext_tiny"], "stem.0+1", ["0", "1"], 6),
     "torchvision convnext": (torchvision_convnext, 32, "features.0.0+1", ["0", "1"], 3),
     "timm swin": (swin, 32, "patch_embed.proj+norm", ["proj", "norm"], 1),

@@ -140,7 +140,7 @@ def test_fuse_linears__changes_no_value(name):
     [
         ("vit_tiny", (7, 6, 0)),  # 3 blocks: queries, keys and values; projection + x; GELU; + x. And the head
         ("deit_tiny", (5, 5, 0)),  # the mean of two heads is a sum, too
-        ("swin_tiny", (22, 6, 0)),  # 6 blocks and 3 that merge patches
+        ("swin_tiny", (15, 4, 0)),  # 4 blocks and 2 that merge patches
         ("mixer_b16", (7, 2, 0)),
         ("convnext_tiny", (6, 5, 0)),
         ("transformers_vit", (9, 4, 0)),
