@@ -180,8 +180,8 @@ def _architecture(rest: str, path: Path, options: dict[str, Any]) -> str:
         function = _own_function(architecture)
         if function:
             raise ModelError(
-                f"file:{rest}: {record_file(path)} names Python code as the architecture, {function}, and code that a file "
-                f"names is not run. If you know and trust it, name it yourself: 'file:{rest}?arch={function}' "
+                f"file:{rest}: {record_file(path)} names Python code as the architecture, {function}, and code that a "
+                f"file names is not run. If you know and trust it, name it yourself: 'file:{rest}?arch={function}' "
                 f"(behind other options '&arch={function}')."
             )
     else:
