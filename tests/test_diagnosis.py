@@ -84,7 +84,10 @@ def test_imports__what_is_broken_is_told(package, monkeypatch):
     assert "ModuleNotFoundError" in problem.found
 
 
-@pytest.mark.parametrize(("code", "state"), [("", "ok"), ("raise RuntimeError('no such luck')", "problem")])
+@pytest.mark.parametrize(
+    ("code", "state"),
+    [("", "ok"), ("raise RuntimeError('no such luck')", "problem"), ("raise SystemExit('no such luck')", "problem")],
+)
 def test_plug_ins__are_imported(code, state, tmp_path, monkeypatch):
     module = f"diagnosed_{state}"
     (tmp_path / f"{module}.py").write_text(code)

@@ -21,7 +21,8 @@ from running_jobs import write_pixels
 from training_runs import write_run
 
 N = 20
-OPTIONS = "arch=py:conditioned_studies:network&input_size=(3,2,2)"
+NAMED = "arch=py:conditioned_studies:network"
+OPTIONS = f"{NAMED}&input_size=(3,2,2)"
 HOW = {"trials": 2, "dtype": "reference", "progress": False}
 
 
@@ -171,16 +172,16 @@ def test_measure_epochs__kept_epoch_is_checked_by_hash(folder, tmp_path):
     hashes = RunFolder(run).kept_hashes()
     assert list(hashes) == ["0", "2", "5"]
     (run / "model.json").write_text(json.dumps({**record, "kept_sha256": hashes}))
-    assert open_model(f"file:{run}@epoch=2").network is not None
+    assert open_model(f"file:{run}@epoch=2?{NAMED}").network is not None
     changed = states()[2]
     changed["4.bias"].view(torch.int32)[0] ^= 1
     save_file(changed, run / "epochs" / "epoch-0002.safetensors")
-    assert open_model(f"file:{run}@epoch=0").network is not None
+    assert open_model(f"file:{run}@epoch=0?{NAMED}").network is not None
     images = str(folder / "images.npz")
     for asks in (
-        lambda: open_model(f"file:{run}@epoch=2"),
-        lambda: measure(f"file:{run}", images, reset="rewind(epoch=2)", **HOW),
-        lambda: measure_epochs(f"file:{run}", images, folder=tmp_path / "out", **HOW),
+        lambda: open_model(f"file:{run}@epoch=2?{NAMED}"),
+        lambda: measure(f"file:{run}?{NAMED}", images, reset="rewind(epoch=2)", **HOW),
+        lambda: measure_epochs(f"file:{run}?{NAMED}", images, folder=tmp_path / "out", **HOW),
     ):
         with pytest.raises(CheckpointError, match=f"epoch-0002.safetensors is not the file .* has {hashes['2']}"):
             asks()

@@ -4,12 +4,15 @@ import functools
 import importlib
 import sys
 import textwrap
+import warnings
 from types import SimpleNamespace
 
 import pytest
 
+from layercrit.cli import main
 from layercrit.errors import ProtocolError, StudyError
 from layercrit.registry import _READ, Registry, plug_in_that_raised, summary_of
+from layercrit.training.methods import METHODS
 
 
 def draw():
@@ -181,6 +184,53 @@ def test_plug_in__one_that_cannot_be_imported_is_left_out_and_named(site):
     assert len(warned) == 1
     with pytest.raises(ProtocolError, match=r"There is no thing 'min'\. Known: 'draw'\. The plug-in lab_broken of"):
         registry.find("min")
+
+
+def test_plug_in__what_a_broken_one_added_before_it_failed_is_undone(site, monkeypatch):
+    registry, others = (Registry(what, ProtocolError, f"layercrit.{what}s") for what in ("thing", "other"))
+    monkeypatch.setattr(sys.modules[__name__], "shared", (registry, others), raising=False)
+    start = f"import sys\nthings, others = sys.modules[{__name__!r}].shared\n"
+    code = f"{start}list(others)\nthings['first'] = len\nothers['second'] = len\nthings['draw'] = len\n"
+    install(site, "lab-broken", "lab_broken", ["layercrit.things"], code)
+    install(site, "lab-things", "lab_things", ["layercrit.others"], f"{start}others['mine'] = things['mine'] = len\n")
+    registry["draw"] = draw
+    with pytest.warns(UserWarning, match=r"lab_broken .*The thing 'draw' exists already"):
+        assert list(registry) == ["draw", "mine"]
+    assert registry["draw"] is draw
+    assert list(others) == ["mine"]
+
+
+def test_plug_in__one_that_wants_to_end_the_process_is_broken(site):
+    install(site, "lab-broken", "lab_broken", ["layercrit.things"], "raise SystemExit('no licence')\n")
+    with pytest.warns(UserWarning, match=r"lab_broken .*could not be imported \(SystemExit: no licence\)"):
+        assert list(Registry("thing", ProtocolError, "layercrit.things")) == []
+
+
+@pytest.mark.parametrize("use", [list, lambda registry: "x" in registry, lambda registry: registry.find("draw")])
+def test_plug_in__the_warning_is_shown_where_the_registry_is_used(site, use):
+    install(site, "lab-broken", "lab_broken", ["layercrit.things"], "raise RuntimeError('too old')\n")
+    registry = Registry("thing", ProtocolError, "layercrit.things")
+    registry["draw"] = draw
+    with pytest.warns(UserWarning, match="too old") as warned:
+        use(registry)
+    assert warned[0].filename == __file__
+
+
+def test_plug_in__the_command_line_prints_the_warning_plainly(site, monkeypatch, capsys):
+    install(site, "lab-broken", "lab_broken", ["layercrit.methods"], "raise RuntimeError('too \\x1b[1m old')\n")
+    monkeypatch.setattr(METHODS, "_unread_group", "layercrit.methods")
+    monkeypatch.setattr(METHODS, "_broken", [])
+    monkeypatch.setattr(sys, "argv", ["layercrit", "methods", "--json"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit):
+            main()
+    said = [line for line in capsys.readouterr().err.splitlines() if "lab_broken" in line]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "Warning: The plug-in lab_broken of the package lab-broken 1.2 could not be imported (Runti"
+    )
+    assert "\x1b" not in said[0]
 
 
 def test_package_of__an_entry_of_any_module_of_the_package(site, monkeypatch):

@@ -154,7 +154,7 @@ def _plug_ins() -> Iterator[Finding]:
         by = "" if one.dist is None else f" of {one.dist.name} {one.dist.version}"
         try:
             one.load()
-        except Exception as error:  # whatever the code of others raises
+        except (Exception, SystemExit) as error:  # whatever the code of others raises
             yield Finding("software", "plug-in", "problem", f"{one.value}{by} ({one.group}): {first_line(error)}",
                           "Update or uninstall it; its entries are left out.")  # fmt: skip
         else:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
@@ -10,15 +11,22 @@ from typing import Any, TypeVar
 
 from layercrit.errors import LayercritError, first_line, near
 
-__all__ = ["Registry", "plug_in_that_raised", "summary_of"]
+__all__ = ["PlugInWarning", "Registry", "plug_in_that_raised", "summary_of"]
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 _READ: dict[str, EntryPoint] = {}  # by its outermost package, of all registries
 
+_ADDED: list[list[tuple["Registry[Any]", str, Any]]] = []
+"""For each plug-in that is being imported, the innermost last: what it has added, and what had that name before."""
+
 Entry = TypeVar("Entry")
 
 _LOG = logging.getLogger(__name__)
+
+
+class PlugInWarning(UserWarning):
+    """A plug-in was left out."""
 
 
 def summary_of(entry: object) -> str:
@@ -33,8 +41,8 @@ class Registry(MutableMapping[str, Entry]):
     class of the same module and name as the old one: modules may be reloaded, and notebook cells run again.
 
     An installed package adds entries through an entry point whose value is the module that registers them. Such modules
-    are imported when the registry is first read. One that cannot be imported is left out, with a warning that names
-    its package.
+    are imported when the registry is first read. One that cannot be imported is left out, with what it added before it
+    failed, and a warning names its package.
 
     Args:
         what: what an entry is called, such as ``reset``.
@@ -71,6 +79,8 @@ class Registry(MutableMapping[str, Entry]):
                 f"The {self._what} {name!r} exists already ({self._summary(self._entries[name]).rstrip('.')}). "
                 "Choose another name."
             )
+        if _ADDED:
+            _ADDED[-1].append((self, name, self._entries.get(name)))
         self._entries[name] = entry
 
     def __getitem__(self, name: str) -> Entry:
@@ -126,14 +136,36 @@ class Registry(MutableMapping[str, Entry]):
         self._plug_ins = list(entry_points(group=group))
         for plug_in in self._plug_ins:
             _READ[_top(plug_in.module)] = plug_in
+            _ADDED.append([])
             try:
                 plug_in.load()
                 _LOG.info("the plug-in %s adds to %s", _in_words(plug_in), group)
-            except Exception as error:  # whatever the code of others raises
+            except (Exception, SystemExit) as error:  # whatever the code of others raises
+                _undo(_ADDED[-1])
                 self._broken.append(f"The plug-in {_in_words(plug_in)} could not be imported ({first_line(error)}).")
                 warnings.warn(
-                    f"{self._broken[-1]} Its entries of {group} are left out. Update or uninstall it.", stacklevel=3
+                    f"{self._broken[-1]} Its entries of {group} are left out. Update or uninstall it.",
+                    PlugInWarning,
+                    stacklevel=_level_of_user(),
                 )
+            finally:
+                _ADDED.pop()
+
+
+def _undo(added: list[tuple[Registry[Any], str, Any]]) -> None:
+    """Make registries what they were before entries were added."""
+    for registry, name, before in reversed(added):
+        registry._entries.pop(name, None)
+        if before is not None:
+            registry._entries[name] = before
+
+
+def _level_of_user() -> int:
+    """Return the ``stacklevel`` of the code that uses the registry, seen from the caller."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and _top(frame.f_globals.get("__name__", "")) in ("layercrit", "collections"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def plug_in_that_raised(error: BaseException) -> str | None:

@@ -191,9 +191,9 @@ def test_measure__rewinds_to_an_epoch_of_the_models_own_run(small, tmp_path):
         write_model(tmp_path / f"{epoch}.safetensors", epoch)
     states = {epoch: load_file(tmp_path / f"{epoch}.safetensors") for epoch in (0, 2)}
     write_run(tmp_path / "run", states, arch=SMALL, final=states[2])
-    found = small("measure", "file:run", "--reset", "rewind(epoch=2)")
+    found = small("measure", f"file:run?arch={SMALL.partition('?')[0]}", "--reset", "rewind(epoch=2)")
     assert [row["status"] for row in found["layers"]] == ["unchanged 1/1"] * 3
-    found = small("measure", "file:run", "--reset", "rewind(epoch=0)", "--overwrite")
+    found = small("measure", f"file:run?arch={SMALL.partition('?')[0]}", "--reset", "rewind(epoch=0)", "--overwrite")
     assert [row["status"] for row in found["layers"]] == ["ok"] * 3
 
 

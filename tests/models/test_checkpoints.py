@@ -598,6 +598,21 @@ BROKEN = {
 }
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, which will drop such tensors
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("kind", [torch.qint8, torch.quint8, torch.qint32, "per channel"])
+def test_read_checkpoint__quantised(tmp_path, kind, zipped):
+    values, ones = torch.ones(4, 2), torch.ones(4)
+    if kind == "per channel":
+        quantised = torch.quantize_per_channel(values, ones, ones.long(), 0, torch.qint8)
+    else:
+        quantised = torch.quantize_per_tensor(values, 0.1, 0, kind)
+    content = {"plain": ones, "w": quantised, "last": ones}
+    path = saved(tmp_path / "w.pth", content, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="'w' as a sparse, quantised or meta tensor"):
+        read_checkpoint(path)
+
+
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 @pytest.mark.parametrize("name", BROKEN)
 def test_read_checkpoint__broken(tmp_path, name):

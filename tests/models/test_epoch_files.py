@@ -96,8 +96,8 @@ def test_as_epoch_of__opens_the_file_as_the_model(folder):
     save_file(network.state_dict(), "last.safetensors")
     Path("last.json").write_text(f'{{"arch": "{ARCH}?mean=(0.5,)&input_size=(3,2,2)"}}')
     models = {
-        "file:last.safetensors": ((0.5,) * 3, (3, 2, 2)),
-        f"file:last.safetensors?arch={ARCH}&key=ema&prefix=net.": ((0.0,) * 3, (3, 224, 224)),
+        f"file:last.safetensors?arch={ARCH}": ((0.5,) * 3, (3, 2, 2)),
+        f"file:last.safetensors?arch={ARCH}&key=ema&prefix=net.&mean=(0.2,0.2,0.2)": ((0.2,) * 3, (3, 2, 2)),
         f"{ARCH}?seed=5&mean=(0.1,0.2,0.3)&pretrained=false": ((0.1, 0.2, 0.3), (3, 224, 224)),
     }
     for model, (mean, size) in models.items():

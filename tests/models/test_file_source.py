@@ -1,6 +1,9 @@
 import argparse
 import datetime
 import enum
+import json
+import re
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from layercrit import open_model
 from layercrit.errors import CheckpointError, ModelError
 from layercrit.models.checkpoints import read_checkpoint
 from layercrit.models.file_source import record_file, weight_file
+from layercrit.models.references import without_weights
 from layercrit.resets import get_reset, given_donor
 from training_runs import write_run
 
@@ -243,6 +247,58 @@ def test_file__published_network(tmp_path, wrap, monkeypatch):
     opened = model.network.state_dict()
     assert all(torch.equal(opened[name], tensor) for name, tensor in published.items())
     assert accuracy(model, IMAGES, 2000) == pytest.approx(0.8175, abs=0.002)
+
+
+# Architectures that the file names
+
+
+@pytest.fixture
+def named(tmp_path, monkeypatch):
+    """Weights for a network of the user's in ``w.safetensors``; a function returns them with a record of their arch."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_nets.py").write_text(
+        "from torch import nn\ndef small(width=3):\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, width))\n"
+    )
+    weights = {"1.weight": torch.ones(5, 12), "1.bias": torch.zeros(5)}
+
+    def write(arch):
+        write_run(tmp_path / "run", {0: weights}, arch, weights)
+        safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
+        (tmp_path / "w.json").write_text(json.dumps({"arch": arch}))
+
+    yield write
+    sys.modules.pop("my_nets", None)
+
+
+@pytest.mark.parametrize("file", ["run", "run@epoch=0", "w.safetensors"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "py:os:system?command=touch PWNED",
+        "py:layercrit.demo:copy_family?folder=PWNED",
+        "py:layercrit.models.own_networks:import_here?module=my_nets",
+        "py:my_nets:small",
+    ],
+)
+@pytest.mark.parametrize("use", [open_model, without_weights])
+def test_file__code_that_a_file_names_is_not_run(named, tmp_path, file, arch, use):
+    named(arch)
+    name = re.escape(f"'file:{file}?arch={arch.partition('?')[0]}'")
+    with pytest.raises(ModelError, match=f"code that a file names is not run. If you know .*: {name}"):
+        use(f"file:{file}")
+    assert not Path("PWNED").exists()
+    assert "my_nets" not in sys.modules
+
+
+def test_file__a_function_that_the_user_names_gets_the_options_of_the_file(named):
+    named("py:my_nets:small?width=5&mean=(0.5,0.5,0.5)&input_size=(3,2,2)")
+    for file in ("run", "run@epoch=0", "w.safetensors"):
+        model = open_model(f"file:{file}?arch=py:my_nets:small")
+        assert (model.architecture, model.mean) == ("py:my_nets:small?width=5", (0.5,) * 3)
+    assert open_model("file:run?arch=py:my_nets:small&mean=(0.1,0.1,0.1)").mean == (0.1,) * 3
+    assert open_model("file:run?arch=py:my_nets:small?width=5&input_size=(3,2,2)").mean == (0.0,) * 3
+    with pytest.raises(ModelError, match="no module 'others'"):
+        open_model("file:run?arch=py:others:small")
 
 
 # Paths with a question mark

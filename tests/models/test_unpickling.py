@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import struct
+import tracemalloc
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -149,6 +151,43 @@ def test_unpickle__a_legacy_storage_larger_than_the_file():
     assert data.count(b"K\xc8") == 2  # size of the storage, and of the tensor
     with pytest.raises(pickle.UnpicklingError, match="larger than the file"):
         unpickle(data.replace(b"K\xc8", b"J\xff\xff\xff\x7f", 1), {})
+
+
+def peak_memory(function):
+    """Call a function that cannot read a file, and return what it says and the most bytes that Python held."""
+    tracemalloc.start()
+    try:
+        with pytest.raises((pickle.UnpicklingError, EOFError)) as raised:
+            function()
+        return str(raised.value), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_unpickle__legacy_storages_that_are_together_larger_than_the_file():
+    data = torch_bytes([torch.zeros(25_000) for _ in range(3)], _use_new_zipfile_serialization=False)
+    good = unpickle(data, {})
+    assert [len(tensor) for tensor in good] == [25_000] * 3
+    cut = data[:-150_000]  # each of them fits, and the three do not
+    said, peak = peak_memory(lambda: unpickle(cut, {}))
+    assert "storages of 200000 bytes together are larger than the file" in said
+    assert peak < 5 * len(cut)
+
+
+@pytest.mark.parametrize("opcode", ["BYTEARRAY8", "BINBYTES8", "BINUNICODE8", "BINBYTES", "BINUNICODE", "LONG4"])
+def test_unpickle__texts_longer_than_the_file(opcode):
+    code = getattr(pickle, opcode)
+    length = struct.pack("<Q", 2**32) if opcode.endswith("8") else struct.pack("<I", 2**28)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as members:
+        members.writestr("a/data.pkl", b"\x80\x05" + code + length + b"abc.")
+    _, peak = peak_memory(lambda: unpickle(archive.getvalue(), {}))
+    assert peak < 1_000_000
+
+
+def test_unpickle__a_byte_array():
+    content = {"b": bytearray(b"abc"), "long": bytearray(100_000), "none": bytearray()}
+    assert unpickle(torch_bytes(content, pickle_protocol=5), {}) == content
 
 
 def test_read_checkpoint__does_not_use_torchs_readers_where_they_are_not_safe(tmp_path, monkeypatch):

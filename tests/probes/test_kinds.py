@@ -50,6 +50,12 @@ def test_open_source__a_file_of_this_name_comes_first(tmp_path, monkeypatch):
     assert len(open_source("noise:5.npy")) == 2
 
 
+def test_kind_of__texts_that_no_file_can_be_named():
+    for rest in ("x" * 300, "a\0b"):
+        assert kind_of(f"noise:{rest}") == "noise"
+        assert without_split(f"{rest}?split=test") == (rest, "test")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -18,7 +18,8 @@ from layercrit.study.tables import load_study
 from running_jobs import run
 from training_runs import write_run
 
-ARCH = "py:conditioned_studies:network?input_size=(3,2,2)"
+FUNCTION = "py:conditioned_studies:network"
+ARCH = f"{FUNCTION}?input_size=(3,2,2)"
 RESETS = ["rerandomize", "rewind(epoch=5)", "rewind(epoch=0)", "rewind(epoch=2)"]
 
 
@@ -39,7 +40,7 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("epochs")
     write_run(folder / "runs" / "one", states(), arch=ARCH, final=states()[5])
     images = [{"name": None, "source": "clean.npz", "n_images": N, "input_size": [3, 2, 2], "resize": 0}]
-    models = [{"reference": "file:runs/one", "name": "one", "label": "The one"}]
+    models = [{"reference": f"file:runs/one?arch={FUNCTION}", "name": "one", "label": "The one"}]
     protocol = {"epochs": "all", "resets": RESETS}
     run(write(folder, protocol=protocol, images=images, models=models, study={"baseline": None}), folder / "out")
     return load_study(folder / "out")
@@ -79,8 +80,8 @@ def test_epochs_data__same_under_every_epoch_of_the_page(study):
 def test_epochs_data__of_another_training_run(study):
     folder = study.folder.parent
     found = measure_epochs(
-        f"file:{folder}/runs/one", str(folder / "clean.npz"), trials=2, dtype="float32", maps=["rewound"], seed=0,
-        progress=False,
+        f"file:{folder}/runs/one?arch={FUNCTION}", str(folder / "clean.npz"), trials=2, dtype="float32",
+        maps=["rewound"], seed=0, progress=False,
     )  # fmt: skip
     own, _, other = epochs_data(study, compare(study), [found])
     assert other["label"] == "one", "the page shows no folders of this machine"

@@ -163,13 +163,12 @@ def test_plan_study__builds_each_architecture_once(nets, monkeypatch):
 def test_plan_study__a_mistake_of_one_model_does_not_stop_the_others(nets):
     (nets / "bare.pth").parent.mkdir()
     (nets / "bare.pth").touch()
-    (nets / "bare.json").write_text('{"arch": "py:no_such_nets:x"}')
     references = [
         TWO,
         "py:my_planned_nets:broken?pretrained=false",
         "py:my_planned_nets:Twoo",
         "py:no_such_module:x",
-        "file:bare.pth",
+        "file:bare.pth?arch=py:no_such_nets:x",
         "torchvision:resnet19",
         "torchvision:resnet18:IMAGENET1K_V9?num_classes=10",
         "hf:someone/not-here",

@@ -467,14 +467,14 @@ def test_run_study__rewinds_to_several_epochs_of_the_own_run(tmp_path, folder):
         states[epoch] = load_file(tmp_path / "state.safetensors")
     write_run(tmp_path / "run", states, arch=ARCHITECTURE.removeprefix("arch="), final=states[2])
     resets = [f"rewind(epoch={epoch})" for epoch in states]
-    models = [{"reference": "file:run"}]
+    models = [{"reference": f"file:run?{ARCHITECTURE}"}]
     alone = {"n_models": 1, "study": {"baseline": None}}
     run(write_small(tmp_path, models=models, protocol={"resets": resets}, **alone), folder)
     cells = load_study(folder).cells
     assert list(cells["reset"].unique()) == resets
     assert set(cells["status"][cells["reset"] == "rewind(epoch=2)"]) == {"unchanged"}
     for epoch in (0, 1):
-        donor = {"reference": "file:run", "donor": f"run@epoch={epoch}"}
+        donor = {"reference": f"file:run?{ARCHITECTURE}", "donor": f"run@epoch={epoch}"}
         other = tmp_path / f"{epoch}"
         run(write_small(tmp_path, models=[donor], protocol={"resets": ["rewind"]}, **alone), other)
         found = cells["cosine"][cells["reset"] == f"rewind(epoch={epoch})"]

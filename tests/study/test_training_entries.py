@@ -16,7 +16,8 @@ from layercrit.study.training_entries import Training, TrainingRun
 from running_jobs import Inline, small_network, write_pixels
 from training_runs import write_run
 
-ARCH = "py:running_jobs:small_network?input_size=(3,2,2)&mean=(0.5,0.5,0.5)"
+FUNCTION = "py:running_jobs:small_network"
+ARCH = f"{FUNCTION}?input_size=(3,2,2)&mean=(0.5,0.5,0.5)"
 TRAINING = f"[training]\narch = '{ARCH}'\ndata = 'digits'\n"
 
 
@@ -70,8 +71,10 @@ def test_training__every_key(tmp_path):
         path,
     )  # fmt: skip
     assert study.models[:2] == (
-        ModelEntry("plain", f"file:{tmp_path}/runs/a/plain", "baseline"),
-        ModelEntry("pgd", f"file:{tmp_path}/runs/a/pgd", "mine", "PGD", 0.5, f"{tmp_path}/w.pth", "l2", 1.0),
+        ModelEntry("plain", f"file:{tmp_path}/runs/a/plain?arch={FUNCTION}", "baseline"),
+        ModelEntry(
+            "pgd", f"file:{tmp_path}/runs/a/pgd?arch={FUNCTION}", "mine", "PGD", 0.5, f"{tmp_path}/w.pth", "l2", 1.0
+        ),
     )
     assert study.models[2].name == "resnet50_dino"
 
@@ -82,7 +85,8 @@ def test_training__defaults(tmp_path):
     folder = tmp_path / "models" / "pgd 2.0"
     expected = TrainingRun("pgd 2.0", "robust_l2", {}, ARCH, f"{tmp_path}/digits", folder, None, 0, "no", "float32")
     assert run == expected
-    assert study.models == (ModelEntry("pgd 2.0", f"file:{folder}", "adversarial_training", attack_norm="l2", eps=0.5),)
+    reference = f"file:{folder}?arch={FUNCTION}"
+    assert study.models == (ModelEntry("pgd 2.0", reference, "adversarial_training", attack_norm="l2", eps=0.5),)
 
 
 def test_training__a_study_without_methods(tmp_path):
@@ -290,7 +294,7 @@ def test_mistakes__all_at_once(tmp_path):
 
 
 def test_mistakes__a_trained_model_without_its_architecture(tmp_path):
-    path = write(tmp_path, A)
+    path = write(tmp_path, A, training=TRAINING.replace(ARCH, "timm:resnet18"))
     train(read_study_file(path).training.runs[0])
     (tmp_path / "models" / "a" / "model.json").write_text("{}")
     (found,) = mistakes(path)

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
@@ -33,7 +34,7 @@ from layercrit.cli.train import methods_command, train_command
 from layercrit.cli.worst_case import worst_case_command
 from layercrit.cli.zoo import zoo
 from layercrit.errors import DISK_FULL, LayercritError, UnfinishedPilotError
-from layercrit.registry import plug_in_that_raised
+from layercrit.registry import PlugInWarning, plug_in_that_raised
 
 __all__ = ["cli", "main"]
 
@@ -110,7 +111,7 @@ def main() -> None:
     ended: list[int] = []
     over = threading.Event()
     try:
-        with _signals_end_like_ctrl_c(ended, over):
+        with _signals_end_like_ctrl_c(ended, over), _plain_warnings():
             code = _run("--traceback" in sys.argv[1:])
     except KeyboardInterrupt:  # while an error was reported
         code = ExitCode.INTERRUPTED
@@ -122,6 +123,22 @@ def main() -> None:
         _print("Interrupted.")
     _flush()
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Inside, warnings of plug-ins are printed without the place in the code, which means nothing to who types."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, PlugInWarning):
+                _print(f"Warning: {message}")
+            else:
+                others(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _run(debug: bool) -> int:

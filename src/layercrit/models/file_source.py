@@ -1,7 +1,7 @@
 """Weight files as models: which file a path means, and which architecture its weights belong to."""
 
-import contextlib
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ from layercrit.models.fitting import fit
 from layercrit.models.model import INPUT, Model
 from layercrit.models.sources import ModelSource, model_source, open_reference, parse
 
-__all__ = ["epochs_of", "read_weights", "record_file", "training_run", "weight_file"]
+__all__ = ["epochs_of", "named_by_user", "read_weights", "record_file", "training_run", "weight_file"]
+
+# The functions that a file may name: others, of layercrit too, can do more than make a network.
+_PY_OF_FILES = ("py:layercrit.demo:small_resnet",)
 
 _EPOCH = re.compile(r"epoch-(\d+)\.safetensors")  # weights that a training run kept on its way
 
@@ -137,7 +140,7 @@ def training_run(donor: str | Path) -> Path | None:
     if text.startswith("file:"):
         text = text.removeprefix("file:").partition("?")[0]
     path = Path(text).expanduser()
-    with contextlib.suppress(OSError, CheckpointError):  # no path, or a folder whose final weights are not there yet
+    with suppress(OSError, CheckpointError):  # no path, or a folder whose final weights are not there yet
         if not path.is_file():
             folder = path if path.is_dir() else Path(str(path).rpartition("@epoch=")[0])
         elif _EPOCH.fullmatch(path.name) and path.parent.name == "epochs":
@@ -146,6 +149,17 @@ def training_run(donor: str | Path) -> Path | None:
             folder = path.parent if weight_file(path.parent) == path else path
         return folder if epochs_of(folder) else None
     return None
+
+
+def named_by_user(path: Path, architecture: str) -> str:
+    """Return the reference of weights for an architecture that the user has named, not only the file beside them.
+
+    Args:
+        path: a file or a folder.
+        architecture: a model reference. A function of Python is repeated in what is returned, without its options.
+    """
+    function = _own_function(architecture)
+    return f"file:{path}" if function is None else f"file:{path}?arch={function}"
 
 
 def record_file(weights: Path) -> Path:
@@ -160,13 +174,34 @@ def record_file(weights: Path) -> Path:
 
 def _architecture(rest: str, path: Path, options: dict[str, Any]) -> str:
     """Take the reference of the architecture out of the options, or else out of the record of the file."""
-    architecture = str(options.pop("arch", None) or _recorded_architecture(path))
+    given = options.pop("arch", None)
+    if given is None:
+        architecture = str(_recorded_architecture(path))
+        function = _own_function(architecture)
+        if function:
+            raise ModelError(
+                f"file:{rest}: {record_file(path)} names Python code as the architecture, {function}, and code that a "
+                f"file names is not run. If you know and trust it, name it yourself: 'file:{rest}?arch={function}' "
+                f"(behind other options '&arch={function}')."
+            )
+    else:
+        architecture = str(given)
+        if architecture == _own_function(architecture):  # the record has its options, where it is of the same function
+            with suppress(ModelError):
+                recorded = str(_recorded_architecture(path))
+                architecture = recorded if _own_function(recorded) == architecture else architecture
     if architecture.startswith("file:"):
         raise ModelError(
             f"file:{rest} names {architecture!r} as its architecture; expected one without weights, such as "
             "'timm:resnet50'."
         )
     return architecture
+
+
+def _own_function(architecture: str) -> str | None:
+    """Return the ``py:MODULE:FUNCTION`` of a reference, which only a user may name; None for all other references."""
+    name = architecture.partition("?")[0]
+    return name if name.startswith("py:") and name not in _PY_OF_FILES else None
 
 
 def _recorded_architecture(path: Path) -> object:

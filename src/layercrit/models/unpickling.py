@@ -33,6 +33,9 @@ _STORAGES = {
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
     "Bool": torch.bool, "ComplexDouble": torch.complex128, "ComplexFloat": torch.complex64,
 }  # fmt: skip
+_QUANTISED = {
+    f"Q{name}": getattr(torch, f"q{name.lower()}") for name in ("Int8", "UInt8", "Int32", "UInt4x2", "UInt2x4")
+}
 
 
 def read_pickled(data: bytes, named: Mapping[str, str]) -> object:
@@ -103,11 +106,14 @@ def _legacy(data: bytes, named: Mapping[str, str]) -> object:
     """The content of the older format: five pickles, then length and bytes of each storage."""
     stream = io.BytesIO(data)
     storages: dict[str, Tensor] = {}
+    n_bytes = 0  # of all storages
 
     def storage_of(key: str, dtype: torch.dtype, n: int, view: tuple[str, int, int] | None = None) -> Tensor:
-        if n * dtype.itemsize > len(data):
-            raise pickle.UnpicklingError(f"a storage of {n} numbers is larger than the file")
+        nonlocal n_bytes
         if key not in storages:
+            n_bytes += n * dtype.itemsize
+            if n_bytes > len(data):
+                raise pickle.UnpicklingError(f"storages of {n_bytes} bytes together are larger than the file")
             storages[key] = _bytes(bytes(n * dtype.itemsize))  # what it holds follows the pickles
         whole = storages[key]
         return whole if view is None else whole[view[1] * dtype.itemsize :][: view[2] * dtype.itemsize]
@@ -190,7 +196,7 @@ _MAKES: dict[str, Callable[..., object]] = {
     "torch._tensor._rebuild_from_type_v2": _of_type,
 }
 _NAMED_VALUES: dict[str, object] = {
-    **{f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()},
+    **{f"torch.{name}Storage": dtype for name, dtype in (_STORAGES | _QUANTISED).items()},
     **{f"torch.storage.{name}Storage": torch.uint8 for name in ("Untyped", "_Untyped", "Typed", "_Typed")},
     **{f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
 }
@@ -201,6 +207,7 @@ class _Unpickler(pickle._Unpickler):
 
     stack: list[Any]
     append: Callable[[object], None]
+    read: Callable[[int], bytes]
     pop_mark: Callable[[], list[Any]]
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
@@ -229,7 +236,8 @@ class _Unpickler(pickle._Unpickler):
         kind, dtype, key, _place, n, *view = pid
         if kind not in ("storage", b"storage") or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError(f"it refers to {pid!r}, which is no storage of plain numbers")
-        return self._storage_of(str(key), dtype, n, *view).view(dtype)
+        storage = self._storage_of(str(key), dtype, n, *view)
+        return _no_values() if dtype in _QUANTISED.values() else storage.view(dtype)
 
     def get_extension(self, code: int) -> Any:
         raise pickle.UnpicklingError(f"it refers to the extension {code}")
@@ -265,6 +273,13 @@ class _Unpickler(pickle._Unpickler):
             setattr(built, "_metadata", state["_metadata"])  # noqa: B010, versions of a network's modules, for load_state_dict
         # attributes of anything else are left out
 
+    def load_bytearray8(self) -> None:  # pickle makes one as long as the file says before it reads, and this alone
+        n_bytes = int.from_bytes(self.read(8), "little")
+        held = self.read(n_bytes)
+        if len(held) < n_bytes:
+            raise pickle.UnpicklingError("a byte array is cut off")
+        self.append(bytearray(held))
+
     def load_append(self) -> None:
         item = self.stack.pop()
         self._filled(list).append(item)
@@ -290,6 +305,7 @@ class _Unpickler(pickle._Unpickler):
         pickle.NEWOBJ: load_reduce,
         pickle.NEWOBJ_EX: load_newobj_ex,
         pickle.BUILD: load_build,
+        pickle.BYTEARRAY8: load_bytearray8,
         pickle.APPEND: load_append,
         pickle.APPENDS: load_appends,
         pickle.ADDITEMS: load_additems,

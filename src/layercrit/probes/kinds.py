@@ -1,5 +1,6 @@
 """Kinds of images with a name, ``NAME:REST``: their registry, and how a source is written."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,11 @@ def image_source(name: str) -> Callable[[_Opener], _Opener]:
 def kind_of(source: str | Path) -> str | None:
     """Return the registered kind of which a text ``NAME:REST`` is; None for a path, and for everything else."""
     name, colon, _ = str(source).partition(":")
-    return name if colon and name in IMAGE_SOURCES and not Path(source).exists() else None
+    return name if colon and name in IMAGE_SOURCES and not _exists(source) else None
+
+
+def _exists(path: str | Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - which no name makes raise
 
 
 def named_kind(source: str | Path) -> str | None:
@@ -66,7 +71,7 @@ def without_split(source: str | Path) -> tuple[str | Path, str | None]:
         named = re.search(r"[?&]split=([^&]+)", str(source))
         return source, None if named is None else named[1]
     found = re.fullmatch(r"(.+)\?(\w+)=(.*)", str(source), re.DOTALL)
-    if found is None or Path(source).expanduser().exists():
+    if found is None or _exists(Path(source).expanduser()):
         return source, None
     path, option, name = found.groups()
     if option != "split" or not name:

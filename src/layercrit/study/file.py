@@ -438,7 +438,7 @@ class _Reader:
             self.mistakes.append(f"the donor of model {model!r}: {error}")
 
     def _check_epoch(self, model: ModelEntry, reset: Reset) -> None:
-        if any(model.reference == f"file:{run.folder}" and not run.is_finished() for run in self.runs):
+        if any(file_parts(model.reference)[0] == f"file:{run.folder}" and not run.is_finished() for run in self.runs):
             return  # it may keep that epoch yet
         try:
             weight_file(epoch_of_run(reset, model.reference, model.donor_for(reset)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layercrit.errors import LayercritError, StudyError
+from layercrit.models.file_source import named_by_user
 from layercrit.study.entries import ModelEntry, models_of
 from layercrit.study.schema import ModelTable, TrainingTable
 
@@ -53,7 +54,7 @@ class TrainingRun:
         from layercrit.training.methods import get_method
 
         method = get_method(self.method, self.settings)
-        entry = ModelEntry(self.name, f"file:{self.folder}", method.category)
+        entry = ModelEntry(self.name, named_by_user(self.folder, self.arch), method.category)
         return replace(entry, attack_norm=method.norm, eps=method.eps) if isinstance(method, Adversarial) else entry
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from layercrit.errors import TrainingError
 from layercrit.locks import hold
 from layercrit.models.checkpoints import hash_tensors
+from layercrit.models.file_source import named_by_user
 from layercrit.progress_bar import Bar
 from layercrit.provenance import versions_with
 from layercrit.restoring import rng_untouched, undisturbed
@@ -45,7 +46,7 @@ class TrainedModel:
     @property
     def reference(self) -> str:
         """The model reference that `open_model` takes."""
-        return f"file:{self.folder}"
+        return named_by_user(self.folder, self.record["arch"])
 
     @property
     def top1_accuracy(self) -> float:
