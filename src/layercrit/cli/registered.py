@@ -140,6 +140,6 @@ def missing_plug_ins_named(recorded: Callable[[], Mapping[str, str]]) -> Iterato
         if not (missing := missing_plug_ins(recorded())):
             raise
         raise type(error)(
-            f"{error}\n  What is there was made with plug-ins that are not installed here: {', '.join(missing)}. Install "
-            "them, then run the same command again."
+            f"{error}\n  What is there was made with plug-ins that are not installed here: {', '.join(missing)}. "
+            "Install them, then run the same command again."
         ) from error
