@@ -67,7 +67,7 @@ def write_page(
     others: Sequence[Comparison] = (),
     epoch_maps: Sequence[EpochMap] = (),
     proxies: StudyProxies | str | Path | None = None,
-    pictures: Mapping[str, Sequence[bytes]] | None = None,
+    pictures: Sequence[tuple[str, Sequence[bytes]]] = (),
 ) -> Path:
     """Write the page of a study: one self-contained HTML file that works offline.
 
@@ -84,14 +84,14 @@ def write_page(
         others: of the same study under other conditions, to which readers can switch.
         epoch_maps: of training runs; those of the study's own epochs are shown without being given.
         proxies: of the study's models, or the folder that they were saved in; None: the page has no such section.
-        pictures: what further figures show, in words -> the figures as SVG.
+        pictures: of each further figure, what it shows in words, and its pictures as SVG.
 
     Raises:
         StudyError: the file cannot be written, or there are no proxies in the folder.
     """
     path = Path(path).expanduser()
     told = read_proxies(proxies) if isinstance(proxies, str | Path) else proxies
-    text = _filled(study, [comparison, *others], models, thumbnails, epoch_maps, told, pictures or {})
+    text = _filled(study, [comparison, *others], models, thumbnails, epoch_maps, told, pictures)
     beside = path.with_name(f".writing-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def _filled(
     thumbnails: bool,
     epoch_maps: Sequence[EpochMap],
     proxies: StudyProxies | Mapping[str, Any] | None,
-    pictures: Mapping[str, Sequence[bytes]],
+    pictures: Sequence[tuple[str, Sequence[bytes]]],
 ) -> str:
     """Return the page's text."""
     elements = []
@@ -150,12 +150,12 @@ def _filled(
     )
 
 
-def _further(pictures: Mapping[str, Sequence[bytes]]) -> str:
+def _further(pictures: Sequence[tuple[str, Sequence[bytes]]]) -> str:
     """Return the section of further figures; as pictures, no script in one is run."""
     if not pictures:
         return ""
     parts = []
-    for summary, files in pictures.items():
+    for summary, files in pictures:
         about = html.escape(summary)
         parts.append(f"<h3>{about}</h3>")
         for svg in files:

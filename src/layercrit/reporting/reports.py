@@ -211,7 +211,7 @@ def report(
     tables = replace(_tables(study, comparison, profiles), others=others)
     written: dict[str, list[Path]] = {}
     left_out: dict[str, str] = {}
-    pictures: dict[str, list[bytes]] = {}
+    pictures: list[tuple[str, list[bytes]]] = []
     with Bar(progress) as bar:
         for done, name in enumerate(asked):
             bar.drawn(name, done, len(asked) + 1)
@@ -224,7 +224,7 @@ def report(
                 continue
             written[name] = _saved(drawn, folder / "figures", formats)
             if FIGURES[name].on_page:
-                pictures[FIGURES[name].summary or name] = [svg_of(one) for _, one in drawn]
+                pictures.append((FIGURES[name].summary or name, [svg_of(one) for _, one in drawn]))
         bar.drawn("report.html", len(asked), len(asked) + 1)
         page = write_page(
             study,
