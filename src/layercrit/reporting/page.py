@@ -20,6 +20,7 @@ from layercrit.conditions import STATISTICS_IN_WORDS, Condition
 from layercrit.differences import compared_differences
 from layercrit.epoch_map import EpochMap
 from layercrit.errors import StudyError
+from layercrit.foreign_text import without_folders
 from layercrit.pitfalls import PITFALLS, pitfalls_of_comparison
 from layercrit.proxies.of_study import StudyProxies
 from layercrit.reporting.advised import advice_data
@@ -42,8 +43,6 @@ _SCRIPTS = (
     "proxies",
     "page",
 )  # each imports from those before it
-# The page may be published, and where files are on this machine is private: of absolute paths only the name is shown.
-_FOLDERS = re.compile(r"""(?<![\w/.])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'"<>|:;,()]+[\\/])+(?=[^\\/\s])""")
 _NO_MATCHED = (
     "This study has no temperature-matched values and no chance level: its results were published as means over "
     "images, so it cannot be checked here how far confidence and chance level matter."
@@ -345,4 +344,4 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
     if isinstance(value, list):
         return ", ".join(map(_plain, value)) or "none"
-    return _FOLDERS.sub("", str(value))
+    return without_folders(value)
