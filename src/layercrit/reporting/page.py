@@ -86,7 +86,7 @@ def write_page(
         pictures: of each further figure, what it shows in words, and its pictures as SVG.
 
     Raises:
-        StudyError: the file cannot be written, or there are no proxies in the folder.
+        StudyError: the file cannot be written, or there are no proxies in the folder, or those of something else.
     """
     path = Path(path).expanduser()
     told = read_proxies(proxies) if isinstance(proxies, str | Path) else proxies
@@ -121,7 +121,7 @@ def _filled(
         data["whom"] = whom_data(study, comparison, [] if number else models, shown, thumbnails)
         data["advice"] = advice_data(study, comparison, [] if number else models, shown)
         data["epochs"] = epochs_data(study, comparison, epoch_maps)
-        data["proxies"] = None if number else proxies_data(proxies, comparison, shown)
+        data["proxies"] = None if number else proxies_data(study, comparison, proxies, shown)
         elements.append(_data(number, data, packed))
     web = resources.files(__package__) / "web"
     script, (hash_of_plotly, plotly) = _script(), _plotly()
