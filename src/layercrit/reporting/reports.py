@@ -135,6 +135,17 @@ def figure(name: str, *, on_page: bool = False) -> Callable[[FigureFunction], Fi
 
     Raises:
         StudyError: the name is taken or not valid.
+
+    Examples:
+        >>> import layercrit
+        >>> @layercrit.figure("means")
+        ... def means(tables):
+        ...     '''Mean criticality of each model.'''
+        ...     axes = tables.models.plot.barh(x="label", y="criticality")
+        ...     yield "means", axes.figure
+        >>> report = layercrit.report(layercrit.load_study("layercrit-demo/study"), "own", figures=["means"])
+        >>> [path.name for path in report.figures["means"]]
+        ['means.pdf', 'means.png', 'means.svg']
     """
 
     def register(function: FigureFunction) -> FigureFunction:
