@@ -373,7 +373,7 @@ def evidence(results: dict[str, Any]) -> dict[str, str]:
         told("prune-weights", "criticality per parameter", "half of the weights of layers are set to 0"),
     ]
     return {
-        "freeze": f"not measured for freezing by itself, but {tuned}",
+        "freeze": f"only for freezing while the other layers are fine-tuned; {tuned}",
         "finetune": tuned,
         "prune": "; ".join(pruned),
         "quantise": told("quantise", "criticality per parameter", "half of the parameters are rounded to 4 bits"),

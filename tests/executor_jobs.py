@@ -1,5 +1,6 @@
 """What the workers of test_executors.py do: a task's payload is a call of one of the generator functions here."""
 
+import logging
 import os
 import signal
 import sys
@@ -156,3 +157,15 @@ def leave_open(folder):
     """Be a parent that leaves Python while the iterator is held by a module."""
     globals()["held"] = LocalProcesses([Place("cpu", 1)]).run([task("a", say_pid_and_sleep)], start)
     (Path(folder) / "pid").write_text(str(next(globals()["held"]).content))
+
+
+def log_and_start(place):
+    """Log what it does, on top of which a task sends its payload."""
+    logger = logging.getLogger("layercrit.jobs")
+    logger.info("opened %s", "a model")
+
+    def work(task):
+        logger.info("measured %d", task.payload)
+        yield task.payload
+
+    return work

@@ -14,6 +14,7 @@ from layercrit.cli.root import main
 from layercrit.diagnosis import EXTRAS, Finding, anonymous, diagnose
 from layercrit.engine import onednn, opening
 from layercrit.engine.replay import PlainReplay
+from layercrit.probes.probe_set import ProbeSet
 from layercrit.toml import tomllib
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +144,15 @@ def test_devices__a_gpu_that_torch_does_not_find(monkeypatch):
     assert (diagnosis._no_gpu().state, diagnosis._no_gpu().advice) == ("note", "Unset it to use the GPU.")
 
 
+def test_devices__a_torch_that_cannot_tell_of_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
+    finding = only(diagnosis._devices(), "bfloat16")
+    assert (finding.state, finding.found) == ("note", "torch 2.4.1 cannot tell; --dtype auto takes float32")
+
+
 # --- engine -----------------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +186,26 @@ def test_engine__leaves_random_numbers_as_they_were():
     before = torch.get_rng_state()
     list(diagnosis._engine())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_measuring__leaves_random_numbers_as_they_were():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    (finding,) = diagnosis._measuring()
+    assert (finding.state, finding.found) == ("ok", "the 2 layers of a small network are measured")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_diagnose__what_every_measurement_does_is_done(monkeypatch):
+    def fail(*given, **options):
+        raise AttributeError("module 'numpy' has no attribute 'trapz'")
+
+    monkeypatch.setattr(ProbeSet, "from_source", fail)
+    monkeypatch.setattr(diagnosis, "_packages", lambda: iter(()))
+    monkeypatch.setattr(diagnosis, "_places", lambda: iter(()))
+    (finding,) = [one for one in diagnose() if one.state == "problem"]
+    assert finding.name == "measure"
+    assert finding.found == "a small network fails (AttributeError: module 'numpy' has no attribute 'trapz')"
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

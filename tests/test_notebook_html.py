@@ -65,6 +65,14 @@ def test_result_html__loads_nothing_and_stays_small():
     assert "://" not in html.replace(data, "")
 
 
+def test_result_html__shows_no_folders_of_this_machine():
+    facts = {"images": "8 of /home/me/private/val", "first failure": "there is no '/home/me/w.pt'", "of": "a/b 1/2"}
+    html = result_html("file:/home/me/own/w.pt", facts, "3 layers", layers(3), COLUMNS)
+    assert "home" not in html
+    for shown in ("<strong>file:w.pt</strong>", "8 of val", "there is no &#x27;w.pt&#x27;", "a/b 1/2"):
+        assert shown in html
+
+
 def test_result_html__takes_text_and_background_of_the_theme():
     html = result_html("a", {"b": "c"}, "d", layers(3), COLUMNS)
     colors = {found for _, attributes in elements(html) for found in re.findall(r"#\w+", attributes.get("style", ""))}

@@ -16,8 +16,11 @@ from layercrit.demo import STUDY_FILE, copy_family
 from layercrit.distances import DISTANCES
 from layercrit.models.sources import MODEL_SOURCES
 from layercrit.probes.corruptions import CORRUPTIONS
+from layercrit.probes.kinds import IMAGE_SOURCES
 from layercrit.reporting.exports import FORMATS
+from layercrit.reporting.reports import FIGURES
 from layercrit.resets import RESETS
+from layercrit.study.executors import EXECUTORS
 from layercrit.trackers import TRACKERS
 from layercrit.training.methods import METHODS
 from small_family import measure_small_family
@@ -77,7 +80,9 @@ def as_a_reader(tmp_path_factory):
 @contextlib.contextmanager
 def registered_for_now():
     """Afterwards, nothing is registered that was not before."""
-    registries = (RESETS, DISTANCES, MODEL_SOURCES, METHODS, TRACKERS, CORRUPTIONS, FORMATS)
+    registries = (
+        RESETS, DISTANCES, MODEL_SOURCES, IMAGE_SOURCES, METHODS, TRACKERS, CORRUPTIONS, FIGURES, EXECUTORS, FORMATS
+    )  # fmt: skip
     before = [dict(registry) for registry in registries]
     yield
     for registry, kept in zip(registries, before, strict=True):

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import layercrit
@@ -21,8 +23,11 @@ from layercrit import (
     copy_family,
     corruption,
     distance,
+    executor,
     export,
     export_format,
+    figure,
+    image_source,
     list_layers,
     load_study,
     measure,
@@ -44,7 +49,11 @@ from layercrit import (
     tracker,
     train,
 )
+from layercrit.probes import ArraySource
+from layercrit.reporting.reports import Drawn, Tables
 from layercrit.resets import Draw
+from layercrit.study.file import StudyFile
+from layercrit.study.local_processes import LocalProcesses, local_places
 from layercrit.trackers import Tracker
 from layercrit.training import Method, setting
 
@@ -67,6 +76,21 @@ def dimmed(images: Tensor, strength: float, generator: torch.Generator) -> Tenso
 @model_source("mine")
 def open_mine(rest: str, options: dict[str, Any]) -> Model:
     return open_model(nn.Linear(int(rest), 10), input_size=(1, 1, int(rest)))
+
+
+@image_source("black")
+def open_black(rest: str, options: dict[str, str]) -> ArraySource:
+    return ArraySource(np.zeros((int(rest), 28, 28), np.uint8))
+
+
+@figure("empty", on_page=True)
+def empty(tables: Tables) -> Drawn:
+    yield "empty", Figure()
+
+
+@executor("two")
+def two(rest: str, study: StudyFile, folder: Path, n_workers: int | None) -> LocalProcesses:
+    return LocalProcesses(local_places(2, "cpu", n_gpus=0))
 
 
 @tracker("printed")

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from layercrit.models.sources import model_source
     from layercrit.module_criticality import measure_module_criticality
     from layercrit.probes.corruptions import corruption
+    from layercrit.probes.kinds import image_source
     from layercrit.probes.probe_set import ProbeSet
     from layercrit.proxies.of_study import measure_study_proxies
     from layercrit.proxies.values import measure_proxies
     from layercrit.reporting.exports import export, export_format
     from layercrit.reporting.methods_section import methods_section
-    from layercrit.reporting.reports import report
+    from layercrit.reporting.reports import figure, report
     from layercrit.resets import reset
+    from layercrit.study.executors import executor
     from layercrit.study.merging import merge_studies
     from layercrit.study.planning import plan_study
     from layercrit.study.running import run_study
@@ -46,8 +48,11 @@ __all__ = [
     "copy_family",
     "corruption",
     "distance",
+    "executor",
     "export",
     "export_format",
+    "figure",
+    "image_source",
     "list_layers",
     "load_study",
     "measure",
@@ -85,8 +90,11 @@ _HOME = {
     "copy_family": "demo",
     "corruption": "probes.corruptions",
     "distance": "distances",
+    "executor": "study.executors",
     "export": "reporting.exports",
     "export_format": "reporting.exports",
+    "figure": "reporting.reports",
+    "image_source": "probes.kinds",
     "list_layers": "measuring",
     "load_study": "study.tables",
     "measure": "measuring",

@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from packaging.requirements import Requirement
 
 from layercrit.errors import LayercritError, first_line
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # torch is imported inside the checks: a broken one is to be reported.
 
@@ -37,6 +40,7 @@ _SHOWN = ("torch", "torchvision", "timm", "numpy")  # of what layercrit requires
 _GB = 1e9
 _LITTLE_MEMORY, _LITTLE_SPACE, _NO_SPACE = 2 * _GB, 5 * _GB, 0.1 * _GB  # bytes
 _SECONDS_TO_COUNT = 1.0  # the size of a cache
+_SIZE = 8  # of images, in pixels
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, or a job of a cluster
 
 
@@ -75,6 +79,7 @@ def diagnose() -> Iterator[Finding]:
     yield from _machine()
     yield from _devices()
     yield from _engine()
+    yield from _measuring()
     yield from _places()
 
 
@@ -203,7 +208,7 @@ def _n_cores() -> int:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    from layercrit.machine import find_device, multiplies_bfloat16
+    from layercrit.machine import find_device, multiplies_bfloat16, tells_of_bfloat16
 
     for number in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(number)
@@ -223,6 +228,9 @@ def _devices() -> Iterator[Finding]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if multiplies_bfloat16(device):
         yield Finding("machine", "bfloat16", "ok", f"multiplied by the {_kind(device.type)}")
+    elif not tells_of_bfloat16(device):
+        release = torch.__version__.partition("+")[0]
+        yield Finding("machine", "bfloat16", "note", f"torch {release} cannot tell; --dtype auto takes float32")
     else:
         yield Finding("machine", "bfloat16", "note",
                       f"emulated on this {_kind(device.type)}; --dtype auto takes float32")  # fmt: skip
@@ -262,13 +270,8 @@ def _engine() -> Iterator[Finding]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     slower = "A slower backend measures. Install the release of torch that constraints.txt names, or report this."
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            network = torch.nn.Sequential(
-                torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(),
-                torch.nn.Linear(4 * 8 * 8, 5),
-            ).eval().to(device)  # fmt: skip
-            images = torch.randn(4, 3, 8, 8, device=device)
+        with _seeded():
+            network, images = _small_network().to(device), torch.randn(4, 3, _SIZE, _SIZE, device=device)
         layers = find_layers(network, images)
         replay = open_replay(network, layers, images, "float32")
         plain = PlainReplay(network, layers).logits(images)
@@ -294,6 +297,47 @@ def _engine() -> Iterator[Finding]:
         yield Finding("engine", name, "note", f"no fused {' and '.join(missing)}: measuring is slower")
     else:
         yield Finding("engine", name, "ok", f"fused {' and '.join(works)}")
+
+
+def _measuring() -> Iterator[Finding]:
+    """Measure a small network as `layercrit measure` does."""
+    import torch
+
+    from layercrit.measuring import measure
+
+    try:
+        with _seeded():
+            images = torch.randint(256, (2, _SIZE, _SIZE, 3), dtype=torch.uint8).numpy()
+            found = measure(_small_network(), images, trials=1, progress=False)
+        known = found.to_pandas()["criticality"].between(0, 1)
+    except Exception as error:  # whatever torch and the other packages raise on this machine
+        yield Finding("engine", "measure", "problem", f"a small network fails ({first_line(error)})",
+                      "Install the releases that constraints.txt names, or report this.")  # fmt: skip
+        return
+    if known.all():
+        yield Finding("engine", "measure", "ok", f"the {len(known)} layers of a small network are measured")
+    else:
+        yield Finding("engine", "measure", "problem", f"{(~known).sum()} of {len(known)} layers of a small network "
+                      "have no criticality", "Report this with `layercrit doctor --json`.")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """Inside, random numbers are always the same; afterwards they go on as if nothing had been drawn."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def _small_network() -> "nn.Module":
+    """Return a new network for images of ``_SIZE``."""
+    from torch import nn
+
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * _SIZE**2, 5)
+    ).eval()
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["encodable", "guarded", "unguarded", "visible", "write_csv"]
+__all__ = ["encodable", "guarded", "unguarded", "visible", "without_folders", "write_csv"]
 
 # Spreadsheets take a cell that begins so for a formula. The apostrophe that guards it is itself guarded where it stands
 # before such a cell, so that reading what was written gives the text back.
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
+
+_FOLDERS = re.compile(r"""(?<![\w/.])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'"<>|:;,()]+[\\/])+(?=[^\\/\s])""")
 
 
 def visible(text: object) -> str:
@@ -34,6 +36,11 @@ def encodable(data: Any) -> Any:
     if isinstance(data, dict):
         return {encodable(key): encodable(value) for key, value in data.items()}
     return [encodable(value) for value in data] if isinstance(data, list | tuple) else data
+
+
+def without_folders(text: object) -> str:
+    """Return text with only the names of absolute paths, for what is passed on: where files are here is private."""
+    return _FOLDERS.sub("", str(text))
 
 
 def guarded(text: str) -> str:

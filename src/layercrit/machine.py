@@ -15,6 +15,7 @@ from layercrit.errors import ProtocolError
 PACKAGES = ("layercrit", "torch", "torchvision", "timm", "transformers", "numpy", "pillow")
 """The packages that results depend on, apart from plug-ins."""
 
+_BFLOAT16 = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # functions of torch.cpu
 # What allocators of the CPU and of GPUs say, and oneDNN, whose other errors name a primitive descriptor.
 _OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED"
@@ -79,8 +80,12 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether the device has instructions for bfloat16 products, rather than emulating them."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return device.type == "cpu" and any(ask is not None and ask() for ask in asked)  # which torch 2.4 cannot tell
+    return device.type == "cpu" and any(getattr(torch.cpu, name)() for name in _BFLOAT16 if hasattr(torch.cpu, name))
+
+
+def tells_of_bfloat16(device: torch.device) -> bool:
+    """Return whether torch can tell what `multiplies_bfloat16` asks; torch 2.4 cannot for processors."""
+    return device.type != "cpu" or any(hasattr(torch.cpu, name) for name in _BFLOAT16)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

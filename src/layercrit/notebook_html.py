@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 from layercrit.figures.style import figure_style
-from layercrit.foreign_text import visible
+from layercrit.foreign_text import visible, without_folders
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +56,8 @@ def result_html(
 ) -> str:
     """Return a result as HTML: its title, facts, the figure, and the table behind a heading that opens it.
 
-    All texts are escaped. There is no script in it, and nothing that would be loaded.
+    All texts are escaped, and of absolute paths only names are shown: notebooks are passed on. There
+    is no script in it, and nothing that would be loaded.
 
     Args:
         title: such as the model's name; also the alternative text of the figure.
@@ -84,7 +85,7 @@ def result_html(
 
 
 def _text(value: object) -> str:
-    return escape(visible(value))
+    return escape(visible(without_folders(value)))
 
 
 def _cell(column: Column, value: Any) -> str:

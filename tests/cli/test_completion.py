@@ -13,6 +13,7 @@ from click.shell_completion import ShellComplete, get_completion_class
 from layercrit.cli.registered import RegisteredOption, _names_in
 from layercrit.cli.root import cli
 from layercrit.models.zoo.fetching import ZOO
+from layercrit.pitfalls import PITFALLS
 from layercrit.registry import _origin
 from layercrit.training.methods import METHODS
 
@@ -37,6 +38,7 @@ LINES = [
     ("train --method bar", ["barlow_twins"]),
     ("methods pix", ["pixmix"]),
     ("zoo show resnet50.b", ["resnet50.b1k_in1k", "resnet50.b2k_in1k"]),
+    ("pitfalls few", ["few-trials"]),
     ("advise d --for f", ["freeze", "finetune"]),
     ("measure m --half", ["--half-width"]),
     ("measure m --images some/fol", ["some/fol"]),  # for which the shell completes files
@@ -58,6 +60,7 @@ def test_completion__names_are_those_of_the_registries():
         assert sorted(_names_in(module)) == sorted(own), registry
     assert sorted(_names_in("layercrit.training")) == sorted(name for name, one in METHODS.items() if _is_own(one))
     assert completed("zoo show ") == list(ZOO)
+    assert completed("pitfalls ") == list(PITFALLS)
 
 
 def commands_in(group):

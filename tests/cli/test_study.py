@@ -19,6 +19,7 @@ from layercrit.locks import hold
 from layercrit.study.schema import study_schema
 from layercrit.study.store import FILE, ModelRow, Store
 from layercrit.study.tables import load_study
+from layercrit.verbosity import quiet
 from published_results import measured
 from running_jobs import Inline
 from small_studies import N_LAYERS, OPTIONS, write_study, write_weights
@@ -89,7 +90,7 @@ def test_run__again_says_what_was_there_and_retry_tries_again(ran, here, tmp_pat
     assert again.exit_code == 1
     known = f"0 cells measured, {2 * N_LAYERS} were already there"
     assert known in again.stdout
-    assert f"Saved in {folder}; next: `layercrit compare {folder}`." in again.stdout
+    assert f"Saved in {folder}; next: `layercrit compare {folder}`." in again.stderr
     lines = again.stdout.splitlines()
     assert lines[0].startswith(f"warning: {MARKUP}: top-1 accuracy"), "untrained networks guess"
     table = lines[[line.strip() for line in lines].index("small") :]
@@ -117,7 +118,11 @@ def test_run__names_the_folder_like_the_file(here, tmp_path, monkeypatch):
     assert load_study("study").models["model"].to_list() == ["m0"]
     again = call("run", "study/study.toml")  # that of a study that was started before
     assert f"{N_LAYERS} were already there" in again.stdout
-    assert f"Saved in {tmp_path / 'study'};" in again.stdout
+    assert f"Saved in {tmp_path / 'study'};" in again.stderr
+    with quiet():
+        again = call("run", "study/study.toml")
+    assert f"{N_LAYERS} were already there" in again.stdout
+    assert "Saved in" not in again.output
 
 
 def test_run__does_not_replace_a_study_file_that_somebody_wrote(here, tmp_path):
@@ -277,8 +282,8 @@ def test_merge__says_what_there_is_and_notes_on_stderr(tmp_path):
     measured(tmp_path / "b", cells("bc"))
     result = call("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both")
     assert result.exit_code == 0
-    assert result.stdout == f"3 models, 12 cells. Saved in {tmp_path / 'both'}.\n"
-    assert result.stderr == "note: a note\n"
+    assert result.stdout == "3 models, 12 cells.\n"
+    assert result.stderr == f"note: a note\nSaved in {tmp_path / 'both'}.\n"
     assert load_study(tmp_path / "both").models["model"].to_list() == ["a", "b", "c"]
     with pytest.raises(StudyError, match="already contains a study"):
         call("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both")

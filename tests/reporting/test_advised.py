@@ -39,6 +39,7 @@ def test_advice__is_that_of_each_model(study):
             ties = expected.layers.loc[expected.layers["tie"], "layer"]
             assert {LAYERS[i] for i in marks["tie"]} == set(ties)
             assert marks["said"].startswith("Measured: ")
+            assert not marks["said"].startswith("Measured: not measured")
     assert any(marks["tie"] for one in found for marks in one["models"]), "else nothing is known of ties"
 
 
@@ -62,3 +63,15 @@ def test_page__marks_layers(study, tmp_path):
         assert page.inner_text("#advice-said").startswith("Advice is here for base.")
         page.select_option("#action", label="unmarked")
         assert page.inner_text("#advice-said") == ""
+
+
+@needs_browser
+def test_page__marks_the_shown_model_if_there_is_advice_for_it(study, tmp_path):
+    path = write_page(study, compare(study), tmp_path / "report.html", models=["base", "other"])
+    with opened_browser() as browser, opened_page(browser, path) as page:
+        for model in ("other", "base"):
+            page.select_option("#model", label=model)
+            for action in ("pruned", "frozen"):
+                page.select_option("#action", label=action)
+                assert page.locator("#model option:checked").inner_text() == model
+            page.select_option("#action", label="unmarked")

@@ -480,7 +480,7 @@ def test_page__texts_from_outside_run_nothing_and_are_shown_as_they_are(browser,
     study = measured(tmp_path, cells, models=models, record=record,
                      failures=[tuple(failure.values()) for failure in failures])  # fmt: skip
     drawn = b'<svg xmlns="http://www.w3.org/2000/svg"><script>window.top.ran = 3</script></svg>'
-    written = write_page(study, compare(study), tmp_path / "r.html", pictures={HOSTILE: [drawn]})
+    written = write_page(study, compare(study), tmp_path / "r.html", pictures=[(HOSTILE, [drawn])])
     with opened_page(browser, written) as page:
         for measure in page.locator("#measure option").all_inner_texts():
             page.select_option("#measure", label=measure)

@@ -42,9 +42,9 @@ def saved(proxies, tmp_path_factory):
 
 def test_proxies__points_are_those_of_each_model(study, proxies, saved):
     comparison = compare(study)
-    found = proxies_data(proxies, comparison, ["m1", "m0"])
+    found = proxies_data(study, comparison, proxies, ["m1", "m0"])
     assert found["models"] == [1, 0]
-    assert found["sentence"] == proxies.sentence
+    assert found["sentence"] == f"{proxies.sentence} Of the 2 models of this page, 2 have proxies."
     layers = list(comparison.criticality.columns)
     labels = {row["label"]: row["proxy"] for row in proxies.table.to_dict("records")}
     assert found["proxies"][0]["label"] == proxies.table["label"][0], "the best one comes first"
@@ -54,9 +54,65 @@ def test_proxies__points_are_those_of_each_model(study, proxies, saved):
             values = np.array(one["values"][place], dtype=float)
             np.testing.assert_allclose(values, table[labels[one["label"]]].to_numpy(float), rtol=1e-5)
     exact = np.array(found["exact"])
-    np.testing.assert_allclose(exact, comparison.criticality.loc[["m0", "m1"]], atol=1e-5)
-    assert proxies_data(read_proxies(saved), comparison, ["m1", "m0"]) == found
-    assert proxies_data(proxies, comparison, ["another"]) is None
+    np.testing.assert_allclose(exact, comparison.criticality.loc[["m0", "m1"]], rtol=1e-5)
+    assert proxies_data(study, comparison, read_proxies(saved), ["m1", "m0"]) == found
+
+
+def other_hash(told, what):
+    hashes = {model: {**one, what: "0" * 64} for model, one in told["hashes"].items()}
+    return {**told, "hashes": hashes}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda told: {**told, "reset": "zero"}, "under the reset 'zero', and the page shows that under 'rerandomize'"),
+        (lambda told: other_hash(told, "images"), "The proxies of 'm0' are those of other images than this study's"),
+        (lambda told: other_hash(told, "weights"), "The proxies of 'm0' are those of other weights than this study's"),
+        (lambda told: {**told, "hashes": {"x": {}}}, "of the models 'x', and none of these is among those of the page"),
+    ],
+    ids=["reset", "images", "weights", "models"],
+)
+def test_proxies__of_something_else_are_refused(study, saved, change, message):
+    with pytest.raises(StudyError, match=message) as refused:
+        proxies_data(study, compare(study), change(read_proxies(saved)), ["m0", "m1"])
+    assert "--reset 'rerandomize' --out DIR`" in str(refused.value)
+
+
+WHOLE = {
+    "table": [{"proxy": "a", "label": "A", "null": False}],
+    "by_layer": [{"model": "m0", "layer": "fc", "a": 1.0}],
+    "sentence": "",
+    "reset": "zero",
+    "hashes": {"m0": {"images": None}},
+}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"by_layer": [{"model": "m0"}]},
+        {"by_layer": []},
+        {"by_layer": WHOLE["by_layer"] * 2},
+        {"by_layer": [{"model": "m0", "layer": ["fc"]}]},
+        {"by_layer": [{"model": "m1", "layer": "fc"}]},
+        {"by_layer": [1]},
+        {"table": [{"proxy": ["a"], "label": "A", "null": False}]},
+        {"table": [{"proxy": "a", "label": 1, "null": False}]},
+        {"table": WHOLE["table"] * 2},
+        {"reset": None},
+        {"hashes": {"m0": "x"}},
+        {"hashes": []},
+    ],
+    ids=str,
+)
+def test_read_proxies__damaged(tmp_path, damage):
+    path = tmp_path / "against.json"
+    path.write_text(json.dumps(WHOLE))
+    assert read_proxies(tmp_path) == WHOLE
+    path.write_text(json.dumps({**WHOLE, **damage}))
+    with pytest.raises(StudyError, match="is not what `layercrit proxies STUDY` writes"):
+        read_proxies(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +121,8 @@ def test_proxies__points_are_those_of_each_model(study, proxies, saved):
         (None, "There are no proxies of a study"),
         ("{", "is not what `layercrit proxies STUDY` writes"),
         ("[]", "is not what `layercrit proxies STUDY` writes"),
-        (json.dumps({"table": [], "by_layer": [{"model": "m0"}], "sentence": ""}), "lack some of exact, layer, model"),
     ],
-    ids=["nothing", "no JSON", "a list", "other columns"],
+    ids=["nothing", "no JSON", "a list"],
 )
 def test_read_proxies__something_else(tmp_path, content, message):
     if content is not None:
@@ -79,7 +134,7 @@ def test_read_proxies__something_else(tmp_path, content, message):
 @needs_browser
 def test_page__plots_proxies(study, saved, tmp_path):
     path = write_page(study, compare(study), tmp_path / "report.html", proxies=saved)
-    expected = proxies_data(read_proxies(saved), compare(study), ["m0", "m1"])
+    expected = proxies_data(study, compare(study), read_proxies(saved), ["m0", "m1"])
     with opened_browser() as browser, opened_page(browser, path) as page:
         page.select_option("#proxies-model", label="m1")
         page.select_option("#proxy", index=1)

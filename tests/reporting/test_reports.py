@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from PIL import Image
 
 from layercrit.comparison import Comparison, compare
 from layercrit.errors import ProtocolError, StudyError
-from layercrit.reporting.reports import FIGURES, Report, report
+from layercrit.reporting.reports import FIGURES, Report, figure, report
 from layercrit.study.published import import_published
 from layercrit.study.store import FILE, ModelRow, Store
 from layercrit.study.tables import load_study
 from published_results import LAYERS as PUBLISHED
 from published_results import PREDICTED, measured, rows_of, write_models, write_table
+from small_subjects import registered
 
 USUAL = [name for name in FIGURES if name != "conditions"]  # of a study with one condition
 LAYERS = ("conv1", "layer1.0.conv1", "layer1.0.conv2", "fc")
@@ -509,6 +511,19 @@ def test_figures__each_says_in_a_line_what_it_shows():
     ]  # fmt: skip
     for name, summary in FIGURES.summaries().items():
         assert re.fullmatch(r"[A-Z].+\.", summary), name
+
+
+def test_report__figures_on_the_page_that_say_the_same_are_all_there(study):
+    with registered(FIGURES):
+        for name in ("one", "two"):
+
+            @figure(name, on_page=True)
+            def _(tables, name=name):
+                """Say what another one says."""
+                yield name, Figure()
+
+        page = report(study, figures=["one", "two"], formats=["svg"]).page.read_text(encoding="utf-8")
+    assert page.count("<h3>Say what another one says.</h3>") == page.count('<img class="further"') == 2
 
 
 SCRIPTS = {

@@ -1,6 +1,7 @@
 import contextlib
 import functools
 import gc
+import logging
 import os
 import random
 import re
@@ -95,6 +96,16 @@ def test_run__many_tiny_tasks():
 
 def test_run__no_tasks():
     assert run([]) == []
+
+
+@pytest.mark.parametrize(("level", "logged"), [(logging.INFO, ["opened a model", "measured 1"]), (logging.WARNING, [])])
+def test_run__what_workers_log_is_logged_here(level, logged, caplog):
+    with caplog.at_level(level, "layercrit"):
+        events = run([Task("a", "x", 1)], start=jobs.log_and_start)
+    assert contents(events, "a") == [1]
+    of_worker = [record for record in caplog.records if record.name == "layercrit.jobs"]
+    assert [record.getMessage() for record in of_worker] == logged
+    assert all(record.process != os.getpid() for record in of_worker)
 
 
 def test_run__large_messages():

@@ -392,6 +392,15 @@ def test_repr_html__a_study_under_way(tmp_path):
     assert html.count("<img") == 1
 
 
+def test_repr_html__trials_are_those_that_were_measured(tmp_path):
+    once = [{"model": "a", "layer": "fc", "trial": 0, "cosine": 0.5, "reset": "zero"}]
+    one = measured(tmp_path / "one", once, record={"protocol": {"trials": 3}})
+    assert '>trials</th><td style="text-align:left">1</td>' in one._repr_html_()
+    more = [{"model": "a", "layer": "fc", "trial": trial, "cosine": 0.5} for trial in range(2)]
+    several = measured(tmp_path / "several", once + more, record={"protocol": {"trials": 3}})
+    assert '>trials</th><td style="text-align:left">1 to 2</td>' in several._repr_html_()
+
+
 def test_repr_html__nothing_is_measured(tmp_path):
     Store(tmp_path, create=True).close()
     html = load_study(tmp_path)._repr_html_()

@@ -44,7 +44,7 @@ _QUANTISED = (
     "criticality could not be told from the largest layers first where half of the parameters are rounded"
     " to 4 bits: 85.7 % accuracy against 85.7 %, by chance 85.0 %, before it 85.9 % (mean of 5 networks)"
 )
-_FROZEN = f"not measured for freezing by itself, but {_TUNED}"
+_FROZEN = f"only for freezing while the other layers are fine-tuned; {_TUNED}"
 
 ACTIONS = {
     action.name: action

@@ -17,7 +17,12 @@ _WIDTH = 15  # of the names
 
 
 @click.command("doctor")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for a bug report, without names of yours.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object for a bug report; in it, your home folder is ~ and your user name USER.",
+)
 @click.pass_context
 def doctor_command(context: click.Context, /, as_json: bool) -> None:
     """Check this installation and this machine.

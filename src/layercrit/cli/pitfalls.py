@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from layercrit.cli.printing import say
+from layercrit.cli.registered import complete_pitfalls
 
 # Everything that imports torch or pandas is imported inside the commands, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ __all__ = ["pitfalls_command", "say_pitfalls"]
 
 
 @click.command("pitfalls", short_help="Explain what to bear in mind before quoting a number.")
-@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.argument("names", nargs=-1, metavar="[NAME]...", shell_complete=complete_pitfalls)
 def pitfalls_command(names: tuple[str, ...]) -> None:
     """Explain what to bear in mind before a number is quoted: all pitfalls, or those named.
 

@@ -25,6 +25,7 @@ __all__ = [
     "RegisteredOption",
     "complete_files",
     "complete_methods",
+    "complete_pitfalls",
     "complete_zoo",
     "missing_plug_ins_named",
 ]
@@ -75,6 +76,12 @@ def complete_zoo(context: click.Context, parameter: click.Parameter, incomplete:
     """Return the models of the zoo whose identifiers begin so."""
     text = (_PACKAGE / "models" / "zoo" / "zoo.toml").read_text(encoding="utf-8")
     return _complete(re.findall(r'^\[models\."([^"]+)"\]', text, re.MULTILINE), incomplete)
+
+
+def complete_pitfalls(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the pitfalls whose names begin so."""
+    text = (_PACKAGE / "pitfalls.py").read_text(encoding="utf-8")
+    return _complete(re.findall(r'^ +Pitfall\(\s*"([\w-]+)"', text, re.MULTILINE), incomplete)
 
 
 def complete_files(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -133,6 +140,6 @@ def missing_plug_ins_named(recorded: Callable[[], Mapping[str, str]]) -> Iterato
         if not (missing := missing_plug_ins(recorded())):
             raise
         raise type(error)(
-            f"{error}\nWhat is there was made with plug-ins that are not installed here: {', '.join(missing)}. Install "
-            "them, then run the same command again."
+            f"{error}\n  What is there was made with plug-ins that are not installed here: {', '.join(missing)}. "
+            "Install them, then run the same command again."
         ) from error

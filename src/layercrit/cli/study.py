@@ -124,8 +124,9 @@ def run_command(
     if own is not None and not as_json:
         say(
             f"shard {own}: {report.n_measured} cells measured, {report.n_known} were already there "
-            f"({duration(report.seconds)}). Next: `layercrit study status {folder}`."
+            f"({duration(report.seconds)})."
         )
+        notice(f"Saved in {folder}; next: `layercrit study status {folder}`.")
         _end_run(report.failures)
         return
     found = load_study(folder)
@@ -134,10 +135,8 @@ def run_command(
     else:
         _show_means(found)
         go_on = f"; next: `layercrit compare {folder}`" if len(found.cells) else ""
-        say(
-            f"{report.n_measured} cells measured, {report.n_known} were already there ({duration(report.seconds)}). "
-            f"Saved in {folder}{go_on}."
-        )
+        say(f"{report.n_measured} cells measured, {report.n_known} were already there ({duration(report.seconds)}).")
+        notice(f"Saved in {folder}{go_on}.")
     _say_unreadable(found)
     _end_run(report.failures)
 
@@ -210,7 +209,8 @@ def merge_command(folders: tuple[Path, ...], out: Path) -> None:
     merged = merge_studies(folders, out)
     for note in merged.record["notes"]:
         notice(f"note: {note}")
-    say(f"{len(merged.models)} models, {len(merged.cells)} cells. Saved in {out}.")
+    say(f"{len(merged.models)} models, {len(merged.cells)} cells.")
+    notice(f"Saved in {out}.")
 
 
 @study.command("repair", short_help="Save what can be read of a malformed study.")
@@ -221,7 +221,8 @@ def repair_command(folder: Path) -> None:
 
     repaired = repair_study(folder)
     say_damaged(repaired.lost)
-    say(f"{repaired.n_kept} cells kept; the damaged file is {repaired.damaged}. Next: `layercrit study run {folder}`.")
+    say(f"{repaired.n_kept} cells kept; the damaged file is {repaired.damaged}.")
+    notice(f"Next: `layercrit study run {folder}`.")
 
 
 @study.command("example", short_help="Print a commented study file to start from.")

@@ -36,6 +36,16 @@ def image_source(name: str) -> Callable[[_Opener], _Opener]:
 
     Raises:
         ProbeError: the name is taken or not valid.
+
+    Examples:
+        >>> import layercrit
+        >>> from layercrit.probes.opening import open_source
+        >>> @layercrit.image_source("garments")
+        ... def garments(rest, options):
+        ...     '''garments:NAME, images of the demo.'''
+        ...     return open_source(f"layercrit-demo/{rest}.npz")
+        >>> layercrit.ProbeSet.from_source("garments:fashion-mnist-test", n_images=4).n_images
+        4
     """
 
     def register(opener: _Opener) -> _Opener:

@@ -28,7 +28,7 @@ from layercrit.study.tables import Study, load_study
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["StudyProxies", "measure_study_proxies"]
+__all__ = ["StudyProxies", "hashes_of", "measure_study_proxies"]
 
 _MEANS = ("spearman", "kendall", "difference")  # with intervals over models
 _SHARES = ("lowest", "highest")
@@ -44,6 +44,8 @@ class StudyProxies:
         agreements: model -> how well they agree with its exact values.
         failed: model -> why it has none.
         level: confidence level of the intervals over models.
+        reset: whose criticality it is.
+        hashes: model -> the hashes of its ``images`` and ``weights``; None where one is not known.
     """
 
     folder: Path
@@ -51,6 +53,8 @@ class StudyProxies:
     agreements: Mapping[str, Agreement]
     failed: Mapping[str, str]
     level: float
+    reset: str
+    hashes: Mapping[str, Mapping[str, str | None]]
 
     @property
     def by_model(self) -> pd.DataFrame:
@@ -105,8 +109,9 @@ class StudyProxies:
         """Return the tables and what they say as plain data for JSON; None where a number is not known."""
         tables = {"table": self.table, "by_model": self.by_model, "by_layer": self.by_layer}
         rows = {name: json.loads(one.to_json(orient="records", double_precision=15)) for name, one in tables.items()}
-        said = {"best_null": self.best_null, "level": self.level, "sentence": self.sentence}
-        return {**rows, **said, "failed": dict(self.failed)}
+        said = {"best_null": self.best_null, "level": self.level, "sentence": self.sentence, "reset": self.reset}
+        return {**rows, **said, "hashes": {name: dict(one) for name, one in self.hashes.items()},
+                "failed": dict(self.failed)}  # fmt: skip
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``against.csv`` (the table), ``by_model.csv``, and the proxies of each model in a folder of its own.
@@ -238,7 +243,24 @@ def measure_study_proxies(
     if not agreements:
         first, text = next(iter(failed.items()), ("none", "it has no measured model"))
         raise StudyError(f"No model of the study in {found.folder} has proxies. The first, {first}: {text}")
-    return StudyProxies(found.folder, proxies, agreements, failed, float(level))
+    hashes = hashes_of(rows)
+    return StudyProxies(
+        found.folder,
+        proxies,
+        agreements,
+        failed,
+        float(level),
+        str(cells["reset"].iloc[0]),
+        {name: hashes[name] for name in proxies},
+    )
+
+
+def hashes_of(models: pd.DataFrame) -> dict[str, dict[str, str | None]]:
+    """Return model -> the hashes of its ``images`` and ``weights``, of rows of a study's table of models."""
+    return {
+        str(row["model"]): {"images": row["record"].get("probe_set"), "weights": row["record"].get("sha256")}
+        for row in models.to_dict("records")
+    }
 
 
 def _of_model(study: Study, row: Mapping[Any, Any], reset: str, n_images: int, how: Mapping[str, Any]) -> Proxies:

@@ -20,6 +20,7 @@ from layercrit.conditions import STATISTICS_IN_WORDS, Condition
 from layercrit.differences import compared_differences
 from layercrit.epoch_map import EpochMap
 from layercrit.errors import StudyError
+from layercrit.foreign_text import without_folders
 from layercrit.pitfalls import PITFALLS, pitfalls_of_comparison
 from layercrit.proxies.of_study import StudyProxies
 from layercrit.reporting.advised import advice_data
@@ -42,8 +43,6 @@ _SCRIPTS = (
     "proxies",
     "page",
 )  # each imports from those before it
-# The page may be published, and where files are on this machine is private: of absolute paths only the name is shown.
-_FOLDERS = re.compile(r"""(?<![\w/.])(?:[A-Za-z]:)?[\\/](?:[^\\/\s'"<>|:;,()]+[\\/])+(?=[^\\/\s])""")
 _NO_MATCHED = (
     "This study has no temperature-matched values and no chance level: its results were published as means over "
     "images, so it cannot be checked here how far confidence and chance level matter."
@@ -67,7 +66,7 @@ def write_page(
     others: Sequence[Comparison] = (),
     epoch_maps: Sequence[EpochMap] = (),
     proxies: StudyProxies | str | Path | None = None,
-    pictures: Mapping[str, Sequence[bytes]] | None = None,
+    pictures: Sequence[tuple[str, Sequence[bytes]]] = (),
 ) -> Path:
     """Write the page of a study: one self-contained HTML file that works offline.
 
@@ -84,14 +83,14 @@ def write_page(
         others: of the same study under other conditions, to which readers can switch.
         epoch_maps: of training runs; those of the study's own epochs are shown without being given.
         proxies: of the study's models, or the folder that they were saved in; None: the page has no such section.
-        pictures: what further figures show, in words -> the figures as SVG.
+        pictures: of each further figure, what it shows in words, and its pictures as SVG.
 
     Raises:
-        StudyError: the file cannot be written, or there are no proxies in the folder.
+        StudyError: the file cannot be written, or there are no proxies in the folder, or those of something else.
     """
     path = Path(path).expanduser()
     told = read_proxies(proxies) if isinstance(proxies, str | Path) else proxies
-    text = _filled(study, [comparison, *others], models, thumbnails, epoch_maps, told, pictures or {})
+    text = _filled(study, [comparison, *others], models, thumbnails, epoch_maps, told, pictures)
     beside = path.with_name(f".writing-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +111,7 @@ def _filled(
     thumbnails: bool,
     epoch_maps: Sequence[EpochMap],
     proxies: StudyProxies | Mapping[str, Any] | None,
-    pictures: Mapping[str, Sequence[bytes]],
+    pictures: Sequence[tuple[str, Sequence[bytes]]],
 ) -> str:
     """Return the page's text."""
     elements = []
@@ -122,7 +121,7 @@ def _filled(
         data["whom"] = whom_data(study, comparison, [] if number else models, shown, thumbnails)
         data["advice"] = advice_data(study, comparison, [] if number else models, shown)
         data["epochs"] = epochs_data(study, comparison, epoch_maps)
-        data["proxies"] = None if number else proxies_data(proxies, comparison, shown)
+        data["proxies"] = None if number else proxies_data(study, comparison, proxies, shown)
         elements.append(_data(number, data, packed))
     web = resources.files(__package__) / "web"
     script, (hash_of_plotly, plotly) = _script(), _plotly()
@@ -150,12 +149,12 @@ def _filled(
     )
 
 
-def _further(pictures: Mapping[str, Sequence[bytes]]) -> str:
+def _further(pictures: Sequence[tuple[str, Sequence[bytes]]]) -> str:
     """Return the section of further figures; as pictures, no script in one is run."""
     if not pictures:
         return ""
     parts = []
-    for summary, files in pictures.items():
+    for summary, files in pictures:
         about = html.escape(summary)
         parts.append(f"<h3>{about}</h3>")
         for svg in files:
@@ -345,4 +344,4 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
     if isinstance(value, list):
         return ", ".join(map(_plain, value)) or "none"
-    return _FOLDERS.sub("", str(value))
+    return without_folders(value)

@@ -135,6 +135,17 @@ def figure(name: str, *, on_page: bool = False) -> Callable[[FigureFunction], Fi
 
     Raises:
         StudyError: the name is taken or not valid.
+
+    Examples:
+        >>> import layercrit
+        >>> @layercrit.figure("means")
+        ... def means(tables):
+        ...     '''Mean criticality of each model.'''
+        ...     axes = tables.models.plot.barh(x="label", y="criticality")
+        ...     yield "means", axes.figure
+        >>> report = layercrit.report(layercrit.load_study("layercrit-demo/study"), "own", figures=["means"])
+        >>> [path.name for path in report.figures["means"]]
+        ['means.pdf', 'means.png', 'means.svg']
     """
 
     def register(function: FigureFunction) -> FigureFunction:
@@ -211,7 +222,7 @@ def report(
     tables = replace(_tables(study, comparison, profiles), others=others)
     written: dict[str, list[Path]] = {}
     left_out: dict[str, str] = {}
-    pictures: dict[str, list[bytes]] = {}
+    pictures: list[tuple[str, list[bytes]]] = []
     with Bar(progress) as bar:
         for done, name in enumerate(asked):
             bar.drawn(name, done, len(asked) + 1)
@@ -224,7 +235,7 @@ def report(
                 continue
             written[name] = _saved(drawn, folder / "figures", formats)
             if FIGURES[name].on_page:
-                pictures[FIGURES[name].summary or name] = [svg_of(one) for _, one in drawn]
+                pictures.append((FIGURES[name].summary or name, [svg_of(one) for _, one in drawn]))
         bar.drawn("report.html", len(asked), len(asked) + 1)
         page = write_page(
             study,

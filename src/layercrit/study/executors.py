@@ -194,6 +194,14 @@ def executor(name: str) -> Callable[[_Maker], _Maker]:
 
     Raises:
         StudyError: the name is taken or not valid.
+
+    Examples:
+        >>> import layercrit
+        >>> from layercrit.study.local_processes import LocalProcesses, local_places
+        >>> @layercrit.executor("two-processes")
+        ... def two_processes(rest, study, folder, n_workers):
+        ...     '''Two processes of this machine, without its GPUs.'''
+        ...     return LocalProcesses(local_places(2, "cpu", n_gpus=0))
     """
 
     def register(maker: _Maker) -> _Maker:

@@ -1,6 +1,7 @@
 """Run the tasks of a study on processes of this machine."""
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import pickle
@@ -10,9 +11,11 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from logging.handlers import QueueHandler
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from typing import Any, cast
 
 from layercrit.errors import ProtocolError
 from layercrit.study.executors import (
@@ -41,6 +44,7 @@ from layercrit.study.ranks import Shard, cores_here, gpus_of
 
 __all__ = ["LocalProcesses", "local_places"]
 
+_LOG = logging.getLogger("layercrit")  # all that is logged below it
 _PATIENCE = 3.0  # seconds a worker is given to end by itself before it is killed
 _LOOK_AGAIN = 1.0  # seconds; a process that a worker forked holds the worker's sentinel and pipe open
 
@@ -62,7 +66,7 @@ class LocalProcesses(Executor):
 
     Workers start as new interpreters, which import the running script: its code must be below
     ``if __name__ == "__main__":``. They ignore Ctrl-C, which ends the run in this process, and exit when this process
-    does.
+    does. What they log is logged here.
     """
 
     def __init__(self, places: Sequence[Place], *, attempts: int = 3) -> None:
@@ -130,13 +134,13 @@ class _Worker:
         with contextlib.suppress(ConnectionError):  # it is dead, which shows when it is next asked
             self.connection.send_bytes(data)
 
-    def receive(self) -> Said | None:
-        """Return what it says next, None if that will be nothing more."""
+    def receive(self) -> Said | logging.LogRecord | None:
+        """Return what it says or logs next, None if that will be nothing more."""
         try:
             data = self.connection.recv_bytes()
         except (EOFError, OSError):  # closed before a word, or within one
             return None
-        said: Said = pickle.loads(data)  # noqa: S301 - written by our own process
+        said: Said | logging.LogRecord = pickle.loads(data)  # noqa: S301 - written by our own process
         return said
 
 
@@ -172,7 +176,7 @@ class _Run:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         # A daemon, so that leaving Python while an iterator is still open ends the workers instead of waiting for them.
-        process = context.Process(target=_serve, args=(theirs, place), daemon=True)
+        process = context.Process(target=_serve, args=(theirs, place, _LOG.getEffectiveLevel()), daemon=True)
         worker = _Worker(place, process, ours)
         with theirs, _interrupts_held():
             process.start()
@@ -203,6 +207,9 @@ class _Run:
                 if said is None:
                     is_dead = True
                     break
+                if isinstance(said, logging.LogRecord):
+                    logging.getLogger(said.name).handle(said)
+                    continue
                 if isinstance(said, Asked):
                     self._tell(worker, said)
                 else:
@@ -289,8 +296,21 @@ def _interrupts_held() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _serve(connection: "Connection[bytes, bytes]", place: Place) -> None:
-    """Be a worker."""
+class _Speech:
+    """What a worker sends: what it says and, from whichever thread, what it logs."""
+
+    def __init__(self, connection: "Connection[bytes, bytes]") -> None:
+        self._connection, self._lock = connection, threading.Lock()
+
+    def put_nowait(self, said: Said | logging.LogRecord) -> None:
+        """Send it; the name is that which logging's handler calls."""
+        data = pickle.dumps(said)
+        with self._lock:
+            self._connection.send_bytes(data)
+
+
+def _serve(connection: "Connection[bytes, bytes]", place: Place, level: int) -> None:
+    """Be a worker that logs from a level on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -300,7 +320,10 @@ def _serve(connection: "Connection[bytes, bytes]", place: Place) -> None:
 
         tqdm.set_lock(threading.RLock())
     with contextlib.suppress(EOFError, ConnectionError):  # no more tasks, or nobody left to answer
-        _serve_tasks(connection, place)
+        speech = _Speech(connection)
+        _LOG.handlers, _LOG.propagate = [QueueHandler(cast(Any, speech))], False  # which needs no more of a queue
+        _LOG.setLevel(level)
+        _serve_tasks(connection, speech, place)
 
 
 def _end_with_parent() -> None:
@@ -310,17 +333,17 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _serve_tasks(connection: "Connection[bytes, bytes]", place: Place) -> None:
+def _serve_tasks(connection: "Connection[bytes, bytes]", speech: _Speech, place: Place) -> None:
     start = connection.recv_bytes()
     try:
         work: Work = pickle.loads(start)(place)  # noqa: S301 - written by our own process
     except Exception as error:
-        connection.send_bytes(pickle.dumps(Error(error_text(error), traceback.format_exc(), is_last=True)))
+        speech.put_nowait(Error(error_text(error), traceback.format_exc(), is_last=True))
         return
     while True:
         doing = steps(work, connection.recv_bytes())
         said: Said | None = next(doing)
         while said is not None:
-            connection.send_bytes(pickle.dumps(said))
+            speech.put_nowait(said)
             answer = connection.recv_bytes() if isinstance(said, Asked) else None
             said = None if isinstance(said, Done | Error) else doing.send(answer)

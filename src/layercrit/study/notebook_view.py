@@ -41,7 +41,8 @@ def study_html(
         progress: one row per model.
         warnings: what puts numbers in doubt.
     """
-    protocol, probe_set, baseline = (record.get(key) for key in ("protocol", "probe_set", "baseline"))
+    probe_set, baseline = record.get("probe_set"), record.get("baseline")
+    trials = means["n_trials"].dropna()
     done, planned = int(progress["n_done"].sum()), int(progress["n_planned"].sum())
     own = means[means["reset"] == resets[0]] if resets else means.head(0)
     failed = progress[progress["n_failed"] > 0]
@@ -53,7 +54,7 @@ def study_html(
         "first failure": "" if failed.empty else f"{failed['model'].iloc[0]}: {failed['error'].iloc[0]}",
         "models not opened yet": int((progress["state"] == "not opened").sum()) or "",
         "resets": ", ".join(resets),
-        "trials": (protocol or {}).get("trials", ""),
+        "trials": " to ".join(map(str, sorted({int(trials.min()), int(trials.max())}))) if len(trials) else "",
         "images": f"{probe_set['n_images']:,} of {probe_set['source']}" if probe_set else "",
         "warnings": " ".join(warnings),
     }

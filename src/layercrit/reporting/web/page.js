@@ -96,7 +96,8 @@ function listen() {
   onChoice("layer", (value) => choose({ layer: Number(value) }));
   onChoice("model", (value) => choose({ model: Number(value) }));
   onChoice("action", (value) => {
-    if (value) choose({ model: D.advice[value].models[0].model });
+    const models = value ? D.advice[value].models.map((one) => one.model) : [];
+    if (models.length && !models.includes(state.model)) choose({ model: models[0] });
     drawModel();
   });
   onChoice("control", (value) => {

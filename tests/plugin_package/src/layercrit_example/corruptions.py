@@ -1,7 +1,7 @@
-from layercrit.probes.corruptions import corruption
+import layercrit
 
 
-@corruption("dimming", "digital", [0.1, 0.2, 0.3, 0.4, 0.5], unit="share of the light that is lost")
+@layercrit.corruption("dimming", "digital", [0.1, 0.2, 0.3, 0.4, 0.5], unit="share of the light that is lost")
 def dimming(image, strength, generator):
     """All pixels darker."""
     return image * (1 - strength)

@@ -1,9 +1,10 @@
 import pickle
 
-from layercrit.study.executors import Asked, Executor, Part, Place, check_names, event_of, executor, no_answer, steps
+import layercrit
+from layercrit.study.executors import Asked, Executor, Part, Place, check_names, event_of, no_answer, steps
 
 
-@executor("inline")
+@layercrit.executor("inline")
 class Inline(Executor):
     """This process, one task after the other, so that a debugger stops in it."""
 

@@ -1,11 +1,11 @@
 from matplotlib.figure import Figure
 
+import layercrit
 from layercrit.errors import StudyError
 from layercrit.figures import figure_style, printable
-from layercrit.reporting import figure
 
 
-@figure("critical_share", on_page=True)
+@layercrit.figure("critical_share", on_page=True)
 def critical_share(tables):
     """Share of each model's layers whose criticality is above 0.5."""
     shares = (tables.comparison.criticality > 0.5).mean(axis=1)

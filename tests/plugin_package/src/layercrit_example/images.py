@@ -1,9 +1,10 @@
 import numpy as np
 
-from layercrit.probes import ArraySource, image_source
+import layercrit
+from layercrit.probes import ArraySource
 
 
-@image_source("gratings")
+@layercrit.image_source("gratings")
 def gratings(rest, options):
     """gratings:N, sine gratings of N orientations in 20 phases each; the option cycles is their frequency."""
     n, cycles = int(rest), float(options.pop("cycles", 4))

@@ -3,11 +3,12 @@ from functools import partial
 
 from torch.nn.functional import cross_entropy
 
-from layercrit.training import Method, method, setting
+import layercrit
+from layercrit.training import Method, setting
 from layercrit.training.methods import Supervised
 
 
-@method("smooth", category="training_recipes", changes="smoothed labels", paper="none: an example")
+@layercrit.method("smooth", category="training_recipes", changes="smoothed labels", paper="none: an example")
 @dataclass(frozen=True)
 class Smooth(Method):
     """Cross-entropy with labels that leave some probability to all classes."""

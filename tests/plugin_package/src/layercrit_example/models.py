@@ -3,7 +3,7 @@ from functools import partial
 
 import torch
 
-from layercrit.models import model_source, open_model
+import layercrit
 from layercrit.seeds import drawing
 
 
@@ -13,7 +13,7 @@ def build(width):
     )
 
 
-@model_source("perceptron")
+@layercrit.model_source("perceptron")
 def open_perceptron(rest, options):
     """perceptron:WIDTH, with the weights in perceptron-WIDTH.pt."""
     width = int(rest)
@@ -22,7 +22,7 @@ def open_perceptron(rest, options):
         network = build(width)
     if pretrained:
         network.load_state_dict(torch.load(f"perceptron-{width}.pt", weights_only=True))
-    model = open_model(network.eval(), input_size=(1, 28, 28))
+    model = layercrit.open_model(network.eval(), input_size=(1, 28, 28))
     return replace(
         model, architecture=f"perceptron:{width}", build=partial(build, width), initialiser="torch's of nn.Linear"
     )

@@ -1,9 +1,10 @@
 import json
 
-from layercrit.trackers import Tracker, metric_of, tracker
+import layercrit
+from layercrit.trackers import Tracker, metric_of
 
 
-@tracker("lines")
+@layercrit.tracker("lines")
 class Lines(Tracker):
     """Lines of JSON: a file cells.jsonl in the run's folder, with a line for each cell."""
 
