@@ -100,11 +100,14 @@ def _about_unlike_trials(cells: pd.DataFrame, half_width: float) -> list[str]:
 
 def about_formats(study: ComparedStudy, models: Sequence[str]) -> list[str]:
     """Say so where models were measured in different number formats."""
-    formats = study.models.set_index("model")["dtype"].reindex(models).dropna()
-    used = {str(name): list(members) for name, members in formats.index.groupby(formats.astype(str)).items()}
+    known = dict(zip(study.models["model"], study.models["dtype"], strict=True))
+    used: dict[str, list[str]] = {}
+    for name in models:
+        if isinstance(known[name], str):
+            used.setdefault(known[name], []).append(name)
     if len(used) < 2:
         return []
-    listed = "; ".join(f"{name}: {listed_names(members, 3)}" for name, members in used.items())
+    listed = "; ".join(f"{name}: {listed_names(members, 3)}" for name, members in sorted(used.items()))
     return [
         f"Measured in different number formats ({listed}); the models' notes give the error of each. Set `dtype` in "
         "the study file to measure all in one."
