@@ -320,7 +320,7 @@ class Study:
         ok = self.of_reset(reset)
         of_reset = self.cells["reset"] == ok["reset"].iloc[0]
         found = self.cells[of_reset & self.cells["model"].isin(ok["model"].unique())]
-        wanted = [models] if isinstance(models, str) else found["model"].unique() if models is None else models
+        wanted = [models] if isinstance(models, str) else list(found["model"].unique() if models is None else models)
         for what, names in (("model", wanted), ("layer", [] if layer is None else [layer])):
             known = list(found[what].unique())
             if unknown := [name for name in names if name not in known]:
