@@ -185,6 +185,16 @@ def test_unpickle__texts_longer_than_the_file(opcode):
     assert peak < 1_000_000
 
 
+def test_unpickle__many_copies_of_a_long_list():
+    pickled = b"](" + b"K\x01" * 5000 + b"eq\x000(" + b"ctorch\nSize\nh\x00\x85R" * 400 + b"l."
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as members:
+        members.writestr("a/data.pkl", pickled)
+    said, peak = peak_memory(lambda: unpickle(archive.getvalue(), {}))
+    assert said == "it makes many objects of the same long one"
+    assert peak < 1_000_000
+
+
 def test_unpickle__a_byte_array():
     content = {"b": bytearray(b"abc"), "long": bytearray(100_000), "none": bytearray()}
     assert unpickle(torch_bytes(content, pickle_protocol=5), {}) == content

@@ -215,6 +215,7 @@ class _Unpickler(pickle._Unpickler):
         super().__init__(stream, encoding="utf-8")
         self._named, self._storage_of = named, storage_of
         self._given: dict[str, Any] = {}
+        self._n_copied, self._most_copied = 0, len(stream.getbuffer())
 
     def find_class(self, module: str, name: str) -> Any:
         dotted = python_3_name(module, name)
@@ -245,6 +246,10 @@ class _Unpickler(pickle._Unpickler):
     def _called(self, function: Any, arguments: Any) -> object:
         if not any(function is one for one in self._given.values()):
             raise pickle.UnpicklingError("it calls what is no class or function")
+        # a reference to a long list takes two bytes, and what is made of it, such as a tuple, a copy of it all
+        self._n_copied += sum(len(one) for one in arguments if isinstance(one, list | tuple | dict | set))
+        if self._n_copied > self._most_copied:
+            raise pickle.UnpicklingError("it makes many objects of the same long one")
         return function(*arguments)
 
     def _filled(self, kind: type) -> Any:
