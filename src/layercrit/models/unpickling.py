@@ -70,17 +70,9 @@ def _allowing_only(stand_ins: list[Any]) -> Iterator[None]:
 
 
 def unpickle(data: bytes, named: Mapping[str, str]) -> object:
-    """Return the same as `read_pickled`, without torch's own reader.
+    """Return the same as `read_pickled`, of the same arguments and with the same errors, without torch's own reader.
 
     A tensor that has no plain values, as a sparse or quantised one, is a tensor on the device ``meta``.
-
-    Args:
-        data: the file's bytes.
-        named: the functions and classes that get stand-ins, as `pickles.imports_of` returns them. It has looked at the
-            archive already.
-
-    Raises:
-        Exception: the bytes are damaged, or no such file; whatever the parser meets first.
     """
     return _zipped(data, named) if data.startswith(b"PK") else _legacy(data, named)
 
