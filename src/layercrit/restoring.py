@@ -32,7 +32,7 @@ def undisturbed() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(torch.inference_mode(False))  # which switches gradients on, too
-        if torch.get_default_device().type != "cpu":
+        if torch.empty(0).device.type != "cpu":  # get_default_device fails in torch 2.4 once the default was unset
             stack.enter_context(torch.device("cpu"))
         if torch.get_default_dtype() != torch.float32:
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop
 from typing_extensions import override
 
 __all__ = ["Dataflow", "FirstUses", "Influence", "Operation", "ParameterReads", "in_single_operators"]
+
+_attention_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which older torch does not count
+_FLOPS: dict[Any, Callable[..., Any]] = {_attention_on_cpu: sdpa_flop, **flop_registry}
 
 
 class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -106,7 +109,7 @@ class Influence(_Watcher):  # type: ignore[no-untyped-call]
         for tensor in _tensors(output):
             self._alive.append(tensor.untyped_storage())
             self._bits[_block(tensor)] = influence
-        count = flop_registry.get(_packet(operator))
+        count = _FLOPS.get(_packet(operator))
         if count is not None:
             self.flops.append((influence, int(count(*args, **kwargs, out_val=output))))
         return output
