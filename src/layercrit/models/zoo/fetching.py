@@ -7,6 +7,7 @@ downloads the files, reads them without running any code (`layercrit.models.chec
 """
 
 import fnmatch
+import functools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -124,13 +125,20 @@ def _converted(entry: ZooEntry, checkpoints: Sequence[Checkpoint]) -> dict[str, 
             )
         joined |= tensors
     source = f"zoo:{entry.id} from {', '.join(str(checkpoint.path) for checkpoint in checkpoints)}"
-    fitted = fit_to(joined, _untrained(entry, {}).network.state_dict(), f"{source} for {entry.architecture}")
+    fitted = fit_to(joined, _places(entry.architecture), f"{source} for {entry.architecture}")
     broken = [name for name, tensor in fitted.items() if not tensor.isfinite().all()]
     if broken:
         raise CheckpointError(
             f"{source}: {len(broken)} tensors contain NaN or infinity, such as {broken[0]!r}. Download the files again."
         )
     return fitted
+
+
+@functools.cache
+def _places(architecture: str) -> dict[str, Tensor]:
+    """The tensors of an architecture, those of parameters without values; nearly all entries share one architecture."""
+    state = open_reference(architecture, {"pretrained": False}).network.state_dict()
+    return {name: tensor.to("meta") if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
 def _untrained(entry: ZooEntry, options: Mapping[str, Any]) -> Model:
