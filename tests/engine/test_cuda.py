@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from layercrit.distances import label_scores, measure_distances
 from layercrit.engine import cuda_graphs, cudnn
 from layercrit.engine.cuda_graphs import SweepCaptures
-from layercrit.engine.graph import export_graph, speed_up
+from layercrit.engine.exports import graph_of
+from layercrit.engine.graph import speed_up
 from layercrit.engine.graph_replay import GraphReplay
 from layercrit.engine.replay import PlainReplay
 from layercrit.layers import find_layers, select_layers
@@ -71,7 +72,7 @@ def plain_cudnn(monkeypatch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_fused_convolutions__are_right_for_trained_and_for_drawn_weights(arch):
     network, images, layers, values = opened(arch)
-    fast = GraphReplay(speed_up(export_graph(network, images), torch.float32, CUDA), layers, "float32")
+    fast = GraphReplay(speed_up(graph_of(network, images)[0], torch.float32, CUDA), layers, "float32")
     expected = dict(PlainReplay(network, layers).sweep(images, values))
     found = sweep(fast, images, values, fast._run)
     for name, logits in expected.items():
@@ -83,7 +84,7 @@ def test_fused_convolutions__are_right_for_trained_and_for_drawn_weights(arch):
 @pytest.mark.usefixtures("plain_cudnn")
 def test_fused_convolutions__leave_no_bias_and_no_relu_alone():
     network, images, *_ = opened("resnet18")
-    fast = speed_up(export_graph(network, images), torch.float32, CUDA)
+    fast = speed_up(graph_of(network, images)[0], torch.float32, CUDA)
     called = [node.target for node in fast.graph.nodes]
     assert called.count(cudnn.fused_convolution) == 1 + 8
     assert called.count(cudnn.fused_residual) == 8
@@ -106,7 +107,7 @@ def test_fused_convolutions__a_shortcut_that_is_read_again_keeps_its_bias():
 
     with drawing(0):
         network, images = Network().eval(), torch.randn(2, 3, 8, 8)
-    fast = speed_up(export_graph(network, images), torch.float32, CUDA)
+    fast = speed_up(graph_of(network, images)[0], torch.float32, CUDA)
     assert cudnn.fused_residual in [node.target for node in fast.graph.nodes]
     torch.testing.assert_close(GraphReplay(fast, [], "float32").logits(images), network(images).detach())
 
@@ -128,7 +129,7 @@ def test_replay__every_tensor_is_on_the_gpu(arch, mode, monkeypatch):
     """Fake tensors have devices and no memory; an operator with tensors of two devices raises."""
     monkeypatch.setattr(cudnn, "convolutions_work", lambda dtype, device: False)  # unknown to fake tensors
     network, images, layers, values = opened(arch)
-    exported = export_graph(network, images)
+    exported = graph_of(network, images)[0]
     if mode != "reference":
         exported = speed_up(exported, getattr(torch, mode), CUDA)
     with FakeTensorMode(allow_non_fake_inputs=False):
@@ -289,7 +290,7 @@ def test_captures__on_a_gpu(arch, monkeypatch):
     )
     network, images, layers, values = opened(arch)
     network, images = network.to(CUDA), images.to(CUDA)
-    replay = GraphReplay(export_graph(network, images), layers).in_mode("bfloat16", CUDA)
+    replay = GraphReplay(graph_of(network, images)[0], layers).in_mode("bfloat16", CUDA)
     for factor in (1.0, 1.5):
         drawn = {name: {n: factor * v.to(CUDA) for n, v in of_layer.items()} for name, of_layer in values.items()}
         prepared = {layer.name: replay.prepare(layer, drawn[layer.name]) for layer in layers}

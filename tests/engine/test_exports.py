@@ -1,6 +1,8 @@
+import enum
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 
 import pytest
@@ -9,11 +11,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layercrit.engine import exports
+from layercrit.engine.graph import WeightGraph
 from layercrit.engine.opening import open_replay
 from layercrit.layers import find_layers
-from tiny_networks import Case, PlainWay, case
+from tiny_networks import ARCHITECTURES, Case, PlainWay, case
 
 SHAPE = 4, 3, 6, 6
+
+
+class Order(enum.Enum):
+    FIRST, LAST = "first", "last"
+
+
+class Settings:
+    """As configurations of networks are: an object with a dictionary."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
 
 
 class Small(nn.Module):
@@ -25,11 +39,15 @@ class Small(nn.Module):
         self.body, self.last = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
         self.slope, self.passes, self.around = 0.1, 1, F.leaky_relu
         self.sizes, self.by_name = [1, 2], {"scale": 2.0}
+        self.order, self.settings, self.activation = Order.FIRST, Settings(1.5), partial(F.elu, alpha=0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.stem(x))
         for _ in range(self.passes):
             x = self.around(self.body(x), self.slope) * self.by_name["scale"]
+        if self.order is Order.LAST:
+            x = x.flip(1)
+        x = self.activation(x) * self.settings.factor
         logits: Tensor = self.last(x.mean((2, 3)) * self.sizes[1])
         return logits
 
@@ -44,7 +62,7 @@ def exported(monkeypatch) -> list[nn.Module]:
         return real(network, *asked)
 
     monkeypatch.setattr(exports, "export_graph", counting)
-    monkeypatch.setattr(exports, "_last", None)
+    monkeypatch.setattr(exports, "_kept", [])
     return networks
 
 
@@ -99,6 +117,8 @@ def _set(name: str, value: object) -> Callable[[Small], None]:
     [
         *(_set("slope", 0.5), _set("passes", 2), _set("passes", True), _set("around", torch.mul)),
         *(_set("sizes", [1, 3]), _set("by_name", {"scale": 3.0}), _set("norm.eps", 0.5)),
+        *(_set("order", Order.LAST), _set("settings", Settings(3.0))),
+        *(_set("activation", partial(F.elu, alpha=2.0)), _set("activation", partial(F.celu, alpha=0.5))),
         *(_set("body", nn.Conv2d(8, 8, 1, bias=False)), _set("norm", nn.Identity())),
         *(_tied, _own_forward, _hooked, _tensor),
     ],
@@ -132,6 +152,39 @@ def test_graph_of__two_networks_with_hooks_of_their_own_are_exported_both(export
     assert len(exported) == 2
 
 
+def test_graph_of__architectures_in_turn_are_exported_once_each(exported):
+    wide = Small()
+    wide.slope = 0.7
+    networks = [case(Small, *SHAPE).network, wide.eval()]
+    images = torch.zeros(*SHAPE)
+    found = [exports.graph_of(networks[number % 2], images) for number in range(6)]
+    assert exported == networks
+    assert [is_shared for _, is_shared in found] == [False, False, True, True, True, True]
+    assert found[0][0].graph is found[4][0].graph
+    assert not exports.graph_of(wide, images, anew=True)[1]
+    assert exports.graph_of(networks[0], images)[1], "of another architecture"
+
+
+def test_graph_of__forgets_the_oldest(exported, monkeypatch):
+    monkeypatch.setattr(exports, "_N_KEPT", 2)
+    for slope in (0.1, 0.2, 0.3):
+        network = Small().eval()
+        network.slope = slope
+        exports.graph_of(network, torch.zeros(*SHAPE))
+    assert exports.graph_of(network, torch.zeros(*SHAPE))[1]
+    network.slope = 0.1
+    assert not exports.graph_of(network, torch.zeros(*SHAPE))[1]
+    assert len(exports._kept) == 2
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_graph_of__published_architectures_are_exported_once(name, exported, monkeypatch):
+    monkeypatch.setattr(exports, "export_graph", lambda *_: WeightGraph(*[None] * 3, {}, {}))
+    build, size = ARCHITECTURES[name]
+    images = torch.zeros(1, 3, size, size)
+    assert [exports.graph_of(build().eval(), images)[1] for _ in range(2)] == [False, True]
+
+
 def test_graph_of__keeps_no_weights(exported):
     made = case(Small, *SHAPE)
     assert_right(made)
@@ -140,7 +193,7 @@ def test_graph_of__keeps_no_weights(exported):
     exported.clear()
     gc.collect()
     assert weight() is None
-    assert exports._last is not None
+    assert len(exports._kept) == 1
 
 
 def test_graph_of__another_forward_of_the_class_is_exported_again(exported, monkeypatch):

@@ -5,8 +5,8 @@ from torch.fx.node import map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_networks
+from layercrit.engine.exports import graph_of
 from layercrit.engine.flops import count_flops
-from layercrit.engine.graph import export_graph
 from layercrit.layers import find_layers, select_layers
 from layercrit.measuring import measure
 from small_subjects import QUIET, normalised, photographs, small_network
@@ -38,7 +38,7 @@ def test_count_flops__is_what_the_exported_graph_says(name):
     """The same by another way: operators of the exported network that descend from a layer's parameters."""
     build, shape = EXPORTED[name]
     made = case(build, *shape)
-    exported = export_graph(made.network, made.images)
+    exported = graph_of(made.network, made.images)[0]
     costs = {node: node_flops(node) for node in exported.dynamic_nodes() if node.op == "call_function"}
     total = sum(costs.values())
     flops, after = count_flops(made.network, made.layers, made.images)

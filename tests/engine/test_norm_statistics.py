@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from layercrit.engine import norm_statistics
-from layercrit.engine.graph import export_graph
+from layercrit.engine.exports import graph_of
 from layercrit.engine.graph_replay import GraphReplay
 from layercrit.engine.norm_statistics import NormStatistics
 from layercrit.engine.subject import Change
@@ -369,7 +369,7 @@ def architecture(name):
         logits = logits_of(made.network.eval()(made.images))
         for parameter in [m for m in made.network.modules() if isinstance(m, nn.Linear)][-1].parameters():
             parameter /= logits.std()
-    return made, export_graph(made.network, made.images[: N_SWEPT // 2])
+    return made, graph_of(made.network, made.images[: N_SWEPT // 2])[0]
 
 
 def probabilities(name, units, how, dtype):

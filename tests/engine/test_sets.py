@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from layercrit.engine import graph_replay
-from layercrit.engine.graph import export_graph, speed_up
+from layercrit.engine.exports import graph_of
+from layercrit.engine.graph import speed_up
 from layercrit.engine.graph_replay import GraphReplay
 from layercrit.engine.opening import open_replay
 from layercrit.engine.recorded_replay import RecordedReplay
@@ -26,7 +27,7 @@ def exported(name):
     build, size = ARCHITECTURES[name]
     made = case(build, 2, 3, size, size)
     made.layers = find_layers(made.network, made.images, "attention")
-    return made, export_graph(made.network, made.images)
+    return made, graph_of(made.network, made.images)[0]
 
 
 def units_of(layers, group, sets, types="conv,linear"):
@@ -99,7 +100,7 @@ def test_sweep__sets_of_odd_networks(build, sets, backend):
         for parameter, value in made.values(unit).items():
             values.setdefault(first_names[id(parameters[parameter])], value)
         expected[unit.name] = PlainWay(made.network)(values, made.images)
-    source = export_graph(made.network, made.images) if backend is GraphReplay else made.network
+    source = graph_of(made.network, made.images)[0] if backend is GraphReplay else made.network
     assert_same(swept(backend(source, units), made, units), expected)
 
 

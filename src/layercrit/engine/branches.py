@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from layercrit.engine.graph import WeightGraph, export_graph
+from layercrit.engine.exports import graph_of
+from layercrit.engine.graph import WeightGraph
 from layercrit.engine.replay import ReadLogits
 from layercrit.layers import Layer
 from layercrit.models.outputs import logits_of
@@ -90,7 +91,7 @@ def branch_ends(
     Raises:
         Exception: whatever ``torch.export`` raises for a network that it cannot follow.
     """
-    graph = export_graph(network, images, read_logits)
+    graph, _ = graph_of(network, images, read_logits)
     typed = {name for layer in layers if layer.type in ("conv", "linear") for name in layer.parameters}
     found = _Branches(graph, {node for node, names in graph.names.items() if typed.intersection(names)})
     chosen = {unit.name: found.of_unit(unit) for unit in units}

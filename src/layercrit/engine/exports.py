@@ -1,5 +1,7 @@
 """Export each architecture once: a study measures many models of one architecture, each with weights of its own."""
 
+import enum
+import functools
 import types
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -19,13 +21,16 @@ _PLAIN = {type(None), bool, int, float, str, torch.Size, torch.dtype, torch.devi
 _GLOBAL_HOOKS: Any = nn.modules.module
 _SHARED = (type, types.FunctionType, types.BuiltinFunctionType)
 
-_last: tuple[Any, WeightGraph] | None = None  # its description, and the graph, without values
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: all classes that Python code defines have it
+_N_KEPT = 16
+
+_kept: list[tuple[Any, WeightGraph]] = []  # the last architectures: description, and graph without values
 
 
 def graph_of(
     network: nn.Module, images: Tensor, read_logits: ReadLogits = logits_of, *, anew: bool = False
 ) -> tuple[WeightGraph, bool]:
-    """Return the network's graph as `export_graph` does, and whether it is that of the network before.
+    """Return the network's graph as `export_graph` does, and whether it is that of a network before.
 
     The exporter sees shapes and formats of weights but no values. So networks have the same graph whose modules have
     the same types, settings and weights' shapes. Where one of them has a setting whose equality cannot be told, as an
@@ -38,19 +43,19 @@ def graph_of(
         read_logits: likewise.
         anew: export it in any case.
     """
-    global _last
-    if anew:
-        _last = None
     tensors = named_tensors(network)
     description = _description(network, tensors, images) if read_logits is logits_of else None
-    if description is not None and _last is not None and _last[0] == description:
-        known = _last[1]
+    known = next((graph for one, graph in _kept if one == description), None)
+    if anew:
+        _kept[:] = [(one, graph) for one, graph in _kept if one != description]
+    elif known is not None:
         values = {node: tensors[names[0]] for node, names in known.names.items()}
         return WeightGraph(known.graph, known.images, known.logits, known.names, values), True
     found = export_graph(network, images, read_logits)
     # a constant of the graph that is no parameter or buffer has the value that it has in this network
     if description is not None and all(names[0] in tensors for names in found.names.values()):
-        _last = description, WeightGraph(found.graph, found.images, found.logits, found.names, {})
+        _kept.insert(0, (description, WeightGraph(found.graph, found.images, found.logits, found.names, {})))
+        del _kept[_N_KEPT:]
     return found, False
 
 
@@ -104,6 +109,10 @@ def _comparable(value: object) -> Any:
     kind = type(value)
     if kind in _PLAIN:
         return kind, repr(value)  # 1, 1.0 and True are equal, but not the same setting
+    if isinstance(value, enum.Enum):
+        return kind, value.name
+    if kind is functools.partial:
+        return kind, _comparable(value.func), _comparable(value.args), _comparable(value.keywords)
     if isinstance(value, _SHARED) and getattr(value, "__closure__", None) is None:
         return value
     if kind in (list, tuple):
@@ -112,4 +121,10 @@ def _comparable(value: object) -> Any:
         return kind, sorted(repr(_comparable(item)) for item in cast(Iterable[object], value))
     if kind in (dict, OrderedDict):
         return kind, [(_comparable(key), _comparable(item)) for key, item in cast(dict[Any, Any], value).items()]
+    if (
+        not isinstance(value, type)
+        and all(base.__flags__ & _HEAP_TYPE for base in kind.__mro__[:-1])
+        and not any(vars(base).get("__slots__") for base in kind.__mro__)
+    ):
+        return kind, _comparable(vars(value))  # a class of Python's, such as a configuration: all it has is in its dict
     raise TypeError(kind)
