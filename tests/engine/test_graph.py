@@ -2,6 +2,7 @@ import logging
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from functools import cache, partial
 
 import pytest
@@ -15,10 +16,10 @@ from layercrit.engine import graph, onednn
 from layercrit.engine.graph import export_graph, speed_up
 from layercrit.engine.graph_replay import GraphReplay
 from tiny_networks import (
+    ARCHITECTURES,
     IMAGES,
     Case,
     Counting,
-    InPlace,
     PlainWay,
     Remembering,
     Sketch,
@@ -509,7 +510,7 @@ def test_convolutions_work__says_no_where_an_operator_is_missing_or_wrong(dtype,
 
 
 class Plain(nn.Module):
-    """Made of operators that the exporter writes in their final form at once, beside its normalisation."""
+    """Made of operators that the exporter writes in their functional form at once, beside its normalisation."""
 
     def __init__(self, train_norm: bool = False) -> None:
         super().__init__()
@@ -539,30 +540,91 @@ def written(weight_graph: graph.WeightGraph) -> list[object]:
     ]
 
 
-KINDS = ["final operators", "the demo's network", "statistics of the batch", "writes to memory"]
+def _conv(net: Sketch, x: Tensor) -> Tensor:
+    return net.a(x)
 
 
-@pytest.mark.parametrize("build", [Plain, small_resnet, partial(Plain, True), InPlace], ids=KINDS)
-def test_export_graph__leaves_no_trace_of_whether_it_decomposed(build, monkeypatch):
-    made = case(build, *((4, 1, 28, 28) if build is small_resnet else IMAGES))
-    found = export_graph(made.network, made.images)
-    monkeypatch.setattr(graph, "_write_out", lambda _: False)
-    slowly = export_graph(made.network, made.images)
-    assert written(found) == written(slowly)
-    assert [found.names[node] for node in found.names] == [slowly.names[node] for node in slowly.names]
+def _reads_a_view(net: Sketch, x: Tensor) -> Tensor:
+    made = net.a(x)
+    flipped = made.transpose(2, 3)
+    return made.relu_() + flipped
+
+
+def _reads_the_memory_later(net: Sketch, x: Tensor) -> Tensor:
+    made = net.a(x)
+    return F.relu(made, inplace=True) + made
+
+
+def _reads_the_memory_before(net: Sketch, x: Tensor) -> Tensor:
+    made = net.a(x)
+    half = made * 0.5
+    return F.relu(made, inplace=True) + half
+
+
+def _views(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).select(1, 0).transpose(1, 2).unsqueeze(3).expand(-1, -1, -1, 2)
+
+
+# what a network computes -> whether it is traced once more
+IN_FORMS: dict[str, tuple[Callable[[Sketch, Tensor], Tensor], bool]] = {
+    "in place": (lambda net, x: F.relu(_conv(net, x), inplace=True), False),
+    "in place twice": (lambda net, x: F.silu(_conv(net, x).add_(1.5), inplace=True), False),
+    "sum in place": (lambda net, x: _conv(net, x).add_(net.a(x * 2), alpha=0.5), False),
+    "read before": (_reads_the_memory_before, False),
+    "read later": (_reads_the_memory_later, False),
+    "a view is read later": (_reads_a_view, True),
+    "in place on a view": (lambda net, x: _conv(net, x).transpose(2, 3).relu_(), True),
+    "in place on an alias": (lambda net, x: F.dropout(_conv(net, x), training=False).relu_(), True),
+    "added to itself in place": (lambda net, x: (made := _conv(net, x)).add_(made), True),
+    "flattened": (lambda net, x: _conv(net, x).flatten(2).unsqueeze(3), False),
+    "reshaped": (lambda net, x: _conv(net, x).reshape(x.shape[0], 8, -1, 2), False),
+    "flattened to what it is": (lambda net, x: _conv(net, x).flatten(2, 2) * 2, False),
+    "reshaped to what it is": (lambda net, x: (made := _conv(net, x)).reshape(made.shape) * 2, False),
+    "reshaped out of order": (lambda net, x: _conv(net, x).transpose(1, 2).reshape(x.shape[0], 8, -1, 2), True),
+    "dropout": (lambda net, x: F.dropout(_conv(net, x), training=False) * 2, False),
+    "dropout that works": (lambda net, x: _conv(net, x) + F.dropout(torch.zeros_like(x[:, :1]), 0.0, True), True),
+    "unbound": (lambda net, x: torch.cat([one.unsqueeze(1) for one in _conv(net, x).unbind(1)[::-1]], 1), False),
+    "views": (lambda net, x: _conv(net, _views(x)), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_FORMS)
+def test_export_graph__writes_the_functional_form_as_the_exporter_does(name, monkeypatch):
+    how, is_traced_again = IN_FORMS[name]
+    build = partial(Sketch, how, a=nn.Conv2d(8, 8, 1))
+    assert_as_the_exporter_does(case(build, *IMAGES), is_traced_again, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("build", "runs"), [(Plain, 0), (small_resnet, 0), (partial(Plain, True), 1), (InPlace, 1)], ids=KINDS
+    ("build", "is_traced_again"), [(Plain, False), (small_resnet, False), (partial(Plain, True), True)]
 )
-def test_export_graph__decomposes_only_where_it_must(build, runs, monkeypatch):
+def test_export_graph__writes_the_functional_form_of_networks(build, is_traced_again, monkeypatch):
+    made = case(build, *((4, 1, 28, 28) if build is small_resnet else IMAGES))
+    assert_as_the_exporter_does(made, is_traced_again, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_export_graph__writes_the_functional_form_of_published_architectures(name, monkeypatch):
+    build, size = ARCHITECTURES[name]
+    others = {"swin_tiny", "torchvision_vit_b_16", "transformers_vit", "transformers_vit_eager"}
+    assert_as_the_exporter_does(case(build, 1, 3, size, size), name in others, monkeypatch)
+
+
+def assert_as_the_exporter_does(made: Case, is_traced_again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     done, real = list[object](), torch.export.ExportedProgram.run_decompositions
     monkeypatch.setattr(
         torch.export.ExportedProgram, "run_decompositions", lambda self, table: done.append(table) or real(self, table)
     )
-    made = case(build, *((4, 1, 28, 28) if build is small_resnet else IMAGES))
-    export_graph(made.network, made.images)
-    assert len(done) == (runs if torch.__version__ >= "2.6" else 0)
+    found = export_graph(made.network, made.images)
+    if torch.__version__ < "2.6":
+        assert not done
+        return
+    assert len(done) == is_traced_again
+    monkeypatch.setattr(graph, "write_functionally", lambda _: False)
+    slowly = export_graph(made.network, made.images)
+    assert len(done) == is_traced_again + 1
+    assert written(found) == written(slowly)
+    assert [found.names[node] for node in found.names] == [slowly.names[node] for node in slowly.names]
 
 
 def test_export_graph__names_every_weight_by_all_its_names():

@@ -23,26 +23,20 @@ from torch.fx.node import map_aggregate
 from typing_extensions import override
 
 from layercrit.engine import cudnn, onednn
+from layercrit.engine.functional_form import BATCH_NORM, write_functionally
 from layercrit.engine.linear_layers import add_before_permuting, fold_layer_scales
 from layercrit.engine.narrowing import narrow
 from layercrit.engine.nodes import CONVOLUTIONS, output_of, value_of
 from layercrit.models.outputs import logits_of
 from layercrit.restoring import attributes_kept
 
-__all__ = ["BATCH_NORM", "WeightGraph", "export_graph", "named_tensors", "speed_up"]
+__all__ = ["WeightGraph", "export_graph", "named_tensors", "speed_up"]
 
 aten = torch.ops.aten
 
-BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 _READ_MEMORY = {aten.as_strided.default, aten.view.dtype, aten.view_as_complex.default, aten.view_as_real.default}
 # Before torch 2.6 the exporter itself wrote no views and no writes to memory, and decomposing splits fast operators
-_EXPORTS_IN_FINAL_FORM = torch.__version__ < "2.6"
-# What the exporter writes in its final form at once: neither views nor writes to memory, nor made of other operators
-_FINAL = {
-    *(aten.conv2d.default, aten.linear.default, aten.add.Tensor, aten.mul.Tensor, aten.mean.dim),
-    *(aten.relu.default, aten.silu.default, aten.sigmoid.default, aten.gelu.default),
-    *(aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default),
-}
+_EXPORTS_FUNCTIONALLY = torch.__version__ < "2.6"
 
 
 @dataclass
@@ -112,7 +106,7 @@ def export_graph(
     """
     with torch.no_grad(), _quiet(), attributes_kept(network):
         program = torch.export.export(_Logits(network, read_logits), (images,), strict=False)
-        if not _EXPORTS_IN_FINAL_FORM and not _write_out(program.graph):
+        if not _EXPORTS_FUNCTIONALLY and not write_functionally(program.graph):
             program = program.run_decompositions({})
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
@@ -150,27 +144,6 @@ def named_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Return all parameters and buffers by all of their names; tied ones have several."""
     parameters = dict(network.named_parameters(remove_duplicate=False))
     return {**parameters, **dict(network.named_buffers(remove_duplicate=False))}
-
-
-def _write_out(graph: fx.Graph) -> bool:
-    """Make a fresh export what ``run_decompositions({})`` would make of it, without tracing the network once more.
-
-    Returns:
-        whether that is known; if not, the graph is as it was.
-    """
-    calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    norms = [node for node in calls if node.target is aten.batch_norm.default and node.args[5] is False]
-    if not all(node.target in _FINAL for node in calls if node not in norms):
-        return False
-    for norm in norms:
-        x, gamma, beta, mean, variance, _, momentum, eps, _ = norm.args
-        with graph.inserting_before(norm):
-            written = graph.call_function(BATCH_NORM, (x, gamma, beta, mean, variance, momentum, eps))
-            output = graph.call_function(operator.getitem, (written, 0))
-        output.meta = dict(norm.meta)
-        norm.replace_all_uses_with(output)
-        graph.erase_node(norm)
-    return True
 
 
 def speed_up(

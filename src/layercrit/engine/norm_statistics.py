@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from layercrit.engine.graph import BATCH_NORM, WeightGraph, speed_up
+from layercrit.engine.functional_form import BATCH_NORM
+from layercrit.engine.graph import WeightGraph, speed_up
 from layercrit.engine.graph_replay import GraphReplay, Suffix, call
 from layercrit.engine.subject import Change, Subject
 from layercrit.errors import ModelError
