@@ -582,7 +582,7 @@ IN_FORMS: dict[str, tuple[Callable[[Sketch, Tensor], Tensor], bool]] = {
     "reshaped to what it is": (lambda net, x: (made := _conv(net, x)).reshape(made.shape) * 2, False),
     "reshaped out of order": (lambda net, x: _conv(net, x).transpose(1, 2).reshape(x.shape[0], 8, -1, 2), True),
     "dropout": (lambda net, x: F.dropout(_conv(net, x), training=False) * 2, False),
-    "dropout that works": (lambda net, x: _conv(net, x) + F.dropout(torch.zeros_like(x[:, :1]), 0.0, True), True),
+    "dropout that works": (lambda net, x: F.dropout(_conv(net, x), 0.0, True) * 2, True),
     "unbound": (lambda net, x: torch.cat([one.unsqueeze(1) for one in _conv(net, x).unbind(1)[::-1]], 1), False),
     "views": (lambda net, x: _conv(net, _views(x)), False),
 }  # fmt: skip
