@@ -12,12 +12,12 @@ from layercrit.errors import near
 __all__ = ["STRICT", "Declaration", "expected", "mistakes", "read_table"]
 
 
-STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+STRICT = ConfigDict(extra="forbid", strict=True)
 """Unknown keys are mistakes, and so are values of another type."""
 
 
 class Declaration(BaseModel):
-    """A table that a person writes; an attribute's docstring is the meaning of its key."""
+    """A table that a person writes; the docstring of an attribute is the meaning of its key."""
 
     model_config = STRICT
 

@@ -1,5 +1,7 @@
 """What a study file may contain: its tables, declared once for the reader and for the JSON Schema that editors use."""
 
+import ast
+import inspect
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -246,6 +248,17 @@ def _named() -> tuple[tuple[str, str, Registry[Any]], ...]:
     )
 
 
+def _meanings(table: type[Declaration]) -> dict[str, str]:
+    """Return key -> the docstring behind it, which pydantic would read in every process, for about a second."""
+    [declared] = ast.parse(inspect.getsource(ProtocolKeys if table is ProtocolTable else table)).body
+    lines: list[Any] = declared.body  # type: ignore[attr-defined] - it is a class
+    return {
+        key.target.id: inspect.cleandoc(text.value.value)
+        for key, text in zip(lines, lines[1:], strict=False)
+        if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
 class _Plain(GenerateJsonSchema):
     """Without titles that repeat names, and without null, which TOML does not have."""
 
@@ -273,6 +286,9 @@ def study_schema() -> dict[str, Any]:
     document = create_model("StudyFile", __base__=Declaration, __doc__="A study file of layercrit.", **sections)
     trains = {"required": ["models"], "properties": {"models": {"contains": {"required": ["method"]}}}}
     schema = document.model_json_schema(schema_generator=_Plain)
+    for table in TABLES.values():
+        for key, meaning in _meanings(table).items():
+            schema["$defs"][table.__name__]["properties"][key].setdefault("description", meaning)
     for table, key, registry in _named():
         declared = schema["$defs"][table]["properties"][key]
         declared.get("items", declared)["examples"] = list(registry)
