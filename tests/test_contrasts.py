@@ -208,7 +208,7 @@ def test_crossed_contrasts__error_rate_without_a_difference(n_trials):
         return sd * generator.normal(size=shape)
 
     rejected = []
-    for _ in range(2000):
+    for _ in range(1000):
         d = effects(0.05, 2, n_trials, 1) + effects(0.08, 2, 1, 50) + effects(0.04, 2, n_trials, 50)
         rejected.append(crossed_contrasts(0.5 + d, np.array([[1, -1]])).p_value[0] < 0.05)
     assert 0.02 < np.mean(rejected) < 0.055
@@ -219,7 +219,7 @@ def test_holm__controls_the_chance_of_any_error_where_trials_are_few(n_trials):
     """Of 54 layers without any difference, some is declared in at most about 5 % of studies, also of few trials."""
     generator = np.random.default_rng(n_trials)
     wrong = []
-    for _ in range(300):
+    for _ in range(150):
         d = 0.05 * generator.normal(size=(54, n_trials, 1)) + 0.08 * generator.normal(size=(54, 1, 50))
         d = d + 0.04 * generator.normal(size=(54, n_trials, 50))
         wrong.append((holm(crossed_contrasts(d, np.eye(54), upper=9).p_value) <= 0.05).any())

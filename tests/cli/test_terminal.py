@@ -98,7 +98,7 @@ def test_measure__ended_while_measuring(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [os.kill, os.killpg], ids=["the command", "its workers as well"])
 def test_study__ended_while_workers_measure(tmp_path, end):
-    command = ["study", "run", write_small(tmp_path, trials=MANY).name, "--out", "out", "--workers", "2"]
+    command = ["study", "run", write_small(tmp_path, trials=MANY).name, "--out", "out", "--workers", "1"]
     code, written = ended_while_measuring(command, tmp_path, end)
     assert_left_in_order(code, written)
     assert b"What has been measured is kept in out" in written

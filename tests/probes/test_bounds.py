@@ -7,6 +7,7 @@ import tarfile
 import threading
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -384,6 +385,7 @@ LARGE_IMAGES = {
 }
 
 
+@cache
 def zeros(n_bytes: int) -> bytes:
     packer = zlib.compressobj(1)
     return b"".join([*(packer.compress(bytes(2**20)) for _ in range(n_bytes // 2**20)), packer.flush()])

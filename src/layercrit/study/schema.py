@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -254,7 +255,7 @@ def _meanings(table: type[Declaration]) -> dict[str, str]:
     lines: list[Any] = declared.body  # type: ignore[attr-defined] - it is a class
     return {
         key.target.id: inspect.cleandoc(text.value.value)
-        for key, text in zip(lines, lines[1:], strict=False)
+        for key, text in itertools.pairwise(lines)
         if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
 
