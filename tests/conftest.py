@@ -1,3 +1,4 @@
+import os
 import signal
 import time
 from pathlib import Path
@@ -9,6 +10,11 @@ import torch
 SLOW = Path(__file__).with_name("slow_tests.txt")
 SHARED = "seconds of a shared fixture"  # property of a test: the longest set-up of a fixture that others use too
 _seconds = {}  # of fixtures that several tests share
+
+
+def pytest_xdist_auto_num_workers():
+    """Two workers a core, as many tests wait: for processes, for a browser, for a scheduler."""
+    return 2 * (os.cpu_count() or 1)
 
 
 def pytest_configure(config):
