@@ -29,6 +29,9 @@ class Settings:
     def __init__(self, factor: float) -> None:
         self.factor = factor
 
+    def __repr__(self) -> str:
+        return f"Settings({self.factor})"
+
 
 class Small(nn.Module):
     """A network with settings of many kinds; `last` is its classifier."""
@@ -103,12 +106,12 @@ def _tensor(network: Small) -> None:
     network.slope = torch.tensor(0.3)
 
 
-def _set(name: str, value: object) -> Callable[[Small], None]:
+def _set(name: str, value: object, shown: str | None = None) -> Callable[[Small], None]:
     def change(network: Small) -> None:
         owner, _, attribute = name.rpartition(".")
         setattr(network.get_submodule(owner), attribute, value)
 
-    change.__name__ = f"{name}={getattr(value, '__name__', value)}"
+    change.__name__ = f"{name}={shown or getattr(value, '__name__', value)}"
     return change
 
 
@@ -118,7 +121,10 @@ def _set(name: str, value: object) -> Callable[[Small], None]:
         *(_set("slope", 0.5), _set("passes", 2), _set("passes", True), _set("around", torch.mul)),
         *(_set("sizes", [1, 3]), _set("by_name", {"scale": 3.0}), _set("norm.eps", 0.5)),
         *(_set("order", Order.LAST), _set("settings", Settings(3.0))),
-        *(_set("activation", partial(F.elu, alpha=2.0)), _set("activation", partial(F.celu, alpha=0.5))),
+        *(
+            _set("activation", partial(F.elu, alpha=2.0), "alpha"),
+            _set("activation", partial(F.celu, alpha=0.5), "celu"),
+        ),
         *(_set("body", nn.Conv2d(8, 8, 1, bias=False)), _set("norm", nn.Identity())),
         *(_tied, _own_forward, _hooked, _tensor),
     ],
