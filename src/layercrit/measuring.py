@@ -162,11 +162,14 @@ def measure(
     attack, images = split_attack(images)
     names = distance_names(distances)
     with Bar(progress) as bar, opened_subject(model, images, labels, protocol, donor) as subject:
-        bar.say(_intention(subject, protocol))
-        whole = None
+        whole, size = None, None
         if isinstance(images, ProbeSet):
             whole = ProbeSet.from_source(images, subject.model.preprocessing, labels=labels, classes=classes)
-        n_available = whole.n_images if whole else min(protocol.n_images, len(open_images(images, labels)))
+            n_available = whole.n_images
+        else:
+            source = open_images(images, labels)
+            n_available, size = min(protocol.n_images, len(source)), common_size(source)
+        bar.say(_intention(subject, protocol, n_available, size))
 
         def draw(n_images: int) -> ProbeSet:
             if whole is not None:
@@ -322,18 +325,28 @@ def _with_input_of(images: Any, labels: LabelsGiven, model: str | Model | nn.Mod
     return replace(opened, notes=(*opened.notes, note)) if note else opened
 
 
-def _intention(subject: Subject, protocol: Protocol) -> str:
-    """Say what will be measured, before it takes its time."""
+def _intention(subject: Subject, protocol: Protocol, n_images: int, size_before: tuple[int, int] | None) -> str:
+    """Say what will be measured, before it takes its time.
+
+    Args:
+        subject: the network.
+        protocol: how to measure it.
+        n_images: the most images that it is shown.
+        size_before: height and width of all images before they are resized, if they have one size.
+    """
     model, size = subject.model, subject.model.preprocessing
     resized = "" if size.resize is None else f", resized to {size.resize} ({size.interpolation})"
+    if size_before is not None and size.keeps(*size_before):
+        resized = " as they are"
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (model.mean, model.std))
     what = "sets of layers" if protocol.sets != "each" else "layers"
     trials = f"{subject.n_trials} trial{'s' * (subject.n_trials > 1)}"
+    at_most = " at most" if protocol.is_planned else ""
     if protocol.half_width is not None:
         trials = f"a pilot of {trials}, then as many as a half-width of {protocol.half_width:g} takes"
     elif protocol.minutes is not None:
         trials = f"a pilot of {trials}, then as many as {protocol.minutes:g} min allow"
     return (
-        f"{model.reference}: {len(subject.layers)} {what}, {trials}, {protocol.n_images:,} images at "
-        f"most, of {size.channels} x {size.height} x {size.width} pixels{resized}; mean {mean}; std {std}"
+        f"{model.reference}: {len(subject.layers)} {what}, {trials}, {n_images:,} images{at_most} "
+        f"of {size.channels} x {size.height} x {size.width} pixels{resized}; mean {mean}; std {std}"
     )

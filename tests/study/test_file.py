@@ -671,6 +671,11 @@ def test_to_toml__any_text(tmp_path_factory, names, texts, accuracy):
     assert again(study, folder) == study
 
 
+@pytest.mark.parametrize(("size", "said"), [([1, 8, 8], True), (None, False)])
+def test_read_study_file__knows_whether_it_gives_the_size_of_images(tmp_path, size, said):
+    assert read_study_file(write_study(tmp_path, images={"input_size": size})).says_input_size is said
+
+
 def test_to_toml__says_everything(tmp_path):
     text = read_study_file(write_study(tmp_path)).to_toml()
     for key in ("name", "n_images", "labels", "input_size", "resize", "interpolation", "resets", "norm_statistics",

@@ -29,7 +29,7 @@ their types, defaults and meanings, are declared in `layercrit.study.schema`.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -91,6 +91,7 @@ class StudyFile:
         further_images: further probe sets.
         norm_statistics: what becomes of running statistics beside a reset, each of which is measured.
         epochs: of training runs that are measured beside the final weights.
+        says_input_size: whether the file gives the size of the images; else it is the default.
     """
 
     name: str
@@ -111,6 +112,7 @@ class StudyFile:
     further_images: tuple[Images, ...] = ()
     norm_statistics: tuple[str, ...] = (DEFAULTS.norm_statistics,)
     epochs: Literal["all"] | tuple[int, ...] = ()
+    says_input_size: bool = field(default=True, compare=False)  # what is written with everything resolved does
 
     @property
     def images(self) -> tuple[Images, ...]:
@@ -230,6 +232,7 @@ class _Reader:
             norm_statistics=tuple(statistics),
             epochs=protocol.epochs if protocol.epochs == "all" else tuple(protocol.epochs),
             preprocessing=preprocessing,
+            says_input_size="input_size" in images.model_fields_set,
             protocol=settings,
             resets=tuple(reset.name for reset in known),
             distances=tuple(dict.fromkeys(["cosine", *distances])),
