@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layercrit.comparison import Comparison, compare
+from layercrit.counts import counted
 from layercrit.epoch_map import EpochMap, measure_epochs
 from layercrit.errors import StudyError
 from layercrit.figures.style import save_figure
@@ -151,7 +152,7 @@ def run_demo(folder: str | Path, say: Callable[[str], Any] = print) -> DemoResul
     n_models, trials = len(study_file.models), study_file.protocol.trials
     say(
         f"Resetting each layer of {n_models} small networks in turn, {trials} draws each, and running "
-        f"{study_file.n_images} images through them ..."
+        f"{counted(study_file.n_images, 'image')} through them ..."
     )
     ran = run_study(study_file, folder / "study", n_workers=min(2, os.cpu_count() or 1))
     if ran.failures:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from layercrit.cell_columns import CELL_COLUMNS, NOT_REACHED, PER_IMAGE
+from layercrit.counts import counted
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError, LayerError, ProtocolError, first_line, near
 from layercrit.foreign_files import read_json
@@ -200,8 +201,8 @@ class Measurement:
         summary = self.summary()
         return (
             f"<Measurement of {summary['model']}: mean criticality {self._mean_in_words(summary)}, "
-            f"{summary['n_layers']} layers, {summary['n_trials']} trials, {summary['n_images']} images, "
-            f"reset {self.record['protocol']['reset']}>"
+            f"{counted(summary['n_layers'], 'layer')}, {counted(summary['n_trials'], 'trial')}, "
+            f"{counted(summary['n_images'], 'image')}, reset {self.record['protocol']['reset']}>"
         )
 
     def _repr_html_(self) -> str:
@@ -218,12 +219,12 @@ class Measurement:
             "reset": self.record["protocol"]["reset"],
             "trials": summary["n_trials"],
             "images": f"{summary['n_images']:,} of {self.record['probe_set']['source']}",
-            "left out of the mean": f"{left_out} layers" if left_out else "",
+            "left out of the mean": counted(left_out, "layer") if left_out else "",
             "warnings": " ".join(summary["warnings"]),
         }
         columns = [Column("layer"), Column("type"), Column("criticality", "bar"), Column("low", "number"),
                    Column("high", "number"), Column("n_trials", "number", "trials"), Column("status")]  # fmt: skip
-        return result_html(summary["model"], facts, f"{len(table)} layers", table, columns, self.plot())
+        return result_html(summary["model"], facts, counted(len(table), "layer"), table, columns, self.plot())
 
     def _mean_in_words(self, summary: Mapping[str, Any]) -> str:
         mean = summary["criticality"]

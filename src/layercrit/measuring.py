@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from layercrit.attacks import Pgd, attacked, split_attack
+from layercrit.counts import counted
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.flops import count_flops
@@ -340,13 +341,13 @@ def _intention(subject: Subject, protocol: Protocol, n_images: int, size_before:
         resized = " as they are"
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (model.mean, model.std))
     what = "sets of layers" if protocol.sets != "each" else "layers"
-    trials = f"{subject.n_trials} trial{'s' * (subject.n_trials > 1)}"
+    trials = counted(subject.n_trials, "trial")
     at_most = " at most" if protocol.is_planned else ""
     if protocol.half_width is not None:
         trials = f"a pilot of {trials}, then as many as a half-width of {protocol.half_width:g} takes"
     elif protocol.minutes is not None:
         trials = f"a pilot of {trials}, then as many as {protocol.minutes:g} min allow"
     return (
-        f"{model.reference}: {len(subject.layers)} {what}, {trials}, {n_images:,} images{at_most} "
+        f"{model.reference}: {len(subject.layers)} {what}, {trials}, {counted(n_images, 'image')}{at_most} "
         f"of {size.channels} x {size.height} x {size.width} pixels{resized}; mean {mean}; std {std}"
     )

@@ -12,6 +12,7 @@ import pandas as pd
 from torch import nn
 
 from layercrit.attacks import split_attack
+from layercrit.counts import counted
 from layercrit.donors import is_reference
 from layercrit.engine.losses import Losses
 from layercrit.engine.session import Session
@@ -139,7 +140,7 @@ class ModuleCriticality:
             ) from error
 
     def __repr__(self) -> str:
-        return f"<ModuleCriticality of {self.record['model']}: {len(self.table)} modules>"
+        return f"<ModuleCriticality of {self.record['model']}: {counted(len(self.table), 'module')}>"
 
 
 def measure_module_criticality(

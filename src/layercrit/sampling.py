@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from layercrit.counts import counted
 from layercrit.engine.predictions import Predictions
 from layercrit.engine.session import Draws, Session
 from layercrit.engine.subject import Subject
@@ -153,7 +154,7 @@ class Sampling:
         self.session.notes += [note for note in record["notes"] if note not in self.session.notes]
         if record["versions"] != now["versions"]:
             self.notes.append("some trials were run earlier, under other versions of layercrit or of its libraries")
-        self.bar.say(f"going on with {len(self._done())} cells that are measured already")
+        self.bar.say(f"going on with {counted(len(self._done()), 'cell')} that are measured already")
 
     # --- running ----------------------------------------------------------------------------------------------------
 

@@ -277,7 +277,7 @@ def test_measure__ctrl_c_keeps_finished_trials(photographs, tmp_path, monkeypatc
     printed = capsys.readouterr()
     assert stopped.value.code == 130
     assert "Traceback" not in printed.err
-    assert "finished trial(s) are saved in result" in printed.err
+    assert "finished trials saved in result" in printed.err
     assert 2 <= Measurement.load("result").summary()["n_trials"] < 50
 
 

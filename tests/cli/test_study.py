@@ -79,7 +79,7 @@ def test_run__failures_end_with_1_and_are_listed_once(ran):
     listed = [line for line in result.stderr.splitlines() if line.startswith("  damaged")]
     assert len(listed) == 1
     assert listed[0].startswith("  damaged, rerandomize, trials 0, 1: CheckpointError: ")
-    assert "2 trial(s) failed:" in result.stderr
+    assert "2 trials failed:" in result.stderr
     assert "--retry" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -203,7 +203,7 @@ def test_status__done_left_and_failed(tmp_path):
     ]  # fmt: skip
     assert lines[4:] == ["4 of 4 cells planned so far are done", "not running"]
     assert result.stderr.splitlines() == [
-        "3 trial(s) failed:",
+        "3 trials failed:",
         "  b, rerandomize, trials 0, 1: no such file",
         "  b, rerandomize, trial 2: out of memory",
     ]

@@ -30,6 +30,7 @@ def doctor_command(context: click.Context, /, as_json: bool) -> None:
     Each line is ok, a note (layercrit works, but slower or without something) or a problem, with what to do. With a
     problem, the exit code is 1.
     """
+    from layercrit.counts import counted
     from layercrit.diagnosis import anonymous, diagnose
 
     found, topic = [], ""
@@ -49,5 +50,5 @@ def doctor_command(context: click.Context, /, as_json: bool) -> None:
         rows = [{name: anonymous(text) for name, text in vars(one).items()} for one in found]
         click.echo(json.dumps({"counts": counts, "findings": rows}, indent=2))
     else:
-        say(", ".join(f"{n} {state}{'s' * (n != 1 and state != 'ok')}" for state, n in counts.items()))
+        say(", ".join(f"{n} ok" if state == "ok" else counted(n, state) for state, n in counts.items()))
     context.exit(ExitCode.ERROR if counts["problem"] else ExitCode.DONE)

@@ -10,6 +10,7 @@ from click.core import ParameterSource
 from layercrit.cli.model_options import check_free, folder_for, images_and_layers
 from layercrit.cli.printing import notice, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand
+from layercrit.counts import counted
 from layercrit.protocol import DEFAULTS
 
 # Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
@@ -102,7 +103,7 @@ def _lines(summary: dict[str, Any]) -> list[str]:
         "architecture, and no bound on anything",
         f"loss {summary['loss']:.4g} nats, {summary['allowed_loss']:.4g} allowed; top-1 accuracy "
         f"{percent(summary['top1_accuracy'])}",
-        f"{summary['n_draws']} draws, {summary['n_images']} images; "
+        f"{counted(summary['n_draws'], 'draw')}, {counted(summary['n_images'], 'image')}; "
         + (
             "no limits: one draw or one image says nothing of others"
             if summary["covers"] == "nothing"

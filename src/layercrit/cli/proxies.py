@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from layercrit.cli.model_options import check_free
 from layercrit.cli.printing import notice, number, plain, print_table, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files
+from layercrit.counts import counted
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, GROUPS
 
@@ -236,8 +237,9 @@ def _about(found: "Proxies") -> list[str]:
     blank = [name for name in found.samples if found.layers[name].isna().all()]
     lines = [
         "",
-        f"gradients: {record['labels']}, {record['probe_set']['n_images']} images; "
-        f"{record['protocol']['trials']} draws of {record['protocol']['reset']}; {record['seconds']:.1f} s in all",
+        f"gradients: {record['labels']}, {counted(record['probe_set']['n_images'], 'image')}; "
+        f"{counted(record['protocol']['trials'], 'draw')} of {record['protocol']['reset']}; "
+        f"{record['seconds']:.1f} s in all",
     ]
     kinds = costs[costs["seconds"] > 0].groupby(
         ["forward", "backward", "layer_passes", "hessian_products", "seconds"], sort=False

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from layercrit.attacks import split_attack
+from layercrit.counts import counted
 from layercrit.donors import read_donor
 from layercrit.engine.subject import Subject
 from layercrit.errors import LayercritError, ProtocolError
@@ -129,7 +130,7 @@ class Proxies:
     def __repr__(self) -> str:
         return (
             f"<Proxies of {self.record['model']['reference']}: {len(self.samples)} of {len(self.about)} layers, "
-            f"{self.record['probe_set']['n_images']} images, {self.record['labels']}>"
+            f"{counted(self.record['probe_set']['n_images'], 'image')}, {self.record['labels']}>"
         )
 
     def _exact_of(self, measured: "Measurement | str | Path") -> Exact:

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from layercrit.counts import counted
 from layercrit.declarations import Declaration, read_table
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.donors import is_reference
@@ -262,7 +263,7 @@ class _Reader:
             shown = "\n".join(f"  - {mistake}" for mistake in self.mistakes[:_LISTED])
             more = len(self.mistakes) - _LISTED
             raise StudyError(
-                f"{self.path} has {len(self.mistakes)} mistake{'s' * (len(self.mistakes) > 1)}:\n{shown}"
+                f"{self.path} has {counted(len(self.mistakes), 'mistake')}:\n{shown}"
                 + (f"\n  ... and {more} more" if more > 0 else "")
             )
 
