@@ -24,6 +24,7 @@ from layercrit.interactions import Pair, interactions_of
 from layercrit.intervals import excluded_share
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.layers import layer_labels
+from layercrit.models.sources import short_name
 from layercrit.precision import PrecisionPlan, recentred
 from layercrit.protocol import MATCHED
 from layercrit.shown_images import GroupsOf, ShownImages
@@ -175,6 +176,7 @@ class Measurement:
         mean, matched = (self._estimate_mean(distance, whole, common) for distance in ("cosine", MATCHED))
         return {
             "model": self.record["model"]["reference"],
+            "name": self.name,
             "criticality": _limits(mean),
             "criticality_matched": _limits(matched),
             "level": self.record["protocol"]["level"],
@@ -197,6 +199,11 @@ class Measurement:
             "notes": list(self.record["notes"]),
         }
 
+    @property
+    def name(self) -> str:
+        """What tables and figures call the model: the name that it was given, or one made of its reference."""
+        return self.record.get("name") or short_name(self.record["model"]["reference"])
+
     def __repr__(self) -> str:
         summary = self.summary()
         return (
@@ -213,6 +220,7 @@ class Measurement:
         chance, accuracy = summary["chance"], summary["top1_accuracy"]
         left_out = len(summary["left_out"])
         facts = {
+            "model": summary["model"] if summary["model"] != self.name else "",
             "mean criticality": self._mean_in_words(summary),
             "an unrelated prediction would give": "" if chance is None else f"{1 - chance:.3f}",
             "top-1 accuracy": "" if accuracy is None else f"{accuracy:.1%}",
@@ -224,7 +232,7 @@ class Measurement:
         }
         columns = [Column("layer"), Column("type"), Column("criticality", "bar"), Column("low", "number"),
                    Column("high", "number"), Column("n_trials", "number", "trials"), Column("status")]  # fmt: skip
-        return result_html(summary["model"], facts, counted(len(table), "layer"), table, columns, self.plot())
+        return result_html(self.name, facts, counted(len(table), "layer"), table, columns, self.plot())
 
     def _mean_in_words(self, summary: Mapping[str, Any]) -> str:
         mean = summary["criticality"]
@@ -243,7 +251,7 @@ class Measurement:
             table = table[[not self._members(layer) for layer in table["layer"]]]
         return criticality_bars(
             table,
-            title=summary["model"],
+            title=self.name,
             mean=summary["criticality"]["mean"] if summary["criticality"] else None,
             chance=summary["chance"],
         )
@@ -256,7 +264,7 @@ class Measurement:
         accuracy = self._images.accuracy_by(of) or None
         has_sets = any(self._members(layer) for layer in self.record["layers"])
         stages = None if has_sets else stages_of(list(self.record["layers"]))
-        return class_map(self.by_class(of), title=self.summary()["model"], accuracy=accuracy, stages=stages)
+        return class_map(self.by_class(of), title=self.name, accuracy=accuracy, stages=stages)
 
     @property
     def has_pairs(self) -> bool:
@@ -304,8 +312,7 @@ class Measurement:
         used = {*table["layer_i"], *table["layer_j"]}
         layers = [name for name in self.record["layers"] if name in used]
         shapes = {name: "x".join(map(str, self.record["layers"][name]["shape"])) for name in layers}
-        title = self.record["model"]["reference"]
-        return interaction_map(table, layers, title=title, layer_labels=layer_labels(shapes))
+        return interaction_map(table, layers, title=self.name, layer_labels=layer_labels(shapes))
 
     def _members(self, layer: str) -> list[str]:
         return list(self.record["layers"][layer].get("members", []))

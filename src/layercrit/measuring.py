@@ -65,6 +65,7 @@ def measure(
     labels: LabelsGiven = "auto",
     classes: str | Path | Sequence[str] | None = None,
     keep_images: str | Path | None = None,
+    name: str | None = None,
     progress: bool = True,
     resume: Measurement | None = None,
     on_trial: OnTrial | None = None,
@@ -117,6 +118,7 @@ def measure(
             a column, or an array: see `ProbeSet.from_source`.
         classes: the names of classes in the order of the model's outputs, or a text file with one per line.
         keep_images: a folder for adversarial images, in which a measurement that goes on finds them again.
+        name: what tables and figures call the model; None: a short form of its reference.
         progress: whether to show a progress bar on a terminal.
         resume: an unfinished measurement of the same, or one of fewer trials, to go on with.
         on_trial: called after every finished trial with a function without arguments, which builds and returns the
@@ -177,7 +179,7 @@ def measure(
                 return whole.first(n_images)
             return draw_images(images, subject, n_images, protocol.seed, attack, labels, classes, keep_images, bar)
 
-        sampling = Sampling(started, protocol, subject, draw, n_available, names, are_wanted(labels), bar)
+        sampling = Sampling(started, protocol, subject, draw, n_available, names, are_wanted(labels), bar, name)
         return sampling.run(resume, on_trial, on_cell and Caller(on_cell))
 
 

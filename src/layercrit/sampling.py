@@ -64,6 +64,7 @@ class Sampling:
         distances: names of the distances to measure.
         use_labels: whether to use the labels of the images.
         bar: shows the progress.
+        name: what the model is called; None: a short form of its reference.
     """
 
     session: Session
@@ -79,7 +80,9 @@ class Sampling:
         distances: list[str],
         use_labels: bool,
         bar: Bar,
+        name: str | None = None,
     ) -> None:
+        self.name = name
         self.started, self.protocol, self.subject, self.bar = started, protocol, subject, bar
         self.draw, self.n_available = draw, n_available
         self.distances, self.use_labels = distances, use_labels
@@ -354,6 +357,7 @@ class Sampling:
             if session.statistics is None
             else session.statistics.to_dict() | {"shift": session.shift},
             "trial_seeds": trial_seeds,
+            "name": encodable(self.name),
             "model": {
                 "reference": encodable(model.reference),
                 "architecture": model.architecture,

@@ -79,6 +79,18 @@ def test_measure__same_seed_same_table_in_another_process(measured, photographs,
     assert "layer1.0.conv1" in again.stdout
 
 
+def test_measure__calls_the_model_as_it_is_told(photographs, tmp_path, capsys, monkeypatch):
+    arguments = ["measure", MODEL, "--images", str(photographs), "--trials", "1", "--layers", "fc", "--name", "mine"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["layercrit", *arguments, "--out", "result"])
+    with pytest.raises(SystemExit):
+        main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "mine" in [line.strip() for line in lines]
+    assert f"model: {MODEL}" in lines
+    assert any(line.startswith("1 layer, 1 trial, 14 images; ") for line in lines)
+
+
 def test_measure__does_not_replace_a_measurement_unasked(measured, photographs):
     folder, _ = measured
     before = (folder / "measurement.json").read_bytes()

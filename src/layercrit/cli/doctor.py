@@ -6,6 +6,7 @@ import click
 
 from layercrit.cli.exit_codes import ExitCode
 from layercrit.cli.printing import say
+from layercrit.counts import counted
 from layercrit.foreign_text import visible
 
 # Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
@@ -30,7 +31,6 @@ def doctor_command(context: click.Context, /, as_json: bool) -> None:
     Each line is ok, a note (layercrit works, but slower or without something) or a problem, with what to do. With a
     problem, the exit code is 1.
     """
-    from layercrit.counts import counted
     from layercrit.diagnosis import anonymous, diagnose
 
     found, topic = [], ""

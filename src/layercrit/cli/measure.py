@@ -172,6 +172,9 @@ def _epochs(context: click.Context, parameter: click.Parameter, value: str | Non
     "such as 'ckpt/epoch_*.pt', or '0=first.pt,9=last.pt': measure how far each layer's way back to them moves the "
     "final network, and which layers matter in the network after each.",
 )
+@click.option(
+    "--name", metavar="TEXT", help="What tables and figures call MODEL. [default: its reference, without folders]"
+)
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to save. [default: layercrit-MODEL]")
 @click.option("--overwrite", is_flag=True, help="Replace a measurement that is already in DIR.")
 @by_option
@@ -370,7 +373,7 @@ def _layer_table(table: "pd.DataFrame", summary: dict[str, Any]) -> Any:
     from rich.table import Table
 
     level = f"{100 * summary['level']:g}%"
-    shown = Table(title=plain(summary["model"]), title_justify="left", box=None, pad_edge=False)
+    shown = Table(title=plain(summary["name"]), title_justify="left", box=None, pad_edge=False)
     shown.add_column("layer", no_wrap=True)
     shown.add_column("type")
     shown.add_column("criticality", justify="right")
@@ -449,6 +452,8 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
         lines.append(f"left out: {counts} of {of_cells}; not in the mean: {counted(left, 'layer')}")
     if unreadable := summary["unreadable"]:
         lines.append(f"left out: {counted(len(unreadable), 'unreadable image')}, such as {unreadable[0]}")
+    if summary["name"] != summary["model"]:
+        lines.append(f"model: {summary['model']}")
     lines.append(
         f"{counted(summary['n_layers'], 'layer')}, {counted(summary['n_trials'], 'trial')}, "
         f"{counted(summary['n_images'], 'image')}; {summary['dtype']}, {summary['backend']} backend"

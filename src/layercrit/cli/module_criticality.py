@@ -71,9 +71,11 @@ def module_criticality_command(
 def _show(found: "ModuleCriticality") -> None:
     from rich.table import Table
 
+    from layercrit.models.sources import short_name
+
     summary = found.summary()
     print_warnings(summary["warnings"])
-    shown = Table(title=plain(summary["model"]), title_justify="left", box=None, pad_edge=False)
+    shown = Table(title=plain(short_name(summary["model"])), title_justify="left", box=None, pad_edge=False)
     shown.add_column("module", no_wrap=True)
     shown.add_column("type")
     for name in ("criticality", f"{100 * summary['level']:g}% limits", "a", "s", "distance", "points"):

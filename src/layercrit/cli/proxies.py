@@ -218,7 +218,9 @@ def _layer_table(found: "Proxies", agreement: "Agreement | None") -> Any:
     """Return the values of the proxies, a row per layer; blank where one does not apply."""
     from rich.table import Table
 
-    title = plain(f"{found.record['model']['reference']}: proxies of criticality")
+    from layercrit.models.sources import short_name
+
+    title = plain(f"{short_name(found.record['model']['reference'])}: proxies of criticality")
     shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
     exact = {} if agreement is None else agreement.by_layer.set_index("layer")["exact"].to_dict()
     names = [name for name in found.samples if not found.layers[name].isna().all()]

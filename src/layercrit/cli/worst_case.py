@@ -51,9 +51,11 @@ def worst_case_command(
 def _show(found: "WorstCase") -> None:
     from rich.table import Table
 
+    from layercrit.models.sources import short_name
+
     summary = found.summary()
     print_warnings(summary["warnings"])
-    shown = Table(title=plain(summary["model"]), title_justify="left", box=None, pad_edge=False)
+    shown = Table(title=plain(short_name(summary["model"])), title_justify="left", box=None, pad_edge=False)
     for name in ("module", "type", "worst case", "least restart", "first order", "norm", ""):
         shown.add_column(name, justify="left" if name in ("module", "type", "") else "right", no_wrap=True)
     for row in found.to_pandas().to_dict("records"):

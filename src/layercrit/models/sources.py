@@ -21,6 +21,7 @@ __all__ = [
     "model_source",
     "open_reference",
     "parse",
+    "short_name",
     "with_input",
     "with_output",
     "written",
@@ -75,6 +76,8 @@ class _Function(ModelSource):
 
 MODEL_SOURCES = Registry[ModelSource]("kind of model", ModelError, "layercrit.model_sources")
 """All kinds of model references, filled by `model_source` and by installed plug-ins."""
+
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".th", ".ckpt", ".bin", ".tar")  # ends of the names of weight files
 
 _Source = TypeVar("_Source", bound=Callable[[str, dict[str, Any]], Model] | type[ModelSource])
 
@@ -147,6 +150,17 @@ def parse(reference: str) -> tuple[ModelSource, str, dict[str, Any]]:
             raise ModelError(f"{reference!r}: the option {option!r} is not written as name=value, or is given twice.")
         options[key] = value if key == "prefix" else _literal(value)  # such as 1., which is no number there
     return MODEL_SOURCES[kind], rest, options
+
+
+def short_name(reference: str) -> str:
+    """Return what figures and tables call a model: of a file its name, without folders; of others no input settings."""
+    name, _, query = reference.partition("?")
+    if name.startswith("file:") and (last := Path(name.removeprefix("file:")).name):
+        while (suffix := Path(last).suffix) in _WEIGHTS and suffix != last:
+            last = last.removesuffix(suffix)
+        return last
+    kept = [one for one in query.split("&") if one and one.partition("=")[0] not in ("mean", "std", "input_size")]
+    return f"{name}?{'&'.join(kept)}" if kept else name
 
 
 def _path_cut_at_its_question_mark(text: str) -> str | None:

@@ -24,6 +24,7 @@ from layercrit.foreign_text import encodable, write_csv
 from layercrit.measurement import Measurement
 from layercrit.measuring import draw_images, opened_subject
 from layercrit.models.model import Model
+from layercrit.models.sources import short_name
 from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
@@ -100,7 +101,7 @@ class Proxies:
             exact,
             images=self.record["probe_set"]["sha256"],
             seeds=self.record["trial_seeds"],
-            title=self.record["model"]["reference"],
+            title=short_name(self.record["model"]["reference"]),
             k=k,
             level=float(level),
             n_resamples=n_resamples,
