@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
-from layercrit.counts import counted
+from layercrit.counts import counted, duration
 from layercrit.intervals import half_width
 from layercrit.statistics import Estimate, estimate
 
@@ -292,7 +292,7 @@ class PrecisionPlan:
 
 
 def _time(seconds: float) -> str:
-    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
+    return f"about {duration(seconds)}"
 
 
 def n_pilot_images(half_width: float | None, level: float, pilot: int, n_available: int) -> int:

@@ -9,7 +9,6 @@ import click
 
 from layercrit.cli.exit_codes import ExitCode
 from layercrit.cli.printing import (
-    duration,
     notice,
     number,
     percent,
@@ -22,7 +21,7 @@ from layercrit.cli.printing import (
 )
 from layercrit.cli.registered import RegisteredOption, missing_plug_ins_named
 from layercrit.cli.tracking import track_option, tracked_study
-from layercrit.counts import counted
+from layercrit.counts import counted, duration
 from layercrit.errors import StudyError
 from layercrit.foreign_text import visible
 

@@ -12,9 +12,9 @@ import click
 from click.core import ParameterSource
 
 from layercrit.cli.exit_codes import ExitCode
-from layercrit.cli.printing import duration, notice, percent, plain, print_table, say
+from layercrit.cli.printing import notice, percent, plain, print_table, say
 from layercrit.cli.registered import RegisteredOption, complete_methods
-from layercrit.counts import counted
+from layercrit.counts import counted, duration
 from layercrit.verbosity import is_quiet
 
 __all__ = ["methods_command", "train_command"]

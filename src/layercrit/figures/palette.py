@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 # Blue and green are those of Okabe & Ito 2008 (jfly.uni-koeln.de/color). The others are as far from them, and from each
-# other, as colours can be that have a contrast of at least 3 to a light page and to a dark one, as WCAG 2.2 asks of marks
+# other, as colours can be whose contrast to a light page and to a dark one is at least 3, as WCAG 2.2 asks of marks
 # (1.4.11), seen with normal vision or any common colour blindness.
 BLACK = "#000000"  # on dark pages, the colour of text
 BLUE, ORANGE, PURPLE, GREEN, SKY = "#0072B2", "#C07800", "#B07CC0", "#009E73", "#0090FC"
