@@ -434,7 +434,9 @@ def test_file__without_architecture(weights, record):
     _, path = weights
     if record is not None:
         path.with_suffix(".json").write_text(record)
-    with pytest.raises(ModelError, match=r"does not say its architecture. Add '\?arch=timm:NAME'.*weights.json"):
+    with pytest.raises(
+        ModelError, match=r"Add '\?arch=timm:NAME', or .*'\?arch=py:MODULE:FUNCTION', or .*weights.json"
+    ):
         open_model(f"file:{path}")
 
 

@@ -15,6 +15,7 @@ from layercrit.registry import Registry
 
 __all__ = [
     "MODEL_SOURCES",
+    "OWN_NETWORK",
     "ModelSource",
     "Progress",
     "explained",
@@ -26,6 +27,9 @@ __all__ = [
     "with_output",
     "written",
 ]
+
+OWN_NETWORK = "A network of your own is py:MODULE:FUNCTION; for weights in a file, '?arch=py:MODULE:FUNCTION'."
+"""What errors about an architecture that is not found suggest."""
 
 Progress = Callable[[str, int, int | None], object]
 """Called with the name of a file, how many bytes have arrived, and how many there are if the server says so."""
@@ -183,7 +187,7 @@ def _unknown_reference(reference: str, name: str, kind: str) -> str:
     if ":" in name:
         return f"{text} {MODEL_SOURCES.hint(kind)}"
     if Path(name).expanduser().exists():
-        return f"{text} Did you mean 'file:{name}?arch=timm:NAME'?"
+        return f"{text} Did you mean 'file:{name}?arch=timm:NAME'? {OWN_NETWORK}"
     import timm
 
     return f"{text} Did you mean 'timm:{name}'?" if timm.is_model(name.partition(".")[0]) else text
