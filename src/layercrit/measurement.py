@@ -167,6 +167,7 @@ class Measurement:
         ``chance`` is the mean cosine between predictions of different images: an unrelated prediction has criticality
         ``1 - chance``. ``unreadable`` are the images that were left out because they could not be read, with the
         reasons. ``precision`` is what was asked of half-widths, and the layers that did not reach it.
+        ``donor`` says where new values come from, None where the reset makes them of the trained ones.
         ``excluded_share`` is the share of all draws from which on so many trials would have shown unlike ones; see
         `layercrit.intervals.excluded_share`.
         """
@@ -177,6 +178,7 @@ class Measurement:
         return {
             "model": self.record["model"]["reference"],
             "name": self.name,
+            "donor": self.record["model"].get("donor"),
             "criticality": _limits(mean),
             "criticality_matched": _limits(matched),
             "level": self.record["protocol"]["level"],

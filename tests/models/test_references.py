@@ -578,6 +578,7 @@ def test_py__what_the_factory_returns(nets):
     model = open_model("py:my_package.nets:fixed")
     assert torch.equal(model.network.weight, torch.ones(2, 2))
     assert (model.architecture, model.build) == ("py:my_package.nets:fixed", None)
+    assert "py:my_package.nets:fixed has no parameter `pretrained`" in model.initialiser
     assert not model.network.training
     assert sys.path == path
 

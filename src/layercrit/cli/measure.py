@@ -454,6 +454,8 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
         lines.append(f"left out: {counted(len(unreadable), 'unreadable image')}, such as {unreadable[0]}")
     if summary["name"] != summary["model"]:
         lines.append(f"model: {summary['model']}")
+    if summary["donor"] is not None:
+        lines.append(f"new values from: {summary['donor']}")
     lines.append(
         f"{counted(summary['n_layers'], 'layer')}, {counted(summary['n_trials'], 'trial')}, "
         f"{counted(summary['n_images'], 'image')}; {summary['dtype']}, {summary['backend']} backend"

@@ -57,10 +57,10 @@ def methods_section(measurement: Measurement) -> str:
     one = _GROUPS[protocol["group"]]
     sets = protocol.get("sets", "each")
     what = _SETS[sets].format(one) if isinstance(sets, str) else f"of each of {len(layers)} sets of {one}s"
-    counted = "layers" if sets == "each" else "sets of layers"
+    units = counted(len(layers), "layer") if sets == "each" else f"{counted(len(layers), 'set')} of layers"
     size = images["preprocessing"]
     sentences = [
-        f"We measured the criticality of {len(layers)} {counted} of {visible(record['model']['reference'])} with "
+        f"We measured the criticality of {units} of {visible(record['model']['reference'])} with "
         f"layercrit {version}: the parameters {what} in turn were replaced by {values}, and criticality is 1 minus the "
         "cosine similarity of the softmax outputs before and after, averaged over trials (draws) and images.",
         f"The network was shown {counted(images['n_images'], 'image')} drawn at random (seed {images['seed']}) from "
