@@ -342,7 +342,8 @@ def _intention(subject: Subject, protocol: Protocol, n_images: int, size_before:
     if size_before is not None and size.keeps(*size_before):
         resized = " as they are"
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (model.mean, model.std))
-    what = "sets of layers" if protocol.sets != "each" else "layers"
+    n_layers = counted(len(subject.layers), "layer" if protocol.sets == "each" else "set")
+    what = n_layers + " of layers" * (protocol.sets != "each")
     trials = counted(subject.n_trials, "trial")
     at_most = " at most" if protocol.is_planned else ""
     if protocol.half_width is not None:
@@ -350,6 +351,6 @@ def _intention(subject: Subject, protocol: Protocol, n_images: int, size_before:
     elif protocol.minutes is not None:
         trials = f"a pilot of {trials}, then as many as {protocol.minutes:g} min allow"
     return (
-        f"{model.reference}: {len(subject.layers)} {what}, {trials}, {counted(n_images, 'image')}{at_most} "
+        f"{model.reference}: {what}, {trials}, {counted(n_images, 'image')}{at_most} "
         f"of {size.channels} x {size.height} x {size.width} pixels{resized}; mean {mean}; std {std}"
     )
