@@ -97,6 +97,17 @@ def test_bar__without_a_terminal_says_now_and_then_how_far_it_is(monkeypatch, ca
     assert after == [2, 4, 8, 16, 26, 36, 46, 56, 66]
 
 
+def test_bar__in_a_log_knows_what_is_left_of_the_present_work(monkeypatch, capsys):
+    now = itertools.count(step=1.0)
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: next(now))
+    with Bar(shown=True) as bar:
+        for done in range(20):
+            bar.decoded(done, 20)
+        for step in range(1, 21):
+            bar.trained("", phase="train", epoch=1, epochs=1, step=step, steps=100, loss=2 - step / 100, accuracy=None)
+    assert re.fullmatch(r"train epoch 1/1 loss 1\.\d+ 1\d% after 30 s, about [678]\d s left\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("shown", [True, False])
 def test_bar__says_nothing_of_short_work(shown, capsys):
     with Bar(shown) as bar:

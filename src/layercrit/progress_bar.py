@@ -117,13 +117,14 @@ class _Log:
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
         self._begun = self._said = time.monotonic()
-        self._doing, self._since = "", self._begun
+        self._reached, self._since = 0.0, self._begun  # percent of the present work, and since when it goes on
 
     def show(self, doing: str, percentage: float | None) -> None:
         """Say what is being done and how far it is, if the last line is old enough."""
         now = time.monotonic()
-        if doing != self._doing:
-            self._doing, self._since = doing, now
+        if percentage is None or percentage < self._reached:  # other work begins
+            self._since = now
+        self._reached = percentage or 0.0
         if now - self._said < min(_LATEST, max(_SOONEST, self._said - self._begun)):
             return
         self._said = now
