@@ -1,6 +1,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from layercrit.counts import counted
@@ -9,7 +10,7 @@ SOURCES = sorted((Path(__file__).parents[1] / "src" / "layercrit").rglob("*.py")
 
 
 @pytest.mark.parametrize(
-    ("n", "text"), [(0, "0 layers"), (1, "1 layer"), (2, "2 layers"), (2000, "2,000 layers"), (-1, "-1 layers")]
+    ("n", "text"), [(0, "0 layers"), (1, "1 layer"), (2, "2 layers"), (2000, "2,000 layers"), (np.int64(1), "1 layer")]
 )
 def test_counted(n, text):
     assert counted(n, "layer") == text

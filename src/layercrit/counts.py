@@ -5,7 +5,7 @@ __all__ = ["counted", "duration"]
 
 def counted(n: int, one: str) -> str:
     """Return a number with the singular or the plural of a word, which takes an s: ``1 layer``, ``2,000 images``."""
-    return f"{n:,} {one}{'s' * (n != 1)}"
+    return f"{n:,} {one}{'' if n == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -91,7 +91,7 @@ class ZooError(LayercritError, ValueError):
 
 
 def near(name: str, known: Iterable[str], limit: int = 5) -> str:
-    """Return a sentence that suggests the names nearest to ``name``, or those it begins; else it lists the first few.
+    """Return a sentence that suggests the names nearest to ``name``, or of which one begins the other; else lists some.
 
     Args:
         name: what was given.
@@ -103,7 +103,9 @@ def near(name: str, known: Iterable[str], limit: int = 5) -> str:
     spelt = {other.casefold(): other for other in reversed(alike)}
     matches = [spelt[one] for one in difflib.get_close_matches(name.casefold(), spelt, n=limit, cutoff=_ALIKE)]
     if not matches and len(name) > 1:
-        matches = [other for other in names if other.casefold().startswith(name.casefold())][:limit]
+        given, whole = name.casefold(), [other.casefold() for other in names]
+        begun = [other.startswith(given) or (len(other) > 2 and given.startswith(other)) for other in whole]
+        matches = [other for other, is_begun in zip(names, begun, strict=True) if is_begun][:limit]
     if matches:
         return "Did you mean " + " or ".join(repr(match) for match in matches) + "?"
     shown = ", ".join(repr(known_name) for known_name in names[:_LISTED])

@@ -93,7 +93,8 @@ def test_run__again_says_what_was_there_and_retry_tries_again(ran, here, tmp_pat
     assert f"Saved in {folder}; next: `layercrit compare {folder}`." in again.stderr
     lines = again.stdout.splitlines()
     assert lines[0].startswith(f"warning: {MARKUP}: top-1 accuracy"), "untrained networks guess"
-    table = lines[[line.strip() for line in lines].index("small") :]
+    title = "small: mean criticality over all layers of each model"
+    table = lines[[line.strip() for line in lines].index(title) :]
     assert table[2].startswith(f"{MARKUP}  [bold]")
     means = load_study(folder).by_model().set_index("model").loc[MARKUP]
     assert f"{means['criticality']:.3f}" in table[2].split()

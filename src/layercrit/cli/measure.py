@@ -259,7 +259,7 @@ def layers_command(model: str, layers: str, types: str, group: str, sets: str, a
         table.add_row(str(row["depth"]), plain(row["name"]), row["type"], shape, f"{row['n_parameters']:,}", share)
     print_table(table)
     passes = f"one trial of all layers costs {found['flops_after'].sum():.1f} forward passes"
-    say(f"{counted(len(found), 'layer')}, {counted(found['n_parameters'].sum(), 'parameter')}; {passes}")
+    say(f"{counted(len(found), 'layer')}, {counted(int(found['n_parameters'].sum()), 'parameter')}; {passes}")
 
 
 @click.command("show", short_help="Print a saved measurement, and plot it again.")
