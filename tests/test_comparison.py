@@ -311,7 +311,8 @@ def test_compare__only_common_layers_and_a_note(tmp_path):
     assert comparison.models.loc["a", "criticality"] == pytest.approx((0.105 + 0.205) / 2)
     assert comparison.depth.loc["a"].to_list() == [0, 1]
     note = (
-        "The models differ in their layers: only the 2 that all of them have are compared. Left out: 1 of a, c (extra)."
+        "The models differ in their layers, which are paired by name, wherever in the network they lie: compared are "
+        "the 2 that all models have. Left out: 1 of the 3 layers of a, c (extra)."
     )
     assert note in comparison.notes
 

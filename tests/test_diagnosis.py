@@ -77,6 +77,13 @@ def test_packages__missing_or_too_old(monkeypatch):
     assert extra.advice == "pip install 'layercrit[hf]'"
 
 
+def test_extras__what_is_missing_is_listed_once(monkeypatch):
+    asked = [f'{name}; extra == "track"' for name in ("no-such-a>=1", "no-such-b", "timm>=99")]
+    monkeypatch.setattr(diagnosis.metadata, "requires", lambda name: asked)
+    found = only(diagnosis._extras(), "[track]").found
+    assert re.search(r"; not installed: no-such-a, no-such-b; timm is [\d.]+, expected >=99$", found)
+
+
 @pytest.mark.parametrize("package", ["torch", "torchvision", "timm"])
 def test_imports__what_is_broken_is_told(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)

@@ -155,7 +155,7 @@ def test_differences__of_means_is_welchs_test_over_trials(means):
         assert row["p_value"] == pytest.approx(expected.pvalue)
         np.testing.assert_allclose((row["low"], row["high"]), np.clip(limits, -1, 1))
         assert row["covers"] == "trials"
-    assert any("treated as independent" in note for note in found.notes)
+    assert any("it is not known whether draws were shared" in note for note in found.notes)
 
 
 def test_differences__other_seeds_are_not_paired(small, tmp_path):
@@ -204,6 +204,19 @@ def test_differences__of_models_with_more_trials_those_in_common_count(tmp_path,
     )
     assert set(found.table["covers"]) == {"trials and images"}
     assert any("over the trials that both sides have" in note for note in found.notes)
+
+
+def test_differences__of_draws_that_are_known_not_to_be_shared_are_independent(tmp_path):
+    study = drawn_models(tmp_path, {"a": 4, "b": 4}, seeds=lambda model, trial: 100 + trial + 50 * (model == "b"))
+    found = differences(study, pairs=[("a", "b")])
+    for row in found.table.to_dict("records"):
+        expected = stats.ttest_ind(*(means_of(study)[model, row["layer"]] for model in "ab"), equal_var=False)
+        assert row["p_value"] == pytest.approx(expected.pvalue, rel=1e-6)
+    assert [note for note in found.notes if "independent" in note] == [
+        "Some models do not share their draws, as those of different architectures never do, or were shown other "
+        "images: the trials of the two sides are treated as independent, and intervals hold for new trials on the same "
+        "images."
+    ]
 
 
 @pytest.mark.parametrize("other", ["q", None])

@@ -356,6 +356,22 @@ def test_extending__templates_are_the_modules_of_the_example_package(path):
     assert template.code == (TEMPLATES / template.file.removeprefix("my_")).read_text(encoding="utf-8")
 
 
+def test_extending__the_project_file_is_that_of_the_example_package():
+    """But for its names, and for the entry points of other pages."""
+    (shown,) = [block.code for block in blocks(DOCS / "extending" / "reset.md", "toml") if "[project]" in block.code]
+    shown, example = (
+        tomllib.loads(text.replace("my-package = ", "example = ").replace("my_package", "layercrit_example"))
+        for text in (shown, (TEMPLATES.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    )
+    resets = shown["project"].pop("entry-points").pop("layercrit.resets")
+    assert resets == example["project"].pop("entry-points")["layercrit.resets"]
+    assert shown["project"].pop("name") == "my-package"
+    assert shown["project"].keys() == example["project"].keys() - {"name"}
+    assert {key: value for key, value in shown.items() if key != "project"} == {
+        key: value for key, value in example.items() if key != "project"
+    }
+
+
 def test_extending__names_every_registry_that_is_open_to_plug_ins():
     made = re.compile(r'Registry(?:\[[^(]*\])?\(\s*"[\w ]+", \w+, "(layercrit\.\w+)"')
     groups = sorted(group for path in modules() for group in made.findall(path.read_text(encoding="utf-8")))

@@ -1,6 +1,7 @@
 import json
 import resource
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -371,3 +372,18 @@ def test_load__a_file_is_no_measurement(tmp_path):
         LayercritError, match=r"no measurement in .*Give the folder that `layercrit measure --out` wrote"
     ):
         Measurement.load(tmp_path / "file")
+
+
+# what it is called
+
+
+@pytest.mark.parametrize(("given", "called"), [("mine", "mine"), (None, "b")])
+def test_name__is_in_tables_figures_and_files(tmp_path, given, called):
+    found = measure(network(), images(), trials=2, progress=False, name=given)
+    reference = "file:/data/runs/b.pt?arch=py:nets:b"
+    found.record["model"]["reference"] = reference
+    again = Measurement.load(replace(found, cells=found.cells.assign(model=reference)).save(tmp_path))
+    assert (again.name, again.summary()["name"], again.summary()["model"]) == (called, called, reference)
+    assert called in [text.get_text() for text in again.plot().axes[0].texts]
+    assert f"<strong>{called}<" in again._repr_html_()
+    assert "b.pt?arch=py:nets:b" in again._repr_html_()  # without folders, which are private

@@ -273,3 +273,25 @@ def test_measure__grey_images_for_a_network_of_three_channels_are_three_times_th
     grey = measure(network, images, **settings)
     coloured = measure(network, np.repeat(images[..., None], 3, axis=3), **settings)
     assert grey.per_image["cosine"].tolist() == coloured.per_image["cosine"].tolist()
+
+
+# what is said before a measurement
+
+
+@pytest.mark.parametrize(
+    ("n_images", "settings", "said"),
+    [
+        (9, {}, "1 layer, 1 trial, 9 images of 3 x 20 x 20 pixels as they are; mean"),
+        (5, {}, "1 layer, 1 trial, 5 images of 3 x 20 x 20 pixels as they are; mean"),
+        (
+            9,
+            {"input_size": (3, 10, 10)},
+            "1 layer, 1 trial, 9 images of 3 x 10 x 10 pixels, resized to 10 (bilinear); mean",
+        ),
+    ],
+)
+def test_measure__says_how_many_images_it_uses_and_what_becomes_of_them(tmp_path, capfd, n_images, settings, said):
+    images = folder_of(tmp_path / "images", [(20, 20)] * 9)
+    model = open_model(TwoLayers(), **settings)
+    measure(model, str(images), trials=1, n_images=n_images, layers="fc")
+    assert said in capfd.readouterr().err

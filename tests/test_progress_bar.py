@@ -1,12 +1,17 @@
 """The progress bar in a notebook: one output that is replaced, and nothing of it afterwards."""
 
+import itertools
 import os
+import re
 import subprocess
 import sys
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from layercrit import progress_bar
+from layercrit.progress_bar import Bar
 
 CELL = """
 import layercrit.progress_bar
@@ -76,3 +81,36 @@ def test_bar__without_a_terminal_prints_what_is_said_and_no_bar():
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert (done.stdout, done.stderr) == ("done\n", "<model>: 3 layers\n")
+
+
+def test_bar__without_a_terminal_says_now_and_then_how_far_it_is(monkeypatch, capsys):
+    now = itertools.count(step=1.0)  # seconds
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: next(now))
+    with Bar(shown=True) as bar:
+        for done in range(4000):
+            bar.measured(done, 4000)
+        bar.measured(4000, 4000)
+    lines = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"measuring 1% after 30 s, about 6\d min left", lines[0])
+    assert re.fullmatch(r"measuring [12]% after 60 s, about 6\d min left", lines[1])
+    after = [int(re.search(r"after (\d+) min", line)[1]) for line in lines[2:]]
+    assert after == [2, 4, 8, 16, 26, 36, 46, 56, 66]
+
+
+def test_bar__in_a_log_knows_what_is_left_of_the_present_work(monkeypatch, capsys):
+    now = itertools.count(step=1.0)
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: next(now))
+    with Bar(shown=True) as bar:
+        for done in range(20):
+            bar.decoded(done, 20)
+        for step in range(1, 21):
+            bar.trained("", phase="train", epoch=1, epochs=1, step=step, steps=100, loss=2 - step / 100, accuracy=None)
+    assert re.fullmatch(r"train epoch 1/1 loss 1\.\d+ 1\d% after 30 s, about [678]\d s left\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_bar__says_nothing_of_short_work(shown, capsys):
+    with Bar(shown) as bar:
+        bar.decoded(1, 2)
+        bar.fetched("x", 1, None)
+    assert capsys.readouterr() == ("", "")

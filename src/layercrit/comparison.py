@@ -12,6 +12,7 @@ from layercrit.categories import ADVERSARIAL
 from layercrit.compared_studies import ComparedStudy, about_bad, about_formats, about_missing, listed_names
 from layercrit.conditions import Condition, under
 from layercrit.correlations import rank_correlations
+from layercrit.counts import counted
 from layercrit.errors import StudyError, near
 from layercrit.protocol import MATCHED
 from layercrit.wrappers import wrapper_of
@@ -148,7 +149,7 @@ class Comparison:
 
     def __repr__(self) -> str:
         against = f", baseline {self.baseline}" if self.baseline else ""
-        return f"<Comparison of {len(self.models)} models over {len(self.layers)} layers{against}>"
+        return f"<Comparison of {len(self.models)} models over {counted(len(self.layers), 'layer')}{against}>"
 
     def _correlation_rows(self) -> list[tuple[tuple[str | None, str], pd.Series]]:
         table = self.correlations
@@ -339,10 +340,14 @@ def _about_layers(of_model: Mapping[str, Sequence[str]], common: set[str]) -> li
             left.setdefault(rest, []).append(model)
     if not left:
         return []
-    parts = [f"{len(names)} of {listed_names(models)} ({listed_names(names)})" for names, models in left.items()]
+    parts = [
+        f"{len(names)} of the {counted(len(common) + len(names), 'layer')} of {listed_names(models)} "
+        f"({listed_names(names)})"
+        for names, models in left.items()
+    ]
     return [
-        f"The models differ in their layers: only the {len(common)} that all of them have are compared. Left out: "
-        f"{'; '.join(parts)}."
+        "The models differ in their layers, which are paired by name, wherever in the network they lie: compared are "
+        f"the {len(common)} that all models have. Left out: {'; '.join(parts)}."
     ]
 
 

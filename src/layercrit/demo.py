@@ -2,9 +2,10 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layercrit.comparison import Comparison, compare
+from layercrit.counts import counted
 from layercrit.epoch_map import EpochMap, measure_epochs
 from layercrit.errors import StudyError
 from layercrit.figures.style import save_figure
 from layercrit.foreign_text import write_csv
+from layercrit.models.file_source import epochs_of
+from layercrit.progress_bar import Bar
 from layercrit.reporting.findings import describe_family
 from layercrit.reporting.reports import report
 from layercrit.study.file import StudyFile, read_study_file
@@ -151,7 +155,7 @@ def run_demo(folder: str | Path, say: Callable[[str], Any] = print) -> DemoResul
     n_models, trials = len(study_file.models), study_file.protocol.trials
     say(
         f"Resetting each layer of {n_models} small networks in turn, {trials} draws each, and running "
-        f"{study_file.n_images} images through them ..."
+        f"{counted(study_file.n_images, 'image')} through them ..."
     )
     ran = run_study(study_file, folder / "study", n_workers=min(2, os.cpu_count() or 1))
     if ran.failures:
@@ -166,23 +170,33 @@ def run_demo(folder: str | Path, say: Callable[[str], Any] = print) -> DemoResul
     say("Setting each layer of one more network back to its values after each epoch of its training ...")
     epochs = _map_over_epochs(study_file, folder)
     say("Plotting the figures and writing the page ...")
-    report(study, folder, epoch_maps=[epochs])
+    report(study, folder, epoch_maps=[epochs], progress=True)
     save_figure(epochs.plot(), folder / "figures" / "epochs", ["pdf", "png", "svg"])
     return DemoResult(study, comparison, findings, epochs, folder)
 
 
 def _map_over_epochs(study: StudyFile, folder: Path) -> EpochMap:
     """Measure how far layers of one network move its predictions when they go back to an epoch."""
-    found = measure_epochs(
-        f"file:{folder / 'models' / EPOCHS_RUN}",
-        study.source,
-        maps=["rewound"],
-        trials=study.protocol.trials,
-        n_images=min(study.n_images, _N_IMAGES),
-        dtype=study.protocol.dtype,
-        distances="cosine",
-        progress=False,
-    )
+    run, trials, done = folder / "models" / EPOCHS_RUN, study.protocol.trials, count(1)
+    n_measured = trials + len(epochs_of(run))  # of each layer: fresh draws, and its values after each epoch
+    first: dict[str, int] = {}  # of the cells, which are fresh draws
+
+    def show(cell: Mapping[str, Any]) -> None:
+        n_layers = first.setdefault("n_planned", cell["n_planned"]) // trials
+        bar.measured(next(done), n_measured * n_layers)
+
+    with Bar(shown=True) as bar:
+        found = measure_epochs(
+            f"file:{run}",
+            study.source,
+            maps=["rewound"],
+            trials=trials,
+            n_images=min(study.n_images, _N_IMAGES),
+            dtype=study.protocol.dtype,
+            distances="cosine",
+            progress=False,
+            on_cell=show,
+        )
     write_csv(found.to_pandas(), folder / "epochs.csv")
     return found
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from packaging.requirements import Requirement
 
+from layercrit.counts import counted
 from layercrit.errors import LayercritError, first_line
 
 if TYPE_CHECKING:
@@ -109,9 +110,11 @@ def _packages() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     for extra, purpose in EXTRAS.items():
         needed = list(_requirements(extra))
-        wrong = [text for one in needed if (text := _wrong(one))]
+        absent = [one.name for one in needed if _version(one) is None]
+        wrong = [f"not installed: {', '.join(absent)}"] if absent else []
+        wrong += [text for one in needed if one.name not in absent and (text := _wrong(one))]
         if wrong:
-            found = f"without {purpose}: {', '.join(wrong)}"
+            found = f"without {purpose}; {'; '.join(wrong)}"
             yield Finding("software", f"[{extra}]", "note", found, f"pip install 'layercrit[{extra}]'")
         elif needed:
             names = ", ".join(f"{one.name} {metadata.version(one.name)}" for one in needed)
@@ -129,11 +132,18 @@ def _requirements(extra: str | None) -> Iterator[Requirement]:
             yield one
 
 
+def _version(one: Requirement) -> str | None:
+    """Return the version of a package that is installed; None if it is not."""
+    try:
+        return metadata.version(one.name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _wrong(one: Requirement) -> str:
     """Say what is wrong with an installed package; nothing if it meets a requirement."""
-    try:
-        version = metadata.version(one.name)
-    except metadata.PackageNotFoundError:
+    version = _version(one)
+    if version is None:
         return f"{one.name} is not installed"
     if one.specifier.contains(version, prereleases=True):
         return ""
@@ -178,7 +188,7 @@ def _machine() -> Iterator[Finding]:
 
     yield Finding("machine", "system", "ok", f"{platform.platform()}, {platform.machine()}")
     cores, threads = _n_cores(), torch.get_num_threads()
-    found = f"{cores} usable, torch uses {threads} thread{'s' * (threads != 1)}"
+    found = f"{cores} usable, torch uses {counted(threads, 'thread')}"
     if threads > cores:
         advice = f"Threads wait for each other: set OMP_NUM_THREADS={cores}."
     elif threads < cores and "OMP_NUM_THREADS" in os.environ:

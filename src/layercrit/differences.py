@@ -34,9 +34,13 @@ _SAME_IMAGES = (
     "images."
 )
 _INDEPENDENT = (
-    "For some models it is not known whether they share draws and images: the trials of the two sides are treated as "
-    "independent, and intervals hold for new trials on the same images. If they do share draws, these tests have less "
-    "power than they could."
+    "Some models do not share their draws, as those of different architectures never do, or were shown other images: "
+    "the trials of the two sides are treated as independent, and intervals hold for new trials on the same images."
+)
+_NOT_KNOWN = (
+    "The seeds or the images of some models are not on record, as those of published results, so it is not known "
+    "whether draws were shared: the trials of the two sides are treated as independent, and intervals hold for new "
+    "trials on the same images. If draws were shared, these tests have less power than they could."
 )
 _COMMON = "Some models have more trials than others: their differences are taken over the trials that both sides have."
 _THESE = "Intervals and tests hold for these models; another training seed may change a model by more than that."
@@ -311,7 +315,8 @@ def _over_trials(
         of_rows = weights[rows]
         if paired is None:
             _put(values, rows, _independent(samples, of_rows, level))
-            notes.append(_INDEPENDENT)
+            pairs = [[samples[place] for place in row.nonzero()[0]] for row in of_rows]
+            notes += [_INDEPENDENT if all(one.is_recorded for one in pair) else _NOT_KNOWN for pair in pairs]
             continue
         involved = (of_rows != 0).any(axis=0).nonzero()[0]
         distances = paired_distances(store, [samples[place] for place in involved], paired, quantity)

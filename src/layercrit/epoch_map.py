@@ -17,6 +17,7 @@ from layercrit.measuring import measure
 from layercrit.models.epoch_files import EpochFiles, as_epoch_of, epoch_files
 from layercrit.models.file_source import epochs_of, training_run
 from layercrit.models.references import open_model
+from layercrit.models.sources import short_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,8 +102,9 @@ class EpochMap:
 
     @property
     def name(self) -> str:
-        """What the network is called: its reference, of a file or a training run its name without folders."""
-        return Path(self.model.partition("?")[0]).name if self.model.startswith("file:") else self.model
+        """What the network is called: the name that it was given, or one made of its reference."""
+        given = next(iter(self.measurements.values())).record.get("name") if self.measurements else None
+        return given or short_name(self.model)
 
     @property
     def kinds(self) -> list[Kind]:

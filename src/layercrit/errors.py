@@ -29,6 +29,8 @@ TRY_AGAIN = 75
 """Exit code of a command that can do its work later, and not yet: EX_TEMPFAIL of sysexits.h."""
 
 _COMPARED = 5_000  # names that a wrong one is compared with, which takes a second
+_ALIKE = 0.65  # by `difflib`: 2 letters of 3 in common; below, what is found is often nonsense
+_LISTED = 10  # names that are listed where none is near
 
 
 class LayercritError(Exception):
@@ -89,14 +91,25 @@ class ZooError(LayercritError, ValueError):
 
 
 def near(name: str, known: Iterable[str], limit: int = 5) -> str:
-    """Return a sentence that suggests the known names nearest to ``name``, or lists the first few if none is near."""
+    """Return a sentence that suggests the names nearest to ``name``, or of which one begins the other; else lists some.
+
+    Args:
+        name: what was given.
+        known: the names there are.
+        limit: how many are suggested.
+    """
     names = list(dict.fromkeys(known))
     alike = sorted(names, key=lambda other: abs(len(other) - len(name)))[:_COMPARED]
-    matches = difflib.get_close_matches(name, alike, n=limit, cutoff=0.5)
+    spelt = {other.casefold(): other for other in reversed(alike)}
+    matches = [spelt[one] for one in difflib.get_close_matches(name.casefold(), spelt, n=limit, cutoff=_ALIKE)]
+    if not matches and len(name) > 1:
+        given, whole = name.casefold(), [other.casefold() for other in names]
+        begun = [other.startswith(given) or (len(other) > 2 and given.startswith(other)) for other in whole]
+        matches = [other for other, is_begun in zip(names, begun, strict=True) if is_begun][:limit]
     if matches:
         return "Did you mean " + " or ".join(repr(match) for match in matches) + "?"
-    shown = ", ".join(repr(known_name) for known_name in names[:limit])
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    shown = ", ".join(repr(known_name) for known_name in names[:_LISTED])
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return f"Known: {shown}{more}." if names else "None is known."
 
 

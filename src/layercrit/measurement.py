@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from layercrit.cell_columns import CELL_COLUMNS, NOT_REACHED, PER_IMAGE
+from layercrit.counts import counted
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError, LayerError, ProtocolError, first_line, near
 from layercrit.foreign_files import read_json
@@ -23,6 +24,7 @@ from layercrit.interactions import Pair, interactions_of
 from layercrit.intervals import excluded_share
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.layers import layer_labels
+from layercrit.models.sources import short_name
 from layercrit.precision import PrecisionPlan, recentred
 from layercrit.protocol import MATCHED
 from layercrit.shown_images import GroupsOf, ShownImages
@@ -165,6 +167,7 @@ class Measurement:
         ``chance`` is the mean cosine between predictions of different images: an unrelated prediction has criticality
         ``1 - chance``. ``unreadable`` are the images that were left out because they could not be read, with the
         reasons. ``precision`` is what was asked of half-widths, and the layers that did not reach it.
+        ``donor`` says where new values come from, None where the reset makes them of the trained ones.
         ``excluded_share`` is the share of all draws from which on so many trials would have shown unlike ones; see
         `layercrit.intervals.excluded_share`.
         """
@@ -174,6 +177,8 @@ class Measurement:
         mean, matched = (self._estimate_mean(distance, whole, common) for distance in ("cosine", MATCHED))
         return {
             "model": self.record["model"]["reference"],
+            "name": self.name,
+            "donor": self.record["model"].get("donor"),
             "criticality": _limits(mean),
             "criticality_matched": _limits(matched),
             "level": self.record["protocol"]["level"],
@@ -196,12 +201,17 @@ class Measurement:
             "notes": list(self.record["notes"]),
         }
 
+    @property
+    def name(self) -> str:
+        """What tables and figures call the model: the name that it was given, or one made of its reference."""
+        return self.record.get("name") or short_name(self.record["model"]["reference"])
+
     def __repr__(self) -> str:
         summary = self.summary()
         return (
             f"<Measurement of {summary['model']}: mean criticality {self._mean_in_words(summary)}, "
-            f"{summary['n_layers']} layers, {summary['n_trials']} trials, {summary['n_images']} images, "
-            f"reset {self.record['protocol']['reset']}>"
+            f"{counted(summary['n_layers'], 'layer')}, {counted(summary['n_trials'], 'trial')}, "
+            f"{counted(summary['n_images'], 'image')}, reset {self.record['protocol']['reset']}>"
         )
 
     def _repr_html_(self) -> str:
@@ -212,18 +222,19 @@ class Measurement:
         chance, accuracy = summary["chance"], summary["top1_accuracy"]
         left_out = len(summary["left_out"])
         facts = {
+            "model": summary["model"] if summary["model"] != self.name else "",
             "mean criticality": self._mean_in_words(summary),
             "an unrelated prediction would give": "" if chance is None else f"{1 - chance:.3f}",
             "top-1 accuracy": "" if accuracy is None else f"{accuracy:.1%}",
             "reset": self.record["protocol"]["reset"],
             "trials": summary["n_trials"],
             "images": f"{summary['n_images']:,} of {self.record['probe_set']['source']}",
-            "left out of the mean": f"{left_out} layers" if left_out else "",
+            "left out of the mean": counted(left_out, "layer") if left_out else "",
             "warnings": " ".join(summary["warnings"]),
         }
         columns = [Column("layer"), Column("type"), Column("criticality", "bar"), Column("low", "number"),
                    Column("high", "number"), Column("n_trials", "number", "trials"), Column("status")]  # fmt: skip
-        return result_html(summary["model"], facts, f"{len(table)} layers", table, columns, self.plot())
+        return result_html(self.name, facts, counted(len(table), "layer"), table, columns, self.plot())
 
     def _mean_in_words(self, summary: Mapping[str, Any]) -> str:
         mean = summary["criticality"]
@@ -242,7 +253,7 @@ class Measurement:
             table = table[[not self._members(layer) for layer in table["layer"]]]
         return criticality_bars(
             table,
-            title=summary["model"],
+            title=self.name,
             mean=summary["criticality"]["mean"] if summary["criticality"] else None,
             chance=summary["chance"],
         )
@@ -255,7 +266,7 @@ class Measurement:
         accuracy = self._images.accuracy_by(of) or None
         has_sets = any(self._members(layer) for layer in self.record["layers"])
         stages = None if has_sets else stages_of(list(self.record["layers"]))
-        return class_map(self.by_class(of), title=self.summary()["model"], accuracy=accuracy, stages=stages)
+        return class_map(self.by_class(of), title=self.name, accuracy=accuracy, stages=stages)
 
     @property
     def has_pairs(self) -> bool:
@@ -303,8 +314,7 @@ class Measurement:
         used = {*table["layer_i"], *table["layer_j"]}
         layers = [name for name in self.record["layers"] if name in used]
         shapes = {name: "x".join(map(str, self.record["layers"][name]["shape"])) for name in layers}
-        title = self.record["model"]["reference"]
-        return interaction_map(table, layers, title=title, layer_labels=layer_labels(shapes))
+        return interaction_map(table, layers, title=self.name, layer_labels=layer_labels(shapes))
 
     def _members(self, layer: str) -> list[str]:
         return list(self.record["layers"][layer].get("members", []))

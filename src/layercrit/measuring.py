@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from layercrit.attacks import Pgd, attacked, split_attack
+from layercrit.counts import counted
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.flops import count_flops
@@ -64,6 +65,7 @@ def measure(
     labels: LabelsGiven = "auto",
     classes: str | Path | Sequence[str] | None = None,
     keep_images: str | Path | None = None,
+    name: str | None = None,
     progress: bool = True,
     resume: Measurement | None = None,
     on_trial: OnTrial | None = None,
@@ -116,6 +118,7 @@ def measure(
             a column, or an array: see `ProbeSet.from_source`.
         classes: the names of classes in the order of the model's outputs, or a text file with one per line.
         keep_images: a folder for adversarial images, in which a measurement that goes on finds them again.
+        name: what tables and figures call the model; None: a short form of its reference.
         progress: whether to show a progress bar on a terminal.
         resume: an unfinished measurement of the same, or one of fewer trials, to go on with.
         on_trial: called after every finished trial with a function without arguments, which builds and returns the
@@ -162,18 +165,21 @@ def measure(
     attack, images = split_attack(images)
     names = distance_names(distances)
     with Bar(progress) as bar, opened_subject(model, images, labels, protocol, donor) as subject:
-        bar.say(_intention(subject, protocol))
-        whole = None
+        whole, size = None, None
         if isinstance(images, ProbeSet):
             whole = ProbeSet.from_source(images, subject.model.preprocessing, labels=labels, classes=classes)
-        n_available = whole.n_images if whole else min(protocol.n_images, len(open_images(images, labels)))
+            n_available = whole.n_images
+        else:
+            source = open_images(images, labels)
+            n_available, size = min(protocol.n_images, len(source)), common_size(source)
+        bar.say(_intention(subject, protocol, n_available, size))
 
         def draw(n_images: int) -> ProbeSet:
             if whole is not None:
                 return whole.first(n_images)
             return draw_images(images, subject, n_images, protocol.seed, attack, labels, classes, keep_images, bar)
 
-        sampling = Sampling(started, protocol, subject, draw, n_available, names, are_wanted(labels), bar)
+        sampling = Sampling(started, protocol, subject, draw, n_available, names, are_wanted(labels), bar, name)
         return sampling.run(resume, on_trial, on_cell and Caller(on_cell))
 
 
@@ -322,18 +328,29 @@ def _with_input_of(images: Any, labels: LabelsGiven, model: str | Model | nn.Mod
     return replace(opened, notes=(*opened.notes, note)) if note else opened
 
 
-def _intention(subject: Subject, protocol: Protocol) -> str:
-    """Say what will be measured, before it takes its time."""
+def _intention(subject: Subject, protocol: Protocol, n_images: int, size_before: tuple[int, int] | None) -> str:
+    """Say what will be measured, before it takes its time.
+
+    Args:
+        subject: the network.
+        protocol: how to measure it.
+        n_images: the most images that it is shown.
+        size_before: height and width of all images before they are resized, if they have one size.
+    """
     model, size = subject.model, subject.model.preprocessing
     resized = "" if size.resize is None else f", resized to {size.resize} ({size.interpolation})"
+    if size_before is not None and size.keeps(*size_before):
+        resized = " as they are"
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (model.mean, model.std))
-    what = "sets of layers" if protocol.sets != "each" else "layers"
-    trials = f"{subject.n_trials} trial{'s' * (subject.n_trials > 1)}"
+    n_layers = counted(len(subject.layers), "layer" if protocol.sets == "each" else "set")
+    what = n_layers + " of layers" * (protocol.sets != "each")
+    trials = counted(subject.n_trials, "trial")
+    at_most = " at most" if protocol.is_planned else ""
     if protocol.half_width is not None:
         trials = f"a pilot of {trials}, then as many as a half-width of {protocol.half_width:g} takes"
     elif protocol.minutes is not None:
         trials = f"a pilot of {trials}, then as many as {protocol.minutes:g} min allow"
     return (
-        f"{model.reference}: {len(subject.layers)} {what}, {trials}, {protocol.n_images:,} images at "
-        f"most, of {size.channels} x {size.height} x {size.width} pixels{resized}; mean {mean}; std {std}"
+        f"{model.reference}: {what}, {trials}, {counted(n_images, 'image')}{at_most} "
+        f"of {size.channels} x {size.height} x {size.width} pixels{resized}; mean {mean}; std {std}"
     )

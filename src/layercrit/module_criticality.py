@@ -12,6 +12,7 @@ import pandas as pd
 from torch import nn
 
 from layercrit.attacks import split_attack
+from layercrit.counts import counted
 from layercrit.donors import is_reference
 from layercrit.engine.losses import Losses
 from layercrit.engine.session import Session
@@ -22,6 +23,7 @@ from layercrit.measuring import draw_images, opened_subject
 from layercrit.models.file_source import epochs_of, training_run
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
+from layercrit.models.sources import short_name
 from layercrit.module_paths import Allowed, Grid, ModulePaths
 from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.progress_bar import Bar
@@ -109,7 +111,7 @@ class ModuleCriticality:
         if not row or points.empty:
             known = ", ".join(dict.fromkeys(self.points["layer"]))
             raise ProtocolError(f"No point of the grid was evaluated for {layer!r}. Modules with points: {known}.")
-        title = f"{str(self.record['model']).removeprefix('file:').partition('?')[0]}: {layer}"
+        title = f"{short_name(str(self.record['model']))}: {layer}"
         optimum = (float(row[0]["a"]), float(row[0]["s"]))
         grid = np.array(self.record["a"]), np.array(self.record["s"])
         return excess_map(points, grid, self.record["allowed_loss"] - self.record["loss"], optimum, title=title)
@@ -139,7 +141,7 @@ class ModuleCriticality:
             ) from error
 
     def __repr__(self) -> str:
-        return f"<ModuleCriticality of {self.record['model']}: {len(self.table)} modules>"
+        return f"<ModuleCriticality of {self.record['model']}: {counted(len(self.table), 'module')}>"
 
 
 def measure_module_criticality(

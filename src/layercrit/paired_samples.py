@@ -40,6 +40,11 @@ class Sample:
     random: bool
     every_image: bool
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether its draws and images are known, so that one can tell whether others have the same."""
+        return self.seeds is not None and self.images is not None
+
 
 def samples_of(
     store: StoredStudy, study: Study, comparison: Comparison, cells: pd.DataFrame, quantity: str

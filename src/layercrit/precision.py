@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import stdtrit
 
+from layercrit.counts import counted, duration
 from layercrit.intervals import half_width
 from layercrit.statistics import Estimate, estimate
 
@@ -255,17 +256,19 @@ class PrecisionPlan:
         further = {name: layer.trials - self.pilot for name, layer in self.layers.items()}
         n_enough = sum(n <= 0 for n in further.values())
         again = (
-            "" if self.n_images == self.n_pilot_images else f", the pilot's trials again on {self.n_images:,} images"
+            ""
+            if self.n_images == self.n_pilot_images
+            else f", the pilot's trials again on {counted(self.n_images, 'image')}"
         )
         lines = [
             f"plan for a half-width of {self.half_width:.3g}: {n_enough} of {len(further)} layers have enough after "
-            f"the pilot of {self.pilot} trial{'s' * (self.pilot > 1)} on {self.n_pilot_images:,} images{again}; "
-            f"{sum(max(n, 0) for n in further.values()):,} more trials of single layers on {self.n_images:,} images, "
-            f"{_time(self.seconds)}"
+            f"the pilot of {counted(self.pilot, 'trial')} on {counted(self.n_pilot_images, 'image')}{again}; "
+            f"{sum(max(n, 0) for n in further.values()):,} more trials of single layers on "
+            f"{counted(self.n_images, 'image')}, {_time(self.seconds)}"
         ]
         dearest = sorted(self.layers, key=lambda name: -self.layers[name].seconds)[:_DEAREST]
         lines += [
-            f"  {name}: {self.layers[name].trials} trials in all, {_time(self.layers[name].seconds)}"
+            f"  {name}: {counted(self.layers[name].trials, 'trial')} in all, {_time(self.layers[name].seconds)}"
             for name in dearest
             if further[name] > 0
         ]
@@ -279,16 +282,17 @@ class PrecisionPlan:
                 continue
             if layer.needed is None:
                 images = layer.components.images_for(self.half_width, self.level)
-                takes = f"no number of trials would do, since its images vary: it would take about {images:,} images"
+                takes = "no number of trials would do, since its images vary: it would take about "
+                takes += counted(images, "image")
                 takes += f", and there are {self.n_available:,}" if images > self.n_available else ""
             else:
-                takes = f"it would take {layer.needed:,} trials (max_trials is {self.max_trials})"
+                takes = f"it would take {counted(layer.needed, 'trial')} (max_trials is {self.max_trials})"
             notes.append(f"{name}: half-width {layer.half_width:.3g} instead of {self.half_width:.3g}; {takes}")
         return notes
 
 
 def _time(seconds: float) -> str:
-    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"
+    return f"about {duration(seconds)}"
 
 
 def n_pilot_images(half_width: float | None, level: float, pilot: int, n_available: int) -> int:

@@ -1,4 +1,4 @@
-"""The progress bar of long work, on a terminal and in a notebook."""
+"""The progress of long work: a bar on a terminal and in a notebook, now and then a line in a log."""
 
 import html
 import io
@@ -8,21 +8,25 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from layercrit.counts import duration
 from layercrit.foreign_text import visible
 from layercrit.verbosity import is_quiet
 
 _SECONDS_BETWEEN_UPDATES, _WIDTH = 0.2, 90  # of a notebook's bar; letters
+_SOONEST, _LATEST = 30.0, 600.0  # seconds between two lines in a log, which come ever more rarely
 
 
 class Bar:
-    """The progress bar: on stderr of a terminal, or below the cell of a notebook, and nowhere else.
+    """The progress bar: on stderr of a terminal, or below the cell of a notebook; elsewhere, lines on stderr.
 
-    It is silent unless it was asked for.
+    A line says how far the work is after half a minute, then after as long again, and at last every ten minutes. It is
+    silent unless it was asked for.
     """
 
     def __init__(self, shown: bool) -> None:
         self._shown = shown = shown and not is_quiet()
         console = Console(stderr=True)
+        self._on_terminal = shown and console.is_terminal and not console.is_jupyter
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -31,13 +35,16 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("left"),
             console=console,
-            disable=not (shown and console.is_terminal) or console.is_jupyter,
+            disable=not self._on_terminal,
             transient=True,
         )
         self._task = self._progress.add_task("opening", total=None)
         self._cell = _Cell(self._progress) if shown and console.is_jupyter else None
+        self._log = _Log(self) if shown and not self._on_terminal and self._cell is None else None
 
     def __enter__(self) -> "Bar":
+        if not self._on_terminal:  # of which some releases of rich write an empty line at the end
+            return self
         try:
             self._progress.start()
         except BaseException:  # a signal, once the cursor is hidden
@@ -46,7 +53,8 @@ class Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._on_terminal:
+            self._progress.stop()
         if self._cell is not None:
             self._cell.clear()
 
@@ -98,6 +106,33 @@ class Bar:
         self._progress.update(self._task, **state)
         if self._cell is not None:
             self._cell.show()
+        if self._log is not None:
+            task = self._progress.tasks[0]
+            self._log.show(task.description, task.percentage if task.total else None)
+
+
+class _Log:
+    """Lines that say how far the work is, where nothing can be drawn."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._begun = self._said = time.monotonic()
+        self._reached, self._since = 0.0, self._begun  # percent of the present work, and since when it goes on
+
+    def show(self, doing: str, percentage: float | None) -> None:
+        """Say what is being done and how far it is, if the last line is old enough."""
+        now = time.monotonic()
+        if percentage is None or percentage < self._reached:  # other work begins
+            self._since = now
+        self._reached = percentage or 0.0
+        if now - self._said < min(_LATEST, max(_SOONEST, self._said - self._begun)):
+            return
+        self._said = now
+        how_far = "" if percentage is None else f" {percentage:.0f}%"
+        left = ""
+        if percentage and percentage < 100:
+            left = f", about {duration((now - self._since) * (100 / percentage - 1))} left"
+        self._bar.say(f"{doing}{how_far} after {duration(now - self._begun)}{left}")
 
 
 class _Cell:

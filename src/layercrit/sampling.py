@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from layercrit.counts import counted
 from layercrit.engine.predictions import Predictions
 from layercrit.engine.session import Draws, Session
 from layercrit.engine.subject import Subject
@@ -63,6 +64,7 @@ class Sampling:
         distances: names of the distances to measure.
         use_labels: whether to use the labels of the images.
         bar: shows the progress.
+        name: what the model is called; None: a short form of its reference.
     """
 
     session: Session
@@ -78,7 +80,9 @@ class Sampling:
         distances: list[str],
         use_labels: bool,
         bar: Bar,
+        name: str | None = None,
     ) -> None:
+        self.name = name
         self.started, self.protocol, self.subject, self.bar = started, protocol, subject, bar
         self.draw, self.n_available = draw, n_available
         self.distances, self.use_labels = distances, use_labels
@@ -153,7 +157,7 @@ class Sampling:
         self.session.notes += [note for note in record["notes"] if note not in self.session.notes]
         if record["versions"] != now["versions"]:
             self.notes.append("some trials were run earlier, under other versions of layercrit or of its libraries")
-        self.bar.say(f"going on with {len(self._done())} cells that are measured already")
+        self.bar.say(f"going on with {counted(len(self._done()), 'cell')} that are measured already")
 
     # --- running ----------------------------------------------------------------------------------------------------
 
@@ -353,6 +357,7 @@ class Sampling:
             if session.statistics is None
             else session.statistics.to_dict() | {"shift": session.shift},
             "trial_seeds": trial_seeds,
+            "name": encodable(self.name),
             "model": {
                 "reference": encodable(model.reference),
                 "architecture": model.architecture,

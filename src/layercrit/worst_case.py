@@ -13,6 +13,7 @@ from torch import nn
 
 from layercrit.ascent import Ascent, Found
 from layercrit.attacks import split_attack
+from layercrit.counts import counted
 from layercrit.engine.session import Session
 from layercrit.errors import LayercritError, ProbeError, ProtocolError, near
 from layercrit.foreign_text import encodable, write_csv
@@ -85,7 +86,9 @@ class WorstCase:
         return files
 
     def __repr__(self) -> str:
-        return f"<WorstCase of {self.record['model']}: {len(self.table)} modules, {self.record['objective']}>"
+        return (
+            f"<WorstCase of {self.record['model']}: {counted(len(self.table), 'module')}, {self.record['objective']}>"
+        )
 
 
 def measure_worst_case(

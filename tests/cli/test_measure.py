@@ -79,6 +79,18 @@ def test_measure__same_seed_same_table_in_another_process(measured, photographs,
     assert "layer1.0.conv1" in again.stdout
 
 
+def test_measure__calls_the_model_as_it_is_told(photographs, tmp_path, capsys, monkeypatch):
+    arguments = ["measure", MODEL, "--images", str(photographs), "--trials", "1", "--layers", "fc", "--name", "mine"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["layercrit", *arguments, "--out", "result"])
+    with pytest.raises(SystemExit):
+        main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "mine" in [line.strip() for line in lines]
+    assert f"model: {MODEL}" in lines
+    assert any(line.startswith("1 layer, 1 trial, 14 images; ") for line in lines)
+
+
 def test_measure__does_not_replace_a_measurement_unasked(measured, photographs):
     folder, _ = measured
     before = (folder / "measurement.json").read_bytes()
@@ -277,7 +289,7 @@ def test_measure__ctrl_c_keeps_finished_trials(photographs, tmp_path, monkeypatc
     printed = capsys.readouterr()
     assert stopped.value.code == 130
     assert "Traceback" not in printed.err
-    assert "finished trial(s) are saved in result" in printed.err
+    assert "finished trials saved in result" in printed.err
     assert 2 <= Measurement.load("result").summary()["n_trials"] < 50
 
 

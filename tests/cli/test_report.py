@@ -87,7 +87,7 @@ def test_report__baseline_reset_and_who_is_left_out(study):
     arguments = ("--baseline", "b", "--leave-out", "a", "--leave-out", "c d", "--reset", "rerandomize")
     assert call(study, *arguments, "--figures", "profile", "--format", "png").exit_code == 0
     page = (study / "report.html").read_text(encoding="utf-8")
-    assert "1 models, 2 layers, 2 trials of the reset rerandomize on 4 images; differences are relative to b<" in page
+    assert "1 model, 2 layers, 2 trials of the reset rerandomize on 4 images; differences are relative to b<" in page
 
 
 @pytest.mark.parametrize(("leave_out", "n_models"), [([], 2), (["--leave-out", ""], 3)], ids=["its own", "nobody"])

@@ -79,7 +79,7 @@ def test_run__failures_end_with_1_and_are_listed_once(ran):
     listed = [line for line in result.stderr.splitlines() if line.startswith("  damaged")]
     assert len(listed) == 1
     assert listed[0].startswith("  damaged, rerandomize, trials 0, 1: CheckpointError: ")
-    assert "2 trial(s) failed:" in result.stderr
+    assert "2 trials failed:" in result.stderr
     assert "--retry" in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -93,7 +93,8 @@ def test_run__again_says_what_was_there_and_retry_tries_again(ran, here, tmp_pat
     assert f"Saved in {folder}; next: `layercrit compare {folder}`." in again.stderr
     lines = again.stdout.splitlines()
     assert lines[0].startswith(f"warning: {MARKUP}: top-1 accuracy"), "untrained networks guess"
-    table = lines[[line.strip() for line in lines].index("small") :]
+    title = "small: mean criticality over all layers of each model"
+    table = lines[[line.strip() for line in lines].index(title) :]
     assert table[2].startswith(f"{MARKUP}  [bold]")
     means = load_study(folder).by_model().set_index("model").loc[MARKUP]
     assert f"{means['criticality']:.3f}" in table[2].split()
@@ -203,7 +204,7 @@ def test_status__done_left_and_failed(tmp_path):
     ]  # fmt: skip
     assert lines[4:] == ["4 of 4 cells planned so far are done", "not running"]
     assert result.stderr.splitlines() == [
-        "3 trial(s) failed:",
+        "3 trials failed:",
         "  b, rerandomize, trials 0, 1: no such file",
         "  b, rerandomize, trial 2: out of memory",
     ]

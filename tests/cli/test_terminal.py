@@ -86,7 +86,7 @@ def test_measure__ended_while_measuring(tmp_path, monkeypatch):
     command = ["measure", model, "--images", images, "--trials", str(MANY), "--dtype", "float32", "--out", "result"]
     code, written = ended_while_measuring(command, tmp_path, os.kill)
     assert_left_in_order(code, written)
-    n_kept = int(re.search(rb"(\d+) finished trial\(s\) are saved in result", written)[1])
+    n_kept = int(re.search(rb"(\d+) finished trials? saved in result", written)[1])
     assert 3 <= n_kept < MANY
     kept = Measurement.load(tmp_path / "result").cells
     assert set(kept["trial"]) == set(range(n_kept))

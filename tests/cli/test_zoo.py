@@ -194,7 +194,7 @@ def test_usage(arguments, text):
 def test_fetch__errors():
     assert "Did you mean 'resnet50_dino'" in error_of(run("fetch", "resnet50_dinno"))
     assert "There is no file" in error_of(run("fetch", ENTRY, "--from", "nowhere.pth"))
-    assert "consists of 2 file(s), but 1 were given" in error_of(run("fetch", "resnet50_swav", "--from", "nowhere.pth"))
+    assert "consists of 2 files, but 1 were given" in error_of(run("fetch", "resnet50_swav", "--from", "nowhere.pth"))
 
 
 # check

@@ -151,6 +151,7 @@ def test_timm__grey(drawn):
     ("reference", "message"),
     [
         ("timm:resnet5O", r"timm has no model 'resnet5O'. Did you mean 'resnet50'"),
+        ("timm:resnet5O", r"A network of your own is py:MODULE:FUNCTION; .*'\?arch=py:MODULE:FUNCTION'"),
         ("timm:resnet50.a1_in1", r"timm has no weights 'resnet50.a1_in1'. Did you mean 'resnet50.a1_in1k'"),
         ("timm:resnet18?pretrained=false&num_clases=3", r"unexpected keyword.*\{'num_clases': 3\}.*'num_classes'"),
         ("timm:resnet18?pretrained=false&num_classes=x", r"could not be opened.*\{'num_classes': 'x'\}"),
@@ -306,6 +307,7 @@ def test_torchvision__weights_of_other_classes(tmp_path, drawn):
     ("reference", "message"),
     [
         ("torchvision:resnet19", "torchvision has no classifier 'resnet19'. Did you mean 'resnet18'"),
+        ("torchvision:resnet19", "A network of your own is py:MODULE:FUNCTION"),
         ("torchvision:deeplabv3_resnet50", "torchvision has no classifier 'deeplabv3_resnet50'"),
         ("torchvision:resnet50:IMAGENET1K_V3", "has no weights 'IMAGENET1K_V3'. Did you mean 'IMAGENET1K_V[12]'"),
         (

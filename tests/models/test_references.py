@@ -15,7 +15,7 @@ from layercrit.errors import CheckpointError, LayercritError, ModelError
 from layercrit.models.model import Model, structure
 from layercrit.models.own_networks import import_here
 from layercrit.models.references import fetch, is_here, open_model, without_weights
-from layercrit.models.sources import MODEL_SOURCES, ModelSource, model_source
+from layercrit.models.sources import MODEL_SOURCES, ModelSource, model_source, short_name
 from layercrit.probes.images import Preprocessing
 from layercrit.seeds import drawing
 from photographs import photograph
@@ -434,7 +434,9 @@ def test_file__without_architecture(weights, record):
     _, path = weights
     if record is not None:
         path.with_suffix(".json").write_text(record)
-    with pytest.raises(ModelError, match=r"does not say its architecture. Add '\?arch=timm:NAME'.*weights.json"):
+    with pytest.raises(
+        ModelError, match=r"Add '\?arch=timm:NAME', or .*'\?arch=py:MODULE:FUNCTION', or .*weights.json"
+    ):
         open_model(f"file:{path}")
 
 
@@ -576,6 +578,7 @@ def test_py__what_the_factory_returns(nets):
     model = open_model("py:my_package.nets:fixed")
     assert torch.equal(model.network.weight, torch.ones(2, 2))
     assert (model.architecture, model.build) == ("py:my_package.nets:fixed", None)
+    assert "py:my_package.nets:fixed has no parameter `pretrained`" in model.initialiser
     assert not model.network.training
     assert sys.path == path
 
@@ -660,3 +663,20 @@ def test_open_model__a_function_where_the_current_folder_was_deleted(tmp_path, m
     with pytest.raises(ModelError, match="deleted"):
         open_model("py:nothing_of_this_name:network")
     assert open_model("py:small_subjects:small_network").network is not None
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        ("file:/data/runs/resnet20-12fca82f.th?arch=py:nets:resnet20&mean=(0.5,)", "resnet20-12fca82f"),
+        ("file:runs/checkpoint.pth.tar?arch=timm:resnet18", "checkpoint"),
+        ("file:layercrit-demo/models/baseline@epoch=2", "baseline@epoch=2"),
+        ("file:resnet50.a1", "resnet50.a1"),
+        ("timm:resnet50.a1_in1k?pretrained=false&input_size=(3,64,64)", "timm:resnet50.a1_in1k?pretrained=false"),
+        ("timm:resnet50?mean=(0,0,0)", "timm:resnet50"),
+        ("module:nets.Net", "module:nets.Net"),
+        ("file:/", "file:/"),
+    ],
+)
+def test_short_name(reference, name):
+    assert short_name(reference) == name

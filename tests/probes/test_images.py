@@ -104,6 +104,27 @@ def test_preprocessing__at_size_does_not_resize() -> None:
     assert not np.array_equal(ours.at_size(image), ours(image))
 
 
+@pytest.mark.parametrize(
+    ("preprocessing", "size", "kept"),
+    [
+        (Preprocessing(1, 28, 28, 28), (28, 28), True),
+        (Preprocessing(3, 28, 28, None), (28, 28), True),
+        (Preprocessing(3, 20, 30, (20, 30)), (20, 30), True),
+        (Preprocessing(3, 20, 30, 20), (20, 30), True),
+        (Preprocessing(3, 28, 28, 32), (28, 28), False),
+        (Preprocessing(3, 28, 28, None), (32, 32), False),
+        (Preprocessing(3, 28, 28, 28), (28, 56), False),
+        (Preprocessing(3, 20, 30, 30), (20, 30), False),
+    ],
+)
+def test_preprocessing__keeps_says_whether_pixels_stay(
+    preprocessing: Preprocessing, size: tuple[int, int], kept: bool
+) -> None:
+    image = cut(size[1], size[0]).convert("L" if preprocessing.channels == 1 else "RGB")
+    before = np.asarray(image).reshape(*size, preprocessing.channels).transpose(2, 0, 1)
+    assert (preprocessing.keeps(*size), np.array_equal(preprocessing(image), before)) == (kept, kept)
+
+
 def test_preprocessing__without_crop() -> None:
     image = cut(64, 64)
     expected = np.asarray(image).transpose(2, 0, 1)

@@ -367,7 +367,7 @@ def test_measure_proxies__a_reset_that_is_not_finite_is_blank():
     table = found.layers.set_index("layer")
     assert math.isnan(table.loc["1", "fisher"])
     assert table.loc["3", "fisher"] > 0
-    assert any("not finite for 1 layers" in note for note in found.record["notes"])
+    assert any("not finite for 1 layer," in note for note in found.record["notes"])
 
 
 def test_measure_proxies__of_no_gradient():

@@ -11,13 +11,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from matplotlib import colormaps
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 
 from browser import cut_off, needs_browser, opened_browser, opened_page, violations
 from layercrit import differences as differences_module
 from layercrit.comparison import compare
 from layercrit.differences import differences
 from layercrit.errors import StudyError
+from layercrit.figures.palette import contrast
 from layercrit.figures.squares import COLOR_MAPS
 from layercrit.reporting.page import write_page
 from layercrit.study.published import import_published
@@ -116,7 +117,7 @@ def test_page__opens_without_network_or_complaint(page, study):
     np.testing.assert_allclose(shown(page)["z"], values.loc[rows_shown(page)], atol=1e-6)
     assert rows_shown(page)[0] == "base", "the baseline comes first"
     assert page.evaluate("() => performance.getEntriesByName('first figure').length") == 1
-    assert "5 models, 5 layers, 3 trials of the reset rerandomize on 20 images" in page.inner_text("#facts")
+    assert "5 models, 5 layers in common, 3 trials of the reset rerandomize on 20 images" in page.inner_text("#facts")
 
 
 def test_page__every_measure(page, study):
@@ -245,6 +246,33 @@ def test_page__colours_are_those_of_the_figures(page):
         page.select_option("#measure", label=label)
         (_, first), *_, (_, last) = shown(page)["colorscale"]
         assert (first, last) == tuple(to_hex(colormaps[COLOR_MAPS[kind]](end)) for end in (0.0, 1.0)), label
+
+
+def test_page__numbers_in_squares_are_readable(page, study):
+    numbers, squares = shown(page, trace=3), shown(page, trace=1)
+    means = compare(study).models.loc[rows_shown(page), "criticality"]
+    assert numbers["text"] == [f"{100 * mean:.0f}" for mean in means]
+    scale = squares["colorscale"]
+    for mean, color in zip(means, numbers["textfont"]["color"], strict=True):
+        of_square = to_rgb(scale[round(mean * (len(scale) - 1))][1])
+        assert contrast(of_square, to_rgb(color)) >= 4.5
+    page.select_option("#measure", label="difference to the baseline")
+    assert shown(page, trace=3)["text"][0] == "0"
+
+
+def test_page__says_what_short_names_and_percent_mean(page):
+    said = page.inner_text("#map-about")
+    assert "Layer names are short: [1.0] conv1 is layer1.0.conv1." in said
+    assert "in percent: 62 stands for 0.62" in said
+    heads = page.locator("#models-table th button")
+    titles = dict(zip(heads.all_inner_texts(), heads.evaluate_all("all => all.map((one) => one.title)"), strict=True))
+    assert titles["top-1 agreement (%)"] == "Images, of 100, whose top-1 class a reset does not change."
+
+
+@pytest.mark.parametrize("section", ["compare", "models"])
+def test_page__links_to_the_pitfall_on_architectures(page, section):
+    page.click(f"#{section} a[href='#pitfall-architectures']")
+    assert page.evaluate("() => document.querySelector(location.hash).matches('#pitfalls h3')")
 
 
 def test_page__writes_numbers(page):

@@ -251,7 +251,7 @@ def test_report__what_cannot_be_drawn_is_left_out_with_its_reason(bare):
         "criticality": ["criticality.png"], "depth": ["depth.png"], "profile": ["profile-a.png"],
         "ranking": ["ranking.png"],
     }  # fmt: skip
-    assert facts(result.page).startswith("1 models, 1 layers, 1 trials")
+    assert facts(result.page).startswith("1 model, 1 layer, 1 trial of")
 
 
 @pytest.mark.parametrize("figure", CANNOT)

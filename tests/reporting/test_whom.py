@@ -144,6 +144,8 @@ def test_page__section_in_a_browser(browser, study, tmp_path):
         assert page.is_visible("#whom")
         assert page.is_visible("#whom-link")
         page.select_option("#whom-model", label="Other")
+        rows = page.locator("#whom-plot .ytick text").all_text_contents()
+        assert all(re.search(r" \(\d+ images?\)$", row) for row in rows)
         page.locator("#whom-details summary").click()
         page.locator("#whom-table tbody tr").nth(2).wait_for()  # it is drawn once the details are open
         assert page.locator("#whom-table tbody tr").count() == 3

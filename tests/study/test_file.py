@@ -427,7 +427,7 @@ def test_mistakes__all_at_once(tmp_path):
         "[[models]] no. 1: accuracy must be a share in [0, 1]; got 76.15. Did you mean 0.7615?",
         found[15],
         found[16],
-        "[study] baseline 'm3' is not one of the models. Did you mean 'm0'?",
+        "[study] baseline 'm3' is not one of the models. Known: 'm0'.",
     ]
     assert found[3].startswith("[images] source is missing: source of the images, anything that `layercrit measure")
     assert re.fullmatch(r"\[protocol\] .*'rerandomise'.*Did you mean 'rerandomize'.*", found[15])
@@ -583,7 +583,7 @@ def test_mistakes__unknown_names_to_compare(tmp_path):
     text = "[study]\nbaseline = 'm2'\nleave_out = ['m0', 'onw']\n" + ONE
     text += "[[models]]\nreference = 'file:m*.pth'\ncategory = 'own'"
     assert mistakes(write(tmp_path, text, files=["m0.pth", "m1.pth"])) == [
-        "[study] baseline 'm2' is not one of the models. Did you mean 'm1' or 'm0'?",
+        "[study] baseline 'm2' is not one of the models. Known: 'm0', 'm1'.",
         "[study] leave_out 'onw' is neither a category nor a model. Did you mean 'own'?",
     ]
 
@@ -669,6 +669,11 @@ def test_to_toml__any_text(tmp_path_factory, names, texts, accuracy):
         leave_out=tuple(names),
     )
     assert again(study, folder) == study
+
+
+@pytest.mark.parametrize(("size", "said"), [([1, 8, 8], True), (None, False)])
+def test_read_study_file__knows_whether_it_gives_the_size_of_images(tmp_path, size, said):
+    assert read_study_file(write_study(tmp_path, images={"input_size": size})).says_input_size is said
 
 
 def test_to_toml__says_everything(tmp_path):

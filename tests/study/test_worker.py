@@ -54,11 +54,11 @@ def each_batch_a_part(monkeypatch):
 def prepare(tmp_path):
     """Write a study, and a store that knows of nothing but the images and the models; return a worker."""
 
-    def prepared(**settings):
+    def prepared(says_input_size=True, **settings):
         path = write_small(tmp_path / "study", **settings)
         with pytest.raises(Killed):
             run(path, tmp_path / "out", Inline(stop_after=0))
-        study = read_study_file(path)
+        study = replace(read_study_file(path), says_input_size=says_input_size)
         return study, Worker(study, tmp_path / "out")
 
     return prepared
@@ -316,8 +316,14 @@ def test_worker__says_what_a_model_does_not_declare(prepare):
     record = ask(work, study)[0].record
 
     (note,) = (note for note in record["notes"] if "does not say" in note)
-    assert "2 x 2 pixels (the study's input_size)" in note
+    assert note.startswith("the model does not say all of its input; defaults: mean 0, ")  # the study says the size
     assert not any("its own evaluation differs" in note for note in record["notes"])
+
+
+def test_worker__says_that_the_size_is_a_default_where_the_study_does_not_give_it(prepare):
+    study, work = prepare(says_input_size=False)
+    (note,) = (note for note in ask(work, study)[0].record["notes"] if "does not say" in note)
+    assert "2 x 2 pixels (the default of study files, [images] input_size)" in note
 
 
 def test_worker__a_model_that_predicts_nan_says_so_for_each_trial(prepare, tmp_path):

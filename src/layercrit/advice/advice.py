@@ -14,6 +14,7 @@ from layercrit.advice.evidence import evidence_of
 from layercrit.advice.formats import FORMATS
 from layercrit.advice.ranking import in_order, knobs_of, ranked
 from layercrit.cell_columns import WHOLE
+from layercrit.counts import counted
 from layercrit.errors import AdviceError, near
 from layercrit.measurement import Measurement
 from layercrit.study.tables import Study
@@ -81,7 +82,7 @@ class Advice:
             )
             lines.append(f"{ties} {which} would be on the other side too; more trials may tell")
         if left := record["not_measured"]:
-            lines.append(f"{len(left)} layers were not measured, so they are left as they are: {', '.join(left[:5])}"
+            lines.append(f"not measured, so left as they are: {counted(len(left), 'layer')}: {', '.join(left[:5])}"
                          f"{' ...' if len(left) > 5 else ''}")  # fmt: skip
         return lines
 

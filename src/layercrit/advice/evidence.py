@@ -94,7 +94,7 @@ def evidence_of(
             )
         reference, protocol = str(of.record["model"]["reference"]), of.record["protocol"]
         parameters = {name: list(about["parameters"]) for name, about in of.record["layers"].items()}
-        return Evidence(of.to_pandas(), model or reference, reference, protocol["reset"], protocol["level"], parameters)
+        return Evidence(of.to_pandas(), model or of.name, reference, protocol["reset"], protocol["level"], parameters)
     return Evidence(_checked(of), model or "model")
 
 

@@ -6,6 +6,7 @@ import click
 
 from layercrit.cli.exit_codes import ExitCode
 from layercrit.cli.printing import say
+from layercrit.counts import counted
 from layercrit.foreign_text import visible
 
 # Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
@@ -49,5 +50,5 @@ def doctor_command(context: click.Context, /, as_json: bool) -> None:
         rows = [{name: anonymous(text) for name, text in vars(one).items()} for one in found]
         click.echo(json.dumps({"counts": counts, "findings": rows}, indent=2))
     else:
-        say(", ".join(f"{n} {state}{'s' * (n != 1 and state != 'ok')}" for state, n in counts.items()))
+        say(", ".join(f"{n} ok" if state == "ok" else counted(n, state) for state, n in counts.items()))
     context.exit(ExitCode.ERROR if counts["problem"] else ExitCode.DONE)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from layercrit.cli.printing import notice, number, plain, print_table, say
+from layercrit.counts import counted
 
 # Everything that imports torch is imported inside the functions, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
@@ -53,10 +54,12 @@ def show_epochs(found: "EpochMap") -> None:
 
 def _sentence(found: "RankAgreement") -> str:
     if isnan(found.rho):
-        return f"epoch 0 and fresh draws: no rank correlation over {found.n_layers} layers"
+        return f"epoch 0 and fresh draws: no rank correlation over {counted(found.n_layers, 'layer')}"
     limits = "" if isnan(found.low) else f" ({100 * found.level:g}% interval {found.low:.2f} to {found.high:.2f})"
     one = "" if isnan(found.one_draw) else f"; one draw with the mean of the others: {found.one_draw:.2f}"
-    return f"epoch 0 and fresh draws: Spearman's rho {found.rho:.2f} over {found.n_layers} layers{limits}{one}"
+    return (
+        f"epoch 0 and fresh draws: Spearman's rho {found.rho:.2f} over {counted(found.n_layers, 'layer')}{limits}{one}"
+    )
 
 
 def _table(grid: "pd.DataFrame", title: str) -> Any:

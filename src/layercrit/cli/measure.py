@@ -17,6 +17,7 @@ from layercrit.cli.pitfalls import say_pitfalls
 from layercrit.cli.printing import bar, notice, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files, missing_plug_ins_named
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
+from layercrit.counts import counted
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, DTYPES, GROUPS, INTERVALS, NORM_STATISTICS
 
@@ -171,6 +172,9 @@ def _epochs(context: click.Context, parameter: click.Parameter, value: str | Non
     "such as 'ckpt/epoch_*.pt', or '0=first.pt,9=last.pt': measure how far each layer's way back to them moves the "
     "final network, and which layers matter in the network after each.",
 )
+@click.option(
+    "--name", metavar="TEXT", help="What tables and figures call MODEL. [default: its reference, without folders]"
+)
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to save. [default: layercrit-MODEL]")
 @click.option("--overwrite", is_flag=True, help="Replace a measurement that is already in DIR.")
 @by_option
@@ -255,7 +259,7 @@ def layers_command(model: str, layers: str, types: str, group: str, sets: str, a
         table.add_row(str(row["depth"]), plain(row["name"]), row["type"], shape, f"{row['n_parameters']:,}", share)
     print_table(table)
     passes = f"one trial of all layers costs {found['flops_after'].sum():.1f} forward passes"
-    say(f"{len(found)} layers, {found['n_parameters'].sum():,} parameters; {passes}")
+    say(f"{counted(len(found), 'layer')}, {counted(int(found['n_parameters'].sum()), 'parameter')}; {passes}")
 
 
 @click.command("show", short_help="Print a saved measurement, and plot it again.")
@@ -317,7 +321,7 @@ class _Saver:
             trials = measurement.cells["trial"].nunique()
             self.save(measurement, quietly=True)
             say(
-                f"Stopped; {trials} finished trial(s) are saved in {self.folder}. Run the same command again to "
+                f"Stopped; {counted(trials, 'finished trial')} saved in {self.folder}. Run the same command again to "
                 "resume.",
                 err=True,
             )
@@ -369,7 +373,7 @@ def _layer_table(table: "pd.DataFrame", summary: dict[str, Any]) -> Any:
     from rich.table import Table
 
     level = f"{100 * summary['level']:g}%"
-    shown = Table(title=plain(summary["model"]), title_justify="left", box=None, pad_edge=False)
+    shown = Table(title=plain(summary["name"]), title_justify="left", box=None, pad_edge=False)
     shown.add_column("layer", no_wrap=True)
     shown.add_column("type")
     shown.add_column("criticality", justify="right")
@@ -422,12 +426,12 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
             limits = f"{mean['low']:.3f} - {mean['high']:.3f}"
             interval = f"{100 * summary['level']:g}% interval {limits} for new {summary['covers']}"
         if summary["n_trials_in_mean"] < summary["n_trials"]:
-            interval += f", from the {summary['n_trials_in_mean']} trials that all layers have"
+            interval += f", from the {counted(summary['n_trials_in_mean'], 'trial')} that all layers have"
         lines.append(f"mean criticality {mean['mean']:.3f} ({interval})")
         if mean["low"] is not None and "trials" in summary["covers"]:
             lines.append(
-                f"after {summary['n_trials_in_mean']} trials, unlike draws cannot be excluded if they make up less "
-                f"than {summary['excluded_share']:.0%} of all"
+                f"after {counted(summary['n_trials_in_mean'], 'trial')}, unlike draws cannot be excluded if they make "
+                f"up less than {summary['excluded_share']:.0%} of all"
             )
         if matched is not None and summary["temperature"] is not None:
             lines.append(
@@ -444,11 +448,16 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
     if bad:
         counts = ", ".join(f"{n} {status}" for status, n in bad.items())
         left = summary["n_layers"] - summary["n_layers_in_mean"]
-        lines.append(f"left out: {counts} of {sum(summary['cells'].values())} cells; {left} layers are not in the mean")
+        of_cells = counted(sum(summary["cells"].values()), "cell")
+        lines.append(f"left out: {counts} of {of_cells}; not in the mean: {counted(left, 'layer')}")
     if unreadable := summary["unreadable"]:
-        lines.append(f"left out: {len(unreadable)} unreadable image(s), such as {unreadable[0]}")
+        lines.append(f"left out: {counted(len(unreadable), 'unreadable image')}, such as {unreadable[0]}")
+    if summary["name"] != summary["model"]:
+        lines.append(f"model: {summary['model']}")
+    if summary["donor"] is not None:
+        lines.append(f"new values from: {summary['donor']}")
     lines.append(
-        f"{summary['n_layers']} layers, {summary['n_trials']} trials, {summary['n_images']} images; "
-        f"{summary['dtype']}, {summary['backend']} backend"
+        f"{counted(summary['n_layers'], 'layer')}, {counted(summary['n_trials'], 'trial')}, "
+        f"{counted(summary['n_images'], 'image')}; {summary['dtype']}, {summary['backend']} backend"
     )
     return [*lines, *(f"note: {note}" for note in summary["notes"])]

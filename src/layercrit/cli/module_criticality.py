@@ -10,6 +10,7 @@ from click.core import ParameterSource
 from layercrit.cli.model_options import check_free, folder_for, images_and_layers
 from layercrit.cli.printing import notice, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand
+from layercrit.counts import counted
 from layercrit.protocol import DEFAULTS
 
 # Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
@@ -70,9 +71,11 @@ def module_criticality_command(
 def _show(found: "ModuleCriticality") -> None:
     from rich.table import Table
 
+    from layercrit.models.sources import short_name
+
     summary = found.summary()
     print_warnings(summary["warnings"])
-    shown = Table(title=plain(summary["model"]), title_justify="left", box=None, pad_edge=False)
+    shown = Table(title=plain(short_name(summary["model"])), title_justify="left", box=None, pad_edge=False)
     shown.add_column("module", no_wrap=True)
     shown.add_column("type")
     for name in ("criticality", f"{100 * summary['level']:g}% limits", "a", "s", "distance", "points"):
@@ -102,7 +105,7 @@ def _lines(summary: dict[str, Any]) -> list[str]:
         "architecture, and no bound on anything",
         f"loss {summary['loss']:.4g} nats, {summary['allowed_loss']:.4g} allowed; top-1 accuracy "
         f"{percent(summary['top1_accuracy'])}",
-        f"{summary['n_draws']} draws, {summary['n_images']} images; "
+        f"{counted(summary['n_draws'], 'draw')}, {counted(summary['n_images'], 'image')}; "
         + (
             "no limits: one draw or one image says nothing of others"
             if summary["covers"] == "nothing"

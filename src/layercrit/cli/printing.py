@@ -11,7 +11,6 @@ from layercrit.verbosity import is_quiet
 
 __all__ = [
     "bar",
-    "duration",
     "notice",
     "number",
     "percent",
@@ -44,14 +43,6 @@ def visible_lines(text: str) -> str:
     line of its own.
     """
     return "\n  ".join(map(visible, text.split("\n  ")))
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in the largest unit of which it has at least two."""
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def number(value: float) -> str:

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from layercrit.cli.model_options import check_free
 from layercrit.cli.printing import notice, number, plain, print_table, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files
+from layercrit.counts import counted
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, GROUPS
 
@@ -217,7 +218,9 @@ def _layer_table(found: "Proxies", agreement: "Agreement | None") -> Any:
     """Return the values of the proxies, a row per layer; blank where one does not apply."""
     from rich.table import Table
 
-    title = plain(f"{found.record['model']['reference']}: proxies of criticality")
+    from layercrit.models.sources import short_name
+
+    title = plain(f"{short_name(found.record['model']['reference'])}: proxies of criticality")
     shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
     exact = {} if agreement is None else agreement.by_layer.set_index("layer")["exact"].to_dict()
     names = [name for name in found.samples if not found.layers[name].isna().all()]
@@ -236,8 +239,9 @@ def _about(found: "Proxies") -> list[str]:
     blank = [name for name in found.samples if found.layers[name].isna().all()]
     lines = [
         "",
-        f"gradients: {record['labels']}, {record['probe_set']['n_images']} images; "
-        f"{record['protocol']['trials']} draws of {record['protocol']['reset']}; {record['seconds']:.1f} s in all",
+        f"gradients: {record['labels']}, {counted(record['probe_set']['n_images'], 'image')}; "
+        f"{counted(record['protocol']['trials'], 'draw')} of {record['protocol']['reset']}; "
+        f"{record['seconds']:.1f} s in all",
     ]
     kinds = costs[costs["seconds"] > 0].groupby(
         ["forward", "backward", "layer_passes", "hessian_products", "seconds"], sort=False

@@ -9,7 +9,6 @@ import click
 
 from layercrit.cli.exit_codes import ExitCode
 from layercrit.cli.printing import (
-    duration,
     notice,
     number,
     percent,
@@ -22,6 +21,7 @@ from layercrit.cli.printing import (
 )
 from layercrit.cli.registered import RegisteredOption, missing_plug_ins_named
 from layercrit.cli.tracking import track_option, tracked_study
+from layercrit.counts import counted, duration
 from layercrit.errors import StudyError
 from layercrit.foreign_text import visible
 
@@ -123,7 +123,7 @@ def run_command(
         raise
     if own is not None and not as_json:
         say(
-            f"shard {own}: {report.n_measured} cells measured, {report.n_known} were already there "
+            f"shard {own}: {counted(report.n_measured, 'cell')} measured, {report.n_known} were already there "
             f"({duration(report.seconds)})."
         )
         notice(f"Saved in {folder}; next: `layercrit study status {folder}`.")
@@ -135,7 +135,10 @@ def run_command(
     else:
         _show_means(found)
         go_on = f"; next: `layercrit compare {folder}`" if len(found.cells) else ""
-        say(f"{report.n_measured} cells measured, {report.n_known} were already there ({duration(report.seconds)}).")
+        say(
+            f"{counted(report.n_measured, 'cell')} measured, {report.n_known} were already there "
+            f"({duration(report.seconds)})."
+        )
         notice(f"Saved in {folder}{go_on}.")
     _say_unreadable(found)
     _end_run(report.failures)
@@ -209,7 +212,7 @@ def merge_command(folders: tuple[Path, ...], out: Path) -> None:
     merged = merge_studies(folders, out)
     for note in merged.record["notes"]:
         notice(f"note: {note}")
-    say(f"{len(merged.models)} models, {len(merged.cells)} cells.")
+    say(f"{counted(len(merged.models), 'model')}, {counted(len(merged.cells), 'cell')}.")
     notice(f"Saved in {out}.")
 
 
@@ -221,7 +224,7 @@ def repair_command(folder: Path) -> None:
 
     repaired = repair_study(folder)
     say_damaged(repaired.lost)
-    say(f"{repaired.n_kept} cells kept; the damaged file is {repaired.damaged}.")
+    say(f"{counted(repaired.n_kept, 'cell')} kept; the damaged file is {repaired.damaged}.")
     notice(f"Next: `layercrit study run {folder}`.")
 
 
@@ -323,9 +326,8 @@ def _show_means(found: "Study") -> None:
     level = f"{100 * found.level:g}%"
     means = found.by_model()
     print_warnings(found.warnings)
-    table = Table(
-        title=plain(found.record.get("name", found.folder.name)), title_justify="left", box=None, pad_edge=False
-    )
+    title = f"{found.record.get('name', found.folder.name)}: mean criticality over all layers of each model"
+    table = Table(title=plain(title), title_justify="left", box=None, pad_edge=False)
     table.add_column("model")
     table.add_column("category")
     for column in ("mean criticality", f"{level} interval", "matched", "top-1 accuracy", "layers", "trials"):
@@ -348,7 +350,7 @@ def _show_means(found: "Study") -> None:
 
 def _say_unreadable(found: "Study") -> None:
     if unreadable := found.record.get("probe_set", {}).get("skipped"):
-        say(f"left out: {len(unreadable)} unreadable image(s), such as {unreadable[0]}", err=True)
+        say(f"left out: {counted(len(unreadable), 'unreadable image')}, such as {unreadable[0]}", err=True)
 
 
 def _show_plan(found: "StudyPlan") -> None:
@@ -371,7 +373,10 @@ def _show_plan(found: "StudyPlan") -> None:
     if table.row_count:
         print_table(table)
     total, done = int(found.models["n_cells"].sum()), int(found.models["n_done"].sum())
-    say(f"{len(found.models)} models, {total:,} cells, {total - done:,} left, {found.n_images:,} images each")
+    say(
+        f"{counted(len(found.models), 'model')}, {counted(total, 'cell')}, {total - done:,} left, "
+        f"{counted(found.n_images, 'image')} each"
+    )
     if found.precision:
         say(found.precision)
     if found.flops:
@@ -408,9 +413,9 @@ def _show_failures(failures: "list[FailureRow] | tuple[FailureRow, ...]") -> Non
     trials: dict[tuple[str, str, str], list[int]] = {}
     for failure in failures:
         trials.setdefault((failure.model, failure.reset, failure.error), []).append(failure.trial)
-    say(f"{len(failures)} trial(s) failed:", err=True)
+    say(f"{counted(len(failures), 'trial')} failed:", err=True)
     for (model, reset, error), numbers in trials.items():
-        which = f"trial{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+        which = f"{'trial' if len(numbers) == 1 else 'trials'} {', '.join(map(str, numbers))}"
         click.echo(visible_lines(f"  {visible(model)}, {visible(reset)}, {which}: {error}"), err=True)
 
 

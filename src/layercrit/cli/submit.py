@@ -6,6 +6,7 @@ import click
 
 from layercrit.cli.printing import say
 from layercrit.cli.study import _folder_of, _keep_own_file
+from layercrit.counts import counted
 
 __all__ = ["submit_command"]
 
@@ -56,5 +57,5 @@ def submit_command(
     _keep_own_file(folder)
     jobs = submit_study(file, folder, n_jobs, resources)
     number = jobs[0].job.partition("_")[0]
-    say(f"Submitted as job {number}, of {n_jobs} shard{'s' * (n_jobs > 1)}; logs are in {folder / 'logs'}.")
+    say(f"Submitted as job {number}, of {counted(n_jobs, 'shard')}; logs are in {folder / 'logs'}.")
     say(f"Watch it with `layercrit study status {folder}`, end it with `scancel {number}`.")

@@ -11,6 +11,7 @@ import click
 from layercrit.cli.pitfalls import say_pitfalls
 from layercrit.cli.printing import notice, number, percent, plain, print_table, print_warnings, say, say_damaged
 from layercrit.cli.registered import RegisteredOption
+from layercrit.counts import counted
 from layercrit.protocol import NORM_STATISTICS
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
@@ -84,7 +85,10 @@ def import_command(results: Path, layout: str, models: Path | None, out: Path) -
     from layercrit.study.published import import_published
 
     study = import_published(results, out, models)
-    say(f"{len(study.models)} models, {len(study.cells)} cells from {study.record['origin']['source']}")
+    say(
+        f"{counted(len(study.models), 'model')}, {counted(len(study.cells), 'cell')} from "
+        f"{study.record['origin']['source']}"
+    )
     for note in study.record["notes"]:
         notice(f"note: {note}")
     notice(f"Saved in {out}. Next: `layercrit compare {out}`.")
@@ -169,8 +173,8 @@ def show_comparison(study: "Study", comparison: "Comparison") -> None:
         say()
     against = f"differences are relative to {comparison.baseline}" if comparison.baseline else "no baseline"
     say(
-        f"{len(comparison.models)} models, {len(comparison.layers)} layers, {comparison.origin['trials']} trials, "
-        f"reset {comparison.reset}; {against}"
+        f"{counted(len(comparison.models), 'model')}, {counted(len(comparison.layers), 'layer')}, "
+        f"{counted(comparison.origin['trials'], 'trial')}, reset {comparison.reset}; {against}"
     )
     if comparison.left_out:
         say(f"left out: {', '.join(comparison.left_out)}")
@@ -195,7 +199,9 @@ def _ranking(comparison: "Comparison") -> Any:
     optional = {"matched": "criticality_matched", "difference": "difference"}
     shown = {title: column for title, column in optional.items() if models[column].notna().any()}
     columns = (f"{comparison.accuracy} accuracy", "criticality", *shown, "centre of mass")
-    table = _table("Models by mean criticality", ("model", "category"), columns)
+    n_layers = counted(len(comparison.layers), "layer")
+    title = f"Models by mean criticality over {n_layers}{' in common' * (len(models) > 1)}"
+    table = _table(title, ("model", "category"), columns)
     for name, row in models.iterrows():
         signed = {column: f"{row[column]:+.3f}" if column == "difference" else number(row[column])
                   for column in shown.values()}  # fmt: skip

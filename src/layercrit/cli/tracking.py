@@ -96,7 +96,8 @@ def tracked_measurement(
     if not names:
         yield None
         return
-    with _open(names, folder, model, {"protocol": dict(settings), "models": {model: model}}) as tracking:
+    called = settings.get("name") or model
+    with _open(names, folder, called, {"protocol": dict(settings), "models": {model: model}}) as tracking:
         yield tracking
 
 

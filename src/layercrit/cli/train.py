@@ -12,8 +12,9 @@ import click
 from click.core import ParameterSource
 
 from layercrit.cli.exit_codes import ExitCode
-from layercrit.cli.printing import duration, notice, percent, plain, print_table, say
+from layercrit.cli.printing import notice, percent, plain, print_table, say
 from layercrit.cli.registered import RegisteredOption, complete_methods
+from layercrit.counts import counted, duration
 from layercrit.verbosity import is_quiet
 
 __all__ = ["methods_command", "train_command"]
@@ -169,7 +170,7 @@ def _train_one(
         if was_there:
             say(f"{out} already contains this run; nothing was trained.")
         top1 = f"{percent(trained.top1_accuracy)} top-1 accuracy on {record['data']['n_test']} held-out images"
-        epochs = f"{record['epochs']} epoch{'s' * (record['epochs'] != 1)}"
+        epochs = counted(record["epochs"], "epoch")
         say(f"{record['method']}: {top1} after {epochs} ({duration(record['seconds'])}).")
         notice(f"Saved in {out}: model.safetensors, model.json, log.csv, epochs.")
         reference = shlex.quote(trained.reference)

@@ -9,6 +9,7 @@ import click
 from layercrit.cli.model_options import check_free, folder_for, images_and_layers
 from layercrit.cli.printing import notice, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand
+from layercrit.counts import counted
 
 # Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
@@ -50,9 +51,11 @@ def worst_case_command(
 def _show(found: "WorstCase") -> None:
     from rich.table import Table
 
+    from layercrit.models.sources import short_name
+
     summary = found.summary()
     print_warnings(summary["warnings"])
-    shown = Table(title=plain(summary["model"]), title_justify="left", box=None, pad_edge=False)
+    shown = Table(title=plain(short_name(summary["model"])), title_justify="left", box=None, pad_edge=False)
     for name in ("module", "type", "worst case", "least restart", "first order", "norm", ""):
         shown.add_column(name, justify="left" if name in ("module", "type", "") else "right", no_wrap=True)
     for row in found.to_pandas().to_dict("records"):
@@ -62,10 +65,13 @@ def _show(found: "WorstCase") -> None:
     print_table(shown)
     raised = "loss above the trained network's, in nats" if summary["objective"] == "loss" else "1 - cosine"
     say()
-    say(f"raised: {raised}, mean over {summary['n_images']} images; changes of at most "
+    say(f"raised: {raised}, mean over {counted(summary['n_images'], 'image')}; changes of at most "
         f"{summary['relative_radius']:g} times a module's norm")  # fmt: skip
     if summary["loss"] is not None:
         say(f"trained network: loss {summary['loss']:.4g} nats, top-1 accuracy {percent(summary['top1_accuracy'])}")
-    say(f"{summary['restarts']} restarts of {summary['steps']} steps: what they found is a lower bound of the maximum")
+    say(
+        f"{counted(summary['restarts'], 'restart')} of {counted(summary['steps'], 'step')}: what they found is a lower "
+        "bound of the maximum"
+    )
     for note in summary["notes"]:
         say(f"note: {note}")

@@ -9,6 +9,7 @@ import click
 
 from layercrit.cli.printing import say, visible_lines
 from layercrit.cli.registered import complete_files, complete_zoo
+from layercrit.counts import counted
 from layercrit.errors import LayercritError, ZooError
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
@@ -58,7 +59,7 @@ def list_command(pattern: str, category: str | None, as_json: bool) -> None:
         accuracy = _percent(entry.documented_accuracy)
         table.add_row(plain(entry.id), entry.category, plain(entry.label), accuracy, entry.licence, fetched)
     print_table(table)
-    say(f"{len(entries)} models")
+    say(counted(len(entries), "model"))
 
 
 @zoo.command("show", short_help="Show what is known about a model.")
@@ -178,7 +179,7 @@ def _as_data(entry: "ZooEntry") -> dict[str, Any]:
 
 def _in_words(checked: "AccuracyCheck") -> str:
     measured = (
-        f"zoo:{checked.id}: top-1 {_percent(checked.top1_accuracy)} on {checked.n_images:,} images "
+        f"zoo:{checked.id}: top-1 {_percent(checked.top1_accuracy)} on {counted(checked.n_images, 'image')} "
         f"(95% interval {_percent(checked.low)} - {_percent(checked.high)})"
     )
     if checked.documented_accuracy is None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layercrit.counts import counted
 from layercrit.distances import measure_distances
 from layercrit.engine.replay import Replay
 from layercrit.engine.subject import Change
@@ -37,8 +38,8 @@ class Calibration:
 
     def __str__(self) -> str:
         return (
-            f"error in criticality {self.worst:.4f} at most and {self.mean:.5f} on average over {self.n_layers} layers "
-            f"and {self.n_images} images"
+            f"error in criticality {self.worst:.4f} at most and {self.mean:.5f} on average over "
+            f"{counted(self.n_layers, 'layer')} and {counted(self.n_images, 'image')}"
         )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from layercrit.cell_columns import WHOLE
 from layercrit.errors import ProtocolError
+from layercrit.figures.palette import BLUE, GREEN, ORANGE, OTHERS, PURPLE, SKY
 from layercrit.figures.style import figure_style, printable, text_width
 
 if TYPE_CHECKING:
@@ -15,15 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["criticality_bars"]
 
-# Colours of Okabe & Ito 2008 (jfly.uni-koeln.de/color), told apart with any common colour blindness.
-_TYPE_COLORS = {
-    "conv": "#0072B2",
-    "linear": "#E69F00",
-    "attention": "#009E73",
-    "norm": "#CC79A7",
-    "embedding": "#56B4E9",
-}
-_OTHER_COLORS = ("#D55E00", "#F0E442", "#7A5195", "#8C6D31", "#4D4D4D")
+_TYPE_COLORS = {"conv": BLUE, "linear": ORANGE, "attention": GREEN, "norm": PURPLE, "embedding": SKY}
 _DOUBTFUL: dict[str, Any] = {"facecolor": "#E3E3E3", "edgecolor": "#8A8A8A", "linewidth": 0.5, "hatch": "////"}
 _DOUBTFUL_LABEL = "not all trials ok"
 _LINE_COLOR = "#333333"
@@ -148,7 +141,7 @@ def _colors(types: Sequence[str]) -> dict[str, str]:
     """Give each type its colour, in order of appearance; types without a fixed one take the others in turn."""
     distinct = list(dict.fromkeys(types))
     others = [kind for kind in distinct if kind not in _TYPE_COLORS]
-    taken = {kind: _OTHER_COLORS[index % len(_OTHER_COLORS)] for index, kind in enumerate(others)}
+    taken = {kind: OTHERS[index % len(OTHERS)] for index, kind in enumerate(others)}
     return {kind: _TYPE_COLORS.get(kind) or taken[kind] for kind in distinct}
 
 

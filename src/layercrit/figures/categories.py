@@ -8,6 +8,7 @@ import numpy as np
 
 from layercrit.categories import ADVERSARIAL, CATEGORIES
 from layercrit.errors import ProtocolError
+from layercrit.figures.palette import BLACK, BLUE, GREEN, GREY, ORANGE, OTHERS, PURPLE, SKY
 from layercrit.figures.style import printable
 
 if TYPE_CHECKING:
@@ -25,20 +26,18 @@ __all__ = [
     "shown",
 ]
 
-# Colours of Okabe & Ito 2008 (jfly.uni-koeln.de/color), told apart with any common colour blindness.
 _LOOKS = {
-    "baseline": ("#000000", "*"),
-    "training_recipes": ("#0072B2", "o"),
-    "augmentation": ("#E69F00", "s"),
-    ADVERSARIAL: ("#CC79A7", "^"),
-    "contrastive": ("#009E73", "D"),
-    "freezing": ("#56B4E9", "v"),
+    "baseline": (BLACK, "*"),
+    "training_recipes": (BLUE, "o"),
+    "augmentation": (ORANGE, "s"),
+    ADVERSARIAL: (PURPLE, "^"),
+    "contrastive": (GREEN, "D"),
+    "freezing": (SKY, "v"),
 }
 CATEGORY_COLORS = {name: _LOOKS[name][0] for name in CATEGORIES}
 CATEGORY_MARKERS = {name: _LOOKS[name][1] for name in CATEGORIES}
-_OTHER_COLORS = ("#D55E00", "#F0E442", "#7A5195", "#8C6D31", "#7FA653")
 _OTHER_MARKERS = ("P", "X", "<", ">", "p", "h")
-NO_CATEGORY, _NO_CATEGORY_COLOR, _NO_CATEGORY_MARKER = "no category", "#8A8A8A", "."
+NO_CATEGORY, _NO_CATEGORY_MARKER = "no category", "."
 _LONGEST = 60  # characters of a name
 
 
@@ -109,11 +108,11 @@ def categories_of(models: "pd.DataFrame") -> list[Category]:
         name: (color, CATEGORY_MARKERS[name]) for name, color in CATEGORY_COLORS.items()
     }
     for index, name in enumerate(others):
-        look[name] = _OTHER_COLORS[index % len(_OTHER_COLORS)], _OTHER_MARKERS[index % len(_OTHER_MARKERS)]
+        look[name] = OTHERS[index % len(OTHERS)], _OTHER_MARKERS[index % len(_OTHER_MARKERS)]
     rows = {name: tuple(row for row, one in enumerate(names) if one == name) for name in [*look, None]}
     found = [Category(shown(name.replace("_", " ")), *look[name], rows[name]) for name in look if rows[name]]
     if rows[None]:
-        found.append(Category(NO_CATEGORY, _NO_CATEGORY_COLOR, _NO_CATEGORY_MARKER, rows[None]))
+        found.append(Category(NO_CATEGORY, GREY, _NO_CATEGORY_MARKER, rows[None]))
     return found
 
 

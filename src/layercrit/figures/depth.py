@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from layercrit.counts import counted
 from layercrit.errors import ProtocolError
 from layercrit.figures.categories import Category, categories_of, check_models, check_values, shown
 from layercrit.figures.parts import (
@@ -127,7 +128,7 @@ def _handles(dashed: bool) -> list["Line2D"]:
 
 def _head(category: Category) -> str:
     n_models = len(category.rows)
-    return f"{category.label} ({n_models} model{'s' * (n_models > 1)})"
+    return f"{category.label} ({counted(n_models, 'model')})"
 
 
 def _prepare_panel(axes: "Axes", head: str, n_layers: int, stages: Sequence[str | None]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from layercrit.figures.palette import readable_on
 from layercrit.figures.style import text_width
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def draw_squares(
         if squares.written[index]:
             places.setdefault(squares.written[index], []).append(index)
     for number, indices in places.items():
-        _draw_number(axes, number, middles[indices], [_readable_on(colors[i]) for i in indices], number_size, gid)
+        _draw_number(axes, number, middles[indices], [readable_on(colors[i]) for i in indices], number_size, gid)
 
 
 def _draw_number(axes: "Axes", number: str, middles: Array, colors: Sequence[str], size: float, gid: str) -> None:
@@ -171,14 +172,6 @@ def _draw_number(axes: "Axes", number: str, middles: Array, colors: Sequence[str
     )
     numbers.set_transform(Affine2D().scale(1 / 72) + axes.figure.dpi_scale_trans)
     axes.add_collection(numbers, autolim=False)
-
-
-def _readable_on(color: Array) -> str:
-    """Return black or white, whichever has more contrast by the relative luminance of WCAG 2.2."""
-    parts = color[:3]
-    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-    luminance = float(linear @ (0.2126, 0.7152, 0.0722))
-    return "black" if (luminance + 0.05) ** 2 > 0.05 * 1.05 else "white"
 
 
 def draw_color_bar(figure: "Figure", place: tuple[float, float, float, float], scale: Scale, font_size: float) -> None:

@@ -217,6 +217,6 @@ def _recorded_architecture(path: Path) -> object:
             else f'put a {record.name} with an entry "arch" {f"into {record.parent}" if of_epoch else "beside it"}'
         )
         raise ModelError(
-            f"file:{path} does not say its architecture. Add '?arch=timm:NAME' (or another reference), or {instead} "
-            f"({first_line(error)})."
+            f"file:{path} does not say its architecture. Add '?arch=timm:NAME', or for a network of your own "
+            f"'?arch=py:MODULE:FUNCTION', or {instead} ({first_line(error)})."
         ) from error

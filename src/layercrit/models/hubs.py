@@ -15,7 +15,7 @@ from torch import nn
 from layercrit.errors import ModelError, near
 from layercrit.models.checkpoints import loading_safely
 from layercrit.models.model import Model, structure
-from layercrit.models.sources import ModelSource, explained, model_source, written
+from layercrit.models.sources import OWN_NETWORK, ModelSource, explained, model_source, written
 from layercrit.probes.images import Interpolation, Preprocessing
 from layercrit.seeds import drawing
 
@@ -36,7 +36,8 @@ class _Timm(ModelSource):
 
         architecture, _, tag = rest.partition(".")
         if not timm.is_model(architecture):
-            raise ModelError(f"timm has no model {architecture!r}. {near(architecture, timm.list_models())}")
+            there = near(architecture, timm.list_models())
+            raise ModelError(f"timm has no model {architecture!r}. {there} {OWN_NETWORK}")
         published = timm.list_pretrained(f"{architecture}.*")
         if tag and rest not in published:
             raise ModelError(f"timm has no weights {rest!r}. {near(rest, published)}")
@@ -144,7 +145,7 @@ class _Torchvision(ModelSource):
         name, _, weights_name = rest.partition(":")
         known = models.list_models(module=models)
         if name not in known:
-            raise ModelError(f"torchvision has no classifier {name!r}. {near(name, known)}")
+            raise ModelError(f"torchvision has no classifier {name!r}. {near(name, known)} {OWN_NETWORK}")
         pretrained = options.pop("pretrained", True) and weights_name != "none"
         weights = _torchvision_weights(name, weights_name)
         seed = options.pop("seed", 0)

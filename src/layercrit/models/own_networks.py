@@ -128,7 +128,8 @@ class _Factories(ModelSource):
         _check_plain(name, network)
         architecture = f"{name}{written(options)}"
         if not switch and pretrained:
-            return _described(name, architecture, network, None, _ONLY_GIVEN)
+            why = f"none: {name} has no parameter `pretrained`, with which it could be asked for an untrained network"
+            return _described(name, architecture, network, None, why)
         build = partial(factory, **options, pretrained=False) if switch else call
         return _described(name, architecture, network, build, f"{rest}{written(build.keywords)}")
 

@@ -15,16 +15,21 @@ from layercrit.registry import Registry
 
 __all__ = [
     "MODEL_SOURCES",
+    "OWN_NETWORK",
     "ModelSource",
     "Progress",
     "explained",
     "model_source",
     "open_reference",
     "parse",
+    "short_name",
     "with_input",
     "with_output",
     "written",
 ]
+
+OWN_NETWORK = "A network of your own is py:MODULE:FUNCTION; for weights in a file, '?arch=py:MODULE:FUNCTION'."
+"""What errors about an architecture that is not found suggest."""
 
 Progress = Callable[[str, int, int | None], object]
 """Called with the name of a file, how many bytes have arrived, and how many there are if the server says so."""
@@ -75,6 +80,8 @@ class _Function(ModelSource):
 
 MODEL_SOURCES = Registry[ModelSource]("kind of model", ModelError, "layercrit.model_sources")
 """All kinds of model references, filled by `model_source` and by installed plug-ins."""
+
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".th", ".ckpt", ".bin", ".tar")  # ends of the names of weight files
 
 _Source = TypeVar("_Source", bound=Callable[[str, dict[str, Any]], Model] | type[ModelSource])
 
@@ -149,6 +156,17 @@ def parse(reference: str) -> tuple[ModelSource, str, dict[str, Any]]:
     return MODEL_SOURCES[kind], rest, options
 
 
+def short_name(reference: str) -> str:
+    """Return what figures and tables call a model: of a file its name, without folders; of others no input settings."""
+    name, _, query = reference.partition("?")
+    if name.startswith("file:") and (last := Path(name.removeprefix("file:")).name):
+        while (suffix := Path(last).suffix) in _WEIGHTS and suffix != last:
+            last = last.removesuffix(suffix)
+        return last
+    kept = [one for one in query.split("&") if one and one.partition("=")[0] not in ("mean", "std", "input_size")]
+    return f"{name}?{'&'.join(kept)}" if kept else name
+
+
 def _path_cut_at_its_question_mark(text: str) -> str | None:
     """The file or folder with a question mark in its name that a reference without its kind means, if there is one."""
     marks = [place for place, letter in enumerate(text) if letter == "?"]
@@ -169,7 +187,7 @@ def _unknown_reference(reference: str, name: str, kind: str) -> str:
     if ":" in name:
         return f"{text} {MODEL_SOURCES.hint(kind)}"
     if Path(name).expanduser().exists():
-        return f"{text} Did you mean 'file:{name}?arch=timm:NAME'?"
+        return f"{text} Did you mean 'file:{name}?arch=timm:NAME'? {OWN_NETWORK}"
     import timm
 
     return f"{text} Did you mean 'timm:{name}'?" if timm.is_model(name.partition(".")[0]) else text

@@ -104,6 +104,10 @@ class Preprocessing:
         pixels = np.asarray(self._converted(image)).reshape(self.height, self.width, self.channels)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (channels, height, width)
 
+    def keeps(self, height: int, width: int) -> bool:
+        """Whether images of this size are shown as they are, neither resized nor cropped."""
+        return (height, width) == self._size_after(height, width) == (self.height, self.width)
+
     def _converted(self, image: Image.Image) -> Image.Image:
         if image.mode == "F":
             raise ValueError("its pixels are floats, whose range no image format defines")
@@ -116,18 +120,21 @@ class Preprocessing:
         return image if image.mode == mode else image.convert(mode)
 
     def _resized(self, image: Image.Image) -> Image.Image:
-        if self.resize is None:
-            return image
-        if isinstance(self.resize, tuple):
-            height, width = self.resize
-        else:
-            longer = int(self.resize * max(image.size) / min(image.size))  # rounded down, as torchvision does
-            height, width = (longer, self.resize) if image.height >= image.width else (self.resize, longer)
+        height, width = self._size_after(image.height, image.width)
         if height * width > min(LARGEST_IMAGE // 4, Image.MAX_IMAGE_PIXELS or LARGEST_IMAGE):
             raise ValueError(f"{image.height} x {image.width} pixels would be resized to {height} x {width}")
         if (width, height) == image.size:
             return image
         return image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+
+    def _size_after(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size to which an image of this size is resized."""
+        if self.resize is None:
+            return height, width
+        if isinstance(self.resize, tuple):
+            return self.resize
+        longer = int(self.resize * max(height, width) / min(height, width))  # rounded down, as torchvision does
+        return (longer, self.resize) if height >= width else (self.resize, longer)
 
     def _cropped(self, pixels: Pixels) -> Pixels:
         """Return the centre of ``pixels (height, width, channels)``, with zeros around it where it is too small."""

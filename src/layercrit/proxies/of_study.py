@@ -14,6 +14,7 @@ from scipy.special import stdtrit
 
 from layercrit.conditions import under
 from layercrit.correlations import spearman
+from layercrit.counts import counted
 from layercrit.errors import LayercritError, StudyError, near
 from layercrit.foreign_text import encodable, write_csv
 from layercrit.models.file_source import epochs_of, training_run
@@ -96,7 +97,7 @@ class StudyProxies:
     @property
     def sentence(self) -> str:
         """Which proxies beat the best null, in words."""
-        return f"Over {len(self.agreements)} models: {verdict(self.table, self.best_null, self.level)}"
+        return f"Over {counted(len(self.agreements), 'model')}: {verdict(self.table, self.best_null, self.level)}"
 
     def plot(self) -> "Figure":
         """Return the figure: Spearman of each proxy in each model, and its mean."""

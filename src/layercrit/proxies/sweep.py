@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from layercrit.counts import counted
 from layercrit.donors import Donor
 from layercrit.engine.layer_gradients import ImageGradients, LayerGradients, OutputChange
 from layercrit.engine.subject import Subject
@@ -246,7 +247,9 @@ class Sweep:
         for name in found.keys() & {"fisher", "first_order", "gauss_newton", "second_order"}:
             bad = ~np.isfinite(found[name]).all(axis=tuple(range(1, found[name].ndim)))
             if names := [self._subject.layers[row].name for row in np.flatnonzero(bad & applies)]:
-                self.notes.append(f"{PROXIES[name].label} is not finite for {len(names)} layers, such as {names[0]}")
+                self.notes.append(
+                    f"{PROXIES[name].label} is not finite for {counted(len(names), 'layer')}, such as {names[0]}"
+                )
             found[name][bad] = np.nan
         return found
 

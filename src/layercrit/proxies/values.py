@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from layercrit.attacks import split_attack
+from layercrit.counts import counted
 from layercrit.donors import read_donor
 from layercrit.engine.subject import Subject
 from layercrit.errors import LayercritError, ProtocolError
@@ -23,6 +24,7 @@ from layercrit.foreign_text import encodable, write_csv
 from layercrit.measurement import Measurement
 from layercrit.measuring import draw_images, opened_subject
 from layercrit.models.model import Model
+from layercrit.models.sources import short_name
 from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
@@ -99,7 +101,7 @@ class Proxies:
             exact,
             images=self.record["probe_set"]["sha256"],
             seeds=self.record["trial_seeds"],
-            title=self.record["model"]["reference"],
+            title=short_name(self.record["model"]["reference"]),
             k=k,
             level=float(level),
             n_resamples=n_resamples,
@@ -129,7 +131,7 @@ class Proxies:
     def __repr__(self) -> str:
         return (
             f"<Proxies of {self.record['model']['reference']}: {len(self.samples)} of {len(self.about)} layers, "
-            f"{self.record['probe_set']['n_images']} images, {self.record['labels']}>"
+            f"{counted(self.record['probe_set']['n_images'], 'image')}, {self.record['labels']}>"
         )
 
     def _exact_of(self, measured: "Measurement | str | Path") -> Exact:

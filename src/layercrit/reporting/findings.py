@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from layercrit.comparison import Comparison
+from layercrit.counts import counted
 from layercrit.errors import StudyError
 
 __all__ = ["Trend", "describe_family", "trends_of"]
@@ -148,11 +149,11 @@ def describe_family(comparison: Comparison, budgets: Mapping[str, tuple[str, flo
         f"{baselines.max() - baselines.min():.3f} apart: smaller differences are within seed noise."
     )
     lines = [
-        f"{len(models)} models of one architecture, {len(comparison.layers)} layers. {yardstick}",
+        f"{counted(len(models), 'model')} of one architecture, {counted(len(comparison.layers), 'layer')}. {yardstick}",
         "",
         *(f"- {trend.sentence()}" for trend in trends),
         f"- Accuracy and mean criticality: Spearman's rho {all_models['statistic']:+.2f} "
-        f"(p = {all_models['pvalue']:.2g}, {int(all_models['n'])} models).",
+        f"(p = {all_models['pvalue']:.2g}, {counted(int(all_models['n']), 'model')}).",
         "",
         "What this does not show: the networks are small, trained for a few epochs (recipes are made for hundreds) on "
         "one data set of 28 x 28 grey images, and each method but the baseline has one training seed, so a difference "

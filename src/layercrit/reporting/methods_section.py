@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from layercrit.counts import counted
 from layercrit.errors import ProtocolError
 from layercrit.foreign_text import visible
 from layercrit.intervals import excluded_share
@@ -56,13 +57,13 @@ def methods_section(measurement: Measurement) -> str:
     one = _GROUPS[protocol["group"]]
     sets = protocol.get("sets", "each")
     what = _SETS[sets].format(one) if isinstance(sets, str) else f"of each of {len(layers)} sets of {one}s"
-    counted = "layers" if sets == "each" else "sets of layers"
+    units = counted(len(layers), "layer") if sets == "each" else f"{counted(len(layers), 'set')} of layers"
     size = images["preprocessing"]
     sentences = [
-        f"We measured the criticality of {len(layers)} {counted} of {visible(record['model']['reference'])} with "
+        f"We measured the criticality of {units} of {visible(record['model']['reference'])} with "
         f"layercrit {version}: the parameters {what} in turn were replaced by {values}, and criticality is 1 minus the "
         "cosine similarity of the softmax outputs before and after, averaged over trials (draws) and images.",
-        f"The network was shown {images['n_images']:,} images drawn at random (seed {images['seed']}) from "
+        f"The network was shown {counted(images['n_images'], 'image')} drawn at random (seed {images['seed']}) from "
         f"{_source(images['source'])}, of {size['height']} x {size['width']} pixels.",
         *_about_statistics(record),
         *_about_trials(measurement, summary),
@@ -102,7 +103,7 @@ def _about_trials(measurement: Measurement, summary: dict[str, Any]) -> list[str
     if not measurement.record["random_trials"]:
         return ["The reset is not random, so one trial was run."]
     if plan is None:
-        return [f"Each layer was reset in {counts.max()} trials, each with a draw of its own."]
+        return [f"Each layer was reset in {counted(counts.max(), 'trial')}, each with a draw of its own."]
     several = f"{counts.min()} to {counts.max()} (median {counts.median():g})"
     numbers = f"{counts.min()}" if counts.min() == counts.max() else several
     sentences = [
@@ -110,7 +111,7 @@ def _about_trials(measurement: Measurement, summary: dict[str, Any]) -> list[str
         "criticality varies between trials and between images; from this the numbers of images and of trials were "
         f"fixed, once, such that the {100 * plan.level:g}% interval of every layer has a half-width of "
         f"{plan.half_width:.2g} (Stein's two-stage procedure, 1945). This took {numbers} trials a layer on "
-        f"{plan.n_images:,} images."
+        f"{counted(plan.n_images, 'image')}."
     ]
     if missed := summary["precision"]["not_reached"]:
         widths = measurement.to_pandas().set_index("layer")["half_width"]

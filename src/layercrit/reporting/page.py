@@ -17,6 +17,7 @@ from typing import Any
 
 from layercrit.comparison import Comparison
 from layercrit.conditions import STATISTICS_IN_WORDS, Condition
+from layercrit.counts import counted
 from layercrit.differences import compared_differences
 from layercrit.epoch_map import EpochMap
 from layercrit.errors import StudyError
@@ -226,11 +227,12 @@ def _zipped(data: bytes) -> str:
 
 def _facts(study: Study, comparison: Comparison) -> str:
     n_images = study.of_reset(comparison.reset)["n_images"].max()
-    images = "" if math.isnan(n_images) else f" on {int(n_images):,} images"
+    images = "" if math.isnan(n_images) else f" on {counted(int(n_images), 'image')}"
     against = f"; differences are relative to {comparison.baseline}" if comparison.baseline else ""
+    common = " in common" if len(comparison.models) > 1 else ""
     return (
-        f"{len(comparison.models)} models, {len(comparison.layers)} layers, {comparison.origin['trials']} trials of "
-        f"the reset {comparison.reset}{images}{against}"
+        f"{counted(len(comparison.models), 'model')}, {counted(len(comparison.layers), 'layer')}{common}, "
+        f"{counted(comparison.origin['trials'], 'trial')} of the reset {comparison.reset}{images}{against}"
     )
 
 

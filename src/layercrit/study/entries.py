@@ -15,7 +15,7 @@ from layercrit.conditions import STATISTICS_IN_WORDS
 from layercrit.errors import StudyError, near
 from layercrit.foreign_text import unguarded
 from layercrit.models.file_source import training_run, weight_file
-from layercrit.models.sources import MODEL_SOURCES
+from layercrit.models.sources import MODEL_SOURCES, OWN_NETWORK
 from layercrit.models.zoo.fetching import find_entries
 from layercrit.resets import Reset
 
@@ -226,7 +226,7 @@ def _timm_names(name: str) -> list[str]:
         return list(found)
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
-        raise StudyError(f"timm has no model {name!r}. {near(architecture, timm.list_models())}")
+        raise StudyError(f"timm has no model {name!r}. {near(architecture, timm.list_models())} {OWN_NETWORK}")
     tags = [known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", pretrained=True)]
     tag = name.partition(".")[2]
     if tag and tag not in tags:

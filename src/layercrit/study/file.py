@@ -29,10 +29,11 @@ their types, defaults and meanings, are declared in `layercrit.study.schema`.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from layercrit.counts import counted
 from layercrit.declarations import Declaration, read_table
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.donors import is_reference
@@ -91,6 +92,7 @@ class StudyFile:
         further_images: further probe sets.
         norm_statistics: what becomes of running statistics beside a reset, each of which is measured.
         epochs: of training runs that are measured beside the final weights.
+        says_input_size: whether the file gives the size of the images; else it is the default.
     """
 
     name: str
@@ -111,6 +113,7 @@ class StudyFile:
     further_images: tuple[Images, ...] = ()
     norm_statistics: tuple[str, ...] = (DEFAULTS.norm_statistics,)
     epochs: Literal["all"] | tuple[int, ...] = ()
+    says_input_size: bool = field(default=True, compare=False)  # what is written with everything resolved does
 
     @property
     def images(self) -> tuple[Images, ...]:
@@ -230,6 +233,7 @@ class _Reader:
             norm_statistics=tuple(statistics),
             epochs=protocol.epochs if protocol.epochs == "all" else tuple(protocol.epochs),
             preprocessing=preprocessing,
+            says_input_size="input_size" in images.model_fields_set,
             protocol=settings,
             resets=tuple(reset.name for reset in known),
             distances=tuple(dict.fromkeys(["cosine", *distances])),
@@ -259,7 +263,7 @@ class _Reader:
             shown = "\n".join(f"  - {mistake}" for mistake in self.mistakes[:_LISTED])
             more = len(self.mistakes) - _LISTED
             raise StudyError(
-                f"{self.path} has {len(self.mistakes)} mistake{'s' * (len(self.mistakes) > 1)}:\n{shown}"
+                f"{self.path} has {counted(len(self.mistakes), 'mistake')}:\n{shown}"
                 + (f"\n  ... and {more} more" if more > 0 else "")
             )
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from layercrit.counts import counted
 from layercrit.figures.rankings import ranking
 from layercrit.notebook_html import Column, result_html
 
@@ -58,7 +59,7 @@ def study_html(
         "images": f"{probe_set['n_images']:,} of {probe_set['source']}" if probe_set else "",
         "warnings": " ".join(warnings),
     }
-    heading = f"{len(own)} models" + (f", reset {resets[0]}" if len(resets) > 1 else "")
+    heading = counted(len(own), "model") + (f", reset {resets[0]}" if len(resets) > 1 else "")
     measured = own["criticality"].notna().any()
     figure = ranking(own, baseline=baseline if baseline in set(own["model"]) else None) if measured else None
     return result_html(name, facts, heading, own, _COLUMNS, figure)

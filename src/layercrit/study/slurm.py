@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from layercrit.counts import counted
 from layercrit.errors import StudyError, shown
 from layercrit.locks import hold, write_whole
 from layercrit.study.file import read_study_file
@@ -122,7 +123,7 @@ def _refuse_second(folder: Path) -> None:
         more = f" and {len(alive) - _LISTED} more" if len(alive) > _LISTED else ""
         numbers = " ".join(dict.fromkeys(job.job.partition("_")[0] for job in alive))
         raise StudyError(
-            f"The study in {folder} has {len(alive)} job{'s' * (len(alive) > 1)} at SLURM: {named}{more}. Watch them "
+            f"The study in {folder} has {counted(len(alive), 'job')} at SLURM: {named}{more}. Watch them "
             f"with `layercrit study status {shlex.quote(str(folder))}`, or end them with `scancel {numbers}` and "
             "submit again."
         )

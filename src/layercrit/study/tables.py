@@ -14,6 +14,7 @@ import pandas as pd
 from layercrit.cell_columns import NOT_REACHED
 from layercrit.comparison import Comparison, compare
 from layercrit.conditions import Condition, conditions_of
+from layercrit.counts import counted
 from layercrit.errors import LayercritError, ProbeError, StudyError, near
 from layercrit.image_groups import Layers, by_correctness, by_group, by_image, extreme_images
 from layercrit.layer_table import estimate_columns, layer_table
@@ -265,8 +266,9 @@ class Study:
         return conditions_of(self.models)
 
     def __repr__(self) -> str:
-        cells = f"{len(self.cells)} cells" + f", {len(self.failures)} failed trials" * bool(self.failures)
-        return f"<Study {self._name}: {len(self.models)} models, {cells}>"
+        failed = f", {counted(len(self.failures), 'failed trial')}" if self.failures else ""
+        n_models, n_cells = counted(len(self.models), "model"), counted(len(self.cells), "cell")
+        return f"<Study {self._name}: {n_models}, {n_cells}{failed}>"
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: facts, the ranking of the models, and their table."""

@@ -142,7 +142,7 @@ class _Opened:
         (images,) = (images for images in study.images if images.name == entry.probe_set)
         self._labels = images.labels
         self._entry = entry
-        self._model, notes = _open_model(entry, study.preprocessing)
+        self._model, notes = _open_model(entry, study)
         self.probe_set = shown_images(probe_set, images, self._model, folder, device)
         self.subject = self._subject_of(reset)
         self._flops, self._flops_after = self.subject.flops
@@ -393,12 +393,15 @@ def _cells(
     return cells
 
 
-def _open_model(entry: ModelEntry, size: Preprocessing) -> tuple[Model, list[str]]:
-    """Return a model for pixels of this size, with notes if its own evaluation uses others or is not known."""
+def _open_model(entry: ModelEntry, study: StudyFile) -> tuple[Model, list[str]]:
+    """Return a model for the study's pixels, with notes if its own evaluation uses others or is not known."""
+    size = study.preprocessing
     shape = (size.channels, size.height, size.width)
     own = open_model(entry.reference, input_size=None if size.channels == 3 else shape)
-    model = replace(open_model(own, input_size=shape), preprocessing=size, undeclared=own.undeclared)
-    notes = [model.undeclared_in_words("the study's input_size")]
+    declared = {"input_size"} if study.says_input_size else set()
+    undeclared = tuple(name for name in own.undeclared if name not in declared)
+    model = replace(open_model(own, input_size=shape), preprocessing=size, undeclared=undeclared)
+    notes = [model.undeclared_in_words("the default of study files, [images] input_size")]
     if "input_size" not in own.undeclared and size not in (own.preprocessing, _without_resize(own.preprocessing)):
         notes.append(f"its own evaluation differs from the study's pixels: {_in_words(own.preprocessing)}")
     return model, [note for note in notes if note is not None]

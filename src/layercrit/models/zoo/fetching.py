@@ -23,6 +23,7 @@ from filelock import FileLock
 from torch import Tensor
 
 import layercrit.models.hubs  # noqa: F401 - it registers the kinds of references that name the architectures
+from layercrit.counts import counted
 from layercrit.errors import CheckpointError, ModelError, ZooError, near
 from layercrit.foreign_files import read_json
 from layercrit.machine import versions
@@ -101,8 +102,8 @@ def _read(entry: ZooEntry, paths: Sequence[str | Path]) -> list[Checkpoint]:
     if len(paths) != len(entry.files):
         wanted = "\n".join(f"  {file.address}" for file in entry.files)
         raise CheckpointError(
-            f"zoo:{entry.id} consists of {len(entry.files)} file(s), but {len(paths)} were given. Give the files "
-            f"from these addresses, in this order:\n{wanted}"
+            f"zoo:{entry.id} consists of {counted(len(entry.files), 'file')}, but {len(paths)} were given. Give the "
+            f"files from these addresses, in this order:\n{wanted}"
         )
     return [read_checkpoint(path, file.key) for path, file in zip(paths, entry.files, strict=True)]
 

@@ -1,8 +1,7 @@
 // Maps over epochs: layers that go back to an epoch, and fresh draws in the network after each.
-import { $, choose, D, known, mean, N_LAYERS, shownTables } from "./data.js";
-import { layerMap } from "./heatmap.js";
-import { draw } from "./plots.js";
-import { drawTable, escaped, interval, percent, share } from "./texts.js";
+import { $, D, known } from "./data.js";
+import { drawLayerMap } from "./heatmap.js";
+import { escaped, interval, percent, share } from "./texts.js";
 
 const ABOUT = {
   rewound:
@@ -19,7 +18,6 @@ export function prepareEpochs() {
   $("epochs").hidden = $("epochs-link").hidden = !D.epochs.length;
   $("epochs-map").append(...D.epochs.map(({ label, kind }, i) => new Option(`${label}: ${TITLES[kind]}`, i)));
   $("epochs-map").onchange = drawEpochs;
-  $("epochs-details").ontoggle = drawEpochsTable;
 }
 
 export function drawEpochs() {
@@ -31,27 +29,8 @@ export function drawEpochs() {
   const written = (row, i) =>
     `<b>${escaped(rows[row].name)}</b><br>${escaped(D.layers[i].name)}<br>criticality: ` +
     `${share(criticality[row][i])}<br>${100 * D.level}% interval: ${interval(low[row][i], high[row][i])}`;
-  $("epochs-plot").style.width = `max(100%, ${14 * N_LAYERS + 300}px)`;
-  const { traces, layout } = layerMap(texts, criticality, written);
-  draw("epochs-plot", traces, layout, (point) => choose({ layer: point.x }));
-  shownTables.epochs = {
-    rows: rows.map((_, i) => i),
-    columns: [
-      { name: "row", head: "row", of: (row) => rows[row].name },
-      { name: "accuracy", head: "accuracy (%)", of: (row) => rows[row].accuracy, written: percent },
-      { name: "mean", head: "mean over layers", of: (row) => mean(criticality[row]), written: share },
-      ...D.layers.map(({ name, label }, i) => ({
-        name,
-        head: label,
-        of: (row) => criticality[row][i],
-        written: share,
-      })),
-    ],
-  };
-  drawEpochsTable();
-}
-
-function drawEpochsTable() {
-  if (!$("epochs-details").open || !D.epochs.length) return;
-  drawTable($("epochs-table"), "Criticality by epoch (rows) and layer (columns)", shownTables.epochs);
+  drawLayerMap("epochs", texts, criticality, written, "Criticality by epoch (rows) and layer (columns)", [
+    { name: "row", head: "row", of: (row) => rows[row].name },
+    { name: "accuracy", head: "accuracy (%)", of: (row) => rows[row].accuracy, written: percent },
+  ]);
 }

@@ -6,6 +6,7 @@ import {
   hover,
   LAYER_TICKS,
   layerAxis,
+  readableOn,
   roomBelow,
   stageLines,
   ticks,
@@ -48,8 +49,9 @@ export function drawMap() {
   const rows = visible();
   $("map-plot").style.width = `max(100%, ${14 * N_LAYERS + 300}px)`;
   $("map-about").textContent =
-    `${measure.about} Values are in percent; next to the names: ${D.accuracy} accuracy (%). Right column: mean over ` +
-    "layers; bottom row: mean over the models shown. Click a square or a name to see its layer and model below.";
+    `${measure.about} The numbers in the right column, means over layers, are in percent: 62 stands for 0.62. Next to ` +
+    `the names: ${D.accuracy} accuracy (%). Bottom row: mean over the models shown. ${aboutLabels()} Click a square or ` +
+    "a name to see its layer and model below.";
   const drawn = draw("map-plot", mapTraces(measure, rows), mapLayout(rows), (point) =>
     choose({
       layer: point.data.xaxis === "x2" ? state.layer : point.x,
@@ -103,12 +105,21 @@ function mapTraces(measure, rows) {
     x: [0],
     y,
     xaxis: "x2",
-    text: modelMeans.map((value) => [written(value)]),
-    texttemplate: "%{text}",
-    textfont: { size: 10 },
-    hovertext: rows.map((row, i) => [
-      `<b>${escaped(D.models[row].label)}</b><br>mean over layers: ${share(modelMeans[i])}`,
-    ]),
+    text: rows.map((row, i) => [`<b>${escaped(D.models[row].label)}</b><br>mean over layers: ${share(modelMeans[i])}`]),
+  };
+  // Plotly's own choice of black or white is not the one of more contrast
+  const numbers = {
+    type: "scatter",
+    mode: "text",
+    x: rows.map(() => 0),
+    y,
+    xaxis: "x2",
+    text: modelMeans.map(written),
+    textfont: {
+      size: 11,
+      color: modelMeans.map((value) => readableOn(one.colorscale, (value - zmin) / (zmax - zmin))),
+    },
+    hoverinfo: "skip",
   };
   const below = {
     z: [layerMeans],
@@ -119,7 +130,7 @@ function mapTraces(measure, rows) {
       D.layers.map(({ name }, i) => `<b>${escaped(name)}</b><br>mean over the models shown: ${share(layerMeans[i])}`),
     ],
   };
-  return [cells, beside, below].map((trace) => ({ ...one, ...trace }));
+  return [...[cells, beside, below].map((trace) => ({ ...one, ...trace })), numbers];
 }
 
 function mapLayout(rows) {
@@ -138,7 +149,15 @@ function mapLayout(rows) {
     height: margin.t + inner + margin.b,
     margin,
     xaxis: { ...layerAxis(), domain: [0, 0.955], range: [-0.5, N_LAYERS - 0.5], anchor: "y2" },
-    xaxis2: { ...ticks([BESIDE]), ...LAYER_TICKS, domain: [0.962, 1], anchor: "y2" },
+    xaxis2: {
+      ...ticks([BESIDE]),
+      ...LAYER_TICKS,
+      domain: [0.962, 1],
+      range: [-0.5, 0.5],
+      anchor: "y2",
+      showgrid: false,
+      zeroline: false,
+    },
     yaxis: {
       ...ticks(names),
       ...name,
@@ -150,6 +169,13 @@ function mapLayout(rows) {
     yaxis2: { ...ticks([BELOW]), ...name, domain: [0, ROW / inner] },
     shapes: stageLines(),
   };
+}
+
+// What the short names of layers mean, by the first that differs from the whole name.
+function aboutLabels() {
+  const short = D.layers.filter(({ name, label }) => name !== label);
+  const one = short.find(({ label }) => label.startsWith("[")) ?? short[0];
+  return one ? `Layer names are short: ${one.label} is ${one.name}.` : "";
 }
 
 // Let a click on a name beside or below the heat map choose what it names.
@@ -169,9 +195,27 @@ export function drawMapTable() {
   drawTable($("map-table"), caption, shownTables.map);
 }
 
-// A heat map of criticality with the layers as columns: traces and layout. `texts` name its rows, `hoverOf` a row and a
-// layer says what is written over a square.
-export function layerMap(texts, criticality, hoverOf) {
+// Draw a heat map of criticality with the layers as columns, and fill the table below it. `id` is that of the section,
+// `texts` name its rows, `hoverOf` a row and a layer says what is written over a square; the table has `columns` of each
+// row, given its number, before those of the layers.
+export function drawLayerMap(id, texts, criticality, hoverOf, caption, columns) {
+  const { traces, layout } = layerMap(texts, criticality, hoverOf);
+  $(`${id}-plot`).style.width = `max(100%, ${14 * N_LAYERS + 300}px)`;
+  draw(`${id}-plot`, traces, layout, (point) => choose({ layer: point.x }));
+  const ofLayers = D.layers.map(({ name, label }, i) => ({
+    name,
+    head: label,
+    of: (row) => criticality[row][i],
+    written: share,
+  }));
+  const ofMean = { name: "mean", head: "mean over layers", of: (row) => mean(criticality[row]), written: share };
+  shownTables[id] = { rows: texts.map((_, i) => i), columns: [...columns, ofMean, ...ofLayers] };
+  const table = () => $(`${id}-details`).open && drawTable($(`${id}-table`), caption, shownTables[id]);
+  $(`${id}-details`).ontoggle = table;
+  table();
+}
+
+function layerMap(texts, criticality, hoverOf) {
   const margin = { ...MARGIN, l: 24 + widest(texts, 11), b: roomBelow() };
   const cells = {
     ...SQUARES,

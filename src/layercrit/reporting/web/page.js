@@ -158,7 +158,8 @@ function setTheme(theme) {
 // --- table of models ------------------------------------------------------------------------------------------------
 
 function drawModels() {
-  const number = (name, head, written = share) => ({ name, head, of: (model) => model[name], written });
+  const number = (name, head, about, written = share) => ({ name, head, about, of: (model) => model[name], written });
+  const limit = `Limit of the ${100 * D.level}% interval of mean criticality.`;
   const columns = [
     { name: "model", of: (model) => model.name },
     { name: "label", head: "model", of: (model) => model.label },
@@ -168,15 +169,27 @@ function drawModels() {
       of: (model) => categoryOf(model).name,
       shown: (model) => categoryOf(model).label,
     },
-    number("accuracy", `${D.accuracy} accuracy (%)`, percent),
-    number("criticality", "mean criticality"),
-    number("low", "low"),
-    number("high", "high"),
-    number("criticality_matched", "temperature-matched"),
-    number("difference", "difference to the baseline", (value) => signed(value, 3)),
-    number("layers_that_differ", "layers significantly different from it (Holm, per model)", count),
-    number("top1_agreement", "top-1 agreement (%)", percent),
-    number("centre_of_mass", "centre of mass"),
+    number("accuracy", `${D.accuracy} accuracy (%)`, "Images named right, of 100, before any reset.", percent),
+    number("criticality", "mean criticality", "Mean over the layers that are compared: 0 to 1."),
+    number("low", "low", limit),
+    number("high", "high", limit),
+    number("criticality_matched", "temperature-matched", "Mean criticality where all models are equally confident."),
+    number("difference", "difference to the baseline", "Mean criticality minus the baseline's.", (value) =>
+      signed(value, 3),
+    ),
+    number(
+      "layers_that_differ",
+      "layers significantly different from it (Holm, per model)",
+      "Layers whose adjusted p-value is at most the level of the tests.",
+      count,
+    ),
+    number(
+      "top1_agreement",
+      "top-1 agreement (%)",
+      "Images, of 100, whose top-1 class a reset does not change.",
+      percent,
+    ),
+    number("centre_of_mass", "centre of mass", "Where criticality lies: 0 is the first layer, 1 the last."),
   ];
   shownTables.models = { rows: D.models, columns };
   const kept = columns.filter(({ of, shown }) => D.models.some((model) => known((shown ?? of)(model))));

@@ -76,6 +76,17 @@ export const stageLines = () =>
     return [{ type: "line", x0: i - 0.5, x1: i - 0.5, yref: "paper", y0: 0, y1: 1, layer: "above", line }];
   });
 
+// Black or white, whichever has more contrast to the colour at a share of a scale, by WCAG 2.2.
+export function readableOn(scale, share) {
+  const [, color] = scale[Math.round(Math.min(1, Math.max(0, share || 0)) * (scale.length - 1))];
+  const [red, green, blue] = [1, 3, 5].map((at) => {
+    const part = Number.parseInt(color.slice(at, at + 2), 16) / 255;
+    return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+  });
+  const luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  return (luminance + 0.05) ** 2 > 0.05 * 1.05 ? "#000000" : "#ffffff";
+}
+
 export function hover(measure, model, layer) {
   const lines = [
     `<b>${escaped(D.models[model].label)}</b>`,

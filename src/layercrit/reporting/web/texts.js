@@ -39,7 +39,8 @@ export function element(tag, properties, ...children) {
 // --- tables ---------------------------------------------------------------------------------------------------------
 
 // A table has rows, of any kind, and columns: `name` in the file, `of` a row its value there; and if the page shows it
-// too, `head` there, `shown` of a row where the page shows another value, and `written`, how its numbers are.
+// too, `head` there, `about` what it means, `shown` of a row where the page shows another value, and `written`, how its
+// numbers are.
 
 const onPage = ({ shown, of }, row) => (shown ?? of)(row);
 
@@ -52,6 +53,7 @@ export function drawTable(place, caption, { columns, rows }, sorted = null, asce
     const button = element("button", {
       type: "button",
       textContent: column.head + (column === sorted ? mark : ""),
+      title: column.about ?? "",
       onclick: () => {
         drawTable(place, caption, { columns, rows: ordered }, column, !(column === sorted && ascending));
         place.querySelectorAll("th button")[i].focus();

@@ -1,8 +1,8 @@
 // For whom a model's layers matter: by class of images, by right and wrong predictions, and by image.
-import { $, choose, D, known, mean, N_LAYERS, shownTables, state } from "./data.js";
-import { layerMap } from "./heatmap.js";
+import { $, choose, D, known, N_LAYERS, shownTables, state } from "./data.js";
+import { drawLayerMap } from "./heatmap.js";
 import { bars, draw, layerAxis, layerSize, stageLines, style } from "./plots.js";
-import { count, drawTable, element, escaped, interval, percent, share, short, signed } from "./texts.js";
+import { count, element, escaped, interval, percent, share, short, signed } from "./texts.js";
 
 const chosenWhom = () => D.whom[$("whom-model").value];
 
@@ -12,7 +12,6 @@ export function prepareWhom() {
   $("whom").hidden = $("whom-link").hidden = !some;
   $("whom-model").append(...D.whom.map(({ model }, i) => new Option(D.models[model].label, i)));
   $("whom-model").onchange = drawWhom;
-  $("whom-details").ontoggle = drawWhomTable;
 }
 
 export function drawWhom() {
@@ -28,38 +27,22 @@ function drawClasses({ model, of, classes, n_classes: all, criticality, low, hig
   $("whom-about").textContent =
     `Criticality of each layer of ${D.models[model].label} for the images of each class` +
     `${of === "label" ? "" : " that the trained network predicts"}. Classes with like rows are next to each other; ` +
-    `in brackets: images of the class.${few} Each interval is for its square alone: of many, some miss. ` +
+    `in brackets: how many images the class has.${few} Each interval is for its square alone: of many, some miss. ` +
     "Other models: layercrit report --model NAME.";
-  const texts = classes.map((one) => `${short(one.name, innerWidth < 600 ? 16 : 40)} (${one.n_images})`);
+  const texts = classes.map(({ name, n_images: n }) => {
+    const called = /^\d+$/.test(name) ? `class ${name}` : short(name, innerWidth < 600 ? 16 : 40);
+    return `${called} (${n} ${n === 1 ? "image" : "images"})`;
+  });
   const written = (row, i) =>
     `<b>${escaped(classes[row].name)}</b><br>${escaped(D.layers[i].name)}<br>criticality: ` +
     `${share(criticality[row][i])}<br>${100 * D.level}% interval: ${interval(low[row][i], high[row][i])}<br>` +
     `images: ${classes[row].n_images}` +
     (known(classes[row].accuracy) ? `, named right: ${percent(classes[row].accuracy)}%` : "");
-  $("whom-plot").style.width = `max(100%, ${14 * N_LAYERS + 300}px)`;
-  const { traces, layout } = layerMap(texts, criticality, written);
-  draw("whom-plot", traces, layout, (point) => choose({ layer: point.x }));
-  shownTables.whom = {
-    rows: classes.map((_, i) => i),
-    columns: [
-      { name: "class", head: "class", of: (row) => classes[row].name },
-      { name: "n_images", head: "images", of: (row) => classes[row].n_images, written: count },
-      { name: "accuracy", head: "named right (%)", of: (row) => classes[row].accuracy, written: percent },
-      { name: "mean", head: "mean over layers", of: (row) => mean(criticality[row]), written: share },
-      ...D.layers.map(({ name, label }, i) => ({
-        name,
-        head: label,
-        of: (row) => criticality[row][i],
-        written: share,
-      })),
-    ],
-  };
-  drawWhomTable();
-}
-
-function drawWhomTable() {
-  if (!$("whom-details").open || !D.whom.length) return;
-  drawTable($("whom-table"), "Criticality by class (rows) and layer (columns)", shownTables.whom);
+  drawLayerMap("whom", texts, criticality, written, "Criticality by class (rows) and layer (columns)", [
+    { name: "class", head: "class", of: (row) => classes[row].name },
+    { name: "n_images", head: "images", of: (row) => classes[row].n_images, written: count },
+    { name: "accuracy", head: "named right (%)", of: (row) => classes[row].accuracy, written: percent },
+  ]);
 }
 
 function drawRight({ correctness: found }) {
