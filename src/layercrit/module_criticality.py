@@ -26,7 +26,7 @@ from layercrit.module_paths import Allowed, Grid, ModulePaths
 from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
-from layercrit.provenance import versions_with
+from layercrit.provenance import about_session
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -242,7 +242,8 @@ def measure_module_criticality(
         paths.search(bar)
         if surface is not None:
             paths.complete(surface, bar)
-        record = {**_record(session, grid, paths, started), "surface": surface}
+        about = {"surface": surface, "seconds": round(time.perf_counter() - started, 3)}
+        record = {**_record(session, grid, paths), **about}
         return ModuleCriticality(paths.table(), paths.points(), record)
 
 
@@ -298,31 +299,17 @@ def _check_surface(surface: str | None, subject: Subject) -> None:
         raise LayerError(f"There is no module {surface!r} whose whole grid could be evaluated. {near(surface, names)}")
 
 
-def _record(session: Session, grid: Grid, paths: ModulePaths, started: float) -> dict[str, Any]:
+def _record(session: Session, grid: Grid, paths: ModulePaths) -> dict[str, Any]:
     """Return how it was measured, as plain data."""
-    subject = session.subject
-    model, predictions = subject.model, session.predictions
     return {
-        "model": encodable(model.reference),
-        "architecture": model.architecture,
-        "sha256": model.sha256,
-        "initial": subject.donor_in_words,
-        "probe_set": session.probe_set.to_dict(),
-        "n_images": session.probe_set.n_images,
+        **about_session(session),
+        "initial": session.subject.donor_in_words,
         "n_draws": paths.draws,
         "a": list(grid.a),
         "s": list(grid.s),
         "n_points_of_grid": len(grid.a) * len(grid.s),
         "loss": paths.loss,
         "allowed_loss": paths.allowed_loss,
-        "top1_accuracy": predictions.top1_accuracy,
         "level": paths.level,
         "covers": paths.covers,
-        "backend": session.holder.backend,
-        "dtype": session.holder.mode,
-        "device": str(subject.device),
-        "warnings": predictions.warnings(),
-        "notes": list(dict.fromkeys(session.notes)),
-        "versions": versions_with(models=[model.reference, model.architecture], images=[session.probe_set.source]),
-        "seconds": round(time.perf_counter() - started, 3),
     }

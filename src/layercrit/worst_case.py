@@ -21,7 +21,7 @@ from layercrit.models.model import Model
 from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
-from layercrit.provenance import versions_with
+from layercrit.provenance import about_session
 
 __all__ = ["OBJECTIVES", "WorstCase", "measure_worst_case"]
 
@@ -181,8 +181,9 @@ def measure_worst_case(
             "steps": steps,
             "step_size": size,
             "restarts": restarts,
+            "seconds": round(time.perf_counter() - started, 3),
         }
-        return WorstCase(pd.DataFrame(rows), {**_record(session, started), **about})
+        return WorstCase(pd.DataFrame(rows), {**about_session(session), **about})
 
 
 _WITHOUT_LABELS = (
@@ -230,24 +231,4 @@ def _row(found: Found) -> dict[str, Any]:
         "radius": found.radius,
         "norm": found.norm,
         "status": "ok" if found.reached else "no_norm",
-    }
-
-
-def _record(session: Session, started: float) -> dict[str, Any]:
-    """Return how it was measured, as plain data."""
-    model, predictions = session.subject.model, session.predictions
-    return {
-        "model": encodable(model.reference),
-        "architecture": model.architecture,
-        "sha256": model.sha256,
-        "probe_set": session.probe_set.to_dict(),
-        "n_images": session.probe_set.n_images,
-        "loss": predictions.loss,
-        "top1_accuracy": predictions.top1_accuracy,
-        "backend": session.holder.backend,
-        "device": str(session.subject.device),
-        "warnings": predictions.warnings(),
-        "notes": list(dict.fromkeys(session.notes)),
-        "versions": versions_with(models=[model.reference, model.architecture], images=[session.probe_set.source]),
-        "seconds": round(time.perf_counter() - started, 3),
     }
