@@ -100,6 +100,36 @@ def test_measure_module_criticality__quadratic_loss(left):
     assert found.summary()["loss"] == pytest.approx(0.1, rel=1e-4)
 
 
+class SharedQuadratic(nn.Module):
+    """As `Quadratic`, but half of theta's share of the loss comes from each of two modules that have it in common."""
+
+    def __init__(self, n, distance=0.0):
+        super().__init__()
+        self.one, self.other = nn.Linear(n, 1, bias=False), nn.Linear(n, 1, bias=False)
+        self.other.weight = self.one.weight
+        with torch.no_grad():
+            self.one.weight.fill_(1 + distance / n**0.5)
+
+    def forward(self, x):
+        loss = 0.1 + 0.25 * ((self.one.weight - 1).square().sum() + (self.other.weight - 1).square().sum())
+        other = torch.log(torch.expm1(loss)) + 0 * x.mean(dim=(1, 2, 3))
+        return torch.stack([torch.zeros_like(other), other], dim=1)
+
+
+def test_measure_module_criticality__modules_that_share_a_parameter_are_one():
+    """k parameters of one module, and not twice as many of two."""
+    k, d, allowed = 400, 4.0, 1.6
+    found = measure_module_criticality(
+        open_model(SharedQuadratic(k), output="logits"), pixels()[:4], initial=SharedQuadratic(k, d), labels=[0] * 4,
+        excess=allowed, draws=20, n_a=6, progress=False,
+    )  # fmt: skip
+    (row,) = found.to_pandas().to_dict("records")
+    assert (row["layer"], row["n_parameters"]) == ("one + other", k)
+    assert row["distance"] == pytest.approx(d, rel=1e-5)
+    assert row["module_criticality"] == pytest.approx(k * (d**2 / (2 * allowed) - 1), rel=0.03)
+    assert found.summary()["n_modules"] == 1
+
+
 def test_measure_module_criticality__initial_values_do_as_well():
     initial, network = trained()
     with torch.no_grad():

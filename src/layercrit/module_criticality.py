@@ -231,6 +231,7 @@ def measure_module_criticality(
     attack, images = split_attack(images)
     before = _initial(model, initial)
     with Bar(progress) as bar, opened_subject(model, images, labels, protocol, before) as subject:
+        subject.join_shared()
         _check_names(before, subject)
         _check_surface(surface, subject)
         probe_set = draw_images(images, subject, n_images, seed, attack, labels, classes, keep_images, bar)

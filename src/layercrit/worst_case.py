@@ -164,6 +164,7 @@ def measure_worst_case(
         raise ProbeError(_WITHOUT_LABELS.format("they were left out with labels='none'"))
     how, images = split_attack(images if attack is None else _attacked_source(attack, images))
     with Bar(progress) as bar, opened_subject(model, images, labels, protocol) as subject:
+        subject.join_shared()
         probe_set = draw_images(images, subject, n_images, seed, how, labels, classes, keep_images, bar)
         session = Session(protocol, subject, probe_set, ["cosine"], are_wanted(labels), bar)
         if objective == "loss" and session.labels is None:
