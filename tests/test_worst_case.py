@@ -105,7 +105,7 @@ def test_measure_worst_case__a_layer_that_the_output_ignores(network):
     assert table.loc["5", "worst_case"] > 0
 
 
-def test_measure_worst_case__a_layer_of_zeros(network):
+def test_measure_worst_case__a_layer_of_zeros(network, tmp_path):
     network = copy.deepcopy(network)
     with torch.no_grad():
         network[3].weight.zero_()
@@ -113,6 +113,8 @@ def test_measure_worst_case__a_layer_of_zeros(network):
     row = measured(network).to_pandas().set_index("layer").loc["3"]
     assert row["status"] == "no_norm"
     assert np.isnan(row["worst_case"])
+    alone = measured(network, layers="3")
+    assert [path.name for path in alone.save(tmp_path)] == ["worst-case.csv", "worst-case.json"]  # nothing to plot
 
 
 def test_measure_worst_case__small_changes_are_of_the_first_order(network):
@@ -347,6 +349,9 @@ def test_worst_case_command(network, tmp_path):
     assert values == pytest.approx(expected.to_pandas()["worst_case"].tolist())
     assert json.loads((tmp_path / "out" / "worst-case.json").read_text())["objective"] == "loss"
     assert list(pd.read_csv(tmp_path / "out" / "worst-case.csv")["worst_case"]) == pytest.approx(values)
+    assert {path.suffix for path in (tmp_path / "out").glob("worst-case.*")} == {".csv", ".json", ".png", ".svg"}
+    (axes,) = expected.plot().axes
+    assert axes.get_xlabel() == "rise of the loss, nats, mean over 24 images"
     without = invoke(*asked, "--overwrite", "--labels", "none", "--json")
     assert json.loads(without.stdout)["objective"] == "cosine"
     assert isinstance(invoke(*asked, "--overwrite", "--radius", "0").exception, ProtocolError)
