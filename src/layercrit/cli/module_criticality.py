@@ -144,8 +144,6 @@ def _show_study(study: str, found: "StudyModuleCriticality") -> None:
     print_table(shown)
     say()
     say("sums over modules: for ranking networks of one architecture, and no bound on anything")
-    for model, why in found.left_out.items():
-        say(f"left out: {model}: {why}", err=True)
 
 
 def _show(found: "ModuleCriticality") -> None:

@@ -192,8 +192,8 @@ class _Powers(Scale):
         return ""
 
     def tick(self, value: float) -> str:
-        """Return the value itself."""
-        return _short(10**value - 1)
+        """Return the value itself; 10 in place of 9, which no eye tells apart on the bar."""
+        return _short(10**value) if value else "0"
 
 
 def _short(value: float) -> str:
@@ -271,7 +271,7 @@ def _drawn(
     quantity = f"{shown(quantity)} ({scale.unit})" if scale.unit else shown(quantity)
     with figure_style():
         top = _band_width(title, quantity, missing)
-        grid = _grid(categories, ordered, layers, of_layer, squares, top, f"{scale.summary} over {rows}")
+        grid = _grid(categories, ordered, layers, of_layer, squares, top, scale.summary, rows)
         figure = Figure(figsize=grid.size, dpi=100)
         axes = figure.add_axes((0, 0, 1, 1), label="squares")
         axes.set_xlim(0, grid.size[0])
@@ -306,9 +306,11 @@ def _grid(
     stages: Sequence[str | None],
     squares: tuple[Squares, Squares, Squares],
     top: float,
-    layer_means: str,
+    summary: str,
+    over: str,
 ) -> _Grid:
     """Lay out the heat map; ``top`` is the width that title and colour bar need."""
+    layer_means = f"{summary} over {over}"
     n_models, n_layers = len(ordered), len(layers)
     height = min(max(_GRID_HEIGHT / n_models, _SQUARE_HEIGHTS[0]), _SQUARE_HEIGHTS[1])
     name_size = _name_size(height)
@@ -323,7 +325,8 @@ def _grid(
     accuracies = names_end + (0.14 + text_width("accuracy", _NOTE_SIZE)) * bool(ordered["accuracy"].notna().any())
     accuracies = max(accuracies, _MARGIN + text_width(layer_means, _NOTE_SIZE))
     left = accuracies + _GAP
-    means_width = squares[1].widest(number_size(0, 1, height)) + 0.08
+    heads = max(text_width(word, _NOTE_SIZE) for word in summary.split(" ", 1))
+    means_width = max(squares[1].widest(number_size(0, 1, height)) + 0.08, heads)
     apart = [before != after for before, after in pairwise(stages)]
     gaps = np.cumsum([0, *apart]) * _GROUP_GAP  # before each layer
     width = _square_width(left + gaps[-1] + _GAP + means_width + _MARGIN, n_layers, (squares[0], squares[2]))

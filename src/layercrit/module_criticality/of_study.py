@@ -177,15 +177,14 @@ def measure_study_module_criticality(
         asked = [_Asked.of_row(opened, row, start, where, n_images, settings) for row, start in rows]
         if not overwrite:
             _check_settings(asked)
-        with Bar(progress) as bar:
-            for model, why in without.items():
-                bar.say(f"{model}: left out: {why}")
+        _say_left_out(without, progress)
         failed = dict[str, str]()
         for one in asked:
             try:
                 one.measure(opened.folder, progress, settings)
             except LayercritError as error:
                 failed[one.row["model"]] = str(error)
+                _say_left_out({one.row["model"]: str(error)}, progress)
             about = {"left_out": {**without, **failed}}
             write_whole(where / _ABOUT, json.dumps(encodable(about), ensure_ascii=False))
         if len(failed) == len(asked):
@@ -337,6 +336,12 @@ def _check_settings(asked: Sequence[_Asked]) -> None:
                 "for now. Nothing was measured. Replace it with --overwrite (overwrite=True), or name another folder "
                 "with --out (folder=...)."
             )
+
+
+def _say_left_out(why: Mapping[str, str], progress: bool) -> None:
+    with Bar(progress) as bar:
+        for model, text in why.items():
+            bar.say(f"{model}: left out: {text}")
 
 
 def _folder_of(where: Path, model: str) -> Path:

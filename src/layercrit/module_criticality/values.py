@@ -41,7 +41,7 @@ ASKED = ("tolerance", "excess", "draws", "n_a", "n_s", "s_range", "layers", "typ
 
 _FILE = "module-criticality"
 _TEXTS = ("layer", "type", "edge", "status")
-_NUMBERS = ("module_criticality", "low", "high", "a", "s", "excess")  # that may be missing
+_WHOLE = ("n_parameters", "n_points")
 _DTYPES = ("reference", "float32")
 _WITHOUT_LABELS = (
     "Module criticality is about the loss, which needs labels, and {}. Give some with --labels (labels=...). Without "
@@ -363,9 +363,13 @@ def _record(session: Session, grid: Grid, paths: ModulePaths) -> dict[str, Any]:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    """Return a table as `write_csv` wrote it, bit for bit."""
-    texts: Any = dict.fromkeys(_TEXTS, str)
+    """Return a table as `write_csv` wrote it, bit for bit; empty where a number is NaN."""
     with open_regular(path) as file:
-        table = pd.read_csv(file, dtype=texts, keep_default_na=False, na_values=dict.fromkeys(_NUMBERS, ""),
-                            float_precision="round_trip")  # fmt: skip
-    return table.assign(**{name: table[name].map(unguarded) for name in _TEXTS if name in table})
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    columns: dict[str, Any] = {}
+    for name, cells in table.items():
+        if name in _TEXTS:
+            columns[str(name)] = [unguarded(cell) for cell in cells]
+        else:
+            columns[str(name)] = [int(cell) if name in _WHOLE else float(cell or "nan") for cell in cells]
+    return pd.DataFrame(columns)

@@ -481,7 +481,7 @@ def _ranking(tables: Tables) -> Drawn:
 
 @figure("module_criticality", on_page=True)
 def _module_criticality(tables: Tables) -> Drawn:
-    """Heat map of module criticality, as `layercrit module-criticality STUDY` measured it."""
+    """Heat map of models and modules, by module criticality."""
     values = load_study_module_criticality(tables.study).values(list(tables.models["model"]))
     if values.isna().all(axis=None):
         raise StudyError("None of the models that are compared has module criticality. Measure these: --models.")
