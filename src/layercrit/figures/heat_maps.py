@@ -227,7 +227,7 @@ def module_criticality_map(
         ProtocolError: a table is empty, lacks a column or contains a name twice, the two differ in their models, or a
             value is below 0.
     """
-    _check(values / (1 + values), models, "shares of themselves plus 1", 0)
+    _check(values, models, "numbers", 0, math.inf)
     powers = (1 + values.astype("float64")).map(math.log10)
     largest = float(np.nan_to_num(powers.to_numpy()).max())
     high = max(1.0, math.ceil(largest))
@@ -235,9 +235,9 @@ def module_criticality_map(
     return _drawn(powers, models, scale, title, "module criticality", layer_labels, stages)
 
 
-def _check(values: "pd.DataFrame", models: "pd.DataFrame", kind: str, low: float) -> None:
+def _check(values: "pd.DataFrame", models: "pd.DataFrame", kind: str, low: float, high: float = 1) -> None:
     check_models(models, ("model", "label", "category", "accuracy"))
-    check_values(values, models, kind, low)
+    check_values(values, models, kind, low, high)
 
 
 def _end(values: "pd.DataFrame") -> tuple[float, int]:

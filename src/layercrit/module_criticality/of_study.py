@@ -162,11 +162,12 @@ def measure_study_module_criticality(
 
     Examples:
         >>> import layercrit
-        >>> found = layercrit.measure_study_module_criticality(
-        ...     "layercrit-demo/study", n_images=20, draws=2, n_a=3, n_s=3, folder="modules-of-study"
-        ... )
-        >>> list(found.found)
-        ['baseline-epochs']
+        >>> study = layercrit.load_study("layercrit-demo/study")  # whose models kept no epoch 0
+        >>> try:
+        ...     layercrit.measure_study_module_criticality(study)
+        ... except layercrit.LayercritError as error:
+        ...     print(str(error)[:79])
+        The module criticality of 'baseline' cannot be measured, so nothing was: it is
     """
     opened = study if isinstance(study, Study) else load_study(study)
     rows, without = _with_initial(opened, models, probe_set, initial)
