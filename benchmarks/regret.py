@@ -286,7 +286,11 @@ class Kept:
 
     def rows(self, file: str = "accuracies.csv") -> pd.DataFrame:
         path = self.folder / file
-        found = pd.read_csv(path) if path.exists() else pd.DataFrame({"action": [], "order": [], "accuracy": []})
+        found = (
+            pd.read_csv(path, dtype={"knob": str})
+            if path.exists()
+            else pd.DataFrame({"action": [], "order": [], "accuracy": []})
+        )
         return found.assign(model=self.name)
 
     def added(self, action: str) -> dict[str, float]:
@@ -499,28 +503,30 @@ def evidence(results: dict[str, Any]) -> dict[str, str]:
     """Return what `layercrit.advice.ACTIONS` says of how good a guide criticality is."""
     rows = {(row["action"], row["order"]): row for row in results["rows"]}
 
-    def told(action: str, order: str, what: str) -> str:
-        own, before, chance = (rows[action, name] for name in (order, "nothing done", "random"))
+    def told(action: str, order: str, what: str, untouched: str = LAST) -> str:
+        own, before, chance = (rows[action, name] for name in (order, untouched, "random"))
         null = max((rows[action, name] for name in NULLS), key=lambda row: row["accuracy"])
-        gap = np.subtract(own["accuracies"], null["accuracies"])
-        low, high = interval(gap)
+        gap = [accuracy - null["accuracies"][model] for model, accuracy in own["accuracies"].items()]
+        low, high = interval(np.array(gap))
         judged = "was a better guide than" if low > 0 else "was a poorer guide than" if high < 0 else (
             "could not be told from")  # fmt: skip
         return (
             f"criticality {judged} {NULLS[null['order']]} where {what}: {100 * own['accuracy']:.1f} % accuracy "
-            f"against {100 * null['accuracy']:.1f} %, by chance {100 * chance['accuracy']:.1f} %, before it "
-            f"{100 * before['accuracy']:.1f} % (mean of {own['n_models']} networks)"
+            f"against {100 * null['accuracy']:.1f} %, by chance {100 * chance['accuracy']:.1f} %, "
+            f"{'before it' if untouched == LAST else 'with none frozen'} {100 * before['accuracy']:.1f} % "
+            f"({'mean of ' * (own['n_models'] > 1)}{own['n_models']} network{'s' * (own['n_models'] > 1)})"
         )
 
-    tuned = told("finetune", "criticality", "layers are fine-tuned on noisy images and all others frozen")
     pruned = [
-        told("prune-channels", "criticality per parameter", "channels are removed and nothing is trained afterwards"),
-        told("prune-weights", "criticality per parameter", "half of the weights of layers are set to 0"),
+        ("prune-channels", "channels are removed and nothing is trained afterwards"),
+        ("prune-train", "channels are removed and the network is trained for a moment afterwards"),
+        ("prune-weights", "half of the weights of layers are set to 0"),
     ]
+    frozen = "layers are frozen and all others fine-tuned on noisy images"
     return {
-        "freeze": f"only for freezing while the other layers are fine-tuned; {tuned}",
-        "finetune": tuned,
-        "prune": "; ".join(pruned),
+        "freeze": told("freeze", "criticality per parameter", frozen, ALL_TRAINED),
+        "finetune": told("finetune", "criticality", "layers are fine-tuned on noisy images and all others frozen"),
+        "prune": "; ".join(told(action, "criticality per parameter", what) for action, what in pruned),
         "quantise": told("quantise", "criticality per parameter", "half of the parameters are rounded to 4 bits"),
     }
 
