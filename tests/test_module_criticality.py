@@ -17,6 +17,7 @@ from layercrit.cli import cli
 from layercrit.errors import CheckpointError, LayercritError, LayerError, ModelError, ProbeError, ProtocolError
 from layercrit.models.references import open_model
 from layercrit.module_criticality import measure_module_criticality
+from layercrit.module_paths import ModulePaths
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.seeds import drawing, layer_seed, trial_seed
 from running_jobs import small_network
@@ -162,6 +163,18 @@ def test_measure_module_criticality__more_noise_than_the_grid_has(networks):
     assert set(none.to_pandas()["edge"]) == {"smallest s"}
     assert none.summary()["sum"] is None
     assert none.plot() is not None
+
+
+def test_measure_module_criticality__kept_points_are_not_evaluated_again(networks, tmp_path, monkeypatch):
+    kept = tmp_path / "points.json"
+    first = measured(networks, keep_points=kept, surface="3")
+    monkeypatch.setattr(ModulePaths, "_excesses", lambda *_: pytest.fail("it evaluated"))
+    again = measured(networks, keep_points=kept, surface="3")
+    pd.testing.assert_frame_equal(again.to_pandas(), first.to_pandas())
+    pd.testing.assert_frame_equal(again.points, first.points)
+    for other in ({"seed": 1}, {"level": 0.9}, {"n_s": 8}, {"initial": trained(seed=5)[0]}):
+        with pytest.raises(pytest.fail.Exception, match="it evaluated"):
+            measured(networks, keep_points=kept, **other)
 
 
 # --- the slow twin ----------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def images_and_layers(n_images: int, *, or_study: bool = False) -> Callable[[Cal
         click.option("--batch-size", default=str(DEFAULTS.batch_size), show_default=True, callback=number_or_auto),
         click.option("--device", default=DEFAULTS.device, show_default=True),
         click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
-                     help="Where to save. [default: layercrit-MODEL]"),
+                     help=f"Where to save. [default: layercrit-MODEL{', in the folder of a STUDY' * or_study}]"),
         click.option("--overwrite", is_flag=True, help="Replace the same kind of result in DIR."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout."),
     ]  # fmt: skip
