@@ -2,26 +2,34 @@
 
 python benchmarks/regret.py DIR [--models NAME,...] [--actions NAME,...] [--json FILE]
 
-For each network, of the bundled family or `resnet20` and `resnet56` of the folder of real inputs: its layers are put
-in order by criticality, by proxies, by chance (20 times) and by an oracle that does the action to each layer alone and
-looks at the loss; then the action is done to as many layers as make up the budget, and the accuracy that is left is
-measured on other images. Regret is the accuracy under the oracle's order minus that under another order; intervals are
-for new networks (Student's t over networks).
+For each network, of the bundled family or of the folder of real inputs (`resnet20`, `resnet56`, and
+`efficientnet-lite0`, whose weights are a package): its layers are put in order by criticality, by proxies, by chance
+(20 times) and by an oracle that does the action to each layer alone and looks at the loss; then the action is done to
+as many layers as make up the budget, and the accuracy that is left is measured on other images. Regret is the accuracy
+under the oracle's order minus that under another order; intervals are for new networks (Student's t over networks).
 
 Actions: `quantise` half of the parameters to 4 bits (torch's own rounding, symmetric, by output channel);
 `prune-weights` sets half of the weights of half of the parameters to 0 (torch.nn.utils.prune, smallest first);
 `prune-channels` removes half of the channels of layers that hold half of the parameters (Torch-Pruning, by magnitude);
-`finetune` trains layers that hold at most a quarter of the parameters on corrupted images, the rest frozen.
+`prune-train` does so and then trains the whole network for a moment; `finetune` trains layers that hold at most a
+quarter of the parameters on corrupted images, the rest frozen; `freeze` freezes layers that hold at least half of the
+parameters, and trains the rest on these images.
+
+Everything is kept in DIR as soon as it is measured, an order at a time, so that the same command goes on after an
+interruption. FILE gets the networks that are whole, beside those that it has; a network is whole in an action once
+all orders were followed.
 """
 
 import argparse
 import copy
-import importlib.util
+import importlib
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +53,34 @@ from layercrit.proxies import PROXIES, measure_proxies
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "real"
 CIFAR = {"resnet20": (3, "resnet20-12fca82f.th"), "resnet56": (9, "resnet56-4bfd9763.th")}
-N_RANDOM, TRIALS = 20, 5
-N_SELECT, N_TUNE = 500, 750  # images to put layers in order by, and to fine-tune on; the others measure accuracy
+N_RANDOM = 20
 SHIFT = "corrupt:gaussian_noise@5:"
 STEPS, BATCH, RATE = 40, 64, 1e-3
-BUDGETS = {"quantise": 0.5, "prune-weights": 0.5, "prune-channels": 0.5, "finetune": 0.25}
+BUDGETS = {
+    "quantise": 0.5,
+    "prune-weights": 0.5,
+    "prune-channels": 0.5,
+    "prune-train": 0.5,
+    "finetune": 0.25,
+    "freeze": 0.5,
+}
+BY_CHANNEL, SHIFTED = ("prune-channels", "prune-train"), ("finetune", "freeze")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many images layers are put in order by, how many are trained on, how many in all, and draws of the reset.
+
+    Accuracy is that on the images that are neither.
+    """
+
+    select: int = 500
+    tune: int = 750
+    total: int = 2000
+    trials: int = 5
+
+
+SIZES = {"efficientnet-lite0": Sizes(100, 300, 1000, 3)}  # of 224 x 224 pixels, and there are no more
 
 
 @dataclass
@@ -63,16 +94,16 @@ class Images:
         return Images(self.pixels[start:stop], self.labels[start:stop])
 
 
-def images_of(source: str, model: Model) -> Images:
-    """Return the first 2,000 images of a source in its order, which are the same for all sources made of it."""
-    probe_set = ProbeSet.from_source(source, model.preprocessing, n_images=2000, seed=0)
+def images_of(source: str, model: Model, n_images: int) -> Images:
+    """Return the first images of a source in its order, which are the same for all sources made of it."""
+    probe_set = ProbeSet.from_source(source, model.preprocessing, n_images=n_images, seed=0)
     pixels = model.classifier.normalise(torch.from_numpy(np.array(probe_set.images)))
     return Images(pixels, torch.from_numpy(np.array(probe_set.labels)))
 
 
 @torch.inference_mode()
 def logits_of(network: nn.Module, images: Images) -> Tensor:
-    return torch.cat([network(pixels) for pixels in images.pixels.split(250)])
+    return torch.cat([network(pixels) for pixels in images.pixels.split(50 if images.pixels.shape[-1] > 64 else 250)])
 
 
 def quantise(network: nn.Module, layers: list[str]) -> None:
@@ -119,36 +150,59 @@ class Subject:
     """A network, its images and its layers."""
 
     model: Model
-    clean: Images
-    shifted: Images
+    source: str
+    sizes: Sizes
     layers: pd.DataFrame
     knobs: dict[str, str]
     fixed: list[str]
+    accuracies: dict[tuple[str, frozenset[str]], float] = field(default_factory=dict)
+
+    @cached_property
+    def clean(self) -> Images:
+        return images_of(self.source, self.model, self.sizes.total)
+
+    @cached_property
+    def shifted(self) -> Images:
+        return images_of(SHIFT + self.source, self.model, self.sizes.total)
+
+    def images(self, action: str) -> Images:
+        return self.shifted if action in SHIFTED else self.clean
 
     def after(self, action: str, layers: list[str]) -> nn.Module:
         """Return a copy of the network to which the action was done."""
         network = copy.deepcopy(self.model.network).eval()
-        if action == "finetune":
-            finetune(network, layers, self.shifted.part(N_SELECT, N_SELECT + N_TUNE))
-        elif action == "prune-channels":
+        tuned_on = slice(self.sizes.select, self.sizes.select + self.sizes.tune)
+        if action in SHIFTED:
+            trained = [layer for layer in self.layers["layer"] if (layer in layers) == (action == "finetune")]
+            finetune(network, trained, self.images(action).part(tuned_on.start, tuned_on.stop))
+        elif action in BY_CHANNEL:
             prune_channels(network, layers, self.clean.pixels[:1])
+            if action == "prune-train":
+                finetune(network, [""], self.clean.part(tuned_on.start, tuned_on.stop))
         else:
             {"quantise": quantise, "prune-weights": prune_weights}[action](network, layers)
         return network
 
     def loss(self, action: str, network: nn.Module) -> float:
         """Return the loss on the images that orders are found with."""
-        images = (self.shifted if action == "finetune" else self.clean).part(0, N_SELECT)
+        images = self.images(action).part(0, self.sizes.select)
         return float(nn.functional.cross_entropy(logits_of(network, images), images.labels))
 
     def accuracy(self, action: str, network: nn.Module) -> float:
         """Return the accuracy on the images held out."""
-        images = (self.shifted if action == "finetune" else self.clean).part(N_SELECT + N_TUNE)
+        images = self.images(action).part(self.sizes.select + self.sizes.tune)
         return float((logits_of(network, images).argmax(1) == images.labels).float().mean())
+
+    def accuracy_after(self, action: str, layers: list[str]) -> float:
+        """Return the accuracy after the action; that of layers which several orders choose is measured once."""
+        key = action, frozenset(layers)
+        if key not in self.accuracies:
+            self.accuracies[key] = self.accuracy(action, self.after(action, layers))
+        return self.accuracies[key]
 
     def chosen(self, action: str, order: "Order") -> list[str]:
         """Return the layers that are chosen where an order takes the place of that by criticality."""
-        by_channel = action == "prune-channels"
+        by_channel = action in BY_CHANNEL
         of_layer = self.knobs if by_channel else {}
         values = self.layers["layer"].map(order.by_layer) if order.by_layer else 0.0
         table = self.layers.assign(criticality=values, low=np.nan, high=np.nan)
@@ -202,40 +256,91 @@ def orders_of(exact: "layercrit.Measurement", proxies: Mapping[str, pd.Series], 
     return found
 
 
-def oracle(subject: Subject, action: str) -> Order:
-    """Return the order by how much loss the action adds for each parameter, done to each layer (or knob) alone."""
-    of_layer = subject.knobs if action == "prune-channels" else {}
-    before = subject.loss(action, subject.model.network)
-    added: dict[str, float] = {}
+def oracle(subject: Subject, action: str, kept: "Kept") -> Order:
+    """Return the order by how much loss the action adds for each parameter, done to each layer (or knob) alone.
+
+    Loss is added to that of the untouched network; where layers are frozen, to that after training all of them.
+    """
+    of_layer = subject.knobs if action in BY_CHANNEL else {}
+    before = subject.loss(action, subject.after(action, []) if action == "freeze" else subject.model.network)
+    added = kept.added(action)
     for knob in dict.fromkeys(of_layer.get(layer, layer) for layer in subject.layers["layer"]):
         members = [layer for layer in subject.layers["layer"] if of_layer.get(layer, layer) == knob]
-        fixed = action == "prune-channels" and bool(set(members) & set(subject.fixed))
-        added[knob] = 0.0 if fixed else subject.loss(action, subject.after(action, members)) - before
+        fixed = action in BY_CHANNEL and bool(set(members) & set(subject.fixed))
+        if knob not in added:
+            added[knob] = 0.0 if fixed else subject.loss(action, subject.after(action, members)) - before
+            kept.add("oracle.csv", {"action": action, "knob": knob, "added": added[knob]})
     return Order(by=lambda knobs: knobs.index.to_series().map(added) / knobs["n_parameters"])
 
 
-def subject_of(folder: Path, name: str) -> tuple[Subject, "layercrit.Measurement", dict[str, pd.Series]]:
+class Kept:
+    """What was measured of one network, in a folder of its own."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder / "regret" / name, name
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, file: str, row: dict[str, Any]) -> None:
+        path = self.folder / file
+        pd.DataFrame([row]).to_csv(path, mode="a", header=not path.exists(), index=False)
+
+    def rows(self, file: str = "accuracies.csv") -> pd.DataFrame:
+        path = self.folder / file
+        found = (
+            pd.read_csv(path, dtype={"knob": str})
+            if path.exists()
+            else pd.DataFrame({"action": [], "order": [], "accuracy": []})
+        )
+        return found.assign(model=self.name)
+
+    def added(self, action: str) -> dict[str, float]:
+        found = self.rows("oracle.csv")
+        own = found[found["action"] == action]
+        return dict(zip(own["knob"], own["added"], strict=True)) if len(own) else {}
+
+    def exact(self, model: Model, images: ProbeSet, trials: int) -> "layercrit.Measurement":
+        folder = self.folder / "measurement"
+        if (folder / "measurement.json").exists():
+            return layercrit.Measurement.load(folder)
+        found = layercrit.measure(model, images, trials=trials, progress=False)
+        found.save(folder)
+        return found
+
+    def proxies(self, model: Model, images: ProbeSet, trials: int) -> pd.DataFrame:
+        path = self.folder / "proxies.csv"
+        if not path.exists():
+            measure_proxies(model, images, trials=trials, progress=False).layers.to_csv(path, index=False)
+        return pd.read_csv(path).set_index("layer")
+
+
+def subject_of(folder: Path, name: str, kept: Kept) -> tuple[Subject, "layercrit.Measurement", dict[str, pd.Series]]:
     """Return a network, its criticality, and its proxies by label."""
     if name in CIFAR:
         source, model = str(REAL / "cifar10-2000.npz"), cifar_model(name)
+    elif name == "efficientnet-lite0":
+        source, model = str(REAL / "imagenet-sample"), of_tests("trained_models").efficientnet_lite0()
     else:
         source, model = str(folder / "fashion-mnist-test.npz"), layercrit.open_model(f"file:{folder}/models/{name}")
-    clean, shifted = images_of(source, model), images_of(SHIFT + source, model)
-    probe_set = ProbeSet.from_source(source, model.preprocessing, n_images=2000, seed=0).first(N_SELECT)
-    exact = layercrit.measure(model, probe_set, trials=TRIALS, progress=False)
-    found = measure_proxies(model, probe_set.first(64), trials=TRIALS, progress=False).layers.set_index("layer")
+    sizes = SIZES.get(name, Sizes())
+    probe_set = ProbeSet.from_source(source, model.preprocessing, n_images=sizes.total, seed=0).first(sizes.select)
+    exact = kept.exact(model, probe_set, sizes.trials)
+    found = kept.proxies(model, probe_set.first(64), sizes.trials)
     cheap = [proxy for proxy in PROXIES.values() if proxy.name not in ("log_parameters", "depth")]
     proxies = {proxy.label: found[proxy.name] for proxy in cheap}
     knobs, fixed = coupled_layers(model)
     table = exact.to_pandas()[["layer", "n_parameters", "depth", "status"]]
-    return Subject(model, clean, shifted, table, knobs, fixed), exact, proxies
+    return Subject(model, source, sizes, table, knobs, fixed), exact, proxies
+
+
+def of_tests(name: str) -> Any:
+    """Return a module of the tests."""
+    sys.path.append(str(ROOT / "tests"))
+    return importlib.import_module(name)
 
 
 def cifar_model(name: str) -> Model:
     """Return a published network; see README.md of the folder of real inputs."""
-    spec = importlib.util.spec_from_file_location("cifar_networks", ROOT / "tests" / "cifar_networks.py")
-    networks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(networks)
+    networks = of_tests("cifar_networks")
     n_blocks, file = CIFAR[name]
     weights = torch.load(REAL / file, weights_only=True, map_location="cpu")["state_dict"]
     network = networks.ResNet20(n_blocks)
@@ -243,25 +348,44 @@ def cifar_model(name: str) -> Model:
     return layercrit.open_model(network.eval(), mean=networks.MEAN, std=networks.STD, input_size=(3, 32, 32))
 
 
-def accuracies_of(folder: Path, name: str, left: Mapping[str, set[str]], report: Callable[[str], None]) -> pd.DataFrame:
-    """Return the accuracies of a network after actions, under orders that are not there yet."""
-    subject, exact, proxies = subject_of(folder, name)
-    rows = []
-    for action, there in left.items():
+def measure_orders(folder: Path, name: str, actions: list[str], report: Callable[[str], None]) -> None:
+    """Follow the orders of a network that were not followed yet, and keep the accuracies."""
+    kept = Kept(folder, name)
+    there = kept.rows()
+    left = {action: set(there.loc[there["action"] == action, "order"]) for action in actions}
+    left = {action: orders for action, orders in left.items() if LAST not in orders}
+    if not left:
+        return
+    subject, exact, proxies = subject_of(folder, name, kept)
+    report(f"{name}: criticality and proxies are there")
+    for action, followed in left.items():
         started = time.perf_counter()
-        found = {"oracle": oracle(subject, action)} if "oracle" not in there else {}
-        found |= orders_of(exact, proxies, action)
-        found |= {f"random {number}": chance(number) for number in range(N_RANDOM)}
-        for order, how in found.items():
-            if order not in there:
-                network = subject.after(action, subject.chosen(action, how))
-                rows.append({"model": name, "action": action, "order": order,
-                             "accuracy": subject.accuracy(action, network)})  # fmt: skip
-        if "nothing done" not in there:
-            untouched = subject.accuracy(action, subject.model.network)
-            rows.append({"model": name, "action": action, "order": "nothing done", "accuracy": untouched})
+        for order, layers in orders_left(subject, action, exact, proxies, kept, followed):
+            accuracy = (
+                subject.accuracy(action, subject.model.network)
+                if layers is None
+                else subject.accuracy_after(action, layers)
+            )
+            kept.add("accuracies.csv", {"action": action, "order": order, "accuracy": accuracy})
         report(f"{name}, {action}: {time.perf_counter() - started:.0f} s")
-    return pd.DataFrame(rows)
+
+
+ALL_TRAINED = "no layer frozen"
+LAST = "nothing done"  # of the orders that are followed: an action that has it is whole
+
+
+def orders_left(
+    subject: Subject, action: str, exact: "layercrit.Measurement", proxies: Mapping[str, pd.Series], kept: Kept,
+    followed: set[str],
+) -> Iterator[tuple[str, list[str] | None]]:  # fmt: skip
+    """Yield the name of each order and the layers that it chooses; None: nothing is done."""
+    if "oracle" not in followed:
+        yield "oracle", subject.chosen(action, oracle(subject, action, kept))
+    found = orders_of(exact, proxies, action) | {f"random {number}": chance(number) for number in range(N_RANDOM)}
+    yield from ((name, subject.chosen(action, order)) for name, order in found.items() if name not in followed)
+    if action == "freeze" and ALL_TRAINED not in followed:
+        yield ALL_TRAINED, []
+    yield LAST, None
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -271,22 +395,47 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summary(found: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per action and order: mean accuracy and regret over networks, with intervals for new ones."""
+def summary(found: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return one row per action and order: mean accuracy and regret over networks, with intervals for new ones.
+
+    Args:
+        found: one row per action, network and order: ``action``, ``model``, ``order``, ``accuracy``.
+    """
     rows: list[dict[str, Any]] = []
-    found = found.assign(order=found["order"].str.replace(r"^random \d+$", "random", regex=True))
     for action, of_action in found.groupby("action", sort=False):
-        wide = of_action.pivot_table(index="model", columns="order", values="accuracy")  # the mean of random orders
+        wide = of_action.pivot_table(index="model", columns="order", values="accuracy", sort=False)
+        wide = wide.reindex(sorted(wide.index))
         for order in of_action["order"].unique():
-            regret = wide["oracle"] - wide[order]
-            over_random = wide[order] - wide["random"]
+            own = wide[order].dropna()
+            regret = (wide["oracle"] - wide[order]).dropna()
+            over_random = (wide[order] - wide["random"]).dropna()
             limits = [interval(one.to_numpy()) for one in (regret, over_random)]
-            rows.append({"action": action, "order": order, "n_models": len(wide), "accuracy": wide[order].mean(),
-                         "accuracies": wide[order].to_list(),
+            rows.append({"action": action, "order": order, "n_models": len(own), "accuracy": own.mean(),
+                         "accuracies": own.to_dict(),
                          "regret": regret.mean(), "low": limits[0][0], "high": limits[0][1],
                          "over_random": over_random.mean(), "over_random_low": limits[1][0],
                          "over_random_high": limits[1][1]})  # fmt: skip
-    return pd.DataFrame(rows)
+    return rows
+
+
+def whole(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """Return the accuracies of networks in actions in which all orders were followed; of random orders, their mean."""
+    found = pd.concat(tables)
+    done = found[found["order"] == LAST].set_index(["action", "model"]).index
+    found = found[found.set_index(["action", "model"]).index.isin(done)]
+    found = found.assign(order=found["order"].str.replace(r"^random \d+$", "random", regex=True))
+    return found.groupby(["action", "model", "order"], sort=False, as_index=False)["accuracy"].mean()
+
+
+def beside(former: Mapping[str, Any], found: pd.DataFrame) -> pd.DataFrame:
+    """Return accuracies with those of a former file, of actions and networks that were not measured now."""
+    rows = [
+        {"action": row["action"], "model": model, "order": row["order"], "accuracy": accuracy}
+        for row in former["rows"]
+        for model, accuracy in row["accuracies"].items()
+    ]
+    now = set(zip(found["action"], found["model"], strict=True))
+    return pd.concat([pd.DataFrame([row for row in rows if (row["action"], row["model"]) not in now]), found])
 
 
 def main() -> None:
@@ -298,18 +447,15 @@ def main() -> None:
     given = parser.parse_args()
     copy_family(given.folder)
     family = sorted(path.name for path in (given.folder / "models").iterdir())
-    names = given.models.split(",") if given.models else family
-    kept = given.folder / "regret.csv"
-    tables = [pd.read_csv(kept)] if kept.exists() else []
-    for name in names:
-        rows = [row for table in tables for row in table.itertuples() if row.model == name]
-        there = {action: {row.order for row in rows if row.action == action} for action in given.actions.split(",")}
-        tables.append(accuracies_of(given.folder, name, there, print))
-        pd.concat(tables).to_csv(kept, index=False)
-    found = summary(pd.concat(tables))
-    print(found.round(4).to_string(index=False))
+    for name in given.models.split(",") if given.models else family:
+        measure_orders(given.folder, name, given.actions.split(","), partial(print, flush=True))
+    found = whole([Kept(given.folder, path.name).rows() for path in (given.folder / "regret").iterdir()])
+    if given.json and given.json.exists():
+        found = beside(json.loads(given.json.read_text(encoding="utf-8")), found)
+    rows = summary(found)
+    print(pd.DataFrame(rows).drop(columns="accuracies").round(4).to_string(index=False))
     if given.json:
-        rows = json.loads(found.to_json(orient="records", double_precision=6))
+        rows = json.loads(pd.Series(rows).to_json(orient="values", double_precision=6))
         text = json.dumps({"torch": torch.__version__, "rows": rows}, indent=1)
         given.json.write_text(text + "\n", encoding="utf-8")
 
@@ -318,7 +464,9 @@ TITLES = {
     "quantise": "Quantise layers that hold at least half of the parameters to 4 bits",
     "prune-weights": "Set half of the weights to 0 in layers that hold at least half of the parameters",
     "prune-channels": "Remove half of the channels of layers that hold at least half of the parameters that can be",
+    "prune-train": "The same, and then train the whole network for 40 steps",
     "finetune": "Fine-tune layers that hold at most a quarter of the parameters on noisy images",
+    "freeze": "Freeze layers that hold at least half of the parameters, and fine-tune all others on noisy images",
 }
 
 
@@ -329,7 +477,8 @@ def markdown(results: dict[str, Any]) -> str:
         rows = [row for row in results["rows"] if row["action"] == action]
         if not rows:
             continue
-        lines += [f"**{title}** ({rows[0]['n_models']} networks)", ""]
+        names = list(rows[0]["accuracies"])
+        lines += [f"**{title}** ({len(names)} networks: {', '.join(names)})", ""]
         lines += ["| layers in the order of | accuracy left | regret | more than by chance |", "|---|---|---|---|"]
         for row in sorted(rows, key=lambda row: -row["accuracy"]):
             parts = [points(row[name], row[low], row[high]) for name, low, high in
@@ -354,28 +503,30 @@ def evidence(results: dict[str, Any]) -> dict[str, str]:
     """Return what `layercrit.advice.ACTIONS` says of how good a guide criticality is."""
     rows = {(row["action"], row["order"]): row for row in results["rows"]}
 
-    def told(action: str, order: str, what: str) -> str:
-        own, before, chance = (rows[action, name] for name in (order, "nothing done", "random"))
+    def told(action: str, order: str, what: str, untouched: str = LAST) -> str:
+        own, before, chance = (rows[action, name] for name in (order, untouched, "random"))
         null = max((rows[action, name] for name in NULLS), key=lambda row: row["accuracy"])
-        gap = np.subtract(own["accuracies"], null["accuracies"])
-        low, high = interval(gap)
+        gap = [accuracy - null["accuracies"][model] for model, accuracy in own["accuracies"].items()]
+        low, high = interval(np.array(gap))
         judged = "was a better guide than" if low > 0 else "was a poorer guide than" if high < 0 else (
             "could not be told from")  # fmt: skip
         return (
             f"criticality {judged} {NULLS[null['order']]} where {what}: {100 * own['accuracy']:.1f} % accuracy "
-            f"against {100 * null['accuracy']:.1f} %, by chance {100 * chance['accuracy']:.1f} %, before it "
-            f"{100 * before['accuracy']:.1f} % (mean of {own['n_models']} networks)"
+            f"against {100 * null['accuracy']:.1f} %, by chance {100 * chance['accuracy']:.1f} %, "
+            f"{'before it' if untouched == LAST else 'with none frozen'} {100 * before['accuracy']:.1f} % "
+            f"({'mean of ' * (own['n_models'] > 1)}{own['n_models']} network{'s' * (own['n_models'] > 1)})"
         )
 
-    tuned = told("finetune", "criticality", "layers are fine-tuned on noisy images and all others frozen")
     pruned = [
-        told("prune-channels", "criticality per parameter", "channels are removed and nothing is trained afterwards"),
-        told("prune-weights", "criticality per parameter", "half of the weights of layers are set to 0"),
+        ("prune-channels", "channels are removed and nothing is trained afterwards"),
+        ("prune-train", "channels are removed and the network is trained for a moment afterwards"),
+        ("prune-weights", "half of the weights of layers are set to 0"),
     ]
+    frozen = "layers are frozen and all others fine-tuned on noisy images"
     return {
-        "freeze": f"only for freezing while the other layers are fine-tuned; {tuned}",
-        "finetune": tuned,
-        "prune": "; ".join(pruned),
+        "freeze": told("freeze", "criticality per parameter", frozen, ALL_TRAINED),
+        "finetune": told("finetune", "criticality", "layers are fine-tuned on noisy images and all others frozen"),
+        "prune": "; ".join(told(action, "criticality per parameter", what) for action, what in pruned),
         "quantise": told("quantise", "criticality per parameter", "half of the parameters are rounded to 4 bits"),
     }
 

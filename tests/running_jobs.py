@@ -50,6 +50,13 @@ def batch_statistics():
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, 3))
 
 
+def tied_network():
+    """The layers '1' and '3' have one weight."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.Linear(12, 3))
+    network[3].weight = network[1].weight
+    return network
+
+
 LAYERS = ["1", "3", "5"]
 
 

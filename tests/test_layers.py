@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -12,8 +13,11 @@ from layercrit.layers import (
     LAYER_TYPES,
     Layer,
     find_layers,
+    joined,
+    joined_where_shared,
     layer_labels,
     select_layers,
+    shared_parameters,
     stages_of,
 )
 from layercrit.wrappers import wrapper_of
@@ -295,6 +299,46 @@ def test_find_layers__tied_parameters_belong_to_both_layers():
     assert layers["second"] == ("second.weight", "second.bias")
     assert layers["encode"] == ("encode.weight", "encode.bias")
     assert layers["decode"] == ("decode.weight",)
+
+
+def test_joined_where_shared__tied_layers_are_one_with_each_parameter_once():
+    network = Tied().eval()
+    layers = find_layers(network, normal(*IMAGES))
+    shared = shared_parameters(layers, network)
+    assert {name: (of.first, of.parameters, of.n_parameters) for name, of in shared.items()} == {
+        "second": ("first", ("second.bias",), 8),
+        "decode": ("encode", (), 0),
+    }
+    found = {layer.name: layer for layer in joined_where_shared(layers, network)}
+    assert list(found) == ["stem", "first + second", "encode + decode", "last"]
+    assert found["first + second"].parameters == ("first.weight", "first.bias", "second.bias")
+    assert [layer.depth for layer in found.values()] == [0, 1, 2, 3]
+    assert sum(layer.n_parameters for layer in found.values()) == sum(p.numel() for p in network.parameters())
+
+
+def test_shared_parameters__a_layer_that_shares_with_two_joins_them():
+    network = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
+    network["c"].weight, network["c"].bias = network["a"].weight, network["b"].bias
+    layers = [Layer(name, "linear", (f"{name}.weight", f"{name}.bias"), (4, 4), 20) for name in "abc"]
+    assert {name: of.first for name, of in shared_parameters(layers, network).items()} == {"b": "a", "c": "a"}
+    (one,) = joined_where_shared(layers, network)
+    assert (one.name, one.n_parameters) == ("a + b + c", 40)
+    assert one.parameters == ("a.weight", "a.bias", "b.weight", "b.bias")
+
+
+def test_shared_parameters__sets_overlap_by_nature():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    layers = [Layer(name, "linear", (f"{name}.weight", f"{name}.bias"), (2, 2), 6) for name in "01"]
+    pairs = [replace(joined(name, layers), members=tuple(layers)) for name in ("all", "again")]
+    assert shared_parameters(pairs, network) == {}
+
+
+def test_joined_where_shared__a_parameter_of_two_names_in_one_group_counts_once():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    network[1].weight = network[0].weight
+    names = ("0.weight", "0.bias", "1.weight", "1.bias")
+    (one,) = joined_where_shared([Layer("block", "linear", names, (2, 2), 12)], network)
+    assert (one.parameters, one.n_parameters) == (("0.weight", "0.bias", "1.bias"), 8)
 
 
 @pytest.mark.parametrize("name", ["swin_tiny", "vit_tiny", "torchvision_vit_b_16", "transformers_vit", "mixer_b16"])

@@ -17,6 +17,7 @@ from layercrit.cli import cli
 from layercrit.errors import CheckpointError, LayercritError, LayerError, ModelError, ProbeError, ProtocolError
 from layercrit.models.references import open_model
 from layercrit.module_criticality import measure_module_criticality
+from layercrit.module_paths import ModulePaths
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.seeds import drawing, layer_seed, trial_seed
 from running_jobs import small_network
@@ -100,6 +101,36 @@ def test_measure_module_criticality__quadratic_loss(left):
     assert found.summary()["loss"] == pytest.approx(0.1, rel=1e-4)
 
 
+class SharedQuadratic(nn.Module):
+    """As `Quadratic`, but half of theta's share of the loss comes from each of two modules that have it in common."""
+
+    def __init__(self, n, distance=0.0):
+        super().__init__()
+        self.one, self.other = nn.Linear(n, 1, bias=False), nn.Linear(n, 1, bias=False)
+        self.other.weight = self.one.weight
+        with torch.no_grad():
+            self.one.weight.fill_(1 + distance / n**0.5)
+
+    def forward(self, x):
+        loss = 0.1 + 0.25 * ((self.one.weight - 1).square().sum() + (self.other.weight - 1).square().sum())
+        other = torch.log(torch.expm1(loss)) + 0 * x.mean(dim=(1, 2, 3))
+        return torch.stack([torch.zeros_like(other), other], dim=1)
+
+
+def test_measure_module_criticality__modules_that_share_a_parameter_are_one():
+    """k parameters of one module, and not twice as many of two."""
+    k, d, allowed = 400, 4.0, 1.6
+    found = measure_module_criticality(
+        open_model(SharedQuadratic(k), output="logits"), pixels()[:4], initial=SharedQuadratic(k, d), labels=[0] * 4,
+        excess=allowed, draws=20, n_a=6, progress=False,
+    )  # fmt: skip
+    (row,) = found.to_pandas().to_dict("records")
+    assert (row["layer"], row["n_parameters"]) == ("one + other", k)
+    assert row["distance"] == pytest.approx(d, rel=1e-5)
+    assert row["module_criticality"] == pytest.approx(k * (d**2 / (2 * allowed) - 1), rel=0.03)
+    assert found.summary()["n_modules"] == 1
+
+
 def test_measure_module_criticality__initial_values_do_as_well():
     initial, network = trained()
     with torch.no_grad():
@@ -132,6 +163,18 @@ def test_measure_module_criticality__more_noise_than_the_grid_has(networks):
     assert set(none.to_pandas()["edge"]) == {"smallest s"}
     assert none.summary()["sum"] is None
     assert none.plot() is not None
+
+
+def test_measure_module_criticality__kept_points_are_not_evaluated_again(networks, tmp_path, monkeypatch):
+    kept = tmp_path / "points.json"
+    first = measured(networks, keep_points=kept, surface="3")
+    monkeypatch.setattr(ModulePaths, "_excesses", lambda *_: pytest.fail("it evaluated"))
+    again = measured(networks, keep_points=kept, surface="3")
+    pd.testing.assert_frame_equal(again.to_pandas(), first.to_pandas())
+    pd.testing.assert_frame_equal(again.points, first.points)
+    for other in ({"seed": 1}, {"level": 0.9}, {"n_s": 8}, {"initial": trained(seed=5)[0]}):
+        with pytest.raises(pytest.fail.Exception, match="it evaluated"):
+            measured(networks, keep_points=kept, **other)
 
 
 # --- the slow twin ----------------------------------------------------------------------------------------------------

@@ -67,6 +67,34 @@ def test_measure_worst_case__linear_loss(g, radius):
     assert row["radius"] == pytest.approx(radius * float(network.theta.detach().norm()))
 
 
+class Shared(nn.Module):
+    """The cross-entropy with class 0 is 2 + (g + h) theta; two modules have theta, which is one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 1, bias=False), nn.Linear(4, 1, bias=False)
+        self.other.weight = self.one.weight
+        self.register_buffer("g", torch.tensor([0.3, -0.2, 0.5, 0.1]))
+        self.register_buffer("h", torch.tensor([0.1, 0.4, -0.5, 0.2]))
+
+    def forward(self, x):
+        loss = 2 + self.one(self.g) + self.other(self.h)
+        other = torch.log(torch.expm1(loss)) + 0 * x.mean(dim=(1, 2, 3))
+        return torch.stack([torch.zeros_like(other), other], dim=1)
+
+
+def test_measure_worst_case__modules_that_share_a_parameter_are_one():
+    """r ||theta|| ||g + h||, and not that of each."""
+    with drawing(0):
+        network = Shared()
+    found = measure_worst_case(open_model(network, output="logits"), pixels()[:4], labels=[0] * 4, progress=False)
+    (row,) = found.to_pandas().to_dict("records")
+    assert (row["layer"], row["n_parameters"]) == ("one + other", 4)
+    expected = 0.1 * float((network.one.weight.norm() * (network.g + network.h).norm()).detach())
+    assert row["worst_case"] == pytest.approx(expected, rel=1e-4)
+    assert "layers that share parameters are one: one + other" in found.record["notes"]
+
+
 def test_measure_worst_case__a_layer_that_the_output_ignores(network):
     network = copy.deepcopy(network)
     with torch.no_grad():
@@ -77,7 +105,7 @@ def test_measure_worst_case__a_layer_that_the_output_ignores(network):
     assert table.loc["5", "worst_case"] > 0
 
 
-def test_measure_worst_case__a_layer_of_zeros(network):
+def test_measure_worst_case__a_layer_of_zeros(network, tmp_path):
     network = copy.deepcopy(network)
     with torch.no_grad():
         network[3].weight.zero_()
@@ -85,6 +113,8 @@ def test_measure_worst_case__a_layer_of_zeros(network):
     row = measured(network).to_pandas().set_index("layer").loc["3"]
     assert row["status"] == "no_norm"
     assert np.isnan(row["worst_case"])
+    alone = measured(network, layers="3")
+    assert [path.name for path in alone.save(tmp_path)] == ["worst-case.csv", "worst-case.json"]  # nothing to plot
 
 
 def test_measure_worst_case__small_changes_are_of_the_first_order(network):
@@ -319,6 +349,9 @@ def test_worst_case_command(network, tmp_path):
     assert values == pytest.approx(expected.to_pandas()["worst_case"].tolist())
     assert json.loads((tmp_path / "out" / "worst-case.json").read_text())["objective"] == "loss"
     assert list(pd.read_csv(tmp_path / "out" / "worst-case.csv")["worst_case"]) == pytest.approx(values)
+    assert {path.suffix for path in (tmp_path / "out").glob("worst-case.*")} == {".csv", ".json", ".png", ".svg"}
+    (axes,) = expected.plot().axes
+    assert axes.get_xlabel() == "rise of the loss, nats, mean over 24 images"
     without = invoke(*asked, "--overwrite", "--labels", "none", "--json")
     assert json.loads(without.stdout)["objective"] == "cosine"
     assert isinstance(invoke(*asked, "--overwrite", "--radius", "0").exception, ProtocolError)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from layercrit.models.model import Model
     from layercrit.models.references import open_model
     from layercrit.models.sources import model_source
-    from layercrit.module_criticality import measure_module_criticality
+    from layercrit.module_criticality.of_study import measure_study_module_criticality
+    from layercrit.module_criticality.values import measure_module_criticality
     from layercrit.probes.corruptions import corruption
     from layercrit.probes.kinds import image_source
     from layercrit.probes.probe_set import ProbeSet
@@ -59,6 +60,7 @@ __all__ = [
     "measure_epochs",
     "measure_module_criticality",
     "measure_proxies",
+    "measure_study_module_criticality",
     "measure_study_proxies",
     "measure_worst_case",
     "merge_studies",
@@ -99,8 +101,9 @@ _HOME = {
     "load_study": "study.tables",
     "measure": "measuring",
     "measure_epochs": "epoch_map",
-    "measure_module_criticality": "module_criticality",
+    "measure_module_criticality": "module_criticality.values",
     "measure_proxies": "proxies.values",
+    "measure_study_module_criticality": "module_criticality.of_study",
     "measure_study_proxies": "proxies.of_study",
     "measure_worst_case": "worst_case",
     "merge_studies": "study.merging",

@@ -24,9 +24,12 @@ __all__ = [
     "LAYER_TYPES",
     "Group",
     "Layer",
+    "Shared",
     "find_layers",
+    "joined_where_shared",
     "layer_labels",
     "select_layers",
+    "shared_parameters",
     "stages_of",
 ]
 
@@ -92,6 +95,21 @@ class Layer:
         """Return it as plain data; of the members, their names."""
         kept = {name: value for name, value in vars(self).items() if name != "groups"}
         return kept | {"members": [member.name for member in self.members]}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a layer has in common with earlier ones, where a parameter belongs to both (tied weights).
+
+    Attributes:
+        first: the first of the layers that it shares parameters with, directly or by way of others.
+        parameters: names of its parameters that no earlier layer has.
+        n_parameters: how many numbers these are.
+    """
+
+    first: str
+    parameters: tuple[str, ...]
+    n_parameters: int
 
 
 def find_layers(network: nn.Module, images: Tensor, group: str = "layer") -> list[Layer]:
@@ -341,3 +359,55 @@ def joined(name: str, layers: Sequence[Layer]) -> Layer:
         depth=layers[0].depth if layers else 0,
         buffers=tuple(dict.fromkeys(b for layer in layers for b in layer.buffers)),
     )
+
+
+def shared_parameters(layers: Sequence[Layer], network: nn.Module) -> dict[str, Shared]:
+    """Return the layers that share parameters with an earlier one: name -> what they share.
+
+    Args:
+        layers: in depth order; sets of layers, which are meant to overlap, are left out.
+        network: whose layers they are.
+    """
+    first: dict[str, str] = {}  # layer -> the first of those that it shares parameters with, itself at first
+    own: dict[str, dict[nn.Parameter, str]] = {}
+    owner: dict[nn.Parameter, str] = {}
+    for layer in (one for one in layers if not one.members):
+        mine = _distinct(layer.parameters, network)
+        together = {first[owner[parameter]] for parameter in mine if parameter in owner}
+        own[layer.name] = {parameter: name for parameter, name in mine.items() if parameter not in owner}
+        first[layer.name] = min(together, key=list(first).index, default=layer.name)
+        first |= {name: first[layer.name] for name, of in first.items() if of in together}
+        owner |= dict.fromkeys(own[layer.name], layer.name)
+    return {
+        name: Shared(of, tuple(own[name].values()), sum(parameter.numel() for parameter in own[name]))
+        for name, of in first.items()
+        if of != name
+    }
+
+
+def joined_where_shared(layers: Sequence[Layer], network: nn.Module) -> list[Layer]:
+    """Return the layers, those that share parameters as one: ``encode + decode``, with each parameter once.
+
+    Args:
+        layers: in depth order.
+        network: whose layers they are.
+    """
+    shared = shared_parameters(layers, network)
+    groups: dict[str, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(shared[layer.name].first if layer.name in shared else layer.name, []).append(layer)
+    found = []
+    for depth, members in enumerate(groups.values()):
+        one = joined(" + ".join(layer.name for layer in members), members) if len(members) > 1 else members[0]
+        own = _distinct(one.parameters, network)
+        n_parameters = sum(parameter.numel() for parameter in own)
+        found.append(replace(one, parameters=tuple(own.values()), n_parameters=n_parameters, depth=depth))
+    return found
+
+
+def _distinct(names: Iterable[str], network: nn.Module) -> dict[nn.Parameter, str]:
+    """Return the parameters of these names, each with the first of its names."""
+    found: dict[nn.Parameter, str] = {}
+    for name in names:
+        found.setdefault(network.get_parameter(name), name)
+    return found

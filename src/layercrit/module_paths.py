@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +24,9 @@ from layercrit.seeds import trial_seed
 __all__ = ["Allowed", "Grid", "ModulePaths"]
 
 Array = npt.NDArray[np.float64]
+
+Keep = Callable[[Iterable[tuple[str, Point, Excess]]], None]
+"""What is called with the points that were just evaluated: module, place, and what was found."""
 
 _SMALLEST_ROOM = 1e-6  # nats: less is rounding of losses in float32
 
@@ -119,7 +122,9 @@ class ModulePaths:
         trained = losses.trained()
         self._allowed = allowed.of(trained)  # (n_images,)
         self.loss, self.allowed_loss = float(trained.mean()), float(self._allowed.mean())
-        self.draws, self.covers = draws, "nothing"
+        self.draws = draws
+        self._has_limits = draws > 1 and len(trained) > 1
+        self.covers = "draws and images" if self._has_limits else "nothing"
         self._seeds = [
             trial_seed(seed, subject.model.architecture, "module criticality", draw) for draw in range(draws)
         ]
@@ -128,27 +133,42 @@ class ModulePaths:
             name: PathSearch(grid.a, grid.s) for name, path in self._paths.items() if path.change.delta_norm
         }
 
-    def search(self, bar: Bar) -> None:
-        """Search the grid of every module."""
-        limits = self.draws > 1 and len(self._allowed) > 1
-        running = {name: search.run(limits=limits) for name, search in self.searches.items()}
-        asked = {name: [next(questions)] for name, questions in running.items()}
+    def search(self, bar: Bar, known: Mapping[str, Mapping[Point, Excess]], keep: Keep) -> None:
+        """Search the grid of every module.
+
+        Args:
+            bar: shows how far it is.
+            known: points of modules that were evaluated before.
+            keep: called with those that are evaluated now.
+        """
+        running = {name: search.run(limits=self._has_limits) for name, search in self.searches.items()}
+
+        def next_asked(name: str, excess: Excess | None) -> dict[str, list[Point]]:
+            """Answer a search, and then again with what is known, as if it were evaluated now."""
+            with contextlib.suppress(StopIteration):
+                point = next(running[name]) if excess is None else running[name].send(excess)
+                while point in known.get(name, {}):
+                    point = running[name].send(known[name][point])
+                return {name: [point]}
+            return {}
+
+        asked = {name: points for one in running for name, points in next_asked(one, None).items()}
         while asked:
             found = self._excesses(asked)
-            asked = {}
-            for name, (excess,) in found.items():
-                with contextlib.suppress(StopIteration):
-                    asked[name] = [running[name].send(excess)]
+            keep((name, asked[name][0], excess) for name, (excess,) in found.items())
+            asked = {name: left for one, (excess,) in found.items() for name, left in next_asked(one, excess).items()}
             bar.measured(sum(search.share for search in self.searches.values()), len(self.searches))
 
-    def complete(self, name: str, bar: Bar) -> None:
-        """Evaluate the points of one module's grid that its search did not ask for."""
+    def complete(self, name: str, bar: Bar, known: Mapping[str, Mapping[Point, Excess]], keep: Keep) -> None:
+        """Evaluate the points of one module's grid that its search did not ask for; see `search`."""
         search = self.searches[name]
+        search.known = {**known.get(name, {}), **search.known}
         for a in range(len(search.a)):
             left = [(a, s) for s in range(len(search.s)) if (a, s) not in search.known]
             if left:
                 (found,) = self._excesses({name: left}).values()
                 search.known |= dict(zip(left, found, strict=True))
+                keep((name, point, excess) for point, excess in zip(left, found, strict=True))
             bar.measured(a + 1, len(search.a))
 
     def table(self) -> pd.DataFrame:
@@ -184,7 +204,6 @@ class ModulePaths:
         excesses = [Excess(math.inf, math.inf, math.inf)] * len(above)
         if finite.any():
             found = crossed_contrasts(above[finite], np.eye(finite.sum()), level=self.level, upper=math.inf)
-            self.covers = found.covers.replace("trials", "draws")
             limits = zip(found.mean.tolist(), found.low.tolist(), found.high.tolist(), strict=True)
             for place, (mean, low, high) in zip(finite.nonzero()[0].tolist(), limits, strict=True):
                 excesses[place] = Excess(mean, low, high)

@@ -6,6 +6,8 @@ from importlib import metadata
 from typing import Any
 
 from layercrit.distances import DISTANCES
+from layercrit.engine.session import Session
+from layercrit.foreign_text import encodable
 from layercrit.machine import PACKAGES, versions
 from layercrit.models.sources import MODEL_SOURCES
 from layercrit.probes.changes import plain_source
@@ -14,7 +16,7 @@ from layercrit.probes.kinds import IMAGE_SOURCES, kind_of
 from layercrit.registry import Registry
 from layercrit.resets import RESETS
 
-__all__ = ["missing_plug_ins", "versions_with"]
+__all__ = ["about_session", "missing_plug_ins", "versions_with"]
 
 
 def versions_with(
@@ -41,6 +43,26 @@ def versions_with(
         for name in names:
             found |= registry.package_of(name)
     return found
+
+
+def about_session(session: Session) -> dict[str, Any]:
+    """Return the model, the images and the machine of a session, as plain data for the record of a result."""
+    model, predictions = session.subject.model, session.predictions
+    return {
+        "model": encodable(model.reference),
+        "architecture": model.architecture,
+        "sha256": model.sha256,
+        "probe_set": session.probe_set.to_dict(),
+        "n_images": session.probe_set.n_images,
+        "loss": predictions.loss,
+        "top1_accuracy": predictions.top1_accuracy,
+        "backend": session.holder.backend,
+        "dtype": session.holder.mode,
+        "device": str(session.subject.device),
+        "warnings": predictions.warnings(),
+        "notes": list(dict.fromkeys(session.notes)),
+        "versions": versions_with(models=[model.reference, model.architecture], images=[session.probe_set.source]),
+    }
 
 
 def missing_plug_ins(recorded: Mapping[str, str]) -> list[str]:

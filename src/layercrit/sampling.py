@@ -20,7 +20,7 @@ from layercrit.engine.session import Draws, Session
 from layercrit.engine.subject import Subject
 from layercrit.errors import ProtocolError
 from layercrit.foreign_text import encodable
-from layercrit.layers import Layer
+from layercrit.layers import Layer, shared_parameters
 from layercrit.measurement import Measurement
 from layercrit.precision import Components, Cost, Pilot, PrecisionPlan, plan_half_width, plan_seconds, run_together
 from layercrit.precision import n_pilot_images as pilot_images
@@ -347,6 +347,7 @@ class Sampling:
         predictions = session.predictions.to_dict()
         n_classes, _ = predictions.pop("n_classes"), predictions.pop("classes")  # of each image: see Measurement.images
         about_plan = [] if self.plan is None else self.plan.notes()
+        shared = shared_parameters(subject.layers, subject.network)
         return {
             "protocol": {**self.protocol.to_dict(), **resolved},
             "asked": self.protocol.to_dict(),
@@ -375,6 +376,7 @@ class Sampling:
             "layers": {
                 layer.name: {"parameters": list(layer.parameters), "shape": list(layer.shape)}
                 | ({"members": [member.name for member in layer.members]} if layer.members else {})
+                | ({"shared": vars(shared[layer.name])} if layer.name in shared else {})
                 for layer in subject.layers
             },
             "backend": session.holder.backend,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 from torch import nn
@@ -22,7 +22,10 @@ from layercrit.models.model import Model
 from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
-from layercrit.provenance import versions_with
+from layercrit.provenance import about_session
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["OBJECTIVES", "WorstCase", "measure_worst_case"]
 
@@ -64,12 +67,31 @@ class WorstCase:
         """Return the summary and the table as plain data for JSON."""
         return {**self.summary(), "modules": json.loads(self.table.to_json(orient="records", double_precision=15))}
 
+    def plot(self) -> "Figure":
+        """Return the worst case of each module beside its first order as a figure.
+
+        Raises:
+            ProtocolError: no module has a worst case.
+        """
+        from layercrit.figures.worst_case import worst_case_rows
+
+        n_images, radius = self.record["n_images"], self.record["relative_radius"]
+        raised = "rise of the loss, nats" if self.record["objective"] == "loss" else "1 - cosine"
+        name = str(self.record["model"]).removeprefix("file:").partition("?")[0]
+        return worst_case_rows(
+            self.table,
+            quantity=f"{raised}, mean over {n_images:,} image{'s' * (n_images != 1)}",
+            title=f"{name}: worst case, radius {radius:g}",
+        )
+
     def save(self, folder: str | Path) -> list[Path]:
-        """Write ``worst-case.csv`` and ``worst-case.json`` into a folder; return the files.
+        """Write ``worst-case.csv``, ``worst-case.json`` and the figure into a folder; return the files.
 
         Raises:
             LayercritError: the folder cannot be written.
         """
+        from layercrit.figures.style import save_figure
+
         folder = Path(folder).expanduser()
         files = [folder / f"{_FILE}{end}" for end in (".csv", ".json")]
         about = encodable({"measured": self.record, **self.to_dict()})
@@ -78,12 +100,15 @@ class WorstCase:
             folder.mkdir(parents=True, exist_ok=True)
             write_csv(self.table, files[0])
             files[1].write_text(text + "\n", encoding="utf-8")
+            return [
+                *files,
+                *(save_figure(self.plot(), folder / _FILE) if self.table["worst_case"].notna().any() else []),
+            ]
         except OSError as error:
             raise LayercritError(
                 f"The worst case cannot be written to {folder} ({error.strerror or error}). Free some space or name "
                 "another folder (--out), then save again."
             ) from error
-        return files
 
     def __repr__(self) -> str:
         return (
@@ -167,6 +192,7 @@ def measure_worst_case(
         raise ProbeError(_WITHOUT_LABELS.format("they were left out with labels='none'"))
     how, images = split_attack(images if attack is None else _attacked_source(attack, images))
     with Bar(progress) as bar, opened_subject(model, images, labels, protocol) as subject:
+        subject.join_shared()
         probe_set = draw_images(images, subject, n_images, seed, how, labels, classes, keep_images, bar)
         session = Session(protocol, subject, probe_set, ["cosine"], are_wanted(labels), bar)
         if objective == "loss" and session.labels is None:
@@ -184,8 +210,9 @@ def measure_worst_case(
             "steps": steps,
             "step_size": size,
             "restarts": restarts,
+            "seconds": round(time.perf_counter() - started, 3),
         }
-        return WorstCase(pd.DataFrame(rows), {**_record(session, started), **about})
+        return WorstCase(pd.DataFrame(rows), {**about_session(session), **about})
 
 
 _WITHOUT_LABELS = (
@@ -233,24 +260,4 @@ def _row(found: Found) -> dict[str, Any]:
         "radius": found.radius,
         "norm": found.norm,
         "status": "ok" if found.reached else "no_norm",
-    }
-
-
-def _record(session: Session, started: float) -> dict[str, Any]:
-    """Return how it was measured, as plain data."""
-    model, predictions = session.subject.model, session.predictions
-    return {
-        "model": encodable(model.reference),
-        "architecture": model.architecture,
-        "sha256": model.sha256,
-        "probe_set": session.probe_set.to_dict(),
-        "n_images": session.probe_set.n_images,
-        "loss": predictions.loss,
-        "top1_accuracy": predictions.top1_accuracy,
-        "backend": session.holder.backend,
-        "device": str(session.subject.device),
-        "warnings": predictions.warnings(),
-        "notes": list(dict.fromkeys(session.notes)),
-        "versions": versions_with(models=[model.reference, model.architecture], images=[session.probe_set.source]),
-        "seconds": round(time.perf_counter() - started, 3),
     }

@@ -5,12 +5,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import layercrit
 from layercrit.advice import FORMATS, advise
+from layercrit.advice.evidence import Evidence
 from layercrit.errors import AdviceError
+from layercrit.layers import Shared
+from layercrit.seeds import drawing
+from running_jobs import Inline, run, tied_network, write_small
 from small_subjects import QUIET, SmallNetwork
+from tiny_networks import Tied
 
 LAYERS = [
     # layer, criticality, half-width, parameters
@@ -310,3 +316,55 @@ def test_command__offers_what_there_is():
         option.name: list(option.type.choices) for option in advise_command.params if option.name in ("action", "form")
     }
     assert choices == {"action": list(ACTIONS), "form": ["table", *FORMATS]}
+
+
+# --- layers that share parameters ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tied():
+    with torch.random.fork_rng(devices=[]):
+        network = Tied().eval()
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), dtype=np.uint8)
+    return layercrit.measure(network, images, trials=1, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("action", "budget"),
+    [("freeze", 0.05), ("freeze", 0.6), ("finetune", 0.3), ("finetune", 0.7), ("quantise", 5.0), ("prune", 0.3)],
+)
+def test_advise__layers_that_share_parameters_are_one_knob(tied, action, budget):
+    found = advise(tied, action, budget)
+    knobs = found.to_pandas().set_index("layer")["knob"]
+    assert knobs["second"] == knobs["first"] != knobs["decode"] == knobs["encode"]
+    for pair in ({"first", "second"}, {"encode", "decode"}):
+        assert len(pair & set(found.chosen)) in (0, 2)
+    assert found.record["n_parameters"] == tied.record["model"]["n_parameters"]  # each once
+
+
+def test_advise__shared_parameters_are_in_one_group_of_an_optimizer(tied, tmp_path):
+    tied.save(tmp_path / "tied")
+    groups = json.loads(advise(tmp_path / "tied", "freeze", 0.5).to("groups"))
+    names = [name for group in groups for name in group["params"]]
+    assert sorted(names) == sorted(name for name, _ in Tied().named_parameters())  # which has shared ones once
+
+
+def test_together__knobs_of_channels_that_share_a_parameter_are_one():
+    shared = {"d": Shared("b", (), 0)}
+    layers = pd.DataFrame({"layer": list("abcde"), "n_parameters": 10})
+    found = Evidence(layers, "model", shared=shared).together({"b": "a", "d": "c"})
+    assert found == {"a": "a", "b": "a", "c": "a", "d": "a", "e": "e"}
+    assert Evidence(layers, "model").together({"b": "a"})["b"] == "a"
+
+
+def test_advise__a_study_knows_which_layers_share_parameters(tmp_path):
+    with drawing(0):
+        network = tied_network()
+    save_file({name: value.clone() for name, value in network.state_dict().items()}, tmp_path / "m.safetensors")
+    path = write_small(tmp_path / "tied", trials=1, models=[
+        {"reference": "file:../m.safetensors?arch=py:running_jobs:tied_network&input_size=(3,2,2)", "name": "m0"}
+    ])  # fmt: skip
+    run(path, tmp_path / "out", Inline())
+    table = advise(tmp_path / "out", "freeze", 0.6).to_pandas().set_index("layer")
+    assert table.loc["3", "knob"] == table.loc["1", "knob"] == "1"
+    assert table["n_parameters"].to_dict() == {"1": 12 * 12 + 12, "3": 12, "4": 36 + 3}

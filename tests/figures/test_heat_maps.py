@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from figure_checks import CATEGORIES, NASTY, SHOWN, all_texts, check_layout, collection, numbers, tables, written
 from layercrit.errors import ProtocolError
 from layercrit.figures.categories import CATEGORY_COLORS
-from layercrit.figures.heat_maps import difference_map, heat_map, spread_map
+from layercrit.figures.heat_maps import difference_map, heat_map, module_criticality_map, spread_map
 
 
 def corners(figure: Figure, gid: str = "values") -> np.ndarray:
@@ -374,3 +374,27 @@ def test_spread_map__nothing_is_cut_off_or_overlaps(size: tuple[int, int]) -> No
 def test_spread_map__values_outside_of_their_range_are_an_error(value: float) -> None:
     with pytest.raises(ProtocolError, match=rf"at 'l0' is {value:g}: expected spreads in \[0, 1\], NaN where"):
         spread_map(*one_row(value, 0.1))
+
+
+# --- module criticality -----------------------------------------------------------------------------------------------
+
+
+def test_module_criticality_map__powers_of_ten_and_geometric_means() -> None:
+    _, models = tables(2, 3)
+    values = pd.DataFrame([[0.0, 99.0, 12_345.0], [np.nan, 9_999.0, 2e6]], index=models["model"], columns=list("abc"))
+    figure = module_criticality_map(values, models)
+    assert sorted(written(figure, "values")) == sorted(["0", "99", "12k", "10k", "2M"])
+    means = [10 ** np.mean([0, 2, np.log10(12_346)]) - 1, 10 ** np.mean([4, np.log10(2e6 + 1)]) - 1]
+    assert set(written(figure, "model means")) == {f"{means[0]:.0f}", f"{means[1] / 1e3:.0f}k"}
+    assert "geometric\nmean" in all_texts(figure)
+    assert "geometric mean over models" in all_texts(figure)
+    assert [text.get_text() for text in figure.axes[1].get_xticklabels()][:3] == ["0", "10", "100"]
+    check_layout(figure)
+
+
+def test_module_criticality_map__what_it_refuses() -> None:
+    _, models = tables(2, 3)
+    values = pd.DataFrame(-1.0, index=models["model"], columns=list("abc"))
+    with pytest.raises(ProtocolError, match=r"is -1: expected numbers in \[0, inf\], NaN where not measured.$"):
+        module_criticality_map(values, models)
+    assert module_criticality_map(0 * values, models) is not None

@@ -22,7 +22,7 @@ from published_results import LAYERS as PUBLISHED
 from published_results import PREDICTED, measured, rows_of, write_models, write_table
 from small_subjects import registered
 
-USUAL = [name for name in FIGURES if name != "conditions"]  # of a study with one condition
+USUAL = [name for name in FIGURES if name not in ("conditions", "module_criticality")]  # of a study with one condition
 LAYERS = ("conv1", "layer1.0.conv1", "layer1.0.conv2", "fc")
 FILES = ("criticality", "difference", "spread", "half_width", "accuracy", "budget", "depth", "profile-base",
          "classes-base", "ranking")  # fmt: skip
@@ -507,7 +507,7 @@ def test_profile__very_long_names_and_labels_make_no_huge_picture(tmp_path):
 def test_figures__each_says_in_a_line_what_it_shows():
     assert list(FIGURES) == [
         "criticality", "difference", "conditions", "spread", "accuracy", "budget", "depth", "profile", "classes",
-        "ranking",
+        "ranking", "module_criticality",
     ]  # fmt: skip
     for name, summary in FIGURES.summaries().items():
         assert re.fullmatch(r"[A-Z].+\.", summary), name

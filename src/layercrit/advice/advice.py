@@ -147,8 +147,8 @@ def advise(
         budget: share of the parameters of these layers, in (0, 1]: to be frozen or removed at least, or fine-tuned at
             most; for ``quantise`` the mean bits of a parameter. None: the action's default.
         knobs: layer -> name of its knob, such as those of `coupled_layers`, where layers can only be changed together;
-            ``"channels"``: these, and ``fixed``, found in the network of the measurement or study. A knob is chosen
-            only if all its layers were measured.
+            ``"channels"``: these, and ``fixed``, found in the network of the measurement or study. Layers that share
+            parameters are one knob anyhow. A knob is chosen only if all its layers were measured.
         fixed: layers that are never chosen, such as those whose channels are the classes.
         bits: the choices for ``quantise``.
         ratio: the share of a chosen layer that ``prune`` removes, in (0, 1).
@@ -168,10 +168,11 @@ def advise(
         ('frozen', 23)
     """
     found = action_named(action)
-    evidence = evidence_of(of, model, reset)
+    evidence = evidence_of(of, model, reset).each_once()
     layers = evidence.layers.copy()
     if knobs == "channels":
         knobs, fixed = evidence.channels()
+    knobs = evidence.together(knobs or {})
     asked = _checked_budget(found, budget, bits, ratio)
     layers["measured"] = layers["status"].isin(WHOLE) & layers["criticality"].notna()
     not_measured = list(layers.loc[~layers["measured"], "layer"])
@@ -182,7 +183,7 @@ def advise(
         )
     layers["measured"] &= ~layers["layer"].isin(set(fixed))
     total = int(layers["n_parameters"].sum())
-    order = ranked(knobs_of(layers, knobs or {}), highest_first=found.highest_first)
+    order = ranked(knobs_of(layers, knobs), highest_first=found.highest_first)
     order = _with_choice(order, found, asked, total, bits, ratio)
     record = {
         "model": evidence.model,
@@ -199,7 +200,7 @@ def advise(
         "not_measured": not_measured,
         "fixed": [name for name in layers["layer"] if name in set(fixed)],
     }
-    return Advice(found, _table(layers, order, found, knobs or {}, record), record)
+    return Advice(found, _table(layers, order, found, knobs, record), record)
 
 
 def _checked_budget(action: Action, budget: float | None, bits: Sequence[int], ratio: float) -> float:

@@ -1,13 +1,15 @@
 """What advice rests on: the criticality of a model's layers, from a measurement, a study, a table, or a folder."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from layercrit.advice.coupling import coupled_layers
 from layercrit.errors import AdviceError, LayercritError, near
+from layercrit.layers import Shared
 from layercrit.measurement import Measurement
 from layercrit.models.references import open_model
 from layercrit.study.shards import is_study
@@ -29,6 +31,7 @@ class Evidence:
         reset: which reset it was; None where it is not known.
         level: of the intervals; None where it is not known.
         parameters: layer -> names of its parameters, where they are known.
+        shared: of layers that share parameters (tied weights) with an earlier one, what they share.
     """
 
     layers: pd.DataFrame
@@ -37,6 +40,31 @@ class Evidence:
     reset: str | None = None
     level: float | None = None
     parameters: dict[str, list[str]] | None = None
+    shared: Mapping[str, Shared] = field(default_factory=dict)
+
+    def each_once(self) -> "Evidence":
+        """Return the same with every parameter once, at the first layer that has it."""
+        n_parameters = [
+            self.shared[layer].n_parameters if layer in self.shared else n
+            for layer, n in zip(self.layers["layer"], self.layers["n_parameters"], strict=True)
+        ]
+        own = {layer: list(of.parameters) for layer, of in self.shared.items()}
+        return replace(
+            self,
+            layers=self.layers.assign(n_parameters=n_parameters),
+            parameters=None if self.parameters is None else self.parameters | own,
+        )
+
+    def together(self, knobs: Mapping[str, str]) -> dict[str, str]:
+        """Return layer -> knob where layers that share parameters are one knob, too.
+
+        Args:
+            knobs: layer -> knob, of layers that can only be changed together for another reason.
+        """
+        found = {layer: layer for layer in self.layers["layer"]} | dict(knobs)
+        for layer, of in self.shared.items():
+            found |= {one: found[of.first] for one, knob in found.items() if knob == found[layer]}
+        return found
 
     def channels(self) -> tuple[dict[str, str], Collection[str]]:
         """Return layer -> knob of the layers that share channels in the network, and those whose channels are classes.
@@ -93,8 +121,12 @@ def evidence_of(
                 "together. Measure with --sets each (the default)."
             )
         reference, protocol = str(of.record["model"]["reference"]), of.record["protocol"]
-        parameters = {name: list(about["parameters"]) for name, about in of.record["layers"].items()}
-        return Evidence(of.to_pandas(), model or of.name, reference, protocol["reset"], protocol["level"], parameters)
+        about = of.record["layers"]
+        return Evidence(
+            of.to_pandas(), model or of.name, reference, protocol["reset"], protocol["level"],
+            {name: list(one["parameters"]) for name, one in about.items()},
+            _shared({name: one["shared"] for name, one in about.items() if "shared" in one}),
+        )  # fmt: skip
     return Evidence(_checked(of), model or "model")
 
 
@@ -132,7 +164,15 @@ def _of_study(study: Study, model: str | None, reset: str | None) -> Evidence:
     wanted = str(study.of_reset(reset)["reset"].iloc[0])
     table = study.to_pandas()
     own = _checked(table[(table["model"] == name) & (table["reset"] == wanted)])
-    return Evidence(own, name, str(study.models.set_index("model").loc[name, "reference"]), wanted, study.level)
+    row = study.models.set_index("model").loc[name]
+    shared = _shared(row["record"].get("shared", {}))
+    return Evidence(own, name, str(row["reference"]), wanted, study.level, shared=shared)
+
+
+def _shared(recorded: Mapping[str, Any]) -> dict[str, Shared]:
+    return {
+        layer: Shared(of["first"], tuple(of["parameters"]), int(of["n_parameters"])) for layer, of in recorded.items()
+    }
 
 
 def _checked(table: pd.DataFrame) -> pd.DataFrame:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from layercrit.cli.model_options import folder_for, is_study_folder
 from layercrit.cli.printing import bar, notice, number, plain, print_table, say
 from layercrit.cli.registered import complete_files
 from layercrit.errors import AdviceError, LayercritError
@@ -104,7 +105,7 @@ def advise_command(
 
     _check_options(action, images)
     check_advice(action, budget, bits, ratio)
-    if (model, reset) != (None, None) and (images is not None or not _is_study(source)):
+    if (model, reset) != (None, None) and (images is not None or not is_study_folder(source)):
         raise click.UsageError("--model and --reset choose from a study, and this is none.")
     layers = source if images is None else _measure(source, images, trials, n_images)
     found = advise(
@@ -132,15 +133,6 @@ def advise_command(
         notice(plot)
 
 
-def _is_study(source: str) -> bool:
-    from layercrit.study.shards import is_study
-
-    try:
-        return is_study(Path(source).expanduser())
-    except OSError:  # a reference may be longer than a file name can be
-        return False
-
-
 def _check_options(action: str, images: str | None) -> None:
     """Refuse options that would say nothing."""
     context = click.get_current_context()
@@ -156,7 +148,6 @@ def _check_options(action: str, images: str | None) -> None:
 
 def _measure(model: str, images: str, trials: int, n_images: int) -> "Measurement":
     """Measure a model and save that, where `layercrit measure` would."""
-    from layercrit.cli.model_options import folder_for
     from layercrit.measuring import measure
 
     folder = folder_for(model, None)

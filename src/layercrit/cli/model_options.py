@@ -1,17 +1,18 @@
 """Options that commands about one model and its images share, and the folder that its results go to."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from layercrit.cli.registered import complete_files
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, GROUPS
 
-__all__ = ["check_free", "folder_for", "images_and_layers", "number_or_auto"]
+__all__ = ["check_free", "folder_for", "images_and_layers", "is_study_folder", "number_or_auto", "refuse_options"]
 
 
 def number_or_auto(context: click.Context, parameter: click.Parameter, value: str) -> int | str:
@@ -23,15 +24,16 @@ def number_or_auto(context: click.Context, parameter: click.Parameter, value: st
     return int(value)
 
 
-def images_and_layers(n_images: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def images_and_layers(n_images: int, *, or_study: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add the options that say which images a model is shown, and which of its layers are meant.
 
     Args:
         n_images: the default of ``--n-images``.
+        or_study: whether the command takes a study as well, which has its own images.
     """
     options = [
-        click.option("--images", required=True, metavar="SOURCE", shell_complete=complete_files,
-                     help="As for `layercrit measure`."),
+        click.option("--images", required=not or_study, metavar="SOURCE", shell_complete=complete_files,
+                     help="As for `layercrit measure`" + ("; needed for a MODEL." if or_study else ".")),
         click.option("--n-images", default=n_images, show_default=True, help="Images drawn from SOURCE, at most."),
         click.option("--labels", default="auto", show_default=True, metavar="FILE|COLUMN|none",
                      help="Labels in place of those that SOURCE comes with, as for `layercrit measure`."),
@@ -47,7 +49,7 @@ def images_and_layers(n_images: int) -> Callable[[Callable[..., Any]], Callable[
         click.option("--batch-size", default=str(DEFAULTS.batch_size), show_default=True, callback=number_or_auto),
         click.option("--device", default=DEFAULTS.device, show_default=True),
         click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
-                     help="Where to save. [default: layercrit-MODEL]"),
+                     help=f"Where to save. [default: layercrit-MODEL{', in the folder of a STUDY' * or_study}]"),
         click.option("--overwrite", is_flag=True, help="Replace the same kind of result in DIR."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout."),
     ]  # fmt: skip
@@ -82,3 +84,24 @@ def check_free(file: Path, overwrite: bool) -> None:
         raise LayercritError(
             f"There is {file} already. Name another folder with --out, or replace it with --overwrite."
         )
+
+
+def is_study_folder(given: str) -> bool:
+    """Whether what a command is given, a model or a folder, is the folder of a study."""
+    from layercrit.study.shards import is_study
+
+    try:
+        return is_study(Path(given).expanduser())
+    except OSError:  # a reference may be longer than names of files may be
+        return False
+
+
+def refuse_options(context: click.Context, names: Sequence[str], of_study: bool) -> None:
+    """Raise UsageError where an option is given that says nothing of a study, or of a single model."""
+    given = [name for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    if not given:
+        return
+    option = next(one.opts[0] for one in context.command.params if one.name == given[0])
+    if of_study:
+        raise click.UsageError(f"{option} goes with a MODEL; a STUDY has its own images, layers and exact values.")
+    raise click.UsageError(f"{option} goes with a STUDY, a folder that `layercrit study run` wrote.")

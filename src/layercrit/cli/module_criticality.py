@@ -1,4 +1,7 @@
-"""The command about module criticality: how far back to its initial values each module of a model can go."""
+"""The command about module criticality: how far back to its initial values each module of a model can go.
+
+Of a study: of each of its models that have these values.
+"""
 
 import json
 from pathlib import Path
@@ -7,22 +10,32 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from layercrit.cli.model_options import check_free, folder_for, images_and_layers
-from layercrit.cli.printing import notice, percent, plain, print_table, print_warnings, say
+from layercrit.cli.model_options import (
+    check_free,
+    folder_for,
+    images_and_layers,
+    is_study_folder,
+    refuse_options,
+)
+from layercrit.cli.printing import json_rows, notice, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand
 from layercrit.counts import counted
 from layercrit.protocol import DEFAULTS
 
 # Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
-    from layercrit.module_criticality import ModuleCriticality
+    from layercrit.module_criticality.of_study import StudyModuleCriticality
+    from layercrit.module_criticality.values import ModuleCriticality
 
 __all__ = ["module_criticality_command"]
 
+_OF_MODEL = ("images", "labels", "classes", "layers", "types", "group", "seed", "surface")
+_OF_STUDY = ("models", "probe_set")
+
 
 @click.command("module-criticality", cls=ModelCommand, short_help="Find how far back to its start each module can go.")
-@click.argument("model")
-@images_and_layers(n_images=1_000)
+@click.argument("model", metavar="MODEL|STUDY")
+@images_and_layers(n_images=1_000, or_study=True)
 @click.option("--initial", metavar="FILE|MODEL",
               help="Weights before training: a weight file, DIR@epoch=0 of a training run, or a model reference. "
               "[default: those of the training run that MODEL is from]")  # fmt: skip
@@ -37,35 +50,101 @@ __all__ = ["module_criticality_command"]
 @click.option("--surface", metavar="LAYER", help="Evaluate the whole grid of this module, for its figure.")
 @click.option("--dtype", default="float32", show_default=True, type=click.Choice(("float32", "reference")))
 @click.option("--level", default=DEFAULTS.level, show_default=True, help="Confidence level of the limits.")
+@click.option("--models", metavar="NAME,...", help="Of a STUDY, the models that are wanted. [default: all that have "
+              "initial weights]")  # fmt: skip
+@click.option("--probe-set", metavar="NAME", help="Of a STUDY with several, its images. [default: the first]")
 @click.pass_context
 def module_criticality_command(
     context: click.Context,
     /,
     model: str,
-    images: str,
     out: Path | None,
     overwrite: bool,
     as_json: bool,
+    models: str | None,
+    probe_set: str | None,
     **settings: Any,
 ) -> None:
     """How far back to its initial values each module of MODEL can go, and with how much noise, at the same loss.
 
     Images need labels. 0: the initial values do as well as the trained ones.
-    """
-    from layercrit.module_criticality import measure_module_criticality
 
+    With a STUDY, a folder of `layercrit study run`: of each of its models that have initial weights, on its images.
+    What was measured is kept in STUDY/module-criticality, and the same command goes on after an interruption.
+    """
     given = context.get_parameter_source("tolerance") is not ParameterSource.DEFAULT
     if given and settings["excess"] is not None:
         raise click.UsageError("--excess takes the place of --tolerance: leave one of them out.")
+    of_study = is_study_folder(model)
+    refuse_options(context, _OF_MODEL if of_study else _OF_STUDY, of_study)
+    if of_study:
+        chosen = None if models is None else models.split(",")
+        _of_study(model, out, overwrite, as_json, chosen, probe_set, settings)
+    else:
+        _of_model(model, out, overwrite, as_json, settings)
+
+
+def _of_model(model: str, out: Path | None, overwrite: bool, as_json: bool, settings: dict[str, Any]) -> None:
+    from layercrit.module_criticality.values import measure_module_criticality
+
+    images = settings.pop("images")
+    if images is None:
+        raise click.UsageError("Missing option '--images': a MODEL needs images, such as a folder of photographs.")
     folder = folder_for(model, out)
     check_free(folder / "module-criticality.json", overwrite)
-    found = measure_module_criticality(model, images, keep_images=folder / "images", **settings)
+    kept = folder / "module-criticality-kept-points.json"
+    found = measure_module_criticality(model, images, keep_images=folder / "images", keep_points=kept, **settings)
     files = found.save(folder)
+    kept.unlink(missing_ok=True)
     if as_json:
         click.echo(json.dumps({**found.to_dict(), "folder": str(folder)}, allow_nan=False))
         return
     _show(found)
     notice(f"Saved in {folder}: {', '.join(path.name for path in files)}")
+
+
+def _of_study(
+    study: str, out: Path | None, overwrite: bool, as_json: bool, models: list[str] | None, probe_set: str | None,
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
+    from layercrit.module_criticality.of_study import FOLDER, measure_study_module_criticality
+
+    folder = Path(study) / FOLDER if out is None else out
+    settings = {name: value for name, value in settings.items() if name not in _OF_MODEL}
+    try:
+        found = measure_study_module_criticality(
+            study, models=models, probe_set=probe_set, folder=folder, overwrite=overwrite, **settings
+        )
+    except KeyboardInterrupt:
+        say(f"Stopped. What was measured is kept in {folder}; run the same command again to go on.", err=True)
+        raise
+    by_model, modules = (json_rows(table) for table in (found.by_model, found.table))
+    if as_json:
+        about = {"study": study, "models": by_model, "modules": modules, "folder": str(folder)}
+        click.echo(json.dumps(about, allow_nan=False))
+        return
+    _show_study(study, found)
+    notice(f"Saved in {folder}; the page shows it: `layercrit report {study}`")
+
+
+def _show_study(study: str, found: "StudyModuleCriticality") -> None:
+    from rich.table import Table
+
+    table = found.table
+    shown = Table(title=plain(f"{study}: module criticality"), title_justify="left", box=None, pad_edge=False)
+    for name in ("model", "most critical module", "sum", "modules", "loss", "allowed"):
+        left = name in ("model", "most critical module")
+        shown.add_column(name, justify="left" if left else "right", no_wrap=left)
+    for row in found.by_model.to_dict("records"):
+        if row["left_out"]:
+            continue
+        own = table[table["model"] == row["model"]].sort_values("module_criticality", na_position="first")
+        numbers = (_number(row[name]) for name in ("loss", "allowed_loss"))
+        of = f"{row['n_modules_in_sum']} of {row['n_modules']}"
+        shown.add_row(plain(row["model"]), plain(own["layer"].iloc[-1]), _number(row["sum"]), of, *numbers)
+    print_table(shown)
+    say()
+    say("sums over modules: for ranking networks of one architecture, and no bound on anything")
 
 
 def _show(found: "ModuleCriticality") -> None:

@@ -1,16 +1,21 @@
 """How texts, tables and numbers are printed on a terminal."""
 
+import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from layercrit.foreign_text import visible
 from layercrit.verbosity import is_quiet
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = [
     "bar",
+    "json_rows",
     "notice",
     "number",
     "percent",
@@ -107,3 +112,9 @@ def print_table(table: Any) -> None:
     if not console.is_terminal:
         console = OnStdout(width=200)
     console.print(table)
+
+
+def json_rows(table: "pd.DataFrame") -> list[dict[str, Any]]:
+    """Return the rows of a table as plain data for JSON: what is not finite is None."""
+    rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records", double_precision=15))
+    return rows

@@ -1,16 +1,14 @@
 """The command `proxies`: cheap proxies for the criticality of layers, and how well they rank them."""
 
-import contextlib
 import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from layercrit.cli.model_options import check_free
-from layercrit.cli.printing import notice, number, plain, print_table, say
+from layercrit.cli.model_options import check_free, is_study_folder, refuse_options
+from layercrit.cli.printing import json_rows, notice, number, plain, print_table, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files
 from layercrit.counts import counted
 from layercrit.errors import LayercritError
@@ -101,30 +99,15 @@ def proxies_command(
 
     With a STUDY, a folder of `layercrit study run`: over its models, against the criticality that it measured.
     """
-    from layercrit.study.shards import is_study
-
     folder = out or Path("layercrit-proxies-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
-    of_study = False
-    with contextlib.suppress(OSError):  # a reference may be longer than names of files may be
-        of_study = is_study(Path(model).expanduser())
-    _refuse(context, _OF_MODEL if of_study else _OF_STUDY, of_study)
+    of_study = is_study_folder(model)
+    refuse_options(context, _OF_MODEL if of_study else _OF_STUDY, of_study)
     for file in ("proxies.json", "proxies.csv"):
         check_free(folder / file, overwrite)
     if of_study:
         _of_study(model, folder, as_json, None if models is None else models.split(","), asked)
     else:
         _of_model(model, folder, as_json, asked)
-
-
-def _refuse(context: click.Context, names: tuple[str, ...], of_study: bool) -> None:
-    """Raise UsageError where an option is given that says nothing of a study, or of a single model."""
-    given = [name for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
-    if not given:
-        return
-    option = next(one.opts[0] for one in context.command.params if one.name == given[0])
-    if of_study:
-        raise click.UsageError(f"{option} goes with a MODEL; a STUDY has its own images, layers and exact values.")
-    raise click.UsageError(f"{option} goes with a STUDY, a folder that `layercrit study run` wrote.")
 
 
 def _of_model(model: str, folder: Path, as_json: bool, asked: dict[str, Any]) -> None:
@@ -152,8 +135,8 @@ def _of_model(model: str, folder: Path, as_json: bool, asked: dict[str, Any]) ->
         agreement = found.against(exact, k=k, **how)
         files += agreement.save(folder)
     if as_json:
-        costs = _rows(found.costs)
-        about = {"model": model, "record": found.record, "layers": _rows(found.layers), "costs": costs}
+        costs = json_rows(found.costs)
+        about = {"model": model, "record": found.record, "layers": json_rows(found.layers), "costs": costs}
         click.echo(
             json.dumps(
                 {**about, **({} if agreement is None else agreement.to_dict()), "folder": str(folder)}, allow_nan=False
@@ -189,7 +172,7 @@ def _of_study(study: str, folder: Path, as_json: bool, models: list[str] | None,
     found = measure_study_proxies(study, models=models, **settings)
     files = [*found.save(folder), *save_figure(found.plot(), folder / "proxies")]
     if as_json:
-        about = {"study": study, "against": _rows(found.table), "by_model": _rows(found.by_model)}
+        about = {"study": study, "against": json_rows(found.table), "by_model": json_rows(found.by_model)}
         said = {"best_null": found.best_null, "sentence": found.sentence, "failed": dict(found.failed)}
         click.echo(json.dumps({**about, **said, "folder": str(folder)}, allow_nan=False))
     else:
@@ -207,11 +190,6 @@ def _of_study(study: str, folder: Path, as_json: bool, models: list[str] | None,
 
 def _labels_of(found: "StudyProxies") -> str:
     return "; ".join(dict.fromkeys(str(one.record["labels"]) for one in found.proxies.values()))
-
-
-def _rows(table: "pd.DataFrame") -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records", double_precision=15))
-    return rows
 
 
 def _layer_table(found: "Proxies", agreement: "Agreement | None") -> Any:

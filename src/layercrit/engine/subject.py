@@ -15,7 +15,7 @@ from layercrit.engine.branches import branch_ends
 from layercrit.engine.flops import count_flops
 from layercrit.errors import LayercritError, ModelError, ProtocolError, first_line
 from layercrit.layer_sets import sets_of
-from layercrit.layers import Group, Layer, find_layers, select_layers
+from layercrit.layers import Group, Layer, find_layers, joined_where_shared, select_layers
 from layercrit.machine import find_device
 from layercrit.models.model import Classifier, Model
 from layercrit.models.outputs import are_probabilities, missing_head
@@ -77,6 +77,7 @@ class Subject:
         if self._reset.branch:
             selected, without = self._with_branches(selected, layers)
         self.layers = sets_of(selected, protocol.sets)
+        self._notes_of_layers: list[str] = []
         self._without_branch = [
             unit.name for unit in self.layers if without & {unit.name, *(member.name for member in unit.members)}
         ]
@@ -110,9 +111,16 @@ class Subject:
         """FLOPs of one image, and layer name -> the share of them to run again after its reset; see `count_flops`."""
         return count_flops(self.network, self.layers, self.normalise(self.model.black_image))
 
+    def join_shared(self) -> None:
+        """Make layers that share parameters one, which is changed as a whole; a note says which they are."""
+        before = {layer.name for layer in self.layers}
+        self.layers = joined_where_shared(self.layers, self.network)
+        if together := [layer.name for layer in self.layers if layer.name not in before]:
+            self._notes_of_layers.append(f"layers that share parameters are one: {', '.join(together)}")
+
     def notes(self) -> list[str]:
         """Return what the user should know, in words."""
-        notes = [*self.model.notes, *self._notes_of_output]
+        notes = [*self.model.notes, *self._notes_of_output, *self._notes_of_layers]
         if self.n_trials < self._protocol.first_trials:
             which = "with one given donor" if self._reset.random else f"of the reset {self._reset.name!r}"
             images = ", so that half-widths are for new images only" if self._protocol.is_planned else ""

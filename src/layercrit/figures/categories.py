@@ -68,14 +68,17 @@ def check_models(models: "pd.DataFrame", required: Sequence[str]) -> None:
         )
 
 
-def check_values(values: "pd.DataFrame", models: "pd.DataFrame", kind: str = "shares", low: float = 0) -> None:
+def check_values(
+    values: "pd.DataFrame", models: "pd.DataFrame", kind: str = "shares", low: float = 0, high: float = 1
+) -> None:
     """Raise ProtocolError for values, models x layers, that do not fit the table of models or are out of range.
 
     Args:
-        values: between ``low`` and 1, or NaN.
+        values: between ``low`` and ``high``, or NaN.
         models: the table, already checked.
         kind: what the values are.
         low: the least they may be.
+        high: the most.
     """
     for what, index in (("layer", values.columns), ("model", values.index)):
         if len(index) == 0:
@@ -91,12 +94,14 @@ def check_values(values: "pd.DataFrame", models: "pd.DataFrame", kind: str = "sh
                 f"Models in the {here} but not in the {there}: {', '.join(lacking[:5])}{more}. Expected the same "
                 "models in both."
             )
-    outside = ((values < low) | (values > 1)).to_numpy()
+    outside = ((values < low) | (values > high)).to_numpy()
     if outside.any():
         row, column = np.argwhere(outside)[0].tolist()
         raise ProtocolError(
             f"The value of {values.index[row]!r} at {values.columns[column]!r} is {values.to_numpy()[row, column]:g}: "
-            f"expected {kind} in [{low:g}, 1], NaN where not measured. Divide percentages by 100."
+            f"expected {kind} in [{low:g}, {high:g}], NaN where not measured."
+            + " Divide percentages by 100."
+            * (high == 1)
         )
 
 

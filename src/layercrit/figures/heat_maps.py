@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["difference_map", "heat_map", "spread_map"]
+__all__ = ["difference_map", "heat_map", "module_criticality_map", "spread_map"]
 
 Array = npt.NDArray[np.float64]
 
@@ -180,9 +180,64 @@ def spread_map(
     return _drawn(values, models, scale, title, quantity, layer_labels, stages)
 
 
-def _check(values: "pd.DataFrame", models: "pd.DataFrame", kind: str, low: float) -> None:
+class _Powers(Scale):
+    """Powers of ten of 1 + a value that is at least 0."""
+
+    def number(self, value: float) -> str:
+        """Return the value itself in two digits, with a letter for thousands."""
+        return _short(10**value - 1)
+
+    def spread(self, deviation: float) -> str:
+        """Return nothing: the values span powers of ten."""
+        return ""
+
+    def tick(self, value: float) -> str:
+        """Return the value itself; 10 in place of 9, which no eye tells apart on the bar."""
+        return _short(10**value) if value else "0"
+
+
+def _short(value: float) -> str:
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")):
+        if value >= 0.995 * factor or factor == 1:
+            scaled = value / factor
+            return (f"{scaled:.1f}" if scaled < 9.95 else f"{scaled:.0f}").removesuffix(".0") + letter
+    raise AssertionError
+
+
+def module_criticality_map(
+    values: "pd.DataFrame",
+    models: "pd.DataFrame",
+    *,
+    title: str | None = None,
+    layer_labels: Mapping[str, str] | None = None,
+    stages: Mapping[str, str] | None = None,
+) -> "Figure":
+    """Plot a square per model and module, coloured by the logarithm of 1 + its module criticality.
+
+    Means are geometric ones of 1 + module criticality, since it spans powers of ten. All else is as in `heat_map`.
+
+    Args:
+        values: models x modules, at least 0; NaN: not measured.
+        models: as in `heat_map`.
+        title: shown above the figure.
+        layer_labels: as in `heat_map`.
+        stages: as in `heat_map`.
+
+    Raises:
+        ProtocolError: a table is empty, lacks a column or contains a name twice, the two differ in their models, or a
+            value is below 0.
+    """
+    _check(values, models, "numbers", 0, math.inf)
+    powers = (1 + values.astype("float64")).map(math.log10)
+    largest = float(np.nan_to_num(powers.to_numpy()).max())
+    high = max(1.0, math.ceil(largest))
+    scale = _Powers(COLOR_MAPS["criticality"], 0, high, ticks=int(high) + 1, unit="", summary="geometric mean")
+    return _drawn(powers, models, scale, title, "module criticality", layer_labels, stages)
+
+
+def _check(values: "pd.DataFrame", models: "pd.DataFrame", kind: str, low: float, high: float = 1) -> None:
     check_models(models, ("model", "label", "category", "accuracy"))
-    check_values(values, models, kind, low)
+    check_values(values, models, kind, low, high)
 
 
 def _end(values: "pd.DataFrame") -> tuple[float, int]:
@@ -213,17 +268,17 @@ def _drawn(
     layers = [shown((layer_labels or {}).get(name, name)) for name in values.columns]
     of_layer = [(stages or {}).get(name) for name in values.columns]
     squares = _squares(values, scale)
-    quantity = f"{shown(quantity)} ({scale.unit})"
+    quantity = f"{shown(quantity)} ({scale.unit})" if scale.unit else shown(quantity)
     with figure_style():
         top = _band_width(title, quantity, missing)
-        grid = _grid(categories, ordered, layers, of_layer, squares, top, f"mean ± SD over {rows}")
+        grid = _grid(categories, ordered, layers, of_layer, squares, top, scale.summary, rows)
         figure = Figure(figsize=grid.size, dpi=100)
         axes = figure.add_axes((0, 0, 1, 1), label="squares")
         axes.set_xlim(0, grid.size[0])
         axes.set_ylim(0, grid.size[1])
         axes.set_axis_off()
         _draw_values(axes, grid, squares, scale)
-        _draw_about_models(axes, grid, categories, ordered)
+        _draw_about_models(axes, grid, categories, ordered, scale.summary.replace(" ", "\n", 1))
         _draw_layers(axes, grid, layers)
         _draw_band(figure, axes, scale, title, quantity, missing)
     return figure
@@ -237,7 +292,7 @@ def _squares(values: "pd.DataFrame", scale: Scale) -> tuple[Squares, Squares, Sq
         means, deviations = table.mean().to_numpy(), table.std().to_numpy()
         written = [
             (scale.number(mean) if math.isfinite(mean) else "")
-            + (f"{between}{100 * sd:.{scale.decimals}f}" if math.isfinite(sd) else "")
+            + (f"{between}{spread}" if math.isfinite(sd) and (spread := scale.spread(sd)) else "")
             for mean, sd in zip(means, deviations, strict=True)
         ]
         found.append(Squares(means, written))
@@ -251,9 +306,11 @@ def _grid(
     stages: Sequence[str | None],
     squares: tuple[Squares, Squares, Squares],
     top: float,
-    layer_means: str,
+    summary: str,
+    over: str,
 ) -> _Grid:
     """Lay out the heat map; ``top`` is the width that title and colour bar need."""
+    layer_means = f"{summary} over {over}"
     n_models, n_layers = len(ordered), len(layers)
     height = min(max(_GRID_HEIGHT / n_models, _SQUARE_HEIGHTS[0]), _SQUARE_HEIGHTS[1])
     name_size = _name_size(height)
@@ -268,7 +325,8 @@ def _grid(
     accuracies = names_end + (0.14 + text_width("accuracy", _NOTE_SIZE)) * bool(ordered["accuracy"].notna().any())
     accuracies = max(accuracies, _MARGIN + text_width(layer_means, _NOTE_SIZE))
     left = accuracies + _GAP
-    means_width = squares[1].widest(number_size(0, 1, height)) + 0.08
+    heads = max(text_width(word, _NOTE_SIZE) for word in summary.split(" ", 1))
+    means_width = max(squares[1].widest(number_size(0, 1, height)) + 0.08, heads)
     apart = [before != after for before, after in pairwise(stages)]
     gaps = np.cumsum([0, *apart]) * _GROUP_GAP  # before each layer
     width = _square_width(left + gaps[-1] + _GAP + means_width + _MARGIN, n_layers, (squares[0], squares[2]))
@@ -335,7 +393,9 @@ def _draw_values(axes: "Axes", grid: _Grid, squares: tuple[Squares, Squares, Squ
         draw_squares(axes, place, size, some, scale, number_size(some.widest(1), size[0], size[1] / lines), name)
 
 
-def _draw_about_models(axes: "Axes", grid: _Grid, categories: Sequence[Category], ordered: "pd.DataFrame") -> None:
+def _draw_about_models(
+    axes: "Axes", grid: _Grid, categories: Sequence[Category], ordered: "pd.DataFrame", summary: str
+) -> None:
     """Plot names, accuracies and categories at the left, and the heads of the columns."""
     from matplotlib.patches import Rectangle
 
@@ -362,7 +422,7 @@ def _draw_about_models(axes: "Axes", grid: _Grid, categories: Sequence[Category]
     if known.any():
         _right(axes, accuracies, head, "accuracy\n(%)", verticalalignment="bottom", fontsize=_NOTE_SIZE)
     middle = means + grid.means_width / 2
-    axes.text(middle, head, "mean\n± SD", fontsize=_NOTE_SIZE, horizontalalignment="center", verticalalignment="bottom")
+    axes.text(middle, head, summary, fontsize=_NOTE_SIZE, horizontalalignment="center", verticalalignment="bottom")
 
 
 def _draw_layers(axes: "Axes", grid: _Grid, layers: Sequence[str]) -> None:

@@ -51,6 +51,7 @@ class Scale:
         decimals: of numbers, in percent.
         signed: whether positive numbers get a sign, too.
         unit: of numbers.
+        summary: what is written of a row or a column of values.
     """
 
     color_map: str
@@ -60,6 +61,7 @@ class Scale:
     decimals: int = 0
     signed: bool = False
     unit: str = "%"
+    summary: str = "mean ± SD"
 
     def colors(self, values: Array) -> Array:
         """Return red, green, blue and alpha in [0, 1], ``(n_values, 4)``."""
@@ -70,6 +72,10 @@ class Scale:
     def number(self, value: float) -> str:
         """Return what is written for a value."""
         return _signed(f"{100 * value:+.{self.decimals}f}", self.signed)
+
+    def spread(self, deviation: float) -> str:
+        """Return what is written for a standard deviation; empty where it says nothing on this scale."""
+        return f"{100 * deviation:.{self.decimals}f}"
 
     def tick(self, value: float) -> str:
         """Return what is written for a value at the colour bar, with all its digits."""

@@ -151,6 +151,12 @@ def training_run(donor: str | Path) -> Path | None:
     return None
 
 
+def initial_of_run(reference: str) -> str | None:
+    """Return ``DIR@epoch=0`` for a model reference of a training run that kept its initial weights; else None."""
+    run = training_run(reference) if reference.startswith("file:") else None
+    return f"{run}@epoch=0" if run is not None and 0 in epochs_of(run) else None
+
+
 def named_by_user(path: Path, architecture: str) -> str:
     """Return the reference of weights for an architecture that the user has named, not only the file beside them.
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,12 @@ from layercrit.correlations import spearman
 from layercrit.counts import counted
 from layercrit.errors import LayercritError, StudyError, near
 from layercrit.foreign_text import encodable, write_csv
-from layercrit.models.file_source import epochs_of, training_run
-from layercrit.models.references import open_model
+from layercrit.models.file_source import initial_of_run
 from layercrit.progress_bar import Bar
 from layercrit.proxies.agreement import Agreement, Exact, best_null, verdict
 from layercrit.proxies.formulas import PROXIES
 from layercrit.proxies.values import N_IMAGES, Proxies, measure_proxies
-from layercrit.study.image_tables import distances_of, probe_set_of
+from layercrit.study.image_tables import distances_of, model_and_images
 from layercrit.study.tables import Study, load_study
 
 if TYPE_CHECKING:
@@ -230,7 +229,7 @@ def measure_study_proxies(
             own = cells[cells["model"] == row["model"]]
             how = {
                 "trials": min(3, own["trial"].nunique()) if trials is None else trials,
-                "initial": initial or _own_start(row),
+                "initial": initial or initial_of_run(str(row["reference"])),
                 **settings,
             }
             try:
@@ -265,25 +264,10 @@ def hashes_of(models: pd.DataFrame) -> dict[str, dict[str, str | None]]:
 
 
 def _of_model(study: Study, row: Mapping[Any, Any], reset: str, n_images: int, how: Mapping[str, Any]) -> Proxies:
-    probe_set = probe_set_of(study.folder, row["record"])
-    if probe_set is None:
-        raise StudyError(
-            f"The images of {row['model']} are not in {study.folder} any more. Measure it by itself: `layercrit "
-            "proxies MODEL --images SOURCE --measure`."
-        )
-    size = probe_set.preprocessing
-    shape = (size.channels, size.height, size.width)
-    own = open_model(row["reference"], input_size=None if size.channels == 3 else shape)
-    model = replace(open_model(own, input_size=shape), preprocessing=size, undeclared=own.undeclared)
+    model, probe_set = model_and_images(study.folder, row)
     protocol = study.record.get("protocol", {})
     asked = {name: protocol[name] for name in ("layers", "types", "group", "seed") if name in protocol}
     return measure_proxies(model, probe_set.first(n_images), reset=reset, progress=False, **asked, **how)
-
-
-def _own_start(row: Mapping[Any, Any]) -> str | None:
-    """Return the initial weights of a model that is a training run which kept them."""
-    run = training_run(row["reference"]) if str(row["reference"]).startswith("file:") else None
-    return f"{run}@epoch=0" if run is not None and 0 in epochs_of(run) else None
 
 
 def _exact(study: Study, row: Mapping[Any, Any], cells: pd.DataFrame) -> Exact:

@@ -23,10 +23,11 @@ from layercrit.figures.budget import criticality_against_budget
 from layercrit.figures.categories import labels_of, shown
 from layercrit.figures.class_maps import class_map
 from layercrit.figures.depth import criticality_over_depth
-from layercrit.figures.heat_maps import difference_map, heat_map, spread_map
+from layercrit.figures.heat_maps import difference_map, heat_map, module_criticality_map, spread_map
 from layercrit.figures.rankings import ranking
 from layercrit.figures.style import check_formats, save_figure, svg_of
 from layercrit.layers import layer_labels
+from layercrit.module_criticality.of_study import is_measured, load_study_module_criticality
 from layercrit.progress_bar import Bar
 from layercrit.proxies.of_study import StudyProxies
 from layercrit.registry import Registry, summary_of
@@ -216,8 +217,9 @@ def report(
     )
     comparison = compare_under(probe_set=probe_set, norm_statistics=norm_statistics, epoch=epoch)
     others = _others(study, comparison, compare_under)
-    # a study has rarely several conditions: nobody need be told that this figure is left out
-    usual = [name for name in FIGURES if others or name != "conditions"]
+    # few studies have several conditions, or module criticality: nobody need be told that these figures are left out
+    rare = {"conditions": bool(others), "module_criticality": is_measured(study)}
+    usual = [name for name in FIGURES if rare.get(name, True)]
     asked = usual if figures is None else list(dict.fromkeys(figures))
     tables = replace(_tables(study, comparison, profiles), others=others)
     written: dict[str, list[Path]] = {}
@@ -475,3 +477,15 @@ def _classes(tables: Tables) -> Drawn:
 def _ranking(tables: Tables) -> Drawn:
     """Models by their mean criticality, with intervals."""
     yield "ranking", ranking(tables.models, baseline=tables.comparison.baseline)
+
+
+@figure("module_criticality", on_page=True)
+def _module_criticality(tables: Tables) -> Drawn:
+    """Heat map of models and modules, by module criticality."""
+    values = load_study_module_criticality(tables.study).values(list(tables.models["model"]))
+    if values.isna().all(axis=None):
+        raise StudyError("None of the models that are compared has module criticality. Measure these: --models.")
+    yield (
+        "module_criticality",
+        module_criticality_map(values, tables.models, layer_labels=tables.labels, stages=tables.stages),
+    )

@@ -1,6 +1,7 @@
 """What a study keeps of single images: distances, read for one layer at a time, labels, names and predictions."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy.typing as npt
 import pandas as pd
 
 from layercrit.errors import StudyError
+from layercrit.models.model import Model
+from layercrit.models.references import open_model
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.shown_images import ShownImages, unpack_classes
 from layercrit.study.images import stored_images
 from layercrit.study.shards import StoredStudy, open_study
 
-__all__ = ["check_images", "distances_of", "images_of", "probe_set_of"]
+__all__ = ["check_images", "distances_of", "images_of", "model_and_images", "probe_set_of"]
 
 
 def distances_of(folder: Path, cells: pd.DataFrame) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
@@ -84,3 +87,26 @@ def probe_set_of(folder: Path, record: Mapping[str, Any]) -> ProbeSet | None:
             if one.sha256 == record.get("probe_set"):
                 return one
     return None
+
+
+def model_and_images(folder: Path, row: Mapping[Any, Any]) -> tuple[Model, ProbeSet]:
+    """Return a model of a study, opened for the images that it was measured on, and these.
+
+    Args:
+        folder: of the study.
+        row: of the study's table of models.
+
+    Raises:
+        StudyError: the images are not in the study's folder any more.
+        ModelError: the model cannot be opened.
+    """
+    probe_set = probe_set_of(folder, row["record"])
+    if probe_set is None:
+        raise StudyError(
+            f"The images of {row['model']} are not in {folder} any more. Measure it by itself, with --images SOURCE."
+        )
+    size = probe_set.preprocessing
+    shape = (size.channels, size.height, size.width)
+    own = open_model(row["reference"], input_size=None if size.channels == 3 else shape)
+    model = replace(open_model(own, input_size=shape), preprocessing=size, undeclared=own.undeclared)
+    return model, probe_set

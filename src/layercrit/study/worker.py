@@ -22,7 +22,7 @@ from layercrit.engine.replay import Mode
 from layercrit.engine.session import Batch, Draws, Session
 from layercrit.engine.subject import Subject
 from layercrit.layer_sets import stages_of_sets
-from layercrit.layers import Layer
+from layercrit.layers import Layer, shared_parameters
 from layercrit.models.model import Model
 from layercrit.models.own_networks import import_here
 from layercrit.models.references import open_model
@@ -166,6 +166,7 @@ class _Opened:
         again = all(known.get(name) == value for name, value in about.items()) and (
             "norm_statistics" in about or "norm_statistics" not in known
         )
+        shared = shared_parameters(self.subject.layers, self.subject.network)
         kept = {name: known[name] for name in ("dtype", "backend", "predictions", "notes") if name in known and again}
         return {
             **kept,
@@ -175,6 +176,7 @@ class _Opened:
             "n_images": self.probe_set.n_images,
             "flops_per_image": self._flops,
             "n_parameters": sum(p.numel() for p in self.subject.network.parameters()),
+            **({"shared": {name: vars(of) for name, of in shared.items()}} if shared else {}),
             "donor": {self.reset: self.subject.donor_in_words},
             "random_trials": {self.reset: self.subject.random_trials},
         }

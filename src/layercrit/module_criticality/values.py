@@ -1,8 +1,8 @@
-"""Module criticality: how far back to its initial values can a module go, and with how much noise, at the same loss?"""
+"""Module criticality of one model: each module's path to its initial values, searched for what the loss allows."""
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,24 +18,32 @@ from layercrit.engine.losses import Losses
 from layercrit.engine.session import Session
 from layercrit.engine.subject import Subject
 from layercrit.errors import LayercritError, LayerError, ModelError, ProbeError, ProtocolError, near
-from layercrit.foreign_text import encodable, write_csv
+from layercrit.foreign_files import open_regular, read_json
+from layercrit.foreign_text import encodable, unguarded, write_csv
 from layercrit.measuring import draw_images, opened_subject
-from layercrit.models.file_source import epochs_of, training_run
+from layercrit.models.file_source import initial_of_run
 from layercrit.models.model import Model
 from layercrit.models.references import open_model
 from layercrit.models.sources import short_name
+from layercrit.module_criticality.kept_points import KeptPoints
 from layercrit.module_paths import Allowed, Grid, ModulePaths
+from layercrit.path_search import Excess, Point
 from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
-from layercrit.provenance import versions_with
+from layercrit.provenance import about_session
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["ModuleCriticality", "measure_module_criticality"]
 
+ASKED = ("tolerance", "excess", "draws", "n_a", "n_s", "s_range", "layers", "types", "group", "seed", "dtype", "level")
+"""The settings of a measurement that decide its numbers, beside model, initial weights and images."""
+
 _FILE = "module-criticality"
+_TEXTS = ("layer", "type", "edge", "status")
+_WHOLE = ("n_parameters", "n_points")
 _DTYPES = ("reference", "float32")
 _WITHOUT_LABELS = (
     "Module criticality is about the loss, which needs labels, and {}. Give some with --labels (labels=...). Without "
@@ -140,6 +148,31 @@ class ModuleCriticality:
                 "name another folder (--out), then save again."
             ) from error
 
+    @classmethod
+    def load(cls, folder: str | Path) -> "ModuleCriticality":
+        """Read a folder that `save` wrote.
+
+        Raises:
+            LayercritError: there is no module criticality in it, or a damaged one.
+        """
+        files = [Path(folder).expanduser() / f"{_FILE}{end}" for end in (".csv", "-points.csv", ".json")]
+        try:
+            record = read_json(files[2])["measured"]
+            table, points = (_read_csv(path) for path in files[:2])
+            if missing := {*_TEXTS, "module_criticality", "low", "high"} - set(table) | {"a", "s"} - set(points):
+                raise ValueError(f"the tables lack {min(missing)}")
+            return cls(table, points, {**record, "model": record["model"]})
+        except OSError as error:
+            raise LayercritError(
+                f"There is no module criticality in {folder} ({error.strerror or error}). Give the folder that "
+                "`layercrit module-criticality` wrote."
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise LayercritError(
+                f"The module criticality in {folder} is damaged ({error}). Measure it again: `layercrit "
+                "module-criticality` with --overwrite."
+            ) from error
+
     def __repr__(self) -> str:
         return f"<ModuleCriticality of {self.record['model']}: {counted(len(self.table), 'module')}>"
 
@@ -168,6 +201,7 @@ def measure_module_criticality(
     labels: LabelsGiven = "auto",
     classes: str | Path | Sequence[str] | None = None,
     keep_images: str | Path | None = None,
+    keep_points: str | Path | None = None,
     progress: bool = True,
 ) -> ModuleCriticality:
     """Measure how far each module can go towards its initial values, and under how much noise, at the same loss.
@@ -202,6 +236,8 @@ def measure_module_criticality(
         labels: as for `layercrit.measure`.
         classes: likewise.
         keep_images: likewise.
+        keep_points: a file for the points of the grid that were evaluated, with which an interrupted measurement of
+            the same model, images and settings goes on. None: they are not kept.
         progress: whether to show a progress bar on a terminal.
 
     Raises:
@@ -233,6 +269,7 @@ def measure_module_criticality(
     attack, images = split_attack(images)
     before = _initial(model, initial)
     with Bar(progress) as bar, opened_subject(model, images, labels, protocol, before) as subject:
+        subject.join_shared()
         _check_names(before, subject)
         _check_surface(surface, subject)
         probe_set = draw_images(images, subject, n_images, seed, attack, labels, classes, keep_images, bar)
@@ -241,11 +278,22 @@ def measure_module_criticality(
             raise ProbeError(_WITHOUT_LABELS.format(f"{probe_set.source!r} has none that the model knows"))
         paths = ModulePaths(subject, Losses(session, session.labels), grid=grid, allowed=allowed, draws=draws,
                             seed=seed, level=level)  # fmt: skip
-        paths.search(bar)
+        asked = dict(zip(ASKED, (tolerance, excess, draws, n_a, n_s, list(s_range), layers, types, group, seed, dtype,
+                                 level), strict=True))  # fmt: skip
+        of = {**asked, "weights": subject.model.sha256, "initial": subject.donor_identity,
+              "images": probe_set.sha256, "labels": session.labels.tolist()}  # fmt: skip
+        kept = None if keep_points is None else KeptPoints(keep_points, of)
+        known, keep = ({}, _forget) if kept is None else (kept.known, kept.add)
+        paths.search(bar, known, keep)
         if surface is not None:
-            paths.complete(surface, bar)
-        record = {**_record(session, grid, paths, started), "surface": surface}
+            paths.complete(surface, bar, known, keep)
+        about = {"surface": surface, "asked": asked, "seconds": round(time.perf_counter() - started, 3)}
+        record = {**_record(session, grid, paths), **about}
         return ModuleCriticality(paths.table(), paths.points(), record)
+
+
+def _forget(found: Iterable[tuple[str, Point, Excess]]) -> None:
+    """Keep no points."""
 
 
 def _protocol(draws: int, dtype: str, **settings: Any) -> Protocol:
@@ -269,15 +317,15 @@ def _initial(model: str | Model | nn.Module, initial: nn.Module | str | Path | N
         is_model = not isinstance(initial, nn.Module) and is_reference(initial)
         return open_model(str(initial)).network if is_model else initial
     reference = model.reference if isinstance(model, Model) else str(model) if isinstance(model, str) else ""
-    run = training_run(reference) if reference.startswith("file:") else None
-    if run is None or 0 not in epochs_of(run):
+    own = initial_of_run(reference)
+    if own is None:
         of = f"{reference!r} is" if reference else "the model is"
         raise ProtocolError(
             f"Module criticality needs the weights before training, and {of} of no training run that kept its epoch 0. "
             "Give them with --initial (initial=...): a weight file, DIR@epoch=0 of a training run, or a model "
             "reference. Without them: `layercrit measure` and `layercrit worst-case`."
         )
-    return f"{run}@epoch=0"
+    return own
 
 
 def _check_names(initial: nn.Module | str | Path, subject: Subject) -> None:
@@ -300,31 +348,30 @@ def _check_surface(surface: str | None, subject: Subject) -> None:
         raise LayerError(f"There is no module {surface!r} whose whole grid could be evaluated. {near(surface, names)}")
 
 
-def _record(session: Session, grid: Grid, paths: ModulePaths, started: float) -> dict[str, Any]:
+def _record(session: Session, grid: Grid, paths: ModulePaths) -> dict[str, Any]:
     """Return how it was measured, as plain data."""
-    subject = session.subject
-    model, predictions = subject.model, session.predictions
     return {
-        "model": encodable(model.reference),
-        "architecture": model.architecture,
-        "sha256": model.sha256,
-        "initial": subject.donor_in_words,
-        "probe_set": session.probe_set.to_dict(),
-        "n_images": session.probe_set.n_images,
+        **about_session(session),
+        "initial": session.subject.donor_in_words,
         "n_draws": paths.draws,
         "a": list(grid.a),
         "s": list(grid.s),
         "n_points_of_grid": len(grid.a) * len(grid.s),
         "loss": paths.loss,
         "allowed_loss": paths.allowed_loss,
-        "top1_accuracy": predictions.top1_accuracy,
         "level": paths.level,
         "covers": paths.covers,
-        "backend": session.holder.backend,
-        "dtype": session.holder.mode,
-        "device": str(subject.device),
-        "warnings": predictions.warnings(),
-        "notes": list(dict.fromkeys(session.notes)),
-        "versions": versions_with(models=[model.reference, model.architecture], images=[session.probe_set.source]),
-        "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Return a table as `write_csv` wrote it, bit for bit; empty where a number is NaN."""
+    with open_regular(path) as file:
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+    columns: dict[str, Any] = {}
+    for name, cells in table.items():
+        if name in _TEXTS:
+            columns[str(name)] = [unguarded(cell) for cell in cells]
+        else:
+            columns[str(name)] = [int(cell) if name in _WHOLE else float(cell or "nan") for cell in cells]
+    return pd.DataFrame(columns)

@@ -1,0 +1,242 @@
+"""Module criticality over the models of a study: what it is of each, what is kept, and who has none."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from layercrit.cli import cli
+from layercrit.errors import LayercritError, StudyError
+from layercrit.module_criticality import (
+    ModuleCriticality,
+    load_study_module_criticality,
+    measure_module_criticality,
+    measure_study_module_criticality,
+)
+from layercrit.module_criticality.kept_points import KeptPoints
+from layercrit.module_paths import ModulePaths
+from layercrit.path_search import Excess
+from layercrit.reporting.reports import report
+from layercrit.study.tables import load_study
+from running_jobs import Inline, run, write_small
+from test_module_criticality import LABELS, pixels, trained
+from training_runs import write_run
+
+HOW = {"progress": False, "draws": 2, "n_a": 4, "n_s": 6, "tolerance": 1.3}
+ARCH = "arch=py:running_jobs:small_network&input_size=(3,2,2)"
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A study of two training runs and a plain file, measured once; its folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        initial, network = trained(seed)
+        write_run(folder / f"run{seed}", {0: initial.state_dict()}, final=network.state_dict())
+    save_file(trained(2)[1].state_dict(), folder / "plain.safetensors")
+    save_file(trained(2)[0].state_dict(), folder / "before.safetensors")
+    models = [
+        {"name": "m0", "reference": f"file:../run0?{ARCH}", "category": "baseline"},
+        {"name": "m1", "reference": f"file:../run1?{ARCH}", "category": "augmentation"},
+        {"name": "plain", "reference": f"file:../plain.safetensors?{ARCH}", "category": "augmentation"},
+    ]
+    path = write_small(folder / "study", trials=1, models=models)
+    np.savez(path.parent / "images.npz", images=pixels(), labels=LABELS)
+    run(path, folder / "out", Inline())
+    return folder / "out"
+
+
+@pytest.fixture
+def study(measured, tmp_path):
+    """The study, as if it were in a folder of its own: results are kept there."""
+    return replace(load_study(measured), folder=measured), tmp_path / "kept"
+
+
+def measure(study, **settings):
+    opened, folder = study
+    return measure_study_module_criticality(opened, folder=folder, **{**HOW, **settings})
+
+
+def test_measure_study_module_criticality__is_that_of_each_model_on_the_images_of_the_study(study, measured):
+    found = measure(study)
+    assert list(found.found) == ["m0", "m1"]
+    for number, name in enumerate(["m0", "m1"]):
+        run_folder = measured.parent / f"run{number}"
+        alone = measure_module_criticality(f"file:{run_folder}?{ARCH}", pixels(), labels=LABELS, **HOW)
+        own = found.table[found.table["model"] == name].drop(columns="model").reset_index(drop=True)
+        names = ["layer", "module_criticality", "low", "high", "a", "s", "distance", "edge", "status"]
+        pd.testing.assert_frame_equal(own[names], alone.to_pandas()[names], rtol=1e-5)
+        row = found.by_model.set_index("model").loc[name]
+        assert row["sum"] == pytest.approx(own["module_criticality"].sum())
+        assert (row["n_modules_in_sum"], row["n_images"], row["left_out"]) == (3, len(LABELS), "")
+
+
+def test_measure_study_module_criticality__who_has_no_initial_weights_is_blank_and_not_zero(study, measured):
+    found = measure(study)
+    assert list(found.left_out) == ["plain"]
+    assert "kept its epoch 0" in found.left_out["plain"]
+    row = found.by_model.set_index("model").loc["plain"]
+    assert math.isnan(row["sum"])
+    assert "kept its epoch 0" in row["left_out"]
+    assert found.values(["m0", "plain"]).loc["plain"].isna().all()
+    given = measure(study, models=["plain"], initial=str(measured.parent / "before.safetensors"))
+    assert list(given.found) == ["m0", "m1", "plain"]  # with what was there
+    assert not given.left_out
+
+
+def test_measure_study_module_criticality__who_is_named_and_has_none_is_refused_before_anything(study, monkeypatch):
+    monkeypatch.setattr(ModulePaths, "_excesses", lambda *_: pytest.fail("it measured"))
+    with pytest.raises(StudyError, match="of 'plain' cannot be measured, so nothing was: it is no training run"):
+        measure(study, models=["m0", "plain"])
+    with pytest.raises(StudyError, match=r"has no model 'm9'. Did you mean"):
+        measure(study, models=["m9"])
+    opened, folder = study
+    none = opened.models[opened.models["model"] == "plain"]
+    with pytest.raises(StudyError, match="of 'plain' cannot be measured"):
+        measure((replace(opened, models=none), folder))
+    unopened = opened.models.assign(record=[{}] * len(opened.models))
+    with pytest.raises(StudyError, match="the study has not measured it yet"):
+        measure((replace(opened, models=unopened), folder))
+
+
+def test_measure_study_module_criticality__what_is_there_is_not_measured_again(study, monkeypatch):
+    first = measure(study)
+    monkeypatch.setattr(ModulePaths, "_excesses", lambda *_: pytest.fail("it measured"))
+    pd.testing.assert_frame_equal(measure(study).table, first.table)
+    folder = study[1]
+    stored = pd.read_parquet(folder / "modules.parquet")
+    pd.testing.assert_frame_equal(stored, first.table, check_dtype=False)
+    assert set(pd.read_csv(folder / "models.csv")["model"]) == {"m0", "m1", "plain"}
+    for asked in ({"draws": 3}, {"tolerance": 1.5}, {"n_images": 10}):
+        with pytest.raises(StudyError, match=r"of other (settings|images) than asked for now. Nothing was measured"):
+            measure(study, **asked)
+
+
+def test_measure_study_module_criticality__goes_on_after_an_interruption(study, monkeypatch):
+    """In the middle of the second model; no point of the grid is evaluated twice, and the numbers are the same."""
+    whole = measure((study[0], study[1].with_name("whole")))
+    plain, asked, left = ModulePaths._excesses, [], [3]
+
+    def counted(self, points):
+        if list(study[1].glob("*/of.json")):  # the first model is whole
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+        asked.append(sum(map(len, points.values())))
+        return plain(self, points)
+
+    monkeypatch.setattr(ModulePaths, "_excesses", counted)
+    with pytest.raises(KeyboardInterrupt):
+        measure(study)
+    assert len(list(study[1].glob("*/kept-points.json"))) == 1
+    again = measure(study)
+    pd.testing.assert_frame_equal(again.table, whole.table)
+    assert sum(asked) == whole.table["n_points"].sum()
+    assert not list(study[1].glob("*/kept-points.json"))
+
+
+def test_measure_study_module_criticality__settings_of_all_models_are_the_same(study):
+    measure(study)
+    with pytest.raises(StudyError, match=r"of 'm0' and of 'm1' in .* is of other settings \(draws\)"):
+        measure(study, models=["m1"], draws=3, overwrite=True)
+    both = measure(study, draws=3, overwrite=True)
+    assert {one.record["n_draws"] for one in both.found.values()} == {3}
+
+
+def test_measure_study_module_criticality__a_model_that_cannot_be_measured_does_not_stop_the_others(study, measured):
+    wrong = {"1.weight": trained()[0].state_dict()["1.weight"]}
+    save_file(wrong, study[1].with_name("wrong.safetensors"))
+    found = measure(study, initial=str(study[1].with_name("wrong.safetensors")))
+    assert list(found.found) == ["m0", "m1"]
+    assert "wrong.safetensors" in found.left_out["plain"]
+
+
+def test_load_study_module_criticality__of_other_weights_is_left_out(study):
+    measure(study)
+    opened, folder = study
+    records = [{**record, "sha256": "0" * 64} if name == "m1" else record
+               for name, record in zip(opened.models["model"], opened.models["record"], strict=True)]  # fmt: skip
+    found = load_study_module_criticality(replace(opened, models=opened.models.assign(record=records)), folder)
+    assert list(found.found) == ["m0"]
+    assert "other weights" in found.left_out["m1"]
+    with pytest.raises(StudyError, match="Measure it with `layercrit module-criticality"):
+        load_study_module_criticality(opened, folder / "nowhere")
+
+
+# --- the page and the command -----------------------------------------------------------------------------------------
+
+
+def test_module_criticality_command__of_a_study_and_the_page(measured, tmp_path):
+    def invoke(*arguments):
+        return CliRunner().invoke(cli, ["module-criticality", str(measured), *map(str, arguments)])
+
+    how = ("--draws", 2, "--n-a", 4, "--n-s", 6, "--tolerance", 1.3)
+    assert (
+        report(load_study(measured), tmp_path / "none", formats=["svg"])
+        .left_out.keys()
+        .isdisjoint({"module_criticality"})
+    )
+    with pytest.raises(StudyError, match="Measure it with `layercrit module-criticality"):
+        report(load_study(measured), tmp_path / "asked", figures=["module_criticality"])
+    shown = invoke(*how)
+    assert shown.exit_code == 0, shown.output
+    assert "for ranking networks of one architecture" in shown.output
+    assert "plain: left out: it is no training run" in shown.output
+    printed = json.loads(invoke(*how, "--json").stdout)
+    assert printed["folder"] == str(measured / "module-criticality")
+    assert [row["model"] for row in printed["models"]] == ["m0", "m1", "plain"]
+    assert printed["models"][2]["sum"] is None
+    assert len(printed["modules"]) == 6
+    written = report(load_study(measured), tmp_path / "report", formats=["svg"])
+    assert "module_criticality" in written.figures
+    assert "by module criticality" in written.page.read_text(encoding="utf-8")
+    for option in (("--images", "x.npz"), ("--surface", "1"), ("--layers", "1")):
+        assert f"{option[0]} goes with a MODEL" in invoke(*option).output
+    alone = CliRunner().invoke(cli, ["module-criticality", f"file:{measured.parent}/run0?{ARCH}", "--models", "m0"])
+    assert "--models goes with a STUDY" in alone.output
+    missing = CliRunner().invoke(cli, ["module-criticality", f"file:{measured.parent}/run0?{ARCH}"])
+    assert "Missing option '--images'" in missing.output
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def test_module_criticality__saved_and_loaded_is_the_same_bit_for_bit(tmp_path):
+    initial, network = trained()
+    found = measure_module_criticality(network, pixels(), initial=initial, labels=LABELS, **{**HOW, "draws": 1})
+    odd = {"1": "=1+1", "3": "0.10", "5": "nan"}
+    table, points = (one.assign(layer=one["layer"].map(odd)) for one in (found.table, found.points))
+    table.loc[0, ["module_criticality", "high", "a"]] = math.nan, math.inf, math.nan
+    ModuleCriticality(table, points, {**found.record, "surface": "=1+1"}).save(tmp_path)
+    loaded = ModuleCriticality.load(tmp_path)
+    pd.testing.assert_frame_equal(loaded.table, table, check_exact=True)
+    pd.testing.assert_frame_equal(loaded.points, points, check_exact=True)
+    assert loaded.record["asked"] == found.record["asked"]
+    with pytest.raises(LayercritError, match="There is no module criticality in"):
+        ModuleCriticality.load(tmp_path / "nowhere")
+    (tmp_path / "module-criticality.csv").write_text('"layer"\n"1"\n')
+    with pytest.raises(LayercritError, match=r"is damaged .*lack"):
+        ModuleCriticality.load(tmp_path)
+
+
+def test_kept_points__of_the_same_measurement_only(tmp_path):
+    path = tmp_path / "folder" / "points.json"
+    points = [("fc", (1, 2), Excess(0.5, -math.inf, math.nan)), ("fc", (0, 0), Excess(1 / 3, 0.1, 0.2))]
+    kept = KeptPoints(path, {"seed": 0, "s_range": (0.1, 1)})
+    kept.add(points[:1])
+    kept.add(points[1:])
+    again = KeptPoints(path, {"seed": 0, "s_range": [0.1, 1]}).known["fc"]
+    assert list(again) == [(1, 2), (0, 0)]
+    assert again[0, 0] == Excess(1 / 3, 0.1, 0.2)
+    assert math.isnan(again[1, 2].high)
+    assert KeptPoints(path, {"seed": 1}).known == {}
+    path.write_text('{"of": {"seed": 1}, "points": {"fc": [[1]]}}')
+    assert KeptPoints(path, {"seed": 1}).known == {}
+    (tmp_path / "file").touch()
+    with pytest.raises(LayercritError, match="cannot be kept in"):
+        KeptPoints(tmp_path / "file" / "points.json", {}).add(points)
