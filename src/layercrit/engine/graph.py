@@ -181,8 +181,8 @@ def speed_up(
     Batch normalisation is folded into the convolution before it (scale ``gamma / sqrt(var + eps)``), values that depend
     on the image are kept in ``dtype`` and channels-last order, what only one token is read of is computed for it alone,
     and a convolution, the residual sum and the activation after it become one call: of oneDNN with packed weights on a
-    CPU (in bfloat16 linear layers, too), of cuDNN on a GPU. What depends on weights alone is computed in float32 and
-    cast last. Logits stay float32. Without ``fold_norms``, batch normalisations stay as they are.
+    CPU (linear layers, too, where that is faster), of cuDNN on a GPU. What depends on weights alone is computed in
+    float32 and cast last. Logits stay float32. Without ``fold_norms``, batch normalisations stay as they are.
     """
     fast = weight_graph.copy()
     _hold_dtype(fast, dtype)
@@ -197,8 +197,7 @@ def speed_up(
         onednn.fuse_convolutions(fast.graph, fast.dynamic_nodes())
     if device.type == "cuda" and cudnn.convolutions_work(dtype, device):
         cudnn.fuse_convolutions(fast.graph, fast.dynamic_nodes())
-    # in float32 MKL multiplies as fast, and GELU takes less time apart than in oneDNN's product
-    if device.type == "cpu" and dtype is torch.bfloat16 and onednn.linears_work(dtype):
+    if device.type == "cpu" and onednn.linears_pay(dtype) and onednn.linears_work(dtype):
         onednn.fuse_linears(fast.graph, fast.dynamic_nodes())
     _cast_logits(fast)
     for node in reversed(list(fast.graph.nodes)):
