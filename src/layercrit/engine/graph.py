@@ -23,6 +23,7 @@ from torch.fx.node import map_aggregate
 from typing_extensions import override
 
 from layercrit.engine import cudnn, onednn
+from layercrit.engine.attention import fuse_attention
 from layercrit.engine.linear_layers import add_before_permuting, fold_layer_scales
 from layercrit.engine.narrowing import narrow
 from layercrit.engine.nodes import CONVOLUTIONS, output_of, value_of
@@ -181,8 +182,8 @@ def speed_up(
     Batch normalisation is folded into the convolution before it (scale ``gamma / sqrt(var + eps)``), values that depend
     on the image are kept in ``dtype`` and channels-last order, what only one token is read of is computed for it alone,
     and a convolution, the residual sum and the activation after it become one call: of oneDNN with packed weights on a
-    CPU (linear layers, too, where that is faster), of cuDNN on a GPU. What depends on weights alone is computed in
-    float32 and cast last. Logits stay float32. Without ``fold_norms``, batch normalisations stay as they are.
+    CPU (linear layers, too, where that is faster), of cuDNN on a GPU. On a CPU attention that is written out becomes
+    one call, too. What depends on weights alone is computed in float32 and cast last. Logits stay float32. Without ``fold_norms``, batch normalisations stay as they are.
     """
     fast = weight_graph.copy()
     _hold_dtype(fast, dtype)
@@ -192,6 +193,8 @@ def speed_up(
         _fold_batch_norms(fast)
     fold_layer_scales(fast.graph, fast.dynamic_nodes())
     add_before_permuting(fast.graph)
+    if device.type == "cpu":
+        fuse_attention(fast.graph, fast.dynamic_nodes())
     _cast_inputs(fast, dtype)
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and onednn.convolutions_work(dtype):
         onednn.fuse_convolutions(fast.graph, fast.dynamic_nodes())
