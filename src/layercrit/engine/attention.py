@@ -1,4 +1,4 @@
-"""Attention that a network writes out as products and a softmax becomes one call, which holds no matrix of all pairs."""
+"""Attention that a network writes out as products and a softmax becomes one call."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

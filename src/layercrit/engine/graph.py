@@ -182,8 +182,9 @@ def speed_up(
     Batch normalisation is folded into the convolution before it (scale ``gamma / sqrt(var + eps)``), values that depend
     on the image are kept in ``dtype`` and channels-last order, what only one token is read of is computed for it alone,
     and a convolution, the residual sum and the activation after it become one call: of oneDNN with packed weights on a
-    CPU (linear layers, too, where that is faster), of cuDNN on a GPU. On a CPU attention that is written out becomes
-    one call, too. What depends on weights alone is computed in float32 and cast last. Logits stay float32. Without ``fold_norms``, batch normalisations stay as they are.
+    CPU (linear layers, too, where that is faster), of cuDNN on a GPU. On a CPU, attention that is written out becomes
+    one call, too. What depends on weights alone is computed in float32 and cast last. Logits stay float32. Without
+    ``fold_norms``, batch normalisations stay as they are.
     """
     fast = weight_graph.copy()
     _hold_dtype(fast, dtype)
