@@ -29,9 +29,9 @@ def attending(scores: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Sketch, T
     return forward
 
 
-def windows(scores: Tensor) -> Tensor:
+def windows(scores: Tensor, mask: Tensor = MASK) -> Tensor:
     """Add the mask of windows: every second image counts as another window."""
-    return (scores.view(N // 2, 2, H, T, T) + MASK).view(N, H, T, T)
+    return (scores.view(N // 2, 2, H, T, T) + mask).view(N, H, T, T)
 
 
 def read_twice(net: Sketch, x: Tensor) -> Tensor:
@@ -54,9 +54,11 @@ SKETCHES = {
     "windows": (attending(lambda q, k: windows(q @ k)), True),
     "bias and windows": (attending(lambda q, k: windows((q * 0.5) @ k + BIAS)), True),
     "windows, then bias": (attending(lambda q, k: windows(q @ k) + BIAS), False),
+    "windows alike, then bias": (attending(lambda q, k: windows(q @ k, MASK[:, :1]) + BIAS), False),
     "bias of each image and windows": (attending(lambda q, k: windows(q @ k + EACH)), False),
     "scaled bias": (attending(lambda q, k: (q @ k + BIAS) * 0.5), False),
     "bias from the image": (attending(lambda q, k: q @ k + q.mean()), False),
+    "products as bias": (attending(lambda q, k: (q @ k).tanh() + q @ k), False),
     "bias with a factor": (attending(lambda q, k: torch.add(q @ k, BIAS, alpha=2)), False),
     "a curve": (attending(lambda q, k: (q @ k).tanh()), False),
     "read twice": (read_twice, False),
