@@ -1,7 +1,7 @@
 """oneDNN's fused linear layers; its convolutions are tested with the rest of the rewriting in test_graph.py.
 
-In float32 `speed_up` leaves linear layers as they are, since that is faster. So that the fused ones run on every
-processor, most of these tests fuse them in float32 all the same.
+In float32 `speed_up` fuses linear layers with AVX-512 only, since elsewhere that is slower. So that the fused ones run
+on every processor, most of these tests fuse them in float32 all the same.
 """
 
 from collections.abc import Callable
@@ -163,9 +163,18 @@ def test_fuse_linears__transformers(architecture, found):
         assert abs(right - found_here) < 1e-5, name
 
 
-@pytest.mark.parametrize(("dtype", "fuses"), [(torch.float32, False), (torch.bfloat16, True)])
-def test_speed_up__fuses_linear_layers_in_bfloat16(dtype, fuses, monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "dtype", "fuses"),
+    [
+        ("AVX2", torch.float32, False),
+        ("AVX2", torch.bfloat16, True),
+        ("AVX512", torch.float32, True),
+        ("AVX512", torch.bfloat16, True),
+    ],
+)
+def test_speed_up__fuses_linear_layers_where_that_pays(capability, dtype, fuses, monkeypatch):
     monkeypatch.setattr(onednn, "linears_work", lambda dtype: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     _, _, exported = sketched("gelu")
     assert counts(speed_up(exported, dtype, CPU)) == ((2, 0, 0) if fuses else (0, 0, 2))
     assert counts(speed_up(exported, dtype, torch.device("cuda"))) == (0, 0, 2)

@@ -23,6 +23,7 @@ from torch.fx.node import map_aggregate
 from typing_extensions import override
 
 from layercrit.engine import cudnn, onednn
+from layercrit.engine.attention import fuse_attention
 from layercrit.engine.functional_form import BATCH_NORM, write_functionally
 from layercrit.engine.linear_layers import add_before_permuting, fold_layer_scales
 from layercrit.engine.narrowing import narrow
@@ -154,8 +155,9 @@ def speed_up(
     Batch normalisation is folded into the convolution before it (scale ``gamma / sqrt(var + eps)``), values that depend
     on the image are kept in ``dtype`` and channels-last order, what only one token is read of is computed for it alone,
     and a convolution, the residual sum and the activation after it become one call: of oneDNN with packed weights on a
-    CPU (in bfloat16 linear layers, too), of cuDNN on a GPU. What depends on weights alone is computed in float32 and
-    cast last. Logits stay float32. Without ``fold_norms``, batch normalisations stay as they are.
+    CPU (linear layers, too, where that is faster), of cuDNN on a GPU. On a CPU, attention that is written out becomes
+    one call, too. What depends on weights alone is computed in float32 and cast last. Logits stay float32. Without
+    ``fold_norms``, batch normalisations stay as they are.
     """
     fast = weight_graph.copy()
     _hold_dtype(fast, dtype)
@@ -165,13 +167,14 @@ def speed_up(
         _fold_batch_norms(fast)
     fold_layer_scales(fast.graph, fast.dynamic_nodes())
     add_before_permuting(fast.graph)
+    if device.type == "cpu":
+        fuse_attention(fast.graph, fast.dynamic_nodes())
     _cast_inputs(fast, dtype)
     if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and onednn.convolutions_work(dtype):
         onednn.fuse_convolutions(fast.graph, fast.dynamic_nodes())
     if device.type == "cuda" and cudnn.convolutions_work(dtype, device):
         cudnn.fuse_convolutions(fast.graph, fast.dynamic_nodes())
-    # in float32 MKL multiplies as fast, and GELU takes less time apart than in oneDNN's product
-    if device.type == "cpu" and dtype is torch.bfloat16 and onednn.linears_work(dtype):
+    if device.type == "cpu" and onednn.linears_pay(dtype) and onednn.linears_work(dtype):
         onednn.fuse_linears(fast.graph, fast.dynamic_nodes())
     _cast_logits(fast)
     for node in reversed(list(fast.graph.nodes)):
