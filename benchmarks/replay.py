@@ -283,14 +283,14 @@ def write_network(arch: str, folder: str) -> dict:
             network(x)
         network.eval()
         head = network.get_classifier()
+        logits = network(x) - head.bias
         low, high = 1.0, 1e6
-        weight = head.weight.clone()
         for _ in range(40):  # scale the head until the mean entropy is three nats
             scale = math.sqrt(low * high)
-            head.weight.copy_(weight * scale)
-            p = network(x).softmax(dim=1)
+            p = (logits * scale + head.bias).softmax(dim=1)
             entropy = -(p * p.clamp_min(1e-30).log()).sum(dim=1).mean()
             low, high = (scale, high) if entropy > 3 else (low, scale)
+        head.weight *= scale
         torch.save(network.state_dict(), Path(folder) / f"{arch}.pth")
         layers = select_layers(find_layers(network, x[:1]))
         flops, after = count_flops(network, layers, x[:1])

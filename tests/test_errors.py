@@ -14,6 +14,8 @@ LAYERS = ["conv1", "layer1.0.conv1", "layer1.0.conv2", "fc"]
         ("layer1.0.conv9", LAYERS, "Did you mean 'layer1.0.conv2' or 'layer1.0.conv1'?"),
         ("acc", ["accuracy", "depth"], "Did you mean 'accuracy'?"),  # how it begins
         ("convolution", ["conv", "linear"], "Did you mean 'conv'?"),
+        ("frozen", ["freezing", "contrastive"], "Did you mean 'freezing'?"),
+        ("fd", LAYERS, "Did you mean 'fc'?"),
         ("euclidean", DISTANCES, "Known: 'cosine', 'l1', 'l2', 'js', 'top1'."),
         ("kl", DISTANCES, "Known: 'cosine', 'l1', 'l2', 'js', 'top1'."),
         ("encoder", ["criticality", "difference", "depth", "ranking"], "Known: 'criticality', 'difference', 'depth', "

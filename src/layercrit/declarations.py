@@ -1,7 +1,12 @@
 """Tables that people write (study files, the zoo): checked by pydantic, with mistakes reported in our own words."""
 
+import ast
+import contextlib
+import inspect
+import itertools
 import re
-from collections.abc import Mapping
+import types
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, WrapValidator
@@ -9,7 +14,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from layercrit.errors import near
 
-__all__ = ["STRICT", "Declaration", "expected", "mistakes", "read_table"]
+__all__ = ["STRICT", "Declaration", "expected", "meanings", "mistakes", "read_table"]
 
 
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -70,28 +75,44 @@ def read_table(kind: type[_Table], table: Mapping[str, Any], where: str, found: 
     try:
         return kind.model_validate(table)
     except ValidationError as error:
-        found += [f"{where} {mistake}" for mistake in mistakes(error, kind.model_fields)]
+        found += [f"{where} {mistake}" for mistake in mistakes(error, kind.model_fields, meanings(kind))]
         wrong = {key for one in error.errors() for key in one["loc"][:1]}
     missing = dict.fromkeys((key for key, one in kind.model_fields.items() if one.is_required()), "")  # all are texts
     return kind.model_construct(**missing | {key: value for key, value in table.items() if key not in wrong})
 
 
-def mistakes(error: ValidationError, fields: Mapping[str, Any]) -> list[str]:
+def meanings(kind: type[Declaration]) -> dict[str, str]:
+    """Return key -> the docstring behind it in the source, which pydantic would read in every process, for a second."""
+    found = {}
+    for one in reversed(kind.__mro__):
+        if not issubclass(one, Declaration):
+            continue
+        with contextlib.suppress(OSError, TypeError):  # a class that is not written in a file
+            [declared] = ast.parse(inspect.getsource(one)).body
+            lines: list[Any] = declared.body  # type: ignore[attr-defined] - it is a class
+            for key, text in itertools.pairwise(lines):
+                if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr):
+                    found[key.target.id] = inspect.cleandoc(text.value.value)  # type: ignore
+    return found
+
+
+def mistakes(
+    error: ValidationError, keys: Iterable[str], meanings: Mapping[str, str] = types.MappingProxyType({})
+) -> list[str]:
     """Return in our own words what pydantic found wrong with a table; none of its messages is shown."""
-    return [_mistake(one, fields) for one in error.errors(include_url=False)]
+    return [_mistake(one, keys, meanings) for one in error.errors(include_url=False)]
 
 
-def _mistake(error: ErrorDetails, fields: Mapping[str, Any]) -> str:
+def _mistake(error: ErrorDetails, keys: Iterable[str], meanings: Mapping[str, str]) -> str:
     place, given, context = error["loc"], error["input"], error.get("ctx", {})
     name = "".join(f" no. {part + 1}" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     match error["type"]:
         case "value_error":
             return str(context["error"])
         case "extra_forbidden" | "unexpected_keyword_argument":
-            return f"unknown key {name!r}. {near(name, fields)}" if name == place[0] else f"unknown key {name!r}"
+            return f"unknown key {name!r}. {near(name, keys)}" if name == place[0] else f"unknown key {name!r}"
         case "missing":
-            meaning = getattr(fields.get(name), "description", None)
-            return f"{name} is missing" + (f": {meaning}" if meaning else "")
+            return f"{name} is missing" + (f": {meanings[name]}" if name in meanings else "")
         case "literal_error" if isinstance(given, str):
             choices = re.findall("'([^']*)'", context["expected"])
             return f"unknown {name} {given!r}. {near(given, choices)}"

@@ -29,7 +29,7 @@ TRY_AGAIN = 75
 """Exit code of a command that can do its work later, and not yet: EX_TEMPFAIL of sysexits.h."""
 
 _COMPARED = 5_000  # names that a wrong one is compared with, which takes a second
-_ALIKE = 0.65  # by `difflib`: 2 letters of 3 in common; below, what is found is often nonsense
+_ALIKE, _SURELY_ALIKE = 0.5, 0.65  # by `difflib`; between them, only names that begin alike make sense
 _LISTED = 10  # names that are listed where none is near
 
 
@@ -96,20 +96,23 @@ def near(name: str, known: Iterable[str], limit: int = 5) -> str:
     Args:
         name: what was given.
         known: the names there are.
-        limit: how many are suggested.
+        limit: how many are suggested, and listed, though at least ten of these.
     """
     names = list(dict.fromkeys(known))
     alike = sorted(names, key=lambda other: abs(len(other) - len(name)))[:_COMPARED]
     spelt = {other.casefold(): other for other in reversed(alike)}
-    matches = [spelt[one] for one in difflib.get_close_matches(name.casefold(), spelt, n=limit, cutoff=_ALIKE)]
+    given, whole = name.casefold(), [other.casefold() for other in names]
+    sure = difflib.get_close_matches(given, spelt, n=limit, cutoff=_SURELY_ALIKE)
+    close = difflib.get_close_matches(given, spelt, n=limit, cutoff=_ALIKE)
+    matches = [spelt[one] for one in close if one in sure or one[:1] == given[:1]]
     if not matches and len(name) > 1:
-        given, whole = name.casefold(), [other.casefold() for other in names]
         begun = [other.startswith(given) or (len(other) > 2 and given.startswith(other)) for other in whole]
         matches = [other for other, is_begun in zip(names, begun, strict=True) if is_begun][:limit]
     if matches:
         return "Did you mean " + " or ".join(repr(match) for match in matches) + "?"
-    shown = ", ".join(repr(known_name) for known_name in names[:_LISTED])
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    n_listed = max(limit, _LISTED)
+    shown = ", ".join(repr(known_name) for known_name in names[:n_listed])
+    more = f" and {len(names) - n_listed} more" if len(names) > n_listed else ""
     return f"Known: {shown}{more}." if names else "None is known."
 
 

@@ -611,14 +611,13 @@ def test_export_graph__writes_the_functional_form_of_published_architectures(nam
 
 
 def assert_as_the_exporter_does(made: Case, is_traced_again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.__version__ < "2.6":
+        pytest.skip("before torch 2.6 the exporter writes the functional form itself")
     done, real = list[object](), torch.export.ExportedProgram.run_decompositions
     monkeypatch.setattr(
         torch.export.ExportedProgram, "run_decompositions", lambda self, table: done.append(table) or real(self, table)
     )
     found = export_graph(made.network, made.images)
-    if torch.__version__ < "2.6":
-        assert not done
-        return
     assert len(done) == is_traced_again
     monkeypatch.setattr(graph, "write_functionally", lambda _: False)
     slowly = export_graph(made.network, made.images)

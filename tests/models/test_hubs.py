@@ -41,6 +41,10 @@ def offline(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    if hasattr(
+        transformers.utils.hub, "TRANSFORMERS_CACHE"
+    ):  # of older versions, which read the constant when imported
+        monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
 
@@ -407,9 +411,12 @@ def test_hf__half_precision_is_opened_in_single(vit):
     ("processor", "expected"),
     [
         (("ViTImageProcessor", {"size": {"height": 30, "width": 40}}), Preprocessing(3, 30, 40, (30, 40), "bilinear")),
-        (("ConvNextImageProcessor", {"size": {"shortest_edge": 224}}), Preprocessing(3, 224, 224, 256, "bicubic")),
         (
-            ("ConvNextImageProcessor", {"size": {"shortest_edge": 384}}),
+            ("ConvNextImageProcessor", {"size": {"shortest_edge": 224}, "resample": 3}),
+            Preprocessing(3, 224, 224, 256, "bicubic"),
+        ),
+        (
+            ("ConvNextImageProcessor", {"size": {"shortest_edge": 384}, "resample": 3}),
             Preprocessing(3, 384, 384, (384, 384), "bicubic"),
         ),
         (("BitImageProcessor", {}), Preprocessing(3, 224, 224, 224, "bicubic")),

@@ -56,8 +56,13 @@ def test_hugging_face_source__not_on_disk(tmp_path: Path) -> None:
 
 
 def test_hugging_face_source__damaged_or_empty(tmp_path: Path) -> None:
-    with pytest.raises(ProbeError, match=r"Cannot read the data set '.*empty'"):
-        HuggingFaceSource(save_dataset(tmp_path / "empty", 0))
+    try:
+        empty = save_dataset(tmp_path / "empty", 0)
+    except ZeroDivisionError:  # older versions of datasets cannot write such a one
+        empty = None
+    if empty is not None:
+        with pytest.raises(ProbeError, match=r"Cannot read the data set '.*empty'"):
+            HuggingFaceSource(empty)
     path = save_dataset(tmp_path / "x")
     for file in path.glob("*.arrow"):
         file.write_bytes(b"hello")

@@ -147,7 +147,11 @@ def test_preprocessing__modes_convert_as_pillow_does(mode: str, channels: int) -
 def test_preprocessing__16_bit_grey_keeps_its_high_byte(kind: str) -> None:
     grey = np.asarray(cut(32, 32).convert("L"))
     # 8 bits stretched to 16, as converters write it: x * 257.
-    image = open_image(encoded(Image.fromarray(grey.astype(np.uint16) * 257), kind))
+    try:
+        written = encoded(Image.fromarray(grey.astype(np.uint16) * 257), kind)
+    except OSError:
+        pytest.skip(f"this version of Pillow does not write 16 bits as {kind}")
+    image = open_image(written)
     assert image.mode in ("I;16", "I;16B", "I")
     assert np.array_equal(Preprocessing(1, 32, 32, None)(image)[0], grey)
     assert np.array_equal(Preprocessing(3, 32, 32, None)(image), np.stack([grey] * 3))

@@ -427,7 +427,7 @@ def test_mistakes__all_at_once(tmp_path):
         "[[models]] no. 1: accuracy must be a share in [0, 1]; got 76.15. Did you mean 0.7615?",
         found[15],
         found[16],
-        "[study] baseline 'm3' is not one of the models. Known: 'm0'.",
+        "[study] baseline 'm3' is not one of the models. Did you mean 'm0'?",
     ]
     assert found[3].startswith("[images] source is missing: source of the images, anything that `layercrit measure")
     assert re.fullmatch(r"\[protocol\] .*'rerandomise'.*Did you mean 'rerandomize'.*", found[15])
@@ -583,7 +583,7 @@ def test_mistakes__unknown_names_to_compare(tmp_path):
     text = "[study]\nbaseline = 'm2'\nleave_out = ['m0', 'onw']\n" + ONE
     text += "[[models]]\nreference = 'file:m*.pth'\ncategory = 'own'"
     assert mistakes(write(tmp_path, text, files=["m0.pth", "m1.pth"])) == [
-        "[study] baseline 'm2' is not one of the models. Known: 'm0', 'm1'.",
+        "[study] baseline 'm2' is not one of the models. Did you mean 'm1' or 'm0'?",
         "[study] leave_out 'onw' is neither a category nor a model. Did you mean 'own'?",
     ]
 

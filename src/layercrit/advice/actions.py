@@ -28,23 +28,29 @@ class Action:
     evidence: str
 
 
-_TUNED = (
-    "criticality could not be told from the smallest layers first where layers are fine-tuned on noisy "
-    "images and all others frozen: 85.3 % accuracy against 86.0 %, by chance 84.9 %, before it 64.4 % "
+_FROZEN = (
+    "criticality could not be told from the last layers first where layers are frozen and all others "
+    "fine-tuned on noisy images: 84.8 % accuracy against 85.1 %, by chance 83.9 %, with none frozen 83.9 % "
     "(mean of 2 networks)"
+)
+_TUNED = (
+    "criticality could not be told from the smallest layers first where layers are fine-tuned on noisy images "
+    "and all others frozen: 85.3 % accuracy against 86.0 %, by chance 84.9 %, before it 64.4 % (mean of 2 "
+    "networks)"
 )
 _PRUNED = (
     "criticality could not be told from the last layers first where channels are removed and nothing is "
     "trained afterwards: 36.5 % accuracy against 42.8 %, by chance 16.4 %, before it 85.9 % (mean of 5 "
-    "networks); criticality could not be told from the largest layers first where half of the weights of "
-    "layers are set to 0: 84.7 % accuracy against 84.5 %, by chance 71.0 %, before it 85.9 % (mean of 5 "
+    "networks); criticality could not be told from the largest layers first where channels are removed and the"
+    " network is trained for a moment afterwards: 86.9 % accuracy against 86.9 %, by chance 77.7 %, before it "
+    "90.3 % (1 network); criticality could not be told from the largest layers first where half of the weights"
+    " of layers are set to 0: 84.7 % accuracy against 84.5 %, by chance 71.0 %, before it 85.9 % (mean of 5 "
     "networks)"
 )
 _QUANTISED = (
-    "criticality could not be told from the largest layers first where half of the parameters are rounded"
-    " to 4 bits: 85.7 % accuracy against 85.7 %, by chance 85.0 %, before it 85.9 % (mean of 5 networks)"
+    "criticality could not be told from the largest layers first where half of the parameters are rounded to 4"
+    " bits: 85.7 % accuracy against 85.7 %, by chance 85.0 %, before it 85.9 % (mean of 5 networks)"
 )
-_FROZEN = f"only for freezing while the other layers are fine-tuned; {_TUNED}"
 
 ACTIONS = {
     action.name: action

@@ -221,7 +221,7 @@ def load_study_module_criticality(study: Study, folder: str | Path | None = None
         if not (_folder_of(where, row["model"]) / _OF).is_file():
             continue
         one = ModuleCriticality.load(_folder_of(where, row["model"]))
-        if one.record["sha256"] == (row["record"] or {}).get("sha256"):
+        if one.record["sha256"] == row["record"].get("sha256"):
             found[row["model"]] = one
             left_out.pop(row["model"], None)
         else:
@@ -255,7 +255,7 @@ def _with_initial(
         if models is not None and row["model"] not in models:
             continue
         start = initial_of_run(str(row["reference"])) or initial
-        if not (row["record"] or {}).get("sha256"):
+        if not row["record"].get("sha256"):
             without[row["model"]] = "the study has not measured it yet (`layercrit study run`)"
         elif start is None:
             without[row["model"]] = _NO_START

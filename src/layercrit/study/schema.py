@@ -1,15 +1,12 @@
 """What a study file may contain: its tables, declared once for the reader and for the JSON Schema that editors use."""
 
-import ast
-import inspect
-import itertools
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, create_model, field_validator
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
-from layercrit.declarations import Declaration, expected
+from layercrit.declarations import Declaration, expected, meanings
 from layercrit.distances import DISTANCES
 from layercrit.errors import StudyError, near
 from layercrit.layer_sets import read_sets
@@ -249,17 +246,6 @@ def _named() -> tuple[tuple[str, str, Registry[Any]], ...]:
     )
 
 
-def _meanings(table: type[Declaration]) -> dict[str, str]:
-    """Return key -> the docstring behind it, which pydantic would read in every process, for about a second."""
-    [declared] = ast.parse(inspect.getsource(ProtocolKeys if table is ProtocolTable else table)).body
-    lines: list[Any] = declared.body  # type: ignore[attr-defined] - it is a class
-    return {
-        key.target.id: inspect.cleandoc(text.value.value)
-        for key, text in itertools.pairwise(lines)
-        if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
-
-
 class _Plain(GenerateJsonSchema):
     """Without titles that repeat names, and without null, which TOML does not have."""
 
@@ -288,7 +274,7 @@ def study_schema() -> dict[str, Any]:
     trains = {"required": ["models"], "properties": {"models": {"contains": {"required": ["method"]}}}}
     schema = document.model_json_schema(schema_generator=_Plain)
     for table in TABLES.values():
-        for key, meaning in _meanings(table).items():
+        for key, meaning in meanings(table).items():
             schema["$defs"][table.__name__]["properties"][key].setdefault("description", meaning)
     for table, key, registry in _named():
         declared = schema["$defs"][table]["properties"][key]
