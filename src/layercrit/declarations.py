@@ -89,10 +89,10 @@ def meanings(kind: type[Declaration]) -> dict[str, str]:
             continue
         with contextlib.suppress(OSError, TypeError):  # a class that is not written in a file
             [declared] = ast.parse(inspect.getsource(one)).body
-            lines: list[Any] = declared.body  # type: ignore[attr-defined] - it is a class
+            lines: list[Any] = vars(declared)["body"]
             for key, text in itertools.pairwise(lines):
                 if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr):
-                    found[key.target.id] = inspect.cleandoc(text.value.value)  # type: ignore
+                    found[ast.unparse(key.target)] = inspect.cleandoc(ast.literal_eval(text.value))
     return found
 
 

@@ -111,7 +111,7 @@ def _comparable(value: object) -> Any:
         return kind, repr(value)  # 1, 1.0 and True are equal, but not the same setting
     if isinstance(value, enum.Enum):
         return kind, value.name
-    if kind is functools.partial:
+    if isinstance(value, functools.partial) and kind is functools.partial:
         return kind, _comparable(value.func), _comparable(value.args), _comparable(value.keywords)
     if isinstance(value, _SHARED) and getattr(value, "__closure__", None) is None:
         return value

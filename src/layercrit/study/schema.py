@@ -273,9 +273,9 @@ def study_schema() -> dict[str, Any]:
     document = create_model("StudyFile", __base__=Declaration, __doc__="A study file of layercrit.", **sections)
     trains = {"required": ["models"], "properties": {"models": {"contains": {"required": ["method"]}}}}
     schema = document.model_json_schema(schema_generator=_Plain)
-    for table in TABLES.values():
-        for key, meaning in meanings(table).items():
-            schema["$defs"][table.__name__]["properties"][key].setdefault("description", meaning)
+    for kind in TABLES.values():
+        for key, meaning in meanings(kind).items():
+            schema["$defs"][kind.__name__]["properties"][key].setdefault("description", meaning)
     for table, key, registry in _named():
         declared = schema["$defs"][table]["properties"][key]
         declared.get("items", declared)["examples"] = list(registry)
