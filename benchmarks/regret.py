@@ -478,7 +478,7 @@ def markdown(results: dict[str, Any]) -> str:
         if not rows:
             continue
         names = list(rows[0]["accuracies"])
-        lines += [f"**{title}** ({len(names)} networks: {', '.join(names)})", ""]
+        lines += [f"**{title}** ({len(names)} network{'s' * (len(names) > 1)}: {', '.join(names)})", ""]
         lines += ["| layers in the order of | accuracy left | regret | more than by chance |", "|---|---|---|---|"]
         for row in sorted(rows, key=lambda row: -row["accuracy"]):
             parts = [points(row[name], row[low], row[high]) for name, low, high in
@@ -531,7 +531,12 @@ def evidence(results: dict[str, Any]) -> dict[str, str]:
     }
 
 
-NAMES = {"random": "chance, mean of 20", "oracle": "the oracle", "nothing done": "(nothing done)"}
+NAMES = {
+    "random": "chance, mean of 20",
+    "oracle": "the oracle",
+    "nothing done": "(nothing done)",
+    "no layer frozen": "(no layer frozen)",
+}
 
 
 def points(value: float, low: float | None, high: float | None) -> str:
