@@ -13,7 +13,7 @@ Actions: `quantise` half of the parameters to 4 bits (torch's own rounding, symm
 `prune-channels` removes half of the channels of layers that hold half of the parameters (Torch-Pruning, by magnitude);
 `prune-train` does so and then trains the whole network for a moment; `finetune` trains layers that hold at most a
 quarter of the parameters on corrupted images, the rest frozen; `freeze` freezes layers that hold at least half of the
-parameters, and trains the rest on these images.
+parameters, and trains the other convolutions and linear layers on these images (never what normalises).
 
 Everything is kept in DIR as soon as it is measured, an order at a time, so that the same command goes on after an
 interruption. FILE gets the networks that are whole, beside those that it has; a network is whole in an action once

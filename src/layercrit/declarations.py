@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import itertools
 import re
+import textwrap
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -88,7 +89,7 @@ def meanings(kind: type[Declaration]) -> dict[str, str]:
         if not issubclass(one, Declaration):
             continue
         with contextlib.suppress(OSError, TypeError):  # a class that is not written in a file
-            [declared] = ast.parse(inspect.getsource(one)).body
+            [declared] = ast.parse(textwrap.dedent(inspect.getsource(one))).body
             lines: list[Any] = vars(declared)["body"]
             for key, text in itertools.pairwise(lines):
                 if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr):

@@ -19,6 +19,7 @@ from layercrit.errors import LayercritError, ProbeError, ProtocolError, near
 from layercrit.foreign_text import encodable, write_csv
 from layercrit.measuring import draw_images, opened_subject
 from layercrit.models.model import Model
+from layercrit.models.sources import short_name
 from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
@@ -75,13 +76,12 @@ class WorstCase:
         """
         from layercrit.figures.worst_case import worst_case_rows
 
-        n_images, radius = self.record["n_images"], self.record["relative_radius"]
+        images, radius = counted(self.record["n_images"], "image"), self.record["relative_radius"]
         raised = "rise of the loss, nats" if self.record["objective"] == "loss" else "1 - cosine"
-        name = str(self.record["model"]).removeprefix("file:").partition("?")[0]
         return worst_case_rows(
             self.table,
-            quantity=f"{raised}, mean over {n_images:,} image{'s' * (n_images != 1)}",
-            title=f"{name}: worst case, radius {radius:g}",
+            quantity=f"{raised}, mean over {images}",
+            title=f"{short_name(str(self.record['model']))}: worst case, radius {radius:g}",
         )
 
     def save(self, folder: str | Path) -> list[Path]:

@@ -60,6 +60,8 @@ SKETCHES = {
     "bias from the image": (attending(lambda q, k: q @ k + q.mean()), False),
     "products as bias": (attending(lambda q, k: (q @ k).tanh() + q @ k), False),
     "bias with a factor": (attending(lambda q, k: torch.add(q @ k, BIAS, alpha=2)), False),
+    "a bias of truth values": (attending(lambda q, k: q @ k + (BIAS > 0)), False),
+    "a bias of whole numbers": (attending(lambda q, k: q @ k + BIAS.int()), False),
     "a curve": (attending(lambda q, k: (q @ k).tanh()), False),
     "read twice": (read_twice, False),
 }

@@ -1,5 +1,7 @@
+import array
 import enum
 import gc
+import random
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -189,6 +191,31 @@ def test_graph_of__published_architectures_are_exported_once(name, exported, mon
     build, size = ARCHITECTURES[name]
     images = torch.zeros(1, 3, size, size)
     assert [exports.graph_of(build().eval(), images)[1] for _ in range(2)] == [False, True]
+
+
+class Answering:
+    def __getattr__(self, name: str) -> float:
+        return FACTOR
+
+
+class Rounding(enum.Flag):
+    UP, DOWN, AWAY = 1, 2, 4
+
+
+@pytest.mark.parametrize(
+    "value", [random.Random(1), array.array("f", [1.0]), Answering(), type("P", (partial,), {})(F.elu)]
+)
+def test_graph_of__objects_that_have_more_than_their_dictionary_are_not_compared(value):
+    with pytest.raises(TypeError):
+        exports._comparable(value)
+
+
+def test_graph_of__flags_and_variables_of_a_class_are_seen(monkeypatch):
+    assert exports._comparable(Rounding.UP | Rounding.AWAY) != exports._comparable(Rounding.UP | Rounding.DOWN)
+    before = exports._comparable(Settings(1.0))
+    assert before == exports._comparable(Settings(1.0))
+    monkeypatch.setattr(Settings, "offset", 2, raising=False)
+    assert before != exports._comparable(Settings(1.0))
 
 
 def test_graph_of__keeps_no_weights(exported):

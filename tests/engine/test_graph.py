@@ -576,6 +576,7 @@ IN_FORMS: dict[str, tuple[Callable[[Sketch, Tensor], Tensor], bool]] = {
     "in place on a view": (lambda net, x: _conv(net, x).transpose(2, 3).relu_(), True),
     "in place on an alias": (lambda net, x: F.dropout(_conv(net, x), training=False).relu_(), True),
     "added to itself in place": (lambda net, x: (made := _conv(net, x)).add_(made), True),
+    "float64 added in place": (lambda net, x: _conv(net, x).add_(torch.ones(8, 1, 1, dtype=torch.float64)), True),
     "flattened": (lambda net, x: _conv(net, x).flatten(2).unsqueeze(3), False),
     "reshaped": (lambda net, x: _conv(net, x).reshape(x.shape[0], 8, -1, 2), False),
     "flattened to what it is": (lambda net, x: _conv(net, x).flatten(2, 2) * 2, False),

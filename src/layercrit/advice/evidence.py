@@ -63,7 +63,9 @@ class Evidence:
         """
         found = {layer: layer for layer in self.layers["layer"]} | dict(knobs)
         for layer, of in self.shared.items():
-            found |= {one: found[of.first] for one, knob in found.items() if knob == found[layer]}
+            if layer in found:  # in a study that is not finished, some are not
+                knob = found.get(of.first, of.first)
+                found |= {one: knob for one, own in found.items() if own == found[layer]}
         return found
 
     def channels(self) -> tuple[dict[str, str], Collection[str]]:

@@ -93,6 +93,8 @@ def _written_out(last: fx.Node, dynamic: set[fx.Node]) -> _WrittenOut | None:
             x, bias = node.args if node.args[1] not in dynamic else reversed(node.args)
             if not isinstance(bias, fx.Node) or bias in dynamic or value_of(x).shape != value_of(node).shape:
                 return None
+            if not _is_float32(bias):  # the kernel takes truth values for a mask
+                return None
             here = list(value_of(node).shape)
             if not found.biases:
                 found.shape = here

@@ -17,11 +17,10 @@ from layercrit.models.outputs import logits_of
 __all__ = ["graph_of"]
 
 _TENSORS_AND_PARTS = {"_parameters", "_buffers", "_modules"}
-_PLAIN = {type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device}
+_PLAIN_TYPES = {type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device}
 _GLOBAL_HOOKS: Any = nn.modules.module
 _SHARED = (type, types.FunctionType, types.BuiltinFunctionType)
 
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: all classes that Python code defines have it
 _N_KEPT = 16
 
 _kept: list[tuple[Any, WeightGraph]] = []  # the last architectures: description, and graph without values
@@ -86,14 +85,17 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 def _class_settings(kind: type[nn.Module]) -> list[Any]:
     """Return what the code of a class is and what plain values it reads from itself."""
     forward = kind.forward
-    values = [
+    return [forward, _comparable(getattr(forward, "__defaults__", None)), _plain_values(kind)]
+
+
+def _plain_values(kind: type) -> list[Any]:
+    return [
         (one, name, _comparable(value))
         for one in kind.__mro__
         if one.__module__ != nn.Module.__module__
         for name, value in vars(one).items()
-        if type(value) in _PLAIN
+        if type(value) in _PLAIN_TYPES
     ]
-    return [forward, _comparable(getattr(forward, "__defaults__", None)), values]
 
 
 def _settings(module: nn.Module) -> list[tuple[str, Any]]:
@@ -107,10 +109,10 @@ def _comparable(value: object) -> Any:
         TypeError: this cannot be told of such a value.
     """
     kind = type(value)
-    if kind in _PLAIN:
+    if kind in _PLAIN_TYPES:
         return kind, repr(value)  # 1, 1.0 and True are equal, but not the same setting
     if isinstance(value, enum.Enum):
-        return kind, value.name
+        return kind, _comparable(value.value)
     if isinstance(value, functools.partial) and kind is functools.partial:
         return kind, _comparable(value.func), _comparable(value.args), _comparable(value.keywords)
     if isinstance(value, _SHARED) and getattr(value, "__closure__", None) is None:
@@ -121,10 +123,11 @@ def _comparable(value: object) -> Any:
         return kind, sorted(repr(_comparable(item)) for item in cast(Iterable[object], value))
     if kind in (dict, OrderedDict):
         return kind, [(_comparable(key), _comparable(item)) for key, item in cast(dict[Any, Any], value).items()]
-    if (
-        not isinstance(value, type)
-        and all(base.__flags__ & _HEAP_TYPE for base in kind.__mro__[:-1])
-        and not any(vars(base).get("__slots__") for base in kind.__mro__)
-    ):
-        return kind, _comparable(vars(value))  # a class of Python's, such as a configuration: all it has is in its dict
+    # an object of Python's, such as a configuration: what it has is in its dictionary and in its class
+    if kind.__basicsize__ == _Plain.__basicsize__ and hasattr(value, "__dict__") and not hasattr(kind, "__getattr__"):
+        return kind, _comparable(vars(value)), _plain_values(kind)
     raise TypeError(kind)
+
+
+class _Plain:
+    """Its objects have a dictionary and no other memory."""

@@ -60,10 +60,16 @@ def open_replay(
                 raise
             reason = f"the network cannot be exported ({first_line(error)})"
             break
-        if _agrees(GraphReplay(weight_graph, [whole]), own, images, rounding):
+        try:
+            agrees = _agrees(GraphReplay(weight_graph, [whole]), own, images, rounding)
+            reason = "the exported network does not reproduce the network's own logits"
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            agrees, reason = False, f"the exported network cannot be run ({first_line(error)})"
+        if agrees:
             layers = layers if layers_of is None else layers_of(weight_graph)
             return _in_mode(GraphReplay(weight_graph, layers), mode, images)
-        reason = "the exported network does not reproduce the network's own logits"
         if not is_shared:
             break
     layers = layers if layers_of is None else layers_of(None)

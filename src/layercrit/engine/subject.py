@@ -126,10 +126,10 @@ class Subject:
             images = ", so that half-widths are for new images only" if self._protocol.is_planned else ""
             notes.append(f"one trial instead of {self._protocol.first_trials}: all trials {which} are the same{images}")
         if self._reset.donor == "initialiser" and self._given_donor is None and self.model.build is None:
+            why = self.model.initialiser.removeprefix("none: ")
             notes.append(
-                f"fresh values come from each module's own reset_parameters ({self.model.initialiser}); if the "
-                "architecture has another initialiser, open the model by a reference that can build it anew, or give a "
-                "donor"
+                f"fresh values come from each module's own reset_parameters ({why}); if the architecture has another "
+                "initialiser, open the model by a reference that can build it anew, or give a donor"
             )
         if self._without_branch:
             few = ", ".join(self._without_branch[:5]) + " ..." * (len(self._without_branch) > 5)
