@@ -288,7 +288,7 @@ def test_open_zoo_file__old_files_do_not_count_batches(tmp_path, state):
 def test_open_zoo_file__wrong_number_of_files(tmp_path, state):
     paths = WRITERS["dino"](tmp_path, state)
     with pytest.raises(
-        CheckpointError, match=r"consists of 2 file\(s\), but 1 were given.*\n.*pretrain.pth\n.*linearweights"
+        CheckpointError, match=r"consists of 2 files, but 1 were given.*\n.*pretrain.pth\n.*linearweights"
     ):
         open_zoo_file(ZOO["resnet50_dino"], paths[:1])
 
