@@ -1,9 +1,11 @@
 """How tests run a rewritten graph and compare it with the plain way."""
 
+import pytest
 import torch
 from torch import Tensor
 
-from layercrit.engine.graph import WeightGraph
+from layercrit.engine import onednn
+from layercrit.engine.graph import WeightGraph, speed_up
 from layercrit.engine.graph_replay import GraphReplay
 from tiny_networks import Case
 
@@ -15,6 +17,13 @@ RELATIVE = {"float32": 1e-5, "bfloat16": 0.04}
 
 def targets(weight_graph: WeightGraph) -> list[object]:
     return [node.target for node in weight_graph.graph.nodes if node.op == "call_function"]
+
+
+def with_plain_linears(exported: WeightGraph) -> WeightGraph:
+    """Rewrite for float32 as on processors where fused linear layers do not pay."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onednn, "linears_pay", lambda dtype: False)
+        return speed_up(exported, torch.float32, CPU)
 
 
 def sweep(opened: GraphReplay, made: Case) -> dict[str | None, Tensor]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fast_graphs import CPU, DTYPES, RELATIVE, assert_near, sweep, targets
+from fast_graphs import CPU, DTYPES, RELATIVE, assert_near, sweep, targets, with_plain_linears
 from layercrit.engine.graph import WeightGraph, export_graph, speed_up
 from layercrit.engine.graph_replay import GraphReplay
 from layercrit.engine.linear_layers import scaled_bias, scaled_weight
@@ -120,7 +120,7 @@ def test_fold_layer_scales__folds(name):
 @pytest.mark.parametrize("name", SUMS)
 def test_add_before_permuting__adds(name):
     _, _, exported = sketched(name)
-    nodes = speed_up(exported, torch.float32, CPU).graph.nodes
+    nodes = with_plain_linears(exported).graph.nodes
     sums = [node for node in nodes if node.target is aten.add.Tensor]
     linear = [node for node in sums if any(x.target is aten.linear.default for x in node.all_input_nodes)]
     assert len(linear) == SUMS[name][1]
@@ -140,7 +140,7 @@ def test_linear_layers__change_no_value(name, dtype):
 def test_linear_layers__convnext_has_neither_scales_nor_permuted_sums_left():
     build, size = ARCHITECTURES["convnext_tiny"]
     made = case(build, 2, 3, size, size)
-    found = speed_up(export_graph(made.network, made.images), torch.float32, CPU)
+    found = with_plain_linears(export_graph(made.network, made.images))
     assert targets(found).count(scaled_weight) == targets(found).count(scaled_bias) == 5  # blocks
     assert aten.mul.Tensor not in targets(found)
     sums = [node for node in found.graph.nodes if node.target is aten.add.Tensor]

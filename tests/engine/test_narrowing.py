@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fast_graphs import CPU, DTYPES, RELATIVE, assert_near, sweep
+from fast_graphs import CPU, DTYPES, RELATIVE, assert_near, sweep, with_plain_linears
 from layercrit.engine.graph import WeightGraph, export_graph, speed_up
 from layercrit.engine.graph_replay import GraphReplay
 from tiny_networks import ARCHITECTURES, IMAGES, Case, PlainWay, Sketch, case
@@ -144,7 +144,7 @@ def n_small(weight_graph: WeightGraph) -> int:
 def test_narrow__computes_what_is_read(name):
     _, _, exported = sketched(name)
     assert n_small(exported) == 0
-    assert n_small(speed_up(exported, torch.float32, CPU)) == SKETCHES[name][2]
+    assert n_small(with_plain_linears(exported)) == SKETCHES[name][2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -170,4 +170,4 @@ def test_narrow__changes_no_value(name, dtype):
 def test_narrow__only_the_class_token_goes_through_the_last_block(architecture, n):
     build, size = ARCHITECTURES[architecture]
     made = case(build, 2, 3, size, size)
-    assert n_small(speed_up(export_graph(made.network, made.images), torch.float32, CPU)) == n
+    assert n_small(with_plain_linears(export_graph(made.network, made.images))) == n
