@@ -34,6 +34,7 @@ from layercrit import (
     measure_epochs,
     measure_module_criticality,
     measure_proxies,
+    measure_study_module_criticality,
     measure_study_proxies,
     measure_worst_case,
     merge_studies,
@@ -147,5 +148,6 @@ def many_models(folder: Path) -> Study:
     )
     study = load_study(folder / "study")
     print(compare(study).to_pandas(), report(study).page, export(study, "csv"))
+    print(measure_study_module_criticality(study).by_model)
     print(measure_study_proxies(study).sentence, run_demo(folder / "demo").findings)
     return merge_studies([folder / "study", folder / "demo" / "study"], folder / "both")

@@ -248,6 +248,7 @@ class Classified(nn.Module):
     def __init__(self):
         super().__init__()
         self.body, self.output = late_norm()[:4], nn.Identity()
+        nn.init.constant_(self.body[-1].bias, -9.0)  # below 0 whatever the weights, as logits may be
 
     def forward(self, images):
         return self.output(self.body(images))
