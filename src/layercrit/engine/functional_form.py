@@ -82,13 +82,13 @@ def _owns_what_it_writes_to(node: fx.Node, place: Mapping[fx.Node, int]) -> bool
     """Whether an operator in place writes to memory of an operator's own that nobody reads afterwards."""
     written: Any = node.args[0]
     is_own = written.target in _FINAL or written.target in _IN_PLACE or written.target is aten.batch_norm.default
-    before, after = _value(written), _value(node)
+    before = _value(written)
     others = [user for user in written.users if user is not node]
-    operands = [_value(argument) if isinstance(argument, fx.Node) else argument for argument in node.args[:2]]
-    made = torch.result_type(*operands) if len(operands) > 1 else before.dtype  # what is not written in place has
+    operands: list[Any] = [_value(one) if isinstance(one, fx.Node) else one for one in node.args[:2]]
+    promoted = torch.result_type(*operands) if len(operands) > 1 else before.dtype  # which in place is not
     return (
         is_own
-        and (before.shape, before.dtype, before.dtype) == (after.shape, after.dtype, made)
+        and (before.shape, before.dtype) == (_value(node).shape, promoted)
         and all(place[user] < place[node] and user.target in _FINAL for user in others)
         and all(argument is not written for argument in node.args[1:])
     )
