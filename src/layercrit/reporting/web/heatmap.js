@@ -49,8 +49,8 @@ export function drawMap() {
   const rows = visible();
   $("map-plot").style.width = `max(100%, ${14 * N_LAYERS + 300}px)`;
   $("map-about").textContent =
-    `${measure.about} The numbers in the right column, means over layers, are in percent: 62 stands for 0.62. Next to ` +
-    `the names: ${D.accuracy} accuracy (%). Bottom row: mean over the models shown. ${aboutLabels()} Click a square or ` +
+    `${measure.about} The numbers in the right column, means over layers, are in percent: 62 stands for 0.62. Next ` +
+    `to the names: ${D.accuracy} accuracy (%). Bottom row: mean over the models shown. ${aboutLabels()} Click a square or ` +
     "a name to see its layer and model below.";
   const drawn = draw("map-plot", mapTraces(measure, rows), mapLayout(rows), (point) =>
     choose({
@@ -196,8 +196,8 @@ export function drawMapTable() {
 }
 
 // Draw a heat map of criticality with the layers as columns, and fill the table below it. `id` is that of the section,
-// `texts` name its rows, `hoverOf` a row and a layer says what is written over a square; the table has `columns` of each
-// row, given its number, before those of the layers.
+// `texts` name its rows, `hoverOf` a row and a layer says what is written over a square; the table has `columns` of
+// each row, given its number, before those of the layers.
 export function drawLayerMap(id, texts, criticality, hoverOf, caption, columns) {
   const { traces, layout } = layerMap(texts, criticality, hoverOf);
   $(`${id}-plot`).style.width = `max(100%, ${14 * N_LAYERS + 300}px)`;
