@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -175,6 +176,15 @@ def test_measure_module_criticality__kept_points_are_not_evaluated_again(network
     for other in ({"seed": 1}, {"level": 0.9}, {"n_s": 8}, {"initial": trained(seed=5)[0]}):
         with pytest.raises(pytest.fail.Exception, match="it evaluated"):
             measured(networks, keep_points=kept, **other)
+    initial, network = networks
+    models = [
+        open_model(network, input_size=(3, 2, 2), mean=(0.5,) * 3, std=(0.2,) * 3),
+        open_model(network, input_size=(3, 2, 2), output=lambda scores: 2 * scores),
+        replace(open_model(network, input_size=(3, 2, 2)), architecture="py:other"),
+    ]
+    for model in models:
+        with pytest.raises(pytest.fail.Exception, match="it evaluated"):
+            measured((initial, model), keep_points=kept)
 
 
 # --- the slow twin ----------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class KeptPoints:
                     str(name): {(int(a), int(s)): Excess(*map(float, excess)) for a, s, *excess in rows}
                     for name, rows in found["points"].items()
                 }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             self.known = {}  # none are kept, or the file is damaged: they are evaluated anew
 
     def add(self, found: Iterable[tuple[str, Point, Excess]]) -> None:

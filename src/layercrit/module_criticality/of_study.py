@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
@@ -15,12 +15,19 @@ import pandas as pd
 
 from layercrit.conditions import under
 from layercrit.donors import is_reference
-from layercrit.errors import LayercritError, StudyError, near
+from layercrit.errors import LayercritError, ProtocolError, StudyError, near
 from layercrit.foreign_files import read_json
 from layercrit.foreign_text import encodable, write_csv
 from layercrit.locks import hold, write_whole
 from layercrit.models.file_source import initial_of_run, read_weights, weight_file
-from layercrit.module_criticality.values import ASKED, ModuleCriticality, measure_module_criticality
+from layercrit.models.references import open_model
+from layercrit.module_criticality.values import (
+    ASKED,
+    ModuleCriticality,
+    check_settings,
+    identity_of,
+    measure_module_criticality,
+)
 from layercrit.progress_bar import Bar
 from layercrit.study.image_tables import model_and_images, probe_set_of
 from layercrit.study.tables import Study, load_study
@@ -38,7 +45,12 @@ _NO_START = (
     "it is no training run that kept its epoch 0 (`layercrit train --keep-epochs`), and no weights before training are "
     "given with --initial (initial=...)"
 )
-_OF, _KEPT = "of.json", "kept-points.json"
+_OF, _KEPT = "of.json", "kept-points-{}.json"  # one for each identity: other settings leave it alone
+_OF_ALL = ("n_images", *ASKED)
+"""Of what identifies a result: that which all models of a table have in common."""
+
+_IDENTITY = {"weights", "initial weights", "architecture", "output", "normalisation", "images", *_OF_ALL}
+_DEFAULTS = {name: one.default for name, one in signature(measure_module_criticality).parameters.items()}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -170,28 +182,37 @@ def measure_study_module_criticality(
         The module criticality of 'baseline' cannot be measured, so nothing was: it is
     """
     opened = study if isinstance(study, Study) else load_study(study)
+    if models is not None and not models:
+        raise StudyError("No model is named. Name some with --models (models=...), or leave it out for all models.")
     rows, without = _with_initial(opened, models, probe_set, initial)
-    protocol = opened.record.get("protocol", {})
-    settings |= {name: protocol[name] for name in ("layers", "types", "group", "seed") if name in protocol}
+    settings = _settings(opened, n_images, settings)
     where = opened.folder / FOLDER if folder is None else Path(folder).expanduser()
     with hold(where, "module criticality"):
-        asked = [_Asked.of_row(opened, row, start, where, n_images, settings) for row, start in rows]
+        asked, failed = list[_Asked](), dict[str, str]()
+        for row, start in rows:
+            try:
+                asked.append(_Asked.of_row(opened, row, start, where, n_images, settings))
+            except LayercritError as error:
+                failed[row["model"]] = str(error)
         if not overwrite:
             _check_settings(asked)
-        _say_left_out(without, progress)
-        failed = dict[str, str]()
+        _say_left_out({**without, **failed}, progress)
+        kept = {model: why for model, why in _left_out(where).items() if model not in {row["model"] for row, _ in rows}}
+        _write_left_out(where, {**kept, **without, **failed})
         for one in asked:
             try:
-                one.measure(opened.folder, progress, settings)
+                one.measure(progress, settings)
             except LayercritError as error:
                 failed[one.row["model"]] = str(error)
                 _say_left_out({one.row["model"]: str(error)}, progress)
-            about = {"left_out": {**without, **failed}}
-            write_whole(where / _ABOUT, json.dumps(encodable(about), ensure_ascii=False))
-        if len(failed) == len(asked):
+                _write_left_out(where, {**kept, **without, **failed})
+        if len(failed) == len(rows):
             first, text = next(iter(failed.items()))
-            raise StudyError(f"No model of the study in {opened.folder} has module criticality. {first}: {text}")
-        found = load_study_module_criticality(opened, where)
+            raise StudyError(
+                f"Of the models of the study in {opened.folder} that were asked for, none can be measured. {first}: "
+                f"{text}"
+            )
+        found = load_study_module_criticality(opened, where, probe_set)
         found.save(where)
     return found
 
@@ -201,45 +222,132 @@ def is_measured(study: Study) -> bool:
     return any((study.folder / FOLDER).glob(f"*/{_OF}"))
 
 
-def load_study_module_criticality(study: Study, folder: str | Path | None = None) -> StudyModuleCriticality:
+def load_study_module_criticality(
+    study: Study, folder: str | Path | None = None, probe_set: str | None = None
+) -> StudyModuleCriticality:
     """Return the module criticality that was measured of a study's models.
 
-    Models that have other weights now than when they were measured are left out.
+    Models that the study has measured with other weights, images or normalisation since are left out, and so are those
+    whose results are damaged.
 
     Args:
         study: the study.
         folder: where the results are; None: ``module-criticality`` in the study's folder.
+        probe_set: the name of the images; None: the study's first.
 
     Raises:
-        StudyError: none was measured.
-        LayercritError: what was measured is damaged.
+        StudyError: none was measured, or models were measured with different settings.
     """
     where = study.folder / FOLDER if folder is None else Path(folder).expanduser()
     found: dict[str, ModuleCriticality] = {}
-    left_out = _left_out(where)
-    for row in study.models.to_dict("records"):
-        if not (_folder_of(where, row["model"]) / _OF).is_file():
-            continue
-        one = ModuleCriticality.load(_folder_of(where, row["model"]))
-        if one.record["sha256"] == row["record"].get("sha256"):
-            found[row["model"]] = one
-            left_out.pop(row["model"], None)
-        else:
-            left_out[row["model"]] = "it has other weights now than when it was measured; measure it again"
+    identities: dict[str, Mapping[str, Any]] = {}
+    why = _left_out(where)
+    left_out = dict[str, str]()
+    digest_of = _digests(study)
+    for row in under(study.models, study.folder, probe_set=probe_set)[0].to_dict("records"):
+        model, own = row["model"], _folder_of(where, row["model"])
+        if (own / _OF).is_file():
+            try:
+                identity, one = _read(own)
+            except LayercritError as error:
+                left_out[model] = str(error)
+                continue
+            if unlike := _unlike_the_study(identity, row["record"], digest_of):
+                left_out[model] = (
+                    f"the study has it with other {unlike} now than when it was measured; measure it again"
+                )
+            else:
+                identities[model], found[model] = identity, one
+        elif model in why:
+            left_out[model] = why[model]
     if not found:
+        first = next(iter(left_out.items()), None)
         raise StudyError(
             f"No module criticality of the study in {study.folder} is in {where}. Measure it with `layercrit "
-            f"module-criticality {study.folder}`."
+            f"module-criticality {study.folder}`.{'' if first is None else f' {first[0]}: {first[1]}'}"
         )
-    (first, one), *others = found.items()
-    for model, other in others:
-        if unlike := [name for name, value in one.record["asked"].items() if other.record["asked"].get(name) != value]:
+    (first_model, one_identity), *others = identities.items()
+    for model, identity in others:
+        if unlike := ", ".join(_unlike(one_identity, identity, _OF_ALL)):
             raise StudyError(
-                f"The module criticality of {first!r} and of {model!r} in {where} is of other settings ({unlike[0]}), "
-                "and cannot be in one table. Measure all models with the same ones: `layercrit module-criticality "
-                f"{study.folder} --overwrite`."
+                f"The module criticality of {first_model!r} and of {model!r} in {where} is of other settings "
+                f"({unlike}), and cannot be in one table. Measure all models with the same ones: `layercrit "
+                f"module-criticality {study.folder} --overwrite`."
             )
     return StudyModuleCriticality(study.folder, found, left_out)
+
+
+def _settings(study: Study, n_images: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all settings that are not defaults, with those of the study.
+
+    Raises:
+        ProtocolError: one is unknown, or makes no sense.
+        StudyError: one is the study's own.
+    """
+    protocol = study.record.get("protocol", {})
+    own = {name: protocol[name] for name in ("layers", "types", "group", "seed") if name in protocol}
+    if taken := sorted(own.keys() & given.keys()):
+        raise StudyError(
+            f"{taken[0]} of the study in {study.folder} is {own[taken[0]]!r}, and module criticality takes the same. "
+            "Leave it out."
+        )
+    defaults = {name: _DEFAULTS[name] for name in (*ASKED, "batch_size", "device")}
+    if unknown := sorted(given.keys() - defaults.keys()):
+        raise ProtocolError(f"There is no setting {unknown[0]!r} of module criticality. {near(unknown[0], defaults)}")
+    check_settings(**{**defaults, **own, **given, "n_images": n_images})
+    return {**own, **given}
+
+
+def _digests(study: Study) -> Callable[[Mapping[str, Any], int], str | None]:
+    """Return a function from a model's record and a number of images to the hash of the first of its images."""
+    known: dict[tuple[Any, int], str | None] = {}
+
+    def digest_of(record: Mapping[str, Any], n_images: int) -> str | None:
+        what = record.get("probe_set"), n_images
+        if what not in known:
+            images = probe_set_of(study.folder, record)
+            known[what] = None if images is None else images.first(n_images).sha256
+        return known[what]
+
+    return digest_of
+
+
+def _unlike_the_study(
+    identity: Mapping[str, Any], record: Mapping[str, Any], digest_of: Callable[[Mapping[str, Any], int], str | None]
+) -> str:
+    """Return in what the study's model is another one now than that which was measured; empty where in nothing."""
+    now = {
+        "weights": record.get("sha256"),
+        "architecture": record.get("architecture"),
+        "normalisation": [record["mean"], record["std"]] if "mean" in record and "std" in record else None,
+        "images": digest_of(record, identity["n_images"]),  # None: a merged study has them in its parts
+    }
+    known = {name: value for name, value in now.items() if value is not None or name == "weights"}
+    return ", ".join(_unlike(identity, known, known))
+
+
+def _unlike(one: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    return [name for name in names if one.get(name) != other.get(name)]
+
+
+def _read(folder: Path) -> tuple[Mapping[str, Any], ModuleCriticality]:
+    """Return what a result is of, and the result.
+
+    Raises:
+        LayercritError: there is none, or a damaged one.
+    """
+    found = ModuleCriticality.load(folder)
+    try:
+        identity = read_json(folder / _OF)
+        if isinstance(identity, dict) and not _IDENTITY - identity.keys() and isinstance(identity["n_images"], int):
+            return identity, found
+        what = "is no record of what was measured"
+    except (OSError, ValueError) as error:
+        what = str(error)
+    raise LayercritError(
+        f"The module criticality in {folder} is damaged ({_OF}: {what}). Measure it again: `layercrit "
+        "module-criticality` of the study."
+    )
 
 
 def _with_initial(
@@ -275,6 +383,7 @@ class _Asked:
     """A model that is to be measured.
 
     Attributes:
+        study: its folder.
         row: of the study's table of models.
         initial: where its weights from before training are.
         n_images: at most.
@@ -282,6 +391,7 @@ class _Asked:
         of: what identifies the result, as plain data.
     """
 
+    study: Path
     row: Mapping[Any, Any]
     initial: str
     n_images: int
@@ -292,32 +402,36 @@ class _Asked:
     def of_row(
         cls, study: Study, row: Mapping[Any, Any], initial: str, where: Path, n_images: int, settings: Mapping[str, Any]
     ) -> "_Asked":
-        """Return what is asked of one model."""
-        defaults = {name: one.default for name, one in signature(measure_module_criticality).parameters.items()}
-        asked = {name: settings.get(name, defaults[name]) for name in ASKED}
-        images = probe_set_of(study.folder, row["record"])
-        of = {
-            "weights": row["record"]["sha256"],
-            "initial": initial if is_reference(initial) else read_weights(weight_file(initial)).sha256,
-            "images": None if images is None else images.first(n_images).sha256,
-            "settings": asked | {"s_range": list(asked["s_range"])},
-        }
-        return cls(row, initial, n_images, _folder_of(where, row["model"]), of)
+        """Return what is asked of one model, which is opened for that.
+
+        Raises:
+            StudyError: it has other weights than the study measured, or its images are gone.
+            LayercritError: it or its initial weights cannot be read.
+        """
+        model, probe_set = model_and_images(study.folder, row)
+        if model.sha256 != row["record"]["sha256"]:
+            raise StudyError(
+                f"{row['model']} has other weights now than those that the study measured. Run the study again "
+                "(`layercrit study run`), or put the former weights back."
+            )
+        is_model = is_reference(initial)
+        start = open_model(initial).sha256 if is_model else read_weights(weight_file(initial)).sha256
+        of = identity_of(model, start, probe_set.first(n_images), {**_DEFAULTS, **settings})
+        return cls(study.folder, row, initial, n_images, _folder_of(where, row["model"]), of)
 
     @property
     def there(self) -> Mapping[str, Any] | None:
         """What the result in the folder is of; None where there is none, or a damaged one."""
-        with suppress(OSError, ValueError):
-            found = read_json(self.folder / _OF)
-            return found if isinstance(found, dict) else None
+        with suppress(LayercritError):
+            return _read(self.folder)[0]
         return None
 
-    def measure(self, study: Path, progress: bool, settings: Mapping[str, Any]) -> None:
+    def measure(self, progress: bool, settings: Mapping[str, Any]) -> None:
         """Measure the model, unless that is done."""
         if self.there == self.of:
             return
-        model, probe_set = model_and_images(study, self.row)
-        kept = self.folder / _KEPT
+        model, probe_set = model_and_images(self.study, self.row)
+        kept = self.folder / _KEPT.format(_digest(self.of))
         found = measure_module_criticality(
             model, probe_set.first(self.n_images), initial=self.initial, keep_points=kept, progress=progress, **settings
         )
@@ -330,13 +444,17 @@ class _Asked:
 def _check_settings(asked: Sequence[_Asked]) -> None:
     """Refuse to replace what was measured otherwise."""
     for one in asked:
-        if one.there is not None and one.there != one.of:
-            unlike = [name for name, value in one.of.items() if one.there.get(name) != value]
+        there = one.there
+        if there is not None and (unlike := _unlike(one.of, there, {**one.of, **there})):
             raise StudyError(
-                f"The module criticality of {one.row['model']!r} in {one.folder} is of other {unlike[0]} than asked "
-                "for now. Nothing was measured. Replace it with --overwrite (overwrite=True), or name another folder "
-                "with --out (folder=...)."
+                f"The module criticality of {one.row['model']!r} in {one.folder} is of other settings, weights or "
+                f"images than asked for now ({', '.join(unlike)}). Nothing was measured. Replace it with --overwrite "
+                "(overwrite=True), or name another folder with --out (folder=...)."
             )
+
+
+def _digest(of: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _say_left_out(why: Mapping[str, str], progress: bool) -> None:
@@ -349,6 +467,10 @@ def _folder_of(where: Path, model: str) -> Path:
     """Return the folder of a model's result: readable, and its own on any file system."""
     readable = re.sub(r"[^A-Za-z0-9.=+-]+", "-", model).strip("-.")[:60]
     return where / f"{readable}-{hashlib.sha256(model.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+
+
+def _write_left_out(where: Path, left_out: Mapping[str, str]) -> None:
+    write_whole(where / _ABOUT, json.dumps(encodable({"left_out": left_out}), ensure_ascii=False))
 
 
 def _left_out(where: Path) -> dict[str, str]:

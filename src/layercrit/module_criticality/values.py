@@ -29,6 +29,7 @@ from layercrit.module_criticality.kept_points import KeptPoints
 from layercrit.module_paths import Allowed, Grid, ModulePaths
 from layercrit.path_search import Excess, Point
 from layercrit.probes.labelling import LabelsGiven, are_wanted
+from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.provenance import about_session
@@ -44,6 +45,7 @@ ASKED = ("tolerance", "excess", "draws", "n_a", "n_s", "s_range", "layers", "typ
 _FILE = "module-criticality"
 _TEXTS = ("layer", "type", "edge", "status")
 _WHOLE = ("n_parameters", "n_points")
+_RECORDED = ("model", "sha256", "asked", "surface", "n_images", "a", "s")
 _DTYPES = ("reference", "float32")
 _WITHOUT_LABELS = (
     "Module criticality is about the loss, which needs labels, and {}. Give some with --labels (labels=...). Without "
@@ -161,15 +163,18 @@ class ModuleCriticality:
             table, points = (_read_csv(path) for path in files[:2])
             if missing := {*_TEXTS, "module_criticality", "low", "high"} - set(table) | {"a", "s"} - set(points):
                 raise ValueError(f"the tables lack {min(missing)}")
-            return cls(table, points, {**record, "model": record["model"]})
+            found = cls(table, points, {name: record[name] for name in {*_RECORDED, *record}})
+            found.summary()  # which fails where the record is of other types
+            return found
         except OSError as error:
             raise LayercritError(
                 f"There is no module criticality in {folder} ({error.strerror or error}). Give the folder that "
                 "`layercrit module-criticality` wrote."
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"the record lacks {error}" if isinstance(error, KeyError) else str(error)
             raise LayercritError(
-                f"The module criticality in {folder} is damaged ({error}). Measure it again: `layercrit "
+                f"The module criticality in {folder} is damaged ({what}). Measure it again: `layercrit "
                 "module-criticality` with --overwrite."
             ) from error
 
@@ -261,9 +266,10 @@ def measure_module_criticality(
         ['fc']
     """
     started = time.perf_counter()
-    grid, allowed = Grid.of(n_a, n_s, s_range), Allowed(tolerance, excess)
-    protocol = _protocol(draws, dtype, n_images=n_images, layers=layers, types=types, group=group, seed=seed,
-                         batch_size=batch_size, device=device, level=level)  # fmt: skip
+    grid, allowed, protocol = check_settings(
+        tolerance, excess, draws, n_a, n_s, s_range, dtype, n_images=n_images, layers=layers, types=types, group=group,
+        seed=seed, batch_size=batch_size, device=device, level=level,
+    )  # fmt: skip
     if not are_wanted(labels):
         raise ProbeError(_WITHOUT_LABELS.format("they were left out with labels='none'"))
     attack, images = split_attack(images)
@@ -280,9 +286,9 @@ def measure_module_criticality(
                             seed=seed, level=level)  # fmt: skip
         asked = dict(zip(ASKED, (tolerance, excess, draws, n_a, n_s, list(s_range), layers, types, group, seed, dtype,
                                  level), strict=True))  # fmt: skip
-        of = {**asked, "weights": subject.model.sha256, "initial": subject.donor_identity,
-              "images": probe_set.sha256, "labels": session.labels.tolist()}  # fmt: skip
-        kept = None if keep_points is None else KeptPoints(keep_points, of)
+        of = identity_of(subject.model, str(subject.donor_identity), probe_set, asked)
+        # labels as the model takes them, which names of classes decide
+        kept = None if keep_points is None else KeptPoints(keep_points, {**of, "labels": session.labels.tolist()})
         known, keep = ({}, _forget) if kept is None else (kept.known, kept.add)
         paths.search(bar, known, keep)
         if surface is not None:
@@ -290,6 +296,40 @@ def measure_module_criticality(
         about = {"surface": surface, "asked": asked, "seconds": round(time.perf_counter() - started, 3)}
         record = {**_record(session, grid, paths), **about}
         return ModuleCriticality(paths.table(), paths.points(), record)
+
+
+def check_settings(
+    tolerance: float, excess: float | None, draws: int, n_a: int, n_s: int, s_range: tuple[float, float], dtype: str,
+    **others: Any,
+) -> tuple[Grid, Allowed, Protocol]:  # fmt: skip
+    """Return what settings mean.
+
+    Raises:
+        ProtocolError: one makes no sense.
+    """
+    return Grid.of(n_a, n_s, s_range), Allowed(tolerance, excess), _protocol(draws, dtype, **others)
+
+
+def identity_of(model: Model, initial: str, probe_set: ProbeSet, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that the numbers of a measurement depend on, as plain data: equal identities mean equal numbers.
+
+    Args:
+        model: the trained model.
+        initial: hash of the initial weights.
+        probe_set: the images, whose hash is of their labels, too.
+        asked: the settings, of `ASKED`.
+    """
+    identity = {
+        "weights": model.sha256,
+        "initial weights": initial,
+        "architecture": model.architecture,
+        "output": model.output_in_words,
+        "normalisation": [model.mean, model.std],
+        "images": probe_set.sha256,
+        "n_images": probe_set.n_images,
+        **{name: asked[name] for name in ASKED},
+    }
+    return dict(json.loads(json.dumps(identity)))
 
 
 def _forget(found: Iterable[tuple[str, Point, Excess]]) -> None:

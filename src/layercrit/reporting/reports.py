@@ -482,7 +482,9 @@ def _ranking(tables: Tables) -> Drawn:
 @figure("module_criticality", on_page=True)
 def _module_criticality(tables: Tables) -> Drawn:
     """Heat map of models and modules, by module criticality."""
-    values = load_study_module_criticality(tables.study).values(list(tables.models["model"]))
+    condition = tables.comparison.condition
+    probe_set = None if condition is None else condition.probe_set
+    values = load_study_module_criticality(tables.study, probe_set=probe_set).values(list(tables.models["model"]))
     if values.isna().all(axis=None):
         raise StudyError("None of the models that are compared has module criticality. Measure these: --models.")
     yield (
