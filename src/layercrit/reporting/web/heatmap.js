@@ -50,8 +50,8 @@ export function drawMap() {
   $("map-plot").style.width = `max(100%, ${14 * N_LAYERS + 300}px)`;
   $("map-about").textContent =
     `${measure.about} The numbers in the right column, means over layers, are in percent: 62 stands for 0.62. Next ` +
-    `to the names: ${D.accuracy} accuracy (%). Bottom row: mean over the models shown. ${aboutLabels()} Click a square ` +
-    "or a name to see its layer and model below.";
+    `to the names: ${D.accuracy} accuracy (%). Bottom row: mean over the models shown. ${aboutLabels()} ` +
+    "Click a square or a name to see its layer and model below.";
   const drawn = draw("map-plot", mapTraces(measure, rows), mapLayout(rows), (point) =>
     choose({
       layer: point.data.xaxis === "x2" ? state.layer : point.x,
