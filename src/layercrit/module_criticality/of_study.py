@@ -45,7 +45,7 @@ _NO_START = (
     "it is no training run that kept its epoch 0 (`layercrit train --keep-epochs`), and no weights before training are "
     "given with --initial (initial=...)"
 )
-_OF, _KEPT = "of.json", "kept-points-{}.json"  # one for each identity: other settings leave it alone
+_OF, _KEPT = "of.json", "kept-points.json"
 _OF_ALL = ("n_images", *ASKED)
 """Of what identifies a result: that which all models of a table have in common."""
 
@@ -431,7 +431,7 @@ class _Asked:
         if self.there == self.of:
             return
         model, probe_set = model_and_images(self.study, self.row)
-        kept = self.folder / _KEPT.format(_digest(self.of))
+        kept = self.folder / _KEPT
         found = measure_module_criticality(
             model, probe_set.first(self.n_images), initial=self.initial, keep_points=kept, progress=progress, **settings
         )
@@ -451,10 +451,6 @@ def _check_settings(asked: Sequence[_Asked]) -> None:
                 f"images than asked for now ({', '.join(unlike)}). Nothing was measured. Replace it with --overwrite "
                 "(overwrite=True), or name another folder with --out (folder=...)."
             )
-
-
-def _digest(of: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _say_left_out(why: Mapping[str, str], progress: bool) -> None:
