@@ -200,6 +200,10 @@ def test_module_criticality_command__of_a_study_and_the_page(measured, tmp_path)
     assert "by module criticality" in written.page.read_text(encoding="utf-8")
     for option in (("--images", "x.npz"), ("--surface", "1"), ("--layers", "1")):
         assert f"{option[0]} goes with a MODEL" in invoke(*option).output
+    elsewhere = invoke(*how, "--models", "m0", "--out", tmp_path / "elsewhere")
+    assert "Saved in" in elsewhere.output
+    assert "the page shows it" in shown.output
+    assert "the page shows it" not in elsewhere.output
     alone = CliRunner().invoke(cli, ["module-criticality", f"file:{measured.parent}/run0?{ARCH}", "--models", "m0"])
     assert "--models goes with a STUDY" in alone.output
     missing = CliRunner().invoke(cli, ["module-criticality", f"file:{measured.parent}/run0?{ARCH}"])
