@@ -293,8 +293,11 @@ def test_measure_study_module_criticality__another_normalisation_is_another_resu
 def test_measure_study_module_criticality__models_on_different_images_are_in_no_table(own):
     study = own()
     measure(study, models=["m0"], n_images=10)
-    with pytest.raises(StudyError, match=r"other settings \(n_images\)"):
+    with pytest.raises(StudyError, match=r"of 'm0' in .* than asked for now \(n_images\).* Nothing was measured"):
         measure(study, models=["m1"], n_images=24)
+    assert not list(study[1].glob("m1-*"))
+    with pytest.raises(StudyError, match=r"of 'm0' and of 'm1' in .* is of other settings \(n_images\)"):
+        measure(study, models=["m1"], n_images=24, overwrite=True)
 
 
 def test_measure_study_module_criticality__a_damaged_result_is_left_out_and_measured_again(own, tmp_path):

@@ -196,6 +196,7 @@ def measure_study_module_criticality(
                 failed[row["model"]] = str(error)
         if not overwrite:
             _check_settings(asked)
+            _check_others(opened, where, probe_set, asked)
         _say_left_out({**without, **failed}, progress)
         kept = {model: why for model, why in _left_out(where).items() if model not in {row["model"] for row, _ in rows}}
         _write_left_out(where, {**kept, **without, **failed})
@@ -450,6 +451,24 @@ def _check_settings(asked: Sequence[_Asked]) -> None:
                 f"The module criticality of {one.row['model']!r} in {one.folder} is of other settings, weights or "
                 f"images than asked for now ({', '.join(unlike)}). Nothing was measured. Replace it with --overwrite "
                 "(overwrite=True), or name another folder with --out (folder=...)."
+            )
+
+
+def _check_others(study: Study, where: Path, probe_set: str | None, asked: Sequence[_Asked]) -> None:
+    """Refuse to measure what cannot be in one table with models that are there and are not asked for now."""
+    names = {one.row["model"] for one in asked}
+    others = [
+        model for model in under(study.models, study.folder, probe_set=probe_set)[0]["model"] if model not in names
+    ]
+    for model in others if asked else []:
+        there: Mapping[str, Any] = asked[0].of
+        with suppress(LayercritError):  # there is none, or it is damaged, and so in no table
+            there = _read(_folder_of(where, model))[0]
+        if unlike := ", ".join(_unlike(asked[0].of, there, _OF_ALL)):
+            raise StudyError(
+                f"The module criticality of {model!r} in {where} is of other settings than asked for now ({unlike}), "
+                "so that the two cannot be in one table. Nothing was measured. Ask for the same, measure all models "
+                "with --overwrite (overwrite=True), or name another folder with --out (folder=...)."
             )
 
 
