@@ -329,7 +329,7 @@ def test_measure_study_module_criticality__weights_that_the_study_has_not_measur
     for seed in (0, 1):
         save_file(trained(5)[1].state_dict(), tmp_path / f"run{seed}" / "model.safetensors")
     monkeypatch.setattr(ModulePaths, "_excesses", lambda *_: pytest.fail("it measured"))
-    with pytest.raises(StudyError, match="m0 has other weights now than those that the study measured"):
+    with pytest.raises(StudyError, match="m0: it has other weights now than those that the study measured"):
         measure(study)
 
 

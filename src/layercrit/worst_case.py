@@ -80,7 +80,7 @@ class WorstCase:
         name = str(self.record["model"]).removeprefix("file:").partition("?")[0]
         return worst_case_rows(
             self.table,
-            quantity=f"{raised}, mean over {n_images:,} image{'s' * (n_images != 1)}",
+            quantity=f"{raised}, mean over {counted(n_images, 'image')}",
             title=f"{name}: worst case, radius {radius:g}",
         )
 

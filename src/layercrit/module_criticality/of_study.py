@@ -412,8 +412,8 @@ class _Asked:
         model, probe_set = model_and_images(study.folder, row)
         if model.sha256 != row["record"]["sha256"]:
             raise StudyError(
-                f"{row['model']} has other weights now than those that the study measured. Run the study again "
-                "(`layercrit study run`), or put the former weights back."
+                "it has other weights now than those that the study measured. Run the study again (`layercrit study "
+                "run`), or put the former weights back"
             )
         is_model = is_reference(initial)
         start = open_model(initial).sha256 if is_model else read_weights(weight_file(initial)).sha256
