@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from layercrit.cli import cli
-from layercrit.errors import LayercritError, StudyError
+from layercrit.errors import LayercritError, ProtocolError, StudyError
 from layercrit.module_criticality import (
     ModuleCriticality,
     load_study_module_criticality,
@@ -135,7 +136,7 @@ def test_measure_study_module_criticality__goes_on_after_an_interruption(study, 
     monkeypatch.setattr(ModulePaths, "_excesses", counted)
     with pytest.raises(KeyboardInterrupt):
         measure(study)
-    assert len(list(study[1].glob("*/kept-points-*.json"))) == 1
+    assert len(list(study[1].glob("*/kept-points.json"))) == 1
     again = measure(study)
     pd.testing.assert_frame_equal(again.table, whole.table)
     assert sum(asked) == whole.table["n_points"].sum()
@@ -199,6 +200,10 @@ def test_module_criticality_command__of_a_study_and_the_page(measured, tmp_path)
     assert "by module criticality" in written.page.read_text(encoding="utf-8")
     for option in (("--images", "x.npz"), ("--surface", "1"), ("--layers", "1")):
         assert f"{option[0]} goes with a MODEL" in invoke(*option).output
+    elsewhere = invoke(*how, "--models", "m0", "--out", tmp_path / "elsewhere")
+    assert "Saved in" in elsewhere.output
+    assert "the page shows it" in shown.output
+    assert "the page shows it" not in elsewhere.output
     alone = CliRunner().invoke(cli, ["module-criticality", f"file:{measured.parent}/run0?{ARCH}", "--models", "m0"])
     assert "--models goes with a STUDY" in alone.output
     missing = CliRunner().invoke(cli, ["module-criticality", f"file:{measured.parent}/run0?{ARCH}"])
@@ -236,9 +241,116 @@ def test_kept_points__of_the_same_measurement_only(tmp_path):
     assert list(again) == [(1, 2), (0, 0)]
     assert again[0, 0] == Excess(1 / 3, 0.1, 0.2)
     assert math.isnan(again[1, 2].high)
-    assert KeptPoints(path, {"seed": 1}).known == {}
-    path.write_text('{"of": {"seed": 1}, "points": {"fc": [[1]]}}')
-    assert KeptPoints(path, {"seed": 1}).known == {}
+    other = KeptPoints(path, {"seed": 1})
+    assert other.known == {}
+    other.add(points[:1])
+    assert list(KeptPoints(path, {"seed": 1}).known["fc"]) == [(1, 2)]
+    assert KeptPoints(path, {"seed": 0, "s_range": [0.1, 1]}).known["fc"].keys() == again.keys()  # still
+    for rows in ("[[1]]", "[[Infinity, 1, 0, 0, 0]]"):
+        path.write_text(f'{{"measurements": [{{"of": {{"seed": 1}}, "points": {{"fc": {rows}}}}}]}}')
+        assert KeptPoints(path, {"seed": 1}).known == {}
     (tmp_path / "file").touch()
     with pytest.raises(LayercritError, match="cannot be kept in"):
         KeptPoints(tmp_path / "file" / "points.json", {}).add(points)
+
+
+# --- what changed since, and what is damaged --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A study of two training runs in a folder that a test may change; ``again`` runs it anew from a changed file."""
+    for seed in (0, 1):
+        initial, network = trained(seed)
+        write_run(tmp_path / f"run{seed}", {0: initial.state_dict()}, final=network.state_dict())
+
+    def again(options=ARCH):
+        models = [{"name": f"m{seed}", "reference": f"file:../run{seed}?{options}", "category": "baseline"}
+                  for seed in (0, 1)]  # fmt: skip
+        shutil.rmtree(tmp_path / "study", ignore_errors=True)
+        path = write_small(tmp_path / "study", trials=1, models=models)
+        np.savez(path.parent / "images.npz", images=pixels(), labels=LABELS)
+        run(path, tmp_path / "out", Inline())
+        return load_study(tmp_path / "out"), tmp_path / "out" / "module-criticality"
+
+    return again
+
+
+def result_of(folder, model):
+    return next(folder.glob(f"{model}-*/module-criticality.json"))
+
+
+def test_measure_study_module_criticality__another_normalisation_is_another_result(own):
+    first = measure(own())
+    other = own(f"{ARCH}&mean=(0.5,0.5,0.5)&std=(0.2,0.2,0.2)")
+    with pytest.raises(StudyError, match="m0: the study has it with other normalisation now"):
+        load_study_module_criticality(other[0])
+    with pytest.raises(StudyError, match=r"asked for now \(normalisation\)"):
+        measure(other)
+    assert (measure(other, overwrite=True).by_model["loss"] != first.by_model["loss"]).all()
+
+
+def test_measure_study_module_criticality__models_on_different_images_are_in_no_table(own):
+    study = own()
+    measure(study, models=["m0"], n_images=10)
+    with pytest.raises(StudyError, match=r"of 'm0' in .* than asked for now \(n_images\).* Nothing was measured"):
+        measure(study, models=["m1"], n_images=24)
+    assert not list(study[1].glob("m1-*"))
+    with pytest.raises(StudyError, match=r"of 'm0' and of 'm1' in .* is of other settings \(n_images\)"):
+        measure(study, models=["m1"], n_images=24, overwrite=True)
+
+
+def test_measure_study_module_criticality__a_damaged_result_is_left_out_and_measured_again(own, tmp_path):
+    study = own()
+    whole = measure(study)
+    for text in ("{", '{"measured": 3}', '{"measured": {"model": "x"}}'):
+        result_of(study[1], "m0").write_text(text)
+        found = load_study_module_criticality(study[0])
+        assert "is damaged" in found.left_out["m0"]
+    assert "module_criticality" in report(study[0], tmp_path / "report", formats=["svg"]).figures
+    pd.testing.assert_frame_equal(measure(study).table, whole.table)
+    result_of(study[1], "m1").with_name("of.json").write_text("[]")
+    pd.testing.assert_frame_equal(measure(study, overwrite=True).table, whole.table)
+
+
+def test_measure_study_module_criticality__initial_weights_by_reference_are_read(study):
+    file = study[1].with_name("initial.safetensors")
+    save_file(trained(2)[0].state_dict(), file)
+    asked = {"models": ["plain"], "initial": f"file:{file}?{ARCH}"}
+    first = measure(study, **asked)
+    save_file(trained(3)[0].state_dict(), file)
+    with pytest.raises(StudyError, match=r"asked for now \(initial weights\)"):
+        measure(study, **asked)
+    assert (measure(study, **asked, overwrite=True).by_model["sum"] != first.by_model["sum"]).any()
+
+
+def test_measure_study_module_criticality__weights_that_the_study_has_not_measured(own, tmp_path, monkeypatch):
+    study = own()
+    for seed in (0, 1):
+        save_file(trained(5)[1].state_dict(), tmp_path / f"run{seed}" / "model.safetensors")
+    monkeypatch.setattr(ModulePaths, "_excesses", lambda *_: pytest.fail("it measured"))
+    with pytest.raises(StudyError, match="m0: it has other weights now than those that the study measured"):
+        measure(study)
+
+
+def test_measure_study_module_criticality__a_damaged_epoch_0_and_reasons_that_are_kept(own, tmp_path):
+    study = own()
+    (tmp_path / "run1" / "epochs" / "epoch-0000.safetensors").write_bytes(b"xx")
+    assert "epoch-0000" in measure(study).left_out["m1"]
+    assert "epoch-0000" in measure(study, models=["m0"]).left_out["m1"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "text"),
+    [
+        ({"n_images": 0}, ProtocolError, "n_images must be a whole number of at least 1; got 0"),
+        ({"models": []}, StudyError, "No model is named"),
+        ({"tol": 3}, ProtocolError, "no setting 'tol' of module criticality.*'tolerance'"),
+        ({"layers": "1"}, StudyError, r"layers of the study in .* is '\*'"),
+        ({"tolerance": 0.5, "overwrite": True}, ProtocolError, "must be above 1; got 0.5"),
+    ],
+)
+def test_measure_study_module_criticality__what_cannot_be_asked(study, asked, error, text):
+    with pytest.raises(error, match=text):
+        measure(study, **asked)
+    assert not study[1].exists()

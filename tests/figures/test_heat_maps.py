@@ -397,4 +397,16 @@ def test_module_criticality_map__what_it_refuses() -> None:
     values = pd.DataFrame(-1.0, index=models["model"], columns=list("abc"))
     with pytest.raises(ProtocolError, match=r"is -1: expected numbers in \[0, inf\], NaN where not measured.$"):
         module_criticality_map(values, models)
+    with pytest.raises(ProtocolError, match="is infinite"):
+        module_criticality_map(values * -np.inf, models)
     assert module_criticality_map(0 * values, models) is not None
+
+
+def test_module_criticality_map__very_large_values() -> None:
+    _, models = tables(2, 3)
+    values = pd.DataFrame([[1e15, 999e12, 2.6e120], [1e300, 1.0, 0.0]], index=models["model"], columns=list("abc"))
+    figure = module_criticality_map(values, models)
+    assert {"1e15", "1e300", "3e120"} <= set(written(figure, "values"))
+    ticks = bar(figure)[0]
+    assert len(ticks) <= 13
+    assert ticks[:2] == ["0", "1e25"]

@@ -44,6 +44,19 @@ def test_worst_case_rows__a_narrow_range_is_linear_and_there_may_be_no_first_ord
     check_layout(figure)
 
 
+def test_worst_case_rows__negative_values_are_on_the_axis_and_what_is_no_number_is_said():
+    rows = table(("a", 0.3, -0.2, np.nan), ("b", -0.1, -0.4, np.nan), ("c", np.inf, 0.1, np.nan),
+                 ("d", *3 * [np.nan]), ("e", *3 * [np.nan]))  # fmt: skip
+    rows.loc[4, "status"] = "failed"
+    (axes,) = (figure := worst_case_rows(rows, **HOW)).axes
+    low, high = axes.get_xlim()
+    assert low < -0.4 < 0.3 < high
+    assert written(figure, "in words") == ["not finite", "not measured: its parameters are 0", "not measured: failed"]
+    wide = worst_case_rows(table(("a", 9.0, 9.0, 0.1), ("b", -0.5, -0.5, 0.1)), **HOW)
+    assert written(wide, "in words") == ["-0.5"]
+    worst_case_rows(table(("a", -0.1, -0.1, np.nan)), **HOW)
+
+
 @pytest.mark.parametrize("n", [1, 130])
 def test_worst_case_rows__any_names_and_numbers_of_modules(n):
     rows = [(NASTY[i % len(NASTY)], 1.0 + i, 0.5 + i, 0.1) for i in range(n)]

@@ -103,5 +103,7 @@ def refuse_options(context: click.Context, names: Sequence[str], of_study: bool)
         return
     option = next(one.opts[0] for one in context.command.params if one.name == given[0])
     if of_study:
-        raise click.UsageError(f"{option} goes with a MODEL; a STUDY has its own images, layers and exact values.")
+        raise click.UsageError(
+            f"{option} goes with a MODEL, not with a STUDY: images and layers are those that it was run with."
+        )
     raise click.UsageError(f"{option} goes with a STUDY, a folder that `layercrit study run` wrote.")

@@ -124,7 +124,8 @@ def _of_study(
         click.echo(json.dumps(about, allow_nan=False))
         return
     _show_study(study, found)
-    notice(f"Saved in {folder}; the page shows it: `layercrit report {study}`")
+    on_page = f"; the page shows it: `layercrit report {study}`" if out is None else ""
+    notice(f"Saved in {folder}{on_page}")
 
 
 def _show_study(study: str, found: "StudyModuleCriticality") -> None:

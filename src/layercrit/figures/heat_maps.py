@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from layercrit.errors import ProtocolError
 from layercrit.figures.categories import (
     NO_CATEGORY,
     Category,
@@ -42,6 +43,8 @@ Array = npt.NDArray[np.float64]
 
 _POINTS = "percentage points"
 _STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)  # where a scale may end, times a power of ten
+
+_MOST_POWERS = 12  # of ten, with a number each at the colour bar
 
 # Inches.
 _WIDTH, _WIDEST = 10.0, 13.0  # of the figure: where that is enough, and where numbers need more
@@ -197,6 +200,8 @@ class _Powers(Scale):
 
 
 def _short(value: float) -> str:
+    if value >= 0.995e15:
+        return f"{value:.0e}".replace("e+", "e")
     for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")):
         if value >= 0.995 * factor or factor == 1:
             scaled = value / factor
@@ -225,13 +230,16 @@ def module_criticality_map(
 
     Raises:
         ProtocolError: a table is empty, lacks a column or contains a name twice, the two differ in their models, or a
-            value is below 0.
+            value is below 0 or infinite.
     """
     _check(values, models, "numbers", 0, math.inf)
+    if np.isinf(values.to_numpy("float64")).any():
+        raise ProtocolError("A module criticality is infinite: expected finite numbers, NaN where not measured.")
     powers = (1 + values.astype("float64")).map(math.log10)
     largest = float(np.nan_to_num(powers.to_numpy()).max())
-    high = max(1.0, math.ceil(largest))
-    scale = _Powers(COLOR_MAPS["criticality"], 0, high, ticks=int(high) + 1, unit="", summary="geometric mean")
+    step = max(1, math.ceil(largest / _MOST_POWERS))
+    n_steps = max(1, math.ceil(largest / step))
+    scale = _Powers(COLOR_MAPS["criticality"], 0, n_steps * step, ticks=n_steps + 1, unit="", summary="geometric mean")
     return _drawn(powers, models, scale, title, "module criticality", layer_labels, stages)
 
 

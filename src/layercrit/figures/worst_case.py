@@ -1,7 +1,7 @@
 """The figure of the worst case: what ascent found for each module, beside what the gradient alone promises."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -52,7 +52,8 @@ def worst_case_rows(table: "pd.DataFrame", *, quantity: str, title: str) -> "Fig
     if not table["worst_case"].notna().any():
         raise ProtocolError("No module has a worst case, so there is nothing to plot. Measure other layers.")
     values = table[["worst_case", "smallest_restart", "first_order"]].to_numpy("float64")
-    positive = values[np.isfinite(values) & (values > 0)]
+    finite = values[np.isfinite(values)]
+    positive = finite[finite > 0]
     logarithmic = positive.size > 0 and positive.max() > _SPAN * positive.min()
     names = [shown(layer) for layer in table["layer"]]
     with figure_style():
@@ -61,7 +62,7 @@ def worst_case_rows(table: "pd.DataFrame", *, quantity: str, title: str) -> "Fig
         left = MARGIN + max(text_width(name, name_size) for name in names) + 0.06
         has_first = bool(table["first_order"].notna().any())
         figure, (axes,) = framed((_WIDTH, (len(table) + 0.4) * height), left, _AXIS_HEIGHT, title, _handles(has_first))
-        _prepare(axes, names, name_size, positive, logarithmic)
+        _prepare(axes, names, name_size, finite, logarithmic)
         axes.set_xlabel(quantity)
         for y, row in enumerate(table.to_dict("records")):
             _draw_row(axes, y, row, logarithmic)
@@ -77,15 +78,15 @@ def _handles(has_first: bool) -> list["Line2D"]:
     return [found, first] if has_first else [found]
 
 
-def _prepare(axes: "Axes", names: list[str], size: float, positive: np.ndarray, logarithmic: bool) -> None:
+def _prepare(axes: "Axes", names: list[str], size: float, finite: np.ndarray, logarithmic: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_ylim(len(names) - 0.3, -0.7)
     axes.set_yticks(range(len(names)), names, fontsize=size)
     axes.tick_params(axis="y", length=0, pad=4)
     axes.hlines(range(len(names)), 0, 1, transform=axes.get_yaxis_transform(), color=GUIDE_COLOR, linewidth=0.5)
-    low, high = (float(positive.min()), float(positive.max())) if positive.size else (0.0, 1.0)
     if logarithmic:
+        low, high = float(finite[finite > 0].min()), float(finite.max())
         axes.set_xscale("log")
         room = (high / low) ** _ROOM
         axes.set_xlim(low / room, high * room)
@@ -94,17 +95,19 @@ def _prepare(axes: "Axes", names: list[str], size: float, positive: np.ndarray, 
         ticks = [step * 10.0**power for power in powers for step in steps]
         axes.set_xticks([], minor=True)
     else:
-        axes.set_xlim(-_ROOM * high, (1 + _ROOM) * high)
-        ticks = list(MaxNLocator(7, steps=[1, 2, 5, 10]).tick_values(0, high))
+        low, high = float(finite.min(initial=0)), float(finite.max(initial=0))  # a rise may be below 0
+        high = high if high > low else 1.0
+        axes.set_xlim(low - _ROOM * (high - low), high + _ROOM * (high - low))
+        ticks = list(MaxNLocator(7, steps=[1, 2, 5, 10]).tick_values(low, high))
     ticks = [tick for tick in ticks if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])  # as texts, for formulas are not read
     axes.tick_params(axis="x", length=2.5, width=0.6, color=FRAME_COLOR, labelsize=NOTE_SIZE)
 
 
-def _draw_row(axes: "Axes", y: int, row: dict[object, float], logarithmic: bool) -> None:
+def _draw_row(axes: "Axes", y: int, row: dict[object, Any], logarithmic: bool) -> None:
     found, least, first = (float(row[name]) for name in ("worst_case", "smallest_restart", "first_order"))
     if not math.isfinite(found) or (logarithmic and found <= 0):
-        text = "0" if math.isfinite(found) else "not measured: its parameters are 0"
+        text = _in_words(found, str(row["status"]))
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axes.text(0.01, y, text, transform=axes.get_yaxis_transform(), fontsize=NOTE_SIZE, va="center_baseline",
                   color=_FIRST, gid="in words", bbox=paper)  # fmt: skip
@@ -114,3 +117,12 @@ def _draw_row(axes: "Axes", y: int, row: dict[object, float], logarithmic: bool)
     if math.isfinite(first) and (first > 0 or not logarithmic):
         axes.plot(first, y, "D", color=_FIRST, **dot("D"), zorder=4, gid="first order")
     axes.plot(found, y, "o", color=_FOUND, **dot("o"), zorder=5, gid="found")
+
+
+def _in_words(found: float, status: str) -> str:
+    """Return what is written in place of a dot."""
+    if status == "no_norm":
+        return "not measured: its parameters are 0"
+    if math.isnan(found):
+        return f"not measured: {shown(status)}"
+    return f"{found:.2g}" if math.isfinite(found) else "not finite"

@@ -14,10 +14,10 @@ __all__ = ["KeptPoints"]
 
 
 class KeptPoints:
-    """The points of one measurement.
+    """The points of one measurement; the file keeps those of others, such as ones with other settings, as they are.
 
     Attributes:
-        known: module -> the points that were evaluated; those of another measurement are forgotten.
+        known: module -> the points that were evaluated.
 
     Args:
         path: of the file; its folder is made.
@@ -27,12 +27,14 @@ class KeptPoints:
     def __init__(self, path: str | Path, of: Mapping[str, Any]) -> None:
         self._path, self._of = Path(path).expanduser(), json.loads(json.dumps(of))
         self.known: dict[str, dict[Point, Excess]] = {}
+        self._others: list[Any] = []
         try:
-            found = read_json(self._path)
-            if found["of"] == self._of:
+            measurements = list(read_json(self._path)["measurements"])
+            self._others = [one for one in measurements if one["of"] != self._of]
+            for own in (one["points"] for one in measurements if one["of"] == self._of):
                 self.known = {
                     str(name): {(int(a), int(s)): Excess(*map(float, excess)) for a, s, *excess in rows}
-                    for name, rows in found["points"].items()
+                    for name, rows in own.items()
                 }
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             self.known = {}  # none are kept, or the file is damaged: they are evaluated anew
@@ -51,7 +53,8 @@ class KeptPoints:
         }
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path, json.dumps({"of": self._of, "points": points}))
+            measurements = [*self._others, {"of": self._of, "points": points}]
+            write_whole(self._path, json.dumps({"measurements": measurements}))
         except OSError as error:
             raise LayercritError(
                 f"What was evaluated of the grid cannot be kept in {self._path} ({error.strerror or error}). Free some "

@@ -45,7 +45,7 @@ _NO_START = (
     "it is no training run that kept its epoch 0 (`layercrit train --keep-epochs`), and no weights before training are "
     "given with --initial (initial=...)"
 )
-_OF, _KEPT = "of.json", "kept-points-{}.json"  # one for each identity: other settings leave it alone
+_OF, _KEPT = "of.json", "kept-points.json"
 _OF_ALL = ("n_images", *ASKED)
 """Of what identifies a result: that which all models of a table have in common."""
 
@@ -196,6 +196,7 @@ def measure_study_module_criticality(
                 failed[row["model"]] = str(error)
         if not overwrite:
             _check_settings(asked)
+            _check_others(opened, where, probe_set, asked)
         _say_left_out({**without, **failed}, progress)
         kept = {model: why for model, why in _left_out(where).items() if model not in {row["model"] for row, _ in rows}}
         _write_left_out(where, {**kept, **without, **failed})
@@ -411,8 +412,8 @@ class _Asked:
         model, probe_set = model_and_images(study.folder, row)
         if model.sha256 != row["record"]["sha256"]:
             raise StudyError(
-                f"{row['model']} has other weights now than those that the study measured. Run the study again "
-                "(`layercrit study run`), or put the former weights back."
+                "it has other weights now than those that the study measured. Run the study again (`layercrit study "
+                "run`), or put the former weights back"
             )
         is_model = is_reference(initial)
         start = open_model(initial).sha256 if is_model else read_weights(weight_file(initial)).sha256
@@ -431,7 +432,7 @@ class _Asked:
         if self.there == self.of:
             return
         model, probe_set = model_and_images(self.study, self.row)
-        kept = self.folder / _KEPT.format(_digest(self.of))
+        kept = self.folder / _KEPT
         found = measure_module_criticality(
             model, probe_set.first(self.n_images), initial=self.initial, keep_points=kept, progress=progress, **settings
         )
@@ -453,8 +454,22 @@ def _check_settings(asked: Sequence[_Asked]) -> None:
             )
 
 
-def _digest(of: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
+def _check_others(study: Study, where: Path, probe_set: str | None, asked: Sequence[_Asked]) -> None:
+    """Refuse to measure what cannot be in one table with models that are there and are not asked for now."""
+    names = {one.row["model"] for one in asked}
+    others = [
+        model for model in under(study.models, study.folder, probe_set=probe_set)[0]["model"] if model not in names
+    ]
+    for model in others if asked else []:
+        there: Mapping[str, Any] = asked[0].of
+        with suppress(LayercritError):  # there is none, or it is damaged, and so in no table
+            there = _read(_folder_of(where, model))[0]
+        if unlike := ", ".join(_unlike(asked[0].of, there, _OF_ALL)):
+            raise StudyError(
+                f"The module criticality of {model!r} in {where} is of other settings than asked for now ({unlike}), "
+                "so that the two cannot be in one table. Nothing was measured. Ask for the same, measure all models "
+                "with --overwrite (overwrite=True), or name another folder with --out (folder=...)."
+            )
 
 
 def _say_left_out(why: Mapping[str, str], progress: bool) -> None:
