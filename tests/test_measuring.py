@@ -498,7 +498,7 @@ def test_measure__says_where_fresh_values_come_from():
     assert given.record["model"]["donor"] == given.summary()["donor"] == "each module's own reset_parameters"
     of_function = replace(open_model(network), initialiser="none: py:nets:f has no parameter `pretrained`")
     (said,) = (text for text in measure(of_function, PIXELS, trials=1, **QUIET).record["notes"] if note in text)
-    assert said.startswith(f"{note} (none: py:nets:f has no parameter `pretrained`); if ")
+    assert said.startswith(f"{note} (py:nets:f has no parameter `pretrained`); if ")
     declared = open_model(network, mean=(0.0,) * 3, std=(1.0,) * 3, input_size=(3, 2, 2))
     model = replace(declared, build=build_two_layers, initialiser="two_layers()")
     built = measure(model, PIXELS, trials=1, **QUIET)

@@ -275,6 +275,7 @@ def test_open_replay__a_weight_that_the_graph_took_for_a_constant_is_found(monke
         return weight_graph
 
     monkeypatch.setattr(exports, "export_graph", forgetful)
+    monkeypatch.setattr(exports, "_kept", [])
     opened = open_replay(made.network, made.layers, made.images, "float32")
     assert opened.backend == "recorded outputs"
     assert opened.note == (

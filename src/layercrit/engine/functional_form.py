@@ -53,6 +53,8 @@ def write_functionally(graph: fx.Graph) -> bool:
             x, gamma, beta, mean, variance, _, momentum, eps, _ = node.args
             with graph.inserting_before(node):
                 normalised = graph.call_function(BATCH_NORM, (x, gamma, beta, mean, variance, momentum, eps))
+                value = _value(node)
+                normalised.meta = {"val": (value, value.new_empty(0), value.new_empty(0))}
                 _replace(node, graph.call_function(operator.getitem, (normalised, 0)))
         elif node.target in _IN_PLACE:
             node.target = _IN_PLACE[node.target]

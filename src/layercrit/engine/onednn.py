@@ -141,6 +141,8 @@ def fuse_linears(graph: fx.Graph, dynamic: set[fx.Node]) -> None:
         x, weight, bias = [*linear.args, None][:3]
         if linear not in dynamic or weight in dynamic or bias in dynamic or value_of(linear).dtype is not torch.float32:
             continue
+        if value_of(weight).ndim != 2:  # a vector is a layer of one output, without an axis of outputs
+            continue
         last, shortcut, activation, algorithm = linear, None, "none", ""
         follower = only_user(linear)
         if follower is not None:
