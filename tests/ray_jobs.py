@@ -95,9 +95,16 @@ def shared_memory():
 
 
 def say_node(folder, seconds):
-    """Say on which node this runs, and work for a while."""
+    """Say on which node this runs, wait until a task has begun on another one too, and work for a while."""
     import ray
 
-    yield ray.get_runtime_context().get_node_id(), os.getpid()
+    node = ray.get_runtime_context().get_node_id()
+    (folder / node).write_text("")
+    yield node, os.getpid()
+    deadline = time.monotonic() + 90
+    while len(list(folder.iterdir())) < 2:
+        if time.monotonic() > deadline:
+            raise TimeoutError("no task has begun on another node")
+        time.sleep(0.05)
     time.sleep(seconds)
     yield "end"
