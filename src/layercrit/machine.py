@@ -1,6 +1,7 @@
 """This machine: devices, memory, number formats, versions."""
 
 import contextlib
+import functools
 import math
 import os
 import platform
@@ -110,8 +111,13 @@ def available_memory() -> int | None:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result depends on."""
-    found = {}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+    found = {name: version for name in PACKAGES if (version := _version(name)) is not None}
     return {"python": platform.python_version(), **found}
+
+
+@functools.cache  # reading what is installed takes longer than a small measurement's trial
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
