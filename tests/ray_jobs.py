@@ -59,7 +59,8 @@ def run_aloud(address, n_workers=2):
 
     tasks = [jobs.task(f"{number}", jobs.say_pid_and_sleep) for number in range(n_workers)]
     for event in RayWorkers(address, n_workers=n_workers, device="cpu").run(tasks, jobs.start):
-        print(event.content if isinstance(event, Message) else event, flush=True)
+        if isinstance(event, Message):  # and no note that Ray waits for room
+            print(event.content, flush=True)
 
 
 # tasks
