@@ -280,6 +280,16 @@ class Kept:
         self.folder, self.name = folder / "regret" / name, name
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def check(self, sizes: Sizes) -> None:
+        """Make sure that what is kept was measured with today's settings; note them where nothing is kept."""
+        path = self.folder / "settings.json"
+        now = {**vars(sizes), "steps": STEPS, "batch": BATCH, "rate": RATE, "shift": SHIFT, "budgets": BUDGETS}
+        if not any(self.folder.iterdir()):
+            path.write_text(json.dumps(now), encoding="utf-8")
+        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else "unknown ones"
+        if there != now:
+            raise SystemExit(f"{self.folder} has results of other settings: {there}, not {now}. Name another.")
+
     def add(self, file: str, row: dict[str, Any]) -> None:
         path = self.folder / file
         pd.DataFrame([row]).to_csv(path, mode="a", header=not path.exists(), index=False)
@@ -356,6 +366,7 @@ def measure_orders(folder: Path, name: str, actions: list[str], report: Callable
     left = {action: orders for action, orders in left.items() if LAST not in orders}
     if not left:
         return
+    kept.check(SIZES.get(name, Sizes()))
     subject, exact, proxies = subject_of(folder, name, kept)
     report(f"{name}: criticality and proxies are there")
     for action, followed in left.items():

@@ -99,6 +99,18 @@ def test_measure_orders__goes_on_where_it_was_and_measures_a_choice_once(regret,
     assert regret.whole([rows])["order"].tolist().count("random") == 1
 
 
+def test_kept__is_of_one_set_of_settings(regret, tmp_path):
+    kept = regret.Kept(tmp_path, "small")
+    kept.check(regret.Sizes(20, 20, 60, 1))
+    kept.add("accuracies.csv", {"action": "quantise", "order": "oracle", "accuracy": 0.5})
+    kept.check(regret.Sizes(20, 20, 60, 1))
+    with pytest.raises(SystemExit, match=r"other settings.*'select': 20.*'select': 30"):
+        kept.check(regret.Sizes(30, 20, 60, 1))
+    (kept.folder / "settings.json").unlink()
+    with pytest.raises(SystemExit, match="unknown ones"):
+        kept.check(regret.Sizes(20, 20, 60, 1))
+
+
 def test_summary__regret_is_the_oracle_minus_the_order_and_former_networks_stay(regret):
     def rows(model, oracle, other):
         found = {"oracle": oracle, "largest first": other, "random 0": 0.4, "random 1": 0.6, "nothing done": 1.0}

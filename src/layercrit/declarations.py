@@ -98,13 +98,13 @@ def meanings(kind: type[Declaration]) -> dict[str, str]:
 
 
 def mistakes(
-    error: ValidationError, keys: Iterable[str], meanings: Mapping[str, str] = types.MappingProxyType({})
+    error: ValidationError, keys: Iterable[str], meaning_of: Mapping[str, str] = types.MappingProxyType({})
 ) -> list[str]:
     """Return in our own words what pydantic found wrong with a table; none of its messages is shown."""
-    return [_mistake(one, keys, meanings) for one in error.errors(include_url=False)]
+    return [_mistake(one, keys, meaning_of) for one in error.errors(include_url=False)]
 
 
-def _mistake(error: ErrorDetails, keys: Iterable[str], meanings: Mapping[str, str]) -> str:
+def _mistake(error: ErrorDetails, keys: Iterable[str], meaning_of: Mapping[str, str]) -> str:
     place, given, context = error["loc"], error["input"], error.get("ctx", {})
     name = "".join(f" no. {part + 1}" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     match error["type"]:
@@ -113,7 +113,7 @@ def _mistake(error: ErrorDetails, keys: Iterable[str], meanings: Mapping[str, st
         case "extra_forbidden" | "unexpected_keyword_argument":
             return f"unknown key {name!r}. {near(name, keys)}" if name == place[0] else f"unknown key {name!r}"
         case "missing":
-            return f"{name} is missing" + (f": {meanings[name]}" if name in meanings else "")
+            return f"{name} is missing" + (f": {meaning_of[name]}" if name in meaning_of else "")
         case "literal_error" if isinstance(given, str):
             choices = re.findall("'([^']*)'", context["expected"])
             return f"unknown {name} {given!r}. {near(given, choices)}"

@@ -234,6 +234,7 @@ def test_text_width__is_that_of_the_drawn_text(dpi: int) -> None:
         for text, size, weight in (("layer4.2.conv3", 9, "normal"), ("$x_1$ & Cé", 9, "bold"), ("x" * 60, 4, "normal")):
             drawn = figure.text(0, 0, text, fontsize=size, fontweight=weight)
             box = drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+            # a drawn text begins and ends on whole pixels, and each of its letters is fitted to them
             assert text_width(text, size, weight) == pytest.approx(box.width / dpi, rel=0.015, abs=2 / dpi)
 
 
