@@ -13,16 +13,13 @@ from safetensors.torch import save_file
 
 from layercrit.cli import cli
 from layercrit.errors import LayercritError, ProtocolError, StudyError
-from layercrit.module_criticality import (
-    ModuleCriticality,
-    load_study_module_criticality,
-    measure_module_criticality,
-    measure_study_module_criticality,
-)
+from layercrit.module_criticality import ModuleCriticality, measure_module_criticality
 from layercrit.module_criticality.kept_points import KeptPoints
 from layercrit.module_paths import ModulePaths
 from layercrit.path_search import Excess
 from layercrit.reporting.reports import report
+from layercrit.study.module_criticality import measure_study_module_criticality
+from layercrit.study.module_tables import load_study_module_criticality
 from layercrit.study.tables import load_study
 from running_jobs import Inline, run, write_small
 from test_module_criticality import LABELS, pixels, trained
@@ -143,10 +140,12 @@ def test_measure_study_module_criticality__goes_on_after_an_interruption(study, 
     assert not list(study[1].glob("*/kept-points-*.json"))
 
 
-def test_measure_study_module_criticality__settings_of_all_models_are_the_same(study):
+def test_measure_study_module_criticality__settings_of_all_models_are_the_same(study, monkeypatch):
     measure(study)
-    with pytest.raises(StudyError, match=r"of 'm0' and of 'm1' in .* is of other settings \(draws\)"):
-        measure(study, models=["m1"], draws=3, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModulePaths, "_excesses", lambda *_: pytest.fail("it measured"))
+        with pytest.raises(StudyError, match=r"of 'm0' in .* \(draws\), so that .* Nothing was .* all models with --over"):
+            measure(study, models=["m1"], draws=3, overwrite=True)
     both = measure(study, draws=3, overwrite=True)
     assert {one.record["n_draws"] for one in both.found.values()} == {3}
 
@@ -296,8 +295,13 @@ def test_measure_study_module_criticality__models_on_different_images_are_in_no_
     with pytest.raises(StudyError, match=r"of 'm0' in .* than asked for now \(n_images\).* Nothing was measured"):
         measure(study, models=["m1"], n_images=24)
     assert not list(study[1].glob("m1-*"))
-    with pytest.raises(StudyError, match=r"of 'm0' and of 'm1' in .* is of other settings \(n_images\)"):
+    with pytest.raises(StudyError, match=r"of 'm0' in .* than asked for now \(n_images\).* Nothing was measured"):
         measure(study, models=["m1"], n_images=24, overwrite=True)
+    other = study[1].with_name("other")
+    measure((study[0], other), models=["m1"], n_images=24)
+    shutil.copytree(other, study[1], dirs_exist_ok=True)
+    with pytest.raises(StudyError, match=r"of 'm0' and of 'm1' in .* is of other settings \(n_images\)"):
+        load_study_module_criticality(study[0])
 
 
 def test_measure_study_module_criticality__a_damaged_result_is_left_out_and_measured_again(own, tmp_path):

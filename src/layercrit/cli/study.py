@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from layercrit.study.planning import StudyPlan
+    from layercrit.study.running import RunReport
     from layercrit.study.store import FailureRow
     from layercrit.study.tables import Study
 
@@ -89,7 +90,8 @@ def run_command(
 ) -> None:
     """Measure what is missing from a study. Run it again to resume after an interruption.
 
-    STUDY.toml may also be the folder of a study that was started before.
+    STUDY.toml may also be the folder of a study that was started before. Module criticality, if the file has a section
+    for it, comes after all cells; shards leave it out.
     """
     import layercrit.study.ray_workers  # noqa: F401 - registers ray
     from layercrit.study.executors import executor_on
@@ -127,7 +129,11 @@ def run_command(
             f"({duration(report.seconds)})."
         )
         notice(f"Saved in {folder}; next: `layercrit study status {folder}`.")
-        _end_run(report.failures)
+        if read.module_criticality is not None:
+            notice(
+                f"Shards leave module criticality out; once all are finished: `layercrit module-criticality {folder}`."
+            )
+        _end_run(report)
         return
     found = load_study(folder)
     if as_json:
@@ -139,15 +145,22 @@ def run_command(
             f"{counted(report.n_measured, 'cell')} measured, {report.n_known} were already there "
             f"({duration(report.seconds)})."
         )
+        _show_module_criticality(found)
         notice(f"Saved in {folder}{go_on}.")
     _say_unreadable(found)
-    _end_run(report.failures)
+    _end_run(report)
 
 
-def _end_run(failures: "list[FailureRow]") -> None:
-    if failures:
-        _show_failures(failures)
+def _end_run(report: "RunReport") -> None:
+    if report.failures:
+        _show_failures(report.failures)
         say("Fix the causes, then run again with --retry.", err=True)
+    if report.modules_failed:
+        say("module criticality could not be measured:", err=True)
+        for model, why in report.modules_failed.items():
+            click.echo(visible_lines(f"  {visible(model)}{': ' * bool(model)}{why}"), err=True)
+        say(f"Fix the causes, then: `layercrit module-criticality {report.folder}`.", err=True)
+    if report.failures or report.modules_failed:
         raise click.exceptions.Exit(ExitCode.ERROR)
 
 
@@ -192,6 +205,7 @@ def status_command(folder: Path, as_json: bool) -> None:
     left = f", about {duration(status['seconds_left'])} left" if status["seconds_left"] else ""
     known = " planned so far" if status["not_opened"] else ""
     say(f"{status['n_done']} of {status['n_planned']} cells{known} are done{left}")
+    _show_module_criticality(found)
     _show_running(status["running"])
     _show_jobs(status["jobs"])
     _say_unreadable(found)
@@ -280,6 +294,7 @@ def _versions(folder: Path) -> dict[str, str]:
 
 def _status(found: "Study") -> dict[str, Any]:
     """Return how far a study is, as plain data."""
+    from layercrit.study.module_tables import how_far
     from layercrit.study.shards import holders
 
     progress = found.progress()
@@ -294,8 +309,26 @@ def _status(found: "Study") -> dict[str, Any]:
         "damaged": list(found.damaged),
         "failures": [vars(failure) for failure in found.failures],
         "seconds_left": found.seconds_left(),
+        "module_criticality": how_far(found),
         "running": [{"shard": number or None, "by": who} for number, who in holders(found.folder).items()],
     }
+
+
+def _show_module_criticality(found: "Study") -> None:
+    """Say, in a line, which models have module criticality, where a study has some or asks for it."""
+    from layercrit.study.module_tables import how_far
+
+    about = how_far(found)
+    if about is None:
+        return
+    left_out = f", {len(about['left_out'])} left out" if about["left_out"] else ""
+    if about["mistake"]:
+        say(f"module criticality: {about['mistake']}")
+    elif about["measured"]:
+        say(f"module criticality of {counted(len(about['measured']), 'model')}{left_out}")
+    else:
+        how = f"`layercrit module-criticality {found.folder}`, or `layercrit study run` once all cells are done"
+        say(f"module criticality: of no model yet{left_out}; {how}")
 
 
 def _show_running(running: list[dict[str, Any]]) -> None:
@@ -379,6 +412,8 @@ def _show_plan(found: "StudyPlan") -> None:
     )
     if found.precision:
         say(found.precision)
+    if found.module_criticality:
+        say(found.module_criticality)
     if found.flops:
         ratio = found.flops_plain / found.flops
         say(f"{found.flops:.3g} FLOPs left; without reuse {found.flops_plain:.3g}, {ratio:.1f} times as many")

@@ -119,12 +119,16 @@ def export_command(
 ) -> None:
     """Write the tables of the study in DIR as files for other programs."""
     from layercrit.reporting.exports import export
+    from layercrit.study.module_tables import how_far
     from layercrit.study.tables import load_study
 
     study = load_study(folder)
     say_damaged(study.damaged)
     for path in export(study, name, out, overwrite=overwrite, by=by, **condition):
         say(path)
+    about = how_far(study)
+    if by is None and about is not None and about["mistake"]:
+        say(f"without module criticality: {about['mistake']}", err=True)
 
 
 @click.command("compare")

@@ -27,12 +27,12 @@ from layercrit.figures.heat_maps import difference_map, heat_map, module_critica
 from layercrit.figures.rankings import ranking
 from layercrit.figures.style import check_formats, save_figure, svg_of
 from layercrit.layers import layer_labels
-from layercrit.module_criticality.of_study import is_measured, load_study_module_criticality
 from layercrit.progress_bar import Bar
 from layercrit.proxies.of_study import StudyProxies
 from layercrit.registry import Registry, summary_of
 from layercrit.reporting.page import write_page
 from layercrit.reporting.whom import class_table
+from layercrit.study.module_tables import is_measured, load_study_module_criticality
 from layercrit.study.tables import Study
 from layercrit.wrappers import wrapper_of
 
