@@ -20,7 +20,13 @@ GOOD = {
     "study": {"name": "n", "baseline": "a", "leave_out": ["b"], "imports": ["json"]},
     "images": {"source": "x.npz", "n_images": 5, "labels": False, "input_size": [1, 28, 28], "resize": [9, 9]},
     "protocol": {"trials": 2, "level": 0.9, "batch_size": 4, "dtype": "float32", "group": "block", "resets": ["zero"]},
-    "module_criticality": {"excess": 0.1, "models": ["a"], "s_range": [0.1, 1], "batch_size": "auto", "dtype": "reference"},
+    "module_criticality": {
+        "excess": 0.1,
+        "models": ["a"],
+        "s_range": [0.1, 1],
+        "batch_size": "auto",
+        "dtype": "reference",
+    },
     "training": {"arch": "timm:resnet18", "data": "x", "seed": 2**64 - 1, "precision": "bf16", "settings": {"lr": 1}},
     "models": [
         {"reference": "zoo:*", "category": "c"},

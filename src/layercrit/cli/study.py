@@ -27,6 +27,8 @@ from layercrit.foreign_text import visible
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import pandas as pd
 
     from layercrit.study.planning import StudyPlan
@@ -96,6 +98,7 @@ def run_command(
     import layercrit.study.ray_workers  # noqa: F401 - registers ray
     from layercrit.study.executors import executor_on
     from layercrit.study.file import read_study_file
+    from layercrit.study.module_tables import how_far
     from layercrit.study.ranks import Shard, rank_of
     from layercrit.study.running import run_study
     from layercrit.study.tables import load_study
@@ -130,9 +133,7 @@ def run_command(
         )
         notice(f"Saved in {folder}; next: `layercrit study status {folder}`.")
         if read.module_criticality is not None:
-            notice(
-                f"Shards leave module criticality out; once all are finished: `layercrit module-criticality {folder}`."
-            )
+            notice(f"Module criticality, once all shards are finished: `layercrit module-criticality {folder}`.")
         _end_run(report)
         return
     found = load_study(folder)
@@ -145,7 +146,8 @@ def run_command(
             f"{counted(report.n_measured, 'cell')} measured, {report.n_known} were already there "
             f"({duration(report.seconds)})."
         )
-        _show_module_criticality(found)
+        if (about := how_far(found)) is not None and about["measured"]:
+            _show_module_criticality(folder, about)
         notice(f"Saved in {folder}{go_on}.")
     _say_unreadable(found)
     _end_run(report)
@@ -205,7 +207,8 @@ def status_command(folder: Path, as_json: bool) -> None:
     left = f", about {duration(status['seconds_left'])} left" if status["seconds_left"] else ""
     known = " planned so far" if status["not_opened"] else ""
     say(f"{status['n_done']} of {status['n_planned']} cells{known} are done{left}")
-    _show_module_criticality(found)
+    if (about := status["module_criticality"]) is not None:
+        _show_module_criticality(folder, about)
     _show_running(status["running"])
     _show_jobs(status["jobs"])
     _say_unreadable(found)
@@ -314,21 +317,21 @@ def _status(found: "Study") -> dict[str, Any]:
     }
 
 
-def _show_module_criticality(found: "Study") -> None:
-    """Say, in a line, which models have module criticality, where a study has some or asks for it."""
-    from layercrit.study.module_tables import how_far
+def _show_module_criticality(folder: Path, about: "Mapping[str, Any]") -> None:
+    """Say, in a line, how many models have module criticality.
 
-    about = how_far(found)
-    if about is None:
-        return
+    Args:
+        folder: of the study.
+        about: what `layercrit.study.module_tables.how_far` returns.
+    """
     left_out = f", {len(about['left_out'])} left out" if about["left_out"] else ""
     if about["mistake"]:
         say(f"module criticality: {about['mistake']}")
     elif about["measured"]:
         say(f"module criticality of {counted(len(about['measured']), 'model')}{left_out}")
     else:
-        how = f"`layercrit module-criticality {found.folder}`, or `layercrit study run` once all cells are done"
-        say(f"module criticality: of no model yet{left_out}; {how}")
+        how = f"`layercrit study run {folder}` measures it after the cells, or `layercrit module-criticality {folder}`"
+        say(f"module criticality of no model yet{left_out}: {how}")
 
 
 def _show_running(running: list[dict[str, Any]]) -> None:
@@ -412,8 +415,6 @@ def _show_plan(found: "StudyPlan") -> None:
     )
     if found.precision:
         say(found.precision)
-    if found.module_criticality:
-        say(found.module_criticality)
     if found.flops:
         ratio = found.flops_plain / found.flops
         say(f"{found.flops:.3g} FLOPs left; without reuse {found.flops_plain:.3g}, {ratio:.1f} times as many")
@@ -421,6 +422,8 @@ def _show_plan(found: "StudyPlan") -> None:
             f"at most about {duration(found.seconds)} on this machine with one worker, timed on one forward pass in "
             "float32; fused and bfloat16 replays usually take a third to a half of that"
         )
+    if found.module_criticality:
+        say(found.module_criticality)
     if found.images_mistake:
         click.echo(visible_lines(f"the images cannot be used: {found.images_mistake}"), err=True)
     for row in found.models[found.models["mistake"] != ""].to_dict("records"):

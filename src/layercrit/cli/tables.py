@@ -128,7 +128,7 @@ def export_command(
         say(path)
     about = how_far(study)
     if by is None and about is not None and about["mistake"]:
-        say(f"without module criticality: {about['mistake']}", err=True)
+        say(f"note: module criticality: {about['mistake']}", err=True)
 
 
 @click.command("compare")

@@ -227,8 +227,7 @@ class _Asked:
                 try:
                     one.measure(progress, self.settings)
                 except Exception as error:  # whatever a network or a device raises must not stop the other models
-                    known = isinstance(error, LayercritError)
-                    why = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
+                    why = str(error) if isinstance(error, LayercritError) else first_line(error)
                     failed[one.row["model"]] = why
                     (one.folder / OF).unlink(missing_ok=True)  # what it was to replace is of other settings
                     _say_left_out({one.row["model"]: why}, progress)

@@ -146,7 +146,7 @@ def how_far(study: Study) -> dict[str, Any] | None:
     """Return how far the module criticality of a study is, as plain data; None where none is asked for or there.
 
     ``asked`` is whether the study file asks for it, ``measured`` names the models that have it, ``left_out`` says why
-    others have none, and ``mistake`` why there are no tables.
+    others have none, and ``mistake`` why there are no tables, or none of what is asked for.
     """
     of_file = study.record.get("module_criticality")
     if of_file is None and not is_measured(study):
@@ -158,6 +158,14 @@ def how_far(study: Study) -> dict[str, Any] | None:
         found = load_study_module_criticality(study, probe_set=(of_file or {}).get("probe_set"))
     except StudyError as error:
         return about | {"mistake": str(error)}
+    if of_file is not None:
+        there = next(iter(found.found.values())).record["asked"]
+        asked = {"excess": None, **of_file}
+        if unlike := unlike_in(there, asked, there.keys() & asked.keys()):
+            about["mistake"] = (
+                f"it is of other settings than the study file asks for ({', '.join(sorted(unlike))}). Measure it again: "
+                f"`layercrit module-criticality {study.folder} --overwrite`"
+            )
     return about | {"measured": list(found.found), "left_out": dict(found.left_out)}
 
 
