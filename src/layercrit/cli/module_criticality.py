@@ -73,8 +73,8 @@ def module_criticality_command(
     Options that are not given are as in [module_criticality] of its study file, if it has that. What was measured is
     kept in STUDY/module-criticality, and the same command goes on after an interruption.
     """
-    given = context.get_parameter_source("tolerance") is not ParameterSource.DEFAULT
-    if given and settings["excess"] is not None:
+    has_tolerance = context.get_parameter_source("tolerance") is not ParameterSource.DEFAULT
+    if has_tolerance and settings["excess"] is not None:
         raise click.UsageError("--excess takes the place of --tolerance: leave one of them out.")
     of_study = is_study_folder(model)
     refuse_options(context, _OF_MODEL if of_study else _OF_STUDY, of_study)

@@ -158,7 +158,7 @@ def _say_of_file(known: Mapping[str, Any], progress: bool) -> None:
 
 
 def _same(value: Any, default: Any) -> bool:
-    return value == (list(default) if isinstance(default, tuple) else default)
+    return bool(value == (list(default) if isinstance(default, tuple) else default))
 
 
 @dataclass(frozen=True)
@@ -347,9 +347,9 @@ class _AskedModel:
         kept.unlink(missing_ok=True)
 
 
-def _check_settings(asked: Sequence[_Asked]) -> None:
+def _check_settings(found: Sequence[_AskedModel]) -> None:
     """Refuse to replace what was measured otherwise."""
-    for one in asked:
+    for one in found:
         there = one.there
         if there is not None and (unlike := unlike_in(one.of, there, {**one.of, **there})):
             raise StudyError(

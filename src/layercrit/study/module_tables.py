@@ -163,8 +163,8 @@ def how_far(study: Study) -> dict[str, Any] | None:
         asked = {"excess": None, **of_file}
         if unlike := unlike_in(there, asked, there.keys() & asked.keys()):
             about["mistake"] = (
-                f"it is of other settings than the study file asks for ({', '.join(sorted(unlike))}). Measure it again: "
-                f"`layercrit module-criticality {study.folder} --overwrite`"
+                f"it is of other settings than the study file asks for ({', '.join(sorted(unlike))}). Measure it "
+                f"again: `layercrit module-criticality {study.folder} --overwrite`"
             )
     return about | {"measured": list(found.found), "left_out": dict(found.left_out)}
 
