@@ -108,9 +108,9 @@ def _of_model(model: str, out: Path | None, overwrite: bool, as_json: bool, sett
 
 def _of_study(study: str, out: Path | None, overwrite: bool, as_json: bool, given: dict[str, Any]) -> None:
     from layercrit.study.module_criticality import measure_study_module_criticality
-    from layercrit.study.module_tables import FOLDER
+    from layercrit.study.status import MODULES
 
-    folder = Path(study) / FOLDER if out is None else out
+    folder = Path(study) / MODULES if out is None else out
     try:
         found = measure_study_module_criticality(study, folder=folder, overwrite=overwrite, **given)
     except KeyboardInterrupt:

@@ -98,7 +98,6 @@ def run_command(
     import layercrit.study.ray_workers  # noqa: F401 - registers ray
     from layercrit.study.executors import executor_on
     from layercrit.study.file import read_study_file
-    from layercrit.study.module_tables import how_far
     from layercrit.study.ranks import Shard, rank_of
     from layercrit.study.running import run_study
     from layercrit.study.tables import load_study
@@ -146,7 +145,7 @@ def run_command(
             f"{counted(report.n_measured, 'cell')} measured, {report.n_known} were already there "
             f"({duration(report.seconds)})."
         )
-        if (about := how_far(found)) is not None and about["measured"]:
+        if (about := _modules(found)) is not None and about["measured"]:
             _show_module_criticality(folder, about)
         notice(f"Saved in {folder}{go_on}.")
     _say_unreadable(found)
@@ -297,7 +296,6 @@ def _versions(folder: Path) -> dict[str, str]:
 
 def _status(found: "Study") -> dict[str, Any]:
     """Return how far a study is, as plain data."""
-    from layercrit.study.module_tables import how_far
     from layercrit.study.shards import holders
 
     progress = found.progress()
@@ -312,9 +310,20 @@ def _status(found: "Study") -> dict[str, Any]:
         "damaged": list(found.damaged),
         "failures": [vars(failure) for failure in found.failures],
         "seconds_left": found.seconds_left(),
-        "module_criticality": how_far(found),
+        "module_criticality": _modules(found),
         "running": [{"shard": number or None, "by": who} for number, who in holders(found.folder).items()],
     }
+
+
+def _modules(found: "Study") -> "Mapping[str, Any] | None":
+    """Return how far module criticality is, as plain data; None where there is none and none is asked for."""
+    from layercrit.study.status import has_modules
+
+    if not has_modules(found.folder, found.record):
+        return None
+    from layercrit.study.module_tables import how_far  # which imports torch
+
+    return how_far(found)
 
 
 def _show_module_criticality(folder: Path, about: "Mapping[str, Any]") -> None:

@@ -15,8 +15,8 @@ from layercrit.conditions import under
 from layercrit.errors import StudyError, near
 from layercrit.foreign_text import write_csv
 from layercrit.registry import Registry, summary_of
-from layercrit.study.module_tables import is_measured, load_study_module_criticality
 from layercrit.study.published import write_models, write_published
+from layercrit.study.status import has_modules
 from layercrit.study.tables import Study
 
 __all__ = ["BY", "FORMATS", "Format", "cells_table", "export", "export_format"]
@@ -200,8 +200,10 @@ def _format_by(name: str, by: str) -> Format:
 
 def _with_module_criticality(chosen: Format, study: Study) -> Format:
     """Return a format that writes the tables of module criticality as well, where the study has some."""
-    if chosen.name not in _WRITE or not is_measured(study):
+    if chosen.name not in _WRITE or not has_modules(study.folder, study.record):
         return chosen
+    from layercrit.study.module_tables import load_study_module_criticality  # which imports torch
+
     found = []
     for probe_set in dict.fromkeys(study.models["probe_set"]):
         with suppress(StudyError):  # none was measured on these images, or what cannot be in one table

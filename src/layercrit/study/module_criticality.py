@@ -18,8 +18,6 @@ from layercrit.module_criticality.values import ASKED, check_settings, identity_
 from layercrit.progress_bar import Bar
 from layercrit.study.image_tables import model_and_images
 from layercrit.study.module_tables import (
-    FOLDER,
-    OF,
     OF_ALL,
     StudyModuleCriticality,
     digests,
@@ -31,6 +29,7 @@ from layercrit.study.module_tables import (
     unlike_the_study,
     write_left_out,
 )
+from layercrit.study.status import MODULES, RESULT
 from layercrit.study.tables import Study, load_study
 
 __all__ = ["measure_of_file", "measure_study_module_criticality"]
@@ -197,7 +196,7 @@ class _Asked:
         n_images = _N_IMAGES if n_images is None else n_images
         rows, without = _with_initial(study, models, probe_set, initial)
         settings = _settings(study, n_images, {name: one for name, one in given.items() if name not in _WHICH})
-        where = study.folder / FOLDER if folder is None else Path(folder).expanduser()
+        where = study.folder / MODULES if folder is None else Path(folder).expanduser()
         return cls(study, rows, without, models is not None, probe_set, n_images, settings, where)
 
     def measure(self, overwrite: bool, progress: bool) -> tuple[StudyModuleCriticality | None, dict[str, str]]:
@@ -229,7 +228,7 @@ class _Asked:
                 except Exception as error:  # whatever a network or a device raises must not stop the other models
                     why = str(error) if isinstance(error, LayercritError) else first_line(error)
                     failed[one.row["model"]] = why
-                    (one.folder / OF).unlink(missing_ok=True)  # what it was to replace is of other settings
+                    (one.folder / RESULT).unlink(missing_ok=True)  # what it was to replace is of other settings
                     _say_left_out({one.row["model"]: why}, progress)
                     write_left_out(self.folder, {**kept, **self.without, **failed})
             if len(failed) == len(self.rows):
@@ -341,9 +340,9 @@ class _AskedModel:
         found = measure_module_criticality(
             model, probe_set.first(self.n_images), initial=self.initial, keep_points=kept, progress=progress, **settings
         )
-        (self.folder / OF).unlink(missing_ok=True)  # while the files of a former result are replaced
+        (self.folder / RESULT).unlink(missing_ok=True)  # while the files of a former result are replaced
         found.save(self.folder)
-        write_whole(self.folder / OF, json.dumps(self.of))
+        write_whole(self.folder / RESULT, json.dumps(self.of))
         kept.unlink(missing_ok=True)
 
 

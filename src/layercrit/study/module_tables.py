@@ -19,19 +19,17 @@ from layercrit.foreign_text import encodable, write_csv
 from layercrit.locks import write_whole
 from layercrit.module_criticality.values import ASKED, ModuleCriticality
 from layercrit.study.image_tables import probe_set_of
+from layercrit.study.status import MODULES, RESULT
 from layercrit.study.tables import Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "FOLDER",
-    "OF",
     "OF_ALL",
     "StudyModuleCriticality",
     "digests",
     "how_far",
-    "is_measured",
     "load_study_module_criticality",
     "read_left_out",
     "read_result",
@@ -40,12 +38,6 @@ __all__ = [
     "unlike_the_study",
     "write_left_out",
 ]
-
-FOLDER = "module-criticality"
-"""In that of the study: where the results are kept unless another folder is named."""
-
-OF = "of.json"
-"""In the folder of a model: what its result is of."""
 
 OF_ALL = ("n_images", *ASKED)
 """Of what identifies a result: that which all models of a table have in common."""
@@ -126,7 +118,7 @@ class StudyModuleCriticality:
                 files += [folder / f"{name}.csv", folder / f"{name}.parquet"]
                 write_csv(table, files[-2])
                 table.to_parquet(files[-1], index=False, compression="zstd")
-            return [*files, *save_figure(self.plot(), folder / FOLDER)]
+            return [*files, *save_figure(self.plot(), folder / MODULES)]
         except OSError as error:
             raise LayercritError(
                 f"The module criticality of the study cannot be written to {folder} ({error.strerror or error}). Free "
@@ -137,23 +129,16 @@ class StudyModuleCriticality:
         return f"<StudyModuleCriticality of {self.folder}: {len(self.found)} models, {len(self.left_out)} left out>"
 
 
-def is_measured(study: Study) -> bool:
-    """Whether the study's folder has module criticality of some model, or of models that it had."""
-    return any((study.folder / FOLDER).glob(f"*/{OF}"))
-
-
-def how_far(study: Study) -> dict[str, Any] | None:
-    """Return how far the module criticality of a study is, as plain data; None where none is asked for or there.
+def how_far(study: Study) -> dict[str, Any]:
+    """Return how far the module criticality of a study is, as plain data.
 
     ``asked`` is whether the study file asks for it, ``measured`` names the models that have it, ``left_out`` says why
     others have none, and ``mistake`` why there are no tables, or none of what is asked for.
     """
     of_file = study.record.get("module_criticality")
-    if of_file is None and not is_measured(study):
-        return None
-    about = {"asked": of_file is not None, "measured": [], "left_out": {}, "mistake": ""}
-    if not is_measured(study):
-        return about | {"left_out": read_left_out(study.folder / FOLDER)}
+    about: dict[str, Any] = {"asked": of_file is not None, "measured": [], "left_out": {}, "mistake": ""}
+    if not any((study.folder / MODULES).glob(f"*/{RESULT}")):
+        return about | {"left_out": read_left_out(study.folder / MODULES)}
     try:
         found = load_study_module_criticality(study, probe_set=(of_file or {}).get("probe_set"))
     except StudyError as error:
@@ -185,7 +170,7 @@ def load_study_module_criticality(
     Raises:
         StudyError: none was measured, or models were measured with different settings.
     """
-    where = study.folder / FOLDER if folder is None else Path(folder).expanduser()
+    where = study.folder / MODULES if folder is None else Path(folder).expanduser()
     found: dict[str, ModuleCriticality] = {}
     identities: dict[str, Mapping[str, Any]] = {}
     why = read_left_out(where)
@@ -193,7 +178,7 @@ def load_study_module_criticality(
     digest_of = digests(study)
     for row in under(study.models, study.folder, probe_set=probe_set)[0].to_dict("records"):
         model, own = row["model"], result_folder(where, row["model"])
-        if (own / OF).is_file():
+        if (own / RESULT).is_file():
             try:
                 identity, one = read_result(own)
             except LayercritError as error:
@@ -265,14 +250,14 @@ def read_result(folder: Path) -> tuple[Mapping[str, Any], ModuleCriticality]:
     """
     found = ModuleCriticality.load(folder)
     try:
-        identity = read_json(folder / OF)
+        identity = read_json(folder / RESULT)
         if isinstance(identity, dict) and not _IDENTITY - identity.keys() and isinstance(identity["n_images"], int):
             return identity, found
         what = "is no record of what was measured"
     except (OSError, ValueError) as error:
         what = str(error)
     raise LayercritError(
-        f"The module criticality in {folder} is damaged ({OF}: {what}). Measure it again: `layercrit "
+        f"The module criticality in {folder} is damaged ({RESULT}: {what}). Measure it again: `layercrit "
         "module-criticality` of the study."
     )
 

@@ -271,10 +271,10 @@ class ShardJob:
 
         Module criticality comes last, and what is kept of it counts in bytes.
         """
-        from layercrit.study.module_tables import FOLDER  # which imports what a job that starts need not wait for
+        from layercrit.study.status import MODULES  # which imports what a job that starts need not wait for
 
         counted = self._counted("SELECT (SELECT count(*) FROM cells), (SELECT count(*) FROM parts)")
-        n_bytes = sum(path.stat().st_size for path in (self.folder / FOLDER).glob("*/*"))
+        n_bytes = sum(path.stat().st_size for path in (self.folder / MODULES).glob("*/*"))
         return [*counted, n_bytes] if n_bytes else counted
 
     def _waits_for_pilots(self) -> bool:
