@@ -38,9 +38,9 @@ def write_study(folder, n_models=2, trials=2, n_images=24, **sections):
         n_models: how many models, of seeds 0 and on; they are named ``m0`` and on, the first is the baseline.
         trials: of each layer.
         n_images: in ``images.npz``; all are drawn.
-        sections: ``study``, ``images`` or ``protocol``: a table whose keys are added and win; ``models``: a list of
-            tables that takes the place of the one with a pattern; ``images`` may be such a list as well. None as a
-            value leaves a key out.
+        sections: ``study``, ``images``, ``protocol`` or ``module_criticality``: a table whose keys are added and win;
+            ``models``: a list of tables that takes the place of the one with a pattern; ``images`` may be such a list
+            as well. None as a value leaves a key out.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,6 +52,7 @@ def write_study(folder, n_models=2, trials=2, n_images=24, **sections):
         "images": {"source": "images.npz", "n_images": n_images, "input_size": [1, 8, 8], "resize": 0},
         "protocol": {"trials": trials, "dtype": "float32", "device": "cpu"},
     }
+    content |= {name: {} for name in ("module_criticality",) if name in sections}
     models = sections.pop("models", [{"reference": f"file:m*.safetensors?{OPTIONS}"}])
     several = sections.pop("images") if isinstance(sections.get("images"), list) else []
     if several:

@@ -13,16 +13,15 @@ from safetensors.torch import save_file
 
 from layercrit.cli import cli
 from layercrit.errors import LayercritError, ProtocolError, StudyError
-from layercrit.module_criticality import (
-    ModuleCriticality,
-    load_study_module_criticality,
-    measure_module_criticality,
-    measure_study_module_criticality,
-)
+from layercrit.module_criticality import ModuleCriticality, measure_module_criticality
 from layercrit.module_criticality.kept_points import KeptPoints
 from layercrit.module_paths import ModulePaths
 from layercrit.path_search import Excess
+from layercrit.reporting.exports import export
 from layercrit.reporting.reports import report
+from layercrit.study.module_criticality import measure_study_module_criticality
+from layercrit.study.module_tables import load_study_module_criticality
+from layercrit.study.planning import plan_study
 from layercrit.study.tables import load_study
 from running_jobs import Inline, run, write_small
 from test_module_criticality import LABELS, pixels, trained
@@ -143,10 +142,14 @@ def test_measure_study_module_criticality__goes_on_after_an_interruption(study, 
     assert not list(study[1].glob("*/kept-points-*.json"))
 
 
-def test_measure_study_module_criticality__settings_of_all_models_are_the_same(study):
+def test_measure_study_module_criticality__settings_of_all_models_are_the_same(study, monkeypatch):
     measure(study)
-    with pytest.raises(StudyError, match=r"of 'm0' and of 'm1' in .* is of other settings \(draws\)"):
-        measure(study, models=["m1"], draws=3, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModulePaths, "_excesses", lambda *_: pytest.fail("it measured"))
+        with pytest.raises(
+            StudyError, match=r"of 'm0' in .* \(draws\), so that .* Nothing was .* all models with --over"
+        ):
+            measure(study, models=["m1"], draws=3, overwrite=True)
     both = measure(study, draws=3, overwrite=True)
     assert {one.record["n_draws"] for one in both.found.values()} == {3}
 
@@ -296,8 +299,13 @@ def test_measure_study_module_criticality__models_on_different_images_are_in_no_
     with pytest.raises(StudyError, match=r"of 'm0' in .* than asked for now \(n_images\).* Nothing was measured"):
         measure(study, models=["m1"], n_images=24)
     assert not list(study[1].glob("m1-*"))
-    with pytest.raises(StudyError, match=r"of 'm0' and of 'm1' in .* is of other settings \(n_images\)"):
+    with pytest.raises(StudyError, match=r"of 'm0' in .* than asked for now \(n_images\).* Nothing was measured"):
         measure(study, models=["m1"], n_images=24, overwrite=True)
+    other = study[1].with_name("other")
+    measure((study[0], other), models=["m1"], n_images=24)
+    shutil.copytree(other, study[1], dirs_exist_ok=True)
+    with pytest.raises(StudyError, match=r"of 'm0' and of 'm1' in .* is of other settings \(n_images\)"):
+        load_study_module_criticality(study[0])
 
 
 def test_measure_study_module_criticality__a_damaged_result_is_left_out_and_measured_again(own, tmp_path):
@@ -354,3 +362,158 @@ def test_measure_study_module_criticality__what_cannot_be_asked(study, asked, er
     with pytest.raises(error, match=text):
         measure(study, **asked)
     assert not study[1].exists()
+
+
+# --- a study file that asks for it ------------------------------------------------------------------------------------
+
+ASKED = {name: value for name, value in HOW.items() if name != "progress"}
+M0 = {"name": "m0", "reference": f"file:../run0?{ARCH}", "category": "baseline"}
+
+
+@pytest.fixture
+def asking(measured, tmp_path):
+    """Writes a study file of the module's training runs that asks for module criticality; returns its path."""
+
+    def write(section=None, models=(M0,), images=None, **others):
+        runs = measured.parent
+        models = [{**one, "reference": one["reference"].replace("file:..", f"file:{runs}")} for one in models]
+        section = {**ASKED, **(section or {})}
+        path = write_small(
+            tmp_path / "asking",
+            0,
+            1,
+            24,
+            models,
+            images,
+            module_criticality=section,
+            study={"baseline": "m0"},
+            **others,
+        )
+        np.savez(path.parent / "images.npz", images=pixels(), labels=LABELS)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli, list(map(str, arguments)))
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Run tasks in this process."""
+    monkeypatch.setattr("layercrit.study.running.LocalProcesses", lambda places: Inline())
+
+
+def test_run_study__measures_the_module_criticality_that_its_file_asks_for(asking, out, study, monkeypatch):
+    path = asking()
+    report_of_run = run(path, out, Inline())
+    assert (report_of_run.failures, report_of_run.modules_failed) == ([], {})
+    found = load_study_module_criticality(load_study(out))
+    pd.testing.assert_frame_equal(found.table, measure(study, models=["m0"]).table)
+    monkeypatch.setattr(ModulePaths, "_excesses", lambda *_: pytest.fail("it measured"))
+    assert run(path, out, Inline()).modules_failed == {}  # all is there
+    assert run(out, out, Inline()).modules_failed == {}  # by the file in the folder as well
+    as_asked = measure_study_module_criticality(out, progress=False)
+    pd.testing.assert_frame_equal(as_asked.table, found.table)
+
+
+def test_run_study__module_criticality_that_fails_loses_nothing_else(asking, out, measured, here, monkeypatch):
+    def fails(self, points):
+        raise RuntimeError("no memory")
+
+    path = asking()
+    monkeypatch.setattr(ModulePaths, "_excesses", fails)
+    shown = invoke("study", "run", path, "--out", out)
+    assert shown.exit_code == 1
+    assert "3 cells measured" in shown.output
+    assert "could not be measured:\n  m0: RuntimeError: no memory\n" in shown.output
+    assert f"Fix the causes, then: `layercrit module-criticality {out}`" in shown.output
+    status = invoke("study", "status", out).output
+    assert f"module criticality of no model yet, 1 left out: `layercrit study run {out}`" in status
+    monkeypatch.undo()
+    monkeypatch.setattr("layercrit.study.running.LocalProcesses", lambda places: Inline())
+    again = invoke("study", "run", path, "--out", out, "--json")
+    assert again.exit_code == 0
+    assert json.loads(again.stdout)["module_criticality"] == {
+        "asked": True, "measured": ["m0"], "left_out": {}, "mistake": ""
+    }  # fmt: skip
+    assert "module criticality of 1 model\n" in invoke("study", "status", out).output
+    changed = run(asking({"draws": 3}), out, Inline())
+    assert "of other settings, weights or images than asked for now (draws)" in changed.modules_failed[""]
+    assert "it is of other settings than the study file asks for (draws)" in invoke("study", "status", out).output
+    assert invoke("module-criticality", out, "--overwrite").exit_code == 0  # with the settings of the file
+    assert load_study_module_criticality(load_study(out)).found["m0"].record["n_draws"] == 3
+
+
+def test_run_study__a_shard_leaves_module_criticality_out_and_says_so(asking, out, here):
+    shown = invoke("study", "run", asking(), "--out", out, "--shard", "1/2")
+    assert f"once all shards are finished: `layercrit module-criticality {out}`" in shown.output
+    invoke("study", "run", asking(), "--out", out, "--shard", "2/2")
+    assert not (out / "module-criticality").exists()
+    assert invoke("module-criticality", out).exit_code == 0
+    assert list(load_study_module_criticality(load_study(out)).found) == ["m0"]
+
+
+def test_run_study__module_criticality_without_labels_is_refused_before_anything(asking, out):
+    path = asking()
+    np.savez(path.parent / "images.npz", images=pixels())
+    executor = Inline()
+    with pytest.raises(StudyError, match=r"needs labels, and the images of .*images.npz' have none"):
+        run(path, out, executor)
+    assert executor.tasks == []
+
+
+def test_run_study__module_criticality_of_a_model_that_cannot_be_opened(asking, out, tmp_path):
+    initial, network = trained(3)
+    write_run(tmp_path / "broken", {0: initial.state_dict()}, final=network.state_dict())
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"xx")
+    broken = {"name": "broken", "reference": f"file:{tmp_path}/broken?{ARCH}"}
+    done = run(asking({"models": ["m0", "broken"]}, [M0, broken]), out, Inline())
+    assert {failure.model for failure in done.failures} == {"broken"}
+    assert done.modules_failed == {"broken": "the study has not measured it yet (`layercrit study run`)"}
+    assert list(load_study_module_criticality(load_study(out)).found) == ["m0"]
+
+
+def test_module_criticality_command__takes_what_is_not_given_from_the_study_file(asking, out, here, capsys):
+    run(asking({"n_images": 10}), out, Inline())
+    folder = out / "elsewhere"
+    shown = invoke("module-criticality", out, "--excess", 0.1, "--draws", 1, "--out", folder)
+    assert "[module_criticality] in the study file says: n_images = 10, n_a = 4, n_s = 6" in shown.output
+    asked = load_study_module_criticality(load_study(out), folder).found["m0"].record["asked"]
+    assert (asked["excess"], asked["tolerance"], asked["draws"], asked["n_a"]) == (0.1, 1.01, 1, 4)
+
+
+def test_run_study__module_criticality_on_another_probe_set(asking, out):
+    first = {"name": "clean", "source": "images.npz", "n_images": 24, "input_size": [3, 2, 2], "resize": 0}
+    second = {"name": "noisy", "source": "corrupt:brightness@1"}
+    path = asking({"probe_set": "noisy", "models": ["m0"]}, images=[first, second])
+    assert run(path, out, Inline()).modules_failed == {}
+    found = load_study_module_criticality(load_study(out), probe_set="noisy")
+    assert list(found.found) == ["m0 (noisy)"]
+    files = export(load_study(out), "csv")
+    assert {"module_criticality.csv", "module_criticality_by_model.csv"} <= {path.name for path in files}
+
+
+@pytest.mark.parametrize("name", ["csv", "parquet"])
+def test_export__has_the_tables_of_module_criticality(measured, tmp_path, name):
+    study = load_study(measured)
+    found = measure_study_module_criticality(study, **HOW)
+    files = {path.stem: path for path in export(study, name, tmp_path)}
+    read = pd.read_parquet if name == "parquet" else pd.read_csv
+    modules, models = read(files["module_criticality"]), read(files["module_criticality_by_model"])
+    assert modules["module_criticality"].to_list() == pytest.approx(found.table["module_criticality"].to_list())
+    assert models["model"].to_list() == ["m0", "m1", "plain"]
+    of_one = export(study, name, tmp_path / "by", by="correctness")
+    assert [path.name for path in of_one] == [f"by_correctness.{name}"]
+
+
+def test_plan_study__says_what_module_criticality_costs(asking):
+    words = plan_study(asking()).module_criticality
+    assert "module criticality of 1 model, 3 modules in all" in words
+    assert f"at most {3 * 4 * 6 * 2} evaluations" in words

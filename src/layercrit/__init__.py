@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from layercrit.models.model import Model
     from layercrit.models.references import open_model
     from layercrit.models.sources import model_source
-    from layercrit.module_criticality.of_study import measure_study_module_criticality
     from layercrit.module_criticality.values import measure_module_criticality
     from layercrit.probes.corruptions import corruption
     from layercrit.probes.kinds import image_source
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from layercrit.resets import reset
     from layercrit.study.executors import executor
     from layercrit.study.merging import merge_studies
+    from layercrit.study.module_criticality import measure_study_module_criticality
     from layercrit.study.planning import plan_study
     from layercrit.study.running import run_study
     from layercrit.study.tables import Study, load_study
@@ -103,7 +103,7 @@ _HOME = {
     "measure_epochs": "epoch_map",
     "measure_module_criticality": "module_criticality.values",
     "measure_proxies": "proxies.values",
-    "measure_study_module_criticality": "module_criticality.of_study",
+    "measure_study_module_criticality": "study.module_criticality",
     "measure_study_proxies": "proxies.of_study",
     "measure_worst_case": "worst_case",
     "merge_studies": "study.merging",

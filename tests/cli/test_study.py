@@ -228,6 +228,7 @@ def test_status__json(tmp_path):
         "warnings": [],
         "damaged": [],
         "seconds_left": None,
+        "module_criticality": None,
         "running": [],
         "jobs": [],
     }

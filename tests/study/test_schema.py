@@ -20,6 +20,13 @@ GOOD = {
     "study": {"name": "n", "baseline": "a", "leave_out": ["b"], "imports": ["json"]},
     "images": {"source": "x.npz", "n_images": 5, "labels": False, "input_size": [1, 28, 28], "resize": [9, 9]},
     "protocol": {"trials": 2, "level": 0.9, "batch_size": 4, "dtype": "float32", "group": "block", "resets": ["zero"]},
+    "module_criticality": {
+        "excess": 0.1,
+        "models": ["a"],
+        "s_range": [0.1, 1],
+        "batch_size": "auto",
+        "dtype": "reference",
+    },
     "training": {"arch": "timm:resnet18", "data": "x", "seed": 2**64 - 1, "precision": "bf16", "settings": {"lr": 1}},
     "models": [
         {"reference": "zoo:*", "category": "c"},
@@ -35,8 +42,8 @@ def test_study_schema__is_one():
 
 
 def test_study_schema__each_key_is_explained_and_has_a_type():
-    names = {name.removesuffix("Table").lower() for name in SCHEMA["$defs"]}
-    assert names | {"models"} == TABLES.keys() | {"model"} == SCHEMA["properties"].keys() | {"model"}
+    assert SCHEMA["$defs"].keys() == {table.__name__ for table in TABLES.values()}
+    assert SCHEMA["properties"].keys() == TABLES.keys()
     for table in SCHEMA["$defs"].values():
         assert table["description"]
         for key, declared in table["properties"].items():
@@ -86,6 +93,12 @@ def test_study_schema__accepts_all_keys_and_resolved_files(tmp_path):
         (["protocol", "group"], "blok"),
         (["protocol", "batch_size"], "16"),
         (["protocol", "n_images"], 100),
+        (["module_criticality", "models"], []),
+        (["module_criticality", "tolerance"], 1),
+        (["module_criticality", "s_range"], [0, 1]),
+        (["module_criticality", "s_range"], [0.1]),
+        (["module_criticality", "dtype"], "bfloat16"),
+        (["module_criticality", "layers"], "fc"),
         (["training"], None),
         (["training", "arch"], None),
         (["training", "data"], None),
@@ -128,7 +141,7 @@ ONLY_READING_KNOWS = {"types"}  # a list in one text, of names that may be combi
 @pytest.mark.parametrize("section", TABLES)
 def test_study_schema__refuses_what_reading_refuses(section):
     """Value by value of each key: the two are written by one declaration."""
-    schema = {**SCHEMA["$defs"]["ModelTable" if section == "models" else f"{section.title()}Table"], "required": []}
+    schema = {**SCHEMA["$defs"][TABLES[section].__name__], "required": []}
     for rule in ("oneOf", "dependentRequired"):
         schema.pop(rule, None)
     validator = jsonschema.Draft202012Validator(schema)

@@ -16,7 +16,7 @@ from layercrit.errors import StudyError
 from layercrit.study import slurm, slurm_states
 from layercrit.study.ranks import rank_of
 from layercrit.study.slurm import minutes_of, sbatch_script, submit_study
-from layercrit.study.slurm_job import JOBS, LOGS, Resources, record_file
+from layercrit.study.slurm_job import JOBS, LOGS, Resources, ShardJob, record_file
 from layercrit.study.slurm_states import SUBMISSION, job_states
 from layercrit.study.store import Store
 from layercrit.study.tables import load_study
@@ -508,3 +508,15 @@ def test_submit__shows_why_slurm_refuses(cluster, place, resources, words, capfd
         submit_study("study/study.toml", "out", 2, resources)
     assert not (place / "out").exists()
     assert capfd.readouterr().err == ""
+
+
+def test_shard_job__what_is_kept_of_module_criticality_is_something_new(tmp_path):
+    """Else a job that measures it for longer than a time limit would be taken for one that does not get ahead."""
+    job = ShardJob([], tmp_path, "1/1", "token", {}, Resources(minutes=1), tmp_path)
+    before = job._kept()
+    points = tmp_path / "module-criticality" / "m0-1234" / "kept-points.json"
+    points.parent.mkdir(parents=True)
+    points.write_text("[1]")
+    first = job._kept()
+    points.write_text("[1, 2]")
+    assert before != first != job._kept()

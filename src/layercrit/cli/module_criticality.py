@@ -24,8 +24,8 @@ from layercrit.protocol import DEFAULTS
 
 # Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
-    from layercrit.module_criticality.of_study import StudyModuleCriticality
     from layercrit.module_criticality.values import ModuleCriticality
+    from layercrit.study.module_tables import StudyModuleCriticality
 
 __all__ = ["module_criticality_command"]
 
@@ -70,16 +70,19 @@ def module_criticality_command(
     Images need labels. 0: the initial values do as well as the trained ones.
 
     With a STUDY, a folder of `layercrit study run`: of each of its models that have initial weights, on its images.
-    What was measured is kept in STUDY/module-criticality, and the same command goes on after an interruption.
+    Options that are not given are as in [module_criticality] of its study file, if it has that. What was measured is
+    kept in STUDY/module-criticality, and the same command goes on after an interruption.
     """
-    given = context.get_parameter_source("tolerance") is not ParameterSource.DEFAULT
-    if given and settings["excess"] is not None:
+    has_tolerance = context.get_parameter_source("tolerance") is not ParameterSource.DEFAULT
+    if has_tolerance and settings["excess"] is not None:
         raise click.UsageError("--excess takes the place of --tolerance: leave one of them out.")
     of_study = is_study_folder(model)
     refuse_options(context, _OF_MODEL if of_study else _OF_STUDY, of_study)
     if of_study:
         chosen = None if models is None else models.split(",")
-        _of_study(model, out, overwrite, as_json, chosen, probe_set, settings)
+        given = {name: value for name, value in settings.items()
+                 if context.get_parameter_source(name) is not ParameterSource.DEFAULT}  # fmt: skip
+        _of_study(model, out, overwrite, as_json, {"models": chosen, "probe_set": probe_set, **given})
     else:
         _of_model(model, out, overwrite, as_json, settings)
 
@@ -103,18 +106,13 @@ def _of_model(model: str, out: Path | None, overwrite: bool, as_json: bool, sett
     notice(f"Saved in {folder}: {', '.join(path.name for path in files)}")
 
 
-def _of_study(
-    study: str, out: Path | None, overwrite: bool, as_json: bool, models: list[str] | None, probe_set: str | None,
-    settings: dict[str, Any],
-) -> None:  # fmt: skip
-    from layercrit.module_criticality.of_study import FOLDER, measure_study_module_criticality
+def _of_study(study: str, out: Path | None, overwrite: bool, as_json: bool, given: dict[str, Any]) -> None:
+    from layercrit.study.module_criticality import measure_study_module_criticality
+    from layercrit.study.status import MODULES
 
-    folder = Path(study) / FOLDER if out is None else out
-    settings = {name: value for name, value in settings.items() if name not in _OF_MODEL}
+    folder = Path(study) / MODULES if out is None else out
     try:
-        found = measure_study_module_criticality(
-            study, models=models, probe_set=probe_set, folder=folder, overwrite=overwrite, **settings
-        )
+        found = measure_study_module_criticality(study, folder=folder, overwrite=overwrite, **given)
     except KeyboardInterrupt:
         say(f"Stopped. What was measured is kept in {folder}; run the same command again to go on.", err=True)
         raise

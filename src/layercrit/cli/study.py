@@ -27,9 +27,12 @@ from layercrit.foreign_text import visible
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import pandas as pd
 
     from layercrit.study.planning import StudyPlan
+    from layercrit.study.running import RunReport
     from layercrit.study.store import FailureRow
     from layercrit.study.tables import Study
 
@@ -89,7 +92,8 @@ def run_command(
 ) -> None:
     """Measure what is missing from a study. Run it again to resume after an interruption.
 
-    STUDY.toml may also be the folder of a study that was started before.
+    STUDY.toml may also be the folder of a study that was started before. Module criticality, if the file has a section
+    for it, comes after all cells; shards leave it out.
     """
     import layercrit.study.ray_workers  # noqa: F401 - registers ray
     from layercrit.study.executors import executor_on
@@ -127,7 +131,9 @@ def run_command(
             f"({duration(report.seconds)})."
         )
         notice(f"Saved in {folder}; next: `layercrit study status {folder}`.")
-        _end_run(report.failures)
+        if read.module_criticality is not None:
+            notice(f"Module criticality, once all shards are finished: `layercrit module-criticality {folder}`.")
+        _end_run(report)
         return
     found = load_study(folder)
     if as_json:
@@ -139,15 +145,23 @@ def run_command(
             f"{counted(report.n_measured, 'cell')} measured, {report.n_known} were already there "
             f"({duration(report.seconds)})."
         )
+        if (about := _modules(found)) is not None and about["measured"]:
+            _show_module_criticality(folder, about)
         notice(f"Saved in {folder}{go_on}.")
     _say_unreadable(found)
-    _end_run(report.failures)
+    _end_run(report)
 
 
-def _end_run(failures: "list[FailureRow]") -> None:
-    if failures:
-        _show_failures(failures)
+def _end_run(report: "RunReport") -> None:
+    if report.failures:
+        _show_failures(report.failures)
         say("Fix the causes, then run again with --retry.", err=True)
+    if report.modules_failed:
+        say("module criticality could not be measured:", err=True)
+        for model, why in report.modules_failed.items():
+            click.echo(visible_lines(f"  {visible(model)}{': ' * bool(model)}{why}"), err=True)
+        say(f"Fix the causes, then: `layercrit module-criticality {report.folder}`.", err=True)
+    if report.failures or report.modules_failed:
         raise click.exceptions.Exit(ExitCode.ERROR)
 
 
@@ -192,6 +206,8 @@ def status_command(folder: Path, as_json: bool) -> None:
     left = f", about {duration(status['seconds_left'])} left" if status["seconds_left"] else ""
     known = " planned so far" if status["not_opened"] else ""
     say(f"{status['n_done']} of {status['n_planned']} cells{known} are done{left}")
+    if (about := status["module_criticality"]) is not None:
+        _show_module_criticality(folder, about)
     _show_running(status["running"])
     _show_jobs(status["jobs"])
     _say_unreadable(found)
@@ -294,8 +310,37 @@ def _status(found: "Study") -> dict[str, Any]:
         "damaged": list(found.damaged),
         "failures": [vars(failure) for failure in found.failures],
         "seconds_left": found.seconds_left(),
+        "module_criticality": _modules(found),
         "running": [{"shard": number or None, "by": who} for number, who in holders(found.folder).items()],
     }
+
+
+def _modules(found: "Study") -> "Mapping[str, Any] | None":
+    """Return how far module criticality is, as plain data; None where there is none and none is asked for."""
+    from layercrit.study.status import has_modules
+
+    if not has_modules(found.folder, found.record):
+        return None
+    from layercrit.study.module_tables import how_far  # which imports torch
+
+    return how_far(found)
+
+
+def _show_module_criticality(folder: Path, about: "Mapping[str, Any]") -> None:
+    """Say, in a line, how many models have module criticality.
+
+    Args:
+        folder: of the study.
+        about: what `layercrit.study.module_tables.how_far` returns.
+    """
+    left_out = f", {len(about['left_out'])} left out" if about["left_out"] else ""
+    if about["mistake"]:
+        say(f"module criticality: {about['mistake']}")
+    elif about["measured"]:
+        say(f"module criticality of {counted(len(about['measured']), 'model')}{left_out}")
+    else:
+        how = f"`layercrit study run {folder}` measures it after the cells, or `layercrit module-criticality {folder}`"
+        say(f"module criticality of no model yet{left_out}: {how}")
 
 
 def _show_running(running: list[dict[str, Any]]) -> None:
@@ -386,6 +431,8 @@ def _show_plan(found: "StudyPlan") -> None:
             f"at most about {duration(found.seconds)} on this machine with one worker, timed on one forward pass in "
             "float32; fused and bfloat16 replays usually take a third to a half of that"
         )
+    if found.module_criticality:
+        say(found.module_criticality)
     if found.images_mistake:
         click.echo(visible_lines(f"the images cannot be used: {found.images_mistake}"), err=True)
     for row in found.models[found.models["mistake"] != ""].to_dict("records"):

@@ -46,6 +46,7 @@ def submit_command(
     A job whose time limit comes near stops, keeps what it has measured, and is followed by another one until its shard
     is finished. Anything else that sbatch can be asked for is taken from its own variables, such as SBATCH_QOS.
     """
+    from layercrit.study.file import read_study_file
     from layercrit.study.slurm import minutes_of, sbatch_script, submit_study
     from layercrit.study.slurm_job import Resources
 
@@ -59,3 +60,5 @@ def submit_command(
     number = jobs[0].job.partition("_")[0]
     say(f"Submitted as job {number}, of {counted(n_jobs, 'shard')}; logs are in {folder / 'logs'}.")
     say(f"Watch it with `layercrit study status {folder}`, end it with `scancel {number}`.")
+    if n_jobs > 1 and read_study_file(file).module_criticality is not None:
+        say(f"Module criticality, once all shards are finished: `layercrit module-criticality {folder}`.")

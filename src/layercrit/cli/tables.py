@@ -119,12 +119,18 @@ def export_command(
 ) -> None:
     """Write the tables of the study in DIR as files for other programs."""
     from layercrit.reporting.exports import export
+    from layercrit.study.status import has_modules
     from layercrit.study.tables import load_study
 
     study = load_study(folder)
     say_damaged(study.damaged)
     for path in export(study, name, out, overwrite=overwrite, by=by, **condition):
         say(path)
+    if by is None and has_modules(study.folder, study.record):
+        from layercrit.study.module_tables import how_far  # which imports torch
+
+        if mistake := how_far(study)["mistake"]:
+            say(f"note: module criticality: {mistake}", err=True)
 
 
 @click.command("compare")

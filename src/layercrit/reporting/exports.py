@@ -2,7 +2,8 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from layercrit.errors import StudyError, near
 from layercrit.foreign_text import write_csv
 from layercrit.registry import Registry, summary_of
 from layercrit.study.published import write_models, write_published
+from layercrit.study.status import has_modules
 from layercrit.study.tables import Study
 
 __all__ = ["BY", "FORMATS", "Format", "cells_table", "export", "export_format"]
@@ -89,7 +91,7 @@ def export(
     norm_statistics: str | None = None,
     epoch: int | None = None,
 ) -> list[Path]:
-    """Write the tables of a study as files.
+    """Write the tables of a study as files; with the formats ``csv`` and ``parquet`` those of module criticality, too.
 
     All files are written under temporary names and then renamed, so that nobody reads half a file.
 
@@ -123,6 +125,7 @@ def export(
     asked: dict[str, Any] = {"probe_set": probe_set, "norm_statistics": norm_statistics, "epoch": epoch}
     if any(one is not None for one in asked.values()):
         study = _of_models(study, set(under(study.models, study.folder, **asked)[0]["model"]))
+    chosen = chosen if by is not None else _with_module_criticality(chosen, study)
     folder = study.folder / "export" / format if path is None else Path(path).expanduser()
     files = [folder / name for name in chosen.files]
     if (there := [file.name for file in files if file.exists()]) and not overwrite:
@@ -185,17 +188,38 @@ def _format_by(name: str, by: str) -> Format:
     """Return the format that has only the table of a choice of ``by``."""
     if by not in BY:
         raise StudyError(f"There is no table by {by!r}. {near(by, BY)}")
-    if name not in ("csv", "parquet"):
+    if name not in _WRITE:
         raise StudyError(f"The format {name!r} has no table by {by}. Take csv or parquet.")
 
     def write(study: Study, folder: Path) -> None:
         table = pd.concat([BY[by](study, reset) for reset in study.resets], ignore_index=True)
-        if name == "csv":
-            write_csv(table, folder / f"by_{by}.csv")
-        else:
-            table.to_parquet(folder / f"by_{by}.parquet", index=False, compression="zstd")
+        _WRITE[name]({f"by_{by}": table}, folder)
 
     return Format(name, (f"by_{by}.{name}",), write, f"The table by {by}.")
+
+
+def _with_module_criticality(chosen: Format, study: Study) -> Format:
+    """Return a format that writes the tables of module criticality as well, where the study has some."""
+    if chosen.name not in _WRITE or not has_modules(study.folder, study.record):
+        return chosen
+    from layercrit.study.module_tables import load_study_module_criticality  # which imports torch
+
+    found = []
+    for probe_set in dict.fromkeys(study.models["probe_set"]):
+        with suppress(StudyError):  # none was measured on these images, or what cannot be in one table
+            found.append(load_study_module_criticality(study, probe_set=probe_set))
+    if not found:
+        return chosen
+    tables = {
+        "module_criticality": pd.concat([one.table for one in found], ignore_index=True),
+        "module_criticality_by_model": pd.concat([one.by_model for one in found], ignore_index=True),
+    }
+
+    def write(study: Study, folder: Path) -> None:
+        chosen.function(study, folder)
+        _WRITE[chosen.name](tables, folder)
+
+    return replace(chosen, files=(*chosen.files, *(f"{name}.{chosen.name}" for name in tables)), function=write)
 
 
 BY: dict[str, Callable[[Study, str], pd.DataFrame]] = {
@@ -214,18 +238,29 @@ def _tables(study: Study) -> dict[str, pd.DataFrame]:
     }
 
 
+def _write_parquet(tables: Mapping[str, pd.DataFrame], folder: Path) -> None:
+    for name, table in tables.items():
+        table.to_parquet(folder / f"{name}.parquet", index=False, compression="zstd")
+
+
+def _write_csv(tables: Mapping[str, pd.DataFrame], folder: Path) -> None:
+    for name, table in tables.items():
+        write_csv(table, folder / f"{name}.csv")
+
+
+_WRITE = {"parquet": _write_parquet, "csv": _write_csv}
+
+
 @export_format("parquet", ["cells.parquet", "layers.parquet", "models.parquet"])
 def _parquet(study: Study, folder: Path) -> None:
     """Tables of cells, layers and models as Parquet, with the types of all columns."""
-    for name, table in _tables(study).items():
-        table.to_parquet(folder / f"{name}.parquet", index=False, compression="zstd")
+    _write_parquet(_tables(study), folder)
 
 
 @export_format("csv", ["cells.csv", "layers.csv", "models.csv"])
 def _csv(study: Study, folder: Path) -> None:
     """Tables of cells, layers and models as CSV."""
-    for name, table in _tables(study).items():
-        write_csv(table, folder / f"{name}.csv")
+    _write_csv(_tables(study), folder)
 
 
 @export_format("published-csv", ["results.csv", "models.csv"])

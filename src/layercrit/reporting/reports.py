@@ -27,12 +27,13 @@ from layercrit.figures.heat_maps import difference_map, heat_map, module_critica
 from layercrit.figures.rankings import ranking
 from layercrit.figures.style import check_formats, save_figure, svg_of
 from layercrit.layers import layer_labels
-from layercrit.module_criticality.of_study import is_measured, load_study_module_criticality
 from layercrit.progress_bar import Bar
 from layercrit.proxies.of_study import StudyProxies
 from layercrit.registry import Registry, summary_of
 from layercrit.reporting.page import write_page
 from layercrit.reporting.whom import class_table
+from layercrit.study.module_tables import load_study_module_criticality
+from layercrit.study.status import has_modules
 from layercrit.study.tables import Study
 from layercrit.wrappers import wrapper_of
 
@@ -218,7 +219,7 @@ def report(
     comparison = compare_under(probe_set=probe_set, norm_statistics=norm_statistics, epoch=epoch)
     others = _others(study, comparison, compare_under)
     # few studies have several conditions, or module criticality: nobody need be told that these figures are left out
-    rare = {"conditions": bool(others), "module_criticality": is_measured(study)}
+    rare = {"conditions": bool(others), "module_criticality": has_modules(study.folder, study.record)}
     usual = [name for name in FIGURES if rare.get(name, True)]
     asked = usual if figures is None else list(dict.fromkeys(figures))
     tables = replace(_tables(study, comparison, profiles), others=others)

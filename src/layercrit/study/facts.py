@@ -41,6 +41,7 @@ def facts_of(study: StudyFile, probe_sets: Mapping[str | None, ProbeSet], n_firs
         "protocol": protocol,
         "probe_set": about_images[study.probe_set],
         **({"probe_sets": about_images} if study.further_images else {}),
+        **({} if study.module_criticality is None else {"module_criticality": dict(study.module_criticality)}),
         "measured": {**deciding, "probe_set": first.sha256},
     }
 

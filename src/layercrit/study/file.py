@@ -47,11 +47,13 @@ from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import Reset, epoch_of_run, get_reset
 from layercrit.study.entries import ModelEntry, file_parts, models_of, rows_of_list, variants_of
 from layercrit.study.image_entries import Images, absolute_source, images_tables, pixels_of, probe_sets_of
+from layercrit.study.module_entries import module_mistakes, module_settings
 from layercrit.study.schema import (
     METHOD_KEYS,
     TABLES,
     ImagesTable,
     ModelTable,
+    ModuleCriticalityTable,
     ProtocolTable,
     StudyTable,
     TrainingTable,
@@ -92,6 +94,7 @@ class StudyFile:
         further_images: further probe sets.
         norm_statistics: what becomes of running statistics beside a reset, each of which is measured.
         epochs: of training runs that are measured beside the final weights.
+        module_criticality: arguments of `layercrit.measure_study_module_criticality`; None without that section.
         says_input_size: whether the file gives the size of the images; else it is the default.
     """
 
@@ -113,6 +116,7 @@ class StudyFile:
     further_images: tuple[Images, ...] = ()
     norm_statistics: tuple[str, ...] = (DEFAULTS.norm_statistics,)
     epochs: Literal["all"] | tuple[int, ...] = ()
+    module_criticality: Mapping[str, Any] | None = None
     says_input_size: bool = field(default=True, compare=False)  # what is written with everything resolved does
 
     @property
@@ -148,6 +152,7 @@ class StudyFile:
             ("[protocol]", {**protocol, "resets": list(self.resets), "distances": list(self.distances),
                             "norm_statistics": list(self.norm_statistics),
                             "epochs": self.epochs if self.epochs == "all" else list(self.epochs)}),
+            *([] if self.module_criticality is None else [("[module_criticality]", self.module_criticality)]),
             *(("[[models]]", {key: value for key, value in vars(model).items() if key not in _OF_VARIANTS})
               for model in self.models if model.variant_of is None),
         ]  # fmt: skip
@@ -206,6 +211,7 @@ class _Reader:
         self._check_comparison(models, study.baseline, study.leave_out)
         settings = self._protocol(protocol, known[0].name if known else DEFAULTS.reset)
         first, *others = probe_sets_of([images, *further], preprocessing, self.path.parent, self.mistakes)
+        modules = self._modules(models, (first, *others))
         names = [str(one.name) for one in (first, *others)] if others else []
         statistics = _listed(protocol.norm_statistics)
         every = [
@@ -241,6 +247,7 @@ class _Reader:
             leave_out=tuple(study.leave_out),
             imports=tuple(study.imports),
             training=Training(tuple(self.runs), self.path) if self.training else None,
+            module_criticality=modules,
         )
 
     def _protocol(self, table: Declaration, reset: str) -> Protocol:
@@ -326,6 +333,17 @@ class _Reader:
                 get(name)
             except LayercritError as error:
                 self.mistakes.append(f"[protocol] {error}")
+
+    def _modules(self, models: Sequence[ModelEntry], images: Sequence[Images]) -> dict[str, Any] | None:
+        if "module_criticality" not in self.content:
+            return None
+        table = self._section("module_criticality", ModuleCriticalityTable)
+        pending = {run.name for run in self.runs if not run.is_finished()}
+        self.mistakes.extend(module_mistakes(table, [] if self.some_unread else models, images, pending))
+        initial = None if table.initial is None else self._absolute_donor(table.initial)
+        if initial is not None:
+            self._check_weights("[module_criticality] initial", initial)
+        return module_settings(table, initial)
 
     # --- models -----------------------------------------------------------------------------------------------------
 
@@ -424,22 +442,22 @@ class _Reader:
             if others and model.donor is None:
                 self.mistakes.append(f"model {model.name!r} has no donor, which the reset {others[0].name!r} needs")
             if model.donor is not None:
-                self._check_donor(model.name, model.donor)
+                self._check_weights(f"the donor of model {model.name!r}", model.donor)
             for reset in by_epoch:
                 self._check_epoch(model, reset)
 
-    def _check_donor(self, model: str, donor: str) -> None:
+    def _check_weights(self, what: str, donor: str) -> None:
         folder = Path(donor.rpartition("@epoch=")[0] or donor)
         if any(run.folder == folder and not run.is_finished() for run in self.runs):
             return  # it will be there
         try:
             if is_reference(donor):
                 if (n_models := len(list(models_of(donor, self.path.parent)))) != 1:
-                    self.mistakes.append(f"the donor of model {model!r} must be one model; {donor!r} names {n_models}")
+                    self.mistakes.append(f"{what} must be one model; {donor!r} names {n_models}")
             elif not weight_file(donor).is_file():
-                self.mistakes.append(f"the donor of model {model!r} is not a file: {donor}")
+                self.mistakes.append(f"{what} is not a file: {donor}")
         except LayercritError as error:
-            self.mistakes.append(f"the donor of model {model!r}: {error}")
+            self.mistakes.append(f"{what}: {error}")
 
     def _check_epoch(self, model: ModelEntry, reset: Reset) -> None:
         if any(file_parts(model.reference)[0] == f"file:{run.folder}" and not run.is_finished() for run in self.runs):

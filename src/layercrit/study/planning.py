@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from layercrit.counts import counted, duration
 from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.flops import count_flops
 from layercrit.errors import LayercritError, ModelError, first_line
@@ -25,12 +26,13 @@ from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
 from layercrit.study.file import StudyFile, read_study_file
 from layercrit.study.images import n_available_images
+from layercrit.study.module_entries import models_asked
 from layercrit.study.pilots import plans_of
 from layercrit.study.shards import is_study, open_study
 
 __all__ = ["StudyPlan", "plan_study"]
 
-_TOTALS = ("n_images", "images_mistake", "flops_plain", "flops", "seconds", "precision")
+_TOTALS = ("n_images", "images_mistake", "flops_plain", "flops", "seconds", "precision", "module_criticality")
 _TIMED_PIXELS = 4 * 224 * 224  # of the batch whose forward pass is timed
 _BYTES = 4  # of a float32 number
 
@@ -45,6 +47,8 @@ class _Architecture:
     n_numbers: int  # parameters and buffers
     seconds: float  # a forward pass of one image here
     mistake: str = ""
+    n_modules: int = 0  # layers, without sets of them
+    flops_modules: float = 0.0  # sum over these of the FLOPs that run anew
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class StudyPlan:
         seconds: time for them on this machine with one worker, at the speed of the network's own forward pass in
             float32: an upper bound, since the fused and the bfloat16 replay are faster.
         precision: what an asked half-width means for these numbers, in words; empty where none is asked for.
+        module_criticality: what it costs at most, beside these numbers, in words; empty where none is asked for.
     """
 
     models: pd.DataFrame
@@ -71,6 +76,7 @@ class StudyPlan:
     flops: float
     seconds: float
     precision: str = ""
+    module_criticality: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data."""
@@ -144,8 +150,32 @@ def plan_study(study: StudyFile | str | Path, folder: str | Path | None = None) 
                     "mistake": mistake,
                 }
             )
-    about = _precision(study, plans, n_images)
-    return StudyPlan(pd.DataFrame(rows), n_images, images_mistake, plain, replayed, seconds, about)
+    words = _precision(study, plans, n_images), _module_criticality(study, architectures, available)
+    return StudyPlan(pd.DataFrame(rows), n_images, images_mistake, plain, replayed, seconds, *words)
+
+
+def _module_criticality(
+    study: StudyFile, architectures: dict[str, _Architecture], available: Mapping[str | None, int]
+) -> str:
+    """Say what the module criticality that is asked for costs at most."""
+    settings = study.module_criticality
+    if settings is None:
+        return ""
+    models = models_asked(study.models, settings)
+    points, draws = settings["n_a"] * settings["n_s"], settings["draws"]
+    flops = seconds = 0.0
+    n_modules = 0
+    for entry in models:
+        built = _architecture(study, entry, architectures)[1]
+        n_modules += built.n_modules
+        one = min(settings["n_images"], available[entry.probe_set]) * points * draws * built.flops_modules
+        flops += one
+        seconds += one / built.flops * built.seconds if built.flops else 0.0
+    return (
+        f"module criticality of {counted(len(models), 'model')}, {counted(n_modules, 'module')} in all, comes on top: "
+        f"at most {counted(n_modules * points * draws, 'evaluation')} ({points} points of the grid, {draws} draws), "
+        f"{flops:.3g} FLOPs and about {duration(seconds)} in one process; its search usually takes a part of these"
+    )
 
 
 def _plans(folder: Path) -> dict[tuple[str, str], PrecisionPlan]:
@@ -209,13 +239,15 @@ def _built(study: StudyFile, reference: str) -> _Architecture:
         patterns=protocol.layers,
         group=protocol.group,  # type: ignore[arg-type]
     )
-    layers = sets_of(layers, protocol.sets)
+    modules, layers = layers, sets_of(layers, protocol.sets)
     flops, after = count_flops(network, layers, normalise(black))
+    after_modules = after if modules == layers else count_flops(network, modules, normalise(black))[1]
     n_numbers = sum(tensor.numel() for tensor in network.state_dict().values())
     batch = black.expand(max(1, _TIMED_PIXELS // (size.height * size.width)), -1, -1, -1)
     device = find_device(protocol.device)
     seconds = _seconds(network.to(device), normalise(batch).to(device))
-    return _Architecture(len(layers), flops, flops * sum(after.values()), n_numbers, seconds)
+    ahead, of_modules = (flops * sum(shares.values()) for shares in (after, after_modules))
+    return _Architecture(len(layers), flops, ahead, n_numbers, seconds, "", len(modules), of_modules)
 
 
 def _all_layers(reference: str, network: torch.nn.Module, image: torch.Tensor, group: str) -> list[Layer]:

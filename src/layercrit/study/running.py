@@ -28,6 +28,8 @@ from layercrit.study.facts import facts_of, model_row
 from layercrit.study.file import StudyFile, read_study_file
 from layercrit.study.images import draw_images, drawn_images, n_available_images
 from layercrit.study.local_processes import LocalProcesses, local_places
+from layercrit.study.module_criticality import measure_of_file
+from layercrit.study.module_entries import check_labels
 from layercrit.study.peers import about_run, check_folder, check_peers, wait_for_pilots
 from layercrit.study.pilots import pilots_of, plans_of
 from layercrit.study.ranks import Shard
@@ -53,6 +55,8 @@ class RunReport:
         n_known: cells that were there already.
         n_retryable: failures of earlier runs that were not tried again.
         failures: everything that is not measured, and why.
+        modules_failed: model -> why its module criticality, which the study file asks for, could not be measured; with
+            the key "" what concerns all models.
         seconds: how long the run took.
     """
 
@@ -61,6 +65,7 @@ class RunReport:
     n_known: int = 0
     n_retryable: int = 0
     failures: list[FailureRow] = field(default_factory=list)
+    modules_failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -79,6 +84,9 @@ def run_study(
 
     Every finished cell is committed to the folder's store under a hash of its content (weights, layer, reset, seed,
     images, settings), so that no cell is measured twice and none of another model, image or setting is mixed in.
+
+    Module criticality, where the file has a section for it, is measured after the cells, in this process. Shards leave
+    it out: `layercrit.measure_study_module_criticality` measures it once all of them are finished.
 
     Args:
         study: what to measure: a study file, or what `layercrit.study.file.read_study_file` makes of one.
@@ -125,8 +133,10 @@ def run_study(
             run = _Run(study, folder, store, bar, shard, on_cell and Caller(on_cell))
             run.begin(retry)
             run.work(executor)
-        run.report.seconds = time.monotonic() - started
-        return run.report
+    if study.module_criticality is not None and shard is None:
+        run.report.modules_failed = measure_of_file(folder, progress)
+    run.report.seconds = time.monotonic() - started
+    return run.report
 
 
 class _Run:
@@ -160,6 +170,7 @@ class _Run:
         """Write down what the study is about, and make sure of its images."""
         before, plans = self._before()
         probe_sets = self._probe_sets(next((plan.n_images for plan in plans.values()), self.n_first_images))
+        check_labels(self.study.module_criticality, probe_sets)
         about = facts_of(self.study, probe_sets, self.n_first_images)
         self.elsewhere = Elsewhere.read(self.folder, self.own_number, about["measured"])
         self.retry = retry

@@ -11,6 +11,7 @@ from layercrit.distances import DISTANCES
 from layercrit.errors import StudyError, near
 from layercrit.layer_sets import read_sets
 from layercrit.layers import LAYER_TYPES
+from layercrit.module_paths import Grid
 from layercrit.probes.images import STANDARD, Interpolation, Preprocessing
 from layercrit.protocol import DEFAULTS, GROUPS, KindOfStatistics, Protocol
 from layercrit.registry import Registry
@@ -21,6 +22,7 @@ __all__ = [
     "TABLES",
     "ImagesTable",
     "ModelTable",
+    "ModuleCriticalityTable",
     "ProtocolTable",
     "StudyTable",
     "TrainingTable",
@@ -30,6 +32,7 @@ __all__ = [
 METHOD_KEYS = ("method", "settings", "epochs", "seed")
 """Keys that only models with a method may have."""
 
+_Names = Annotated[list[str], Field(min_length=1)]
 _Epochs = Annotated[int, Field(ge=1)]
 _Settings = Annotated[dict[str, Any], Field(json_schema_extra={"properties": {"epochs": False}})]  # it stands beside
 _Seed = Annotated[int, Field(ge=0, lt=2**64), expected("a whole number from 0 to 2**64 - 1")]
@@ -156,6 +159,51 @@ _SETTINGS: dict[str, Any] = {
 ProtocolTable = create_model("ProtocolTable", __base__=ProtocolKeys, __doc__=ProtocolKeys.__doc__, **_SETTINGS)
 
 
+class ModuleCriticalityTable(Declaration):
+    """Module criticality, measured once the cells are: the settings of `layercrit module-criticality` of a study."""
+
+    models: Annotated[_Names, expected("a list of names of models")] | None = None
+    """names of the models that are wanted; default: all that have weights from before training"""
+    probe_set: str | None = None
+    """the name of the images, where there are several probe sets; default: the first"""
+    n_images: int = Field(1_000, ge=1)
+    """how many of the probe set's images to use, the first ones"""
+    initial: str | None = None
+    """weights before training, of all models that are no training run which kept its epoch 0: a weight file, or
+    DIR@epoch=0 of a training run, relative to this file; or a model reference"""
+    tolerance: float = Field(1.01, gt=1, allow_inf_nan=False)
+    """loss that is allowed, as a factor of the trained network's"""
+    excess: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """loss above the trained network's, in nats, in place of `tolerance`"""
+    draws: int = Field(10, ge=1)
+    """draws of the noise"""
+    n_a: int = Field(11, ge=2)
+    """places on the path from initial to trained values"""
+    n_s: int = Field(21, ge=2)
+    """amounts of noise, evenly in their logarithm"""
+    s_range: Annotated[
+        list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=2, max_length=2),
+        expected("two positive numbers, the smaller one first"),
+    ] = Field([1e-3, 10.0])  # fmt: skip
+    """smallest and largest standard deviation of the noise, in root mean squares of a module's parameters"""
+    dtype: Literal["float32", "reference"] = "float32"
+    """`float32` (folded and fused) or `reference` (the network's own operators)"""
+    level: float = Field(DEFAULTS.level, gt=0, lt=1)
+    """confidence level of the limits"""
+    batch_size: Annotated[
+        Literal["auto"] | Annotated[int, Field(ge=1)], expected("'auto' or a whole number of at least 1")
+    ] = DEFAULTS.batch_size  # type: ignore[assignment]
+    """images run at once"""
+    device: str = DEFAULTS.device
+    """`auto` (a GPU if there is one), or any name that torch knows"""
+
+    @field_validator("s_range")
+    @classmethod
+    def _rising(cls, s_range: list[float]) -> list[float]:
+        Grid.of(2, 2, (s_range[0], s_range[1]))
+        return s_range
+
+
 class TrainingTable(Declaration):
     """How `layercrit train --study FILE` trains the models that have a `method`; a model's own keys take precedence."""
 
@@ -229,6 +277,7 @@ TABLES: dict[str, type[Declaration]] = {
     "study": StudyTable,
     "images": ImagesTable,
     "protocol": ProtocolTable,
+    "module_criticality": ModuleCriticalityTable,
     "training": TrainingTable,
     "models": ModelTable,
 }

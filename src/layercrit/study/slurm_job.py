@@ -267,8 +267,15 @@ class ShardJob:
         return StudyError(f"Shard {self.name} of the study in {self.folder}: {said}.")
 
     def _kept(self) -> list[int]:
-        """Return how many cells are kept, and how many batches of those under way; nothing before the first run."""
-        return self._counted("SELECT (SELECT count(*) FROM cells), (SELECT count(*) FROM parts)")
+        """Return how many cells are kept, and how many batches of those under way; nothing before the first run.
+
+        Module criticality comes last, and what is kept of it counts in bytes.
+        """
+        from layercrit.study.status import MODULES  # which imports what a job that starts need not wait for
+
+        counted = self._counted("SELECT (SELECT count(*) FROM cells), (SELECT count(*) FROM parts)")
+        n_bytes = sum(path.stat().st_size for path in (self.folder / MODULES).glob("*/*"))
+        return [*counted, n_bytes] if n_bytes else counted
 
     def _waits_for_pilots(self) -> bool:
         """Return whether its share of the pilot is run, and nothing planned yet."""

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,7 +12,18 @@ from layercrit.precision import PrecisionPlan
 from layercrit.statistics import needed_trials
 from layercrit.study.store import FailureRow, PlanRow
 
-__all__ = ["is_run", "planned", "progress", "seconds_left", "trials_of_models"]
+__all__ = ["MODULES", "RESULT", "has_modules", "is_run", "planned", "progress", "seconds_left", "trials_of_models"]
+
+MODULES = "module-criticality"
+"""In the folder of a study: where its module criticality is, unless another folder is named."""
+
+RESULT = "of.json"
+"""In the folder of a model there: what its result is of, and that it is whole."""
+
+
+def has_modules(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Return whether the file of a study asks for module criticality, or its folder has that of some model."""
+    return "module_criticality" in record or any((folder / MODULES).glob(f"*/{RESULT}"))
 
 
 def progress(
