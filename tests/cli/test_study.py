@@ -90,7 +90,7 @@ def test_run__again_says_what_was_there_and_retry_tries_again(ran, here, tmp_pat
     assert again.exit_code == 1
     known = f"0 cells measured, {2 * N_LAYERS} were already there"
     assert known in again.stdout
-    assert f"Saved in {folder}; next: `layercrit compare {folder}`." in again.stderr
+    assert f"Saved in {folder}; next: `layercrit report {folder}`, or `layercrit compare {folder}`." in again.stderr
     lines = again.stdout.splitlines()
     assert lines[0].startswith(f"warning: {MARKUP}: top-1 accuracy"), "untrained networks guess"
     title = "small: mean criticality over all layers of each model"

@@ -140,7 +140,7 @@ def run_command(
         click.echo(json.dumps({**_status(found), "measured_now": report.n_measured, "seconds": report.seconds}))
     else:
         _show_means(found)
-        go_on = f"; next: `layercrit compare {folder}`" if len(found.cells) else ""
+        go_on = f"; next: `layercrit report {folder}`, or `layercrit compare {folder}`" if len(found.cells) else ""
         say(
             f"{counted(report.n_measured, 'cell')} measured, {report.n_known} were already there "
             f"({duration(report.seconds)})."
