@@ -382,8 +382,9 @@ def test_released__how_many_differences_to_the_baseline_are_significant(tmp_path
     found = differences(study)
     raw = pd.read_csv(RELEASED / "results.csv")
     raw["criticality"] = 1 - raw["pred_cos_sim"]
-    of_model = {name: own.pivot(index="trial", columns="layer") for name, own in
-                raw[["trial", "layer", "model_id", "criticality"]].set_index("model_id").groupby(level=0)}  # fmt: skip
+    of_model = {
+        name: own.pivot_table("criticality", "trial", "layer") for name, own in raw.groupby("model_id")
+    }  # each (n_trials, n_layers)
     p_values = np.concatenate([
         stats.ttest_ind(own, of_model["tv_resnet50"], equal_var=False).pvalue
         for model, own in of_model.items() if model not in ("tv_resnet50", "resnet50_frozen_random")
