@@ -562,6 +562,22 @@ def _reads_the_memory_before(net: Sketch, x: Tensor) -> Tensor:
     return F.relu(made, inplace=True) + half
 
 
+def _stays(net: Sketch, x: Tensor) -> Tensor:
+    weight, bias = net.a.weight, net.a.bias
+    x = F.conv1d(x.flatten(2), weight.flatten(2)).unsqueeze(3)
+    x = F.conv3d(x.unsqueeze(2), weight.unsqueeze(2)).select(2, 0)
+    x = F.conv_transpose2d(F.conv2d(x, weight, padding="same"), weight)
+    for activation in (torch.exp, torch.tanh, F.hardtanh, F.hardsigmoid, F.leaky_relu, F.elu, F.celu, F.mish):
+        x = activation(0.1 * x)
+    x = F.group_norm(F.prelu(x, bias), 2)
+    return x.roll(1, 2).flip(2)[:, :, 1:] - x.mean()
+
+
+def _others_in_place(net: Sketch, x: Tensor) -> Tensor:
+    x = F.leaky_relu(F.relu6(_conv(net, x), inplace=True), 0.2, inplace=True).mul_(0.5)
+    return F.elu(x * 2, inplace=True)
+
+
 def _views(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).select(1, 0).transpose(1, 2).unsqueeze(3).expand(-1, -1, -1, 2)
 
@@ -570,6 +586,7 @@ def _views(x: Tensor) -> Tensor:
 IN_FORMS: dict[str, tuple[Callable[[Sketch, Tensor], Tensor], bool]] = {
     "in place": (lambda net, x: F.relu(_conv(net, x), inplace=True), False),
     "in place twice": (lambda net, x: F.silu(_conv(net, x).add_(1.5), inplace=True), False),
+    "others in place": (_others_in_place, False),
     "sum in place": (lambda net, x: _conv(net, x).add_(net.a(x * 2), alpha=0.5), False),
     "read before": (_reads_the_memory_before, False),
     "read later": (_reads_the_memory_later, False),
@@ -587,6 +604,7 @@ IN_FORMS: dict[str, tuple[Callable[[Sketch, Tensor], Tensor], bool]] = {
     "dropout that works": (lambda net, x: F.dropout(_conv(net, x), 0.0, True) * 2, True),
     "unbound": (lambda net, x: torch.cat([one.unsqueeze(1) for one in _conv(net, x).unbind(1)[::-1]], 1), False),
     "views": (lambda net, x: _conv(net, _views(x)), False),
+    "stays as it is": (_stays, False),
 }  # fmt: skip
 
 
