@@ -574,7 +574,7 @@ def _stays(net: Sketch, x: Tensor) -> Tensor:
 
 
 def _others_in_place(net: Sketch, x: Tensor) -> Tensor:
-    x = F.leaky_relu(F.relu6(_conv(net, x), inplace=True), 0.2, inplace=True).mul_(0.5)
+    x = F.leaky_relu(F.hardtanh(_conv(net, x), 0, 6, inplace=True), 0.2, inplace=True).mul_(0.5)
     return F.elu(x * 2, inplace=True)
 
 
