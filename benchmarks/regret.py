@@ -213,7 +213,7 @@ class Subject:
         ordered = knobs.loc[order.of(knobs, way.highest_first).sort_values(kind="stable").index]
         total = int(table["n_parameters"].sum())
         budget = BUDGETS[action] * (ordered["n_parameters"].sum() / total if by_channel else 1)
-        taken = set(ordered.index[chosen_within(ordered, way, budget, total)])
+        taken = set(ordered.index[chosen_within(ordered["n_parameters"], way, budget, total)])
         return [layer for layer in table["layer"] if of_layer.get(layer, layer) in taken]
 
 

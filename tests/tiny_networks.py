@@ -84,11 +84,12 @@ class PlainWay:
 
     def __init__(self, network: nn.Module) -> None:
         self.twin = copy.deepcopy(network)
+        self.parameters = dict(self.twin.named_parameters(remove_duplicate=False))
 
     def __call__(self, values: Mapping[str, Tensor], images: Tensor) -> Tensor:
-        parameters = dict(self.twin.named_parameters(remove_duplicate=False))
+        parameters = self.parameters
         trained = {name: parameters[name].detach().clone() for name in values}
-        state = copy.deepcopy(dict(self.twin.named_buffers()))
+        state = {name: buffer.clone() for name, buffer in self.twin.named_buffers()}
         with torch.no_grad():
             for name, value in values.items():
                 parameters[name].copy_(value)

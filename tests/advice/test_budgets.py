@@ -1,7 +1,6 @@
 from itertools import product
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from layercrit.advice.actions import ACTIONS
@@ -9,27 +8,19 @@ from layercrit.advice.budgets import bits_within, chosen_within
 from layercrit.errors import AdviceError
 
 
-def knobs(criticality, sizes):
-    return pd.DataFrame({"criticality": criticality, "n_parameters": sizes})
-
-
 @pytest.mark.parametrize(("budget", "n_chosen"), [(0.09, 1), (0.1, 1), (0.11, 2), (0.3, 2), (0.31, 3), (1.0, 4)])
 def test_chosen_within__as_many_as_it_takes(budget, n_chosen):
-    order = knobs([0.1, 0.2, 0.3, 0.4], [10, 20, 30, 40])
-
-    assert chosen_within(order, ACTIONS["freeze"], budget, 100).sum() == n_chosen
+    assert chosen_within([10, 20, 30, 40], ACTIONS["freeze"], budget, 100).sum() == n_chosen
 
 
 def test_chosen_within__removes_the_ratio_of_each():
-    order = knobs([0.1, 0.2, 0.3, 0.4], [10, 20, 30, 40])
+    found = chosen_within([10, 20, 30, 40], ACTIONS["prune"], 0.15, 100, ratio=0.5)
 
-    assert chosen_within(order, ACTIONS["prune"], 0.15, 100, ratio=0.5).tolist() == [True, True, False, False]
+    assert found.tolist() == [True, True, False, False]
 
 
 def test_chosen_within__at_most_takes_each_that_still_fits():
-    order = knobs([0.9, 0.8, 0.7, 0.6], [60, 20, 50, 10])
-
-    assert chosen_within(order, ACTIONS["finetune"], 0.3, 100).tolist() == [False, True, False, True]
+    assert chosen_within([60, 20, 50, 10], ACTIONS["finetune"], 0.3, 100).tolist() == [False, True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +30,7 @@ def test_chosen_within__at_most_takes_each_that_still_fits():
 def test_chosen_within__a_budget_that_cannot_be_met(action, budget, ratio, way_out):
     """20 of 100 parameters are of layers that were not measured; the smallest layer that was has 10."""
     with pytest.raises(AdviceError, match=way_out):
-        chosen_within(knobs([0.1, 0.2, 0.3], [10, 30, 40]), ACTIONS[action], budget, 100, ratio)
+        chosen_within([10, 30, 40], ACTIONS[action], budget, 100, ratio)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -51,7 +42,7 @@ def test_bits_within__is_the_best_of_all_choices_of_its_size(seed, n_unmeasured)
     bits, budget = [2, 4, 8], float(generator.uniform(5, 7.9))
     total = sizes.sum() + n_unmeasured
 
-    found = bits_within(knobs(criticality, sizes), bits, budget, n_unmeasured)
+    found = bits_within(criticality, sizes, bits, budget, n_unmeasured)
 
     def score(choice):
         return sum(c * 4.0**-b for c, b in zip(criticality, choice, strict=True))
@@ -69,5 +60,5 @@ def test_bits_within__is_the_best_of_all_choices_of_its_size(seed, n_unmeasured)
 def test_bits_within__a_budget_that_cannot_be_met():
     """Half of the parameters were not measured and keep 8 bits, so that 6 in the mean are the fewest."""
     with pytest.raises(AdviceError, match="it is 6"):
-        bits_within(knobs([0.1, 0.2], [10, 10]), [4, 8], 5.9, 20)
-    assert bits_within(knobs([0.1, 0.2], [10, 10]), [4, 8], 6.0, 20).tolist() == [4, 4]
+        bits_within([0.1, 0.2], [10, 10], [4, 8], 5.9, 20)
+    assert bits_within([0.1, 0.2], [10, 10], [4, 8], 6.0, 20).tolist() == [4, 4]

@@ -779,7 +779,7 @@ def test_run_study__workers_vanish_with_a_killed_run(tmp_path):
 
     report = run(path, folder)
 
-    run(path, tmp_path / "whole")
+    run(write_small(tmp_path / "quickly", n_models=2, trials=5, n_images=200), tmp_path / "whole")
     assert report.n_known == found
     assert_same_tables(tables(folder), tables(tmp_path / "whole"), atol=1e-6)
     assert n_parts(folder) == 0

@@ -24,11 +24,15 @@ from small_studies import N_LAYERS, OPTIONS, write_study
 LIMITS = ["criticality", "low", "high"]
 
 
+CHOSEN, N_CHOSEN = "conv1,layer1.1.*,fc", 5
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """Two models under a reset with chance and one without, run."""
     folder = tmp_path_factory.mktemp("ran")
-    path = write_study(folder, trials=3, n_images=12, protocol={"resets": ["zero", "rerandomize"], "level": 0.8})
+    protocol = {"resets": ["zero", "rerandomize"], "level": 0.8, "layers": CHOSEN}
+    path = write_study(folder, trials=3, n_images=12, protocol=protocol)
     run_study(read_study_file(path), folder / "study", executor=Inline(), progress=False)
     return load_study(folder / "study")
 
@@ -188,8 +192,8 @@ def test_tables__are_copies(random):
 
 def test_tables__of_a_study_that_was_run(ran):
     chance = {"rerandomize": True, "zero": False}
-    assert len(check_layers(ran, chance)) == 2 * 2 * N_LAYERS
-    assert set(check_means(ran, chance)["n_layers"]) == {N_LAYERS}
+    assert len(check_layers(ran, chance)) == 2 * 2 * N_CHOSEN
+    assert set(check_means(ran, chance)["n_layers"]) == {N_CHOSEN}
     assert ran.level == 0.8
 
 
@@ -197,8 +201,8 @@ def test_tables__of_a_study_that_was_run(ran):
 def test_tables__are_those_of_measure(ran, reset):
     probe_set = ProbeSet.load(ran.folder / "probe_set")
     model = open_model(f"file:{ran.folder.parent / 'm1.safetensors'}?{OPTIONS}", input_size=(1, 8, 8))
-    settings = {"trials": 3, "reset": reset, "dtype": "float32", "device": "cpu", "level": 0.8, "progress": False}
-    expected = measure(model, probe_set, **settings)
+    settings = {"trials": 3, "reset": reset, "dtype": "float32", "device": "cpu", "level": 0.8, "layers": CHOSEN}
+    expected = measure(model, probe_set, **settings, progress=False)
     table = ran.to_pandas()
     table = table[(table["model"] == "m1") & (table["reset"] == reset)].reset_index(drop=True)
     wanted = expected.to_pandas()
@@ -217,7 +221,7 @@ def test_tables__are_those_of_measure(ran, reset):
 def test_progress__of_a_study_that_was_run(ran):
     progress = ran.progress()
     assert progress["state"].to_list() == ["done", "done"]
-    assert progress["n_planned"].to_list() == progress["n_done"].to_list() == [4 * N_LAYERS] * 2
+    assert progress["n_planned"].to_list() == progress["n_done"].to_list() == [4 * N_CHOSEN] * 2
     assert ran.seconds_left() == 0
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from layercrit.advice.actions import Action, action_named
 from layercrit.advice.budgets import bits_within, chosen_within, share_in_words
 from layercrit.advice.evidence import evidence_of
 from layercrit.advice.formats import FORMATS
-from layercrit.advice.ranking import in_order, knobs_of, ranked
+from layercrit.advice.ranking import knobs_of, places_in_order, ranked
 from layercrit.cell_columns import WHOLE
 from layercrit.counts import counted
 from layercrit.errors import AdviceError, near
@@ -229,25 +230,27 @@ def _with_choice(
 ) -> pd.DataFrame:
     """Return the ranking with the columns ``chosen``, ``tie``, and what the action has beside them."""
     n_unmeasured = total - int(order["n_parameters"].sum())
+    criticality, sizes = (order[name].to_numpy(np.float64) for name in ("criticality", "n_parameters"))
 
-    def choice(knobs: pd.DataFrame) -> pd.Series:
-        """The bits of each knob, or whether it is chosen, if their criticality were this."""
+    def choice(criticality: npt.NDArray[np.float64]) -> npt.NDArray[np.int64] | npt.NDArray[np.bool_]:
+        """The bits of each knob, or whether it is chosen, if their criticality were this, ``(n_knobs,)``."""
         if action.name == "quantise":
-            return pd.Series(bits_within(knobs, bits, budget, n_unmeasured), knobs.index)
-        knobs = in_order(knobs, highest_first=action.highest_first)
+            return bits_within(criticality, sizes, bits, budget, n_unmeasured)
+        places = places_in_order(criticality, sizes, highest_first=action.highest_first)
         counts = ratio if action.name == "prune" else 1.0
-        return pd.Series(chosen_within(knobs, action, budget, total, counts), knobs.index)
+        chosen = np.zeros(len(places), np.bool_)
+        chosen[places] = chosen_within(sizes[places], action, budget, total, counts)
+        return chosen
 
-    made = choice(order)
-    limits = order[["low", "high"]].fillna({"low": 0.0, "high": 1.0})
+    made = choice(criticality)
     ties = []
-    for knob in order.index:
+    for place, limits in enumerate(order[["low", "high"]].fillna({"low": 0.0, "high": 1.0}).to_numpy(np.float64)):
         others = []
-        for limit in limits.loc[knob]:
-            moved = order["criticality"].copy()
-            moved[knob] = limit
-            others.append(choice(order.assign(criticality=moved))[knob])
-        ties.append(any(other != made[knob] for other in others))
+        for limit in limits:
+            moved = criticality.copy()
+            moved[place] = limit
+            others.append(choice(moved)[place])
+        ties.append(any(other != made[place] for other in others))
     if action.name == "quantise":
         return order.assign(bits=made, chosen=made < max(bits), tie=ties)
     order = order.assign(chosen=made, tie=ties)

@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from layercrit.advice.actions import Action
 from layercrit.errors import AdviceError
@@ -19,7 +18,7 @@ def share_in_words(share: float) -> str:
 
 
 def chosen_within(
-    ranked: pd.DataFrame, action: Action, budget: float, n_parameters: int, ratio: float = 1.0
+    sizes: npt.ArrayLike, action: Action, budget: float, n_parameters: int, ratio: float = 1.0
 ) -> npt.NDArray[np.bool_]:
     """Return which knobs of a ranking are chosen, ``(n_knobs,)``.
 
@@ -27,7 +26,7 @@ def chosen_within(
     do, each that still fits into it.
 
     Args:
-        ranked: as `ranking.ranked` returns them.
+        sizes: parameters of each knob in the order of the ranking, ``(n_knobs,)``.
         action: what is done to them.
         budget: share of all parameters.
         n_parameters: how many there are, those of layers included that were not measured.
@@ -36,11 +35,11 @@ def chosen_within(
     Raises:
         AdviceError: the budget cannot be met.
     """
-    sizes = ratio * ranked["n_parameters"].to_numpy(np.float64) / max(1, n_parameters)
+    shares = ratio * np.asarray(sizes, np.float64) / max(1, n_parameters)
     if not action.highest_first:
-        reached = np.cumsum(sizes)
-        if not len(sizes) or reached[-1] < budget - 1e-9:
-            most = float(reached[-1]) if len(sizes) else 0.0
+        reached = np.cumsum(shares)
+        if not len(shares) or reached[-1] < budget - 1e-9:
+            most = float(reached[-1]) if len(shares) else 0.0
             if not most:
                 raise AdviceError(
                     f"A budget of {share_in_words(budget)} cannot be met: no layer can be {action.done}. Measure more "
@@ -52,13 +51,13 @@ def chosen_within(
                 f"parameters. Give at most {share_in_words(most)}"
                 f"{'' if ratio == 1 else ', or another ratio'}, or measure more layers."
             )
-        return np.asarray(np.arange(len(sizes)) <= int(np.argmax(reached >= budget - 1e-9)))
-    chosen, left = np.zeros(len(sizes), np.bool_), budget + 1e-9
-    for place, size in enumerate(sizes):
-        if size <= left:
-            chosen[place], left = True, left - size
+        return np.asarray(np.arange(len(shares)) <= int(np.argmax(reached >= budget - 1e-9)))
+    chosen, left = np.zeros(len(shares), np.bool_), budget + 1e-9
+    for place, share in enumerate(shares):
+        if share <= left:
+            chosen[place], left = True, left - share
     if not chosen.any():
-        least = float(sizes.min()) if len(sizes) else 1.0
+        least = float(shares.min()) if len(shares) else 1.0
         raise AdviceError(
             f"A budget of {share_in_words(budget)} cannot be met: the smallest layer that was measured has "
             f"{share_in_words(least)} of the parameters. Give at least that much."
@@ -66,7 +65,9 @@ def chosen_within(
     return chosen
 
 
-def bits_within(knobs: pd.DataFrame, bits: Sequence[int], budget: float, n_unmeasured: int) -> npt.NDArray[np.int64]:
+def bits_within(
+    criticality: npt.ArrayLike, sizes: npt.ArrayLike, bits: Sequence[int], budget: float, n_unmeasured: int
+) -> npt.NDArray[np.int64]:
     """Return the bits of each knob: down from the most, where that raises the sum of scores least for what it saves.
 
     The score of a knob at b bits is its criticality times the variance of rounding, which falls fourfold with each bit.
@@ -74,7 +75,8 @@ def bits_within(knobs: pd.DataFrame, bits: Sequence[int], budget: float, n_unmea
     bits.
 
     Args:
-        knobs: with the columns ``criticality`` and ``n_parameters``.
+        criticality: of each knob, ``(n_knobs,)``.
+        sizes: its parameters, ``(n_knobs,)``.
         bits: the choices.
         budget: bits for a parameter in the mean, those of layers included that were not measured.
         n_unmeasured: parameters of layers that were not measured.
@@ -83,7 +85,7 @@ def bits_within(knobs: pd.DataFrame, bits: Sequence[int], budget: float, n_unmea
         AdviceError: the budget cannot be met.
     """
     choices = sorted(set(bits), reverse=True)
-    criticality, sizes = knobs["criticality"].to_numpy(np.float64), knobs["n_parameters"].to_numpy(np.float64)
+    criticality, sizes = np.asarray(criticality, np.float64), np.asarray(sizes, np.float64)
     total = sizes.sum() + n_unmeasured
     steps = sorted(
         (c * (4.0**-lower - 4.0**-upper) / max(1.0, size) / (upper - lower), place, level + 1)

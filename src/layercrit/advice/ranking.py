@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from math import hypot
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-__all__ = ["in_order", "knobs_of", "ranked"]
+__all__ = ["in_order", "knobs_of", "places_in_order", "ranked"]
 
 
 def knobs_of(layers: pd.DataFrame, knobs: Mapping[str, str]) -> pd.DataFrame:
@@ -66,8 +67,21 @@ def ranked(knobs: pd.DataFrame, *, highest_first: bool) -> pd.DataFrame:
 
 def in_order(knobs: pd.DataFrame, *, highest_first: bool) -> pd.DataFrame:
     """Return knobs in the order in which they are chosen."""
-    values = -knobs["criticality"] if highest_first else knobs["criticality"] / knobs["n_parameters"].clip(lower=1)
-    return knobs.loc[values.sort_values(kind="stable").index]
+    values, sizes = (knobs[name].to_numpy(np.float64) for name in ("criticality", "n_parameters"))
+    return knobs.iloc[places_in_order(values, sizes, highest_first=highest_first)]
+
+
+def places_in_order(
+    criticality: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64], *, highest_first: bool
+) -> npt.NDArray[np.intp]:
+    """Return the places of knobs in the order in which they are chosen, ``(n_knobs,)``.
+
+    Args:
+        criticality: of each knob, ``(n_knobs,)``.
+        sizes: its parameters, ``(n_knobs,)``.
+        highest_first: as for `ranked`.
+    """
+    return np.argsort(-criticality if highest_first else criticality / sizes.clip(1), kind="stable")
 
 
 def _places(values: np.ndarray) -> list[tuple[int, np.ndarray]]:

@@ -19,20 +19,28 @@ BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 # neither views nor writes to memory, nor made of other operators: these stay as they are
 _FINAL = {
     *(aten.conv2d.default, aten.linear.default, aten.matmul.default, aten.scaled_dot_product_attention.default),
-    *(aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mean.dim, aten.cat.default),
+    *(aten.conv1d.default, aten.conv2d.padding, aten.conv3d.default, aten.conv_transpose2d.input),
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.exp.default),
+    *(aten.mean.dim, aten.mean.default, aten.cat.default, aten.roll.default, aten.flip.default),
     *(aten.relu.default, aten.silu.default, aten.sigmoid.default, aten.gelu.default, aten.hardswish.default),
+    *(aten.hardsigmoid.default, aten.hardtanh.default, aten.leaky_relu.default, aten.prelu.default),
+    *(aten.elu.default, aten.celu.default, aten.mish.default, aten.tanh.default),
     *(aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default),
-    *(aten.layer_norm.default, aten.softmax.int),
+    *(aten.layer_norm.default, aten.group_norm.default, aten.softmax.int),
 }
 # these, too, as long as nothing writes to the memory that they share
 _VIEWS = {
     *(aten.view.default, aten.transpose.int, aten.permute.default, aten.expand.default, aten.unsqueeze.default),
-    *(aten.select.int, aten.unbind.int, operator.getitem),
+    *(aten.select.int, aten.slice.Tensor, aten.unbind.int, operator.getitem),
 }
 _RESHAPES = {aten.flatten.using_ints, aten.reshape.default}
 _IN_PLACE: Mapping[Any, Any] = {
     aten.add_.Tensor: aten.add.Tensor,
+    aten.elu_.default: aten.elu.default,
     aten.hardswish_.default: aten.hardswish.default,
+    aten.hardtanh_.default: aten.hardtanh.default,
+    aten.leaky_relu_.default: aten.leaky_relu.default,
+    aten.mul_.Tensor: aten.mul.Tensor,
     aten.relu_.default: aten.relu.default,
     aten.silu_.default: aten.silu.default,
 }
