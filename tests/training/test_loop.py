@@ -417,7 +417,7 @@ def test_train__another_run_lies_there(data, whole, tmp_path, finished):
     folder = whole
     if not finished:
         folder = tmp_path / "run"
-        interrupted(data, folder, 3)
+        interrupted(data, folder, 15)
     with pytest.raises(
         TrainingError, match=r"contains another training run: lr is 0\.1, but 0\.2 was requested\. Choose another"
     ):
