@@ -23,6 +23,8 @@ def pytest_configure(config):
     # Several workers share the cores, and more threads than cores wait for each other.
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # also those of the processes that tests start
+    # Workers of studies have a thread a core all the same; one that waits for the others is to leave its core to them.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
     hypothesis.settings.load_profile("untimed")
 

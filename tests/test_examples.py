@@ -150,6 +150,7 @@ def test_run_demo__leaves_study_figures_tables_and_findings(tmp_path, monkeypatc
     kept = [text for text in models if re.search(r'name = "([^"]+)"', text)[1] in few]
     small = "[[models]]".join([head.replace("n_images = 500", "n_images = 40"), *kept])
     monkeypatch.setattr("layercrit.demo.example_study", lambda name: small)
+    monkeypatch.setattr("layercrit.demo._N_IMAGES", 40)
     said = []
     with forked_workers():
         result = run_demo(tmp_path / "demo", said.append)

@@ -188,8 +188,8 @@ def measure_epochs(
 
     Examples:
         >>> import layercrit
-        >>> images = "layercrit-demo/fashion-mnist-test.npz"
-        >>> found = layercrit.measure_epochs("file:layercrit-demo/models/baseline-epochs", images, layers="fc")
+        >>> run, images = "file:layercrit-demo/models/baseline-epochs", "layercrit-demo/fashion-mnist-test.npz"
+        >>> found = layercrit.measure_epochs(run, images, layers="fc", n_images=50)
         >>> found.epochs
         [0, 1, 2, 4, 6]
     """

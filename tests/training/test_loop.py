@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from forked import begin, layercrit
 from layercrit.errors import ModelError, ProtocolError, TrainingError
 from layercrit.models.checkpoints import hash_tensors
 from layercrit.models.references import open_model
@@ -36,6 +36,14 @@ def data(tmp_path_factory):
     return open_training_data(write_images(tmp_path_factory.mktemp("images") / "stripes.npz"))
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The folder of a run with `TINY` settings, in one go."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run(data, folder)
+    return folder
+
+
 def run(data, folder, method="baseline", settings=None, **arguments):
     arguments.setdefault("options", Options(device="cpu"))
     return train(get_method(method, settings or TINY), ARCHITECTURE, data, folder, **arguments)
@@ -49,18 +57,16 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_train__is_not_disturbed_by_the_callers_settings(data, tmp_path):
-    run(data, tmp_path / "one")
+def test_train__is_not_disturbed_by_the_callers_settings(data, whole, tmp_path):
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         run(data, tmp_path / "other")
-    assert same(weights(tmp_path / "one"), weights(tmp_path / "other"))
+    assert same(weights(whole), weights(tmp_path / "other"))
 
 
-def test_train__takes_names_and_a_file(data, tmp_path, capsys):
-    run(data, tmp_path / "one")
+def test_train__takes_names_and_a_file(data, whole, tmp_path):
     options = Options(device="cpu")
     train("baseline", ARCHITECTURE, data.source, tmp_path / "other", settings=TINY, options=options, progress=False)
-    assert same(weights(tmp_path / "one"), weights(tmp_path / "other"))
+    assert same(weights(whole), weights(tmp_path / "other"))
     with pytest.raises(TrainingError, match="no setting 'epoch'"):
         train("baseline", ARCHITECTURE, data, tmp_path / "other", settings={"epoch": 1})
     with pytest.raises(TrainingError, match="settings are for a method that is given by name"):
@@ -116,23 +122,21 @@ def test_train__the_model_reference_answers_as_recorded(data, tmp_path):
     assert same(initial, load_file(tmp_path / "run" / "epochs" / "epoch-0000.safetensors"))
 
 
-def test_train__log_has_a_row_an_epoch(data, tmp_path):
-    run(data, tmp_path / "run")
-    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+def test_train__log_has_a_row_an_epoch(whole):
+    rows = list(csv.DictReader((whole / "log.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     assert all(float(row["images_per_second"]) > 0 for row in rows)
 
 
-def test_train__float16_weights_are_those_the_accuracy_is_of(data, tmp_path):
+def test_train__float16_weights_are_those_the_accuracy_is_of(data, whole, tmp_path):
     trained = run(data, tmp_path / "run", weights_dtype="float16")
     stored = weights(tmp_path / "run")
     assert stored["layer1.0.conv1.weight"].dtype == torch.float16
     assert stored["layer1.0.bn1.running_var"].dtype == torch.float32
-    again = run(data, tmp_path / "other")
-    expected = {n: t.half() if t.dim() > 1 else t for n, t in weights(tmp_path / "other").items()}
+    expected = {n: t.half() if t.dim() > 1 else t for n, t in weights(whole).items()}
     assert same(stored, expected)
-    assert again.record["initial_sha256"] == trained.record["initial_sha256"]
+    assert json.loads((whole / "model.json").read_text())["initial_sha256"] == trained.record["initial_sha256"]
 
 
 def test_train__kept_epochs_are_in_the_format_of_the_final_weights(data, tmp_path):
@@ -249,8 +253,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut off", "a flipped bit", "empty"])
-def test_train__a_damaged_state_is_left_out_for_the_one_before(data, tmp_path, how):
-    run(data, tmp_path / "whole")
+def test_train__a_damaged_state_is_left_out_for_the_one_before(data, whole, tmp_path, how):
     interrupted(data, tmp_path / "cut", 15)
     states = sorted((tmp_path / "cut" / "state").glob("*.pt"))
     assert len(states) == 2
@@ -259,18 +262,17 @@ def test_train__a_damaged_state_is_left_out_for_the_one_before(data, tmp_path, h
     run(data, tmp_path / "cut", say=lines.append)
     assert f"{states[-1]} is damaged or incomplete, so it is skipped." in lines
     assert any(line.startswith("Resuming ") for line in lines)
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert same(weights(whole), weights(tmp_path / "cut"))
 
 
-def test_train__begins_anew_where_no_state_is_whole(data, tmp_path):
-    run(data, tmp_path / "whole")
+def test_train__begins_anew_where_no_state_is_whole(data, whole, tmp_path):
     interrupted(data, tmp_path / "cut", 15)
     for state in (tmp_path / "cut" / "state").glob("*.pt"):
         damage(state, "cut off")
     lines = []
     run(data, tmp_path / "cut", say=lines.append)
     assert "No saved state is intact: training starts from the beginning." in lines
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert same(weights(whole), weights(tmp_path / "cut"))
 
 
 def test_train__a_state_cannot_run_code(data, tmp_path):
@@ -292,30 +294,30 @@ def test_train__a_state_cannot_run_code(data, tmp_path):
     assert any(line.startswith(f"{states[-1]} cannot be read") for line in lines)
 
 
-COMMAND = [sys.executable, "-m", "layercrit", "train", "--method", "baseline", "--arch", ARCHITECTURE, "--epochs", "6",
-           "--set", "batch_size=8", "--device", "cpu"]  # fmt: skip
+COMMAND = ("train", "--method", "baseline", "--arch", ARCHITECTURE, "--epochs", "6", "--set", "batch_size=8",
+           "--device", "cpu")  # fmt: skip
 
 
 @pytest.mark.slow
 def test_train__killed_at_any_moment(tmp_path):
-    images = str(write_images(tmp_path / "stripes.npz", n_train=240))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*COMMAND, "--data", images, "--out"]
-    subprocess.run([*command, tmp_path / "whole"], check=True, env=environment, capture_output=True)
+    command = (*COMMAND, "--data", write_images(tmp_path / "stripes.npz", n_train=240), "--out")
+    whole = layercrit(*command, "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
     moments = random.Random(0)
     for kill in range(2):
-        process = subprocess.Popen([*command, tmp_path / "cut"], env=environment, stderr=subprocess.DEVNULL)
+        process = begin(*command, "cut", cwd=tmp_path, out=tmp_path / "out", err=tmp_path / "err")
         before = states_of(tmp_path / "cut")
         deadline = time.monotonic() + 120
         while states_of(tmp_path / "cut") == before:  # until it has come a step further
-            assert process.poll() is None, f"it ended before it could be killed for time {kill + 1}"
+            assert process.is_alive(), f"it ended before it could be killed for time {kill + 1}"
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert not (tmp_path / "cut" / "model.json").exists()
-    subprocess.run([*command, tmp_path / "cut"], check=True, env=environment, capture_output=True)
+    resumed = layercrit(*command, "cut", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert not (tmp_path / "cut" / "state").exists()
 
@@ -327,20 +329,19 @@ def states_of(folder):
 # --- several processes, workers, global state ------------------------------------------------------------------------
 
 
-def test_train__the_number_of_workers_does_not_matter(data, tmp_path):
-    run(data, tmp_path / "none")
+def test_train__the_number_of_workers_does_not_matter(data, whole, tmp_path):
     run(data, tmp_path / "two", options=Options(device="cpu", n_workers=2))
-    assert same(weights(tmp_path / "none"), weights(tmp_path / "two"))
+    assert same(weights(whole), weights(tmp_path / "two"))
 
 
 @pytest.mark.slow
 def test_train__two_processes_share_each_batch(tmp_path):
     images = write_images(tmp_path / "stripes.npz")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "layercrit"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "layercrit"]
     settings = ["--set", "lr=0.05", "--data", images, "--out", tmp_path / "two"]
     settings += ["--arch", "py:recording:recording_network?num_classes=3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "RECORDED": str(tmp_path)}
-    command = [sys.executable, *launch, *COMMAND[3:], *settings]
+    command = [*launch, *COMMAND, *settings]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "two" / "model.json").read_text())
@@ -376,12 +377,10 @@ def test_train__leaves_global_generators_as_they_were(data, tmp_path):
     assert before[2] == random.getstate()
 
 
-def test_train__does_not_depend_on_global_generators(data, tmp_path):
-    with drawing(1):
-        run(data, tmp_path / "one")
+def test_train__does_not_depend_on_global_generators(data, whole, tmp_path):
     with drawing(2):
         run(data, tmp_path / "two")
-    assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    assert same(weights(whole), weights(tmp_path / "two"))
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -406,28 +405,27 @@ def test_train__loss_that_is_no_number(data, tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "model.json").exists()
 
 
-def test_train__a_finished_run_is_returned(data, tmp_path):
-    first = run(data, tmp_path / "run")
-    written = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
-    again = run(data, tmp_path / "run")
-    assert again.record["finished"] == first.record["finished"]
-    assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == written
+def test_train__a_finished_run_is_returned(data, whole):
+    finished = json.loads((whole / "model.json").read_text())["finished"]
+    written = (whole / "model.safetensors").stat().st_mtime_ns
+    assert run(data, whole).record["finished"] == finished
+    assert (whole / "model.safetensors").stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_train__another_run_lies_there(data, tmp_path, finished):
-    if finished:
-        run(data, tmp_path / "run")
-    else:
-        interrupted(data, tmp_path / "run", 15)
+def test_train__another_run_lies_there(data, whole, tmp_path, finished):
+    folder = whole
+    if not finished:
+        folder = tmp_path / "run"
+        interrupted(data, folder, 15)
     with pytest.raises(
         TrainingError, match=r"contains another training run: lr is 0\.1, but 0\.2 was requested\. Choose another"
     ):
-        run(data, tmp_path / "run", settings={**TINY, "lr": 0.2})
+        run(data, folder, settings={**TINY, "lr": 0.2})
     with pytest.raises(TrainingError, match=r"seed is 0, but 1 was requested"):
-        run(data, tmp_path / "run", seed=1)
+        run(data, folder, seed=1)
     with pytest.raises(TrainingError, match=r"method is 'baseline', but 'frozen_random' was requested"):
-        run(data, tmp_path / "run", "frozen_random")
+        run(data, folder, "frozen_random")
 
 
 @pytest.mark.parametrize(
