@@ -219,7 +219,7 @@ def test_signals__to_workers_as_well_end_the_command_all_the_same(measured, monk
     assert capsys.readouterr().err.strip() == "Ended by SIGTERM."
 
 
-@pytest.mark.usefixtures("as_before")
+@pytest.mark.usefixtures("interruptible", "as_before")
 @pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGTERM, 143, "Ended by SIGTERM."),
                                                       (signal.SIGINT, 130, "Interrupted.")])  # fmt: skip
 def test_study__a_signal_while_sqlite_runs_a_checksum(tmp_path, monkeypatch, capsys, number, code, said):

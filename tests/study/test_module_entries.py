@@ -45,7 +45,7 @@ def test_module_criticality_table__keys_and_defaults_are_those_of_the_command_an
         if name not in of_study:
             assert of_model[name] == default, name
     assert declared["n_images"] == _N_IMAGES
-    shared = {"out", "overwrite", "as_json", "quiet", "verbose", "traceback", "_click_default_help"}
+    shared = {"help", "out", "overwrite", "as_json", "quiet", "verbose", "traceback", "_click_default_help"}
     others = {"labels", "classes", "layers", "types", "group", "seed", "surface", "images"}
     assert options.keys() - declared.keys() - others - shared <= {"model"}
     assert of_study.keys() - declared.keys() == {"study", "folder", "overwrite", "progress", "settings"}
