@@ -1,4 +1,4 @@
-"""A real browser for the tests of pages: Debian's Chromium, without any network."""
+"""A real browser for the tests of pages: Debian's Chromium, without windows where there is that, and any network."""
 
 import shutil
 from contextlib import contextmanager
@@ -7,7 +7,8 @@ from importlib import resources
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+_NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, _NAMES)), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is here (Debian package chromium)")
 _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
               "--disable-component-update", "--disable-sync"]  # fmt: skip

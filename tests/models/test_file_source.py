@@ -246,7 +246,8 @@ def test_file__published_network(tmp_path, wrap, monkeypatch):
     model = open_model(f"file:{path}?arch=py:cifar_networks:ResNet20", mean=MEAN, std=STD, input_size=(3, 32, 32))
     opened = model.network.state_dict()
     assert all(torch.equal(opened[name], tensor) for name, tensor in published.items())
-    assert accuracy(model, IMAGES, 500) == pytest.approx(0.8175, abs=0.002)
+    if wrap is None:  # the others are the same network
+        assert accuracy(model, IMAGES, 2000) == pytest.approx(0.8175, abs=0.002)
 
 
 # Architectures that the file names

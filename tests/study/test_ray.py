@@ -28,6 +28,7 @@ from layercrit.study.running import run_study
 from running_jobs import assert_same_tables, is_running, tables, write_small
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so; else its workers wait beside other tests
 pytest.importorskip("ray", reason="ray is not installed: pip install 'layercrit[ray]'")
 pytestmark = pytest.mark.xdist_group("ray")
 TESTS = Path(__file__).parents[1]
