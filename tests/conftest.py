@@ -15,8 +15,8 @@ _seconds = {}  # of fixtures that several tests share
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """One worker more than cores, as many tests wait: for processes, for a browser, for a scheduler."""
-    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else 1 + (os.cpu_count() or 1)
+    """Two workers a core, as many tests wait: for processes, for a browser, for a scheduler."""
+    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else 2 * (os.cpu_count() or 1)
 
 
 def pytest_configure(config):

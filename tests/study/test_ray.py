@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,6 +129,23 @@ def test_no_ray__its_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(StudyError, match=r"pip install 'layercrit\[ray\]'"):
         RayWorkers()
+
+
+@pytest.mark.parametrize("n_failures", [1, 2])
+def test_connected__a_server_of_ray_client_that_did_not_come_up(n_failures, monkeypatch):
+    done = []
+
+    def init(**settings):
+        done.append(settings["address"])
+        if done.count(settings["address"]) <= n_failures:
+            raise ConnectionAbortedError("Initialization failure from server: Starting Ray client server failed.")
+
+    monkeypatch.setattr(ray_cluster, "check_reachable", lambda address: None)
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init, shutdown=lambda: done.append("shutdown"))
+    refused = pytest.raises(StudyError, match="cannot be joined: Initialization failure")
+    with refused if n_failures == 2 else contextlib.nullcontext(), ray_cluster.connected(ray, "ray://here:1"):
+        pass
+    assert done == ["ray://here:1", "shutdown", "ray://here:1", "shutdown"]
 
 
 @pytest.mark.parametrize(

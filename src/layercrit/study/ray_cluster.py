@@ -194,7 +194,7 @@ def connected(ray: Any, address: str | None) -> Iterator[None]:
         return
     check_reachable(address)
     try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
+        _join(ray, address)
     except Exception as error:  # ConnectionError, RuntimeError, errors of gRPC: they differ by what is wrong
         ray.shutdown()
         where = address or os.environ.get("RAY_ADDRESS") or "on this machine"
@@ -204,6 +204,16 @@ def connected(ray: Any, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(ray: Any, address: str | None) -> None:
+    """Connect, at the second attempt where the server that Ray Client forks for each client did not come up."""
+    settings = {"address": address or "auto", "log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        ray.init(**settings)
+    except ConnectionAbortedError:
+        ray.shutdown()
+        ray.init(**settings)
 
 
 def nodes_of(ray: Any) -> list[Node]:
