@@ -191,7 +191,7 @@ def integer_label(value: object, name: str) -> int:
 def _imagenet_numbers() -> Mapping[str, int]:
     from timm.data.imagenet_info import ImageNetInfo
 
-    names = ImageNetInfo().label_names()  # type: ignore[no-untyped-call]
+    names = ImageNetInfo().label_names()
     return {name: number for number, name in enumerate(names)}
 
 

@@ -293,7 +293,7 @@ def fog(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
 
     draw = functools.partial(torch.rand, generator=generator)
     shape = (1, 1, max(3, image.shape[1]), max(3, image.shape[2]))
-    plasma = diamond_square(shape, 0.6, 1.0, draw, normalize_range=(0.0, 1.0), dtype=image.dtype)
+    plasma: Tensor = diamond_square(shape, 0.6, 1.0, draw, normalize_range=(0.0, 1.0), dtype=image.dtype)
     clouds = plasma[0, :, : image.shape[1], : image.shape[2]]
     brightest = image.max()
     return (image + strength * clouds) * brightest / (brightest + strength)

@@ -60,9 +60,10 @@ def make_optimizer(learner: nn.Module, how: Optimisation) -> torch.optim.Optimiz
     known = [str(name) for name in list_optimizers()]
     if how.optimizer not in known:
         raise TrainingError(f"timm has no optimizer {how.optimizer!r}. {near(how.optimizer, known)}")
-    return create_optimizer_v2(
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
         learner, opt=how.optimizer, lr=how.lr, weight_decay=how.weight_decay, momentum=how.momentum
     )
+    return optimizer
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, how: Optimisation, n_steps: int, steps_per_epoch: int) -> Any:
