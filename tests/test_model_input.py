@@ -214,7 +214,7 @@ def test_measure__a_published_network_without_its_settings(tmp_path, monkeypatch
     told = measure(open_model(reference, mean=MEAN, std=STD), tmp_path / "cifar", **how)
     assert told.summary()["top1_accuracy"] > 0.75 > left.summary()["top1_accuracy"]
     assert told.summary()["warnings"] == []
-    large = measure(open_model(reference, mean=MEAN, std=STD, input_size=(3, 128, 128)), tmp_path / "cifar", **how)
+    large = measure(open_model(reference, mean=MEAN, std=STD, input_size=(3, 96, 96)), tmp_path / "cifar", **how)
     assert large.summary()["top1_accuracy"] < 0.2
     assert len(large.summary()["warnings"]) == 1
 

@@ -35,7 +35,9 @@ def layer_table(
         table["top1_agreement"] = 1 - table.pop("top1")
     table["n_trials"] = ok.size().reindex(table.index, fill_value=0)
     table["n_images"] = groups["n_images"].max()
-    table["status"] = groups["status"].agg(_status)
+    is_bad = cells["status"].ne("ok").groupby([cells[column] for column in by]).transform("any")
+    bad = cells[is_bad].groupby(list(by))["status"].agg(_status)  # of few layers: one by one, this takes long
+    table["status"] = bad.reindex(table.index, fill_value="ok")
     return table.reset_index()
 
 
@@ -61,4 +63,4 @@ def estimate_columns(critical: Estimate | None, matched: Estimate | None) -> dic
 
 def _status(statuses: pd.Series) -> str:
     bad = statuses[statuses != "ok"]
-    return ", ".join(f"{status} {n}/{len(statuses)}" for status, n in bad.value_counts().items()) or "ok"
+    return ", ".join(f"{status} {n}/{len(statuses)}" for status, n in bad.value_counts().items())

@@ -1,6 +1,7 @@
 """What a forward pass does with parameters, seen operator by operator while it runs."""
 
 import contextlib
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,13 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_flop
 from typing_extensions import override
 
 __all__ = ["Dataflow", "FirstUses", "Influence", "Operation", "ParameterReads", "in_single_operators"]
-
-_attention_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which older torch does not count
-_FLOPS: dict[Any, Callable[..., Any]] = {_attention_on_cpu: sdpa_flop, **flop_registry}
 
 
 class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -109,7 +106,7 @@ class Influence(_Watcher):  # type: ignore[no-untyped-call]
         for tensor in _tensors(output):
             self._alive.append(tensor.untyped_storage())
             self._bits[_block(tensor)] = influence
-        count = _FLOPS.get(_packet(operator))
+        count = _flops().get(_packet(operator))
         if count is not None:
             self.flops.append((influence, int(count(*args, **kwargs, out_val=output))))
         return output
@@ -214,6 +211,15 @@ def in_single_operators() -> Iterator[None]:
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@functools.cache
+def _flops() -> dict[Any, Callable[..., Any]]:
+    """Return operator (its overload packet) -> what counts its FLOPs."""
+    from torch.utils.flop_counter import flop_registry, sdpa_flop  # not above: it imports Triton where that is
+
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # attention that older torch does not count
+    return {on_cpu: sdpa_flop, **flop_registry}
 
 
 def _packet(operator: Callable[..., Any]) -> Any:

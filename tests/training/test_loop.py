@@ -300,7 +300,7 @@ COMMAND = ("train", "--method", "baseline", "--arch", ARCHITECTURE, "--epochs", 
 
 @pytest.mark.slow
 def test_train__killed_at_any_moment(tmp_path):
-    command = (*COMMAND, "--data", write_images(tmp_path / "stripes.npz", n_train=240), "--out")
+    command = (*COMMAND, "--data", write_images(tmp_path / "stripes.npz", n_train=120), "--out")
     whole = layercrit(*command, "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     moments = random.Random(0)
@@ -312,7 +312,7 @@ def test_train__killed_at_any_moment(tmp_path):
             assert process.is_alive(), f"it ended before it could be killed for time {kill + 1}"
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.3))
+        time.sleep(moments.uniform(0, 0.15))
         process.kill()
         process.join()
         assert not (tmp_path / "cut" / "model.json").exists()

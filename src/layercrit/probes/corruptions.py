@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-from scipy import ndimage
 from torch import Tensor
 
 from layercrit.errors import ProbeError, first_line, near, shown
@@ -253,6 +252,8 @@ def impulse_noise(image: Tensor, strength: float, generator: torch.Generator) ->
 )  # fmt: skip
 def gaussian_blur(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Out of focus: a Gaussian filter."""
+    from scipy import ndimage  # not above: every worker would wait for it
+
     # Outside, an image is what it is at its border, since a filter may be larger than the image.
     return torch.from_numpy(ndimage.gaussian_filter(image.numpy(), (0, strength, strength), mode="nearest"))
 
@@ -383,6 +384,7 @@ def jpeg_compression(image: Tensor, strength: float, generator: torch.Generator)
 def _streaked(image: Tensor, length: float, angle: float) -> Tensor:
     """Return the mean along lines of ``length`` pixels at ``angle`` degrees, an image ``(channels, height, width)``."""
     from kornia.filters import get_motion_kernel2d
+    from scipy import ndimage
 
     longer = 2 * math.ceil((max(length, 1) - 1) / 2) + 1  # lines of an odd number of pixels, the next longer one
     if longer == 1:
