@@ -79,7 +79,7 @@ def write_small(folder, n_models=2, trials=2, n_images=24, models=None, images=N
     """Write a study of `small_network`, as `small_studies.write_study` does of another one."""
     models = models or [{"reference": f"file:m*.safetensors?{ARCHITECTURE}"}]
     images = images if isinstance(images, list) else {"input_size": [3, 2, 2]} | (images or {})
-    path = write_study(folder, n_models, trials, n_images, models=models, images=images, **sections)
+    path = write_study(folder, 0, trials, n_images, models=models, images=images, **sections)  # the weights follow
     for seed in range(n_models):
         write_model(path.parent / f"m{seed}.safetensors", seed)
     write_pixels(path.parent / "images.npz", n_images)

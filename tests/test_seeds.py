@@ -1,8 +1,11 @@
 import hashlib
 
 import pytest
+import torch
+from torch import nn
 
-from layercrit.seeds import image_order_seed, layer_seed, probe_set_seed, seed_of, trial_seed
+from layercrit.models.sources import open_reference
+from layercrit.seeds import Undrawn, image_order_seed, layer_seed, probe_set_seed, seed_of, trial_seed
 
 
 @pytest.mark.parametrize(
@@ -41,3 +44,23 @@ def test_seeds__known_values_stay_what_they_are():
 def test_image_order_seed__a_seed_is_a_whole_number():
     with pytest.raises(TypeError):
         image_order_seed(1.0)
+
+
+def test_undrawn__draws_nothing_into_parameters_and_all_else():
+    weight, tensor = nn.Parameter(torch.zeros(2, 3)), torch.zeros(2, 3)
+    with Undrawn(), torch.no_grad():
+        for draw in (nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_):
+            assert draw(weight) is weight
+            assert draw(tensor.zero_()).any()
+        assert weight.normal_() is weight.uniform_()
+        assert nn.init.ones_(tensor).all()
+    assert not weight.any()
+
+
+@pytest.mark.parametrize("reference", ["timm:resnet18", "torchvision:resnet18"])
+def test_undrawn__a_librarys_network_takes_no_random_numbers(reference):
+    with torch.random.fork_rng(devices=[]), Undrawn():
+        before = torch.manual_seed(0).get_state()
+        network = open_reference(reference, {"pretrained": False}).build()
+        assert torch.equal(torch.random.get_rng_state(), before)
+    assert network.bn1.weight.eq(1).all()

@@ -6,14 +6,32 @@ import operator
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from layercrit.errors import ModelError
 from layercrit.restoring import rng_untouched
 
-__all__ = ["drawing", "image_order_seed", "layer_seed", "probe_set_seed", "seed_generators", "seed_of", "trial_seed"]
+__all__ = [
+    "Undrawn",
+    "drawing",
+    "image_order_seed",
+    "layer_seed",
+    "probe_set_seed",
+    "seed_generators",
+    "seed_of",
+    "trial_seed",
+]
+
+_DRAWS = {
+    *(nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_),
+    *(Tensor.normal_, Tensor.uniform_),
+}
 
 
 def seed_of(*words: str | int) -> int:
@@ -69,3 +87,17 @@ def seed_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
+class Undrawn(TorchFunctionMode):
+    """Inside, no random numbers are drawn into parameters: those of a network that trained ones are loaded into next.
+
+    To draw a ResNet-50 takes longer than to read one. Nothing may be computed of the parameters before.
+    """
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func in _DRAWS and isinstance(drawn := args[0] if args else named["tensor"], nn.Parameter):
+            return drawn
+        return func(*args, **named)

@@ -1,7 +1,7 @@
 """Weight files as models: which file a path means, and which architecture its weights belong to."""
 
 import re
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from layercrit.models.checkpoints import Checkpoint, look_beside, read_checkpoin
 from layercrit.models.fitting import fit
 from layercrit.models.model import INPUT, Model
 from layercrit.models.sources import ModelSource, model_source, open_reference, parse
+from layercrit.seeds import Undrawn
 
 __all__ = ["epochs_of", "named_by_user", "read_weights", "record_file", "training_run", "weight_file"]
 
 # The functions that a file may name: others, of layercrit too, can do more than make a network.
 _PY_OF_FILES = ("py:layercrit.demo:small_resnet",)
+
+_DRAW_LAST = ("timm", "torchvision")  # their networks compute nothing of fresh weights, which a user's might
 
 _EPOCH = re.compile(r"epoch-(\d+)\.safetensors")  # weights that a training run kept on its way
 
@@ -32,7 +35,8 @@ class _WeightFiles(ModelSource):
         key, prefix = options.pop("key", None), options.pop("prefix", None)
         checkpoint = read_weights(path, None if key is None else str(key))
         architecture = _architecture(rest, path, options)
-        model = open_reference(architecture, {**options, "pretrained": False})
+        with Undrawn() if parse(architecture)[0].kind in _DRAW_LAST else nullcontext():
+            model = open_reference(architecture, {**options, "pretrained": False})
         fitted = fit(checkpoint, model.network.state_dict(), f"{path} for {model.architecture}", prefix)
         model.network.load_state_dict(fitted.tensors)
         # a library's mean and std of an architecture are those of its own weights, not of this file
