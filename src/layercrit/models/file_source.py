@@ -19,7 +19,7 @@ __all__ = ["epochs_of", "named_by_user", "read_weights", "record_file", "trainin
 # The functions that a file may name: others, of layercrit too, can do more than make a network.
 _PY_OF_FILES = ("py:layercrit.demo:small_resnet",)
 
-_DRAW_LAST = ("timm", "torchvision")  # their networks compute nothing of fresh weights, which a user's might
+_UNDRAWN = ("timm", "torchvision")  # their networks compute nothing of fresh weights, which a user's might
 
 _EPOCH = re.compile(r"epoch-(\d+)\.safetensors")  # weights that a training run kept on its way
 
@@ -35,7 +35,7 @@ class _WeightFiles(ModelSource):
         key, prefix = options.pop("key", None), options.pop("prefix", None)
         checkpoint = read_weights(path, None if key is None else str(key))
         architecture = _architecture(rest, path, options)
-        with Undrawn() if parse(architecture)[0].kind in _DRAW_LAST else nullcontext():
+        with Undrawn() if parse(architecture)[0].kind in _UNDRAWN else nullcontext():
             model = open_reference(architecture, {**options, "pretrained": False})
         fitted = fit(checkpoint, model.network.state_dict(), f"{path} for {model.architecture}", prefix)
         model.network.load_state_dict(fitted.tensors)

@@ -137,7 +137,8 @@ def _converted(entry: ZooEntry, checkpoints: Sequence[Checkpoint]) -> dict[str, 
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; the sum of such is neither, and far faster than to look at each."""
+    """Whether no value is NaN or infinite."""
+    # A sum with such a value is not finite either, and summing is far faster than looking at each.
     return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
