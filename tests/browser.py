@@ -11,7 +11,9 @@ _NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chr
 CHROMIUM = next(filter(None, map(shutil.which, _NAMES)), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is here (Debian package chromium)")
 _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-              "--disable-component-update", "--disable-sync"]  # fmt: skip
+              "--disable-component-update", "--disable-sync",
+              # else Plotly is parsed a second time for the lines of errors that it throws and catches
+              "--js-flags=--no-enable-lazy-source-positions"]  # fmt: skip
 
 
 @contextmanager

@@ -201,6 +201,10 @@ function drawModels() {
 
 function drawAll() {
   drawMap();
+  drawOthers();
+}
+
+function drawOthers() {
   drawLayer();
   drawModel();
   drawAccuracy();
@@ -222,7 +226,7 @@ async function start() {
   await drawMap();
   performance.mark("first figure");
   await readDifferences();
-  drawAll();
+  drawOthers();
   performance.mark("ready");
   document.body.dataset.ready = "yes";
 }
