@@ -148,7 +148,7 @@ def test_run_demo__leaves_study_figures_tables_and_findings(tmp_path, monkeypatc
     head, *models = example_study("fashion").replace("trials = 5", "trials = 2").split("[[models]]")
     few = ("baseline", "baseline-seed1", "tv2", "l2-eps1.5", "linf-eps12", "simclr")
     kept = [text for text in models if re.search(r'name = "([^"]+)"', text)[1] in few]
-    small = "[[models]]".join([head.replace("n_images = 500", "n_images = 40"), *kept])
+    small = "[[models]]".join([head.replace("n_images = 250", "n_images = 40"), *kept])
     monkeypatch.setattr("layercrit.demo.example_study", lambda name: small)
     monkeypatch.setattr("layercrit.demo._N_IMAGES", 40)
     said = []

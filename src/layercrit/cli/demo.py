@@ -20,7 +20,7 @@ __all__ = ["demo_command"]
 def demo_command(out: Path, as_json: bool) -> None:
     """Measure 15 small networks, trained on Fashion-MNIST by methods of every category, and one through its training.
 
-    It takes about two minutes on two cores and works offline.
+    It takes about a minute on two cores and works offline.
     """
     from layercrit.demo import EPOCHS_RUN, run_demo
 
