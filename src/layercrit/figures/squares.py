@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from layercrit.figures.style import text_width
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.path import Path
 
 __all__ = [
     "COLOR_MAPS",
@@ -154,21 +156,10 @@ def _draw_number(axes: "Axes", number: str, middles: Array, colors: Sequence[str
     Its outlines are drawn, not a text for each square: a map has thousands of squares and a hundred numbers.
     """
     from matplotlib.collections import PathCollection
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.path import Path
-    from matplotlib.textpath import TextPath
     from matplotlib.transforms import Affine2D
 
-    font = FontProperties(size=size)
-    height = TextPath((0, 0), "0", prop=font).get_extents().height  # points
-    lines = number.split("\n")
-    lowest = -height / 2 - (len(lines) - 1) * _LEADING * size / 2
-    outlines = [
-        TextPath((-36 * text_width(line, size), lowest + (len(lines) - 1 - i) * _LEADING * size), line, prop=font)
-        for i, line in enumerate(lines)
-    ]
     numbers = PathCollection(
-        [Path.make_compound_path(*outlines)],
+        [_outlines(number, size)],
         offsets=middles,
         offset_transform=axes.transData,
         facecolors=colors,
@@ -178,6 +169,32 @@ def _draw_number(axes: "Axes", number: str, middles: Array, colors: Sequence[str
     )
     numbers.set_transform(Affine2D().scale(1 / 72) + axes.figure.dpi_scale_trans)
     axes.add_collection(numbers, autolim=False)
+
+
+@cache
+def _outlines(number: str, size: float) -> "Path":
+    """Return the outlines of a number around its middle, in points."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.path import Path
+    from matplotlib.textpath import TextPath
+
+    font, lines = FontProperties(size=size), number.split("\n")
+    lowest = -_digit_height(size) / 2 - (len(lines) - 1) * _LEADING * size / 2
+    return Path.make_compound_path(
+        *(
+            TextPath((-36 * text_width(line, size), lowest + i * _LEADING * size), line, prop=font)
+            for i, line in enumerate(reversed(lines))
+        )
+    )
+
+
+@cache
+def _digit_height(size: float) -> float:
+    """Return the height of digits in points."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    return float(TextPath((0, 0), "0", prop=FontProperties(size=size)).get_extents().height)
 
 
 def draw_color_bar(figure: "Figure", place: tuple[float, float, float, float], scale: Scale, font_size: float) -> None:
