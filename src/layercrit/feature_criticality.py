@@ -100,7 +100,7 @@ class FeatureCriticality:
         )
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write ``feature-criticality.csv``, ``feature-criticality.json`` and the figure into a folder; return the files.
+        """Write ``feature-criticality.csv``, ``.json`` and the figure into a folder; return the files.
 
         Raises:
             LayercritError: the folder cannot be written.
@@ -119,8 +119,8 @@ class FeatureCriticality:
             return [*files, *(save_figure(self.plot(), folder / _FILE) if has_any else [])]
         except OSError as error:
             raise LayercritError(
-                f"The feature criticality cannot be written to {folder} ({error.strerror or error}). Free some space or "
-                "name another folder (--out), then save again."
+                f"The feature criticality cannot be written to {folder} ({error.strerror or error}). Free some space "
+                "or name another folder (--out), then save again."
             ) from error
 
     def __repr__(self) -> str:
@@ -164,7 +164,8 @@ def measure_feature_criticality(
         norm: of perturbations: ``linf``, the largest change of a value, or ``l2``, over all values of an image.
         eps: largest norm of a perturbation, for pixels in [0, 1]: a number, or text such as ``4/255``.
         steps: gradient steps of a restart.
-        step_size: norm of a step, likewise; by default ``2.5 eps / steps``.
+        step_size: norm of the first step, likewise; by default ``2 eps``. Steps fall linearly, the last to 1/``steps``
+            of it: long ones suit the first layers, which are nearly linear, and short ones the last.
         restarts: random starts for each image, drawn by ``seed``; the best of each image counts.
         n_images: how many of the images to use, drawn by ``seed``; all if there are fewer.
         layers: as for `layercrit.measure`. The layer before is that of all layers of these types, chosen or not.
@@ -219,7 +220,7 @@ def measure_feature_criticality(
             "seconds": round(time.perf_counter() - started, 3),
         }
         record = {**about_session(session), **about}
-        record["notes"] = [*record["notes"], *_notes(rows)]
+        record["notes"] = [*record["notes"], *_notes(rows, group)]
         return FeatureCriticality(pd.DataFrame(rows), record)
 
 
@@ -235,19 +236,18 @@ def _checked(
     radius = _number(eps)
     if not 0 < radius < math.inf:
         raise ProtocolError(
-            f"eps must be a positive number, for pixels in [0, 1]; got {eps!r}. At 0 no image changes: give one such as "
-            "4/255."
+            f"eps must be a positive number, for pixels in [0, 1]; got {eps!r}. At 0 no image changes: give one such "
+            "as 4/255."
         )
     if norm == "linf" and radius > 1:
         raise ProtocolError(
             f"eps is for pixels in [0, 1], so that {radius:g} in Linf would allow any image. For {radius:g} of 255 "
             f"levels, write {radius:g}/255."
         )
-    length = 2.5 * radius / steps if step_size is None else _number(step_size)
+    length = 2 * radius if step_size is None else _number(step_size)
     if not 0 < length < math.inf:
         raise ProtocolError(
-            f"step_size must be a positive number, for pixels in [0, 1]; got {step_size!r}. Leave it out for "
-            "2.5 eps / steps."
+            f"step_size must be a positive number, for pixels in [0, 1]; got {step_size!r}. Leave it out for 2 eps."
         )
     return radius, length
 
@@ -363,7 +363,8 @@ class _Ascent:
                     break
                 (gradient,) = torch.autograd.grad(changes.sum(), perturbed)
             has_slope |= bool((gradient != 0).any())
-            perturbed = stepped(perturbed.detach(), gradient, images, self._norm, self._eps, self._step_size)
+            length = self._step_size * (1 - step / self._steps)
+            perturbed = stepped(perturbed.detach(), gradient, images, self._norm, self._eps, length)
         return best, has_slope
 
 
@@ -373,7 +374,8 @@ def _check(changes: Tensor, names: Sequence[str], layer: str | None, step: int) 
     name = names[int((~changes.isfinite()).nonzero()[0])]
     raise ModelError(
         f"The output of {layer or INPUT!r} is NaN or infinite at step {step} from {name!r}, so that its change has no "
-        "size. Leave that image out, measure other layers with --layers (layers=...), or take a smaller --eps (eps=...)."
+        "size. Leave that image out, measure other layers with --layers (layers=...), or take a smaller --eps "
+        "(eps=...)."
     )
 
 
@@ -431,13 +433,14 @@ def _kind_of_path(layer: str, before: str, outputs: LayerOutputs, image: Tensor)
     return "other_paths" if outputs.is_bypassed(layer, before, image) else "ok"
 
 
-def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _notes(rows: Sequence[Mapping[str, Any]], group: str) -> list[str]:
     doubtful = [row["layer"] for row in rows if row["status"] == "other_paths"]
     if not doubtful:
         return []
     few = ", ".join(doubtful[:_NAMED]) + " ..." * (len(doubtful) > _NAMED)
+    blocks = "Whole blocks are mostly fed by the block before alone: --group block (group='block')"
     return [
-        f"other_paths: {len(doubtful)} of {counted(len(rows), 'layer')} depend on the image not only by way of the layer "
-        f"before, as behind a residual sum, so that their ratio to it is doubtful: {few}. Whole blocks with --group block "
-        "(group='block') are mostly fed by the block before alone"
+        f"other_paths: {len(doubtful)} of {counted(len(rows), 'layer')} depend on the image not only by way of the "
+        f"layer before, as behind a residual sum, so that their ratio to it is doubtful: {few}"
+        + (f". {blocks}" if group not in ("block", "stage") else "")
     ]

@@ -26,7 +26,9 @@ __all__ = ["feature_criticality_command"]
 @click.option("--eps", default="4/255", show_default=True, metavar="NUMBER",
               help="Largest norm of a perturbation, for pixels in [0, 1].")  # fmt: skip
 @click.option("--steps", default=10, show_default=True, help="Gradient steps of a restart.")
-@click.option("--step-size", metavar="NUMBER", help="Norm of a step, as --eps. [default: 2.5 eps / steps]")
+@click.option(
+    "--step-size", metavar="NUMBER", help="Norm of the first step; the others fall linearly. [default: 2 eps]"
+)
 @click.option("--restarts", default=1, show_default=True, help="Random starts for each image; the best counts.")
 def feature_criticality_command(
     model: str, images: str, out: Path | None, overwrite: bool, as_json: bool, **settings: Any
@@ -68,8 +70,8 @@ def _show(found: "FeatureCriticality") -> None:
     print_table(shown)
     say()
     say(f"perturbed: {counted(summary['n_images'], 'image')}, by at most {summary['eps']:.4g} in {summary['norm']}; "
-        f"largest change of the input {summary['largest_change_of_input']:.3g}, of a layer likewise: norm of the change "
-        "of its output / number of its elements")  # fmt: skip
+        f"largest change of the input {summary['largest_change_of_input']:.3g}; of a layer: norm of the change of its "
+        "output / number of its elements")  # fmt: skip
     if summary["loss"] is not None:
         say(f"network without perturbation: loss {summary['loss']:.4g} nats, top-1 accuracy "
             f"{percent(summary['top1_accuracy'])}")  # fmt: skip

@@ -52,8 +52,12 @@ class LayerOutputs:
         modules = dict(self._network.named_modules(remove_duplicate=False))
         called = modules_called(self._network, lambda: self._logits(images[:1]))
         paths = {layer.name: _output_path(layer, modules, called) for layer in layers}
-        alone = len(layers) == 1  # a network that is one layer returns what this layer does
-        self._sites = {name: modules[path] for name, path in paths.items() if path or alone}
+        every = {name for name, _ in self._network.named_parameters()}  # a network that is one layer returns its output
+        self._sites = {
+            layer.name: modules[paths[layer.name]]
+            for layer in layers
+            if paths[layer.name] or every <= set(layer.parameters)
+        }
         self._saving: Callable[[], AbstractContextManager[Any]] = nullcontext
         one = self._differentiated(images[:1], subject.model.reference)
         with torch.no_grad():
