@@ -145,7 +145,7 @@ def slowly(network, layer, norm, eps, *, steps=5, restarts=2, seed=0):
     def features(x):
         seen.clear()
         network(x)
-        return seen[0].flatten()
+        return torch.cat([output.flatten() for output in seen])
 
     largest = []
     for number, image in enumerate(torch.from_numpy(pixels()).float() / 255):
@@ -187,6 +187,24 @@ def test_measure_feature_criticality__slow_twin(network, convolutions, ball):
             if before is not None:
                 assert row["feature_criticality"] == pytest.approx(expected / before, rel=2e-3), layer
             before = expected
+
+
+class Waves(nn.Module):
+    """Its second layer is full of local maxima, so that the last step is not the best one."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.two(torch.sin(6 * self.one(x.flatten(1))))
+
+
+def test_measure_feature_criticality__the_best_step_counts():
+    with drawing(0):
+        network = Waves().eval()
+    found = rows_of(measured(network, eps=0.5, steps=3, restarts=1))["two"]["largest_change"]
+    assert found == pytest.approx(slowly(network, "two", "linf", 0.5, steps=3, restarts=1), rel=1e-3)
 
 
 # --- what feeds a layer, and what its output is -----------------------------------------------------------------------
@@ -269,11 +287,13 @@ def test_measure_feature_criticality__modules_called_twice_and_tied_weights():
             self.one, self.fc = nn.Linear(12, 12), nn.Linear(12, 3)
 
         def forward(self, x):
-            return self.fc(self.one(self.one(x.flatten(1)).relu()))
+            return self.fc(self.one(self.one(x.flatten(1)).relu_()))
 
     with drawing(0):
         twice, tied = Twice().eval(), tied_network().eval()
-    assert rows_of(measured(twice))["one"]["n_elements"] == 24
+    row = rows_of(measured(twice))["one"]
+    assert row["n_elements"] == 24
+    assert row["largest_change"] == pytest.approx(slowly(twice, "one", "linf", 4 / 255), rel=1e-3)
     found = rows_of(measured(tied))
     assert [row["n_elements"] for row in found.values()] == [12, 12, 3]
     assert found["3"]["largest_change"] == pytest.approx(slowly(tied, "3", "linf", 4 / 255), rel=1e-3)
