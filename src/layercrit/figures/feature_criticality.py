@@ -69,7 +69,9 @@ def _empty() -> dict[str, Any]:
 
 def _draw_row(axes: "Axes", y: int, row: dict[object, Any]) -> None:
     ratio, status = float(row["feature_criticality"]), str(row["status"])
-    if math.isnan(ratio):
+    if status == "same_output":
+        write_in_row(axes, y, "1: one output with the layer before")
+    elif math.isnan(ratio):
         write_in_row(axes, y, _WORDS.get(status, f"not measured: {shown(status)}"))
     elif ratio <= 0 and axes.get_xscale() == "log":
         write_in_row(axes, y, f"{ratio:.2g}")
