@@ -221,7 +221,7 @@ def measure_feature_criticality(
         }
         record = {**about_session(session), **about}
         record["notes"] = [*record["notes"], *_notes(rows, group)]
-        return FeatureCriticality(pd.DataFrame(rows), record)
+        return FeatureCriticality(pd.DataFrame(rows).astype({"n_elements": "Int64"}), record)
 
 
 def _checked(

@@ -50,6 +50,7 @@ def feature_criticality_command(
 def _show(found: "FeatureCriticality") -> None:
     from rich.table import Table
 
+    from layercrit.attacks import in_levels
     from layercrit.models.sources import short_name
 
     summary = found.summary()
@@ -69,7 +70,8 @@ def _show(found: "FeatureCriticality") -> None:
         )
     print_table(shown)
     say()
-    say(f"perturbed: {counted(summary['n_images'], 'image')}, by at most {summary['eps']:.4g} in {summary['norm']}; "
+    size = f"{in_levels(summary['eps'])} in {summary['norm']}"
+    say(f"perturbed: {counted(summary['n_images'], 'image')}, by at most {size}; "
         f"largest change of the input {summary['largest_change_of_input']:.3g}; of a layer: norm of the change of its "
         "output / number of its elements")  # fmt: skip
     if summary["loss"] is not None:
