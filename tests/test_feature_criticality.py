@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.nn import functional as F
 
+from cifar_networks import IMAGES, MEAN, STD, WEIGHTS, ResNet20, needs_real_files
 from layercrit.cli import cli
 from layercrit.errors import LayerError, ModelError, ProtocolError
 from layercrit.feature_criticality import measure_feature_criticality
@@ -219,6 +220,24 @@ def test_measure_feature_criticality__layers_behind_a_residual_sum_are_named(con
     assert "1 of 3 layers depend on the image not only by way of the layer before" in note
     assert note.endswith("(group='block')")
     assert not any("other_paths" in note for note in measured(convolutions, layers="conv*").summary()["notes"])
+
+
+@needs_real_files
+def test_measure_feature_criticality__residual_sums_of_a_published_network():
+    kept = torch.load(WEIGHTS, map_location="cpu", weights_only=True)["state_dict"]
+    network = ResNet20().eval()
+    network.load_state_dict({name.removeprefix("module."): value for name, value in kept.items()})
+    model = open_model(network, mean=MEAN, std=STD, input_size=(3, 32, 32))
+    how = {"n_images": 2, "steps": 1, "restarts": 1}
+    table = measured(model, str(IMAGES), **how).to_pandas()
+    doubtful = table["layer"][table["status"] == "other_paths"].tolist()
+    blocks = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1, 2)]
+    assert doubtful == [*(f"{block}.conv1" for block in blocks[1:]), "linear"]
+    found = measured(model, str(IMAGES), group="block", **how)
+    assert found.to_pandas()["layer"].tolist() == ["conv1", *blocks, "linear"]
+    assert set(found.to_pandas()["status"]) == {"ok"}
+    assert (found.to_pandas()["feature_criticality"] > 0).all()
+    assert not any("other_paths" in note for note in found.summary()["notes"])
 
 
 class Blocks(nn.Module):

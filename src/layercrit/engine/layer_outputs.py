@@ -31,8 +31,8 @@ class LayerOutputs:
 
     The output of a layer is what its module returns; of a group, what the module of its name returns, or, where there
     is none or it is never called, that of its last member. A module that is never called by itself, such as the
-    projections inside ``nn.MultiheadAttention``, stands for the module around it. Where a module is called several
-    times, all that it returns counts.
+    projections inside ``nn.MultiheadAttention``, stands for the module around it. Of several tensors that a module
+    returns, the first counts: attention's output, not its weights. Where it is called several times, all calls do.
 
     Args:
         subject: the network, in evaluation mode. No parameter of it requires a gradient any more; see
@@ -79,7 +79,7 @@ class LayerOutputs:
         site = self._sites[layer]
         if site in self._mixed and len(images) > 1:
             return torch.cat([self.of(layer, images[i : i + 1]) for i in range(len(images))])
-        outputs = self._run(images, [site], last=(site, self._n_calls[site]))[site]
+        outputs = self._run(images, [site], until=site)[site]
         return torch.cat([output.reshape(len(images), -1) for output in outputs], dim=1)
 
     def saving(self) -> AbstractContextManager[Any]:
@@ -99,7 +99,7 @@ class LayerOutputs:
         site = self._sites[layer]
         with torch.enable_grad():
             image = image.clone().requires_grad_()
-            outputs = self._run(image, [site], last=(site, self._n_calls[site]), cut=self._sites[before])[site]
+            outputs = self._run(image, [site], until=site, cut=self._sites[before])[site]
         return any(output.requires_grad for output in outputs)
 
     def _differentiated(self, image: Tensor, model: str) -> dict[nn.Module, list[Tensor]]:
@@ -133,7 +133,7 @@ class LayerOutputs:
         self,
         images: Tensor,
         sites: Iterable[nn.Module],
-        last: tuple[nn.Module, int] | None = None,
+        until: nn.Module | None = None,
         cut: nn.Module | None = None,
     ) -> dict[nn.Module, list[Tensor]]:
         """Run the network, and return what some modules returned.
@@ -141,7 +141,7 @@ class LayerOutputs:
         Args:
             images: normalised.
             sites: the modules.
-            last: a module and how many tensors it returns in all, with which the forward pass ends.
+            until: a module with whose last call the forward pass ends.
             cut: a module whose output is cut off from what it was computed of.
         """
         outputs: dict[nn.Module, list[Tensor]] = {site: [] for site in sites}
@@ -149,8 +149,8 @@ class LayerOutputs:
         def answer(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
             if module in outputs:
-                outputs[module].extend(tensor.clone() for tensor in floats_of(output))  # before it is written to
-                if last is not None and module is last[0] and len(outputs[module]) == last[1]:
+                outputs[module].extend(tensor.clone() for tensor in floats_of(output)[:1])  # before it is written to
+                if module is until and len(outputs[module]) == self._n_calls[module]:
                     raise _EndedError
             return output if module is not cut else pytree.tree_map_only(Tensor, Tensor.detach, output)
 
