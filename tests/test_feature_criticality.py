@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from cifar_networks import IMAGES, MEAN, STD, WEIGHTS, ResNet20, needs_real_files
 from layercrit.cli import cli
-from layercrit.errors import LayerError, ModelError, ProtocolError
+from layercrit.errors import LayercritError, LayerError, ModelError, ProtocolError
 from layercrit.feature_criticality import measure_feature_criticality
 from layercrit.models.references import open_model
 from layercrit.seeds import drawing, seed_of
@@ -487,3 +487,9 @@ def test_save__nothing_to_plot(tmp_path):
         network = Attention().eval()
     found = measured(network, types="other", layers="position")
     assert [path.suffix for path in found.save(tmp_path)] == [".csv", ".json"]
+
+
+def test_save__a_folder_that_cannot_be_written(network, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LayercritError, match=r"feature criticality cannot be written to .*--out"):
+        measured(network, FEW).save(tmp_path / "file")

@@ -19,8 +19,7 @@ from layercrit.attacks import in_levels, split_attack, start_in_ball, stepped
 from layercrit.counts import counted
 from layercrit.engine.layer_outputs import LayerOutputs
 from layercrit.engine.session import Session
-from layercrit.errors import LayercritError, ModelError, ProtocolError, near
-from layercrit.foreign_text import encodable, write_csv
+from layercrit.errors import ModelError, ProtocolError, near
 from layercrit.layers import Group, Layer, find_layers, select_layers
 from layercrit.measuring import draw_images, opened_subject
 from layercrit.models.model import Classifier, Model
@@ -29,6 +28,7 @@ from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.provenance import about_session
+from layercrit.result_files import write_result
 from layercrit.seeds import seed_of
 
 if TYPE_CHECKING:
@@ -105,23 +105,9 @@ class FeatureCriticality:
         Raises:
             LayercritError: the folder cannot be written.
         """
-        from layercrit.figures.style import save_figure
-
-        folder = Path(folder).expanduser()
-        files = [folder / f"{_FILE}{end}" for end in (".csv", ".json")]
-        about = encodable({"measured": self.record, **self.to_dict()})
-        text = json.dumps(about, indent=2, ensure_ascii=False, allow_nan=False)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_csv(self.table, files[0])
-            files[1].write_text(text + "\n", encoding="utf-8")
-            has_any = self.table["feature_criticality"].notna().any()
-            return [*files, *(save_figure(self.plot(), folder / _FILE) if has_any else [])]
-        except OSError as error:
-            raise LayercritError(
-                f"The feature criticality cannot be written to {folder} ({error.strerror or error}). Free some space "
-                "or name another folder (--out), then save again."
-            ) from error
+        about = {"measured": self.record, **self.to_dict()}
+        plot = self.plot if self.table["feature_criticality"].notna().any() else None
+        return write_result(folder, _FILE, "feature criticality", {".csv": self.table}, about, plot)
 
     def __repr__(self) -> str:
         ball = _ball(self.record["norm"], self.record["eps"])
