@@ -29,7 +29,7 @@ def test_feature_criticality_rows__a_dot_for_each_layer_empty_where_doubtful():
     assert doubtful.get_xydata().tolist() == [[0.3, 1]]
     assert doubtful.get_markerfacecolor() == "white"
     assert [set(line.get_xdata()) for line in lines(figure, "even")] == [{1.0}]
-    said = ["0", "no ratio: the layer before does not move", "not measured: no gradient leads there",
+    said = ["0", "no ratio: the layer before has no W, or 0", "not measured: no gradient leads there",
             "1: one output with the layer before"]  # fmt: skip
     assert written(figure, "in words") == said
     assert len(figure.legends[0].get_texts()) == 3

@@ -23,7 +23,7 @@ _COLUMNS = ("layer", "feature_criticality", "status")
 _WORDS = {
     "no_gradient": "not measured: no gradient leads there",
     "no_output": "not measured: no module returns its output",
-    "nothing_before": "no ratio: the layer before does not move",
+    "nothing_before": "no ratio: the layer before has no W, or 0",
 }
 
 
