@@ -32,6 +32,7 @@ from layercrit import (
     load_study,
     measure,
     measure_epochs,
+    measure_feature_criticality,
     measure_module_criticality,
     measure_proxies,
     measure_study_module_criticality,
@@ -133,6 +134,7 @@ def one_model(reference: str, images: str) -> pd.DataFrame:
     print(measure_epochs(reference, images, epochs=[0, 5]).epochs)
     print(measure_module_criticality(reference, images).summary()["sum"])
     print(measure_worst_case(reference, images, radius=0.2).summary()["loss"])
+    print(measure_feature_criticality(reference, images, eps="4/255").summary()["norm"])
     print(measure_proxies(reference, images).against(again).table)
     return again.to_pandas()
 

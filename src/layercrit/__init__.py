@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from layercrit.distances import distance
     from layercrit.epoch_map import measure_epochs
     from layercrit.errors import LayercritError
+    from layercrit.feature_criticality import measure_feature_criticality
     from layercrit.measurement import Measurement
     from layercrit.measuring import list_layers, measure
     from layercrit.models.model import Model
@@ -58,6 +59,7 @@ __all__ = [
     "load_study",
     "measure",
     "measure_epochs",
+    "measure_feature_criticality",
     "measure_module_criticality",
     "measure_proxies",
     "measure_study_module_criticality",
@@ -101,6 +103,7 @@ _HOME = {
     "load_study": "study.tables",
     "measure": "measuring",
     "measure_epochs": "epoch_map",
+    "measure_feature_criticality": "feature_criticality",
     "measure_module_criticality": "module_criticality.values",
     "measure_proxies": "proxies.values",
     "measure_study_module_criticality": "study.module_criticality",

@@ -31,7 +31,7 @@ from layercrit.probes.probe_set import ProbeSet, Progress
 from layercrit.restoring import copied, rng_untouched, undisturbed, untouched
 from layercrit.seeds import seed_of
 
-__all__ = ["Pgd", "attack", "attacked", "split_attack"]
+__all__ = ["Pgd", "attack", "attacked", "in_levels", "split_attack", "start_in_ball", "stepped"]
 
 _AT_ONCE = 16  # images; every batch has as many, since results differ in their last bits with the number
 _ASKED = "attack.json"
@@ -101,12 +101,12 @@ class Pgd:
     def __str__(self) -> str:
         defaults = {name: option.default for name, option in options_of(Pgd).items()}
         kept = {name: value for name, value in asdict(self).items() if name == "steps" or value != defaults[name]}
-        written = {name: _level(value) if name in ("eps", "step_size") else value for name, value in kept.items()}
+        written = {name: in_levels(value) if name in ("eps", "step_size") else value for name, value in kept.items()}
         return with_options("pgd", written).replace("'", "")
 
 
-def _level(value: float) -> str:
-    """Return a number as so many of 255 levels where it is, else as it is."""
+def in_levels(value: float) -> str:
+    """Return a number as so many of 255 levels where it is, such as ``4/255``, else as it is."""
     levels = Fraction(value * 255).limit_denominator(10)
     exact = abs(float(levels) / 255 - value) < 1e-12
     return f"{levels}/255" if exact and levels.denominator == 1 else repr(value)
@@ -257,7 +257,7 @@ class _Attacker:
         towards = "labels" if self.labels is not None else "the model's own predictions on the images as they are"
         norm = {"linf": "Linf", "l2": "L2"}[how.norm]
         return (
-            f"the images are adversarial: {how}, perturbed within {norm} {_level(how.eps)} to raise the loss with "
+            f"the images are adversarial: {how}, perturbed within {norm} {in_levels(how.eps)} to raise the loss with "
             f"{towards}; {of} {self.n_right_before / n:.1%} before and {self.n_right_after / n:.1%} after the attack"
         )
 
@@ -388,16 +388,30 @@ def attack(
     """
     if norm not in ("l2", "linf"):
         raise TrainingError(f"There is no attack in the norm {norm!r}. {near(norm, ('l2', 'linf'))}")
-    perturbation = _start(images, norm, eps, generators) if random_start else torch.zeros_like(images)
+    perturbation = start_in_ball(images, norm, eps, generators) if random_start else torch.zeros_like(images)
     perturbed = (images + perturbation).clamp(0, 1)
     for _ in range(steps):
         with torch.enable_grad():
             perturbed.requires_grad_()
             loss = F.cross_entropy(logits(perturbed), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, perturbed)
-        moved = perturbed.detach() + step_size * _direction(gradient, norm)
-        perturbed = (images + _projected(moved - images, norm, eps)).clamp(0, 1)
+        perturbed = stepped(perturbed.detach(), gradient, images, norm, eps, step_size)
     return perturbed.detach()
+
+
+def stepped(perturbed: Tensor, gradient: Tensor, images: Tensor, norm: str, eps: float, step_size: float) -> Tensor:
+    """Return perturbed images after a step up the gradient, back in the ball and in [0, 1].
+
+    Args:
+        perturbed: ``(n_images, channels, height, width)``, in [0, 1].
+        gradient: of what is raised, of the same shape.
+        images: those that are perturbed, of the same shape.
+        norm: ``l2`` or ``linf``.
+        eps: maximum norm of an image's perturbation.
+        step_size: norm of the step.
+    """
+    moved = perturbed + step_size * _direction(gradient, norm)
+    return (images + _projected(moved - images, norm, eps)).clamp(0, 1)
 
 
 def _lengths(tensors: Tensor) -> Tensor:
@@ -406,8 +420,15 @@ def _lengths(tensors: Tensor) -> Tensor:
     return lengths
 
 
-def _start(images: Tensor, norm: str, eps: float, generators: Sequence[torch.Generator] | None) -> Tensor:
-    """Return perturbations sampled uniformly from the ball."""
+def start_in_ball(images: Tensor, norm: str, eps: float, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+    """Return perturbations sampled uniformly from the ball.
+
+    Args:
+        images: ``(n_images, channels, height, width)``.
+        norm: ``l2`` or ``linf``.
+        eps: maximum norm of an image's perturbation.
+        generators: a generator on the CPU for each image; None: PyTorch's global generator.
+    """
     if generators is not None:
         starts = zip(torch.split(images.cpu(), 1), generators, strict=True)
         return torch.cat([_start_of_one(image, norm, eps, generator) for image, generator in starts]).to(images.device)

@@ -15,8 +15,7 @@ from layercrit.ascent import Ascent, Found
 from layercrit.attacks import split_attack
 from layercrit.counts import counted
 from layercrit.engine.session import Session
-from layercrit.errors import LayercritError, ProbeError, ProtocolError, near
-from layercrit.foreign_text import encodable, write_csv
+from layercrit.errors import ProbeError, ProtocolError, near
 from layercrit.measuring import draw_images, opened_subject
 from layercrit.models.model import Model
 from layercrit.models.sources import short_name
@@ -24,6 +23,7 @@ from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.provenance import about_session
+from layercrit.result_files import write_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,25 +90,9 @@ class WorstCase:
         Raises:
             LayercritError: the folder cannot be written.
         """
-        from layercrit.figures.style import save_figure
-
-        folder = Path(folder).expanduser()
-        files = [folder / f"{_FILE}{end}" for end in (".csv", ".json")]
-        about = encodable({"measured": self.record, **self.to_dict()})
-        text = json.dumps(about, indent=2, ensure_ascii=False, allow_nan=False)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_csv(self.table, files[0])
-            files[1].write_text(text + "\n", encoding="utf-8")
-            return [
-                *files,
-                *(save_figure(self.plot(), folder / _FILE) if self.table["worst_case"].notna().any() else []),
-            ]
-        except OSError as error:
-            raise LayercritError(
-                f"The worst case cannot be written to {folder} ({error.strerror or error}). Free some space or name "
-                "another folder (--out), then save again."
-            ) from error
+        about = {"measured": self.record, **self.to_dict()}
+        plot = self.plot if self.table["worst_case"].notna().any() else None
+        return write_result(folder, _FILE, "worst case", {".csv": self.table}, about, plot)
 
     def __repr__(self) -> str:
         return (

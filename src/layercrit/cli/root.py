@@ -20,6 +20,7 @@ from layercrit.cli.advise import advise_command
 from layercrit.cli.demo import demo_command
 from layercrit.cli.doctor import doctor_command
 from layercrit.cli.exit_codes import ExitCode
+from layercrit.cli.feature_criticality import feature_criticality_command
 from layercrit.cli.global_options import add_global_options, use_colours, version_option
 from layercrit.cli.measure import layers_command, measure_command, show_command
 from layercrit.cli.module_criticality import module_criticality_command
@@ -92,7 +93,12 @@ def cli(context: click.Context, /) -> None:
 _SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Begin": (demo_command, doctor_command),
     "One model": (measure_command, layers_command, show_command, advise_command),
-    "Other questions about its layers": (proxies_command, module_criticality_command, worst_case_command),
+    "Other questions about its layers": (
+        proxies_command,
+        module_criticality_command,
+        worst_case_command,
+        feature_criticality_command,
+    ),
     "Many models": (study, compare_command, report_command, pitfalls_command, export_command, import_command),
     "Get models": (train_command, methods_command, zoo),
 }

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from layercrit.computed_weights import owner_of
 from layercrit.engine.graph import named_tensors
+from layercrit.engine.layer_outputs import floats_of, innermost, modules_called
 from layercrit.engine.replay import ReadLogits, Values
 from layercrit.layers import Layer
 from layercrit.restoring import calls_answered
@@ -94,7 +95,7 @@ class LayerGradients:
             if parameter.is_floating_point():
                 parameter.requires_grad_(id(parameter) in every)
         modules = dict(network.named_modules(remove_duplicate=False))
-        called = self._called(image)
+        called = modules_called(network, lambda: self._logits(image.clone()))
         self.sites = {layer.name: self._sites(layer, modules, called) for layer in layers}
         self._sites_of_all = {site for sites in self.sites.values() for site in sites}
         self._blocks = {modules[name]: name for name in blocks}
@@ -187,27 +188,16 @@ class LayerGradients:
 
     # --- which modules stand for a layer ----------------------------------------------------------------------------
 
-    def _called(self, image: Tensor) -> set[nn.Module]:
-        called = {self.network}
-
-        def answer(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            called.add(module)
-            return forward(*args, **kwargs)
-
-        with torch.no_grad(), in_single_operators(), calls_answered(self.network, answer):
-            self._logits(image.clone())
-        return called
-
     def _sites(self, layer: Layer, modules: Mapping[str, nn.Module], called: set[nn.Module]) -> list[nn.Module]:
         """Return the modules whose output is the layer's: one, or one for each module that shares its parameters."""
         owners = {owner_of(name) for name in layer.parameters}
         if len(owners) == 1:
             own = {id(self._tensors[name]) for name in layer.parameters}
             owners = {owner_of(name) for name, tensor in self._tensors.items() if id(tensor) in own}
-            paths = {_innermost(owner, modules, called) for owner in owners}
+            paths = {innermost(owner, modules, called) for owner in owners}
         else:
             same = takewhile(lambda parts: len(set(parts)) == 1, zip(*(one.split(".") for one in owners), strict=False))
-            paths = {_innermost(".".join(parts[0] for parts in same), modules, called)}
+            paths = {innermost(".".join(parts[0] for parts in same), modules, called)}
         outer = [one for one in paths if not any(_is_inside(one, other) for other in paths - {one})]
         return list({modules[path]: None for path in sorted(outer)})
 
@@ -260,7 +250,7 @@ class ImageGradients:
             for site in self.owner.sites[layer.name]:
                 for call in self._calls.get(site, ()):
                     args, kwargs = _copied((call.args, call.kwargs))
-                    after = _floats(call.run(*args, **kwargs))
+                    after = floats_of(call.run(*args, **kwargs))
                     for place, gradient in call.gradients.items():
                         product = gradient * (after[place] - call.outputs[place])
                         weighted += float(product.square().sum(dtype=torch.float64))
@@ -291,15 +281,11 @@ def _recorded(call: _Call, output: Any) -> _Call:
 
     They are those of the values before any operator writes to the output in place.
     """
-    for place, tensor in enumerate(_floats(output)):
+    for place, tensor in enumerate(floats_of(output)):
         call.outputs.append(tensor.detach().clone())
         if tensor.requires_grad:
             tensor.register_hook(partial(call.gradients.__setitem__, place))  # type: ignore[no-untyped-call]
     return call
-
-
-def _floats(output: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _copied(given: Any) -> Any:
@@ -308,18 +294,11 @@ def _copied(given: Any) -> Any:
 
 def _cosine(given: Any, output: Any) -> float:
     """Return the cosine of a block's input and output; NaN where it has several, or they differ in shape."""
-    read, returned = _floats(given)[:1], _floats(output)
+    read, returned = floats_of(given)[:1], floats_of(output)
     if len(read) != 1 or not returned or read[0].shape != returned[0].shape:
         return float("nan")
     x, y = read[0].double().flatten(), returned[0].detach().double().flatten()
     return float((x * y).sum() / (x.norm() * y.norm()))
-
-
-def _innermost(path: str, modules: Mapping[str, nn.Module], called: set[nn.Module]) -> str:
-    """Return the path of the innermost module that is called and is, or holds, the module of a path."""
-    while path and (path not in modules or modules[path] not in called):
-        path = path.rpartition(".")[0]
-    return path
 
 
 def _is_inside(path: str, other: str) -> bool:

@@ -19,7 +19,7 @@ from layercrit.engine.session import Session
 from layercrit.engine.subject import Subject
 from layercrit.errors import LayercritError, LayerError, ModelError, ProbeError, ProtocolError, near
 from layercrit.foreign_files import open_regular, read_json
-from layercrit.foreign_text import encodable, unguarded, write_csv
+from layercrit.foreign_text import unguarded
 from layercrit.measuring import draw_images, opened_subject
 from layercrit.models.file_source import initial_of_run
 from layercrit.models.model import Model
@@ -33,6 +33,7 @@ from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.provenance import about_session
+from layercrit.result_files import write_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -132,23 +133,11 @@ class ModuleCriticality:
         Raises:
             LayercritError: the folder cannot be written.
         """
-        from layercrit.figures.style import save_figure
-
-        folder = Path(folder).expanduser()
-        files = [folder / f"{_FILE}{end}" for end in (".csv", "-points.csv", ".json")]
-        about = encodable({"measured": self.record, **self.to_dict()})
-        text = json.dumps(about, indent=2, ensure_ascii=False, allow_nan=False)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_csv(self.table, files[0])
-            write_csv(self.points, files[1])
-            files[2].write_text(text + "\n", encoding="utf-8")
-            return [*files, *(save_figure(self.plot(), folder / _FILE) if len(self.points) else [])]
-        except OSError as error:
-            raise LayercritError(
-                f"The module criticality cannot be written to {folder} ({error.strerror or error}). Free some space or "
-                "name another folder (--out), then save again."
-            ) from error
+        about = {"measured": self.record, **self.to_dict()}
+        plot = self.plot if len(self.points) else None
+        return write_result(
+            folder, _FILE, "module criticality", {".csv": self.table, "-points.csv": self.points}, about, plot
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> "ModuleCriticality":
