@@ -1,4 +1,5 @@
 import gc
+import math
 import os
 import signal
 import time
@@ -14,9 +15,12 @@ _seconds = {}  # of fixtures that several tests share
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    """Two workers a core, as many tests wait: for processes, for a browser, for a scheduler."""
-    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else 2 * (os.cpu_count() or 1)
+def pytest_xdist_auto_num_workers(config):
+    """Three workers for two cores: slow tests wait for processes, a browser or a scheduler. For fast ones, two."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    n_cores = os.cpu_count() or 1
+    return n_cores if config.option.markexpr == "not slow" else math.ceil(1.5 * n_cores)
 
 
 def pytest_configure(config):
