@@ -107,7 +107,7 @@ def test_measure__only_what_is_missing_is_a_default(tmp_path):
     found = measure(open_model(TwoLayers().eval(), input_size=(3, 16, 16)), folder, **QUIET)
     (note,) = (note for note in found.record["notes"] if "does not say" in note)
     assert "pixels" not in note
-    assert "mean=...&std=..." in note
+    assert "'?mean=(0.5,0.5,0.5)&std=(0.5,0.5,0.5)'" in note
 
 
 def test_measure__a_probe_set_has_its_size():

@@ -100,6 +100,11 @@ def test_store__missing(tmp_path):
     with pytest.raises(StudyError, match=rf"There is no study in {tmp_path}: cells.sqlite is missing\. Give the fold"):
         Store(tmp_path)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "measurement.json").touch()
+    with pytest.raises(
+        StudyError, match=r"holds what `layercrit measure` wrote .* study file, run that, and give the fold"
+    ):
+        Store(tmp_path)
 
 
 def test_store__folder_that_cannot_be_made(tmp_path):

@@ -430,8 +430,8 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
         lines.append(f"mean criticality {mean['mean']:.3f} ({interval})")
         if mean["low"] is not None and "trials" in summary["covers"]:
             lines.append(
-                f"after {counted(summary['n_trials_in_mean'], 'trial')}, unlike draws cannot be excluded if they make "
-                f"up less than {summary['excluded_share']:.0%} of all"
+                f"after {counted(summary['n_trials_in_mean'], 'trial')}, draws with quite other values cannot be ruled "
+                f"out if they are less than {summary['excluded_share']:.0%} of all"
             )
         if matched is not None and summary["temperature"] is not None:
             lines.append(

@@ -96,10 +96,12 @@ class Model:
             "std": "std 1, that is, no normalisation" if scaled else f"std {self.std}",
         }
         shown = ", ".join(values[name] for name in INPUT if name in self.undeclared)
-        options = "&".join(f"{name}=..." for name in INPUT if name in self.undeclared)
+        each = "(" + ",".join(["0.5"] * size.channels) + ("," if size.channels == 1 else "") + ")"
+        forms = {"input_size": f"({size.channels},{size.height},{size.width})", "mean": each, "std": each}
+        options = [f"{name}={forms[name]}" for name in INPUT if name in self.undeclared]
         return (
-            f"the model does not say all of its input; defaults: {shown}. Give what it was trained with: "
-            f"'?{options}' in the reference, or open_model(..., {options.replace('&', ', ')})"
+            f"the model does not say all of its input; defaults: {shown}. Give what it was trained with, in this form: "
+            f"'?{'&'.join(options)}' in the reference, or open_model(..., {', '.join(options)})"
         )
 
     @property
