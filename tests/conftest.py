@@ -34,7 +34,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what `slow_tests.py` has found to take long; the others are the fast loop."""
+    """Mark what `slow_tests.py` has found to take long; the others are the fast loop. What waits most begins first."""
+    items.sort(key=lambda item: item.path.name != "test_slurm.py")  # else all workers wait for a scheduler at the end
     slow = set(SLOW.read_text(encoding="utf-8").splitlines())
     for item in items:
         if item.nodeid in slow:
