@@ -1,14 +1,17 @@
 """What Tab completes, and that a shell can use it."""
 
 import os
+import re
+import select
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from shutil import which
 
 import click
 import pytest
-from click.shell_completion import ShellComplete, get_completion_class
+from click.shell_completion import ShellComplete
 
 from layercrit.cli.registered import RegisteredOption, _names_in
 from layercrit.cli.root import cli
@@ -74,26 +77,66 @@ def _is_own(entry):
     return origin is None or origin[0].startswith("layercrit.")
 
 
-@pytest.mark.parametrize(("shell", "part"), [("zsh", "compdef _layercrit_completion layercrit"),
-                                             ("fish", "complete --no-files --command layercrit")])  # fmt: skip
-def test_completion__source_of_other_shells(shell, part):
-    source = get_completion_class(shell)(cli, {}, "layercrit", VARIABLE).source()
-    assert part in source
-    assert f"{VARIABLE}={shell}_complete" in source
+def documented(shell):
+    """The line that the documentation gives for a shell."""
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
+    return re.search(rf"^\| {shell}\b.*\| `(.*)` \|$", page, re.MULTILINE)[1].replace("\\|", "|")
+
+
+def environment(home):
+    path = os.pathsep.join(filter(None, sys.path))
+    return os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": path, "HOME": str(home), "TERM": "dumb"}
 
 
 @pytest.mark.skipif(not Path("/bin/bash").exists(), reason="needs Bash")
-def test_completion__bash():
+def test_completion__bash(tmp_path):
     script = f"""
-        eval "$({VARIABLE}=bash_source layercrit)"
+        {documented("Bash")}
         COMP_WORDS=(layercrit measure m --reset no) COMP_CWORD=4
         _layercrit_completion layercrit
         echo "${{COMPREPLY[@]}}"
         complete -p layercrit
     """
-    path = {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(["/bin/bash", "--norc", "-c", script], env=os.environ | path, capture_output=True, text=True)
+    shell = ["/bin/bash", "--norc", "-c", script]
+    done = subprocess.run(shell, env=environment(tmp_path), capture_output=True, text=True)
     assert done.stdout.splitlines() == ["noise", "complete -o nosort -F _layercrit_completion layercrit"], done.stderr
+
+
+@pytest.mark.skipif(not which("fish"), reason="fish is not here")
+def test_completion__fish(tmp_path):
+    file = tmp_path / ".config" / "fish" / "completions" / "layercrit.fish"
+    file.parent.mkdir(parents=True)
+    file.write_text(documented("Fish") + "\n")
+    shell = ["fish", "-c", "complete -C 'layercrit measure m --reset no'"]
+    done = subprocess.run(shell, env=environment(tmp_path), capture_output=True, text=True)
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["noise"], done.stderr
+
+
+@pytest.mark.skipif(not which("zsh"), reason="Zsh is not here")
+def test_completion__zsh(tmp_path):
+    """At a terminal, as Zsh completes nowhere else."""
+    import pty  # not on Windows
+
+    (tmp_path / ".zshrc").write_text(f"autoload -Uz compinit; compinit -u\n{documented('Zsh')}\nPS1='ready> '\n")
+    mine, its = pty.openpty()
+    shell = subprocess.Popen(["zsh", "-i"], stdin=its, stdout=its, stderr=its, env=environment(tmp_path), cwd=tmp_path,
+                             start_new_session=True)  # fmt: skip
+    try:
+        read_until(mine, "ready> ")
+        os.write(mine, b"layercrit measure m --reset no\t")
+        read_until(mine, "noise")
+    finally:
+        os.close(its)
+        shell.kill()
+        shell.wait()
+        os.close(mine)
+
+
+def read_until(terminal, text, seconds=30):
+    seen = ""
+    while text not in seen:
+        assert select.select([terminal], [], [], seconds)[0], f"{text!r} is not in {seen!r}"
+        seen += os.read(terminal, 4096).decode()
 
 
 def test_completion__does_not_wait_for_torch():
