@@ -257,6 +257,7 @@ def test_file__published_network(tmp_path, wrap, monkeypatch):
 def named(tmp_path, monkeypatch):
     """Weights for a network of the user's in ``w.safetensors``; a function returns them with a record of their arch."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_nets", raising=False)  # another test's
     (tmp_path / "my_nets.py").write_text(
         "from torch import nn\ndef small(width=3):\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, width))\n"
     )
