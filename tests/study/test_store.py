@@ -102,7 +102,7 @@ def test_store__missing(tmp_path):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "measurement.json").touch()
     with pytest.raises(
-        StudyError, match=r"holds what `layercrit measure` wrote .* study file, run that, and give the fold"
+        StudyError, match=r"`layercrit measure` wrote .* name that model in a study file, .*Give the folder"
     ):
         Store(tmp_path)
 

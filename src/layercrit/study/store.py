@@ -83,11 +83,12 @@ class Store:
         self._shared = shared
         self.path = Path(folder).expanduser() / FILE
         if not create and not self.path.is_file():
-            one = "It holds what `layercrit measure` wrote of one model; name the model in a study file, run that, and "
+            first = ""
+            if (self.path.parent / "measurement.json").is_file():
+                first = "`layercrit measure` wrote it, of one model: name that model in a study file, and run it. "
             raise StudyError(
-                f"There is no study in {self.path.parent}: {FILE} is missing. "
-                + (one + "give" if (self.path.parent / "measurement.json").is_file() else "Give")
-                + " the folder that `layercrit study run` or `layercrit import` wrote."
+                f"There is no study in {self.path.parent}: {FILE} is missing. {first}Give the folder that `layercrit "
+                "study run` or `layercrit import` wrote."
             )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
