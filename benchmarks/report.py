@@ -18,7 +18,8 @@ from browser import CHROMIUM, opened_browser, opened_page
 from layercrit.comparison import compare
 from layercrit.figures.style import save_figure
 from layercrit.reporting.page import write_page
-from layercrit.reporting.reports import FIGURES, _tables
+from layercrit.reporting.reports import _tables
+from layercrit.reporting.study_figures import FIGURES
 from layercrit.study.published import import_published
 from layercrit.study.store import ModelRow
 from layercrit.study.tables import Study, load_study

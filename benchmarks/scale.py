@@ -4,13 +4,14 @@ Networks have random weights and images random pixels: only times are of interes
 
 efficiency  trials a second of two workers against one, after start-up: local processes, shards, SLURM, Ray
 overhead    what a task costs beside its work
-dealing     idle share of up to 1,000 workers, simulated on the times that tasks took
+dealing     idle share of up to 1,000 workers, simulated on the times that tasks took; would splitting trials help?
 stores      opening and comparing a study of 100 shards
 kills       random kills of whatever runs: cells that were lost, tables that differ (only with --kills)
 """
 
 import argparse
 import contextlib
+import heapq
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,7 @@ ONE = Place("cpu", 1)
 N_SHARDS = 100
 WORKERS = (16, 100, 1000)
 N_MODELS, N_TRIALS = 50, 20  # of the simulated study
+PARTS = (2, 4, 8)  # into which trials would be split by their layers
 
 
 def main() -> None:
@@ -193,10 +195,16 @@ def idle_task(executor: Executor) -> float:
 
 
 def dealing(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return number of workers -> idle share, with shards that are dealt and with workers that take the next task."""
+    """Return number of workers -> idle share, with shards that are dealt and with workers that take the next task.
+
+    And the same for a queue of parts of trials, with the time that the study takes against that with whole trials:
+    every part would need the pass of the trained network, which a trial needs once.
+    """
     path = write_study(folder, 2, arguments.trials, arguments.images, images={"input_size": [1, 28, 28], "resize": 28})
     run_local(path, folder / "out", 1)
-    measured = load_study(folder / "out").cells.groupby(["model", "trial"])["seconds"].sum().to_numpy()
+    cells = load_study(folder / "out").cells
+    measured = cells.groupby(["model", "trial"])["seconds"].sum().to_numpy()
+    passes_after = cells["flops_after"].sum() / len(measured)
     generator = np.random.default_rng(arguments.seed)
     study = named_study(folder / "named", N_MODELS, N_TRIALS)
     tasks = first_tasks(study)
@@ -206,17 +214,32 @@ def dealing(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         shares = [deal(tasks, Shard(number, n_workers)) for number in range(n_workers)]
         names = [task.name for share in shares for task in share]
         busy = [sum(seconds[task.name] for task in share) for share in shares]
-        queue = [0.0] * n_workers
-        for task in tasks:
-            first = min(range(n_workers), key=queue.__getitem__)
-            queue[first] += seconds[task.name]
+        queue = queued([seconds[task.name] for task in tasks], n_workers)
         found[str(n_workers)] = {
-            "shards": 1 - sum(busy) / (n_workers * max(busy)),
-            "queue": 1 - sum(queue) / (n_workers * max(queue)),
+            "shards": idle_share(busy),
+            "queue": idle_share(queue),
+            "time": 1.0,
             "repeated": len(names) - len(set(names)),
             "left": len(set(seconds) - set(names)),
         }
+    for n_parts in PARTS:
+        times = generator.choice(measured, n_parts * len(tasks)) * (1 + passes_after / n_parts) / (1 + passes_after)
+        parts = queued(times, WORKERS[-1])
+        name = f"{WORKERS[-1]}, trials in {n_parts} parts"
+        found[name] = {"queue": idle_share(parts), "time": max(parts) / max(queue)}
     return found
+
+
+def queued(seconds: Iterable[float], n_workers: int) -> list[float]:
+    """Return the seconds that each worker is busy if whoever is free takes the next task."""
+    busy = [0.0] * n_workers
+    for task in seconds:
+        heapq.heapreplace(busy, busy[0] + task)
+    return busy
+
+
+def idle_share(busy: Sequence[float]) -> float:
+    return 1 - sum(busy) / (len(busy) * max(busy))
 
 
 def named_study(folder: Path, n_models: int, n_trials: int) -> StudyFile:

@@ -47,7 +47,7 @@ from layercrit.models.zoo.fetching import ZOO
 from layercrit.named_options import with_options
 from layercrit.probes.corruptions import CORRUPTIONS
 from layercrit.probes.kinds import IMAGE_SOURCES
-from layercrit.reporting.reports import FIGURES
+from layercrit.reporting.study_figures import FIGURES
 from layercrit.resets import RESETS
 from layercrit.study.file import read_study_file
 from layercrit.study.ray_workers import EXECUTORS

@@ -19,7 +19,7 @@ from layercrit.engine.graph_replay import GraphReplay
 from layercrit.engine.subject import Subject
 from layercrit.errors import LayerError, ProtocolError, StudyError
 from layercrit.interactions import Pair, interactions_of
-from layercrit.layer_sets import read_sets, sets_of, stages_of_sets
+from layercrit.layer_sets import members_of, read_sets, sets_of, stages_of_sets
 from layercrit.layers import find_layers, layer_labels, select_layers
 from layercrit.measurement import Measurement
 from layercrit.measuring import measure
@@ -173,8 +173,8 @@ def test_layer_labels__names_of_sets_stay_whole():
 
 def test_stages_of_sets__only_sets_in_one_stage_have_one():
     units = sets_of(select_layers(small_layers()), {"a": "layer1.*", "b": "layer1.*,fc", "c": "layer2.0.*", "fc": "fc"})
-    assert stages_of_sets(units) == {"a": "layer1", "b": None, "c": "layer2", "fc": "fc"}
-    assert stages_of_sets(sets_of(units[-1:], "all-but-one")) == {"all but fc": None}
+    assert stages_of_sets(members_of(units)) == {"a": "layer1", "b": None, "c": "layer2", "fc": "fc"}
+    assert stages_of_sets(members_of(sets_of(units[-1:], "all-but-one"))) == {"all but fc": None}
 
 
 # --- the whole measurement ------------------------------------------------------------------------------------------

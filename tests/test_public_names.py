@@ -18,7 +18,7 @@ from layercrit.models.sources import MODEL_SOURCES
 from layercrit.probes.corruptions import CORRUPTIONS
 from layercrit.probes.kinds import IMAGE_SOURCES
 from layercrit.reporting.exports import FORMATS
-from layercrit.reporting.reports import FIGURES
+from layercrit.reporting.study_figures import FIGURES
 from layercrit.resets import RESETS
 from layercrit.study.executors import EXECUTORS
 from layercrit.trackers import TRACKERS

@@ -52,7 +52,7 @@ from layercrit import (
     train,
 )
 from layercrit.probes import ArraySource
-from layercrit.reporting.reports import Drawn, Tables
+from layercrit.reporting.study_figures import Drawn, Tables
 from layercrit.resets import Draw
 from layercrit.study.file import StudyFile
 from layercrit.study.local_processes import LocalProcesses, local_places

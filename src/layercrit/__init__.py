@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from layercrit.proxies.values import measure_proxies
     from layercrit.reporting.exports import export, export_format
     from layercrit.reporting.methods_section import methods_section
-    from layercrit.reporting.reports import figure, report
+    from layercrit.reporting.reports import report
+    from layercrit.reporting.study_figures import figure
     from layercrit.resets import reset
     from layercrit.study.executors import executor
     from layercrit.study.merging import merge_studies
@@ -97,7 +98,7 @@ _HOME = {
     "executor": "study.executors",
     "export": "reporting.exports",
     "export_format": "reporting.exports",
-    "figure": "reporting.reports",
+    "figure": "reporting.study_figures",
     "image_source": "probes.kinds",
     "list_layers": "measuring",
     "load_study": "study.tables",

@@ -1,7 +1,7 @@
 """Sets of layers that are reset together: all but one, cascades, pairs, or those that a file names."""
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from layercrit.layers import Layer, joined, stages_of
 from layercrit.protocol import SETS
 from layercrit.toml import tomllib
 
-__all__ = ["NamedSets", "read_sets", "sets_of", "stages_of_sets"]
+__all__ = ["NamedSets", "members_of", "read_sets", "sets_of", "stages_of_sets"]
 
 NamedSets = Mapping[str, str]
 """Name of a set -> shell-style patterns on the names of its layers, comma-separated."""
@@ -82,11 +82,19 @@ def sets_of(layers: Sequence[Layer], sets: str | NamedSets) -> list[Layer]:
     return [replace(unit, depth=depth) for depth, unit in enumerate(units)]
 
 
-def stages_of_sets(units: Sequence[Layer]) -> dict[str, str | None]:
-    """Return name -> stage, as `layercrit.layers.stages_of` does; None for a set that is in several stages."""
-    members = {
+def members_of(units: Iterable[Layer]) -> dict[str, list[str]]:
+    """Return name -> names of the layers in it: those of a set, else its own; none where it has no parameter."""
+    return {
         unit.name: [member.name for member in unit.members] or [unit.name] * bool(unit.parameters) for unit in units
     }
+
+
+def stages_of_sets(members: Mapping[str, Sequence[str]]) -> dict[str, str | None]:
+    """Return name -> stage, as `layercrit.layers.stages_of` does; None for a set that is in several stages.
+
+    Args:
+        members: name -> names of the layers in it, as `members_of` returns it.
+    """
     stages = stages_of(list(dict.fromkeys(name for names in members.values() for name in names)))
     of_units = {unit: {stages[name] for name in names} for unit, names in members.items()}
     return {unit: found.pop() if len(found) == 1 else None for unit, found in of_units.items()}

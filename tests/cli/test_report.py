@@ -11,9 +11,12 @@ from click.testing import CliRunner
 from forked import layercrit
 from layercrit.cli.report import report_command
 from layercrit.cli.root import cli, main
-from layercrit.reporting.reports import FIGURES
+from layercrit.measurement import Measurement
+from layercrit.measuring import measure
+from layercrit.reporting.study_figures import FIGURES
 from layercrit.study.store import FILE, ModelRow
 from published_results import PREDICTED, measured
+from small_subjects import PIXELS, two_layers
 
 
 def call(*arguments):
@@ -128,6 +131,33 @@ def test_report__mistakes_end_in_one_message(study, monkeypatch, capsys, argumen
     assert "Traceback" not in printed.err
     assert printed.out == ""
     assert files_in(study) == set()
+
+
+@pytest.fixture
+def measurement(tmp_path):
+    found = measure(two_layers(), PIXELS, trials=2, name="mine", device="cpu", progress=False)
+    return found.save(tmp_path / "measured")
+
+
+def test_report__of_a_measurement_goes_into_its_folder(measurement, tmp_path):
+    result = call(measurement, "--format", "png")
+    names = ("spread", "half_width", "profile-mine", "classes-mine")
+    files = [measurement / "figures" / f"{name}.png" for name in names]
+    assert result.stdout.splitlines() == [*map(str, files), str(measurement / "report.html")]
+    assert result.stderr == f"Open {measurement / 'report.html'} in a browser.\n"
+    elsewhere = call(measurement, "--figures", "ranking", "--format", "png", "--out", tmp_path / "out")
+    assert elsewhere.stdout.splitlines() == [
+        str(tmp_path / "out" / "figures" / "ranking.png"), str(tmp_path / "out" / "report.html")
+    ]  # fmt: skip
+    assert Measurement.load(measurement).to_pandas()["layer"].to_list() == ["1", "3"]
+
+
+def test_report__of_a_measurement_there_is_no_baseline(measurement, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["layercrit", "report", str(measurement), "--baseline", "b"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    assert "Error: baseline is for studies; a measurement is of one model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "."])

@@ -117,7 +117,9 @@ def test_measure__is_saved_before_it_is_printed(images, monkeypatch, capsys, err
     monkeypatch.setattr(sys, "stdout", Broken(error))
     assert call(monkeypatch, "measure", MODEL, "--images", images, "--trials", "1", "--out", "result") == code
     assert Measurement.load("result").summary()["n_images"] == 8
-    assert "Saved in result" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "Saved in result" in printed
+    assert "For a page to explore: `layercrit report result`." in printed
 
 
 def test_measure__its_tables_are_saved_where_the_figure_cannot_be_plotted(images, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from layercrit.cli import cli
 from layercrit.comparison import compare
 from layercrit.conditions import Condition
 from layercrit.figures.heat_maps import heat_map
-from layercrit.reporting import reports
+from layercrit.reporting import study_figures
 from layercrit.reporting.reports import report
 from layercrit.study.tables import load_study
 from running_jobs import run
@@ -76,7 +76,7 @@ def test_figure__conditions(study, tmp_path):
         return heat_map(values, models, **how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reports, "heat_map", remember)
+        patch.setattr(study_figures, "heat_map", remember)
         report(study, tmp_path, figures=["conditions"], formats=["png"])
     assert list(seen["values"].index) == CONDITIONS
     assert seen["models"]["label"].isna().all()

@@ -533,13 +533,12 @@ def test_page__texts_from_outside_run_nothing_and_are_shown_as_they_are(browser,
 @pytest.mark.parametrize("text", ["\U0001f9ea" * 30, "=1+1", "-x", "\udcff" * 3, "__proto__"], ids=ascii)
 def test_page__names_of_any_characters_can_be_downloaded(browser, tmp_path, text):
     """An emoji is two characters of JavaScript, and half of one cannot be saved; a formula is guarded."""
-    names = [text, "other"]
     cells = [{"model": name, "layer": layer, "trial": trial, "cosine": 0.1 + 0.2 * trial}
-             for name in names[1:] for layer in (text, "fc") for trial in range(2)]  # fmt: skip
-    models = [ModelRow(names[1], "py:x", text, text, 0.5)]
+             for name in ("one", "other") for layer in (text, "fc") for trial in range(2)]  # fmt: skip
+    models = [ModelRow("one", "py:x", text, text, 0.5), ModelRow("other", "py:x")]
     if "\udcff" in text:  # SQLite takes none, but a study's folder may be called so
         cells = [cell | {"layer": "fc", "stage": cell["layer"].replace("\udcff", "")} for cell in cells[::2]]
-        models = [ModelRow(names[1], "py:x", None, None, 0.5)]
+        models = [ModelRow("one", "py:x", None, None, 0.5), ModelRow("other", "py:x")]
     study = measured(tmp_path, cells, models=models, record={"name": text.replace("\udcff", "x")})
     study.record["name"] = text
     with opened_page(browser, write_page(study, compare(study), tmp_path / "r.html")) as page:
@@ -682,7 +681,17 @@ def test_write_page__one_model(browser, tmp_path):
     study = made_up(tmp_path, models={"base": None})
     with opened_page(browser, write_page(study, compare(study), tmp_path / "r.html")) as page:
         assert rows_shown(page) == ["base"]
-        assert "Choose two different ones" in page.inner_text("#compare-said")
+        names = page.locator("#map-plot :is(.xtick, .ytick, .x2tick, .y2tick) text").all_inner_texts()
+        assert len(names) == 1 + len(LAYERS) + 1, "the model, its layers, and their mean"
+        assert cut_off(page) == []
+        for section in ("one-layer", "accuracy", "compare"):
+            assert page.locator(f"#{section}").is_hidden()
+            assert page.locator(f"nav a[href='#{section}']").is_hidden()
+        assert page.locator("#find").is_hidden()
+        assert page.locator("#model-plot .point").count() == len(LAYERS)
+        page.click("#map-plot .xtick text >> nth=2")
+        assert "Selected: Base, [1.0] conv2, criticality" in page.inner_text("#map-said")
+        assert "this layer" not in page.inner_text("#map-said")
 
 
 @released

@@ -13,15 +13,17 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
+import layercrit
 from layercrit.comparison import Comparison, compare
 from layercrit.errors import ProtocolError, StudyError
-from layercrit.reporting.reports import FIGURES, Report, figure, report
+from layercrit.reporting.reports import Report, report
+from layercrit.reporting.study_figures import FIGURES, figure
 from layercrit.study.published import import_published
 from layercrit.study.store import FILE, ModelRow, Store
 from layercrit.study.tables import load_study
 from published_results import LAYERS as PUBLISHED
 from published_results import PREDICTED, measured, rows_of, write_models, write_table
-from small_subjects import registered
+from small_subjects import PIXELS, registered, two_layers
 
 USUAL = [name for name in FIGURES if name not in ("conditions", "module_criticality")]  # of a study with one condition
 LAYERS = ("conv1", "layer1.0.conv1", "layer1.0.conv2", "fc")
@@ -250,14 +252,62 @@ def bare(tmp_path):
     return measured(tmp_path / "bare", cells_of("a", ["fc"], trials=1), models=rows("a"))
 
 
-def test_report__what_cannot_be_drawn_is_left_out_with_its_reason(bare):
-    result = report(bare, formats=["png"])
+def test_report__what_cannot_be_drawn_is_left_out_with_its_reason(tmp_path):
+    study = measured(tmp_path / "bare", cells_of("ab", ["fc"], trials=1), models=rows("a", "b"))
+    result = report(study, formats=["png"])
     assert {name: CANNOT[name] in reason for name, reason in result.left_out.items()} == dict.fromkeys(CANNOT, True)
     assert {name: [path.name for path in paths] for name, paths in result.figures.items()} == {
         "criticality": ["criticality.png"], "depth": ["depth.png"], "profile": ["profile-a.png"],
         "ranking": ["ranking.png"],
     }  # fmt: skip
+    assert facts(result.page).startswith("2 models, 1 layer in common, 1 trial of")
+
+
+def test_report__of_one_model_nothing_compares_models(bare):
+    result = report(bare, formats=["png"])
+    assert {name: [path.name for path in paths] for name, paths in result.figures.items()} == {
+        "profile": ["profile-a.png"]
+    }
+    assert set(result.left_out) == {"spread", "classes"}
     assert facts(result.page).startswith("1 model, 1 layer, 1 trial of")
+    asked = report(bare, figures=["criticality", "ranking"], formats=["png"])
+    assert set(asked.figures) == {"criticality", "ranking"}
+
+
+@pytest.fixture(scope="module")
+def of_one_model():
+    labels = [0, 1, 2, 0, 1, 0]
+    return layercrit.measure(two_layers(), PIXELS, labels=labels, trials=3, name="mine", device="cpu", progress=False)
+
+
+def test_report__of_a_measurement(of_one_model, tmp_path):
+    result = report(of_one_model, tmp_path / "out", formats=["svg"])
+    assert sorted(result.figures) == ["classes", "profile", "spread"]
+    assert not result.left_out
+    assert result.page == tmp_path / "out" / "report.html"
+    assert facts(result.page) == "1 model, 2 layers, 3 trials of the reset rerandomize on 6 images"
+    found = data(result.page)
+    assert found["models"][0]["name"] == "mine"
+    assert found["models"][0]["criticality"] == pytest.approx(of_one_model.summary()["criticality"]["mean"], abs=1e-6)
+    (whom,) = found["whom"]
+    expected = of_one_model.by_class()["criticality"]
+    np.testing.assert_allclose(np.sort(np.ravel(whom["criticality"])), np.sort(expected), atol=1e-4)
+    np.testing.assert_allclose(result.comparison.criticality.to_numpy()[0], of_one_model.to_pandas()["criticality"])
+
+
+@pytest.mark.parametrize("asked", [
+    {"baseline": "mine"}, {"leave_out": []}, {"reset": "rerandomize"}, {"probe_set": "a"},
+    {"norm_statistics": "trained"}, {"epoch": 0}, {"thumbnails": True},
+], ids=lambda asked: next(iter(asked)))  # fmt: skip
+def test_report__of_a_measurement_there_is_nothing_to_choose(of_one_model, tmp_path, asked):
+    with pytest.raises(StudyError, match=rf"^{next(iter(asked))} is for studies; .* Leave it out, or run a study"):
+        report(of_one_model, tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_report__of_a_measurement_needs_a_folder(of_one_model):
+    with pytest.raises(StudyError, match=r"does not know its folder\. Name the folder to write to: out=DIR"):
+        report(of_one_model)
 
 
 @pytest.mark.parametrize("figure", CANNOT)

@@ -312,7 +312,7 @@ class _Saver:
             raise LayercritError(f"{error}\n  The measurement is saved in {elsewhere} instead.") from error
         if not quietly:
             files = ", ".join(sorted(path.name for path in self.folder.iterdir() if path.is_file()))
-            notice(f"Saved in {self.folder}: {files}")
+            notice(f"Saved in {self.folder}: {files}\nFor a page to explore: `layercrit report {self.folder}`.")
 
     def save_what_is_finished(self) -> None:
         """Save the trials that were finished before an interruption."""

@@ -1,4 +1,4 @@
-"""The command that plots the figures of a study and writes its page."""
+"""The command that plots the figures of a study or a measurement, and writes its page."""
 
 import json
 from pathlib import Path
@@ -19,15 +19,15 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
     return [name.strip() for name in value.split(",") if name.strip()]
 
 
-@click.command("report", short_help="Plot a study's figures, and write its page.")
-@click.argument("folder", type=click.Path(path_type=Path), metavar="STUDY")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write. [default: STUDY itself]")
+@click.command("report", short_help="Plot the figures of a study or a measurement, and write its page.")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="STUDY|MEASUREMENT")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write. [default: that folder]")
 @click.option(
     "--figures",
     default="all",
     show_default=True,
     cls=RegisteredOption,
-    registry="layercrit.reporting.reports:FIGURES",
+    registry="layercrit.reporting.study_figures:FIGURES",
     callback=_names,
     metavar="NAME,...",
     help="Figures to plot.",
@@ -74,13 +74,22 @@ def report_command(
     as_json: bool,
     **asked: Any,
 ) -> None:
-    """Plot the figures of a study, and write report.html: one page to explore it, which works offline."""
-    from layercrit.reporting.reports import report
-    from layercrit.study.tables import load_study
+    """Plot figures, and write report.html: one page to explore, which works offline.
 
-    found = load_study(folder)
-    print_warnings(found.warnings, err=True)
-    say_damaged(found.damaged)
+    Give the folder of a study, or that of a measurement, which becomes the page of one model.
+    """
+    from layercrit.measurement import Measurement
+    from layercrit.reporting.reports import report
+    from layercrit.study.tables import Study, load_study
+
+    found: Study | Measurement
+    if (folder / "measurement.json").is_file():
+        found, out = Measurement.load(folder), out or folder
+        print_warnings(found.record.get("warnings", []), err=True)
+    else:
+        found = load_study(folder)
+        print_warnings(found.warnings, err=True)
+        say_damaged(found.damaged)
     written = report(
         found,
         out,

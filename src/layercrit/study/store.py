@@ -85,7 +85,10 @@ class Store:
         if not create and not self.path.is_file():
             first = ""
             if (self.path.parent / "measurement.json").is_file():
-                first = "`layercrit measure` wrote it, of one model: name that model in a study file, and run it. "
+                first = (
+                    "`layercrit measure` wrote it, of one model, and `layercrit report` makes a page of it. For all "
+                    "else, name that model in a study file, and run it. "
+                )
             raise StudyError(
                 f"There is no study in {self.path.parent}: {FILE} is missing. {first}Give the folder that `layercrit "
                 "study run` or `layercrit import` wrote."

@@ -54,6 +54,7 @@ class Study:
         damaged: which rows of the study's file are damaged and so left out, in words.
         plans: model and reset -> what was planned after its pilot, where a half-width was asked for.
         conflicts: which stores of its shards are about different weights, images or number formats, in words.
+        shown: model -> what is known of the images that it was shown, where the folder does not have them.
 
     Examples:
         >>> import layercrit
@@ -72,6 +73,7 @@ class Study:
     damaged: tuple[str, ...] = ()
     plans: Mapping[tuple[str, str], PrecisionPlan] = field(default_factory=dict)
     conflicts: tuple[str, ...] = ()
+    shown: Mapping[str, ShownImages] = field(default_factory=dict)
 
     @property
     def resets(self) -> list[str]:
@@ -202,7 +204,7 @@ class Study:
         """Return names, labels and predictions of the images that a model was shown, as far as they are known."""
         from layercrit.study.image_tables import images_of  # imports torch, for which status need not wait
 
-        return images_of(self.folder, model, self._records[model])
+        return self.shown.get(model) or images_of(self.folder, model, self._records[model])
 
     def by_model(self) -> pd.DataFrame:
         """Return one row per (model, reset): its mean criticality over layers with its interval, and its accuracies.

@@ -21,7 +21,7 @@ from layercrit.engine.predictions import Predictions
 from layercrit.engine.replay import Mode
 from layercrit.engine.session import Batch, Draws, Session
 from layercrit.engine.subject import Subject
-from layercrit.layer_sets import stages_of_sets
+from layercrit.layer_sets import members_of, stages_of_sets
 from layercrit.layers import Layer, shared_parameters
 from layercrit.models.model import Model
 from layercrit.models.own_networks import import_here
@@ -227,7 +227,7 @@ class _Opened:
             self.start()
         self.record["content"] = {self.reset: _hash(self._content())}
         layers = self.subject.layers
-        stages = stages_of_sets(layers)
+        stages = stages_of_sets(members_of(layers))
         return [
             PlanRow(
                 model=job.model.name,

@@ -7,6 +7,7 @@ export const CONDITION = $("condition")?.options[asked] ? asked : 0;
 export const idOf = (name) => (CONDITION ? `${name}-${CONDITION}` : name);
 export const D = JSON.parse($(idOf("data")).textContent);
 export const N_LAYERS = D.layers.length;
+export const IS_ALONE = D.models.length === 1; // there is nothing to compare the model with
 export const CRITICALITY = D.measures.find((measure) => measure.label === "criticality");
 export const state = {
   measure: CRITICALITY,

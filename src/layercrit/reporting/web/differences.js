@@ -1,5 +1,5 @@
 // Differences between two models or two categories: read from the page, plotted, and put into words.
-import { $, bytes, choose, D, idOf, known, mean, N_LAYERS, shownTables, state, unzipped } from "./data.js";
+import { $, bytes, choose, D, IS_ALONE, idOf, known, mean, N_LAYERS, shownTables, state, unzipped } from "./data.js";
 import { bars, draw, LEGEND_ABOVE, layerAxis, layerSize, stageLines, style } from "./plots.js";
 import { drawTable, element, escaped, interval, pValue, share, signed } from "./texts.js";
 
@@ -50,7 +50,7 @@ function differences(block, first, second) {
 }
 
 export function drawCompare() {
-  if (!blocks) return;
+  if (!blocks || IS_ALONE) return;
   const [[kind, first], [otherKind, second]] = ["first", "second"].map((id) => $(id).value.split(" "));
   $("unit").disabled = kind !== "categories";
   const unit = kind === "categories" ? $("unit").value : "trials";

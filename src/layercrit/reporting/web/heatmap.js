@@ -1,5 +1,5 @@
 // The heat map of models and layers, and the same as a table.
-import { $, categoryOf, choose, D, known, mean, N_LAYERS, shownTables, state } from "./data.js";
+import { $, categoryOf, choose, D, IS_ALONE, known, mean, N_LAYERS, shownTables, state } from "./data.js";
 import {
   colorOf,
   draw,
@@ -50,8 +50,8 @@ export function drawMap() {
   $("map-plot").style.width = `max(100%, ${14 * N_LAYERS + 300}px)`;
   $("map-about").textContent =
     `${measure.about} The numbers in the right column, means over layers, are in percent: 62 stands for 0.62. Next ` +
-    `to the names: ${D.accuracy} accuracy (%). Bottom row: mean over the models shown. ${aboutLabels()} ` +
-    "Click a square or a name to see its layer and model below.";
+    `to the names: ${D.accuracy} accuracy (%). ${IS_ALONE ? "" : "Bottom row: mean over the models shown. "}` +
+    `${aboutLabels()} Click a square or a name to see its layer and model below.`;
   const drawn = draw("map-plot", mapTraces(measure, rows), mapLayout(rows), (point) =>
     choose({
       layer: point.data.xaxis === "x2" ? state.layer : point.x,
@@ -130,7 +130,7 @@ function mapTraces(measure, rows) {
       D.layers.map(({ name }, i) => `<b>${escaped(name)}</b><br>mean over the models shown: ${share(layerMeans[i])}`),
     ],
   };
-  return [...[cells, beside, below].map((trace) => ({ ...one, ...trace })), numbers];
+  return [...(IS_ALONE ? [cells, beside] : [cells, beside, below]).map((trace) => ({ ...one, ...trace })), numbers];
 }
 
 function mapLayout(rows) {
@@ -142,31 +142,33 @@ function mapLayout(rows) {
   const names = rows.map(
     (row, i) => `<span style="color:${colorOf(categoryOf(D.models[row]))}">\u25a0</span> ${escaped(texts[i])}`,
   );
-  const inner = ROW * (rows.length + 2);
-  const margin = { ...MARGIN, l: 24 + widest([...texts, BELOW], 11), b: roomBelow(BESIDE) };
+  const under = IS_ALONE ? 0 : 2; // rows
+  const inner = ROW * (rows.length + under);
+  const lowest = IS_ALONE ? "y" : "y2";
+  const margin = { ...MARGIN, l: 24 + widest(IS_ALONE ? texts : [...texts, BELOW], 11), b: roomBelow(BESIDE) };
   const name = { tickfont: { size: 11 }, automargin: false };
   return {
     height: margin.t + inner + margin.b,
     margin,
-    xaxis: { ...layerAxis(), domain: [0, 0.955], range: [-0.5, N_LAYERS - 0.5], anchor: "y2" },
+    xaxis: { ...layerAxis(), domain: [0, 0.955], range: [-0.5, N_LAYERS - 0.5], anchor: lowest },
     xaxis2: {
       ...ticks([BESIDE]),
       ...LAYER_TICKS,
       domain: [0.962, 1],
       range: [-0.5, 0.5],
-      anchor: "y2",
+      anchor: lowest,
       showgrid: false,
       zeroline: false,
     },
     yaxis: {
       ...ticks(names),
       ...name,
-      domain: [(2 * ROW) / inner, 1],
+      domain: [(under * ROW) / inner, 1],
       range: [rows.length - 0.5, -0.5],
       showgrid: false,
       zeroline: false,
     },
-    yaxis2: { ...ticks([BELOW]), ...name, domain: [0, ROW / inner] },
+    ...(IS_ALONE ? {} : { yaxis2: { ...ticks([BELOW]), ...name, domain: [0, ROW / inner] } }),
     shapes: stageLines(),
   };
 }

@@ -7,6 +7,7 @@ import {
   categoryOf,
   choose,
   D,
+  IS_ALONE,
   known,
   mean,
   shownTables,
@@ -80,6 +81,13 @@ function showCondition() {
   };
 }
 
+// Leave out what compares models, where there is only one.
+function showWhatThereIs() {
+  if (!IS_ALONE) return;
+  $("map-title").textContent = "All layers";
+  for (const part of document.querySelectorAll("[data-several]")) part.hidden = true;
+}
+
 function listen() {
   const onChoice = (id, act) => {
     $(id).onchange = (event) => act(event.target.value);
@@ -133,8 +141,7 @@ function show({ layer = state.layer, model = state.model }) {
     `Selected: ${D.models[model].label}, ${D.layers[layer].label}, criticality ${share(values[model][layer])} ` +
       `(interval ${interval(low[model][layer], high[model][layer])}). See `,
     link("one-model", "this model"),
-    ", ",
-    link("one-layer", "this layer"),
+    ...(IS_ALONE ? [] : [", ", link("one-layer", "this layer")]),
     ".",
   );
 }
@@ -216,6 +223,7 @@ function drawOthers() {
 
 async function start() {
   showCondition();
+  showWhatThereIs();
   prepareControls();
   prepareWhom();
   prepareEpochs();

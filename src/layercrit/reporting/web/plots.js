@@ -1,5 +1,5 @@
 // What all figures share, which Plotly plots; and those of one layer, of one model, and of accuracy.
-import { $, CRITICALITY, categoryOf, choose, D, known, mean, N_LAYERS, shownTables, state } from "./data.js";
+import { $, CRITICALITY, categoryOf, choose, D, IS_ALONE, known, mean, N_LAYERS, shownTables, state } from "./data.js";
 import { escaped, interval, percent, share, short } from "./texts.js";
 
 // --- what all figures share -----------------------------------------------------------------------------------------
@@ -127,6 +127,7 @@ export function visible() {
 // --- one layer, one model, accuracy ---------------------------------------------------------------------------------
 
 export function drawLayer() {
+  if (IS_ALONE) return;
   const { values, low, high } = CRITICALITY;
   const at = state.layer;
   const rows = visible()
@@ -282,6 +283,7 @@ function stagesAndLevel(unrelated) {
 }
 
 export function drawAccuracy() {
+  if (IS_ALONE) return;
   const models = D.models.filter(
     ({ accuracy, criticality, category }) => known(accuracy) && known(criticality) && !state.hidden.has(category),
   );

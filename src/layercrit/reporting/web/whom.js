@@ -1,5 +1,5 @@
 // For whom a model's layers matter: by class of images, by right and wrong predictions, and by image.
-import { $, choose, D, known, N_LAYERS, shownTables, state } from "./data.js";
+import { $, choose, D, IS_ALONE, known, N_LAYERS, shownTables, state } from "./data.js";
 import { drawLayerMap } from "./heatmap.js";
 import { bars, draw, layerAxis, layerSize, stageLines, style } from "./plots.js";
 import { count, element, escaped, interval, percent, share, short, signed } from "./texts.js";
@@ -28,7 +28,7 @@ function drawClasses({ model, of, classes, n_classes: all, criticality, low, hig
     `Criticality of each layer of ${D.models[model].label} for the images of each class` +
     `${of === "label" ? "" : " that the trained network predicts"}. Classes with like rows are next to each other; ` +
     `in brackets: how many images the class has.${few} Each interval is for its square alone: of many, some miss. ` +
-    "Other models: layercrit report --model NAME.";
+    (IS_ALONE ? "" : "Other models: layercrit report --model NAME.");
   const texts = classes.map(({ name, n_images: n }) => {
     const called = /^\d+$/.test(name) ? `class ${name}` : short(name, innerWidth < 600 ? 16 : 40);
     return `${called} (${n} ${n === 1 ? "image" : "images"})`;
