@@ -19,7 +19,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
     return [name.strip() for name in value.split(",") if name.strip()]
 
 
-@click.command("report", short_help="Plot the figures of a study or a measurement, and write its page.")
+@click.command("report", short_help="Write the page and figures of a study or a measurement.")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="STUDY|MEASUREMENT")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write. [default: that folder]")
 @click.option(
