@@ -498,8 +498,19 @@ def markdown(results: dict[str, Any]) -> str:
             parts[1] = parts[1] if row["order"] != "random" else "0"
             name = NAMES.get(row["order"], row["order"])
             lines.append(f"| {name} | {100 * row['accuracy']:.1f} | {' | '.join(parts)} |")
-        lines.append("")
+        lines += ["", *by_network(action, {row["order"]: row["accuracies"] for row in rows}), ""]
     return "\n".join(lines).strip()
+
+
+def by_network(action: str, accuracies: dict[str, dict[str, float]]) -> list[str]:
+    """Return the table of what is left of each network under some orders: order -> network -> accuracy."""
+    own = "criticality" if action == "finetune" else "criticality per parameter"
+    orders = [order for order in (LAST, ALL_TRAINED, own, *NULLS, "random", "oracle") if order in accuracies]
+    lines = [f"| network | {' | '.join(NAMES.get(order, order) for order in orders)} |", f"|---|{'---|' * len(orders)}"]
+    for network in accuracies[own]:
+        left = (f"{100 * accuracies[order][network]:.1f}" for order in orders)
+        lines.append(f"| {network} | {' | '.join(left)} |")
+    return lines
 
 
 NULLS = {

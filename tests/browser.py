@@ -26,18 +26,30 @@ def opened_browser():
 
 @contextmanager
 def opened_page(browser, path, width=1280, height=900, color_scheme="light"):
-    """Open a file, wait until all is drawn, and make sure that no network was asked and nothing complained of."""
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=color_scheme)
-    page = context.new_page()
+    """Open a file, wait until all is drawn, and make sure that no network was asked and nothing complained of.
+
+    All files are opened in the browser's one tab, one after the other, which then need not compile Plotly anew.
+    """
+    page = browser.contexts[0].pages[0] if browser.contexts else browser.new_context().new_page()
+    page.set_viewport_size({"width": width, "height": height})
+    page.emulate_media(color_scheme=color_scheme)
+    page.mouse.move(0, 0)
     requests, messages = [], []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda message: messages.append(message.text))
-    page.on("pageerror", lambda error: messages.append(str(error)))
+    listeners = {
+        "request": lambda request: requests.append(request.url),
+        "console": lambda message: messages.append(message.text),
+        "pageerror": lambda error: messages.append(str(error)),
+    }
+    for event, listener in listeners.items():
+        page.on(event, listener)
     page.complaints = messages
-    page.goto(path.as_uri())
-    page.wait_for_selector("body[data-ready=yes]", timeout=30_000)
-    yield page
-    context.close()
+    try:
+        page.goto(path.as_uri())
+        page.wait_for_selector("body[data-ready=yes]", timeout=30_000)
+        yield page
+    finally:
+        for event, listener in listeners.items():
+            page.remove_listener(event, listener)
     assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
     assert not messages, messages
 
