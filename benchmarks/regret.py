@@ -488,8 +488,8 @@ def markdown(results: dict[str, Any]) -> str:
         rows = [row for row in results["rows"] if row["action"] == action]
         if not rows:
             continue
-        names = list(rows[0]["accuracies"])
-        lines += [f"**{title}** ({len(names)} network{'s' * (len(names) > 1)}: {', '.join(names)})", ""]
+        n_networks = len(rows[0]["accuracies"])
+        lines += [f"**{title}** ({n_networks} network{'s' * (n_networks > 1)})", ""]
         lines += ["| layers in the order of | accuracy left | regret | more than by chance |", "|---|---|---|---|"]
         for row in sorted(rows, key=lambda row: -row["accuracy"]):
             parts = [points(row[name], row[low], row[high]) for name, low, high in

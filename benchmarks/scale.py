@@ -47,7 +47,7 @@ ONE = Place("cpu", 1)
 N_SHARDS = 100
 WORKERS = (16, 100, 1000)
 N_MODELS, N_TRIALS = 50, 20  # of the simulated study
-PARTS = (2, 4, 8)  # into which trials would be split by their layers
+PARTS = {"2 parts": (0.5, 0.5), "4 parts": (0.25,) * 4, "parts of 70, 20 and 10%": (0.7, 0.2, 0.1)}  # of their layers
 
 
 def main() -> None:
@@ -222,12 +222,19 @@ def dealing(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             "repeated": len(names) - len(set(names)),
             "left": len(set(seconds) - set(names)),
         }
-    for n_parts in PARTS:
-        times = generator.choice(measured, n_parts * len(tasks)) * (1 + passes_after / n_parts) / (1 + passes_after)
-        parts = queued(times, WORKERS[-1])
-        name = f"{WORKERS[-1]}, trials in {n_parts} parts"
-        found[name] = {"queue": idle_share(parts), "time": max(parts) / max(queue)}
+    for name, shares_of_trial in PARTS.items():  # the largest first, of all trials
+        times = [
+            share_of_trial(share, passes_after) * generator.choice(measured, len(tasks)) for share in shares_of_trial
+        ]
+        parts = queued(np.concatenate(times), WORKERS[-1])
+        split = {"queue": idle_share(parts), "time": max(parts) / max(queue)}
+        found[f"{WORKERS[-1]}, trials in {name}"] = split
     return found
+
+
+def share_of_trial(share: float, passes_after: float) -> float:
+    """Return which share of a trial's time it takes to reset a share of its layers, after one pass without a reset."""
+    return (1 + share * passes_after) / (1 + passes_after)
 
 
 def queued(seconds: Iterable[float], n_workers: int) -> list[float]:
