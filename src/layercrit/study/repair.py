@@ -19,6 +19,7 @@ from layercrit.errors import StudyError
 from layercrit.locks import hold
 from layercrit.study.migrations import MIGRATIONS, statements
 from layercrit.study.rows import COLUMNS
+from layercrit.study.snapshot import logs_of
 from layercrit.study.store import FILE, Store
 
 __all__ = ["Repaired", "repair_study"]
@@ -27,7 +28,6 @@ _MISSES = 1_000  # row numbers in a row that are not there; then there are no mo
 _PAGE, _HEADER = 4096, 100  # bytes of a page, and of what the first one begins with
 _LEAF = 0x0D  # first byte of a page that holds rows
 _UNREADABLE = (sqlite3.Error, UnicodeDecodeError)  # SQLite's own texts about damage may be damaged, too
-_LOGS = ("-wal", "-journal")  # what SQLite has yet to write into the file or to take out of it
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def repair_study(folder: str | Path) -> Repaired:
     with hold(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".repair-") as scratch:
         old, new = Path(scratch) / "old" / FILE, Path(scratch)
         old.parent.mkdir()
-        for log in ("", *_LOGS):
-            if Path(f"{folder / FILE}{log}").exists():
-                shutil.copyfile(f"{folder / FILE}{log}", f"{old}{log}")
+        for file in (folder / FILE, *logs_of(folder / FILE)):
+            if file.exists():
+                shutil.copyfile(file, old.with_name(file.name))
         with Store(new, create=True) as store:
             n_rows = _take_all(store, old)
             lost, n_kept = tuple(store.damaged), store.n_cells()
@@ -70,8 +70,8 @@ def repair_study(folder: str | Path) -> Repaired:
             )
         kept = next(path for n in range(1, 1000) if not (path := folder / f"{FILE}.damaged-{n}").exists())
         os.replace(folder / FILE, kept)  # noqa: PTH105
-        for log in (*_LOGS, "-shm"):
-            Path(f"{folder / FILE}{log}").unlink(missing_ok=True)
+        for file in (*logs_of(folder / FILE), folder / f"{FILE}-shm"):
+            file.unlink(missing_ok=True)
         (new / FILE).replace(folder / FILE)
     return Repaired(n_kept, lost, kept)
 

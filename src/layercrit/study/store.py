@@ -15,7 +15,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import sqlite3
 import tempfile
 import time
@@ -33,6 +32,7 @@ from layercrit.study.cell_table import cells_table
 from layercrit.study.migrations import MIGRATIONS, statements
 from layercrit.study.packing import pack, unpack
 from layercrit.study.rows import COLUMNS, CellRow, FailureRow, ModelRow, PartRow, PlanRow, checksum, is_sound
+from layercrit.study.snapshot import logs_of, take_snapshot
 
 __all__ = [
     "FILE",
@@ -50,6 +50,7 @@ _MAGIC = 0x6C637274  # "lcrt": tells a study's file from other SQLite files
 _CHECKSUM_STOPPED = "user-defined function raised exception"
 
 _ATTEMPTS, _MOMENT = 40, 0.05  # to read a file that another process may be writing; and seconds between them
+_PATIENCE_WITH_CACHES = 30  # seconds: what clients of network file systems know of a file may be as old
 _PATIENCE = 600  # seconds that a writer waits for readers, of a large file in a slow network, or these for it
 
 SCHEMA = len(MIGRATIONS)
@@ -59,7 +60,8 @@ class Store:
     """The SQLite file of a study's folder; a context manager that closes it.
 
     Any number of processes may read while one writes; of other machines, where the file is in a file system of a
-    network or was created as ``shared``. What is put into it is put inside a `transaction`. A study that cannot be
+    network, or was created as ``shared``. In a file system of a network a store that is not created is read from a
+    copy. What is put into it is put inside a `transaction`. A study that cannot be
     written, as on read-only media, can be read. Rows that were damaged on the disk are left out.
 
     Args:
@@ -101,7 +103,9 @@ class Store:
         self._cleared_up = contextlib.ExitStack()
         with self._explained(), contextlib.ExitStack() as unless_opened:
             unless_opened.callback(self.close)
-            if _is_writable(self.path) and not read_only:
+            if not create and is_on_network(self.path):  # whose locks may hold on one machine only
+                self._connect_to_copy(_PATIENCE_WITH_CACHES)
+            elif _is_writable(self.path) and not read_only:
                 self._connect(self.path)
             else:
                 self._connect_read_only(may_change=read_only)
@@ -123,10 +127,9 @@ class Store:
         Args:
             may_change: whether another process may write it, and just be about to.
         """
-        logs = [Path(f"{self.path}{suffix}") for suffix in ("-wal", "-journal")]
         for attempt in range(_ATTEMPTS if may_change else 1):
             time.sleep(_MOMENT if attempt else 0)
-            is_alone = not may_change and not any(log.exists() for log in logs)
+            is_alone = not may_change and not any(log.exists() for log in logs_of(self.path))
             try:
                 # where nobody is writing it, it needs no locks, which cannot be made on read-only media
                 self._connect(self.path, "?mode=ro&immutable=1" if is_alone else "?mode=ro")
@@ -135,22 +138,18 @@ class Store:
                 if not isinstance(error.__cause__ or error, sqlite3.OperationalError):
                     raise
                 self._cleared_up.close()
-        for attempts_left in reversed(range(_ATTEMPTS if may_change else 1)):
-            try:
-                self._connect_to_copy(logs)
-                return
-            except (sqlite3.Error, StudyError):  # while it was copied another process wrote it, maybe
-                self._cleared_up.close()
-                if not attempts_left:
-                    raise
-                time.sleep(_MOMENT)
+        self._connect_to_copy(_ATTEMPTS * _MOMENT if may_change else 0)
 
-    def _connect_to_copy(self, logs: Sequence[Path]) -> None:
+    def _connect_to_copy(self, patience: float) -> None:
         scratch = Path(self._cleared_up.enter_context(tempfile.TemporaryDirectory(prefix="layercrit-")))
-        for file in (self.path, *logs):
-            with contextlib.suppress(FileNotFoundError):  # a log, which is gone once it was written into the file
-                shutil.copyfile(file, scratch / file.name)
-        self._connect(scratch / self.path.name)
+        try:
+            copy = take_snapshot(self.path, scratch, patience)
+        except OSError as error:
+            raise StudyError(
+                f"{self.path} cannot be read, or not be copied to {scratch.parent} ({error.strerror}). Free some space "
+                "there, or set TMPDIR to another folder."
+            ) from error
+        self._connect(copy)
 
     def _open(self) -> None:
         self._connection.execute("BEGIN")  # another process may just create it: all three are of one state
