@@ -167,7 +167,7 @@ def test_report__no_study(tmp_path, monkeypatch, capsys, folder):
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 1
-    assert "no study" in capsys.readouterr().err
+    assert f"Error: There is no study or measurement in {folder}. Give the folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,8 +12,8 @@ from layercrit.errors import AdviceError, LayercritError, near
 from layercrit.layers import Shared
 from layercrit.measurement import Measurement
 from layercrit.models.references import open_model
-from layercrit.study.shards import is_study
-from layercrit.study.tables import Study, load_study
+from layercrit.study.of_measurement import load_result
+from layercrit.study.tables import Study
 
 __all__ = ["Evidence", "evidence_of"]
 
@@ -133,19 +133,13 @@ def evidence_of(
 
 
 def _opened(folder: str | Path) -> Measurement | Study:
-    path = Path(folder).expanduser()
-    try:
-        if is_study(path):
-            return load_study(path)
-        found = (path / "measurement.json").is_file()
-    except OSError:  # a reference may be longer than a file name can be
-        found = False
-    if not found:
+    found = load_result(folder)
+    if found is None:
         raise AdviceError(
             f"There is no measurement or study in {folder}. Give the folder that `layercrit measure` or `layercrit "
             "study run` wrote; or, where it is a model, --images to measure it on."
         )
-    return Measurement.load(path)
+    return found
 
 
 def _of_study(study: Study, model: str | None, reset: str | None) -> Evidence:

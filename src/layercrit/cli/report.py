@@ -9,6 +9,7 @@ import click
 from layercrit.cli.printing import notice, print_warnings, say, say_damaged
 from layercrit.cli.registered import RegisteredOption
 from layercrit.cli.tables import comparison_options
+from layercrit.errors import StudyError
 
 # Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
 
@@ -80,14 +81,18 @@ def report_command(
     """
     from layercrit.measurement import Measurement
     from layercrit.reporting.reports import report
-    from layercrit.study.tables import Study, load_study
+    from layercrit.study.of_measurement import load_result
 
-    found: Study | Measurement
-    if (folder / "measurement.json").is_file():
-        found, out = Measurement.load(folder), out or folder
+    found = load_result(folder)
+    if found is None:
+        raise StudyError(
+            f"There is no study or measurement in {folder}. Give the folder that `layercrit study run`, `layercrit "
+            "import` or `layercrit measure` wrote."
+        )
+    if isinstance(found, Measurement):
+        out = out or folder
         print_warnings(found.record.get("warnings", []), err=True)
     else:
-        found = load_study(folder)
         print_warnings(found.warnings, err=True)
         say_damaged(found.damaged)
     written = report(

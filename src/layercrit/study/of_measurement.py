@@ -1,4 +1,4 @@
-"""A measurement as a study of one model, for all that shows studies."""
+"""Measurements beside studies: a folder of either is opened, and a measurement becomes a study of one model."""
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
@@ -9,16 +9,32 @@ from layercrit.layer_sets import stages_of_sets
 from layercrit.measurement import Measurement
 from layercrit.protocol import DEFAULTS
 from layercrit.study.rows import CellRow, ModelRow, PlanRow
+from layercrit.study.shards import is_study
 from layercrit.study.store import Store
 from layercrit.study.tables import Study, load_study
 
-__all__ = ["study_of"]
+__all__ = ["load_result", "study_of"]
 
 # what both say of a model
 _ON_TOP = ("backend", "dtype", "notes", "predictions", "warnings")
 _OF_MODEL = ("architecture", "mean", "n_parameters", "sha256", "std")
 _ABOUT_CELL = ("model", "layer", "type", "depth", "n_parameters", "flops_after", "reset", "trial", "seed", "status",
                "delta_norm", "n_images")  # fmt: skip
+
+
+def load_result(folder: str | Path) -> Measurement | Study | None:
+    """Read what `layercrit.measure` or a study left in a folder; None if that is neither.
+
+    Raises:
+        LayercritError: it is damaged.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        if is_study(folder):
+            return load_study(folder)
+        return Measurement.load(folder) if (folder / "measurement.json").is_file() else None
+    except OSError:  # a reference of a model may be longer than a file name can be
+        return None
 
 
 def study_of(measurement: Measurement, folder: Path) -> Study:
