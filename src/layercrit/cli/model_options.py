@@ -12,7 +12,15 @@ from layercrit.cli.registered import complete_files
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, GROUPS
 
-__all__ = ["check_free", "folder_for", "images_and_layers", "is_study_folder", "number_or_auto", "refuse_options"]
+__all__ = [
+    "check_free",
+    "default_folder",
+    "folder_for",
+    "images_and_layers",
+    "is_study_folder",
+    "number_or_auto",
+    "refuse_options",
+]
 
 
 def number_or_auto(context: click.Context, parameter: click.Parameter, value: str) -> int | str:
@@ -62,13 +70,20 @@ def images_and_layers(n_images: int, *, or_study: bool = False) -> Callable[[Cal
     return add
 
 
+def default_folder(begin: str, model: str) -> Path:
+    """Return the folder for results of a model where none was named: after what tables call the model."""
+    from layercrit.models.sources import short_name
+
+    return Path(f"{begin}-" + re.sub(r"[^A-Za-z0-9._-]+", "-", short_name(model)).strip("-."))
+
+
 def folder_for(model: str, out: Path | None) -> Path:
     """Return the folder of a model's results, made if need be.
 
     Raises:
         LayercritError: it cannot be created.
     """
-    folder = out or Path("layercrit-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
+    folder = out or default_folder("layercrit", model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

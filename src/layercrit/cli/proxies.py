@@ -1,13 +1,12 @@
 """The command `proxies`: cheap proxies for the criticality of layers, and how well they rank them."""
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from layercrit.cli.model_options import check_free, is_study_folder, refuse_options
+from layercrit.cli.model_options import check_free, default_folder, is_study_folder, refuse_options
 from layercrit.cli.printing import json_rows, notice, number, plain, print_table, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files
 from layercrit.counts import counted
@@ -99,7 +98,7 @@ def proxies_command(
 
     With a STUDY, a folder of `layercrit study run`: over its models, against the criticality that it measured.
     """
-    folder = out or Path("layercrit-proxies-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-."))
+    folder = out or default_folder("layercrit-proxies", model)
     of_study = is_study_folder(model)
     refuse_options(context, _OF_MODEL if of_study else _OF_STUDY, of_study)
     for file in ("proxies.json", "proxies.csv"):

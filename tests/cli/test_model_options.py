@@ -1,0 +1,18 @@
+"""What commands that take a model have in common."""
+
+import pytest
+
+from layercrit.cli.model_options import default_folder
+
+
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [
+        ("timm:resnet50.a1_in1k", "layercrit-timm-resnet50.a1_in1k"),
+        ("file:/data/nets/r20.th?arch=py:nets:R20&mean=(0.5,0.5,0.5)", "layercrit-r20"),
+        ("layercrit-resnet18?mean=(0.5,)", "layercrit-layercrit-resnet18"),
+        ("runs/study", "layercrit-runs-study"),
+    ],
+)
+def test_default_folder__is_called_after_the_model(model, folder):
+    assert str(default_folder("layercrit", model)) == folder
