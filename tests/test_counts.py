@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from layercrit.counts import counted
+from layercrit.counts import counted, counted_range
 
 SOURCES = sorted((Path(__file__).parents[1] / "src" / "layercrit").rglob("*.py"))
 
@@ -14,6 +14,13 @@ SOURCES = sorted((Path(__file__).parents[1] / "src" / "layercrit").rglob("*.py")
 )
 def test_counted(n, text):
     assert counted(n, "layer") == text
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "text"), [(10, 39, "10 to 39 trials"), (5, 5, "5 trials"), (1, 1, "1 trial")]
+)
+def test_counted_range(least, most, text):
+    assert counted_range(least, most, "trial") == text
 
 
 def test_counted__nothing_else_makes_plurals():

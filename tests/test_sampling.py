@@ -100,6 +100,8 @@ def test_measure__means_over_layers_count_each_layer_with_its_own_trials(planned
     common = planned.per_image["cosine"][:, :5].mean(axis=0)
 
     assert summary["n_trials_in_mean"] == 5
+    assert summary["fewest_trials"] == table["n_trials"].min() < table["n_trials"].max() == summary["n_trials"]
+    assert f"{summary['fewest_trials']} to {summary['n_trials']} trials" in repr(planned)
     assert summary["criticality"]["mean"] == pytest.approx(table["criticality"].mean(), rel=1e-6)
     expected = estimate(common)
     width = summary["criticality"]["high"] - summary["criticality"]["low"]

@@ -489,6 +489,7 @@ def _origin(study: ComparedStudy, reset: str) -> dict[str, Any]:
         "rows": len(cells),
         "models_in_file": int(cells["model"].nunique()),
         "trials": int(cells["trial"].nunique()),
+        "fewest_trials": int(cells.groupby(["model", "layer"])["trial"].nunique().min()),
     }
 
 

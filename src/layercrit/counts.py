@@ -1,11 +1,16 @@
 """Numbers with the word for what was counted, and durations: 1 layer, 3 layers, 5 min."""
 
-__all__ = ["counted", "duration"]
+__all__ = ["counted", "counted_range", "duration"]
 
 
 def counted(n: int, one: str) -> str:
     """Return a number with the singular or the plural of a word, which takes an s: ``1 layer``, ``2,000 images``."""
     return f"{n:,} {one}{'' if n == 1 else 's'}"
+
+
+def counted_range(least: int, most: int, one: str) -> str:
+    """Return what `counted` does, of two numbers where these differ: ``10 to 39 trials``."""
+    return counted(most, one) if least == most else f"{least:,} to {counted(most, one)}"
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from layercrit.cell_columns import CELL_COLUMNS, NOT_REACHED, PER_IMAGE
-from layercrit.counts import counted
+from layercrit.counts import counted, counted_range
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError, LayerError, ProtocolError, first_line, near
 from layercrit.foreign_files import read_json
@@ -189,6 +189,9 @@ class Measurement:
             "n_layers_in_mean": sum(whole),
             "left_out": [name for name, counts in zip(statuses.index, whole, strict=True) if not counts],
             "n_trials": int(self.cells["trial"].nunique()),
+            "fewest_trials": int(
+                self.cells.groupby("layer")["trial"].nunique().min()
+            ),  # of a layer; n_trials: the most
             "n_trials_in_mean": len(common),
             "excluded_share": excluded_share(len(common)) if common and self.record["random_trials"] else None,
             "precision": self._precision(),
@@ -208,9 +211,10 @@ class Measurement:
 
     def __repr__(self) -> str:
         summary = self.summary()
+        trials = counted_range(summary["fewest_trials"], summary["n_trials"], "trial")
         return (
             f"<Measurement of {summary['model']}: mean criticality {self._mean_in_words(summary)}, "
-            f"{counted(summary['n_layers'], 'layer')}, {counted(summary['n_trials'], 'trial')}, "
+            f"{counted(summary['n_layers'], 'layer')}, {trials}, "
             f"{counted(summary['n_images'], 'image')}, reset {self.record['protocol']['reset']}>"
         )
 

@@ -54,6 +54,7 @@ def measured(photographs, tmp_path_factory):
 def test_measure__json_is_all_of_stdout_and_equals_the_files(measured):
     folder, result = measured
     printed = json.loads(result.stdout)
+    assert "\nFor a page to explore: `layercrit report result`." in result.stderr
     table = pd.read_csv(folder / "layers.csv")
     assert [row["layer"] for row in printed["layers"]] == table["layer"].to_list()
     assert np.allclose([row["criticality"] for row in printed["layers"]], table["criticality"], atol=1e-12)

@@ -169,6 +169,15 @@ def test_errors__do_nothing_to_the_terminal(arguments, code, tmp_path, monkeypat
     assert sum(line.startswith("Error") for line in printed.splitlines()) == 1
 
 
+def test_errors__lists_of_a_missing_argument_are_set_apart(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["layercrit", "study", "example"])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().err
+    assert "fashion" in said
+    assert "\\" not in said, "a tab would be written out"
+
+
 # --- what ends a command --------------------------------------------------------------------------------------------
 
 

@@ -391,6 +391,24 @@ def test_page__differences_are_of_the_layers_that_they_stand_at(browser, tmp_pat
         np.testing.assert_allclose(rows["difference"].astype(float), expected[list("zyx")], atol=6e-5)
 
 
+def test_page__without_a_baseline_it_begins_with_a_trained_model(browser, tmp_path):
+    categories = {"random": "untrained", "mine": None, "yours": None}
+    study = made_up(tmp_path, models=categories, record={})
+    with opened_page(browser, write_page(study, compare(study), tmp_path / "r.html")) as page:
+        chosen = page.evaluate("""() => ["model", "first", "second"].map((id) => {
+            const one = document.getElementById(id); return one.options[one.selectedIndex].label; })""")
+        assert chosen == ["Mine", "Mine", "Yours"]
+        assert len(compared(page)["layer"]) == len(LAYERS)
+
+
+def test_page__where_nothing_is_to_be_cautioned_there_is_no_box(study, tmp_path, monkeypatch):
+    path = write_page(study, compare(study), tmp_path / "r.html")
+    assert '<aside aria-label="Cautions"><details>' in path.read_text()
+    monkeypatch.setattr("layercrit.reporting.page.pitfalls_of_comparison", lambda study, comparison: [])
+    write_page(study, compare(study), path)
+    assert "<aside" not in path.read_text()
+
+
 def test_page__says_what_differences_rest_on(page, study):
     listed = page.inner_text("#compare-notes")
     assert "are not adjusted for multiple testing" in listed

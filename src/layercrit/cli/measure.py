@@ -17,7 +17,7 @@ from layercrit.cli.pitfalls import say_pitfalls
 from layercrit.cli.printing import bar, notice, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files, missing_plug_ins_named
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
-from layercrit.counts import counted
+from layercrit.counts import counted, counted_range
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, DTYPES, GROUPS, INTERVALS, NORM_STATISTICS
 
@@ -312,7 +312,8 @@ class _Saver:
             raise LayercritError(f"{error}\n  The measurement is saved in {elsewhere} instead.") from error
         if not quietly:
             files = ", ".join(sorted(path.name for path in self.folder.iterdir() if path.is_file()))
-            notice(f"Saved in {self.folder}: {files}\nFor a page to explore: `layercrit report {self.folder}`.")
+            notice(f"Saved in {self.folder}: {files}")
+            notice(f"For a page to explore: `layercrit report {self.folder}`.")
 
     def save_what_is_finished(self) -> None:
         """Save the trials that were finished before an interruption."""
@@ -430,8 +431,8 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
         lines.append(f"mean criticality {mean['mean']:.3f} ({interval})")
         if mean["low"] is not None and "trials" in summary["covers"]:
             lines.append(
-                f"after {counted(summary['n_trials_in_mean'], 'trial')}, draws with quite other values cannot be ruled "
-                f"out if they are less than {summary['excluded_share']:.0%} of all"
+                f"up to {summary['excluded_share']:.0%} of all draws may be unlike those of "
+                f"{counted(summary['n_trials_in_mean'], 'trial')}; more trials leave less room"
             )
         if matched is not None and summary["temperature"] is not None:
             lines.append(
@@ -442,7 +443,7 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
         lines.append(f"an unrelated prediction would give {1 - summary['chance']:.3f}, not 1")
     if summary["top1_accuracy"] is not None:
         guessing = summary["guessing_accuracy"]
-        than = "" if guessing is None else f"; guessing would give {100 * guessing:.1f}%"
+        than = "" if guessing is None else f"; always naming one class would give {100 * guessing:.1f}%"
         lines.append(f"top-1 accuracy before any reset {100 * summary['top1_accuracy']:.1f}%{than}")
     bad = {status: n for status, n in summary["cells"].items() if status != "ok"}
     if bad:
@@ -456,8 +457,9 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
         lines.append(f"model: {summary['model']}")
     if summary["donor"] is not None:
         lines.append(f"new values from: {summary['donor']}")
+    trials = counted_range(summary["fewest_trials"], summary["n_trials"], "trial")
     lines.append(
-        f"{counted(summary['n_layers'], 'layer')}, {counted(summary['n_trials'], 'trial')}, "
+        f"{counted(summary['n_layers'], 'layer')}, {trials}, "
         f"{counted(summary['n_images'], 'image')}; {summary['dtype']}, {summary['backend']} backend"
     )
     return [*lines, *(f"note: {note}" for note in summary["notes"])]

@@ -155,7 +155,7 @@ def _run(debug: bool) -> int:
         with contextlib.redirect_stderr(io.StringIO()) as shown:
             error.show()
         for line in shown.getvalue().splitlines():
-            _print(line)
+            _print(line.expandtabs(4))  # of click's lists
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         return ExitCode.INTERRUPTED

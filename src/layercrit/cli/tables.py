@@ -11,7 +11,7 @@ import click
 from layercrit.cli.pitfalls import say_pitfalls
 from layercrit.cli.printing import notice, number, percent, plain, print_table, print_warnings, say, say_damaged
 from layercrit.cli.registered import RegisteredOption
-from layercrit.counts import counted
+from layercrit.counts import counted, counted_range
 from layercrit.protocol import NORM_STATISTICS
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
@@ -178,9 +178,10 @@ def show_comparison(study: "Study", comparison: "Comparison") -> None:
         print_table(correlations)
         say()
     against = f"differences are relative to {comparison.baseline}" if comparison.baseline else "no baseline"
+    trials = counted_range(comparison.origin["fewest_trials"], comparison.origin["trials"], "trial")
     say(
         f"{counted(len(comparison.models), 'model')}, {counted(len(comparison.layers), 'layer')}, "
-        f"{counted(comparison.origin['trials'], 'trial')}, reset {comparison.reset}; {against}"
+        f"{trials}, reset {comparison.reset}; {against}"
     )
     if comparison.left_out:
         say(f"left out: {', '.join(comparison.left_out)}")

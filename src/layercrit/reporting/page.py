@@ -17,7 +17,7 @@ from typing import Any
 
 from layercrit.comparison import Comparison
 from layercrit.conditions import STATISTICS_IN_WORDS, Condition
-from layercrit.counts import counted
+from layercrit.counts import counted, counted_range
 from layercrit.differences import compared_differences
 from layercrit.epoch_map import EpochMap
 from layercrit.errors import StudyError
@@ -229,10 +229,11 @@ def _facts(study: Study, comparison: Comparison) -> str:
     n_images = study.of_reset(comparison.reset)["n_images"].max()
     images = "" if math.isnan(n_images) else f" on {counted(int(n_images), 'image')}"
     against = f"; differences are relative to {comparison.baseline}" if comparison.baseline else ""
-    common = " in common" if len(comparison.models) > 1 else ""
+    origin, common = comparison.origin, " in common" if len(comparison.models) > 1 else ""
+    trials = counted_range(origin["fewest_trials"], origin["trials"], "trial")
     return (
         f"{counted(len(comparison.models), 'model')}, {counted(len(comparison.layers), 'layer')}{common}, "
-        f"{counted(comparison.origin['trials'], 'trial')} of the reset {comparison.reset}{images}{against}"
+        f"{trials} of the reset {comparison.reset}{images}{against}"
     )
 
 
@@ -244,7 +245,7 @@ def _cautions(study: Study, comparison: Comparison) -> str:
     ]
     if comparison.models["criticality_matched"].isna().all():
         parts.append(f"<p>{html.escape(_NO_MATCHED)}</p>")
-    return f'<aside aria-label="Cautions">{"".join(parts)}</aside>'
+    return f'<aside aria-label="Cautions">{"".join(parts)}</aside>' if parts else ""
 
 
 def _pitfalls() -> str:
@@ -299,7 +300,7 @@ def _methods(study: Study, comparison: Comparison) -> str:
             f"{level}, for new {coverage}; Student's t, of crossed random effects where per-image values are kept",
         ),
         *([("condition", condition.in_words())] if condition.in_words() else []),
-        *((str(name).replace("_", " "), _plain(value)) for name, value in protocol.items()),
+        *((str(name).replace("_", " "), _plain(value)) for name, value in protocol.items() if value is not None),
         *((f"images: {name}", _plain(value)) for name, value in images.items()),
         *((f"versions, run {run['run']}", _plain(run.get("versions", {}))) for run in runs.values()),
         *((f"results: {name}", _plain(value)) for name, value in record.get("origin", {}).items()),

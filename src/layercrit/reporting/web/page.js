@@ -42,8 +42,10 @@ function prepareControls() {
   $("categories").append(...D.categories.map(categoryBox));
   $("action-label").hidden = !D.advice.length;
   $("action").append(...D.advice.map(({ done }, i) => new Option(done, i)));
-  const other = D.models.findIndex((_, i) => i !== D.baseline);
-  startWith({ layer: mostUnlike(), model: Math.max(0, other) });
+  const isTrained = (i) => D.categories[D.models[i].category].name !== "untrained";
+  const others = [...D.models.keys()].filter((i) => i !== D.baseline).sort((i, j) => isTrained(j) - isTrained(i));
+  const model = others[0] ?? 0;
+  startWith({ layer: mostUnlike(), model, second: D.baseline ?? others[1] ?? model });
   listen();
 }
 
@@ -61,12 +63,12 @@ function categoryBox(category, i) {
   return element("label", {}, box, swatch, category.label);
 }
 
-function startWith({ layer, model }) {
+function startWith({ layer, model, second }) {
   Object.assign(state, { layer, model });
   $("layer").value = layer;
   $("model").value = model;
   $("first").value = `models ${model}`;
-  $("second").value = `models ${D.baseline ?? Math.min(1, D.models.length - 1)}`;
+  $("second").value = `models ${second}`;
 }
 
 // What the page says of each condition: show that of the chosen one.
