@@ -401,6 +401,19 @@ def test_page__without_a_baseline_it_begins_with_a_trained_model(browser, tmp_pa
         assert len(compared(page)["layer"]) == len(LAYERS)
 
 
+def test_page__says_first_what_is_most_critical_and_least(page, study):
+    comparison = compare(study)
+    for paragraph, values in zip(
+        page.locator("#answer p").all_inner_texts(),
+        (comparison.layers["criticality"], comparison.models["criticality"]),
+        strict=True,
+    ):
+        ranked = values.sort_values(ascending=False)
+        most, least = paragraph.removesuffix(".").split("; least critical: ")
+        assert most.endswith(": " + ", ".join(f"{name} ({value:.2f})" for name, value in ranked[:2].items()))
+        assert least == ", ".join(f"{name} ({value:.2f})" for name, value in ranked[:-3:-1].items())
+
+
 def test_page__where_nothing_is_to_be_cautioned_there_is_no_box(study, tmp_path, monkeypatch):
     path = write_page(study, compare(study), tmp_path / "r.html")
     assert '<aside aria-label="Cautions"><details>' in path.read_text()

@@ -258,6 +258,7 @@ def layers_command(model: str, layers: str, types: str, group: str, sets: str, a
         share = f"{100 * row['flops_after']:.1f}%"
         table.add_row(str(row["depth"]), plain(row["name"]), row["type"], shape, f"{row['n_parameters']:,}", share)
     print_table(table)
+    say("after: share of the forward pass's FLOPs that is run again when the layer is reset")
     passes = f"one trial of all layers costs {found['flops_after'].sum():.1f} forward passes"
     say(f"{counted(len(found), 'layer')}, {counted(int(found['n_parameters'].sum()), 'parameter')}; {passes}")
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import pandas as pd
+
 from layercrit.comparison import Comparison
 from layercrit.conditions import STATISTICS_IN_WORDS, Condition
 from layercrit.counts import counted, counted_range
@@ -44,6 +46,7 @@ _SCRIPTS = (
     "proxies",
     "page",
 )  # each imports from those before it
+_NAMED = 3  # of the most critical, and of the least
 _NO_MATCHED = (
     "This study has no temperature-matched values and no chance level: its results were published as means over "
     "images, so it cannot be checked here how far confidence and chance level matter."
@@ -137,6 +140,7 @@ def _filled(
         style=(web / "page.css").read_text(encoding="utf-8"),
         conditions=_choice(comparisons),
         facts=_of_each([html.escape(_facts(study, one)) for one in comparisons], "span"),
+        answer=_of_each([_answer(one) for one in comparisons], "div"),
         cautions=_of_each([_cautions(study, one) for one in comparisons], "div"),
         about_differences=_of_each([html.escape(_about_differences(study, one)) for one in comparisons], "span"),
         correlations=_of_each([_correlations(one) for one in comparisons], "div"),
@@ -235,6 +239,24 @@ def _facts(study: Study, comparison: Comparison) -> str:
         f"{counted(len(comparison.models), 'model')}, {counted(len(comparison.layers), 'layer')}{common}, "
         f"{trials} of the reset {comparison.reset}{images}{against}"
     )
+
+
+def _answer(comparison: Comparison) -> str:
+    """Say which layers, and which models, are most critical and which least, as measured."""
+    over = ", mean over the models" if len(comparison.models) > 1 else ""
+    listed = {
+        f"Most critical layers{over}": comparison.layers["criticality"],
+        "Most critical models, mean over layers": comparison.models["criticality"],
+    }
+    found = {name: _ends(values) for name, values in listed.items()}
+    return "".join(f"<p>{html.escape(f'{name}: {ends}.')}</p>" for name, ends in found.items() if ends)
+
+
+def _ends(values: pd.Series) -> str:
+    """Return the largest values with their names, and the smallest ones."""
+    ranked = [f"{name} ({value:.2f})" for name, value in values.dropna().sort_values(ascending=False).items()]
+    n = min(_NAMED, len(ranked) // 2)
+    return f"{', '.join(ranked[:n])}; least critical: {', '.join(reversed(ranked[-n:]))}" if n else ""
 
 
 def _cautions(study: Study, comparison: Comparison) -> str:
