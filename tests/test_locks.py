@@ -6,12 +6,15 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from layercrit import locks
 from layercrit.errors import StudyError
-from layercrit.locks import hold, holder
+from layercrit.locks import hold, holder, is_free
 
 HOLD = """
 import sys
@@ -142,3 +145,89 @@ def test_hold__other_errors_of_locks_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr("layercrit.locks.FileLock.acquire", refuse)
     with pytest.raises(StudyError, match=r"cannot be used \(Input/output error\)"), hold(tmp_path):
         pass
+
+
+# --- file systems of networks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """A folder in a file system whose locks hold on one machine only; holders are silent for half a second at most."""
+    monkeypatch.setattr(locks, "is_on_network", lambda path: True)
+    monkeypatch.setattr(locks, "_BEAT", 0.05)
+    monkeypatch.setattr(locks, "_SILENCE", 0.5)
+    monkeypatch.setattr(locks, "_LOOK_AGAIN", 0.02)
+    (tmp_path / ".lock").touch()
+    return tmp_path
+
+
+class Elsewhere:
+    """A process on another machine that holds a folder for some seconds, and then leaves it or is killed."""
+
+    def __init__(self, folder, seconds=3600.0, *, leaves=True):
+        self.file, self.until, self.leaves = folder / "running.json", time.monotonic() + seconds, leaves
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.tell)
+
+    def tell(self):
+        while time.monotonic() < self.until:
+            told = {"process": 7, "machine": "node7", "since": "then", "alive": time.time()}
+            locks.write_whole(self.file, json.dumps(told))
+            if self.over.wait(0.05):
+                break
+        if self.leaves:
+            self.file.unlink(missing_ok=True)
+
+    def __enter__(self):
+        self.thread.start()
+        while not self.file.exists():
+            time.sleep(0.01)
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+
+
+def test_hold__is_refused_while_another_machine_says_that_it_holds_it(network):
+    with Elsewhere(network):
+        assert holder(network) == "process 7 on node7, since then"
+        assert not is_free(network)
+        with pytest.raises(StudyError, match="is being run by process 7 on node7"), hold(network):
+            pass
+        assert holder(network) == "process 7 on node7, since then", "it still tells"
+    assert holder(network) is None
+    assert is_free(network)
+    with hold(network):
+        assert not is_free(network)
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["that leaves it", "that was killed"])
+def test_hold__waits_for_another_machine(network, leaves):
+    with Elsewhere(network, 0.3, leaves=leaves), hold(network, patience=60):
+        assert f"process {os.getpid()} " in holder(network)
+
+
+def test_hold__what_a_machine_said_long_ago_is_not_waited_for(network, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
+    told = {"process": 7, "machine": "node7", "since": "then"}
+    for alive in ({"alive": time.time() - 60}, {}, {"alive": "now"}):
+        (network / "running.json").write_text(json.dumps(told | alive))
+        assert holder(network) is None
+        with hold(network):
+            pass
+
+
+def test_hold__tells_other_machines_again_and_again(network):
+    with hold(network):
+        found, deadline = set(), time.monotonic() + 30
+        while len(found) < 3 and time.monotonic() < deadline:
+            found.add(json.loads((network / "running.json").read_text())["alive"])
+        assert len(found) == 3
+    assert not (network / "running.json").exists()
+    assert "layercrit-holder" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_hold__on_a_disk_of_its_own_other_machines_are_not_heard(tmp_path):
+    (tmp_path / ".lock").touch()
+    with Elsewhere(tmp_path), hold(tmp_path):
+        assert "layercrit-holder" not in [thread.name for thread in threading.enumerate()]

@@ -1,4 +1,8 @@
-"""Locks on the folders of studies and training runs: one process writes at a time, also over a network."""
+"""Locks on the folders of studies and training runs: one process writes at a time, also over a network.
+
+Some file systems of networks hold locks on one machine only. There, who holds a folder says so again and again, and who
+wants it from another machine looks whether that goes on.
+"""
 
 import contextlib
 import errno
@@ -6,6 +10,8 @@ import json
 import os
 import platform
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +22,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from layercrit.errors import StudyError
 from layercrit.foreign_files import read_json
 
-__all__ = ["about_holder", "has_locks", "hold", "holder", "is_on_network", "write_whole"]
+__all__ = ["about_holder", "has_locks", "hold", "holder", "is_free", "is_on_network", "write_whole"]
 
 _LOCK = ".lock"  # released when the process that holds it ends, however it ends
 _SOFT_LOCK = ".lock-soft"  # its being there is the lock: for file systems that know no other
@@ -25,6 +31,9 @@ _NETWORK_FILE_SYSTEMS = (
     *("9p", "afs", "beegfs", "ceph", "cifs", "fuse.beegfs", "fuse.ceph", "fuse.glusterfs", "fuse.sshfs", "glusterfs"),
     *("gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb3", "smbfs", "wekafs"),
 )
+_BEAT = 10  # seconds after which a holder says again that it is there
+_SILENCE = 30  # seconds after which it is taken to be gone
+_LOOK_AGAIN = 0.5  # seconds
 _NO_LOCKS = [getattr(errno, name) for name in ("ENOSYS", "EOPNOTSUPP", "ENOTSUP", "ENOLCK") if hasattr(errno, name)]
 
 
@@ -43,9 +52,16 @@ def hold(
     Raises:
         StudyError: another process holds it, or the folder cannot be made.
     """
+    on_network = is_on_network(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _acquired(folder, patience)  # a moment at least: `holder` takes it
+        try:
+            if on_network:
+                _wait_for_other_machines(folder, patience)
+        except BaseException:
+            lock.release()
+            raise
     except Timeout as error:
         left = folder / _SOFT_LOCK
         raise StudyError(
@@ -63,11 +79,23 @@ def hold(
             "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **(about or {}),
         }
-        write_whole(folder / _HOLDER, json.dumps(told))
-        yield
+        with _telling(folder / _HOLDER, told, again=on_network):
+            yield
     finally:
         (folder / _HOLDER).unlink(missing_ok=True)
         lock.release()
+
+
+def is_free(folder: Path) -> bool:
+    """Return whether `hold` would give a folder now; who was killed on another machine is waited for, for a moment."""
+    if (folder / _LOCK).exists() and _is_held(folder):
+        return False
+    try:
+        if is_on_network(folder):
+            _wait_for_other_machines(folder, patience=0)
+    except Timeout:
+        return False
+    return True
 
 
 def holder(folder: Path) -> str | None:
@@ -85,13 +113,69 @@ def about_holder(folder: Path) -> Mapping[str, Any] | None:
     """Return what the process that runs the study in a folder told of itself; None if none does."""
     if not (folder / _LOCK).exists():
         return None
-    if not _is_held(folder):
-        return None
+    if _is_held(folder):
+        return _told(folder)
+    return _told_elsewhere(folder) if is_on_network(folder) else None
+
+
+def _told(folder: Path) -> Mapping[str, Any]:
+    """Return what a holder told of itself; nothing where there is none."""
     try:
         about = read_json(folder / _HOLDER)
     except (OSError, ValueError):
         return {}
     return about if isinstance(about, dict) else {}
+
+
+def _told_elsewhere(folder: Path) -> Mapping[str, Any] | None:
+    """Return what a holder on another machine told of itself lately; None if there is none."""
+    about = _told(folder)
+    alive = about.get("alive")
+    if about.get("machine") == platform.node() or not isinstance(alive, int | float):
+        return None
+    return about if abs(time.time() - alive) < _SILENCE else None
+
+
+def _wait_for_other_machines(folder: Path, patience: float) -> None:
+    """Wait until a holder on another machine has left the folder, or has been silent for so long that it must be gone.
+
+    Raises:
+        Timeout: it holds it still.
+    """
+    deadline = time.monotonic() + patience
+    while (former := _told_elsewhere(folder)) is not None:
+        silent_at = time.monotonic() + _SILENCE
+        while _told(folder).get("alive") == former["alive"]:
+            if time.monotonic() > silent_at:
+                return
+            time.sleep(_LOOK_AGAIN)
+        if time.monotonic() > deadline and _told_elsewhere(folder) is not None:
+            raise Timeout(str(folder / _LOCK))
+
+
+@contextlib.contextmanager
+def _telling(file: Path, told: Mapping[str, Any], *, again: bool) -> Iterator[None]:
+    """Tell who holds a folder; and ``again`` and again that it still does."""
+
+    def tell() -> None:
+        write_whole(file, json.dumps({**told, "alive": time.time()}))
+
+    def go_on() -> None:
+        while not over.wait(_BEAT):
+            with contextlib.suppress(OSError):  # the disk may be full, or the network slow
+                tell()
+
+    tell()
+    over = threading.Event()
+    teller = threading.Thread(target=go_on, name="layercrit-holder", daemon=True)
+    if again:
+        teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if again:
+            teller.join()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import shutil
 import signal
 import socket
@@ -13,8 +14,10 @@ from types import SimpleNamespace
 import pytest
 
 from forked import FORKS
+from layercrit import locks
+from layercrit.errors import StudyError
 from layercrit.locks import is_on_network
-from layercrit.study.shards import open_study, shard_folder, store_folders
+from layercrit.study.shards import holders, open_study, shard_folder, store_folders
 from running_jobs import assert_same_tables, check_store, run, run_shard, run_slowly, tables, write_small
 
 SERVER = Path("/usr/lib/openssh/sftp-server")
@@ -101,3 +104,31 @@ def test_a_shard_that_is_killed_goes_on_on_another_machine(machines, whole):
         n_kept = n_cells
     run_shard(machines.two / "study/study.toml", machines.two / "out", "1/1")
     assert_same_tables(tables(machines.three / "out"), whole)
+
+
+def run_on_another_machine(folder, **settings):
+    """Be a process on a machine with another name, which says every half second that it is there."""
+    platform.node = lambda: "node7"
+    locks._BEAT = 0.5
+    run_slowly(folder / "study/study.toml", folder / "out", 0.05, **settings)
+
+
+@pytest.mark.parametrize("shard", ["1/2", None], ids=["shard", "one store"])
+def test_a_store_that_another_machine_writes_is_left_to_it(machines, whole, monkeypatch, shard):
+    monkeypatch.setattr(locks, "_SILENCE", 3)
+    process = FORKS.Process(target=run_on_another_machine, args=(machines.one,), kwargs={"shard": shard})
+    process.start()
+    number = 0 if shard is None else 1
+    path, out = machines.three / "study/study.toml", machines.three / "out"
+    deadline = time.monotonic() + 60
+    while number not in holders(out) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "on node7, since" in holders(out)[number]
+    with pytest.raises(StudyError, match=r"is being run by process .* on node7"):
+        run(path, out) if shard is None else run_shard(path, out, shard)
+    process.kill()
+    process.join()
+    run(path, out) if shard is None else run_shard(path, out, shard)
+    if shard is not None:
+        run_shard(path, out, "2/2")
+    assert_same_tables(tables(out), whole)

@@ -54,11 +54,11 @@ def tracked_study(
     Returns:
         the callback for `layercrit.study.running.run_study`; None where there is no tracker.
     """
-    from layercrit.locks import holder
+    from layercrit.locks import is_free
     from layercrit.study.shards import shard_folder
 
     own = shard_folder(folder, 0 if shard is None else shard.number + 1)
-    if not names or holder(own):  # another process runs it, so that this one will be refused
+    if not names or not is_free(own):  # another process runs it, so that this one will be refused
         yield None
         return
     from layercrit.study.tables import load_study
