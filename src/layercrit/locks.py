@@ -7,6 +7,7 @@ wants it from another machine looks whether that goes on.
 import contextlib
 import errno
 import json
+import logging
 import os
 import platform
 import tempfile
@@ -24,6 +25,7 @@ from layercrit.foreign_files import read_json
 
 __all__ = ["about_holder", "has_locks", "hold", "holder", "is_free", "is_on_network", "write_whole"]
 
+_LOG = logging.getLogger(__name__)
 _LOCK = ".lock"  # released when the process that holds it ends, however it ends
 _SOFT_LOCK = ".lock-soft"  # its being there is the lock: for file systems that know no other
 _HOLDER = "running.json"  # who that is
@@ -143,6 +145,11 @@ def _wait_for_other_machines(folder: Path, patience: float) -> None:
         Timeout: it holds it still.
     """
     deadline = time.monotonic() + patience
+    if (former := _told_elsewhere(folder)) is not None:
+        _LOG.warning(
+            f"process {former.get('process')} on {former['machine']} wrote in {folder} a moment ago; waiting up to "
+            f"{max(_SILENCE, patience):.0f} s to see whether it still does"
+        )
     while (former := _told_elsewhere(folder)) is not None:
         silent_at = time.monotonic() + _SILENCE
         while _told(folder).get("alive") == former["alive"]:
