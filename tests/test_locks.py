@@ -152,10 +152,11 @@ def test_hold__other_errors_of_locks_are_told(tmp_path, monkeypatch):
 
 @pytest.fixture
 def network(tmp_path, monkeypatch):
-    """A folder in a file system whose locks hold on one machine only; holders are silent for half a second at most."""
-    monkeypatch.setattr(locks, "is_on_network", lambda path: True)
+    """A folder in a file system whose locks hold on one machine only; holders are silent for two seconds at most."""
+    monkeypatch.setattr(locks, "has_local_locks", lambda path: True)
     monkeypatch.setattr(locks, "_BEAT", 0.05)
-    monkeypatch.setattr(locks, "_SILENCE", 0.5)
+    monkeypatch.setattr(locks, "_SILENCE", 2)
+    monkeypatch.setattr(locks, "_SETTLED", 0.1)
     monkeypatch.setattr(locks, "_LOOK_AGAIN", 0.02)
     (tmp_path / ".lock").touch()
     return tmp_path
@@ -171,7 +172,7 @@ class Elsewhere:
 
     def tell(self):
         while time.monotonic() < self.until:
-            told = {"process": 7, "machine": "node7", "since": "then", "alive": time.time()}
+            told = {"process": 7, "machine": "node7", "since": "then", "alive": f"{time.time():.3f}"}
             locks.write_whole(self.file, json.dumps(told))
             if self.over.wait(0.05):
                 break
@@ -208,9 +209,10 @@ def test_hold__waits_for_another_machine(network, leaves):
 
 
 def test_hold__what_a_machine_said_long_ago_is_not_waited_for(network, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
     told = {"process": 7, "machine": "node7", "since": "then"}
-    for alive in ({"alive": time.time() - 60}, {}, {"alive": "now"}):
+    monkeypatch.setattr(locks, "_SETTLED", 0)
+    monkeypatch.setattr(time, "sleep", lambda seconds: seconds and pytest.fail("it waits"))
+    for alive in ({"alive": f"{time.time() - 1000}"}, {}, {"alive": "now"}):
         (network / "running.json").write_text(json.dumps(told | alive))
         assert holder(network) is None
         with hold(network):
@@ -229,5 +231,55 @@ def test_hold__tells_other_machines_again_and_again(network):
 
 def test_hold__on_a_disk_of_its_own_other_machines_are_not_heard(tmp_path):
     (tmp_path / ".lock").touch()
-    with Elsewhere(tmp_path), hold(tmp_path):
-        assert "layercrit-holder" not in [thread.name for thread in threading.enumerate()]
+    with Elsewhere(tmp_path):
+        assert holder(tmp_path) is None
+        with hold(tmp_path):
+            pass
+
+
+def test_hold__a_text_that_cannot_be_read_is_no_sign_of_nobody(network):
+    with Elsewhere(network):
+        pass
+    (network / "running.json").write_text('{"process": 7, "mach')  # as a client shows it that remembers a former size
+    began = time.monotonic()
+    with hold(network):
+        assert time.monotonic() - began > 2
+
+
+def test_hold__of_two_machines_at_the_same_time_one_gives_way(network, monkeypatch):
+    """Both have looked when neither had told; the other one told last."""
+    monkeypatch.setattr(locks, "_SETTLED", 0.5)
+    waiting = iter([None])
+    wait = locks._wait_for_other_machines
+    monkeypatch.setattr(
+        locks, "_wait_for_other_machines", lambda *given, **how: next(waiting, 0) is None or wait(*given, **how)
+    )
+    other = Elsewhere(network)
+    threading.Timer(0.2, other.thread.start).start()
+    try:
+        with pytest.raises(StudyError, match="is being run by process 7 on node7"), hold(network):
+            pass
+    finally:
+        other.__exit__()
+
+
+@pytest.mark.parametrize(
+    ("mount", "local"),
+    [
+        ("host:/x {} fuse.sshfs rw,nosuid 0 0", True),
+        ("beegfs_nodev {} beegfs rw,relatime 0 0", True),
+        ("server:/x {} nfs4 rw,vers=4.2,local_lock=none,addr=1.2.3.4 0 0", False),
+        ("server:/x {} nfs rw,nolock,addr=1.2.3.4 0 0", True),
+        ("server:/x {} nfs rw,local_lock=all 0 0", True),
+        ("1.2.3.4@tcp:/x {} lustre rw,flock,lazystatfs 0 0", False),
+        ("1.2.3.4@tcp:/x {} lustre rw,localflock 0 0", True),
+        ("1.2.3.4@tcp:/x {} lustre rw,lazystatfs 0 0", True),
+        ("//server/x {} cifs rw 0 0", False),
+        ("/dev/sda1 {} ext4 rw 0 0", False),
+    ],
+)
+def test_has_local_locks__by_type_and_options(tmp_path, monkeypatch, mount, local):
+    mounts = f"/dev/sda1 / ext4 rw 0 0\n{mount.format(tmp_path)}\n"
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: mounts)
+    assert locks.has_local_locks(tmp_path / "study") is local
+    assert locks.is_on_network(tmp_path / "study") is ("ext4" not in mount)

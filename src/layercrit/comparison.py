@@ -266,7 +266,7 @@ def compare_models(
             *about_bad(cells, tables["n_bad"]),
             *about_accuracy,
         ),
-        origin=_origin(study, used),
+        origin=_origin(study, used, compared),
     )
 
 
@@ -480,7 +480,7 @@ def layers_as_compared(rows: pd.DataFrame, layers: Sequence[str]) -> pd.DataFram
     return rows[rows["layer"].isin(wanted)].reset_index(drop=True)
 
 
-def _origin(study: ComparedStudy, reset: str) -> dict[str, Any]:
+def _origin(study: ComparedStudy, reset: str, compared: Sequence[str]) -> dict[str, Any]:
     cells = study.cells[study.cells["reset"] == reset]
     origin = study.record.get("origin", {})
     return {
@@ -489,7 +489,7 @@ def _origin(study: ComparedStudy, reset: str) -> dict[str, Any]:
         "rows": len(cells),
         "models_in_file": int(cells["model"].nunique()),
         "trials": int(cells["trial"].nunique()),
-        "fewest_trials": int(cells.groupby(["model", "layer"])["trial"].nunique().min()),
+        "fewest_trials": int(cells[cells["model"].isin(compared)].groupby(["model", "layer"])["trial"].nunique().min()),
     }
 
 

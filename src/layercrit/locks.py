@@ -1,6 +1,6 @@
 """Locks on the folders of studies and training runs: one process writes at a time, also over a network.
 
-Some file systems of networks hold locks on one machine only. There, who holds a folder says so again and again, and who
+Some network file systems hold locks on one machine only. So who holds a folder says so in it again and again, and who
 wants it from another machine looks whether that goes on.
 """
 
@@ -8,8 +8,10 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import platform
+import re
 import tempfile
 import threading
 import time
@@ -23,18 +25,26 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from layercrit.errors import StudyError
 from layercrit.foreign_files import read_json
 
-__all__ = ["about_holder", "has_locks", "hold", "holder", "is_free", "is_on_network", "write_whole"]
+__all__ = ["about_holder", "has_local_locks", "has_locks", "hold", "holder", "is_free", "is_on_network", "write_whole"]
 
 _LOG = logging.getLogger(__name__)
 _LOCK = ".lock"  # released when the process that holds it ends, however it ends
 _SOFT_LOCK = ".lock-soft"  # its being there is the lock: for file systems that know no other
 _HOLDER = "running.json"  # who that is
+_LOCAL_LOCKS = {  # types of file systems -> options of a mount with which its locks hold on one machine only
+    **dict.fromkeys(("beegfs", "fuse.beegfs", "fuse.sshfs"), re.compile("")),
+    **dict.fromkeys(("nfs", "nfs4"), re.compile(r"(^|,)(nolock|local_lock=(all|flock|posix))(,|$)")),
+    "lustre": re.compile(r"^(?!(.*,)?flock(,|$))"),
+}
 _NETWORK_FILE_SYSTEMS = (
     *("9p", "afs", "beegfs", "ceph", "cifs", "fuse.beegfs", "fuse.ceph", "fuse.glusterfs", "fuse.sshfs", "glusterfs"),
     *("gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb3", "smbfs", "wekafs"),
 )
+_LENGTH = 1000  # bytes of what a holder tells, at least
 _BEAT = 10  # seconds after which a holder says again that it is there
 _SILENCE = 30  # seconds after which it is taken to be gone
+_LONG_AGO = 600  # seconds after which nobody need wait for that; no clocks are that far apart
+_SETTLED = 1.0  # seconds after which a holder looks whether another one wrote at the same time
 _LOOK_AGAIN = 0.5  # seconds
 _NO_LOCKS = [getattr(errno, name) for name in ("ENOSYS", "EOPNOTSUPP", "ENOTSUP", "ENOLCK") if hasattr(errno, name)]
 
@@ -54,16 +64,26 @@ def hold(
     Raises:
         StudyError: another process holds it, or the folder cannot be made.
     """
-    on_network = is_on_network(folder)
+    told = {
+        "process": os.getpid(),
+        "machine": platform.node(),
+        "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **(about or {}),
+    }
+    with contextlib.ExitStack() as held:
+        _take(folder, what, told, patience, held)
+        yield
+
+
+def _take(folder: Path, what: str, told: Mapping[str, Any], patience: float, held: contextlib.ExitStack) -> None:
+    """Do what `hold` does, until ``held`` is closed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _acquired(folder, patience)  # a moment at least: `holder` takes it
-        try:
-            if on_network:
-                _wait_for_other_machines(folder, patience)
-        except BaseException:
-            lock.release()
-            raise
+        held.callback(_acquired(folder, patience).release)  # a moment at least: `holder` takes it
+        if has_local_locks(folder):
+            _take_from_other_machines(folder, told, patience, held)
+        else:
+            held.enter_context(_telling(folder / _HOLDER, told))
     except Timeout as error:
         left = folder / _SOFT_LOCK
         raise StudyError(
@@ -73,19 +93,6 @@ def hold(
         ) from error
     except OSError as error:
         raise StudyError(f"The folder {folder} cannot be used ({error.strerror}). Name another with --out.") from error
-    try:
-        (folder / _HOLDER).unlink(missing_ok=True)  # of a process that was killed
-        told = {
-            "process": os.getpid(),
-            "machine": platform.node(),
-            "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            **(about or {}),
-        }
-        with _telling(folder / _HOLDER, told, again=on_network):
-            yield
-    finally:
-        (folder / _HOLDER).unlink(missing_ok=True)
-        lock.release()
 
 
 def is_free(folder: Path) -> bool:
@@ -93,8 +100,8 @@ def is_free(folder: Path) -> bool:
     if (folder / _LOCK).exists() and _is_held(folder):
         return False
     try:
-        if is_on_network(folder):
-            _wait_for_other_machines(folder, patience=0)
+        if has_local_locks(folder):
+            _wait_for_other_machines(folder, time.monotonic())
     except Timeout:
         return False
     return True
@@ -117,7 +124,10 @@ def about_holder(folder: Path) -> Mapping[str, Any] | None:
         return None
     if _is_held(folder):
         return _told(folder)
-    return _told_elsewhere(folder) if is_on_network(folder) else None
+    if not has_local_locks(folder):
+        return None
+    about = _told(folder)
+    return about if _is_elsewhere(about) and _seconds_since(about) < _SILENCE else None
 
 
 def _told(folder: Path) -> Mapping[str, Any]:
@@ -129,60 +139,115 @@ def _told(folder: Path) -> Mapping[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def _told_elsewhere(folder: Path) -> Mapping[str, Any] | None:
-    """Return what a holder on another machine told of itself lately; None if there is none."""
-    about = _told(folder)
-    alive = about.get("alive")
-    if about.get("machine") == platform.node() or not isinstance(alive, int | float):
-        return None
-    return about if abs(time.time() - alive) < _SILENCE else None
+def _is_elsewhere(about: Mapping[str, Any]) -> bool:
+    return bool(about.get("machine", platform.node()) != platform.node())
 
 
-def _wait_for_other_machines(folder: Path, patience: float) -> None:
-    """Wait until a holder on another machine has left the folder, or has been silent for so long that it must be gone.
+def _seconds_since(about: Mapping[str, Any]) -> float:
+    """Return how long ago a holder told of itself, if clocks agree."""
+    try:
+        return abs(time.time() - float(about["alive"]))
+    except (KeyError, TypeError, ValueError):
+        return math.inf
+
+
+def _take_from_other_machines(
+    folder: Path, told: Mapping[str, Any], patience: float, held: contextlib.ExitStack
+) -> None:
+    """Tell who holds a folder, once no other machine does: of those that come at the same time one stays.
 
     Raises:
-        Timeout: it holds it still.
+        Timeout: another one holds it.
     """
-    deadline = time.monotonic() + patience
-    if (former := _told_elsewhere(folder)) is not None:
-        _LOG.warning(
-            f"process {former.get('process')} on {former['machine']} wrote in {folder} a moment ago; waiting up to "
-            f"{max(_SILENCE, patience):.0f} s to see whether it still does"
-        )
-    while (former := _told_elsewhere(folder)) is not None:
-        silent_at = time.monotonic() + _SILENCE
-        while _told(folder).get("alive") == former["alive"]:
-            if time.monotonic() > silent_at:
+    deadline, lost = time.monotonic() + patience, False
+    while True:
+        _wait_for_other_machines(folder, deadline, whoever=lost)
+        with contextlib.ExitStack() as mine:
+            mine.enter_context(_telling(folder / _HOLDER, told))
+            time.sleep(_SETTLED)
+            if _is_of(folder / _HOLDER, told):
+                held.enter_context(mine.pop_all())
                 return
-            time.sleep(_LOOK_AGAIN)
-        if time.monotonic() > deadline and _told_elsewhere(folder) is not None:
-            raise Timeout(str(folder / _LOCK))
+        lost = True  # to another machine, even if that has the same name
+
+
+def _wait_for_other_machines(folder: Path, deadline: float, *, whoever: bool = False) -> None:
+    """Wait until a holder on another machine has left the folder, or has been silent for so long that it must be gone.
+
+    Args:
+        folder: whose lock this process has, so that a holder on this machine must be gone.
+        deadline: after which a holder that is alive is waited for no more.
+        whoever: whether to wait for a holder on a machine with the same name, too.
+
+    Raises:
+        Timeout: it holds it still after the deadline.
+    """
+    former, silent_since = _content(folder / _HOLDER), time.monotonic()
+    about = _told(folder)
+    is_gone = about and not whoever and (not _is_elsewhere(about) or _seconds_since(about) > _LONG_AGO)
+    if former is None or is_gone:
+        return
+    _LOG.warning(
+        f"{about.get('machine', 'another machine')} wrote in {folder} lately; waiting up to {_SILENCE} s to see "
+        "whether it still does"
+    )
+    while time.monotonic() - silent_since < _SILENCE:
+        time.sleep(_LOOK_AGAIN)
+        now = _content(folder / _HOLDER)
+        if now is None:
+            return
+        if now != former:
+            former, silent_since = now, time.monotonic()
+            if silent_since > deadline:
+                raise Timeout(str(folder / _LOCK))
+
+
+def _content(file: Path) -> bytes | None:
+    """Return what is in a file, whole or not; None where there is none."""
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:  # another machine is just replacing it
+        return str(error.errno).encode()
+
+
+def _is_of(file: Path, told: Mapping[str, Any]) -> bool:
+    """Return whether a file is of the holder that told this of itself."""
+    try:
+        there = read_json(file)
+    except (OSError, ValueError):
+        return False
+    return isinstance(there, dict) and all(there.get(name) == told[name] for name in ("process", "machine", "since"))
 
 
 @contextlib.contextmanager
-def _telling(file: Path, told: Mapping[str, Any], *, again: bool) -> Iterator[None]:
-    """Tell who holds a folder; and ``again`` and again that it still does."""
+def _telling(file: Path, told: Mapping[str, Any]) -> Iterator[None]:
+    """Tell who holds a folder, again and again."""
+    over = threading.Event()
 
     def tell() -> None:
-        write_whole(file, json.dumps({**told, "alive": time.time()}))
+        # of one length, since a client may remember a former one
+        write_whole(file, json.dumps({**told, "alive": f"{time.time():.3f}"}).ljust(_LENGTH))
 
     def go_on() -> None:
         while not over.wait(_BEAT):
             with contextlib.suppress(OSError):  # the disk may be full, or the network slow
-                tell()
+                if not file.exists() or _is_of(file, told):
+                    tell()
 
-    tell()
-    over = threading.Event()
     teller = threading.Thread(target=go_on, name="layercrit-holder", daemon=True)
-    if again:
-        teller.start()
     try:
+        tell()
+        teller.start()
         yield
     finally:
         over.set()
-        if again:
-            teller.join()
+        if teller.ident is not None:
+            teller.join(_SILENCE)
+        with contextlib.suppress(OSError):
+            if _is_of(file, told):
+                file.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -249,10 +314,23 @@ def has_locks(folder: Path) -> bool:
 
 def is_on_network(path: Path) -> bool:
     """Return whether a file is in a file system that other machines share, as far as the system says."""
+    return _mount_of(path)[0] in _NETWORK_FILE_SYSTEMS
+
+
+def has_local_locks(path: Path) -> bool:
+    """Return whether other machines that share a file system do not see its locks, as far as the system says."""
+    kind, options = _mount_of(path)
+    return kind in _LOCAL_LOCKS and bool(_LOCAL_LOCKS[kind].search(options))
+
+
+def _mount_of(path: Path) -> tuple[str, str]:
+    """Return type and options of the mounted file system that a file is in; nothing where the system does not say."""
     try:
         mounts = [line.split() for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError):
-        return False
+        return "", ""
     where = str(path.resolve())
-    on = [(len(at), kind) for _, at, kind, *_ in mounts if where == at or where.startswith(f"{at.rstrip('/')}/")]
-    return bool(on) and max(on)[1] in _NETWORK_FILE_SYSTEMS
+    on = [
+        (len(at), kind, how) for _, at, kind, how, *_ in mounts if where == at or where.startswith(f"{at.rstrip('/')}/")
+    ]
+    return max(on)[1:] if on else ("", "")

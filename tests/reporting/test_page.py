@@ -405,7 +405,7 @@ def test_page__says_first_what_is_most_critical_and_least(page, study):
     comparison = compare(study)
     for paragraph, values in zip(
         page.locator("#answer p").all_inner_texts(),
-        (comparison.layers["criticality"], comparison.models["criticality"]),
+        (comparison.layers["criticality"], comparison.models["criticality"].rename(str.title)),  # as they are labelled
         strict=True,
     ):
         ranked = values.sort_values(ascending=False)

@@ -21,7 +21,7 @@ from layercrit.study.shards import holders, open_study, shard_folder, store_fold
 from running_jobs import assert_same_tables, check_store, run, run_shard, run_slowly, tables, write_small
 
 SERVER = Path("/usr/lib/openssh/sftp-server")
-N_MODELS, N_TRIALS = 2, 8
+N_MODELS, N_TRIALS = 2, 16
 
 
 @contextlib.contextmanager
@@ -62,37 +62,50 @@ def machines(tmp_path):
 
 
 @pytest.fixture
-def whole(tmp_path, machines):
+def study(tmp_path):
+    """A study file, which has one path on all machines."""
+    return write_small(tmp_path / "study", n_models=N_MODELS, trials=N_TRIALS)
+
+
+@pytest.fixture
+def whole(tmp_path, study):
     """The tables of the study where one process measures all of it, on a disk of its own."""
-    path = write_small(machines.one / "study", n_models=N_MODELS, trials=N_TRIALS)
-    run(path, tmp_path / "whole")
+    run(study, tmp_path / "whole")
     return tables(tmp_path / "whole")
 
 
+def run_on(name, study, folder, seconds, shard):
+    """Be a process on a machine with a name of its own, which says every second that it is there."""
+    locks._BEAT = 1
+    platform.node = lambda: name
+    run_slowly(study, folder / "out", seconds, shard)
+
+
 @pytest.mark.parametrize("shards", [["1/2", "2/2"], [None]], ids=["shards", "one store"])
-def test_a_study_that_runs_while_another_machine_looks(machines, whole, shards):
+def test_a_study_that_runs_while_another_machine_looks(machines, study, whole, shards):
     assert all(is_on_network(folder) for folder in vars(machines).values())
     processes = [
-        FORKS.Process(target=run_slowly, args=(folder / "study/study.toml", folder / "out", 0.02, shard))
+        FORKS.Process(target=run_on, args=(folder.name, study, folder, 0.02, shard))
         for folder, shard in zip((machines.one, machines.two), shards, strict=False)
     ]
     for process in processes:
         process.start()
     seen = [0]
-    while any(process.is_alive() for process in processes):
+    deadline = time.monotonic() + 120
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         if store_folders(machines.three / "out"):
-            with open_study(machines.three / "out") as study:
-                seen.append(study.n_cells())
+            with open_study(machines.three / "out") as found:
+                seen.append(found.n_cells())
     assert {process.exitcode for process in processes} == {0}
     assert seen == sorted(seen)
     assert len(set(seen)) > 5, "it looked while they were at work"
     assert_same_tables(tables(machines.three / "out"), whole)
 
 
-def test_a_shard_that_is_killed_goes_on_on_another_machine(machines, whole):
+def test_a_shard_that_is_killed_goes_on_on_another_machine(machines, study, whole):
     n_kept = 0
     for kill, folder in enumerate((machines.one, machines.two, machines.one, machines.two)):
-        process = FORKS.Process(target=run_slowly, args=(folder / "study/study.toml", folder / "out", 0.02, "1/1"))
+        process = FORKS.Process(target=run_slowly, args=(study, folder / "out", 0.02, "1/1"))
         process.start()
         own = shard_folder(folder / "out", 1)
         deadline = time.monotonic() + 60
@@ -102,33 +115,26 @@ def test_a_shard_that_is_killed_goes_on_on_another_machine(machines, whole):
         process.join()
         assert process.exitcode == -signal.SIGKILL
         n_kept = n_cells
-    run_shard(machines.two / "study/study.toml", machines.two / "out", "1/1")
+    run_shard(study, machines.two / "out", "1/1")
     assert_same_tables(tables(machines.three / "out"), whole)
 
 
-def run_on_another_machine(folder, **settings):
-    """Be a process on a machine with another name, which says every half second that it is there."""
-    platform.node = lambda: "node7"
-    locks._BEAT = 0.5
-    run_slowly(folder / "study/study.toml", folder / "out", 0.05, **settings)
-
-
 @pytest.mark.parametrize("shard", ["1/2", None], ids=["shard", "one store"])
-def test_a_store_that_another_machine_writes_is_left_to_it(machines, whole, monkeypatch, shard):
-    monkeypatch.setattr(locks, "_SILENCE", 3)
-    process = FORKS.Process(target=run_on_another_machine, args=(machines.one,), kwargs={"shard": shard})
+def test_a_store_that_another_machine_writes_is_left_to_it(machines, study, whole, monkeypatch, shard):
+    monkeypatch.setattr(locks, "_SILENCE", 4)
+    process = FORKS.Process(target=run_on, args=("node7", study, machines.one, 0.05, shard))
     process.start()
     number = 0 if shard is None else 1
-    path, out = machines.three / "study/study.toml", machines.three / "out"
+    out = machines.two / "out"
     deadline = time.monotonic() + 60
     while number not in holders(out) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert "on node7, since" in holders(out)[number]
     with pytest.raises(StudyError, match=r"is being run by process .* on node7"):
-        run(path, out) if shard is None else run_shard(path, out, shard)
+        run(study, out) if shard is None else run_shard(study, out, shard)
     process.kill()
     process.join()
-    run(path, out) if shard is None else run_shard(path, out, shard)
+    run(study, out) if shard is None else run_shard(study, out, shard)
     if shard is not None:
-        run_shard(path, out, "2/2")
+        run_shard(study, out, "2/2")
     assert_same_tables(tables(out), whole)

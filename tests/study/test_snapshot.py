@@ -1,8 +1,10 @@
 """Copies of a file of SQLite, of one state, while another process writes it and locks are of no use."""
 
 import contextlib
+import errno
 import shutil
 import sqlite3
+import tempfile
 import time
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from forked import FORKS
 from layercrit.errors import StudyError
 from layercrit.study import store
+from layercrit.study.of_measurement import load_result
 from layercrit.study.snapshot import logs_of, take_snapshot
 from layercrit.study.store import FILE, Store
 
@@ -132,7 +135,7 @@ def test_take_snapshot__a_file_that_is_always_being_written_is_refused(path, tmp
 def test_store__of_a_network_is_read_from_a_copy(tmp_path, monkeypatch):
     with Store(tmp_path, create=True) as made, made.transaction():
         made.put_meta("fact", 1)
-    monkeypatch.setattr(store, "is_on_network", lambda path: True)
+    monkeypatch.setattr(store, "has_local_locks", lambda path: True)
     with Store(tmp_path) as read:
         (_, _, opened) = read._connection.execute("PRAGMA database_list").fetchone()
         assert read.meta("fact") == 1
@@ -146,7 +149,58 @@ def test_store__of_a_network_that_cannot_be_copied(tmp_path, monkeypatch):
 
     with Store(tmp_path, create=True):
         pass
-    monkeypatch.setattr(store, "is_on_network", lambda path: True)
+    monkeypatch.setattr(store, "has_local_locks", lambda path: True)
     monkeypatch.setattr(shutil, "copyfile", no_space)
     with pytest.raises(StudyError, match=r"No space left on device.*TMPDIR"):
         Store(tmp_path)
+
+
+def test_store__of_a_network_where_no_copy_can_be_put(tmp_path, monkeypatch):
+    with Store(tmp_path, create=True):
+        pass
+    monkeypatch.setattr(store, "has_local_locks", lambda path: True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(StudyError, match=r"No such file or directory.*TMPDIR"):
+        load_result(tmp_path)
+
+
+def test_store__what_would_be_lost_cannot_be_written(tmp_path, monkeypatch):
+    with Store(tmp_path, create=True):
+        pass
+    monkeypatch.setattr(store, "has_local_locks", lambda path: True)
+    with Store(tmp_path) as copy, pytest.raises(StudyError, match="readonly"), copy.transaction():
+        copy.put_meta("fact", 1)
+
+
+def test_take_snapshot__a_file_that_another_machine_just_replaced(path, tmp_path, monkeypatch):
+    copyfile, stale = shutil.copyfile, iter([True, False])
+
+    def handle_that_is_gone(source, to):
+        if next(stale, False):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        copyfile(source, to)
+
+    monkeypatch.setattr(shutil, "copyfile", handle_that_is_gone)
+    assert numbers(path, tmp_path / "copy") == [(0, N_ROWS)]
+
+
+@pytest.mark.parametrize("path", ["DELETE"], indirect=True)
+def test_take_snapshot__a_change_that_is_taken_back_while_the_file_is_copied(path, tmp_path, monkeypatch):
+    changes = iter([1])
+
+    def copied_amid_a_change(source, to):
+        with source.open("rb") as stream:
+            half = stream.read(200_000)
+            if source == path and (number := next(changes, None)):
+                with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+                    connection.execute("PRAGMA cache_size = 10")
+                    connection.execute("BEGIN")
+                    connection.execute("UPDATE rows SET number = ?", (number,))
+                    rest = stream.read()
+                    connection.execute("ROLLBACK")
+            else:
+                rest = stream.read()
+            to.write_bytes(half + rest)
+
+    monkeypatch.setattr(shutil, "copyfile", copied_amid_a_change)
+    assert numbers(path, tmp_path / "copy") == [(0, N_ROWS)]

@@ -70,11 +70,15 @@ def images_and_layers(n_images: int, *, or_study: bool = False) -> Callable[[Cal
     return add
 
 
-def default_folder(begin: str, model: str) -> Path:
-    """Return the folder for results of a model where none was named: after what tables call the model."""
+def default_folder(prefix: str, model: str) -> Path:
+    """Return the folder for results of a model where none was named.
+
+    It is called after what tables call the model, and after the folder of a file, since many are a model.safetensors.
+    """
     from layercrit.models.sources import short_name
 
-    return Path(f"{begin}-" + re.sub(r"[^A-Za-z0-9._-]+", "-", short_name(model)).strip("-."))
+    of_file = Path(model.partition("?")[0].removeprefix("file:")).parent.name if model.startswith("file:") else ""
+    return Path(f"{prefix}-" + re.sub(r"[^\w.-]+", "-", f"{of_file}-{short_name(model)}").strip("-."))
 
 
 def folder_for(model: str, out: Path | None) -> Path:

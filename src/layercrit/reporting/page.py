@@ -246,7 +246,7 @@ def _answer(comparison: Comparison) -> str:
     over = ", mean over the models" if len(comparison.models) > 1 else ""
     listed = {
         f"Most critical layers{over}": comparison.layers["criticality"],
-        "Most critical models, mean over layers": comparison.models["criticality"],
+        "Most critical models, mean over layers": comparison.models.set_index("label")["criticality"],
     }
     found = {name: _ends(values) for name, values in listed.items()}
     return "".join(f"<p>{html.escape(f'{name}: {ends}.')}</p>" for name, ends in found.items() if ends)

@@ -30,11 +30,12 @@ def load_result(folder: str | Path) -> Measurement | Study | None:
     """
     folder = Path(folder).expanduser()
     try:
-        if is_study(folder):
-            return load_study(folder)
-        return Measurement.load(folder) if (folder / "measurement.json").is_file() else None
+        found, measured = is_study(folder), (folder / "measurement.json").is_file()
     except OSError:  # a reference of a model may be longer than a file name can be
         return None
+    if found:
+        return load_study(folder)
+    return Measurement.load(folder) if measured else None
 
 
 def study_of(measurement: Measurement, folder: Path) -> Study:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layercrit.errors import StudyError, UnfinishedPilotError
-from layercrit.locks import about_holder
+from layercrit.locks import about_holder, is_free
 from layercrit.machine import versions
 from layercrit.study.file import StudyFile
 from layercrit.study.ranks import Shard
@@ -47,33 +47,43 @@ def check_peers(folder: Path, number: int, about: Mapping[str, Any]) -> None:
         theirs = about_holder(shard_folder(folder, other))
         if other == number or not theirs:
             continue
-        they = f"shard {theirs.get('shard')}" if other else "the whole study"
-        if number == 0 or other == 0:
-            raise StudyError(
-                f"The study in {folder} is being run by {who}, as {they}. A study is run by one process or in shards, "
-                "not both. Wait for it, or stop it."
-            )
-        if theirs.get("study") != about["study"]:
-            raise StudyError(
-                f"{they} of the study in {folder} ({who}) is of another study file: their models, images or settings "
-                "differ. Give all shards the same file, or another folder with --out."
-            )
-        if _n_shards(theirs) != _n_shards(about):
-            raise StudyError(
-                f"{who} runs as shard {theirs.get('shard')} of the study in {folder}, and this process is shard "
-                f"{about['shard']}: all shards that run at the same time must have the same N. Wait for the others, "
-                "or stop them; what has been measured is not measured again."
-            )
-        unlike = [
-            f"{name} {theirs.get('versions', {}).get(name)} on {theirs.get('machine')}, {version} on {platform.node()}"
-            for name, version in about["versions"].items()
-            if name in _SAME_VERSIONS and theirs.get("versions", {}).get(name) != version
-        ]
-        if unlike:
-            raise StudyError(
-                f"The shards of the study in {folder} run under different versions: {'; '.join(unlike)}. Install the "
-                "same ones on all machines: numbers of different versions are not to be mixed."
-            )
+        why = _conflict(folder, number, about, other, who, theirs)
+        if why and not is_free(shard_folder(folder, other)):  # on another machine it may have been killed just now
+            raise StudyError(why)
+
+
+def _conflict(
+    folder: Path, number: int, about: Mapping[str, Any], other: int, who: str, theirs: Mapping[str, Any]
+) -> str | None:
+    """Say why this process and another one that runs cannot share the study; None if they can."""
+    they = f"shard {theirs.get('shard')}" if other else "the whole study"
+    if number == 0 or other == 0:
+        return (
+            f"The study in {folder} is being run by {who}, as {they}. A study is run by one process or in shards, "
+            "not both. Wait for it, or stop it."
+        )
+    if theirs.get("study") != about["study"]:
+        return (
+            f"{they} of the study in {folder} ({who}) is of another study file: their models, images or settings "
+            "differ. Give all shards the same file, or another folder with --out."
+        )
+    if _n_shards(theirs) != _n_shards(about):
+        return (
+            f"{who} runs as shard {theirs.get('shard')} of the study in {folder}, and this process is shard "
+            f"{about['shard']}: all shards that run at the same time must have the same N. Wait for the others, "
+            "or stop them; what has been measured is not measured again."
+        )
+    unlike = [
+        f"{name} {theirs.get('versions', {}).get(name)} on {theirs.get('machine')}, {version} on {platform.node()}"
+        for name, version in about["versions"].items()
+        if name in _SAME_VERSIONS and theirs.get("versions", {}).get(name) != version
+    ]
+    if unlike:
+        return (
+            f"The shards of the study in {folder} run under different versions: {'; '.join(unlike)}. Install the "
+            "same ones on all machines: numbers of different versions are not to be mixed."
+        )
+    return None
 
 
 def check_folder(folder: Path, shard: Shard) -> None:

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from layercrit.errors import StudyError
-from layercrit.locks import is_on_network
+from layercrit.locks import has_local_locks, is_on_network
 from layercrit.study.cell_table import cells_table
 from layercrit.study.migrations import MIGRATIONS, statements
 from layercrit.study.packing import pack, unpack
@@ -50,7 +50,6 @@ _MAGIC = 0x6C637274  # "lcrt": tells a study's file from other SQLite files
 _CHECKSUM_STOPPED = "user-defined function raised exception"
 
 _ATTEMPTS, _MOMENT = 40, 0.05  # to read a file that another process may be writing; and seconds between them
-_PATIENCE_WITH_CACHES = 30  # seconds: what clients of network file systems know of a file may be as old
 _PATIENCE = 600  # seconds that a writer waits for readers, of a large file in a slow network, or these for it
 
 SCHEMA = len(MIGRATIONS)
@@ -59,10 +58,10 @@ SCHEMA = len(MIGRATIONS)
 class Store:
     """The SQLite file of a study's folder; a context manager that closes it.
 
-    Any number of processes may read while one writes; of other machines, where the file is in a file system of a
-    network, or was created as ``shared``. In a file system of a network a store that is not created is read from a
-    copy. What is put into it is put inside a `transaction`. A study that cannot be
-    written, as on read-only media, can be read. Rows that were damaged on the disk are left out.
+    Any number of processes may read while one writes; of other machines, where the file is in a network file system or
+    was created as ``shared``. Where locks hold on one machine only, a store that is not created is read from a copy.
+    What is put into it is put inside a `transaction`. A study that cannot be written, as on read-only media, can be
+    read. Rows that were damaged on the disk are left out.
 
     Args:
         folder: of the study.
@@ -103,8 +102,8 @@ class Store:
         self._cleared_up = contextlib.ExitStack()
         with self._explained(), contextlib.ExitStack() as unless_opened:
             unless_opened.callback(self.close)
-            if not create and is_on_network(self.path):  # whose locks may hold on one machine only
-                self._connect_to_copy(_PATIENCE_WITH_CACHES)
+            if not create and has_local_locks(self.path):
+                self._connect_to_copy(_PATIENCE)
             elif _is_writable(self.path) and not read_only:
                 self._connect(self.path)
             else:
@@ -138,18 +137,19 @@ class Store:
                 if not isinstance(error.__cause__ or error, sqlite3.OperationalError):
                     raise
                 self._cleared_up.close()
-        self._connect_to_copy(_ATTEMPTS * _MOMENT if may_change else 0)
+        self._connect_to_copy(_ATTEMPTS * _MOMENT)
 
     def _connect_to_copy(self, patience: float) -> None:
-        scratch = Path(self._cleared_up.enter_context(tempfile.TemporaryDirectory(prefix="layercrit-")))
         try:
-            copy = take_snapshot(self.path, scratch, patience)
+            scratch = self._cleared_up.enter_context(tempfile.TemporaryDirectory(prefix="layercrit-"))
+            copy = take_snapshot(self.path, Path(scratch), patience)
         except OSError as error:
             raise StudyError(
-                f"{self.path} cannot be read, or not be copied to {scratch.parent} ({error.strerror}). Free some space "
-                "there, or set TMPDIR to another folder."
+                f"{self.path} cannot be read, or not be copied to the folder for temporary files ({error.strerror}). "
+                "Free some space there, or set TMPDIR to another folder."
             ) from error
         self._connect(copy)
+        self._connection.execute("PRAGMA query_only = ON")  # what is written into a copy would be lost
 
     def _open(self) -> None:
         self._connection.execute("BEGIN")  # another process may just create it: all three are of one state
