@@ -5,6 +5,7 @@ Network, resets and distance are named in study files, and found by processes th
 
 import contextlib
 import multiprocessing
+import platform
 import sqlite3
 import sys
 import time
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from forked import forked_workers
+from layercrit import locks
 from layercrit.distances import DISTANCES
 from layercrit.resets import RESETS
 from layercrit.seeds import drawing
@@ -210,6 +212,28 @@ def run_slowly(path, folder, seconds, shard=None):
     torch.set_num_threads(1)
     worker._SECONDS_BETWEEN_PARTS = 0
     run(path, folder, Slow(seconds), shard=None if shard is None else Shard.parse(shard))
+
+
+def run_on(name, study, folder, seconds, shard):
+    """Be a process on a machine with a name of its own, which says every second that it is there."""
+    locks._BEAT = 1
+    platform.node = lambda: name
+    run_slowly(study, folder / "out", seconds, shard)
+
+
+def write_rows(path, number, *, begun=None):
+    """Be a process that gives all rows one number, and the next one, and so on; or that never ends the first change."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    while True:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("PRAGMA cache_size = 10")  # pages are written before the change ends
+        connection.execute("UPDATE rows SET number = ?, filler = zeroblob(1000)", (number,))
+        if begun is not None:
+            begun.set()
+            time.sleep(600)
+        connection.execute("COMMIT")
+        number += 1
+        time.sleep(0.03)
 
 
 def run_with_workers(path, folder, n_workers, address):

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -18,7 +17,7 @@ from layercrit import locks
 from layercrit.errors import StudyError
 from layercrit.locks import is_on_network
 from layercrit.study.shards import holders, open_study, shard_folder, store_folders
-from running_jobs import assert_same_tables, check_store, run, run_shard, run_slowly, tables, write_small
+from running_jobs import assert_same_tables, check_store, run, run_on, run_shard, run_slowly, tables, write_small
 
 SERVER = Path("/usr/lib/openssh/sftp-server")
 N_MODELS, N_TRIALS = 2, 16
@@ -72,13 +71,6 @@ def whole(tmp_path, study):
     """The tables of the study where one process measures all of it, on a disk of its own."""
     run(study, tmp_path / "whole")
     return tables(tmp_path / "whole")
-
-
-def run_on(name, study, folder, seconds, shard):
-    """Be a process on a machine with a name of its own, which says every second that it is there."""
-    locks._BEAT = 1
-    platform.node = lambda: name
-    run_slowly(study, folder / "out", seconds, shard)
 
 
 @pytest.mark.parametrize("shards", [["1/2", "2/2"], [None]], ids=["shards", "one store"])

@@ -15,23 +15,9 @@ from layercrit.study import store
 from layercrit.study.of_measurement import load_result
 from layercrit.study.snapshot import logs_of, take_snapshot
 from layercrit.study.store import FILE, Store
+from running_jobs import write_rows
 
 N_ROWS = 400  # of 1,000 bytes each: some 130 pages
-
-
-def write_rows(path, number, *, begun=None):
-    """Be a process that gives all rows one number, and the next one, and so on; or that never ends the first change."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    while True:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("PRAGMA cache_size = 10")  # pages are written before the change ends
-        connection.execute("UPDATE rows SET number = ?, filler = zeroblob(1000)", (number,))
-        if begun is not None:
-            begun.set()
-            time.sleep(600)
-        connection.execute("COMMIT")
-        number += 1
-        time.sleep(0.03)
 
 
 @pytest.fixture(params=["DELETE", "WAL"])
