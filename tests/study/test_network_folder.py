@@ -97,7 +97,7 @@ def test_a_study_that_runs_while_another_machine_looks(machines, study, whole, s
 def test_a_shard_that_is_killed_goes_on_on_another_machine(machines, study, whole):
     n_kept = 0
     for kill, folder in enumerate((machines.one, machines.two, machines.one)):
-        process = FORKS.Process(target=run_slowly, args=(study, folder / "out", 0.02, "1/1"))
+        process = FORKS.Process(target=run_slowly, args=(study, folder / "out", 0.1, "1/1"))
         process.start()
         own = shard_folder(folder / "out", 1)
         deadline = time.monotonic() + 60
