@@ -102,6 +102,7 @@ def test_measure__means_over_layers_count_each_layer_with_its_own_trials(planned
     assert summary["n_trials_in_mean"] == 5
     assert summary["fewest_trials"] == table["n_trials"].min() < table["n_trials"].max() == summary["n_trials"]
     assert f"{summary['fewest_trials']} to {summary['n_trials']} trials" in repr(planned)
+    assert f">{summary['fewest_trials']} to {summary['n_trials']}<" in planned._repr_html_()
     assert summary["criticality"]["mean"] == pytest.approx(table["criticality"].mean(), rel=1e-6)
     expected = estimate(common)
     width = summary["criticality"]["high"] - summary["criticality"]["low"]

@@ -188,10 +188,8 @@ class Measurement:
             "n_layers": len(whole),
             "n_layers_in_mean": sum(whole),
             "left_out": [name for name, counts in zip(statuses.index, whole, strict=True) if not counts],
-            "n_trials": int(self.cells["trial"].nunique()),
-            "fewest_trials": int(
-                self.cells.groupby("layer")["trial"].nunique().min()
-            ),  # of a layer; n_trials: the most
+            "n_trials": int(self.cells["trial"].nunique()),  # of the layer that has the most
+            "fewest_trials": int(self.cells.groupby("layer")["trial"].nunique().min()),
             "n_trials_in_mean": len(common),
             "excluded_share": excluded_share(len(common)) if common and self.record["random_trials"] else None,
             "precision": self._precision(),
@@ -231,7 +229,7 @@ class Measurement:
             "an unrelated prediction would give": "" if chance is None else f"{1 - chance:.3f}",
             "top-1 accuracy": "" if accuracy is None else f"{accuracy:.1%}",
             "reset": self.record["protocol"]["reset"],
-            "trials": summary["n_trials"],
+            "trials": " to ".join(map(str, sorted({summary["fewest_trials"], summary["n_trials"]}))),
             "images": f"{summary['n_images']:,} of {self.record['probe_set']['source']}",
             "left out of the mean": counted(left_out, "layer") if left_out else "",
             "warnings": " ".join(summary["warnings"]),
