@@ -244,7 +244,7 @@ def test_run__a_start_that_cannot_be_pickled():
         (signal.SIGSEGV, r"died 3 times \(SIGSEGV, SIGSEGV, SIGSEGV\)\. Native code crashed"),
         (signal.SIGTERM, r"died 3 times \(SIGTERM, .*job scheduler"),
         ("os._exit", r"died 3 times \(exit code 7, exit code 7, exit code 7\)\. .*stderr"),
-        ("sys.exit", r"died 3 times \(exit code 9, exit code 9, exit code 9\)\. .*__main__"),
+        ("sys.exit", r"died 3 times \(exit code 9, exit code 9, exit code 9\)\. Its last output is on stderr"),
     ],
     ids=["kill", "segmentation fault", "terminate", "os._exit", "sys.exit"],
 )
@@ -455,12 +455,16 @@ def test_run__a_script_without_a_main_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from executor_jobs import *\n"
-        "print(*LocalProcesses([Place('cpu', 1)], attempts=1).run([task('a', say)], start))\n"
+        "print('imported')\n"
+        "print(*LocalProcesses([Place('cpu', 1)]).run([task(f'{i}', say) for i in range(5)], start))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
-    assert "died once (exit code 1)" in done.stdout
-    assert "must do so below `if __name__ == '__main__':`" in done.stdout
+    assert done.stdout == "imported\n" * 2, "in more than one worker"
+    way_out = "must do so below `if __name__ == '__main__':`"
+    assert re.search(f"StudyError: This process is a worker, .*{way_out}", done.stderr), "the worker's"
+    ended = f"StudyError: A worker ended with exit code 1 before it began. Its last output is on stderr. .*{way_out}"
+    assert re.search(ended, done.stderr.strip().splitlines()[-1])
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from logging.handlers import QueueHandler
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from multiprocessing.process import current_process
 from typing import Any, cast
 
-from layercrit.errors import ProtocolError
+from layercrit.errors import ProtocolError, StudyError
 from layercrit.study.executors import (
     Answer,
     Asked,
@@ -53,8 +54,10 @@ _ADVICE = {
     "SIGTERM": "Something outside ended it, such as a job scheduler or a time limit.",
     "SIGSEGV": "Native code crashed: try another device, or other versions of the driver and of torch.",
 }
-_OTHER_ADVICE = (
-    "Its last output is on stderr. A script that starts workers must do so below `if __name__ == '__main__':`."
+_OTHER_ADVICE = "Its last output is on stderr."
+_GUARD = (
+    "Workers are new interpreters that import the running script, so a script that starts workers must do so below "
+    "`if __name__ == '__main__':`."
 )
 
 
@@ -78,7 +81,10 @@ class LocalProcesses(Executor):
 
         Raises:
             ProtocolError: there are no places, or no attempts.
+            StudyError: a worker is importing the script that began it, and the script is about to begin workers anew.
         """
+        if getattr(current_process(), "_inheriting", False):  # what multiprocessing itself looks at
+            raise StudyError(f"This process is a worker, and is not to begin others. {_GUARD}")
         if not places:
             raise ProtocolError(
                 "There are no places for workers: expected at least one, such as `local_places` returns."
@@ -88,7 +94,11 @@ class LocalProcesses(Executor):
         self._attempts = attempts
 
     def run(self, tasks: Sequence[Task], start: Start, answer: Answer = no_answer) -> Iterator[Event]:
-        """Run tasks on the processes; see `Executor.run`."""
+        """Run tasks on the processes; see `Executor.run`.
+
+        Raises:
+            StudyError: a worker raised when it imported the running script.
+        """
         check_names(tasks)
         return _Run(self._places, tasks, pickle.dumps(start), answer, self._attempts).events()
 
@@ -127,6 +137,7 @@ class _Worker:
     place: Place
     process: SpawnProcess
     connection: "Connection[bytes, bytes]"
+    has_begun: bool = False  # has imported the running script
     affinity: str | None = None  # of its last task
     task: Task | None = None  # what it works on
 
@@ -134,13 +145,13 @@ class _Worker:
         with contextlib.suppress(ConnectionError):  # it is dead, which shows when it is next asked
             self.connection.send_bytes(data)
 
-    def receive(self) -> Said | logging.LogRecord | None:
+    def receive(self) -> "_Begun | Said | logging.LogRecord | None":
         """Return what it says or logs next, None if that will be nothing more."""
         try:
             data = self.connection.recv_bytes()
         except (EOFError, OSError):  # closed before a word, or within one
             return None
-        said: Said | logging.LogRecord = pickle.loads(data)  # noqa: S301 - written by our own process
+        said: _Begun | Said | logging.LogRecord = pickle.loads(data)  # noqa: S301 - written by our own process
         return said
 
 
@@ -210,7 +221,9 @@ class _Run:
                 if isinstance(said, logging.LogRecord):
                     logging.getLogger(said.name).handle(said)
                     continue
-                if isinstance(said, Asked):
+                if isinstance(said, _Begun):
+                    worker.has_begun = True
+                elif isinstance(said, Asked):
                     self._tell(worker, said)
                 else:
                     yield self._event(worker, said)
@@ -239,6 +252,8 @@ class _Run:
         task = worker.task
         worker.task = None
         exit_code = _end([worker])[0]
+        if exit_code > 0 and not worker.has_begun:  # it raised, and so would all others
+            raise StudyError(f"A worker ended with exit code {exit_code} before it began. {_OTHER_ADVICE} {_GUARD}")
         if task is None:
             return
         cause = _cause(exit_code)
@@ -296,13 +311,17 @@ def _interrupts_held() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
+class _Begun:
+    """The first word of a worker."""
+
+
 class _Speech:
     """What a worker sends: what it says and, from whichever thread, what it logs."""
 
     def __init__(self, connection: "Connection[bytes, bytes]") -> None:
         self._connection, self._lock = connection, threading.Lock()
 
-    def put_nowait(self, said: Said | logging.LogRecord) -> None:
+    def put_nowait(self, said: _Begun | Said | logging.LogRecord) -> None:
         """Send it; the name is that which logging's handler calls."""
         data = pickle.dumps(said)
         with self._lock:
@@ -321,6 +340,7 @@ def _serve(connection: "Connection[bytes, bytes]", place: Place, level: int) -> 
         tqdm.set_lock(threading.RLock())
     with contextlib.suppress(EOFError, ConnectionError):  # no more tasks, or nobody left to answer
         speech = _Speech(connection)
+        speech.put_nowait(_Begun())
         _LOG.handlers, _LOG.propagate = [QueueHandler(cast(Any, speech))], False  # which needs no more of a queue
         _LOG.setLevel(level)
         _serve_tasks(connection, speech, place)
