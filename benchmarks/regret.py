@@ -55,7 +55,7 @@ REAL = ROOT.parent / "shared" / "real"
 CIFAR = {"resnet20": (3, "resnet20-12fca82f.th"), "resnet56": (9, "resnet56-4bfd9763.th")}
 N_RANDOM = 20
 SHIFT = "corrupt:gaussian_noise@5:"
-STEPS, BATCH, RATE = 40, 64, 1e-3
+RATE = 1e-3
 BUDGETS = {
     "quantise": 0.5,
     "prune-weights": 0.5,
@@ -71,16 +71,19 @@ BY_CHANNEL, SHIFTED = ("prune-channels", "prune-train"), ("finetune", "freeze")
 class Sizes:
     """How many images layers are put in order by, how many are trained on, how many in all, and draws of the reset.
 
-    Accuracy is that on the images that are neither.
+    Accuracy is that on the images that are neither. Where something is trained, it is so for some steps, with so many
+    images each.
     """
 
     select: int = 500
     tune: int = 750
     total: int = 2000
     trials: int = 5
+    steps: int = 40
+    batch: int = 64
 
 
-SIZES = {"efficientnet-lite0": Sizes(100, 300, 1000, 3)}  # of 224 x 224 pixels, and there are no more
+SIZES = {"efficientnet-lite0": Sizes(100, 300, 1000, 3, 20, 32)}  # of 224 x 224 pixels, and there are no more
 
 
 @dataclass
@@ -132,14 +135,14 @@ def prune_channels(network: nn.Module, layers: list[str], example: Tensor) -> No
         ).step()
 
 
-def finetune(network: nn.Module, layers: list[str], images: Images) -> None:
+def finetune(network: nn.Module, layers: list[str], images: Images, sizes: Sizes) -> None:
     """Train some layers; normalisation layers keep their statistics, so that only these layers adapt."""
     network.requires_grad_(False)
     parameters = [p.requires_grad_() for layer in layers for p in network.get_submodule(layer).parameters()]
     optimizer = torch.optim.Adam(parameters, RATE)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(STEPS):
-        batch = torch.randint(len(images.labels), (BATCH,), generator=generator)
+    for _ in range(sizes.steps):
+        batch = torch.randint(len(images.labels), (sizes.batch,), generator=generator)
         optimizer.zero_grad()
         nn.functional.cross_entropy(network(images.pixels[batch]), images.labels[batch]).backward()
         optimizer.step()
@@ -174,11 +177,11 @@ class Subject:
         tuned_on = slice(self.sizes.select, self.sizes.select + self.sizes.tune)
         if action in SHIFTED:
             trained = [layer for layer in self.layers["layer"] if (layer in layers) == (action == "finetune")]
-            finetune(network, trained, self.images(action).part(tuned_on.start, tuned_on.stop))
+            finetune(network, trained, self.images(action).part(tuned_on.start, tuned_on.stop), self.sizes)
         elif action in BY_CHANNEL:
             prune_channels(network, layers, self.clean.pixels[:1])
             if action == "prune-train":
-                finetune(network, [""], self.clean.part(tuned_on.start, tuned_on.stop))
+                finetune(network, [""], self.clean.part(tuned_on.start, tuned_on.stop), self.sizes)
         else:
             {"quantise": quantise, "prune-weights": prune_weights}[action](network, layers)
         return network
@@ -283,7 +286,7 @@ class Kept:
     def check(self, sizes: Sizes) -> None:
         """Make sure that what is kept was measured with today's settings; note them where nothing is kept."""
         path = self.folder / "settings.json"
-        now = {**vars(sizes), "steps": STEPS, "batch": BATCH, "rate": RATE, "shift": SHIFT, "budgets": BUDGETS}
+        now = {**vars(sizes), "rate": RATE, "shift": SHIFT, "budgets": BUDGETS}
         if not any(self.folder.iterdir()):
             path.write_text(json.dumps(now), encoding="utf-8")
         there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else "unknown ones"
