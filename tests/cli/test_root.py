@@ -16,7 +16,7 @@ from layercrit.cli import root
 from layercrit.cli.measure import _Saver
 from layercrit.cli.root import main
 from layercrit.measurement import Measurement
-from layercrit.study import store
+from layercrit.study import store_file
 from layercrit.study.store import Store
 from running_jobs import write_small
 
@@ -234,13 +234,13 @@ def test_signals__to_workers_as_well_end_the_command_all_the_same(measured, monk
 @pytest.mark.parametrize(("number", "code", "said"), [(signal.SIGTERM, 143, "Ended by SIGTERM."),
                                                       (signal.SIGINT, 130, "Interrupted.")])  # fmt: skip
 def test_study__a_signal_while_sqlite_runs_a_checksum(tmp_path, monkeypatch, capsys, number, code, said):
-    path, checksum = write_small(tmp_path), store.checksum
+    path, checksum = write_small(tmp_path), store_file.checksum
 
     def end(*values):
         signal.raise_signal(number)  # SQLite makes an error of its own of what is raised here
         return checksum(*values)
 
-    monkeypatch.setattr(store, "checksum", end)
+    monkeypatch.setattr(store_file, "checksum", end)
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, "study", "run", path, "--out", "out") == code
     assert capsys.readouterr().err.split("\n") == [

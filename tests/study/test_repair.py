@@ -8,7 +8,7 @@ import pytest
 
 from layercrit.errors import LayercritError, StudyError
 from layercrit.locks import hold
-from layercrit.study import store as store_module
+from layercrit.study import store_file
 from layercrit.study.file import read_study_file
 from layercrit.study.migrations import MIGRATIONS
 from layercrit.study.repair import _known_schema, repair_study
@@ -281,8 +281,8 @@ def test_repair__a_file_of_the_first_schema(tmp_path, monkeypatch):
     """Its rows have no checksums, its tables fewer columns, and its schema grew after there were rows."""
     record = {"note": "x" * 500}
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "MIGRATIONS", MIGRATIONS[:1])
-        patch.setattr(store_module, "SCHEMA", 1)
+        patch.setattr(store_file, "MIGRATIONS", MIGRATIONS[:1])
+        patch.setattr(store_file, "SCHEMA", 1)
         with Store(tmp_path, create=True) as store, store.transaction():
             for number in range(40):
                 store._connection.execute(

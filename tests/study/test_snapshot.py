@@ -11,7 +11,7 @@ import pytest
 
 from forked import FORKS
 from layercrit.errors import StudyError
-from layercrit.study import store
+from layercrit.study import store_file
 from layercrit.study.of_measurement import load_result
 from layercrit.study.snapshot import logs_of, take_snapshot
 from layercrit.study.store import FILE, Store
@@ -121,7 +121,7 @@ def test_take_snapshot__a_file_that_is_always_being_written_is_refused(path, tmp
 def test_store__of_a_network_is_read_from_a_copy(tmp_path, monkeypatch):
     with Store(tmp_path, create=True) as made, made.transaction():
         made.put_meta("fact", 1)
-    monkeypatch.setattr(store, "has_local_locks", lambda path: True)
+    monkeypatch.setattr(store_file, "has_local_locks", lambda path: True)
     with Store(tmp_path) as read:
         (_, _, opened) = read._connection.execute("PRAGMA database_list").fetchone()
         assert read.meta("fact") == 1
@@ -135,7 +135,7 @@ def test_store__of_a_network_that_cannot_be_copied(tmp_path, monkeypatch):
 
     with Store(tmp_path, create=True):
         pass
-    monkeypatch.setattr(store, "has_local_locks", lambda path: True)
+    monkeypatch.setattr(store_file, "has_local_locks", lambda path: True)
     monkeypatch.setattr(shutil, "copyfile", no_space)
     with pytest.raises(StudyError, match=r"No space left on device.*TMPDIR"):
         Store(tmp_path)
@@ -144,7 +144,7 @@ def test_store__of_a_network_that_cannot_be_copied(tmp_path, monkeypatch):
 def test_store__of_a_network_where_no_copy_can_be_put(tmp_path, monkeypatch):
     with Store(tmp_path, create=True):
         pass
-    monkeypatch.setattr(store, "has_local_locks", lambda path: True)
+    monkeypatch.setattr(store_file, "has_local_locks", lambda path: True)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(StudyError, match=r"No such file or directory.*TMPDIR"):
         load_result(tmp_path)
@@ -153,7 +153,7 @@ def test_store__of_a_network_where_no_copy_can_be_put(tmp_path, monkeypatch):
 def test_store__what_would_be_lost_cannot_be_written(tmp_path, monkeypatch):
     with Store(tmp_path, create=True):
         pass
-    monkeypatch.setattr(store, "has_local_locks", lambda path: True)
+    monkeypatch.setattr(store_file, "has_local_locks", lambda path: True)
     with Store(tmp_path) as copy, pytest.raises(StudyError, match="readonly"), copy.transaction():
         copy.put_meta("fact", 1)
 

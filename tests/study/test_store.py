@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 
 from layercrit.errors import StudyError
-from layercrit.study import store as store_module
+from layercrit.study import store_file
+from layercrit.study.rows import COLUMNS
 from layercrit.study.store import (
     FILE,
-    SCHEMA,
     CellRow,
     FailureRow,
     ModelRow,
@@ -24,6 +24,7 @@ from layercrit.study.store import (
     PlanRow,
     Store,
 )
+from layercrit.study.store_file import SCHEMA
 
 LARGEST = 2**64 - 1
 
@@ -135,8 +136,8 @@ def test_store__newer_file(tmp_path):
 
 def test_store__file_of_the_first_schema(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:1])
-        patch.setattr(store_module, "SCHEMA", 1)
+        patch.setattr(store_file, "MIGRATIONS", store_file.MIGRATIONS[:1])
+        patch.setattr(store_file, "SCHEMA", 1)
         Store(tmp_path, create=True).close()
     with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as connection:
         record = '{"road": "graph", "dtype": "float32"}'
@@ -164,8 +165,8 @@ def test_store__older_file_is_migrated(tmp_path, monkeypatch):
         filled(store)
         before = store.cells()
     step = "ALTER TABLE models ADD COLUMN note TEXT; UPDATE models SET note = 'of ' || model;"
-    monkeypatch.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS, step))
-    monkeypatch.setattr(store_module, "SCHEMA", SCHEMA + 1)
+    monkeypatch.setattr(store_file, "MIGRATIONS", (*store_file.MIGRATIONS, step))
+    monkeypatch.setattr(store_file, "SCHEMA", SCHEMA + 1)
     for _ in range(2):
         with Store(tmp_path) as store:
             pd.testing.assert_frame_equal(store.cells(), before)
@@ -179,8 +180,8 @@ def test_store__failing_migration_changes_nothing(tmp_path, monkeypatch):
     Store(tmp_path, create=True).close()
     step = "ALTER TABLE models ADD COLUMN note TEXT; UPDATE missing SET x = 1;"
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "MIGRATIONS", (*store_module.MIGRATIONS, step))
-        patch.setattr(store_module, "SCHEMA", SCHEMA + 1)
+        patch.setattr(store_file, "MIGRATIONS", (*store_file.MIGRATIONS, step))
+        patch.setattr(store_file, "SCHEMA", SCHEMA + 1)
         with pytest.raises(StudyError, match="no such table: missing"):
             Store(tmp_path)
     with Store(tmp_path) as store:
@@ -608,14 +609,14 @@ def damaged(folder, statement, *, sealed=True):
                 "UPDATE cells SET per_image = (SELECT per_image FROM cells WHERE key = 'with'), "
                 "checksum = NULL WHERE key = 'a/fc/rerandomize/1'"
             )
-            columns = ", ".join(store_module.COLUMNS["cells"])
+            columns = ", ".join(COLUMNS["cells"])
             store._connection.execute(
                 f"UPDATE cells SET checksum = checksum({columns}) WHERE key = 'a/fc/rerandomize/1'"
             )
         before = store.cells()
         assert len(before) == 8
         if not sealed:
-            for table in store_module.COLUMNS:
+            for table in COLUMNS:
                 store._connection.execute(f"UPDATE {table} SET checksum = NULL")
         store._connection.execute(statement)
     return before
@@ -642,7 +643,7 @@ def test_damaged__rows_of_before_there_were_checksums(tmp_path, what):
         assert set(store.cells()["key"]) == set(before["key"]) - {"a/fc/rerandomize/1"}
 
 
-@pytest.mark.parametrize("table", store_module.COLUMNS)
+@pytest.mark.parametrize("table", COLUMNS)
 def test_damaged__no_table_is_trusted(tmp_path, table):
     column = {"meta": "value", "runs": "record", "parts": "seconds", "failures": "error"}.get(table, "key")
     column = {"models": "label", "cells": "seconds"}.get(table, column)
@@ -685,7 +686,7 @@ def test_copy_cells__leaves_damaged_ones(tmp_path):
 @pytest.fixture
 def read_only(monkeypatch):
     """No file can be written, as far as a store can tell; SQLite itself would notice on such a disk."""
-    monkeypatch.setattr(store_module, "_is_writable", lambda path: False)
+    monkeypatch.setattr(store_file, "_is_writable", lambda path: False)
 
 
 def content_of(folder):
@@ -722,8 +723,8 @@ def test_read_only__what_stands_in_the_log_alone_is_read(tmp_path, request, writ
 
 def test_read_only__a_file_of_an_older_schema(tmp_path, request, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS[:3])
-        patch.setattr(store_module, "SCHEMA", 3)
+        patch.setattr(store_file, "MIGRATIONS", store_file.MIGRATIONS[:3])
+        patch.setattr(store_file, "SCHEMA", 3)
         Store(tmp_path, create=True).close()
     with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as connection:
         connection.execute("INSERT INTO models (model, position, reference) VALUES ('a', 0, 'file:a')")
@@ -757,7 +758,7 @@ def test_read_only__while_another_process_is_about_to_create_it(tmp_path, monkey
     class Creating(sqlite3.Connection):
         def execute(self, query, *values):
             if query == "PRAGMA user_version" and not creators:
-                monkeypatch.setattr(store_module.sqlite3, "connect", connect)
+                monkeypatch.setattr(store_file.sqlite3, "connect", connect)
                 creators.append(threading.Thread(target=lambda: Store(tmp_path, create=True).close()))
                 creators[0].start()
                 creators[0].join(0.5)
@@ -766,7 +767,7 @@ def test_read_only__while_another_process_is_about_to_create_it(tmp_path, monkey
     creators = []
     (tmp_path / FILE).touch()
     connect = sqlite3.connect
-    monkeypatch.setattr(store_module.sqlite3, "connect", partial(connect, factory=Creating))
+    monkeypatch.setattr(store_file.sqlite3, "connect", partial(connect, factory=Creating))
 
     with Store(tmp_path, read_only=True) as opened:
         assert opened.models() == []
