@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -46,7 +46,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         task = json.loads(arguments.child)
-        work = {"plain": plain, "measure": layercrit_measure, "network": write_network, "exact": exactness}
+        work = {
+            "plain": at_rate(plain),
+            "measure": at_rate(layercrit_measure),
+            "network": write_network,
+            "exact": exactness,
+        }
         result = work[task.pop("what")](**task)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({**result, "peak_mb": peak}))
@@ -60,7 +65,7 @@ def main() -> None:
             memory(folder, arguments.images)
             return
         modes = ("float32", "bfloat16") if multiplies_bfloat16() else ("float32",)
-        figures |= {"rates": {mode: product_rate(mode) for mode in modes}, "networks": {}}
+        figures["networks"] = {}
         for arch in arguments.arch:
             plain_way = [
                 {"what": "plain", "batch_size": size, "every": arguments.plain_every}
@@ -68,12 +73,17 @@ def main() -> None:
             ]
             found = compare(folder, arch, arguments.images, arguments.rounds, plain_way, modes)
             figures["networks"][arch] = found
+            write(figures, arguments.json)  # what was measured is kept, whatever follows
             print(f"\n{network_table(arch, figures)}", flush=True)
         figures["exact"] = child(what="exact", folder=scratch, modes=modes)
         print(f"\n{exactness_in_words(figures)}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    write(figures, arguments.json)
     print(closing_line(figures, arguments.arch[0], modes[-1]))
+
+
+def write(figures: dict, file: Path | None) -> None:
+    if file:
+        file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def compare(folder: Path, arch: str, n_images: int, rounds: int, plain_way: list[dict], modes: Sequence[str]) -> dict:
@@ -92,6 +102,7 @@ def compare(folder: Path, arch: str, n_images: int, rounds: int, plain_way: list
         "contenders": {
             name: {
                 "ms": statistics.median(1e3 * run["seconds"] / n_images for run in found),
+                "rate": statistics.median(run["rate"] for run in found),
                 "opening": found[0].get("opening"),
                 "peak_mb": max(run["peak_mb"] for run in found),
                 "max_difference": max(abs(found[0]["criticality"][layer] - exact[layer]) for layer in exact),
@@ -117,8 +128,7 @@ def network_table(arch: str, figures: dict) -> str:
     ]
     for name, one in contenders.items():
         ratios = " | ".join("" if name in plain else f"{contenders[of]['ms'] / one['ms']:.1f}" for of in plain)
-        mode = "float32" if name in plain else name.split()[-1]
-        share = found["after"] / figures["rates"][mode] / (one["ms"] / 1e3)
+        share = share_of_rate(found, one)
         opening = "" if one["opening"] is None else f"{one['opening']:.1f}"
         words = name if name in plain else f"`{name}`"
         lines.append(
@@ -128,9 +138,14 @@ def network_table(arch: str, figures: dict) -> str:
     return "\n".join(lines)
 
 
+def share_of_rate(network: dict, contender: dict) -> float:
+    return network["after"] / contender["rate"] / (contender["ms"] / 1e3)
+
+
 def exactness_in_words(figures: dict) -> str:
     exact = figures["exact"]
-    each = [f"{exact[m][0]:.0e} in {m} (mean over layers: {exact[m][1]:.0e})" for m in figures["rates"]]
+    modes = [mode for mode in ("float32", "bfloat16") if mode in exact]
+    each = [f"{exact[m][0]:.0e} in {m} (mean over layers: {exact[m][1]:.0e})" for m in modes]
     return (
         f"EfficientNet-Lite0, trained on ImageNet, {exact['n_images']} photographs, against the reference mode: the "
         f"criticality of a layer differs by at most {' and '.join(each)}."
@@ -140,7 +155,7 @@ def exactness_in_words(figures: dict) -> str:
 def closing_line(figures: dict, arch: str, mode: str) -> str:
     contenders = figures["networks"][arch]["contenders"]
     mine, *plain = contenders[f"measure --dtype {mode}"], *(c for name, c in contenders.items() if "plain" in name)
-    share = figures["networks"][arch]["after"] / figures["rates"][mode] / (mine["ms"] / 1e3)
+    share = share_of_rate(figures["networks"][arch], mine)
     return (
         f"ratio={plain[0]['ms'] / mine['ms']:.2f} ratio_best={min(c['ms'] for c in plain) / mine['ms']:.2f} "
         f"floor_share={share:.2f} max_difference={mine['max_difference']:.1e} peak_mb={mine['peak_mb']:.0f}"
@@ -149,8 +164,12 @@ def closing_line(figures: dict, arch: str, mode: str) -> str:
 
 def markdown(figures: dict) -> str:
     """Return all tables as the documentation has them."""
-    rates = " and ".join(f"{rate / 1e9:.0f} GFLOP/s in {mode}" for mode, rate in figures["rates"].items())
-    about = f"{figures['machine']}; matrix products at {rates}; {figures['n_images']} images, one trial."
+    rates: dict[str, list[float]] = {}
+    for found in figures["networks"].values():
+        for name, one in found["contenders"].items():
+            rates.setdefault("bfloat16" if name.endswith("bfloat16") else "float32", []).append(one["rate"] / 1e9)
+    each = " and ".join(f"{min(of):.0f} to {max(of):.0f} GFLOP/s in {mode}" for mode, of in rates.items())
+    about = f"{figures['machine']}; matrix products at {each}; {figures['n_images']} images, one trial."
     tables = [network_table(arch, figures) for arch in figures["networks"]]
     return "\n\n".join([about, *tables, exactness_in_words(figures)])
 
@@ -344,8 +363,19 @@ def cpu_seconds() -> float:
     return time.process_time() / torch.get_num_threads()
 
 
+def at_rate(contender: Callable[..., dict]) -> Callable[..., dict]:
+    """Add the rate of matrix products at the time, the mean of those before and after: clocks and neighbours vary."""
+
+    def timed(dtype: str = "float32", **task: object) -> dict:
+        before = product_rate(dtype)
+        result = contender(**task, **({} if contender is plain else {"dtype": dtype}))
+        return {**result, "rate": (before + product_rate(dtype)) / 2}
+
+    return timed
+
+
 def product_rate(dtype: str) -> float:
-    """FLOP/s of matrix products of the shape that dominates ResNet-50, the best of several repetitions."""
+    """FLOP/s of matrix products of the shape that dominates ResNet-50, the median of several repetitions."""
     import torch
 
     a = torch.randn(3136, 768).to(getattr(torch, dtype))
@@ -353,14 +383,15 @@ def product_rate(dtype: str) -> float:
     # The same product as a 1 x 1 convolution goes to another library, which is faster on some processors.
     image = a.t().reshape(1, 768, 56, 56).contiguous(memory_format=torch.channels_last)
     kernel = b.reshape(768, 768, 1, 1).contiguous(memory_format=torch.channels_last)
-    times = []
+    ways: list[Callable[[], object]] = [lambda: a @ b, lambda: torch.conv2d(image, kernel)]
+    times: list[list[float]] = [[] for _ in ways]
     with torch.inference_mode():
-        for _ in range(30):
-            for product in (lambda: a @ b, lambda: torch.conv2d(image, kernel)):
+        for _ in range(31):
+            for product, taken in zip(ways, times, strict=True):
                 started = cpu_seconds()
                 product()
-                times.append(cpu_seconds() - started)
-    return 2 * 3136 * 768 * 768 / min(times)
+                taken.append(cpu_seconds() - started)
+    return 2 * 3136 * 768 * 768 / min(map(statistics.median, times))
 
 
 def multiplies_bfloat16() -> bool:

@@ -115,7 +115,7 @@ def markdown(figures: dict) -> str:
             f"{figures['flops'] / 1e6:.1f} MFLOP an image: {figures['flops'] / least / 1e9:.0f} GFLOP/s in the best "
             f"batch. The matrix products of its convolutions alone, in caches and as fast as torch.mm does them, take "
             f"{1e6 * products:.0f} µs, {figures['flops'] / products / 1e9:.0f} GFLOP/s, without gathering patches, "
-            f"biases, ReLUs and shortcuts: no way to run the network could be {least / products:.1f} times as fast.",
+            f"biases, ReLUs and shortcuts: at that rate it would be {least / products:.1f} times as fast.",
         ]
     )
 
