@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import re
 import subprocess
 import sys
@@ -114,3 +115,9 @@ def test_bar__says_nothing_of_short_work(shown, capsys):
         bar.decoded(1, 2)
         bar.fetched("x", 1, None)
     assert capsys.readouterr() == ("", "")
+
+
+def test_import__draws_no_random_numbers():
+    code = "import random; random.seed(0); import layercrit.progress_bar; print(random.random())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == random.Random(0).random(), "as importing rich alone does"

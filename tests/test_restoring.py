@@ -1,8 +1,11 @@
 """What a measurement leaves behind: nothing."""
 
 import contextlib
+import multiprocessing
+import os
 import random
 import threading
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -11,9 +14,10 @@ import torch
 from torch import nn
 
 from layercrit.errors import LayerError, ModelError, ProbeError, ProtocolError
-from layercrit.measuring import measure
+from layercrit.measuring import list_layers, measure
 from layercrit.models.references import open_model
 from layercrit.resets import RESETS, reset
+from layercrit.restoring import undisturbed
 from small_subjects import (
     PIXELS,
     QUIET,
@@ -123,7 +127,7 @@ def test_measure__an_exception_in_the_forward_leaves_everything_as_it_was(error,
     assert_same_state(network, before)
     if raised is not None:
         assert "the network's own" in str(raised)
-        assert call <= 3 or not isinstance(raised, ModelError), "only the first passes tell whether images fit"
+        assert call <= 5 or not isinstance(raised, ModelError), "only the first passes tell whether images fit"
     elif len(network.seen) >= call:
         notes = found.record["notes"]
         assert any("cannot be exported (ValueError: the network's own)" in note for note in notes)
@@ -339,6 +343,97 @@ class Busy(Troubled):
     def forward(self, images):
         self.threads.append(threading.get_ident())
         return super().forward(images)
+
+
+class Tables(nn.Module):
+    """Keeps tensors for each shape of its input, in a dictionary, within a tuple in a list, and in a cache outside."""
+
+    outside = None
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * (SIZE - 2) ** 2, 3))
+        self.tables, self.listed = {}, []
+
+    def forward(self, images):
+        n = len(images)
+        if n not in self.tables:
+            self.tables[n] = images.new_ones(n, 1)
+            self.listed.append(("of", images.new_ones(n, 1)))
+        logits = self.body(images) * self.tables[n] * self.listed[list(self.tables).index(n)][1]
+        return logits if self.outside is None else logits * self.outside(n)
+
+
+def test_measure__a_network_that_keeps_tensors_by_shape_is_measured_and_runs_afterwards():
+    networks = [fresh(Tables, 0).eval() for _ in range(2)]
+    for n in range(1, 9):
+        networks[1](torch.rand(n, 3, SIZE, SIZE))
+    found, expected = (measure(network, photographs(8), **QUIET) for network in networks)
+    assert found.record["backend"] == "exported graph"
+    assert_same_cells(found, expected, atol=0)
+    kept = [*networks[0].tables.values(), *(table for _, table in networks[0].listed)]
+    assert {type(table) for table in kept} <= {torch.Tensor}, "tensors without values are left"
+    assert networks[0](torch.rand(8, 3, SIZE, SIZE)).isfinite().all()
+
+
+def test_measure__a_network_whose_tables_outside_it_the_exporter_filled_is_told_what_to_do():
+    network = Tables().eval()
+    network.outside = lru_cache(lambda n: torch.ones(n, 1))
+    told = r"cannot be run on 8 images, .*lru_cache.* in a new process run it once on 8 images"
+    with pytest.raises(ModelError, match=told):
+        measure(network, photographs(8), **QUIET)
+    network.outside.cache_clear()
+    with torch.no_grad():
+        network(torch.rand(8, 3, SIZE, SIZE))
+    measure(network, photographs(8), **QUIET)
+
+
+def test_measure__a_parameter_of_indices():
+    network = small_network()
+    network.order = nn.Parameter(torch.tensor([2, 0, 1]), requires_grad=False)
+    network.register_forward_pre_hook(lambda module, given: given[0][:, module.order])
+    assert set(measure(network.eval(), photographs(4), **QUIET).to_pandas()["status"]) == {"ok"}
+
+
+def test_measure__a_network_that_cannot_be_copied_needs_another_donor():
+    network = small_network().eval()
+    network.lock = threading.Lock()
+    with pytest.raises(ModelError, match=r"cannot be copied \(TypeError: .*_thread.lock.*py:PACKAGE.*donor=.*zero"):
+        measure(network, photographs(4), **QUIET)
+    measure(network, photographs(4), reset="zero", **QUIET)
+
+
+def test_list_layers__of_a_network_of_another_size_leaves_it_as_it_was():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3, 2)).eval()
+    with pytest.raises(ModelError, match=r"cannot run on one image of 3 channels, 224 x 224 pixels .*input_size"):
+        list_layers(network)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
+def test_undisturbed__a_process_forked_while_a_thread_measures_does_not_wait_for_it():
+    inside, forked = threading.Event(), threading.Event()
+
+    def measuring():
+        with undisturbed():
+            inside.set()
+            forked.wait()
+
+    thread = threading.Thread(target=measuring)
+    thread.start()
+    inside.wait()
+    child = multiprocessing.get_context("fork").Process(target=enter_undisturbed)
+    child.start()
+    forked.set()
+    thread.join()
+    child.join(20)
+    code = child.exitcode
+    child.kill()
+    assert code == 0, "it waits for a thread that it does not have"
+
+
+def enter_undisturbed():
+    with undisturbed():
+        pass
 
 
 def test_measure__of_two_threads_on_one_network_one_waits():

@@ -21,7 +21,7 @@ from layercrit.engine.subject import Subject
 from layercrit.layer_sets import read_sets, sets_of
 from layercrit.layers import Group, find_layers, select_layers
 from layercrit.measurement import Measurement
-from layercrit.models.model import Model
+from layercrit.models.model import Model, size_explained
 from layercrit.models.references import open_model, without_weights
 from layercrit.probes.image_sizes import common_size
 from layercrit.probes.labelling import LabelsGiven, are_wanted, open_images
@@ -30,7 +30,7 @@ from layercrit.probes.sources import ArraySource
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.resets import get_reset
-from layercrit.restoring import rng_untouched, undisturbed, untouched
+from layercrit.restoring import attributes_kept, rng_untouched, undisturbed, untouched
 from layercrit.sampling import OnTrial, Sampling
 from layercrit.seeds import probe_set_seed
 from layercrit.trackers.callbacks import Caller, OnCell
@@ -218,10 +218,11 @@ def list_layers(
     """
     kept = ("mean", "std", "input_size")
     opened = open_model(without_weights(model, keep=kept) if isinstance(model, str) else model)
-    with undisturbed():
+    with undisturbed(), rng_untouched(), attributes_kept(opened.network):
         black = opened.classifier.normalise(opened.black_image.to(opened.classifier.mean.device))
         wanted = read_sets(sets)
-        every = find_layers(opened.network, black, group)
+        with size_explained(opened):
+            every = find_layers(opened.network, black, group)
         found = sets_of(select_layers(every, types=types, patterns=layers, group=cast(Group, group)), wanted)
         _, after = count_flops(opened.network, found, black)
     rows = [{**layer.to_dict(), "flops_after": after[layer.name]} for layer in found]

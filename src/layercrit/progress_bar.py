@@ -2,15 +2,19 @@
 
 import html
 import io
+import random
 import time
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from layercrit.counts import duration
 from layercrit.foreign_text import visible
 from layercrit.verbosity import is_quiet
+
+_before = random.getstate()  # importing rich draws from Python's generator, whose numbers are the caller's
+from rich.console import Console  # noqa: E402
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
+
+random.setstate(_before)
 
 _SECONDS_BETWEEN_UPDATES, _WIDTH = 0.2, 90  # of a notebook's bar; letters
 _SOONEST, _LATEST = 30.0, 600.0  # seconds between two lines in a log, which come ever more rarely

@@ -2,9 +2,10 @@
 
 import contextlib
 import copy
+import os
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -12,9 +13,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from layercrit.errors import ModelError, first_line
 
 _DEVICES_WITH_AUTOCAST = ("cpu", "cuda", *(["mps"] if torch.__version__ >= "2.5" else []), "xpu")
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)  # registries of parameters, hooks and the like
 _one_at_a_time = threading.RLock()
+
+
+def _in_a_fork() -> None:
+    """Let a forked process begin with a lock of its own: the thread that may hold this one is not in it."""
+    global _one_at_a_time
+    _one_at_a_time = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_fork)
 
 
 @contextlib.contextmanager
@@ -142,20 +157,62 @@ def holding(network: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def copied(network: nn.Module) -> nn.Module:
-    """Return a deep copy, also of a network that keeps tensors which its forward computed from parameters."""
-    computed = [t for m in network.modules() for t in m.__dict__.values() if isinstance(t, Tensor) and not t.is_leaf]
-    return copy.deepcopy(network, {id(tensor): tensor.detach().clone() for tensor in computed})
+    """Return a deep copy, also of a network that keeps tensors which its forward computed from parameters.
+
+    Raises:
+        ModelError: it has something that cannot be copied, such as a lock.
+    """
+    attributes = [value for module in network.modules() for value in module.__dict__.values()]
+    inside = [value for container in _containers(attributes) for value in _items(container)]
+    computed = [value for value in (*attributes, *inside) if isinstance(value, Tensor) and not value.is_leaf]
+    try:
+        return copy.deepcopy(network, {id(tensor): tensor.detach().clone() for tensor in computed})
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # an object's own code
+        raise ModelError(
+            f"The network cannot be copied ({first_line(error)}), as is needed to draw fresh values and to go to "
+            "another device. Keep such objects outside it. Or let nothing be copied: a reference that can build it "
+            "(py:PACKAGE.MODULE:FACTORY), a donor (donor=..., --from), or a reset without fresh values, such as zero."
+        ) from error
 
 
 @contextlib.contextmanager
 def attributes_kept(network: nn.Module) -> Iterator[None]:
-    """Undo what tracing leaves in a network whose forward assigns to its attributes: tensors without values."""
+    """Undo what tracing leaves in a network whose forward assigns to its attributes: tensors without values.
+
+    So it is with lists and dictionaries among the attributes, in which some networks keep tensors for each shape.
+    """
     before = [(module, dict(module.__dict__)) for module in network.modules()]
+    own = [value for _, attributes in before for name, value in attributes.items() if name not in _OF_EVERY_MODULE]
+    contents = [(container, copy.copy(container)) for container in _containers(own)]
     try:
         yield
     finally:
         for module, attributes in before:
             _refill(module.__dict__, attributes)
+        for container, content in contents:
+            if any(isinstance(value, FakeTensor) for value in _items(container)):
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+def _containers(values: Iterable[Any]) -> list[list[Any] | dict[Any, Any]]:
+    """Return the lists and dictionaries among values, and those within them."""
+    found: dict[int, Any] = {}
+    left = list(values)
+    while left:
+        value = left.pop()
+        if isinstance(value, list | dict) and id(value) not in found:
+            found[id(value)] = value
+            left.extend(_items(value))
+    return list(found.values())
+
+
+def _items(container: list[Any] | dict[Any, Any]) -> Iterator[Any]:
+    """Yield what is in a container, and what is in tuples there."""
+    for value in container.values() if isinstance(container, dict) else container:
+        yield from value if isinstance(value, tuple) else (value,)
 
 
 @contextlib.contextmanager

@@ -94,6 +94,30 @@ def test_model__n_classes():
     assert model_of(nn.Sequential(nn.Flatten(), nn.Linear(216, 7))).n_classes == 7
     with pytest.raises(ModelError, match="expected logits"):
         _ = model_of(nn.Identity()).n_classes
+    with pytest.raises(ModelError, match=r"cannot run on one image of 3 channels, 8 x 9 pixels .*input_size"):
+        _ = model_of(nn.Sequential(nn.Flatten(), nn.Linear(217, 7))).n_classes
+
+
+class Remembering(Pooled):
+    """Counts its calls, draws, and keeps a table that it makes when it is first run."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.table = {}
+
+    def forward(self, images):
+        self.calls += 1
+        torch.rand(1)
+        return super().forward(images) * self.table.setdefault("scale", torch.ones(3, requires_grad=True))
+
+
+def test_model__n_classes_leaves_the_network_as_it_was():
+    network, state = Remembering(), torch.get_rng_state()
+    assert model_of(network).n_classes == 3
+    assert network.calls == 0
+    assert not network.table["scale"].is_inference(), "such a tensor could not be trained with"
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_model__sha256_is_that_of_the_state():

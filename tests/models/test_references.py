@@ -1,6 +1,7 @@
 import json
 import random
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -112,11 +113,18 @@ def test_open_model__network_in_training_mode_is_copied():
 
 def test_open_model__network_in_training_mode_that_cannot_be_copied():
     network = nn.Linear(2, 2)
-    network.extra = network.weight * 2
+    network.extra = threading.Lock()
     with pytest.raises(
-        ModelError, match=r"module:torch.nn.modules.linear.Linear is in training mode and cannot be copied"
+        ModelError,
+        match=r"module:torch.nn.modules.linear.Linear is in training mode; call .eval\(\) first. .*_thread.lock",
     ):
         open_model(network)
+    assert open_model(network.eval()).network is network
+
+
+def test_open_model__of_a_lazy_network():
+    with pytest.raises(ModelError, match=r"'0.weight' without a shape, of a lazy module. Run the network once"):
+        open_model(nn.Sequential(nn.LazyLinear(2)).eval())
 
 
 def test_open_model__timm_network_keeps_timms_settings():

@@ -15,7 +15,7 @@ from layercrit.engine.graph import WeightGraph
 from layercrit.engine.graph_replay import GraphReplay
 from layercrit.engine.recorded_replay import RecordedReplay
 from layercrit.engine.replay import Mode, PlainReplay, ReadLogits, Replay
-from layercrit.errors import first_line
+from layercrit.errors import ModelError, first_line
 from layercrit.layers import Layer
 from layercrit.machine import is_out_of_memory
 from layercrit.models.outputs import logits_of
@@ -66,6 +66,7 @@ def open_replay(
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
+            _check_still_runs(own, images)
             agrees, reason = False, f"the exported network cannot be run ({first_line(error)})"
         if agrees:
             layers = layers if layers_of is None else layers_of(weight_graph)
@@ -79,6 +80,26 @@ def open_replay(
     return recorded if _agrees(recorded, plain, images) else plain
 
 
+def _check_still_runs(own: PlainReplay, images: Tensor) -> None:
+    """Make sure that the network itself still runs.
+
+    Raises:
+        ModelError: it does not, as when it keeps tensors in a cache outside it, which the exporter filled with such as
+            have no values.
+    """
+    try:
+        float(own.logits(images).sum())  # which tensors without values do not have
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"The network cannot be run on {len(images)} images, or not again after torch.export has run it "
+            f"({first_line(error)}). If its code keeps tensors between calls, as under functools.lru_cache, let it "
+            f"clear what it keeps, and in a new process run it once on {len(images)} images before it is measured: "
+            "then these tensors have values."
+        ) from error
+
+
 def _agrees(replay: Replay, plain: PlainReplay, images: Tensor, rounding: float = 0.0) -> bool:
     """Return whether a replay gives the plain backend's logits, also when weights are moved a little.
 
@@ -87,8 +108,7 @@ def _agrees(replay: Replay, plain: PlainReplay, images: Tensor, rounding: float 
     """
     parameters = dict(plain.network.named_parameters(remove_duplicate=False))
     moved = {
-        layer.name: {name: parameters[name].detach() * 1.015625 + 0.001 for name in layer.parameters}
-        for layer in plain.layers
+        layer.name: {name: _moved(parameters[name].detach()) for name in layer.parameters} for layer in plain.layers
     }
     prepared = {layer.name: replay.prepare(layer, moved[layer.name]) for layer in plain.layers}
     # the logits of the trained weights, which end a sweep, would show nothing more
@@ -98,6 +118,11 @@ def _agrees(replay: Replay, plain: PlainReplay, images: Tensor, rounding: float 
         if (got.nan_to_num() - expected_finite).abs().max() > rounding * expected_finite.abs().max():
             return False
     return True
+
+
+def _moved(parameter: Tensor) -> Tensor:
+    is_number = parameter.is_floating_point() or parameter.is_complex()
+    return parameter * 1.015625 + 0.001 if is_number else parameter  # else a table of indices, or a mask
 
 
 def reopen(replay: GraphReplay, images: Tensor, mode: Mode) -> GraphReplay:

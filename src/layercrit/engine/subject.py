@@ -1,7 +1,6 @@
 """The network under measurement: where it runs, which of its layers are reset, and to what."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 
 from layercrit.engine.branches import branch_ends
 from layercrit.engine.flops import count_flops
-from layercrit.errors import LayercritError, ModelError, ProtocolError, first_line
+from layercrit.errors import ModelError, ProtocolError, first_line
 from layercrit.layer_sets import sets_of
 from layercrit.layers import Group, Layer, find_layers, joined_where_shared, select_layers
 from layercrit.machine import find_device
-from layercrit.models.model import Classifier, Model
+from layercrit.models.model import Classifier, Model, size_explained
 from layercrit.models.outputs import are_probabilities, missing_head
 from layercrit.protocol import Protocol
 from layercrit.resets import check_draws, donor_values, draw_values, get_reset, given_donor, own_initialiser
@@ -219,7 +218,7 @@ class Subject:
         """
         black = model.black_image
         noise = torch.randint(0, 256, (2, *black.shape[1:]), generator=torch.Generator().manual_seed(0))
-        with self._explained(), torch.no_grad():
+        with size_explained(self.model), torch.no_grad():
             logits = model.read_logits(self.network(self.normalise(torch.cat([black, noise.to(torch.uint8)]))))
             n_classes = logits.shape[1]
             reason = missing_head(self.network, self.normalise(black), logits) if model.output is None else None
@@ -243,20 +242,5 @@ class Subject:
 
     def _all_layers(self, group: str) -> list[Layer]:
         """Find the layers on a black image, so that a wrong setting shows before any image is decoded."""
-        with self._explained():
+        with size_explained(self.model):
             return find_layers(self.network, self.normalise(self.model.black_image), group)
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Say what to do where the network cannot run on an image of its size."""
-        try:
-            yield
-        except LayercritError:
-            raise
-        except Exception as error:  # a network's own code raises what it likes
-            size = self.model.preprocessing
-            raise ModelError(
-                f"{self.model.reference!r} cannot run on one image of {size.channels} channels, {size.height} x "
-                f"{size.width} pixels ({first_line(error)}). Give images of the size that the network takes, or set "
-                "that size: open_model(..., input_size=(channels, height, width)), or '?input_size=' in a reference."
-            ) from error

@@ -1,7 +1,8 @@
 """A trained network with what is needed to show it images."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -9,11 +10,13 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from layercrit.errors import LayercritError, ModelError, first_line
 from layercrit.models.checkpoints import hash_tensors
 from layercrit.models.outputs import Output, logits_of, reader_of
 from layercrit.probes.images import Preprocessing
+from layercrit.restoring import rng_untouched, undisturbed, untouched
 
-__all__ = ["INPUT", "Classifier", "Model", "structure"]
+__all__ = ["INPUT", "Classifier", "Model", "size_explained", "structure"]
 
 INPUT = ("input_size", "mean", "std")
 """What a model should say about its input, and what a reference's options replace."""
@@ -115,10 +118,30 @@ class Model:
         """Number of classes, found by running one black image.
 
         Raises:
-            ModelError: the network's output contains no logits.
+            ModelError: the network's output contains no logits, or it cannot run on an image of this size.
         """
-        with torch.inference_mode():
+        with size_explained(self), undisturbed(), rng_untouched(), untouched(self.network), torch.no_grad():
             return int(self.classifier(self.black_image.to(self.classifier.mean.device)).shape[1])
+
+
+@contextmanager
+def size_explained(model: Model) -> Iterator[None]:
+    """Say what to do where a model cannot run on an image of its size.
+
+    Raises:
+        ModelError: for whatever is raised inside.
+    """
+    try:
+        yield
+    except LayercritError:
+        raise
+    except Exception as error:  # a network's own code raises what it likes
+        size = model.preprocessing
+        raise ModelError(
+            f"{model.reference!r} cannot run on one image of {size.channels} channels, {size.height} x "
+            f"{size.width} pixels ({first_line(error)}). Give images of the size that the network takes, or set "
+            "that size: open_model(..., input_size=(channels, height, width)), or '?input_size=' in a reference."
+        ) from error
 
 
 class Classifier(nn.Module):

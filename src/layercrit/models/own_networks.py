@@ -20,6 +20,7 @@ from layercrit.models.hubs import timm_input
 from layercrit.models.model import INPUT, Model, structure
 from layercrit.models.sources import ModelSource, explained, model_source, written
 from layercrit.probes.images import Preprocessing
+from layercrit.restoring import copied
 from layercrit.seeds import drawing
 
 __all__ = ["given_model", "import_here"]
@@ -37,11 +38,9 @@ def given_model(network: nn.Module) -> Model:
     _check_plain(name, network)  # before anything else is asked of it
     if any(module.training for module in network.modules()):
         try:
-            network = copy.deepcopy(network).eval()
-        except RuntimeError as error:
-            raise ModelError(
-                f"{name} is in training mode and cannot be copied ({error}). Call .eval() first."
-            ) from error
+            network = copied(network).eval()
+        except ModelError as error:
+            raise ModelError(f"{name} is in training mode; call .eval() first. {error}") from error
     build, initialiser = _rebuild(network)
     # not the class's name: a network that is wrapped, or defined in a script, gets the same draws as before
     return _described(name, f"module:{structure(network)}", network, build, initialiser)
@@ -68,6 +67,11 @@ def _check_plain(name: str, network: nn.Module) -> None:
                 "network from which it was made, with its weights: network.load_state_dict(script.state_dict())."
             )
     for key, value in network.state_dict().items():
+        if nn.parameter.is_lazy(value):
+            raise ModelError(
+                f"{name} has a parameter {key!r} without a shape, of a lazy module. Run the network once on images of "
+                "its size, then load the trained weights."
+            )
         if not isinstance(value, torch.Tensor) or value.is_quantized:
             raise ModelError(
                 f"{name} keeps {key!r} as {type(value).__name__}, not as plain numbers, like a quantised network: its "
