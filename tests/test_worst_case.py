@@ -20,7 +20,6 @@ from layercrit.models.references import open_model
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.seeds import drawing, layer_seed, trial_seed
 from layercrit.worst_case import measure_worst_case
-from running_jobs import small_network
 from test_module_criticality import LABELS, OPTIONS, assert_same_state, pixels, state_of, trained
 
 HOW = {"progress": False, "steps": 4, "restarts": 2}

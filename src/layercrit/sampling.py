@@ -213,7 +213,7 @@ class Sampling:
         batches = [batch.per_image for batch in draws.batches()]
         values = {name: np.concatenate([batch[name] for batch in batches], axis=1) for name in batches[0]}
         place = {layer.name: number for number, layer in enumerate(self.subject.layers)}
-        status = draws.status(values["cosine"])
+        status = draws.status(values)
         self.finished.append(
             _Finished(
                 cells=[(place[layer.name], trial) for trial, layer in draws.cells],
