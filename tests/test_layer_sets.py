@@ -299,6 +299,8 @@ def test_measurement__saves_and_loads_pairs(tmp_path):
     assert "interactions" in shown.output
     (squares,) = [one for one in found.plot_interactions().axes[0].collections if len(one.get_paths()) > 1]
     assert len(squares.get_paths()) == 10
+    measure(small_network(), photographs(6), layers="fc", trials=1, **QUIET).save(tmp_path)  # in its place
+    assert not list(tmp_path.glob("interactions*"))
 
 
 def test_interactions__need_pairs():

@@ -334,7 +334,9 @@ def test_resume__of_another_measurement_is_refused(other, word, planned):
 def test_resume__of_more_trials_than_asked_for_is_refused():
     how = {"dtype": "float32", "progress": False}
     three = measure(network(), PIXELS[:8], trials=3, **how)
-    with pytest.raises(ProtocolError, match=r"has 3 trials, more than the 2 asked for. Ask for 3 or more .*--overwrite"):
+    with pytest.raises(
+        ProtocolError, match=r"has 3 trials, more than the 2 asked for. Ask for 3 or more .*--overwrite"
+    ):
         measure(network(), PIXELS[:8], trials=2, resume=three, **how)
 
 

@@ -33,7 +33,11 @@ from layercrit.statistics import Estimate, estimate, estimate_mean_over_layers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CELL_COLUMNS", "PER_IMAGE", "Measurement"]
+__all__ = ["CELL_COLUMNS", "FILES", "PER_IMAGE", "Measurement"]
+
+FILES = ("cells.parquet", "criticality.png", "criticality.svg", "images.parquet", "interactions.csv",
+         "interactions.png", "interactions.svg", "layers.csv", "measurement.json")  # fmt: skip
+"""Names of the files that a measurement is saved in; not every one has all."""
 
 _IMAGES = "images.parquet"
 _FORMAT = 1  # of the files; raised when their layout changes
@@ -364,9 +368,10 @@ class Measurement:
                     if not isinstance(error, OSError):  # what goes wrong with the picture must not lose the numbers
                         _move(new, folder)
                     raise
+                written = {file.name for file in new.iterdir()}
                 _move(new, folder)
-            if self.images is None:
-                (folder / _IMAGES).unlink(missing_ok=True)  # of another measurement, which this one replaces
+            for name in set(FILES) - written:
+                (folder / name).unlink(missing_ok=True)  # of another measurement, which this one replaces
         except OSError as error:
             raise LayercritError(
                 f"The measurement cannot be written to {folder} ({error.strerror or error}). "
