@@ -149,7 +149,8 @@ def test_read_sets__a_file_with_a_mistake(tmp_path, text, words):
 
 
 def test_read_sets__a_file_and_what_is_none(tmp_path):
-    (tmp_path / "sets.toml").write_text('early = "stem,layer1.*"\nlate = ["fc", "layer2.*"]')
+    text = 'early = "stem,layer1.*"\nlate = ["fc", "layer2.*"]'
+    (tmp_path / "sets.toml").write_text(text, encoding="utf-8-sig")  # as editors on Windows do
     found = {"early": "stem,layer1.*", "late": "fc,layer2.*"}
     assert read_sets(str(tmp_path / "sets.toml")) == read_sets("sets.toml", tmp_path) == read_sets(found) == found
     assert [read_sets(kind) for kind in SETS] == list(SETS)

@@ -127,9 +127,7 @@ def test_commands__take_the_global_options(name):
 def test_commands__out_is_no_empty_text(name):
     for one in COMMANDS[name].params:
         if one.name == "out":
-            with pytest.raises(
-                click.BadParameter, match=r"it is empty; name a folder or a file"
-            ):
+            with pytest.raises(click.BadParameter, match=r"it is empty; name a folder or a file"):
                 one.type_cast_value(click.Context(COMMANDS[name]), "")
 
 
