@@ -40,6 +40,12 @@ FILES = ("cells.parquet", "criticality.png", "criticality.svg", "images.parquet"
 """Names of the files that a measurement is saved in; not every one has all."""
 
 _IMAGES = "images.parquet"
+# What a record has in any case, and what is in it.
+_INNER = {
+    "protocol": ("level", "reset"), "model": ("reference",), "probe_set": ("n_images", "source"),
+    "predictions": ("chance", "temperature", "top1_accuracy"),
+    **dict.fromkeys(("random_trials", "backend", "dtype", "notes", "versions"), ()),
+}  # fmt: skip
 _FORMAT = 1  # of the files; raised when their layout changes
 # What backends were called, under "road", in the first files.
 _FORMER_BACKENDS = {"graph": "exported graph", "recorded": "recorded outputs", "plain": "plain"}
@@ -401,6 +407,7 @@ class Measurement:
                 )
             if "road" in record:
                 record["backend"] = _FORMER_BACKENDS[record.pop("road")]
+            _check_whole(record)
             cells = pd.read_parquet(folder / "cells.parquet")
             _check_together(record, cells)
             shape = (len(record["layers"]), 1 + int(cells["trial"].max()), record["probe_set"]["n_images"])
@@ -495,6 +502,15 @@ class Measurement:
 def _move(files: Path, folder: Path) -> None:
     for file in sorted(files.iterdir()):
         file.replace(folder / file.name)
+
+
+def _check_whole(record: Mapping[str, Any]) -> None:
+    """Check that the record has what every measurement has and that is read only later."""
+    for key, inner in _INNER.items():
+        if key not in record:
+            raise ValueError(f"measurement.json has no {key!r}")
+        if missing := [name for name in inner if name not in record[key]]:
+            raise ValueError(f"measurement.json has no {missing[0]!r} in {key!r}")
 
 
 def _check_together(record: Mapping[str, Any], cells: pd.DataFrame) -> None:
