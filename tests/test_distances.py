@@ -251,12 +251,11 @@ def test_measure_distances__wrong_shape_of_a_users_distance_is_an_error() -> Non
 
 
 @pytest.mark.usefixtures("registry")
-def test_measure_distances__only_rounding_above_upper_is_trimmed() -> None:
-    """A distance that breaks its promise stays visible: 1.000001 is rounding, 1.1 is an error of the distance."""
-    distance("too_large", upper=1.0)(lambda p, q: torch.tensor([1.000001, 1.1]))
-    got = measure_distances(torch.ones(2, 1), torch.ones(2, 1), ["too_large"])["too_large"]
-    assert got[0] == 1.0
-    assert got[1].item() == pytest.approx(1.1)
+def test_measure_distances__out_of_range_is_nan_but_for_rounding() -> None:
+    """A distance that breaks its promise gives NaN: 1.000001 is rounding, 1.1 and -0.1 are errors of the distance."""
+    distance("too_large", upper=1.0)(lambda p, q: torch.tensor([1.000001, 1.1, -0.1, 0.0, 1.0]))
+    got = measure_distances(torch.ones(5, 1), torch.ones(5, 1), ["too_large"])["too_large"]
+    torch.testing.assert_close(got, torch.tensor([1.0, math.nan, math.nan, 0.0, 1.0]), rtol=0, atol=0, equal_nan=True)
 
 
 def twin_label_scores(logits: np.ndarray, label: int) -> tuple[float, float, float]:

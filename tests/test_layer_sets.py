@@ -149,7 +149,8 @@ def test_read_sets__a_file_with_a_mistake(tmp_path, text, words):
 
 
 def test_read_sets__a_file_and_what_is_none(tmp_path):
-    (tmp_path / "sets.toml").write_text('early = "stem,layer1.*"\nlate = ["fc", "layer2.*"]')
+    text = 'early = "stem,layer1.*"\nlate = ["fc", "layer2.*"]'
+    (tmp_path / "sets.toml").write_text(text, encoding="utf-8-sig")  # as editors on Windows do
     found = {"early": "stem,layer1.*", "late": "fc,layer2.*"}
     assert read_sets(str(tmp_path / "sets.toml")) == read_sets("sets.toml", tmp_path) == read_sets(found) == found
     assert [read_sets(kind) for kind in SETS] == list(SETS)
@@ -299,6 +300,8 @@ def test_measurement__saves_and_loads_pairs(tmp_path):
     assert "interactions" in shown.output
     (squares,) = [one for one in found.plot_interactions().axes[0].collections if len(one.get_paths()) > 1]
     assert len(squares.get_paths()) == 10
+    measure(small_network(), photographs(6), layers="fc", trials=1, **QUIET).save(tmp_path)  # in its place
+    assert not list(tmp_path.glob("interactions*"))
 
 
 def test_interactions__need_pairs():

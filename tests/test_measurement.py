@@ -339,6 +339,12 @@ def change_record(path, **changes):
     path.write_text(json.dumps({**record, **changes}))
 
 
+def drop(folder, key, inner=None):
+    record = json.loads((folder / "measurement.json").read_text())
+    del (record if inner is None else record[key])[inner or key]
+    (folder / "measurement.json").write_text(json.dumps(record))
+
+
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
@@ -356,8 +362,13 @@ def change_record(path, **changes):
         (lambda folder: change_record(folder / "measurement.json", trial_seeds=[1, 2, 3]), "different measurements"),
         (lambda folder: change_record(folder / "measurement.json", layers={"1": {}}), "different measurements"),
         (lambda folder: pd.DataFrame({"layer": ["1"]}).to_parquet(folder / "cells.parquet"), "is damaged"),
+        (
+            lambda folder: drop(folder, "protocol"),
+            r"measurement.json has no 'protocol'\). Restore the folder",
+        ),
+        (lambda folder: drop(folder, "predictions", "chance"), "measurement.json has no 'chance' in 'predictions'"),
     ],
-    ids=range(14),
+    ids=range(16),
 )
 def test_load__what_is_missing_or_damaged_is_said(folder, damage, text):
     damage(folder)

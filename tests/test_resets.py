@@ -237,13 +237,26 @@ def test_draw_values__what_a_reset_writes_to_never_reaches_network_or_donor(regi
 
 @pytest.mark.parametrize(
     ("returned", "got"),
-    [(lambda draw: {}, "nothing"), (lambda draw: {k: v[:1] for k, v in draw.trained.items()}, r"shape \(1, 16\)")],
-    ids=["left out", "other shape"],
+    [
+        (lambda draw: {}, "nothing"),
+        (lambda draw: {k: v[:1] for k, v in draw.trained.items()}, r"shape \(1, 16\)"),
+        (lambda draw: {k: v.numpy() for k, v in draw.trained.items()}, "numpy.ndarray"),
+        (lambda draw: dict.fromkeys(draw.trained), "NoneType"),
+    ],
+    ids=["left out", "other shape", "array", "None"],
 )
 def test_draw_values__a_reset_that_does_not_fit_is_named(registered, returned, got):
     reset("odd", random=False)(returned)
     net = network()
     with pytest.raises(ProtocolError, match=rf"'odd' returned {got} for '4.weight' .* expected .* \(5, 16\)"):
+        draw_values(RESETS["odd"], layers_of(net)["4"], net, {}, 0)
+
+
+@pytest.mark.parametrize(("returned", "got"), [(None, "NoneType"), (torch.ones(5, 16), "Tensor"), ([], "list")])
+def test_draw_values__a_reset_without_a_mapping_is_named(registered, returned, got):
+    reset("odd", random=False)(lambda draw: returned)
+    net = network()
+    with pytest.raises(ProtocolError, match=rf"'odd' returned {got} for layer '4'; expected names .* such as a dict"):
         draw_values(RESETS["odd"], layers_of(net)["4"], net, {}, 0)
 
 

@@ -331,6 +331,25 @@ def test_resume__of_another_measurement_is_refused(other, word, planned):
         measure(network(), PIXELS, resume=planned, **ASKED | other)
 
 
+def test_resume__of_more_trials_than_asked_for_is_refused():
+    how = {"dtype": "float32", "progress": False}
+    three = measure(network(), PIXELS[:8], trials=3, **how)
+    with pytest.raises(
+        ProtocolError, match=r"has 3 trials, more than the 2 asked for. Ask for 3 or more .*--overwrite"
+    ):
+        measure(network(), PIXELS[:8], trials=2, resume=three, **how)
+
+
+def test_resume__says_of_the_last_run_alone_that_the_time_was_up():
+    found = None
+    for _ in range(3):
+        found = measure(network(), PIXELS, minutes=1e-9, pilot=10, dtype="float32", progress=False, resume=found)
+    assert found.record["precision"] is None
+    assert [note.split(":")[0] for note in found.record["notes"] if "time was up" in note] == [
+        "the time was up after 3 of the 10 trials of the pilot"
+    ]
+
+
 def test_resume__with_other_weights_or_images_is_refused(planned):
     changed = network()
     with torch.no_grad():

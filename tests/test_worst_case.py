@@ -20,7 +20,6 @@ from layercrit.models.references import open_model
 from layercrit.probes.probe_set import ProbeSet
 from layercrit.seeds import drawing, layer_seed, trial_seed
 from layercrit.worst_case import measure_worst_case
-from running_jobs import small_network
 from test_module_criticality import LABELS, OPTIONS, assert_same_state, pixels, state_of, trained
 
 HOW = {"progress": False, "steps": 4, "restarts": 2}
@@ -102,6 +101,7 @@ def test_measure_worst_case__a_layer_that_the_output_ignores(network):
     table = measured(network).to_pandas().set_index("layer")
     assert table.loc["1", "worst_case"] == 0
     assert table.loc["1", "first_order"] == 0
+    assert table.loc["1", "status"] == "ok"
     assert table.loc["5", "worst_case"] > 0
 
 
@@ -312,19 +312,26 @@ def test_measure_worst_case__nan_on_the_way(network):
         measured(network, radius=1e38, layers="1")
 
 
-def test_measure_worst_case__a_network_without_gradients():
-    class Rounded(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = small_network()
+class Cut(nn.Module):
+    """Its first layer has no gradient: what it returns is cut off."""
 
-        def forward(self, x):
-            return self.inner(x).detach()
+    def __init__(self, cut):
+        super().__init__()
+        self.cut, self.one, self.two = cut, nn.Linear(12, 4), nn.Linear(4, 3)
 
+    def forward(self, x):
+        return self.two(self.cut(self.one(x.flatten(1))))
+
+
+@pytest.mark.parametrize("cut", [torch.detach, lambda x: (64 * x).round() / 64], ids=["detached", "rounded"])
+@pytest.mark.parametrize("objective", ["loss", "cosine"])
+def test_measure_worst_case__no_gradient(cut, objective):
     with drawing(0):
-        network = Rounded().eval()
-    table = measured(network).to_pandas()
-    assert (table["first_order"] == 0).all()
+        network = Cut(cut).eval()
+    table = measured(network, objective=objective, restarts=1).to_pandas().set_index("layer")
+    assert list(table["status"]) == ["no_gradient", "ok"]
+    assert table.loc["one", ["worst_case", "smallest_restart", "first_order"]].isna().all()
+    assert table.loc["two", "worst_case"] > 0
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

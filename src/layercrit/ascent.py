@@ -29,7 +29,9 @@ class Found:
         norm: of its trained parameters.
         radius: largest norm of the change.
         first_order: radius times the norm of the gradient at the trained values; NaN where that is 0 by nature.
-        reached: the largest value that each restart found; empty where the radius is 0.
+        reached: the largest value that each restart found; empty where there is none, as the status says.
+        status: ``ok``; ``no_norm``: the radius is 0; or ``no_gradient``: no start has a gradient, and yet a change of
+            the module moves the value.
     """
 
     layer: Layer
@@ -37,6 +39,7 @@ class Found:
     radius: float
     first_order: float
     reached: Sequence[float]
+    status: str = "ok"
 
 
 class Ascent:
@@ -81,37 +84,45 @@ class Ascent:
         norm = _norm(trained)
         radius = self._radius * norm
         if not radius:
-            return Found(layer, norm, radius, math.nan, [])
+            return Found(layer, norm, radius, math.nan, [], "no_norm")
 
         def work(suffix: DifferentiableSuffix) -> Found:
             still = {name: torch.zeros_like(value) for name, value in trained.items()}
             at_rest, slope = self._value(suffix, layer, trained, still, "at the trained values")
             first_order = radius * _norm(slope) if self._objective == "loss" else math.nan
-            reached = []
+            reached, has_gradient = [], False
             for restart, seed in enumerate(self._seeds):
                 start = still
                 if restart or self._objective == "cosine":  # whose gradient is 0 at the trained values
                     start = _random(trained, radius, layer_seed(seed, layer.name))
-                reached.append(self._climb(suffix, layer, trained, start, radius) - at_rest)
+                best, one_has = self._climb(suffix, layer, trained, start, radius)
+                reached.append(best - at_rest)
+                has_gradient |= one_has
+            if not has_gradient:  # 0 is right where nothing moves the value, but not where forward rounds or detaches
+                change = _random(trained, radius, layer_seed(self._seeds[0], layer.name))
+                moved, _ = self._value(suffix, layer, trained, change, "at a random point")
+                if moved != at_rest:
+                    return Found(layer, norm, radius, math.nan, [], "no_gradient")
             return Found(layer, norm, radius, first_order, reached)
 
         return self._session.holder.run(lambda replay: work(DifferentiableSuffix(replay, self._session, layer)))
 
     def _climb(
         self, suffix: DifferentiableSuffix, layer: Layer, trained: Change, change: Change, radius: float
-    ) -> float:
-        """Return the largest value on the way up from a start."""
-        best = -math.inf
+    ) -> tuple[float, bool]:
+        """Return the largest value on the way up from a start, and whether there is a gradient at the start."""
+        best, has_gradient = -math.inf, False
         for step in range(self._steps + 1):
             value, slope = self._value(suffix, layer, trained, change, f"at step {step}")
             best = max(best, value)
             length = _norm(slope)
+            has_gradient |= length > 0
             if step == self._steps or not length:
                 break
             moved = {name: change[name] + self._step_size * radius / length * slope[name] for name in change}
             shrink = min(1.0, radius / _norm(moved))
             change = {name: shrink * value for name, value in moved.items()}
-        return best
+        return best, has_gradient
 
     def _value(
         self, suffix: DifferentiableSuffix, layer: Layer, trained: Change, change: Change, where: str

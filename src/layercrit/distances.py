@@ -162,7 +162,8 @@ def measure_distances(p: Tensor, q: Tensor, names: Iterable[str]) -> dict[str, T
     Returns:
         for each name the distances, float32 ``(n_images,)``, on the device of ``p``. An image is NaN in all of them
         where either row is not a distribution: it has NaN or infinity, is negative somewhere, or its sum is not 1
-        (logits, for instance). This is a value and not an error, to avoid waiting for a GPU.
+        (logits, for instance), and in one that is below 0 or above its ``upper`` there. This is a value and not an
+        error, to avoid waiting for a GPU.
 
     Raises:
         ProtocolError: the shapes do not fit, a name is unknown, or a distance returned another shape.
@@ -184,9 +185,9 @@ def measure_distances(p: Tensor, q: Tensor, names: Iterable[str]) -> dict[str, T
                 f"The distance {one.name!r} returned the shape {tuple(values.shape)}: expected one value per image, "
                 f"{tuple(p.shape[:1])}. Reduce over the classes (dim=1) only."
             )
-        just_above = (values > one.upper) & (values <= one.upper * (1 + _ROUNDING))
-        values = torch.where(just_above, one.upper, values.float())
-        distances[one.name] = torch.where(usable, values, torch.nan)
+        in_range = (values >= 0) & (values <= one.upper * (1 + _ROUNDING))
+        values = torch.where(values > one.upper, one.upper, values.float())
+        distances[one.name] = torch.where(usable & in_range, values, torch.nan)
     return distances
 
 

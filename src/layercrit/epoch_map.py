@@ -229,6 +229,10 @@ class _Epoch:
 def _epochs(model: str, epochs: Literal["all"] | Sequence[int] | EpochFiles) -> dict[int, _Epoch]:
     """Return the epochs that are asked for, in order."""
     given = epochs if isinstance(epochs, str | Path | Mapping) else list(epochs)
+    if given == []:
+        raise ProtocolError(
+            f"epochs names none: got {epochs!r}. Give numbers of epochs that the run has kept, weight files, or 'all'."
+        )
     numbers = isinstance(given, list) and all(isinstance(one, int | np.integer) for one in given)
     if not numbers and given != "all":
         files = epoch_files(cast(EpochFiles, given))

@@ -37,7 +37,7 @@ def read_sets(sets: str | Path | Mapping[str, Any], folder: Path = Path()) -> st
         return _named(sets, "sets")
     path = folder / Path(sets).expanduser()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not a text in UTF-8"
         raise LayerError(

@@ -33,9 +33,19 @@ from layercrit.statistics import Estimate, estimate, estimate_mean_over_layers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CELL_COLUMNS", "PER_IMAGE", "Measurement"]
+__all__ = ["CELL_COLUMNS", "FILES", "PER_IMAGE", "Measurement"]
+
+FILES = ("cells.parquet", "criticality.png", "criticality.svg", "images.parquet", "interactions.csv",
+         "interactions.png", "interactions.svg", "layers.csv", "measurement.json")  # fmt: skip
+"""Names of the files that a measurement is saved in; not every one has all."""
 
 _IMAGES = "images.parquet"
+# What a record has in any case, and what is in it.
+_INNER = {
+    "protocol": ("level", "reset"), "model": ("reference",), "probe_set": ("n_images", "source"),
+    "predictions": ("chance", "temperature", "top1_accuracy"),
+    **dict.fromkeys(("random_trials", "backend", "dtype", "notes", "versions"), ()),
+}  # fmt: skip
 _FORMAT = 1  # of the files; raised when their layout changes
 # What backends were called, under "road", in the first files.
 _FORMER_BACKENDS = {"graph": "exported graph", "recorded": "recorded outputs", "plain": "plain"}
@@ -364,9 +374,10 @@ class Measurement:
                     if not isinstance(error, OSError):  # what goes wrong with the picture must not lose the numbers
                         _move(new, folder)
                     raise
+                written = {file.name for file in new.iterdir()}
                 _move(new, folder)
-            if self.images is None:
-                (folder / _IMAGES).unlink(missing_ok=True)  # of another measurement, which this one replaces
+            for name in set(FILES) - written:
+                (folder / name).unlink(missing_ok=True)  # of another measurement, which this one replaces
         except OSError as error:
             raise LayercritError(
                 f"The measurement cannot be written to {folder} ({error.strerror or error}). "
@@ -396,6 +407,7 @@ class Measurement:
                 )
             if "road" in record:
                 record["backend"] = _FORMER_BACKENDS[record.pop("road")]
+            _check_whole(record)
             cells = pd.read_parquet(folder / "cells.parquet")
             _check_together(record, cells)
             shape = (len(record["layers"]), 1 + int(cells["trial"].max()), record["probe_set"]["n_images"])
@@ -490,6 +502,15 @@ class Measurement:
 def _move(files: Path, folder: Path) -> None:
     for file in sorted(files.iterdir()):
         file.replace(folder / file.name)
+
+
+def _check_whole(record: Mapping[str, Any]) -> None:
+    """Check that the record has what every measurement has and that is read only later."""
+    for key, inner in _INNER.items():
+        if key not in record:
+            raise ValueError(f"measurement.json has no {key!r}")
+        if missing := [name for name in inner if name not in record[key]]:
+            raise ValueError(f"measurement.json has no {missing[0]!r} in {key!r}")
 
 
 def _check_together(record: Mapping[str, Any], cells: pd.DataFrame) -> None:

@@ -240,21 +240,36 @@ def draw_values(
             so that they do not depend on which other layers are reset.
 
     Raises:
-        ProtocolError: the reset function left out a parameter or returned another shape.
+        ProtocolError: the reset function returned no mapping, left out a parameter, or returned no tensor or another
+            shape for it.
     """
     trained = {name: network.get_parameter(name).detach().cpu().clone() for name in layer.parameters}
     mine = {name: donor[name].clone() for name in layer.parameters} if donor else {}
     generator = torch.Generator().manual_seed(layer_seed(seed, layer.name))
-    values = dict(how.function(Draw(layer, trained, mine, generator, _channel_axes(layer, network))))
+    returned = how.function(Draw(layer, trained, mine, generator, _channel_axes(layer, network)))
+    if not isinstance(returned, Mapping):
+        raise ProtocolError(
+            f"The reset {how.name!r} returned {type(returned).__name__} for layer {layer.name!r}; expected names of "
+            "parameters with tensors, such as a dict. Return a value for every name in draw.trained."
+        )
     for name, value in trained.items():
-        if name not in values or values[name].shape != value.shape:
-            got = f"shape {tuple(values[name].shape)}" if name in values else "nothing"
+        if (got := _misfit(returned, name, value)) is not None:
             raise ProtocolError(
                 f"The reset {how.name!r} returned {got} for {name!r} of layer {layer.name!r}; "
                 f"expected a tensor of shape {tuple(value.shape)}. Return a value for every name in draw.trained."
             )
-    values = {name: values[name].detach().to(trained[name].dtype) for name in trained}
+    values = {name: returned[name].detach().to(trained[name].dtype) for name in trained}
     return values | _buffers_for(values, layer, network, donor)
+
+
+def _misfit(returned: Mapping[str, Any], name: str, trained: Tensor) -> str | None:
+    """Return what a reset returned for a parameter if it does not fit, in words."""
+    if name not in returned:
+        return "nothing"
+    value = returned[name]
+    if not isinstance(value, Tensor):
+        return f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+    return None if value.shape == trained.shape else f"shape {tuple(value.shape)}"
 
 
 def _channel_axes(layer: Layer, network: nn.Module) -> dict[str, int]:

@@ -32,6 +32,8 @@ from layercrit.trackers.callbacks import OnCell
 
 __all__ = ["OnTrial", "Sampling"]
 
+_TIME_UP = "the time was up"  # how notes begin that are of one run, and not of those that go on with it
+
 _LOG = logging.getLogger(__name__)
 
 OnTrial = Callable[[Callable[[], Measurement]], object]
@@ -152,9 +154,18 @@ class Sampling:
                 f"The measurement to go on with is another one: {'; '.join(differences[:5])}. Ask for the same again; "
                 "or measure anew, into another folder (--out) or in its place (--overwrite)."
             )
+        n_trials = earlier.cells["trial"].nunique()
+        if not self.protocol.is_planned and n_trials > self.subject.n_trials:
+            raise ProtocolError(
+                f"The measurement to go on with has {counted(n_trials, 'trial')}, more than the "
+                f"{self.subject.n_trials} asked for. Ask for {n_trials} or more (--trials, trials=...); or measure "
+                "anew, into another folder (--out) or in its place (--overwrite)."
+            )
         self.finished = list(_finished_of(earlier, self.subject))
         self.seconds_before = float(record["seconds"])
-        self.session.notes += [note for note in record["notes"] if note not in self.session.notes]
+        self.session.notes += [
+            note for note in record["notes"] if note not in self.session.notes and not note.startswith(_TIME_UP)
+        ]
         if record["versions"] != now["versions"]:
             self.notes.append("some trials were run earlier, under other versions of layercrit or of its libraries")
         self.bar.say(f"going on with {counted(len(self._done()), 'cell')} that are measured already")
@@ -180,7 +191,7 @@ class Sampling:
             longest = (time.perf_counter() - started) / n_run if n_run else 0.0
             if n_run and self._seconds_left() < longest:
                 self.notes.append(
-                    f"the time was up after {self.subject.n_trials - len(left) + n_run} of the "
+                    f"{_TIME_UP} after {self.subject.n_trials - len(left) + n_run} of the "
                     f"{self.subject.n_trials} trials of the pilot: nothing could be planned, so intervals are wide"
                 )
                 return
@@ -199,7 +210,7 @@ class Sampling:
         sizes = {layer.name: layer.n_parameters for layer in self.subject.layers}
         for number, together in enumerate(run_together(left, sizes)):
             if number and self._seconds_left() <= 0:
-                self.notes.append("the time was up before all planned trials were run")
+                self.notes.append(f"{_TIME_UP} before all planned trials were run")
                 return
             self._run_draws({trial: [layers[name] for name in names] for trial, names in together.items()}, on_trial)
 
@@ -213,7 +224,7 @@ class Sampling:
         batches = [batch.per_image for batch in draws.batches()]
         values = {name: np.concatenate([batch[name] for batch in batches], axis=1) for name in batches[0]}
         place = {layer.name: number for number, layer in enumerate(self.subject.layers)}
-        status = draws.status(values["cosine"])
+        status = draws.status(values)
         self.finished.append(
             _Finished(
                 cells=[(place[layer.name], trial) for trial, layer in draws.cells],

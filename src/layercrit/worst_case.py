@@ -53,8 +53,10 @@ class WorstCase:
         in nats, or of 1 - cosine. It is a lower bound of the true maximum, on these images. ``smallest_restart`` is the
         worst case of the restart that found least. ``first_order`` is what the gradient promises, ``radius`` times its
         norm; NaN for 1 - cosine, whose gradient is 0 at the trained values. ``radius`` is the Euclidean norm that the
-        change may have, and ``norm`` that of the trained parameters; where this is 0, so is the radius, and the status
-        ``no_norm``.
+        change may have, and ``norm`` that of the trained parameters.
+
+        ``status`` is ``ok``, or there is no worst case: ``no_norm``: ``norm`` is 0, and so is the radius;
+        ``no_gradient``: a change of the module moves the output, but no gradient leads there.
         """
         return self.table.copy()
 
@@ -243,5 +245,5 @@ def _row(found: Found) -> dict[str, Any]:
         "first_order": found.first_order,
         "radius": found.radius,
         "norm": found.norm,
-        "status": "ok" if found.reached else "no_norm",
+        "status": found.status,
     }

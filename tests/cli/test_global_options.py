@@ -123,6 +123,14 @@ def test_commands__take_the_global_options(name):
     assert {"-q", "--quiet", "-v", "--verbose", "--traceback"} <= set(flags)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands__out_is_no_empty_text(name):
+    for one in COMMANDS[name].params:
+        if one.name == "out":
+            with pytest.raises(click.BadParameter, match=r"it is empty; name a folder or a file"):
+                one.type_cast_value(click.Context(COMMANDS[name]), "")
+
+
 # --- version ----------------------------------------------------------------------------------------------------------
 
 

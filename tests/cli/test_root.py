@@ -115,10 +115,13 @@ class Broken(io.TextIOWrapper):
 )
 def test_measure__is_saved_before_it_is_printed(images, monkeypatch, capsys, error, code):
     monkeypatch.setattr(sys, "stdout", Broken(error))
+    Path("result").mkdir()
+    Path("result", "thesis.txt").touch()
     assert call(monkeypatch, "measure", MODEL, "--images", images, "--trials", "1", "--out", "result") == code
     assert Measurement.load("result").summary()["n_images"] == 8
     printed = capsys.readouterr().err
-    assert "Saved in result" in printed
+    files = "cells.parquet, criticality.png, criticality.svg, images.parquet, layers.csv, measurement.json"
+    assert f"Saved in result: {files}\n" in printed
     assert "For a page to explore: `layercrit report result`." in printed
 
 

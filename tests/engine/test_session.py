@@ -174,7 +174,8 @@ def test_trial__says_what_became_of_its_layers(network):
     cosine = np.zeros((3, N_IMAGES), np.float32)
     cosine[1, 3] = np.nan
 
-    assert trial.status(cosine) == ["ok", "not_finite", "unchanged"]
+    assert trial.status({"cosine": cosine, "l1": 0 * cosine}) == ["ok", "not_finite", "unchanged"]
+    assert trial.status({"cosine": np.zeros_like(cosine), "l1": cosine}) == ["ok", "not_finite", "unchanged"]
     assert trial.delta_norm[2] == 0
     assert trial.delta_norm[0] == pytest.approx(
         sum((p.double() ** 2).sum().item() for p in network.stem.parameters()) ** 0.5

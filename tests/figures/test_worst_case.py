@@ -47,11 +47,13 @@ def test_worst_case_rows__a_narrow_range_is_linear_and_there_may_be_no_first_ord
 def test_worst_case_rows__negative_values_are_on_the_axis_and_what_is_no_number_is_said():
     rows = table(("a", 0.3, -0.2, np.nan), ("b", -0.1, -0.4, np.nan), ("c", np.inf, 0.1, np.nan),
                  ("d", *3 * [np.nan]), ("e", *3 * [np.nan]))  # fmt: skip
-    rows.loc[4, "status"] = "failed"
+    rows = pd.concat([rows, table(("f", *3 * [np.nan]))], ignore_index=True)
+    rows.loc[4:, "status"] = ["failed", "no_gradient"]
     (axes,) = (figure := worst_case_rows(rows, **HOW)).axes
     low, high = axes.get_xlim()
     assert low < -0.4 < 0.3 < high
-    assert written(figure, "in words") == ["not finite", "not measured: its parameters are 0", "not measured: failed"]
+    assert written(figure, "in words") == ["not finite", "not measured: its parameters are 0", "not measured: failed",
+                                           "not measured: no gradient leads there"]  # fmt: skip
     wide = worst_case_rows(table(("a", 9.0, 9.0, 0.1), ("b", -0.5, -0.5, 0.1)), **HOW)
     assert written(wide, "in words") == ["-0.5"]
     worst_case_rows(table(("a", -0.1, -0.1, np.nan)), **HOW)

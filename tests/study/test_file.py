@@ -604,6 +604,13 @@ def test_mistakes__of_images(tmp_path, images, message):
     assert message in found
 
 
+def test_read_study_file__a_mark_before_the_text_as_windows_writes_it(tmp_path):
+    path = write(tmp_path, ONE + "\n[[models]]\nreference = 'zoo:resnet50_dino'")
+    expected = read_study_file(path)
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert read_study_file(path) == expected
+
+
 def test_read_study_file__unreadable(tmp_path):
     with pytest.raises(StudyError, match=rf"The study file {tmp_path}/study.toml cannot be read \(.*No such file"):
         read_study_file(tmp_path)

@@ -259,3 +259,15 @@ def test_plan_study__counts_the_images_that_there_are(tmp_path):
     plan = plan_study(study)
     assert plan.n_images == 10_000, "as many as are asked for"
     assert "images.npz" in plan.images_mistake
+
+
+def test_plan_study__lists_beside_the_images_are_read(tmp_path):
+    asked = {"labels": "labels.csv", "classes": "classes.txt"}
+    study = read_study_file(write_study(tmp_path, n_images=2, images=asked))
+    assert plan_study(study).images_mistake.startswith(f"No such file of labels: '{tmp_path}/labels.csv'")
+    (tmp_path / "labels.csv").write_text("label\ncat\n")
+    assert "1 labels without names for 2 images" in plan_study(study).images_mistake
+    (tmp_path / "labels.csv").write_text("label\ncat\ndog\n")
+    assert "classes.txt" in plan_study(study).images_mistake
+    (tmp_path / "classes.txt").write_text("dog\ncat\n")
+    assert (plan_study(study).images_mistake, plan_study(study).n_images) == ("", 2)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from layercrit.cli.model_options import folder_for, is_study_folder
+from layercrit.cli.model_options import NewPath, folder_for, is_study_folder
 from layercrit.cli.printing import bar, notice, number, plain, print_table, say
 from layercrit.cli.registered import complete_files
 from layercrit.errors import AdviceError, LayercritError
@@ -79,7 +79,7 @@ def _bits(context: click.Context, parameter: click.Parameter, value: str) -> lis
     help="For other programs: regex matches the names of the chosen layers; peft, torch-pruning and nncf are arguments "
     "of these libraries as JSON (nncf: the layers that stay as they are); groups are an optimizer's parameter groups.",
 )
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write to FILE instead.")
+@click.option("--out", type=NewPath(path_type=Path, dir_okay=False), metavar="FILE", help="Write to FILE instead.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Plot the profile, too.")
 def advise_command(
     source: str,

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from layercrit.cli.epochs import show_epochs
+from layercrit.cli.model_options import NewPath
 from layercrit.cli.printing import notice
 from layercrit.cli.tables import show_comparison
 
@@ -13,9 +14,7 @@ __all__ = ["demo_command"]
 
 
 @click.command("demo", short_help="Measure 15 small networks that come with layercrit.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("layercrit-demo"), show_default=True, metavar="DIR"
-)
+@click.option("--out", type=NewPath(path_type=Path), default=Path("layercrit-demo"), show_default=True, metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
 def demo_command(out: Path, as_json: bool) -> None:
     """Measure 15 small networks, trained on Fashion-MNIST by methods of every category, and one through its training.

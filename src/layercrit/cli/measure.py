@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from layercrit.cli.by_images import by_option, rows_by, save_by, show_by
 from layercrit.cli.epochs import measure_through_training
-from layercrit.cli.model_options import folder_for, number_or_auto
+from layercrit.cli.model_options import NewPath, folder_for, number_or_auto
 from layercrit.cli.pitfalls import say_pitfalls
 from layercrit.cli.printing import bar, notice, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files, missing_plug_ins_named
@@ -175,7 +175,7 @@ def _epochs(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option(
     "--name", metavar="TEXT", help="What tables and figures call MODEL. [default: its reference, without folders]"
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to save. [default: layercrit-MODEL]")
+@click.option("--out", type=NewPath(path_type=Path), metavar="DIR", help="Where to save. [default: layercrit-MODEL]")
 @click.option("--overwrite", is_flag=True, help="Replace a measurement that is already in DIR.")
 @by_option
 @track_option
@@ -312,8 +312,9 @@ class _Saver:
             measurement.save(elsewhere)
             raise LayercritError(f"{error}\n  The measurement is saved in {elsewhere} instead.") from error
         if not quietly:
-            files = ", ".join(sorted(path.name for path in self.folder.iterdir() if path.is_file()))
-            notice(f"Saved in {self.folder}: {files}")
+            from layercrit.measurement import FILES
+
+            notice(f"Saved in {self.folder}: {', '.join(name for name in FILES if (self.folder / name).is_file())}")
             notice(f"For a page to explore: `layercrit report {self.folder}`.")
 
     def save_what_is_finished(self) -> None:

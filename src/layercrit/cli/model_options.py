@@ -1,4 +1,4 @@
-"""Options that commands about one model and its images share, and the folder that its results go to."""
+"""Options that commands about one model and its images share, and where results go."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, GROUPS
 
 __all__ = [
+    "NewPath",
     "check_free",
     "default_folder",
     "folder_for",
@@ -21,6 +22,16 @@ __all__ = [
     "number_or_auto",
     "refuse_options",
 ]
+
+
+class NewPath(click.Path):
+    """A path to write to; the empty text, as of a variable that is not set, is none, and not the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path that is named."""
+        if not str(value):
+            self.fail("it is empty; name a folder or a file, or '.' for the current folder.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def number_or_auto(context: click.Context, parameter: click.Parameter, value: str) -> int | str:
@@ -56,7 +67,7 @@ def images_and_layers(n_images: int, *, or_study: bool = False) -> Callable[[Cal
                      help="Seed of the random draws and of the choice of images."),
         click.option("--batch-size", default=str(DEFAULTS.batch_size), show_default=True, callback=number_or_auto),
         click.option("--device", default=DEFAULTS.device, show_default=True),
-        click.option("--out", type=click.Path(path_type=Path), metavar="DIR",
+        click.option("--out", type=NewPath(path_type=Path), metavar="DIR",
                      help=f"Where to save. [default: layercrit-MODEL{', in the folder of a STUDY' * or_study}]"),
         click.option("--overwrite", is_flag=True, help="Replace the same kind of result in DIR."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout."),

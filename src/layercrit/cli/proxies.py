@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from layercrit.cli.model_options import check_free, default_folder, is_study_folder, refuse_options
+from layercrit.cli.model_options import NewPath, check_free, default_folder, is_study_folder, refuse_options
 from layercrit.cli.printing import json_rows, notice, number, plain, print_table, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files
 from layercrit.counts import counted
@@ -79,7 +79,7 @@ _OF_STUDY = ("models", "probe_set")
 @click.option("--classes", metavar="FILE", help="The names of the model's classes, one per line.")
 @click.option("--models", metavar="NAME,...", help="Of a STUDY, the models that are wanted. [default: all]")
 @click.option("--probe-set", metavar="NAME", help="Of a STUDY with several, its images. [default: the first]")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to save. [default: "
+@click.option("--out", type=NewPath(path_type=Path), metavar="DIR", help="Where to save. [default: "
               "layercrit-proxies-MODEL]")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the proxies in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")

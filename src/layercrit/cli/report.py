@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from layercrit.cli.model_options import NewPath
 from layercrit.cli.printing import notice, print_warnings, say, say_damaged
 from layercrit.cli.registered import RegisteredOption
 from layercrit.cli.tables import comparison_options
@@ -22,7 +23,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
 
 @click.command("report", short_help="Write the page and figures of a study or a measurement.")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="STUDY|MEASUREMENT")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write. [default: that folder]")
+@click.option("--out", type=NewPath(path_type=Path), metavar="DIR", help="Where to write. [default: that folder]")
 @click.option(
     "--figures",
     default="all",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from layercrit.cli.exit_codes import ExitCode
+from layercrit.cli.model_options import NewPath
 from layercrit.cli.printing import (
     notice,
     number,
@@ -41,7 +42,7 @@ __all__ = ["study"]
 _FILE = click.argument("file", type=click.Path(path_type=Path), metavar="STUDY.toml")
 _OUT = click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=NewPath(path_type=Path),
     metavar="DIR",
     help="The study's folder. [default: named like the file, without .toml, in the current directory]",
 )
@@ -167,9 +168,7 @@ def _end_run(report: "RunReport") -> None:
 
 @study.command("plan", short_help="Estimate cells, downloads and time; measure nothing.")
 @_FILE
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="The study's folder, to count what is done."
-)
+@click.option("--out", type=NewPath(path_type=Path), metavar="DIR", help="The study's folder, to count what is done.")
 @_JSON
 def plan_command(file: Path, out: Path | None, as_json: bool) -> None:
     """Estimate what a study would cost: cells, FLOPs, downloads and time on this machine. Measures nothing."""
@@ -218,9 +217,7 @@ def status_command(folder: Path, as_json: bool) -> None:
 
 @study.command("merge", short_help="Merge studies that several machines measured.")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIR DIR...")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The folder of the new study."
-)
+@click.option("--out", required=True, type=NewPath(path_type=Path), metavar="DIR", help="The folder of the new study.")
 def merge_command(folders: tuple[Path, ...], out: Path) -> None:
     """Merge studies: parts that several machines measured, or your own models and published ones."""
     from layercrit.study.merging import merge_studies

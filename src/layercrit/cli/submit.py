@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from layercrit.cli.model_options import NewPath
 from layercrit.cli.printing import say
 from layercrit.cli.study import _folder_of, _keep_own_file
 from layercrit.counts import counted
@@ -24,7 +25,7 @@ __all__ = ["submit_command"]
 @click.option("--account", metavar="NAME", help="[default: yours at the cluster]")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=NewPath(path_type=Path),
     metavar="DIR",
     help="The study's folder, which all nodes must see. [default: as for `study run`]",
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from layercrit.cli.model_options import NewPath
 from layercrit.cli.pitfalls import say_pitfalls
 from layercrit.cli.printing import notice, number, percent, plain, print_table, print_warnings, say, say_damaged
 from layercrit.cli.registered import RegisteredOption
@@ -74,9 +75,7 @@ def _left_out(context: click.Context, parameter: click.Parameter, names: tuple[s
     metavar="FILE",
     help="A CSV file with the columns model_id, category, label and imagenet_top1_percent. [default: those of the zoo]",
 )
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The folder of the new study."
-)
+@click.option("--out", required=True, type=NewPath(path_type=Path), metavar="DIR", help="The folder of the new study.")
 def import_command(results: Path, layout: str, models: Path | None, out: Path) -> None:
     """Read published results into a study, to compare, plot and export them like measured ones.
 
@@ -105,7 +104,7 @@ def import_command(results: Path, layout: str, models: Path | None, out: Path) -
     metavar="NAME",
     help="The format to write.",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Where to write. [default: DIR/export]")
+@click.option("--out", type=NewPath(path_type=Path), metavar="DIR", help="Where to write. [default: DIR/export]")
 @click.option("--overwrite", is_flag=True, help="Replace existing files.")
 @click.option(
     "--by",

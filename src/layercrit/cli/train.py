@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from layercrit.cli.exit_codes import ExitCode
+from layercrit.cli.model_options import NewPath
 from layercrit.cli.printing import notice, percent, plain, print_table, say
 from layercrit.cli.registered import RegisteredOption, complete_methods
 from layercrit.counts import counted, duration
@@ -71,7 +72,7 @@ def _settings(context: click.Context, parameter: click.Parameter, values: tuple[
     metavar="KEY=VALUE",
     help="Setting of the method; see `layercrit methods METHOD`.",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the run.")
+@click.option("--out", type=NewPath(path_type=Path), metavar="DIR", help="Folder of the run.")
 @click.option(
     "--keep-epochs",
     default="",

@@ -327,12 +327,13 @@ class Draws:
         """Free the drawn values; the trials are over."""
         self._changes, self._prepared = {}, None
 
-    def status(self, cosine: npt.NDArray[np.float32]) -> list[str]:
-        """Return each cell's status, given its distances ``(n_cells, n_images)``.
+    def status(self, values: Mapping[str, npt.NDArray[np.float32]]) -> list[str]:
+        """Return each cell's status, given what was measured: name -> ``(n_cells, n_images)``, all distances among it.
 
         New values that are NaN or infinite are never ok: an activation may make finite numbers of what comes of them.
         """
+        finite = np.logical_and.reduce([np.isfinite(values[name]).all(axis=1) for name in self._session.distances])
         return [
-            unchanged if norm == 0 else "ok" if math.isfinite(norm) and np.isfinite(row).all() else "not_finite"
-            for norm, unchanged, row in zip(self.delta_norm, self._if_unchanged, cosine, strict=True)
+            unchanged if norm == 0 else "ok" if math.isfinite(norm) and one_is_finite else "not_finite"
+            for norm, unchanged, one_is_finite in zip(self.delta_norm, self._if_unchanged, finite, strict=True)
         ]

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["worst_case_rows"]
 
 _FOUND, _FIRST = "#0072B2", "#8A8A8A"
+_WORDS = {
+    "no_norm": "not measured: its parameters are 0",
+    "no_gradient": "not measured: no gradient leads there",
+}
 _COLUMNS = ("layer", "worst_case", "smallest_restart", "first_order", "status")
 
 
@@ -73,8 +77,6 @@ def _draw_row(axes: "Axes", y: int, row: dict[object, Any]) -> None:
 
 def _in_words(found: float, status: str) -> str:
     """Return what is written in place of a dot."""
-    if status == "no_norm":
-        return "not measured: its parameters are 0"
     if math.isnan(found):
-        return f"not measured: {shown(status)}"
+        return _WORDS.get(status, f"not measured: {shown(status)}")
     return f"{found:.2g}" if math.isfinite(found) else "not finite"

@@ -171,7 +171,7 @@ def read_study_file(path: str | Path) -> StudyFile:
             raise StudyError(f"The study in {path} was imported or merged, so it cannot be run.")
         path = path / "study.toml"
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"The study file {path} cannot be read ({error}).") from error
     except tomllib.TOMLDecodeError as error:

@@ -13,7 +13,7 @@ from layercrit.locks import hold
 from layercrit.models.model import Model
 from layercrit.probes.changes import plain_source
 from layercrit.probes.kinds import without_split
-from layercrit.probes.labelling import open_images
+from layercrit.probes.labelling import is_label_file, open_images, open_labelled
 from layercrit.probes.probe_set import ProbeSet, Progress
 from layercrit.seeds import probe_set_seed
 from layercrit.study.file import StudyFile
@@ -21,7 +21,7 @@ from layercrit.study.image_entries import Images
 from layercrit.study.shards import Shards
 from layercrit.study.store import Store
 
-__all__ = ["draw_images", "drawn_images", "n_available_images", "shown_images", "stored_images"]
+__all__ = ["check_lists", "draw_images", "drawn_images", "n_available_images", "shown_images", "stored_images"]
 
 _PROBE_SET, _FURTHER, _ADVERSARIAL = "probe_set", "probe_sets", "adversarial"
 _LOCK = "shards"  # folder whose lock the shard that decodes holds
@@ -32,6 +32,21 @@ def n_available_images(images: Images) -> int:
     """Return how many images of a probe set there are, those of the study file at most."""
     labels = images.labels if isinstance(images.labels, str) else "auto"
     return min(images.n_images, len(open_images(split_attack(images.source)[1], labels)))
+
+
+def check_lists(images: Images) -> None:
+    """Read the file of labels and that of classes, where a study names them.
+
+    Raises:
+        ProbeError: as `layercrit.probes.labelling.open_labelled`.
+    """
+    if is_label_file(images.labels) or images.classes is not None:
+        open_labelled(split_attack(images.source)[1], _labels_of(images), images.classes)
+
+
+def _labels_of(images: Images) -> str:
+    """Return which labels are asked for, as `layercrit.probes.labelling.LabelsGiven`."""
+    return images.labels if isinstance(images.labels, str) else "auto" if images.labels else "none"
 
 
 def drawn_images(study: StudyFile, folder: Path) -> dict[str | None, ProbeSet]:
@@ -105,7 +120,7 @@ def draw_images(
             study.preprocessing,
             n_images=n_images,
             seed=probe_set_seed(study.protocol.seed),
-            labels=labels if isinstance(labels, str) else "auto" if labels else "none",
+            labels=_labels_of(images),
             classes=images.classes,
             progress=progress,
         )

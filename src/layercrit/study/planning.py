@@ -25,7 +25,7 @@ from layercrit.restoring import undisturbed
 from layercrit.statistics import needed_trials
 from layercrit.study.entries import ModelEntry
 from layercrit.study.file import StudyFile, read_study_file
-from layercrit.study.images import n_available_images
+from layercrit.study.images import check_lists, n_available_images
 from layercrit.study.module_entries import models_asked
 from layercrit.study.pilots import plans_of
 from layercrit.study.shards import is_study, open_study
@@ -112,6 +112,8 @@ def plan_study(study: StudyFile | str | Path, folder: str | Path | None = None) 
     try:
         available = {images.name: n_available_images(images) for images in study.images}
         n_images = available[study.probe_set]
+        for images in study.images:
+            check_lists(images)
     except LayercritError as error:
         images_mistake = str(error)
     done, plans = (_done(Path(folder)), _plans(Path(folder))) if folder is not None else (Counter[str](), {})

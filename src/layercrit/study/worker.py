@@ -377,7 +377,7 @@ def _cells(
     finished = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
     kept = [*opened.study.distances, MATCHED]
     cells = []
-    for index, ((trial, layer), status) in enumerate(zip(draws.cells, draws.status(values["cosine"]), strict=True)):
+    for index, ((trial, layer), status) in enumerate(zip(draws.cells, draws.status(values), strict=True)):
         means = session.means(values, index, status)
         cells.append(
             CellRow(
