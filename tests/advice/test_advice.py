@@ -170,9 +170,16 @@ def test_to__ratios_and_groups_that_cannot_be():
 
 
 def test_to__torch_pruning_has_a_ratio_for_each_chosen_layer():
-    found = advise(table(), "prune", 0.11, ratio=0.25)
+    found = advise(table(), "prune", 0.11, ratio=0.25, fixed=["head"])
 
     assert json.loads(found.to("torch-pruning")) == {"blocks.0.attn": 0.25, "blocks.0.mlp": 0.25}
+
+
+@pytest.mark.parametrize(("fixed", "chosen"), [(["blocks.0.mlp"], "blocks.0.attn"), ([], "blocks.0.mlp")])
+def test_to__torch_pruning_cuts_no_classes_out_unasked(fixed, chosen):
+    with pytest.raises(AdviceError, match=r"their channels are the classes.*knobs=\"channels\".*fixed=\[\.\.\.\]"):
+        advise(table(), "prune", 0.05).to("torch-pruning")
+    assert list(json.loads(advise(table(), "prune", 0.05, fixed=fixed).to("torch-pruning"))) == [chosen]
 
 
 def test_to__nncf_ignores_all_other_layers():
@@ -284,7 +291,7 @@ def test_advise__of_sets_of_layers(measurement):
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_to__every_format_of_a_measurement(measurement, name):
-    advice = advise(measurement, "prune", 0.1)
+    advice = advise(measurement, "prune", 0.1, fixed=["fc"])
 
     assert advice.to(name).strip()
 

@@ -131,7 +131,7 @@ def advise(
     budget: float | None = None,
     *,
     knobs: Mapping[str, str] | Literal["channels"] | None = None,
-    fixed: Collection[str] = (),
+    fixed: Collection[str] | None = None,
     bits: Sequence[int] = _BITS,
     ratio: float = _RATIO,
     model: str | None = None,
@@ -149,8 +149,10 @@ def advise(
             most; for ``quantise`` the mean bits of a parameter. None: the action's default.
         knobs: layer -> name of its knob, such as those of `coupled_layers`, where layers can only be changed together;
             ``"channels"``: these, and ``fixed``, found in the network of the measurement or study. Layers that share
-            parameters are one knob anyhow. A knob is chosen only if all its layers were measured.
-        fixed: layers that are never chosen, such as those whose channels are the classes.
+            parameters are one knob anyhow. A knob is chosen only if all its layers were measured. None: each layer by
+            itself, which is the command's ``--of weights``; for ``prune``, its default is ``channels``.
+        fixed: layers that are never chosen, such as those whose channels are the classes. None: none that is known of;
+            channels are then not pruned by ``to("torch-pruning")``, which would cut classes out of the network.
         bits: the choices for ``quantise``.
         ratio: the share of a chosen layer that ``prune`` removes, in (0, 1).
         model: which model, where ``of`` is a study; else its name, for titles. None: the only one of the study, or the
@@ -171,8 +173,11 @@ def advise(
     found = action_named(action)
     evidence = evidence_of(of, model, reset).each_once()
     layers = evidence.layers.copy()
+    fixed_given = fixed is not None or knobs == "channels"
+    fixed = set(fixed or ())
     if knobs == "channels":
-        knobs, fixed = evidence.channels()
+        knobs, classes = evidence.channels()
+        fixed |= set(classes)
     knobs = evidence.together(knobs or {})
     asked = _checked_budget(found, budget, bits, ratio)
     layers["measured"] = layers["status"].isin(WHOLE) & layers["criticality"].notna()
@@ -182,7 +187,7 @@ def advise(
             "There is no advice without criticality: none of these layers was measured whole. Look at the status of "
             "its layers, and measure again."
         )
-    layers["measured"] &= ~layers["layer"].isin(set(fixed))
+    layers["measured"] &= ~layers["layer"].isin(fixed)
     total = int(layers["n_parameters"].sum())
     order = ranked(knobs_of(layers, knobs), highest_first=found.highest_first)
     order = _with_choice(order, found, asked, total, bits, ratio)
@@ -199,7 +204,8 @@ def advise(
         "parameters": evidence.parameters,
         "n_parameters": total,
         "not_measured": not_measured,
-        "fixed": [name for name in layers["layer"] if name in set(fixed)],
+        "fixed": [name for name in layers["layer"] if name in fixed],
+        "fixed_given": fixed_given,
     }
     return Advice(found, _table(layers, order, found, knobs, record), record)
 
