@@ -99,10 +99,17 @@ def test_advise__coupled_layers_are_chosen_as_one():
 
 
 def test_advise__fixed_layers_are_left_as_they_are():
-    found = advise(table(), "prune", 0.1, fixed=["blocks.0.mlp", "not there"])
+    found = advise(table(), "prune", 0.1, fixed=["blocks.0.mlp"])
 
     assert found.chosen == ["blocks.0.attn"]
-    assert "left as it is" in of(found, "blocks.0.mlp")["reason"]
+    assert of(found, "blocks.0.mlp")["reason"] == "fixed: left as it is"
+    assert advise(table(), "prune", 0.1, fixed="blocks.0.mlp").record == found.record
+
+
+@pytest.mark.parametrize("given", [{"fixed": ["heads"]}, {"fixed": "heads"}, {"knobs": {"heads": "a"}}])
+def test_advise__of_layers_that_do_not_exist(given):
+    with pytest.raises(AdviceError, match=r"no layer 'heads', which '(fixed|knobs)' names\. Did you mean 'head'\?"):
+        advise(table(), "prune", **given)
 
 
 @pytest.mark.parametrize(

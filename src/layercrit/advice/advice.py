@@ -1,6 +1,6 @@
 """Advice: which layers to freeze, fine-tune, prune or quantise, from how critical each of them is."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -131,7 +131,7 @@ def advise(
     budget: float | None = None,
     *,
     knobs: Mapping[str, str] | Literal["channels"] | None = None,
-    fixed: Collection[str] | None = None,
+    fixed: str | Collection[str] | None = None,
     bits: Sequence[int] = _BITS,
     ratio: float = _RATIO,
     model: str | None = None,
@@ -160,8 +160,8 @@ def advise(
         reset: which of a study's resets; None: its first.
 
     Raises:
-        AdviceError: the action is unknown, the budget or an option makes no sense or cannot be met, or nothing was
-            measured.
+        AdviceError: the action is unknown, the budget or an option makes no sense or cannot be met, there is no layer
+            of a name that is given, or nothing was measured.
         StudyError: the study has no such reset.
 
     Examples:
@@ -174,10 +174,14 @@ def advise(
     evidence = evidence_of(of, model, reset).each_once()
     layers = evidence.layers.copy()
     fixed_given = fixed is not None or knobs == "channels"
-    fixed = set(fixed or ())
+    left = {fixed} if isinstance(fixed, str) else set(fixed or ())
+    classes: Collection[str] = ()
+    _check_layers("fixed", left, layers["layer"])
     if knobs == "channels":
         knobs, classes = evidence.channels()
-        fixed |= set(classes)
+    else:
+        _check_layers("knobs", knobs or (), layers["layer"])
+    left |= set(classes)
     knobs = evidence.together(knobs or {})
     asked = _checked_budget(found, budget, bits, ratio)
     layers["measured"] = layers["status"].isin(WHOLE) & layers["criticality"].notna()
@@ -187,7 +191,7 @@ def advise(
             "There is no advice without criticality: none of these layers was measured whole. Look at the status of "
             "its layers, and measure again."
         )
-    layers["measured"] &= ~layers["layer"].isin(fixed)
+    layers["measured"] &= ~layers["layer"].isin(left)
     total = int(layers["n_parameters"].sum())
     order = ranked(knobs_of(layers, knobs), highest_first=found.highest_first)
     order = _with_choice(order, found, asked, total, bits, ratio)
@@ -204,8 +208,9 @@ def advise(
         "parameters": evidence.parameters,
         "n_parameters": total,
         "not_measured": not_measured,
-        "fixed": [name for name in layers["layer"] if name in fixed],
+        "fixed": [name for name in layers["layer"] if name in left],
         "fixed_given": fixed_given,
+        "classes": [name for name in layers["layer"] if name in set(classes)],
     }
     return Advice(found, _table(layers, order, found, knobs, record), record)
 
@@ -229,6 +234,16 @@ def _checked_budget(action: Action, budget: float | None, bits: Sequence[int], r
             f"that may be chosen, not {asked:g}."
         )
     return asked
+
+
+def _check_layers(argument: str, names: Iterable[str], layers: Iterable[str]) -> None:
+    """Refuse names that are not of layers."""
+    known = list(layers)
+    if unknown := sorted(set(names).difference(known)):
+        raise AdviceError(
+            f"There is no layer {unknown[0]!r}, which {argument!r} names. {near(unknown[0], known)} Leave out layers "
+            "that are not in the table or measurement."
+        )
 
 
 def _with_choice(
@@ -288,8 +303,10 @@ def _reason(row: Mapping[Any, Any], action: Action, order: pd.DataFrame, record:
     """Return why a layer is chosen, or is not."""
     if row["layer"] in record["not_measured"]:
         return f"not measured ({row['status']}): left as it is"
-    if row["layer"] in record["fixed"]:
+    if row["layer"] in record["classes"]:
         return "its channels are the classes: left as it is"
+    if row["layer"] in record["fixed"]:
+        return "fixed: left as it is"
     if pd.isna(row["rank"]):
         return "changes only together with a layer that is left as it is"
     by = "most critical" if action.highest_first else "least critical for its size"

@@ -83,8 +83,8 @@ def as_torch_pruning(advice: Written) -> str:
     if not advice.record["fixed_given"]:
         raise AdviceError(
             "Torch-Pruning removes channels, and nothing says which layers are left as they are because their channels "
-            "are the classes. Ask for channels (--of channels, the command's default; knobs=\"channels\" in Python), or "
-            "name these layers: fixed=[...], and fixed=[] if they are not among those measured."
+            'are the classes. Ask for channels (--of channels, the default of the command; in Python knobs="channels"), '
+            "or name these layers: fixed=[...], and fixed=[] if they are not among those measured."
         )
     ratios = advice.layers.set_index("layer")["ratio"].to_dict()
     return _json({layer: ratios[layer] for layer in advice.chosen})
