@@ -315,6 +315,46 @@ def test_to__formats_of_single_modules_refuse_groups(name):
     assert advice.to("list").split() == advice.chosen
 
 
+class Attention(nn.Module):
+    """Of whose layers one is computed from other parameters, and one is a parameter of a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.utils.parametrizations.weight_norm(nn.Linear(12, 4))
+        self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.embed(x.flatten(2))
+        return self.fc(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+@pytest.fixture(scope="module")
+def attention():
+    with torch.random.fork_rng(devices=[]):
+        network = Attention().eval()
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 3, 4), dtype=np.uint8)
+    return layercrit.measure(network, images, trials=1, types="all", **QUIET)
+
+
+def only(measurement, layer, action="prune"):
+    """The advice to do something to one layer."""
+    return advise(measurement, action, 0.01, fixed=[name for name in measurement.record["layers"] if name != layer])
+
+
+def test_to__layers_with_computed_weights_are_single_modules(attention):
+    assert json.loads(only(attention, "embed").to("peft"))["target_modules"] == "(?:embed)"
+    assert json.loads(only(attention, "fc").to("torch-pruning")) == {"fc": 0.5}
+    with pytest.raises(AdviceError, match=r"'embed' has no parameter 'weight' .* embed\.parametrizations"):
+        only(attention, "embed").to("torch-pruning")
+
+
+@pytest.mark.parametrize("name", ["peft", "torch-pruning"])
+def test_to__parameters_of_a_module_are_no_modules(attention, name):
+    with pytest.raises(AdviceError, match=r"'attention\.in_proj' is a parameter of 'attention'"):
+        only(attention, "attention.in_proj").to(name)
+
+
 def test_advise__says_first_how_good_a_guide_it_is():
     for action in ("freeze", "finetune", "prune", "quantise"):
         first = advise(table(), action).in_words()[0]
