@@ -14,6 +14,7 @@ from layercrit.conditions import Condition, under
 from layercrit.correlations import rank_correlations
 from layercrit.counts import counted
 from layercrit.errors import StudyError, near
+from layercrit.named_options import name_list
 from layercrit.protocol import MATCHED
 from layercrit.wrappers import wrapper_of
 
@@ -217,7 +218,7 @@ def compare_models(
     used = str(ok["reset"].iloc[0])
     cells = study.cells[study.cells["reset"] == used]
     own = study.record.get("leave_out", [])
-    left_out = _left_out(study, chosen_models, names, own if leave_out is None else leave_out)
+    left_out = _left_out(study, chosen_models, names, own if leave_out is None else name_list(leave_out))
     usable = set(ok["model"])
     compared = [name for name in listed if name not in left_out and name in usable]
     if not compared:

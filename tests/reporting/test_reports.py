@@ -154,6 +154,11 @@ def test_report__some_figures_once_each_and_the_page(study):
     assert result.page.is_file()
 
 
+def test_report__a_text_is_one_name(study):
+    result = report(study, figures="profile", formats="svg", profiles="mix", leave_out="base")
+    assert [path.name for path in result.figures["profile"]] == ["profile-mix.svg"]
+
+
 def test_report__profiles_of_nobody_in_a_place_below_the_home_folder(study, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     result = report(study, "~/new", figures=["ranking", "profile"], formats=["png"], profiles=[])

@@ -18,6 +18,7 @@ from layercrit.cell_columns import WHOLE
 from layercrit.counts import counted
 from layercrit.errors import AdviceError, near
 from layercrit.measurement import Measurement
+from layercrit.named_options import name_list
 from layercrit.study.tables import Study
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def advise(
     evidence = evidence_of(of, model, reset).each_once()
     layers = evidence.layers.copy()
     fixed_given = fixed is not None or knobs == "channels"
-    left = {fixed} if isinstance(fixed, str) else set(fixed or ())
+    left = set(name_list(fixed or ()))
     classes: Collection[str] = ()
     _check_layers("fixed", left, layers["layer"])
     if knobs == "channels":

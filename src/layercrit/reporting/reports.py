@@ -17,6 +17,7 @@ from layercrit.errors import LayercritError, StudyError, first_line, near
 from layercrit.figures.style import check_formats, save_figure, svg_of
 from layercrit.layers import layer_labels
 from layercrit.measurement import Measurement
+from layercrit.named_options import name_list
 from layercrit.progress_bar import Bar
 from layercrit.proxies.of_study import StudyProxies
 from layercrit.reporting.page import write_page
@@ -108,11 +109,13 @@ def report(
         >>> report.page.name, [path.name for path in report.figures["ranking"]]
         ('report.html', ['ranking.pdf', 'ranking.png', 'ranking.svg'])
     """
+    figures = None if figures is None else name_list(figures)
+    formats, profiles = name_list(formats), None if profiles is None else name_list(profiles)
     for name in figures or ():
         FIGURES.find(name)
     check_formats(formats)
     condition: dict[str, Any] = {"probe_set": probe_set, "norm_statistics": norm_statistics, "epoch": epoch}
-    which: dict[str, Any] = {"baseline": baseline, "leave_out": leave_out and list(leave_out), "reset": reset}
+    which: dict[str, Any] = {"baseline": baseline, "leave_out": leave_out and name_list(leave_out), "reset": reset}
     with _opened(study, out, {**which, **condition, "thumbnails": thumbnails or None}) as (study, folder):
         compare_under = partial(compare, study, **which)
         comparison = compare_under(**condition)
