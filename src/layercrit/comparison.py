@@ -13,7 +13,7 @@ from layercrit.compared_studies import ComparedStudy, about_bad, about_formats, 
 from layercrit.conditions import Condition, under
 from layercrit.correlations import rank_correlations
 from layercrit.counts import counted
-from layercrit.errors import StudyError, near
+from layercrit.errors import StudyError, near, shown
 from layercrit.named_options import name_list
 from layercrit.protocol import MATCHED
 from layercrit.wrappers import wrapper_of
@@ -185,7 +185,8 @@ def compare(
         epoch: of the models' training runs; None: their final weights.
 
     Raises:
-        StudyError: a name is unknown, no model is left, or the models have no layer in common.
+        StudyError: this is no study, but such as its folder; a name is unknown, no model is left, or the models have no
+            layer in common.
 
     Examples:
         >>> import layercrit
@@ -193,6 +194,10 @@ def compare(
         >>> comparison.baseline, comparison.models["criticality"].idxmax()
         ('baseline', 'baseline')
     """
+    if not hasattr(study, "by_model"):
+        raise StudyError(
+            f"A study is compared, and {shown(study)} is none. Open the folder of a study: layercrit.load_study(DIR)."
+        )
     models, condition = under(
         study.models, study.folder, probe_set=probe_set, norm_statistics=norm_statistics, epoch=epoch
     )

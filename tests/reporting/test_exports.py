@@ -94,6 +94,14 @@ def test_export__into_the_studys_folder_unless_said_otherwise(imported):
         export(imported, name, overwrite=name == "latex")
 
 
+def test_export__of_a_folder(imported, tmp_path):
+    files = [
+        export(of, "csv", tmp_path / str(n)) for n, of in enumerate([imported, imported.folder, str(imported.folder)])
+    ]
+    for ours, *others in zip(*files, strict=True):
+        assert {other.read_bytes() for other in others} == {ours.read_bytes()}
+
+
 # LaTeX
 
 

@@ -315,6 +315,14 @@ def test_report__of_a_measurement_needs_a_folder(of_one_model):
         report(of_one_model)
 
 
+def test_report__of_a_folder(of_one_model, bare, tmp_path):
+    of_one_model.save(tmp_path / "measured")
+    assert report(tmp_path / "measured", figures=[]).page == tmp_path / "measured" / "report.html"
+    assert report(str(bare.folder), tmp_path / "out", figures=[]).comparison.models.index.to_list() == ["a"]
+    with pytest.raises(StudyError, match="no study or measurement in"):
+        report(tmp_path)
+
+
 @pytest.mark.parametrize("figure", CANNOT)
 def test_report__what_cannot_be_drawn_is_an_error_when_asked_for(bare, figure):
     with pytest.raises(StudyError, match=CANNOT[figure]):

@@ -22,7 +22,7 @@ from layercrit.progress_bar import Bar
 from layercrit.proxies.of_study import StudyProxies
 from layercrit.reporting.page import write_page
 from layercrit.reporting.study_figures import FIGURES, FigureFunction, Tables
-from layercrit.study.of_measurement import study_of
+from layercrit.study.of_measurement import open_result, study_of
 from layercrit.study.status import has_modules
 from layercrit.study.tables import Study
 
@@ -54,7 +54,7 @@ class Report:
 
 
 def report(
-    study: Study | Measurement,
+    study: Study | Measurement | str | Path,
     out: str | Path | None = None,
     *,
     figures: Sequence[str] | None = None,
@@ -74,9 +74,9 @@ def report(
     """Write ``report.html``, one self-contained page, and the figures in every format.
 
     Args:
-        study: finished or not; or a measurement, as a study of one model.
-        out: the folder to write to; files of an earlier report are replaced. None: the study's own folder; a
-            measurement does not know its own.
+        study: finished or not; or a measurement, as a study of one model; or the folder of either.
+        out: the folder to write to; files of an earlier report are replaced. None: the study's own folder, or the one
+            that is given; a measurement does not know its own.
         figures: names of those to plot, of `FIGURES`; None: all that can be plotted, of one model those that do not
             compare models.
         formats: of ``pdf``, ``png`` and ``svg``.
@@ -114,6 +114,9 @@ def report(
     for name in figures or ():
         FIGURES.find(name)
     check_formats(formats)
+    if isinstance(study, str | Path):
+        out = study if out is None else out
+        study = open_result(study)
     condition: dict[str, Any] = {"probe_set": probe_set, "norm_statistics": norm_statistics, "epoch": epoch}
     which: dict[str, Any] = {"baseline": baseline, "leave_out": leave_out and name_list(leave_out), "reset": reset}
     with _opened(study, out, {**which, **condition, "thumbnails": thumbnails or None}) as (study, folder):
