@@ -13,7 +13,7 @@ from layercrit.compared_studies import ComparedStudy, about_bad, about_formats, 
 from layercrit.conditions import Condition, under
 from layercrit.correlations import rank_correlations
 from layercrit.counts import counted
-from layercrit.errors import StudyError, near, shown
+from layercrit.errors import StudyError, near
 from layercrit.named_options import name_list
 from layercrit.protocol import MATCHED
 from layercrit.wrappers import wrapper_of
@@ -196,7 +196,7 @@ def compare(
     """
     if not hasattr(study, "by_model"):
         raise StudyError(
-            f"A study is compared, and {shown(study)} is none. Open the folder of a study: layercrit.load_study(DIR)."
+            f"compare takes a study, not a {type(study).__name__}. Open the folder of one: layercrit.load_study(DIR)."
         )
     models, condition = under(
         study.models, study.folder, probe_set=probe_set, norm_statistics=norm_statistics, epoch=epoch

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from layercrit.counts import counted
-from layercrit.errors import LayercritError, ProtocolError, shown
+from layercrit.errors import LayercritError, ProtocolError
 from layercrit.foreign_text import visible
 from layercrit.intervals import excluded_share
 from layercrit.measurement import Measurement
@@ -59,7 +59,7 @@ def methods_section(measurement: Measurement | str | Path) -> str:
         measurement = Measurement.load(measurement)
     if not isinstance(measurement, Measurement):
         raise LayercritError(
-            f"The methods section is about a measurement, and {shown(measurement)} is none. Give what "
+            f"methods_section takes a measurement or its folder, not a {type(measurement).__name__}. Give what "
             "layercrit.measure returned, or the folder that it was saved in."
         )
     record, summary = measurement.record, measurement.summary()
