@@ -306,6 +306,11 @@ def test_resume__runs_nothing_again(tmp_path, monkeypatch):
     same(found, measure(network(), PIXELS, trials=5, dtype="float32", progress=False))
 
 
+def test_resume__of_what_is_no_measurement_is_refused(tmp_path):
+    with pytest.raises(ProtocolError, match=r"a measurement, not a str\. .*Measurement\.load"):
+        measure(network(), PIXELS, trials=4, resume=str(tmp_path), progress=False)
+
+
 def test_resume__with_more_trials_adds_them(tmp_path):
     few = measure(network(), PIXELS, trials=2, dtype="float32", progress=False)
     few.save(tmp_path)

@@ -119,7 +119,10 @@ def test_advise__of_layers_that_do_not_exist(given):
         ({"action": "freeze", "budget": 30}, "give 0.3"),
         ({"action": "freeze", "budget": 0}, "above 0"),
         ({"action": "quantise", "budget": 3}, "from 4 to 8"),
+        ({"action": "freeze", "budget": "10%"}, r"a number, such as 0\.1 for 10 %, not '10%'"),
         ({"action": "quantise", "bits": [4]}, "two or more"),
+        ({"action": "quantise", "bits": 8}, r"two or more .* not \[8\]"),
+        ({"action": "prune", "knobs": "chanels"}, "not 'chanels'. Did you mean 'channels'?"),
         ({"action": "prune", "ratio": 1}, "between 0 and 1"),
     ],
 )

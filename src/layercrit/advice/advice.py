@@ -175,6 +175,10 @@ def advise(
     evidence = evidence_of(of, model, reset).each_once()
     layers = evidence.layers.copy()
     fixed_given = fixed is not None or knobs == "channels"
+    if isinstance(knobs, str) and knobs != "channels":
+        raise AdviceError(
+            f"The knobs are 'channels', or a mapping of layers to names, not {knobs!r}. {near(knobs, ['channels'])}"
+        )
     left = set(name_list(fixed or ()))
     classes: Collection[str] = ()
     _check_layers("fixed", left, layers["layer"])
@@ -217,7 +221,10 @@ def advise(
 
 
 def _checked_budget(action: Action, budget: float | None, bits: Sequence[int], ratio: float) -> float:
-    asked = action.budget if budget is None else float(budget)
+    try:
+        asked = action.budget if budget is None else float(budget)
+    except (TypeError, ValueError):
+        raise AdviceError(f"The budget is a number, such as 0.1 for 10 %, not {budget!r}.") from None
     if not 0 < ratio < 1:
         raise AdviceError(f"The ratio is the share of a layer that is pruned, between 0 and 1, not {ratio:g}.")
     if action.name != "quantise":
@@ -227,8 +234,9 @@ def _checked_budget(action: Action, budget: float | None, bits: Sequence[int], r
                 f"For {asked:g} %, give {asked / 100:g}."
             )
         return asked
+    bits = [bits] if isinstance(bits, int) else list(bits)
     if len(set(bits)) < 2 or not all(isinstance(one, int) and 1 <= one <= 32 for one in bits):
-        raise AdviceError(f"Bits to choose from are two or more whole numbers from 1 to 32, not {list(bits)}.")
+        raise AdviceError(f"Bits to choose from are two or more whole numbers from 1 to 32, not {bits}.")
     if not min(bits) <= asked <= max(bits):
         raise AdviceError(
             f"The budget of 'quantise' is the mean bits of a parameter, from {min(bits)} to {max(bits)} with the bits "
