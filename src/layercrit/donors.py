@@ -132,8 +132,8 @@ def read_donor(donor: nn.Module | str | Path, model: Model, layers: Iterable[Lay
         return Donor(values, origin, hash_tensors(values))
     if not isinstance(donor, str | Path):
         raise ModelError(
-            f"A donor is a network, a model reference or a weight file, not a {type(donor).__name__}. Load tensors into "
-            "a network of the model's architecture (load_state_dict), or save them (safetensors.torch.save_file)."
+            f"A donor is a network, a model reference or a weight file, not a {type(donor).__name__}. Load tensors "
+            "into a network of the model's architecture (load_state_dict), or save them (safetensors.torch.save_file)."
         )
     checkpoint = read_weights(weight_file(donor))
     fitted = fit(checkpoint, model.network.state_dict(), f"{donor} for {model.reference}")
