@@ -285,6 +285,12 @@ def test_compare__refuses(small, options, text):
         compare(small, **options)
 
 
+def test_compare__what_is_no_study_is_refused(small):
+    for given in (small.folder, str(small.folder), small.models):
+        with pytest.raises(StudyError, match=r"compare takes a study, not a (\w*Path|str|DataFrame)\. .*load_study"):
+            compare(given)
+
+
 # Models that differ in their layers
 
 

@@ -468,6 +468,23 @@ def test_python__every_call_can_be_made(command, calls):
         inspect.signature(function).bind(*call.args)  # raises where there are too few or too many
 
 
+RENAMED = re.findall(
+    r"^\| `(--[a-z]+)` of `layercrit ([^`]+)` \| `(\w+)` of `([\w.]+)`",
+    (DOCS / "python.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(("option", "command", "argument", "call"), RENAMED)
+def test_python__arguments_with_other_names_than_their_options(option, command, argument, call):
+    found = cli
+    for part in command.split():
+        found = found.commands[part]
+    assert any(option in one.opts for one in found.params)
+    module, _, name = call.rpartition(".")
+    assert argument in inspect.signature(getattr(importlib.import_module(module), name)).parameters
+
+
 # --- lists ------------------------------------------------------------------------------------------------------------
 
 

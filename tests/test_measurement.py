@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from layercrit.distances import DISTANCES
-from layercrit.errors import LayercritError
+from layercrit.errors import LayercritError, ModelError
 from layercrit.measurement import CELL_COLUMNS, PER_IMAGE, Measurement
 from layercrit.measuring import measure
 from layercrit.probes.images import Preprocessing
@@ -269,6 +269,12 @@ def test_save__edge_cases_are_strict_json_too(pixels, settings, tmp_path):
     loaded = Measurement.load(tmp_path)
     pd.testing.assert_frame_equal(loaded.to_pandas(), found.to_pandas(), check_exact=True)
     assert loaded.summary() == found.summary()
+
+
+def test_measure__tensors_are_no_donor():
+    net = network()
+    with pytest.raises(ModelError, match=r"a weight file, not a OrderedDict\. .*load_state_dict"):
+        measure(net, images(), reset="donor", donor=net.state_dict(), progress=False)
 
 
 def test_save__nothing_counts(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from layercrit.errors import ProtocolError
-from layercrit.named_options import AtLeast, checked_options, options_of, split_name, with_options
+from layercrit.named_options import AtLeast, checked_options, name_list, options_of, split_name, with_options
 
 
 def declares(
@@ -180,3 +180,9 @@ def takes_mixed(subject, *, scale: Literal[1, "a"] = 1):
 def test_options_of__other_annotations_are_refused(function):
     with pytest.raises(TypeError, match=r"'scales?' must be annotated as bool, int, float, str or a Literal"):
         options_of(function)
+
+
+def test_name_list__a_text_is_one_name():
+    assert name_list("ab") == ["ab"]
+    assert name_list(name for name in "ab") == ["a", "b"]
+    assert name_list(()) == []

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from layercrit.engine.graph_replay import GraphReplay
-from layercrit.errors import ProtocolError
+from layercrit.errors import LayercritError, ProtocolError
 from layercrit.measurement import Measurement
 from layercrit.measuring import measure
 from layercrit.precision import Components
@@ -306,6 +306,11 @@ def test_resume__runs_nothing_again(tmp_path, monkeypatch):
     same(found, measure(network(), PIXELS, trials=5, dtype="float32", progress=False))
 
 
+def test_resume__of_what_is_no_measurement_is_refused(tmp_path):
+    with pytest.raises(ProtocolError, match=r"a measurement, not a str\. .*Measurement\.load"):
+        measure(network(), PIXELS, trials=4, resume=str(tmp_path), progress=False)
+
+
 def test_resume__with_more_trials_adds_them(tmp_path):
     few = measure(network(), PIXELS, trials=2, dtype="float32", progress=False)
     few.save(tmp_path)
@@ -373,11 +378,14 @@ def test_save__keeps_unlike_numbers_of_trials(planned, tmp_path):
     assert json.loads((tmp_path / "measurement.json").read_text())["precision"]["half_width"] == 0.08
 
 
-def test_methods_section__has_the_numbers_of_the_measurement(planned):
+def test_methods_section__has_the_numbers_of_the_measurement(planned, tmp_path):
     counts = planned.to_pandas()["n_trials"]
 
     text = methods_section(planned)
 
+    assert methods_section(planned.save(tmp_path / "saved")) == text
+    with pytest.raises(LayercritError, match="takes a measurement or its folder, not a Series"):
+        methods_section(counts)
     for part in (f"{counts.min()} to {counts.max()}", "half-width of 0.08", "pilot of 5 trials", "95%", "Stein"):
         assert part in text, part
     assert f"{planned.plan.n_images:,} images" in text

@@ -14,6 +14,7 @@ from layercrit.conditions import Condition, under
 from layercrit.correlations import rank_correlations
 from layercrit.counts import counted
 from layercrit.errors import StudyError, near
+from layercrit.named_options import name_list
 from layercrit.protocol import MATCHED
 from layercrit.wrappers import wrapper_of
 
@@ -184,7 +185,8 @@ def compare(
         epoch: of the models' training runs; None: their final weights.
 
     Raises:
-        StudyError: a name is unknown, no model is left, or the models have no layer in common.
+        StudyError: this is no study, but such as its folder; a name is unknown, no model is left, or the models have no
+            layer in common.
 
     Examples:
         >>> import layercrit
@@ -192,6 +194,10 @@ def compare(
         >>> comparison.baseline, comparison.models["criticality"].idxmax()
         ('baseline', 'baseline')
     """
+    if not hasattr(study, "by_model"):
+        raise StudyError(
+            f"compare takes a study, not a {type(study).__name__}. Open the folder of one: layercrit.load_study(DIR)."
+        )
     models, condition = under(
         study.models, study.folder, probe_set=probe_set, norm_statistics=norm_statistics, epoch=epoch
     )
@@ -217,7 +223,7 @@ def compare_models(
     used = str(ok["reset"].iloc[0])
     cells = study.cells[study.cells["reset"] == used]
     own = study.record.get("leave_out", [])
-    left_out = _left_out(study, chosen_models, names, own if leave_out is None else leave_out)
+    left_out = _left_out(study, chosen_models, names, own if leave_out is None else name_list(leave_out))
     usable = set(ok["model"])
     compared = [name for name in listed if name not in left_out and name in usable]
     if not compared:

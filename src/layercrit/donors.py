@@ -117,7 +117,8 @@ def read_donor(donor: nn.Module | str | Path, model: Model, layers: Iterable[Lay
         layers: what will be reset; a network need only have their parameters.
 
     Raises:
-        ModelError: the network lacks a parameter or has it in another shape, or the reference cannot be opened.
+        ModelError: the donor is something else, the network lacks a parameter or has it in another shape, or the
+            reference cannot be opened.
         CheckpointError: the file cannot be read or does not fit the architecture.
     """
     if isinstance(donor, nn.Module):
@@ -129,6 +130,11 @@ def read_donor(donor: nn.Module | str | Path, model: Model, layers: Iterable[Lay
         values = _checked(opened.network, model, layers)
         origin = " ".join([f"given: the model {opened.reference}, SHA-256 {opened.sha256}", *opened.notes])
         return Donor(values, origin, hash_tensors(values))
+    if not isinstance(donor, str | Path):
+        raise ModelError(
+            f"A donor is a network, a model reference or a weight file, not a {type(donor).__name__}. Load tensors "
+            "into a network of the model's architecture (load_state_dict), or save them (safetensors.torch.save_file)."
+        )
     checkpoint = read_weights(weight_file(donor))
     fitted = fit(checkpoint, model.network.state_dict(), f"{donor} for {model.reference}")
     origin = " ".join([f"given: the file {donor}, SHA-256 {checkpoint.sha256}", *fitted.notes])

@@ -18,6 +18,7 @@ from layercrit.distances import DISTANCES, get_distance
 from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.flops import count_flops
 from layercrit.engine.subject import Subject
+from layercrit.errors import ProtocolError
 from layercrit.layer_sets import read_sets, sets_of
 from layercrit.layers import Group, find_layers, select_layers
 from layercrit.measurement import Measurement
@@ -162,6 +163,11 @@ def measure(
         pilot=pilot,
         max_trials=max_trials,
     )
+    if resume is not None and not isinstance(resume, Measurement):
+        raise ProtocolError(
+            f"What to resume is a measurement, not a {type(resume).__name__}. Read a folder with "
+            "layercrit.Measurement.load(DIR)."
+        )
     attack, images = split_attack(images)
     names = distance_names(distances)
     with Bar(progress) as bar, opened_subject(model, images, labels, protocol, donor) as subject:

@@ -7,19 +7,24 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from layercrit.errors import LayercritError, near, shown
 
-__all__ = ["AtLeast", "Option", "checked_options", "options_of", "split_name", "with_options"]
+__all__ = ["AtLeast", "Option", "checked_options", "name_list", "options_of", "split_name", "with_options"]
 
 _NAME = re.compile(r"\s*([A-Za-z][A-Za-z0-9_-]*)\s*(?:\((.*)\)\s*)?", re.DOTALL)
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _CONSTANTS = {"true": True, "false": False, "none": None}
 _MISSING: Any = inspect.Parameter.empty
 _KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+
+
+def name_list(names: Iterable[str]) -> list[str]:
+    """Return names as a list; a text is one name, not its letters."""
+    return [names] if isinstance(names, str) else list(names)
 
 
 @dataclass(frozen=True)

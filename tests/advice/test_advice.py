@@ -99,10 +99,17 @@ def test_advise__coupled_layers_are_chosen_as_one():
 
 
 def test_advise__fixed_layers_are_left_as_they_are():
-    found = advise(table(), "prune", 0.1, fixed=["blocks.0.mlp", "not there"])
+    found = advise(table(), "prune", 0.1, fixed=["blocks.0.mlp"])
 
     assert found.chosen == ["blocks.0.attn"]
-    assert "left as it is" in of(found, "blocks.0.mlp")["reason"]
+    assert of(found, "blocks.0.mlp")["reason"] == "fixed: left as it is"
+    assert advise(table(), "prune", 0.1, fixed="blocks.0.mlp").record == found.record
+
+
+@pytest.mark.parametrize("given", [{"fixed": ["heads"]}, {"fixed": "heads"}, {"knobs": {"heads": "a"}}])
+def test_advise__of_layers_that_do_not_exist(given):
+    with pytest.raises(AdviceError, match=r"no layer 'heads', which '(fixed|knobs)' names\. Did you mean 'head'\?"):
+        advise(table(), "prune", **given)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +119,10 @@ def test_advise__fixed_layers_are_left_as_they_are():
         ({"action": "freeze", "budget": 30}, "give 0.3"),
         ({"action": "freeze", "budget": 0}, "above 0"),
         ({"action": "quantise", "budget": 3}, "from 4 to 8"),
+        ({"action": "freeze", "budget": "10%"}, r"a number, such as 0\.1 for 10 %, not '10%'"),
         ({"action": "quantise", "bits": [4]}, "two or more"),
+        ({"action": "quantise", "bits": 8}, r"two or more .* not \[8\]"),
+        ({"action": "prune", "knobs": "chanels"}, "not 'chanels'. Did you mean 'channels'?"),
         ({"action": "prune", "ratio": 1}, "between 0 and 1"),
     ],
 )
@@ -170,9 +180,16 @@ def test_to__ratios_and_groups_that_cannot_be():
 
 
 def test_to__torch_pruning_has_a_ratio_for_each_chosen_layer():
-    found = advise(table(), "prune", 0.11, ratio=0.25)
+    found = advise(table(), "prune", 0.11, ratio=0.25, fixed=["head"])
 
     assert json.loads(found.to("torch-pruning")) == {"blocks.0.attn": 0.25, "blocks.0.mlp": 0.25}
+
+
+@pytest.mark.parametrize(("fixed", "chosen"), [(["blocks.0.mlp"], "blocks.0.attn"), ([], "blocks.0.mlp")])
+def test_to__torch_pruning_cuts_no_classes_out_unasked(fixed, chosen):
+    with pytest.raises(AdviceError, match=r"their channels are the classes.*knobs=\"channels\".*fixed=\[\.\.\.\]"):
+        advise(table(), "prune", 0.05).to("torch-pruning")
+    assert list(json.loads(advise(table(), "prune", 0.05, fixed=fixed).to("torch-pruning"))) == [chosen]
 
 
 def test_to__nncf_ignores_all_other_layers():
@@ -284,7 +301,7 @@ def test_advise__of_sets_of_layers(measurement):
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_to__every_format_of_a_measurement(measurement, name):
-    advice = advise(measurement, "prune", 0.1)
+    advice = advise(measurement, "prune", 0.1, fixed=["fc"])
 
     assert advice.to(name).strip()
 
@@ -299,6 +316,46 @@ def test_to__formats_of_single_modules_refuse_groups(name):
     with pytest.raises(AdviceError, match="--group layer"):
         advice.to(name)
     assert advice.to("list").split() == advice.chosen
+
+
+class Attention(nn.Module):
+    """Of whose layers one is computed from other parameters, and one is a parameter of a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.utils.parametrizations.weight_norm(nn.Linear(12, 4))
+        self.attention = nn.MultiheadAttention(4, 1, batch_first=True)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.embed(x.flatten(2))
+        return self.fc(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+@pytest.fixture(scope="module")
+def attention():
+    with torch.random.fork_rng(devices=[]):
+        network = Attention().eval()
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 3, 4), dtype=np.uint8)
+    return layercrit.measure(network, images, trials=1, types="all", **QUIET)
+
+
+def only(measurement, layer, action="prune"):
+    """The advice to do something to one layer."""
+    return advise(measurement, action, 0.01, fixed=[name for name in measurement.record["layers"] if name != layer])
+
+
+def test_to__layers_with_computed_weights_are_single_modules(attention):
+    assert json.loads(only(attention, "embed").to("peft"))["target_modules"] == "(?:embed)"
+    assert json.loads(only(attention, "fc").to("torch-pruning")) == {"fc": 0.5}
+    with pytest.raises(AdviceError, match=r"'embed' has no parameter 'weight' .* embed\.parametrizations"):
+        only(attention, "embed").to("torch-pruning")
+
+
+@pytest.mark.parametrize("name", ["peft", "torch-pruning"])
+def test_to__parameters_of_a_module_are_no_modules(attention, name):
+    with pytest.raises(AdviceError, match=r"'attention\.in_proj' is a parameter of 'attention'"):
+        only(attention, "attention.in_proj").to(name)
 
 
 def test_advise__says_first_how_good_a_guide_it_is():

@@ -86,6 +86,10 @@ def test_advise__channels_of_a_study_are_coupled(study):
     assert rows["layer1.0.conv3"]["knob"] == rows["layer1.1.conv3"]["knob"] == "layer1.0.conv3"
     assert rows["layer1.0.conv3"]["rank"] == rows["layer1.1.conv3"]["rank"]
     assert rows["fc"]["rank"] is None
+    assert "classes" in rows["fc"]["reason"]
+    found = advise(study, "prune", 0.1, model="m0", knobs="channels", fixed="conv1").layers.set_index("layer")
+    assert not found.loc[["conv1", "fc"], "chosen"].any()
+    assert found.loc["conv1", "reason"] == "fixed: left as it is"
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_table__means_over_models_with_students_interval(found):
 
 
 def test_measure_study_proxies__some_models_and_another_reset(folder):
-    found = measure_study_proxies(folder / "out", models=["m2"], reset="zero", **HOW)
+    found = measure_study_proxies(folder / "out", models="m2", reset="zero", **HOW)
     assert list(found.agreements) == ["m2"]
     assert found.proxies["m2"].record["protocol"]["reset"] == "zero"
     table = load_study(folder / "out").to_pandas().set_index(["model", "reset", "layer"])["criticality"]

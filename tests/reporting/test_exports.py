@@ -94,6 +94,13 @@ def test_export__into_the_studys_folder_unless_said_otherwise(imported):
         export(imported, name, overwrite=name == "latex")
 
 
+def test_export__of_a_folder(imported, tmp_path):
+    ours = export(imported, "csv", tmp_path / "ours")
+    for of in (imported.folder, str(imported.folder)):
+        files = export(of, "csv", tmp_path / "own", overwrite=True)
+        assert [file.read_bytes() for file in files] == [file.read_bytes() for file in ours]
+
+
 # LaTeX
 
 

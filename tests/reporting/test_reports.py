@@ -154,6 +154,11 @@ def test_report__some_figures_once_each_and_the_page(study):
     assert result.page.is_file()
 
 
+def test_report__a_text_is_one_name(study):
+    result = report(study, figures="profile", formats="svg", profiles="mix", leave_out="base")
+    assert [path.name for path in result.figures["profile"]] == ["profile-mix.svg"]
+
+
 def test_report__profiles_of_nobody_in_a_place_below_the_home_folder(study, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     result = report(study, "~/new", figures=["ranking", "profile"], formats=["png"], profiles=[])
@@ -308,6 +313,14 @@ def test_report__of_a_measurement_there_is_nothing_to_choose(of_one_model, tmp_p
 def test_report__of_a_measurement_needs_a_folder(of_one_model):
     with pytest.raises(StudyError, match=r"does not know its folder\. Name the folder to write to: out=DIR"):
         report(of_one_model)
+
+
+def test_report__of_a_folder(of_one_model, bare, tmp_path):
+    of_one_model.save(tmp_path / "measured")
+    assert report(tmp_path / "measured", figures=[]).page == tmp_path / "measured" / "report.html"
+    assert report(str(bare.folder), tmp_path / "out", figures=[]).comparison.models.index.to_list() == ["a"]
+    with pytest.raises(StudyError, match="no study or measurement in"):
+        report(tmp_path)
 
 
 @pytest.mark.parametrize("figure", CANNOT)

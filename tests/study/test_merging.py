@@ -239,6 +239,9 @@ def test_merge_studies__one_trial_under_two_settings(tmp_path):
 
 
 def test_merge_studies__refuses(tmp_path):
+    for one in ("a", tmp_path / "a", [tmp_path / "a"]):
+        with pytest.raises(StudyError, match="Expected two or more studies to merge, got 1"):
+            merge_studies(one, tmp_path / "out")
     made(tmp_path / "a", "a")
     made(tmp_path / "b", "b")
     with pytest.raises(StudyError, match="two or more studies to merge, got 1"):

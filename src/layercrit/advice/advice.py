@@ -1,6 +1,6 @@
 """Advice: which layers to freeze, fine-tune, prune or quantise, from how critical each of them is."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +18,7 @@ from layercrit.cell_columns import WHOLE
 from layercrit.counts import counted
 from layercrit.errors import AdviceError, near
 from layercrit.measurement import Measurement
+from layercrit.named_options import name_list
 from layercrit.study.tables import Study
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def advise(
     budget: float | None = None,
     *,
     knobs: Mapping[str, str] | Literal["channels"] | None = None,
-    fixed: Collection[str] = (),
+    fixed: str | Collection[str] | None = None,
     bits: Sequence[int] = _BITS,
     ratio: float = _RATIO,
     model: str | None = None,
@@ -149,8 +150,10 @@ def advise(
             most; for ``quantise`` the mean bits of a parameter. None: the action's default.
         knobs: layer -> name of its knob, such as those of `coupled_layers`, where layers can only be changed together;
             ``"channels"``: these, and ``fixed``, found in the network of the measurement or study. Layers that share
-            parameters are one knob anyhow. A knob is chosen only if all its layers were measured.
-        fixed: layers that are never chosen, such as those whose channels are the classes.
+            parameters are one knob anyhow. A knob is chosen only if all its layers were measured. None: each layer by
+            itself, which is the command's ``--of weights``; for ``prune``, its default is ``channels``.
+        fixed: layers that are never chosen, such as those whose channels are the classes. None: none that is known of;
+            channels are then not pruned by ``to("torch-pruning")``, which would cut classes out of the network.
         bits: the choices for ``quantise``.
         ratio: the share of a chosen layer that ``prune`` removes, in (0, 1).
         model: which model, where ``of`` is a study; else its name, for titles. None: the only one of the study, or the
@@ -158,8 +161,8 @@ def advise(
         reset: which of a study's resets; None: its first.
 
     Raises:
-        AdviceError: the action is unknown, the budget or an option makes no sense or cannot be met, or nothing was
-            measured.
+        AdviceError: the action is unknown, the budget or an option makes no sense or cannot be met, there is no layer
+            of a name that is given, or nothing was measured.
         StudyError: the study has no such reset.
 
     Examples:
@@ -171,8 +174,19 @@ def advise(
     found = action_named(action)
     evidence = evidence_of(of, model, reset).each_once()
     layers = evidence.layers.copy()
+    fixed_given = fixed is not None or knobs == "channels"
+    if isinstance(knobs, str) and knobs != "channels":
+        raise AdviceError(
+            f"The knobs are 'channels', or a mapping of layers to names, not {knobs!r}. {near(knobs, ['channels'])}"
+        )
+    left = set(name_list(fixed or ()))
+    classes: Collection[str] = ()
+    _check_layers("fixed", left, layers["layer"])
     if knobs == "channels":
-        knobs, fixed = evidence.channels()
+        knobs, classes = evidence.channels()
+    else:
+        _check_layers("knobs", knobs or (), layers["layer"])
+    left |= set(classes)
     knobs = evidence.together(knobs or {})
     asked = _checked_budget(found, budget, bits, ratio)
     layers["measured"] = layers["status"].isin(WHOLE) & layers["criticality"].notna()
@@ -182,7 +196,7 @@ def advise(
             "There is no advice without criticality: none of these layers was measured whole. Look at the status of "
             "its layers, and measure again."
         )
-    layers["measured"] &= ~layers["layer"].isin(set(fixed))
+    layers["measured"] &= ~layers["layer"].isin(left)
     total = int(layers["n_parameters"].sum())
     order = ranked(knobs_of(layers, knobs), highest_first=found.highest_first)
     order = _with_choice(order, found, asked, total, bits, ratio)
@@ -199,13 +213,18 @@ def advise(
         "parameters": evidence.parameters,
         "n_parameters": total,
         "not_measured": not_measured,
-        "fixed": [name for name in layers["layer"] if name in set(fixed)],
+        "fixed": [name for name in layers["layer"] if name in left],
+        "fixed_given": fixed_given,
+        "classes": [name for name in layers["layer"] if name in set(classes)],
     }
     return Advice(found, _table(layers, order, found, knobs, record), record)
 
 
 def _checked_budget(action: Action, budget: float | None, bits: Sequence[int], ratio: float) -> float:
-    asked = action.budget if budget is None else float(budget)
+    try:
+        asked = action.budget if budget is None else float(budget)
+    except (TypeError, ValueError):
+        raise AdviceError(f"The budget is a number, such as 0.1 for 10 %, not {budget!r}.") from None
     if not 0 < ratio < 1:
         raise AdviceError(f"The ratio is the share of a layer that is pruned, between 0 and 1, not {ratio:g}.")
     if action.name != "quantise":
@@ -215,14 +234,25 @@ def _checked_budget(action: Action, budget: float | None, bits: Sequence[int], r
                 f"For {asked:g} %, give {asked / 100:g}."
             )
         return asked
+    bits = [bits] if isinstance(bits, int) else list(bits)
     if len(set(bits)) < 2 or not all(isinstance(one, int) and 1 <= one <= 32 for one in bits):
-        raise AdviceError(f"Bits to choose from are two or more whole numbers from 1 to 32, not {list(bits)}.")
+        raise AdviceError(f"Bits to choose from are two or more whole numbers from 1 to 32, not {bits}.")
     if not min(bits) <= asked <= max(bits):
         raise AdviceError(
             f"The budget of 'quantise' is the mean bits of a parameter, from {min(bits)} to {max(bits)} with the bits "
             f"that may be chosen, not {asked:g}."
         )
     return asked
+
+
+def _check_layers(argument: str, names: Iterable[str], layers: Iterable[str]) -> None:
+    """Refuse names that are not of layers."""
+    known = list(layers)
+    if unknown := sorted(set(names).difference(known)):
+        raise AdviceError(
+            f"There is no layer {unknown[0]!r}, which {argument!r} names. {near(unknown[0], known)} Leave out layers "
+            "that are not in the table or measurement."
+        )
 
 
 def _with_choice(
@@ -282,8 +312,10 @@ def _reason(row: Mapping[Any, Any], action: Action, order: pd.DataFrame, record:
     """Return why a layer is chosen, or is not."""
     if row["layer"] in record["not_measured"]:
         return f"not measured ({row['status']}): left as it is"
-    if row["layer"] in record["fixed"]:
+    if row["layer"] in record["classes"]:
         return "its channels are the classes: left as it is"
+    if row["layer"] in record["fixed"]:
+        return "fixed: left as it is"
     if pd.isna(row["rank"]):
         return "changes only together with a layer that is left as it is"
     by = "most critical" if action.highest_first else "least critical for its size"

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import pandas as pd
 
 from layercrit.advice.actions import Action
+from layercrit.computed_weights import owner_of
 from layercrit.errors import AdviceError
 
 __all__ = ["FORMATS", "Written"]
@@ -80,6 +81,13 @@ def as_torch_pruning(advice: Written) -> str:
     if "ratio" not in advice.layers:
         raise AdviceError("Pruning ratios are for advice to prune. Ask with --for prune, or for another format.")
     _check_single_modules(advice)
+    _check_plain_weights(advice)
+    if not advice.record["fixed_given"]:
+        raise AdviceError(
+            "Torch-Pruning removes channels, and nothing says which layers are left as they are because their channels "
+            'are the classes. Ask for channels (--of channels, which the command does; in Python knobs="channels"), '
+            "or name these layers: fixed=[...], and fixed=[] if they are not among those measured."
+        )
     ratios = advice.layers.set_index("layer")["ratio"].to_dict()
     return _json({layer: ratios[layer] for layer in advice.chosen})
 
@@ -120,12 +128,33 @@ FORMATS: dict[str, Callable[[Written], str]] = {
 
 
 def _check_single_modules(advice: Written) -> None:
-    """Make sure that layers are modules with parameters of their own, not groups of them."""
-    for layer, names in (advice.record["parameters"] or {}).items():
-        if any(name.rpartition(".")[0] != layer for name in names):
+    """Make sure that the chosen layers are modules, neither groups of them nor single parameters."""
+    for layer in advice.chosen if advice.record["parameters"] else ():
+        owners = {owner_of(name) for name in advice.record["parameters"][layer]}
+        if owners <= {layer}:
+            continue
+        module = layer.rpartition(".")[0]
+        if owners == {module}:
             raise AdviceError(
-                f"{layer!r} is a group of modules, and this format is about single ones. Take the format list, regex, "
-                "nncf or groups, or measure with --group layer."
+                f"{layer!r} is a parameter of {repr(module) if module else 'the network'}, and this format is about "
+                "modules. Keep it from being chosen (fixed=[...] in Python), or take the format list or groups."
+            )
+        raise AdviceError(
+            f"{layer!r} is a group of modules, and this format is about single ones. Take the format list, regex, nncf "
+            "or groups, or measure with --group layer."
+        )
+
+
+def _check_plain_weights(advice: Written) -> None:
+    """Make sure that Torch-Pruning, which replaces the weights of the chosen layers, can do so."""
+    for layer in advice.chosen if advice.record["parameters"] else ():
+        names = advice.record["parameters"][layer]
+        if f"{layer}.weight" not in names:
+            others = [name for name in names if not name.endswith(".bias")]
+            raise AdviceError(
+                f"{layer!r} has no parameter 'weight' for Torch-Pruning to prune, but {', '.join(others) or 'none'}: "
+                "weight normalisation and the like compute it. Make it a parameter first (torch.nn.utils.parametrize."
+                "remove_parametrizations, remove_weight_norm or remove_spectral_norm), and measure again."
             )
 
 

@@ -10,7 +10,6 @@ from layercrit.cli.model_options import NewPath
 from layercrit.cli.printing import notice, print_warnings, say, say_damaged
 from layercrit.cli.registered import RegisteredOption
 from layercrit.cli.tables import comparison_options
-from layercrit.errors import StudyError
 
 # Everything that imports torch is imported inside the command, so that `layercrit --help` answers at once.
 
@@ -82,14 +81,9 @@ def report_command(
     """
     from layercrit.measurement import Measurement
     from layercrit.reporting.reports import report
-    from layercrit.study.of_measurement import load_result
+    from layercrit.study.of_measurement import open_result
 
-    found = load_result(folder)
-    if found is None:
-        raise StudyError(
-            f"There is no study or measurement in {folder}. Give the folder that `layercrit study run`, `layercrit "
-            "import` or `layercrit measure` wrote."
-        )
+    found = open_result(folder)
     if isinstance(found, Measurement):
         out = out or folder
         print_warnings(found.record.get("warnings", []), err=True)

@@ -18,6 +18,7 @@ from layercrit.counts import counted
 from layercrit.errors import LayercritError, StudyError, near
 from layercrit.foreign_text import encodable, write_csv
 from layercrit.models.file_source import initial_of_run
+from layercrit.named_options import name_list
 from layercrit.progress_bar import Bar
 from layercrit.proxies.agreement import Agreement, Exact, best_null, verdict
 from layercrit.proxies.formulas import PROXIES
@@ -213,6 +214,7 @@ def measure_study_proxies(
         >>> list(found.proxies)
         ['baseline', 'pixmix']
     """
+    models = None if models is None else name_list(models)
     found = study if isinstance(study, Study) else load_study(study)
     level = found.level if level is None else level
     rows, _ = under(found.models, found.folder, probe_set=probe_set)

@@ -17,7 +17,7 @@ from layercrit.foreign_text import write_csv
 from layercrit.registry import Registry, summary_of
 from layercrit.study.published import write_models, write_published
 from layercrit.study.status import has_modules
-from layercrit.study.tables import Study
+from layercrit.study.tables import Study, load_study
 
 __all__ = ["BY", "FORMATS", "Format", "cells_table", "export", "export_format"]
 
@@ -81,7 +81,7 @@ def export_format(name: str, files: Sequence[str]) -> Callable[[FormatFunction],
 
 
 def export(
-    study: Study,
+    study: Study | str | Path,
     format: str,  # noqa: A002
     path: str | Path | None = None,
     *,
@@ -96,7 +96,7 @@ def export(
     All files are written under temporary names and then renamed, so that nobody reads half a file.
 
     Args:
-        study: finished or not.
+        study: finished or not, or its folder.
         format: one of `FORMATS`.
         path: the folder to write into; None for the folder ``export`` in that of the study.
         overwrite: whether to replace files that are there.
@@ -121,6 +121,7 @@ def export(
         >>> "models.csv" in {path.name for path in files}
         True
     """
+    study = study if isinstance(study, Study) else load_study(study)
     chosen = FORMATS.find(format) if by is None else _format_by(FORMATS.find(format).name, by)
     asked: dict[str, Any] = {"probe_set": probe_set, "norm_statistics": norm_statistics, "epoch": epoch}
     if any(one is not None for one in asked.values()):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from layercrit.counts import counted
-from layercrit.errors import ProtocolError
+from layercrit.errors import LayercritError, ProtocolError
 from layercrit.foreign_text import visible
 from layercrit.intervals import excluded_share
 from layercrit.measurement import Measurement
@@ -40,8 +40,14 @@ _SOURCES = {  # by name and options of the reset
 }
 
 
-def methods_section(measurement: Measurement) -> str:
+def methods_section(measurement: Measurement | str | Path) -> str:
     """Return a paragraph that says how a measurement was made: resets, images, trials, intervals.
+
+    Args:
+        measurement: of any reset and layers, or its folder.
+
+    Raises:
+        LayercritError: this is no measurement and no folder of one, or it is damaged.
 
     Examples:
         >>> import layercrit
@@ -49,6 +55,13 @@ def methods_section(measurement: Measurement) -> str:
         >>> layercrit.methods_section(measurement).partition(" of file:")[0]
         'We measured the criticality of 2 layers'
     """
+    if isinstance(measurement, str | Path):
+        measurement = Measurement.load(measurement)
+    if not isinstance(measurement, Measurement):
+        raise LayercritError(
+            f"methods_section takes a measurement or its folder, not a {type(measurement).__name__}. Give what "
+            "layercrit.measure returned, or the folder that it was saved in."
+        )
     record, summary = measurement.record, measurement.summary()
     protocol, images = record["protocol"], record["probe_set"]
     layers = measurement.to_pandas()

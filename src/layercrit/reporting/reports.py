@@ -17,11 +17,12 @@ from layercrit.errors import LayercritError, StudyError, first_line, near
 from layercrit.figures.style import check_formats, save_figure, svg_of
 from layercrit.layers import layer_labels
 from layercrit.measurement import Measurement
+from layercrit.named_options import name_list
 from layercrit.progress_bar import Bar
 from layercrit.proxies.of_study import StudyProxies
 from layercrit.reporting.page import write_page
 from layercrit.reporting.study_figures import FIGURES, FigureFunction, Tables
-from layercrit.study.of_measurement import study_of
+from layercrit.study.of_measurement import open_result, study_of
 from layercrit.study.status import has_modules
 from layercrit.study.tables import Study
 
@@ -53,7 +54,7 @@ class Report:
 
 
 def report(
-    study: Study | Measurement,
+    study: Study | Measurement | str | Path,
     out: str | Path | None = None,
     *,
     figures: Sequence[str] | None = None,
@@ -73,9 +74,9 @@ def report(
     """Write ``report.html``, one self-contained page, and the figures in every format.
 
     Args:
-        study: finished or not; or a measurement, as a study of one model.
-        out: the folder to write to; files of an earlier report are replaced. None: the study's own folder; a
-            measurement does not know its own.
+        study: finished or not; or a measurement, as a study of one model; or the folder of either.
+        out: the folder to write to; files of an earlier report are replaced. None: the study's own folder, or the one
+            that is given; a measurement does not know its own.
         figures: names of those to plot, of `FIGURES`; None: all that can be plotted, of one model those that do not
             compare models.
         formats: of ``pdf``, ``png`` and ``svg``.
@@ -108,11 +109,16 @@ def report(
         >>> report.page.name, [path.name for path in report.figures["ranking"]]
         ('report.html', ['ranking.pdf', 'ranking.png', 'ranking.svg'])
     """
+    figures = None if figures is None else name_list(figures)
+    formats, profiles = name_list(formats), None if profiles is None else name_list(profiles)
     for name in figures or ():
         FIGURES.find(name)
     check_formats(formats)
+    if isinstance(study, str | Path):
+        out = study if out is None else out
+        study = open_result(study)
     condition: dict[str, Any] = {"probe_set": probe_set, "norm_statistics": norm_statistics, "epoch": epoch}
-    which: dict[str, Any] = {"baseline": baseline, "leave_out": leave_out and list(leave_out), "reset": reset}
+    which: dict[str, Any] = {"baseline": baseline, "leave_out": leave_out and name_list(leave_out), "reset": reset}
     with _opened(study, out, {**which, **condition, "thumbnails": thumbnails or None}) as (study, folder):
         compare_under = partial(compare, study, **which)
         comparison = compare_under(**condition)

@@ -47,7 +47,7 @@ def merge_studies(folders: Sequence[str | Path], out: str | Path) -> Study:
         >>> both.models["model"].is_unique
         True
     """
-    paths = [Path(folder).expanduser() for folder in folders]
+    paths = [Path(folder).expanduser() for folder in ([folders] if isinstance(folders, str | Path) else folders)]
     out = Path(out).expanduser()
     if len(paths) < 2 and not any(len(store_folders(path)) > 1 for path in paths):
         raise StudyError(

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from layercrit.errors import StudyError
 from layercrit.layer_sets import stages_of_sets
 from layercrit.measurement import Measurement
 from layercrit.protocol import DEFAULTS
@@ -13,7 +14,7 @@ from layercrit.study.shards import is_study
 from layercrit.study.store import Store
 from layercrit.study.tables import Study, load_study
 
-__all__ = ["load_result", "study_of"]
+__all__ = ["load_result", "open_result", "study_of"]
 
 # what both say of a model
 _ON_TOP = ("backend", "dtype", "notes", "predictions", "warnings")
@@ -36,6 +37,21 @@ def load_result(folder: str | Path) -> Measurement | Study | None:
     if found:
         return load_study(folder)
     return Measurement.load(folder) if measured else None
+
+
+def open_result(folder: str | Path) -> Measurement | Study:
+    """Read what `layercrit.measure` or a study left in a folder.
+
+    Raises:
+        LayercritError: it is damaged; as StudyError, it is neither.
+    """
+    found = load_result(folder)
+    if found is None:
+        raise StudyError(
+            f"There is no study or measurement in {folder}. Give the folder that `layercrit study run`, `layercrit "
+            "import` or `layercrit measure` wrote."
+        )
+    return found
 
 
 def study_of(measurement: Measurement, folder: Path) -> Study:
