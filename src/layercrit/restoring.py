@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from layercrit.errors import ModelError, first_line
 
@@ -192,7 +193,7 @@ def attributes_kept(network: nn.Module) -> Iterator[None]:
         for module, attributes in before:
             _refill(module.__dict__, attributes)
         for container, content in contents:
-            if any(isinstance(value, FakeTensor) for value in _items(container)):
+            if any(isinstance(value, FakeTensor | FunctionalTensor) for value in _items(container)):
                 container.clear()
                 container.extend(content) if isinstance(container, list) else container.update(content)
 
