@@ -370,7 +370,7 @@ def test_measure__a_network_that_keeps_tensors_by_shape_is_measured_and_runs_aft
         networks[1](torch.rand(n, 3, SIZE, SIZE))
     found, expected = (measure(network, photographs(8), **QUIET) for network in networks)
     assert found.record["backend"] == "exported graph" or torch.__version__ < "2.6"  # whose exporter gives up
-    assert_same_cells(found, expected, atol=0)
+    assert_same_cells(found, expected, atol=1e-5)
     kept = [*networks[0].tables.values(), *(table for _, table in networks[0].listed)]
     assert {type(table) for table in kept} <= {torch.Tensor}, "tensors without values are left"
     assert networks[0](torch.rand(8, 3, SIZE, SIZE)).isfinite().all()
