@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -47,8 +48,8 @@ def main() -> None:
     if arguments.child:
         task = json.loads(arguments.child)
         work = {
-            "plain": at_rate(plain),
-            "measure": at_rate(layercrit_measure),
+            "plain": partial(at_rate, plain),
+            "measure": partial(at_rate, layercrit_measure),
             "network": write_network,
             "exact": exactness,
         }
@@ -363,15 +364,12 @@ def cpu_seconds() -> float:
     return time.process_time() / torch.get_num_threads()
 
 
-def at_rate(contender: Callable[..., dict]) -> Callable[..., dict]:
+def at_rate(contender: Callable[..., dict], **task: object) -> dict:
     """Add the rate of matrix products at the time, the mean of those before and after: clocks and neighbours vary."""
-
-    def timed(dtype: str = "float32", **task: object) -> dict:
-        before = product_rate(dtype)
-        result = contender(**task, **({} if contender is plain else {"dtype": dtype}))
-        return {**result, "rate": (before + product_rate(dtype)) / 2}
-
-    return timed
+    dtype = str(task.get("dtype", "float32"))
+    before = product_rate(dtype)
+    result = contender(**task)
+    return {**result, "rate": (before + product_rate(dtype)) / 2}
 
 
 def product_rate(dtype: str) -> float:

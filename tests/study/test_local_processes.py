@@ -451,6 +451,27 @@ def test_run__leaving_python_with_an_open_iterator_ends_the_workers(tmp_path):
     assert not is_alive(int((tmp_path / "pid").read_text()))
 
 
+def test_run__a_later_worker_that_cannot_begin_is_replaced(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from executor_jobs import *\n"
+        "n = len(Path('begun').read_text()) if Path('begun').exists() else 0\n"
+        "if __name__ == '__main__':\n"
+        "    events = LocalProcesses([Place('cpu', 1)]).run([task('a', die_at_first, Path('log'), 1, 'said')], start)\n"
+        "    print(*(type(event).__name__ for event in events))\n"
+        "else:\n"
+        "    Path('begun').write_text('.' * (n + 1))\n"
+        "    assert n != 1\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    done = subprocess.run(
+        [sys.executable, script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "Message Message Finished\n", done.stderr
+    assert (tmp_path / "begun").read_text() == "..."
+
+
 def test_run__a_script_without_a_main_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

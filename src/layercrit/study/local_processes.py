@@ -97,7 +97,7 @@ class LocalProcesses(Executor):
         """Run tasks on the processes; see `Executor.run`.
 
         Raises:
-            StudyError: a worker raised when it imported the running script.
+            StudyError: the first worker raised when it imported the running script.
         """
         check_names(tasks)
         return _Run(self._places, tasks, pickle.dumps(start), answer, self._attempts).events()
@@ -137,7 +137,6 @@ class _Worker:
     place: Place
     process: SpawnProcess
     connection: "Connection[bytes, bytes]"
-    has_begun: bool = False  # has imported the running script
     affinity: str | None = None  # of its last task
     task: Task | None = None  # what it works on
 
@@ -166,6 +165,7 @@ class _Run:
         self._start = start
         self._answer = answer
         self._workers: list[_Worker] = []
+        self._one_has_begun = False
 
     def events(self) -> Iterator[Event]:
         try:
@@ -222,7 +222,7 @@ class _Run:
                     logging.getLogger(said.name).handle(said)
                     continue
                 if isinstance(said, _Begun):
-                    worker.has_begun = True
+                    self._one_has_begun = True
                 elif isinstance(said, Asked):
                     self._tell(worker, said)
                 else:
@@ -252,7 +252,7 @@ class _Run:
         task = worker.task
         worker.task = None
         exit_code = _end([worker])[0]
-        if exit_code > 0 and not worker.has_begun:  # it raised, and so would all others
+        if exit_code > 0 and not self._one_has_begun:  # it raised when it imported the script, and so would all others
             raise StudyError(f"A worker ended with exit code {exit_code} before it began. {_OTHER_ADVICE} {_GUARD}")
         if task is None:
             return
@@ -312,7 +312,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 class _Begun:
-    """The first word of a worker."""
+    """The first word of a worker: it has imported the running script."""
 
 
 class _Speech:
