@@ -82,6 +82,9 @@ def interruptible():
 
     A shell makes what it runs in the background ignore SIGINT, and the children of that inherit it.
     """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGCHLD")  # a command that is interrupted changes all of them
+    before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from layercrit.cli import root
+from layercrit.cli import interruption, root
 from layercrit.cli.measure import _Saver
 from layercrit.cli.root import main
 from layercrit.measurement import Measurement
@@ -46,7 +46,7 @@ def images(tmp_path, monkeypatch):
 @pytest.fixture
 def as_before():
     """Signals have their handlers again after the test."""
-    before = {number: signal.getsignal(number) for number in (*root._ENDING, signal.SIGCHLD, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (*interruption._SIGNALS, signal.SIGCHLD)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -185,7 +185,7 @@ def test_errors__lists_of_a_missing_argument_are_set_apart(monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("as_before")
-@pytest.mark.parametrize("number", root._ENDING, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_measure__a_signal_keeps_finished_trials(images, monkeypatch, capsys, number):
     keep, save = _Saver.keep, Measurement.save
 
@@ -268,14 +268,22 @@ def test_signals__whatever_native_code_makes_of_them(measured, monkeypatch, caps
 
 
 @pytest.mark.usefixtures("as_before")
-@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN], ids=["", "in the background"])
-def test_signals__while_an_object_is_freed(measured, monkeypatch, capsys, ctrl_c):
+@pytest.mark.parametrize(
+    ("ctrl_c", "number", "code", "said"),
+    [
+        (signal.default_int_handler, signal.SIGTERM, 143, "Ended by SIGTERM."),
+        (signal.SIG_IGN, signal.SIGTERM, 143, "Ended by SIGTERM."),
+        (signal.default_int_handler, signal.SIGINT, 130, "Interrupted."),
+    ],
+    ids=["", "in the background", "ctrl-c"],
+)
+def test_signals__while_an_object_is_freed(measured, monkeypatch, capsys, ctrl_c, number, code, said):
     """Python drops the exception that a signal raises there, so it must come again."""
     signal.signal(signal.SIGINT, ctrl_c)
 
     class Freed:
         def __del__(self):
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
             list(map(len, [""]))
 
     def load(folder):
@@ -284,8 +292,8 @@ def test_signals__while_an_object_is_freed(measured, monkeypatch, capsys, ctrl_c
         pytest.fail("the signal was lost")
 
     monkeypatch.setattr(Measurement, "load", load)
-    assert call(monkeypatch, "show", measured) == 143
-    assert capsys.readouterr().err.splitlines()[-1] == "Ended by SIGTERM."
+    assert call(monkeypatch, "show", measured) == code
+    assert capsys.readouterr().err.splitlines()[-1] == said
 
 
 @pytest.mark.usefixtures("as_before")
@@ -312,12 +320,49 @@ def test_signals__saving_is_not_interrupted_again(measured, monkeypatch, capsys)
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
-            go_on(4 * root._MOMENT)
+            go_on(4 * interruption._MOMENT)
             saved.append(folder)
 
     monkeypatch.setattr(Measurement, "load", load)
     assert call(monkeypatch, "show", measured) == 143
     assert len(saved) == 1
+
+
+@pytest.mark.usefixtures("as_before")
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN], ids=["", "in the background"])
+def test_signals__raised_again_when_the_command_has_ended(monkeypatch, capsys, ctrl_c):
+    """The exit code says what ended it, and no traceback is shown."""
+    signal.signal(signal.SIGINT, ctrl_c)
+
+    def end(debug):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        go_on(0.003 * generator.random())
+        return 130
+
+    generator = np.random.default_rng(0)
+    monkeypatch.setattr(interruption, "_MOMENT", 0.001)
+    monkeypatch.setattr(root, "_run", end)
+    for _ in range(200):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, ctrl_c)
+        assert call(monkeypatch, "show") == 143
+        go_on(0.003)
+    assert capsys.readouterr().err == 200 * "Ended by SIGTERM.\n"
+
+
+@pytest.mark.usefixtures("as_before", "interruptible")
+def test_signals__ctrl_c_while_the_command_says_what_ended_it(measured, monkeypatch, capsys):
+    say = root._print
+
+    def impatient(text):
+        signal.raise_signal(signal.SIGINT)
+        say(text)
+
+    monkeypatch.setattr(Measurement, "load", lambda folder: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(root, "_print", impatient)
+    assert call(monkeypatch, "show", measured) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
 
 
 @pytest.mark.usefixtures("as_before")

@@ -1,18 +1,14 @@
 """The command line as a whole: its commands, and how errors are reported."""
 
-import _thread
 import contextlib
 import errno
 import io
 import os
-import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Iterator
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -22,6 +18,7 @@ from layercrit.cli.doctor import doctor_command
 from layercrit.cli.exit_codes import ExitCode
 from layercrit.cli.feature_criticality import feature_criticality_command
 from layercrit.cli.global_options import add_global_options, use_colours, version_option
+from layercrit.cli.interruption import Interruption
 from layercrit.cli.measure import layers_command, measure_command, show_command
 from layercrit.cli.module_criticality import module_criticality_command
 from layercrit.cli.pitfalls import pitfalls_command
@@ -42,9 +39,6 @@ __all__ = ["cli", "main"]
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
 
 
-# What ends a command from outside, beside Ctrl-C: schedulers and time limits, and a terminal that is closed.
-_MOMENT = 0.2  # seconds
-_ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _FULL = (*DISK_FULL, errno.EIO)
 
 
@@ -114,19 +108,24 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks is no error
-    ended: list[int] = []
-    over = threading.Event()
+    interruption = Interruption()
     try:
-        with _signals_end_like_ctrl_c(ended, over), _plain_warnings():
+        with interruption.possible(), _plain_warnings():
             code = _run("--traceback" in sys.argv[1:])
     except KeyboardInterrupt:  # while an error was reported
         code = ExitCode.INTERRUPTED
-    over.set()
-    if ended and code:  # whatever was made of the exception on its way: C code has its own
-        _print(f"Ended by {signal.Signals(ended[0]).name}.")
-        code = 128 + ended[0]
-    elif code == ExitCode.INTERRUPTED:
+    while True:
+        try:
+            interruption.rule_out()
+            break
+        except KeyboardInterrupt:  # raised again although the command has ended: it is too late
+            continue
+    if code and interruption.cause:  # whatever was made of the exception on its way: C code has its own
+        code = 128 + interruption.cause
+    if code == ExitCode.INTERRUPTED:
         _print("Interrupted.")
+    elif code and interruption.cause:
+        _print(f"Ended by {interruption.cause.name}.")
     _flush()
     sys.exit(code)
 
@@ -173,64 +172,6 @@ def _run(debug: bool) -> int:
                              "there, with what `layercrit --traceback ...` prints.", debug, ExitCode.BUG)  # fmt: skip
         return _complain(f"{type(error).__name__}: {error}\n  This is a bug in layercrit. Run again with "
                          "`layercrit --traceback ...` and report what it prints.", debug, ExitCode.BUG)  # fmt: skip
-
-
-@contextlib.contextmanager
-def _signals_end_like_ctrl_c(ended: list[int], over: threading.Event) -> Iterator[None]:
-    """Let signals that end a command raise, so that it keeps what is finished and leaves the terminal as it was.
-
-    Args:
-        ended: gets the number of the signal that was sent.
-        over: set when the command is at its end, which nothing is to interrupt.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in _ENDING}
-
-    def end(number: int, _: FrameType | None) -> NoReturn:
-        for one in _ENDING:  # they often come twice, and the second must not stop the saving
-            signal.signal(one, signal.SIG_IGN)
-        if hasattr(signal, "SIGCHLD"):  # of torch's data loaders, whose workers may have been sent the signal as well
-            signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in a shell's background
-        ended.append(number)
-        # not a daemon: ended while it frees what the exception held, it would abort the process
-        threading.Thread(target=_interrupt_again, args=(over,), daemon=False).start()
-        raise KeyboardInterrupt
-
-    def silent(lost: "sys.UnraisableHookArgs") -> None:
-        if not issubclass(lost.exc_type, KeyboardInterrupt):
-            report(lost)
-
-    report, sys.unraisablehook = sys.unraisablehook, silent
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, end)
-    try:
-        yield
-    finally:
-        over.set()
-        sys.unraisablehook = report
-    if not ended:  # else it may be sent again until the process ends
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interrupt_again(over: threading.Event) -> None:
-    """Interrupt the main thread whenever it goes on as if nothing had been raised, until its work is over.
-
-    Python drops what is raised while an object is freed, and native code may clear it.
-    """
-    main_thread = threading.main_thread().ident or 0
-    while not over.wait(_MOMENT):
-        if not _is_handling(main_thread):
-            _thread.interrupt_main()
-
-
-def _is_handling(thread: int) -> bool:
-    """Return whether a thread handles an exception; no reference to it is kept, for its frames hold the network."""
-    return sys._current_exceptions().get(thread) not in (None, (None, None, None))  # the latter before Python 3.12
 
 
 def _of_surroundings(error: Exception) -> str | None:
