@@ -99,6 +99,7 @@ def test_measure_epochs__files(found, tmp_path):
     ("epochs", "settings", "text"),
     [
         ([0, 3], {}, r"did not keep the weights of epoch 3\. Epochs that it kept: 0, 2, 5"),
+        (2, {}, r"epochs is one number, 2; expected a list of epochs, such as \[2\]"),
         ([], {}, r"epochs names none: got \[\]. Give numbers of epochs"),
         ("all", {"reset": "zero"}, "sets reset itself"),
         ("all", {"maps": ["rewind"]}, r"list of rewound and trained, .* got \['rewind'\]"),

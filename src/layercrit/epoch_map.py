@@ -228,6 +228,8 @@ class _Epoch:
 
 def _epochs(model: str, epochs: Literal["all"] | Sequence[int] | EpochFiles) -> dict[int, _Epoch]:
     """Return the epochs that are asked for, in order."""
+    if isinstance(epochs, int | np.integer):
+        raise ProtocolError(f"epochs is one number, {epochs}; expected a list of epochs, such as [{epochs}].")
     given = epochs if isinstance(epochs, str | Path | Mapping) else list(epochs)
     if given == []:
         raise ProtocolError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layercrit.computed_weights import buffers_of_weights
-from layercrit.errors import LayerError, near
+from layercrit.errors import LayerError, near, shown
 from layercrit.layer_groups import Structure, block_of, blocks_of, stage_of
 from layercrit.protocol import GROUPS
 from layercrit.restoring import holding
@@ -195,11 +195,11 @@ def select_layers(
             f"No layer is selected: the network has no layer of type {', '.join(sorted(wanted))}. "
             f"Its types are: {', '.join(sorted({layer.type for layer in layers})) or 'none, it has no parameters'}."
         )
-    asked = patterns.split(",") if isinstance(patterns, str) else list(patterns)
+    asked = _texts(patterns, "patterns of layers")
     if not asked:
         raise LayerError("No layer is selected: the list of patterns is empty. Give '*' for all layers.")
     chosen: set[str] = set()
-    for pattern in (text.strip() for text in asked):
+    for pattern in asked:
         matches = [layer.name for layer in typed if fnmatch.fnmatchcase(layer.name, pattern)]
         if not matches:
             raise LayerError(_no_match(pattern, layers, typed, wanted))
@@ -312,8 +312,16 @@ def _layer(name: str, kind: str, members: dict[str, nn.Parameter], prefix: str, 
     return Layer(name, kind, tuple(members), tuple(largest.shape), n_parameters, buffers=of_network)
 
 
+def _texts(given: Iterable[str], what: str) -> list[str]:
+    """Return texts that were given with commas between them, or as a list."""
+    texts: list[object] = [*given.split(",")] if isinstance(given, str) else list(given)
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise LayerError(f"Expected {what} as texts; got {shown(wrong[0])}, a {type(wrong[0]).__name__}.")
+    return [str(text).strip() for text in texts]
+
+
 def _check_types(types: Iterable[str]) -> set[str]:
-    names = [name.strip() for name in (types.split(",") if isinstance(types, str) else types)]
+    names = _texts(types, "types of layers")
     for name in names:
         if name not in LAYER_TYPES and name != "all":
             raise LayerError(f"Unknown layer type {name!r}. {near(name, [*LAYER_TYPES, 'all'])}")

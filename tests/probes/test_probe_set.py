@@ -664,6 +664,13 @@ def test_probe_set__labels_for_some_images_only(tmp_path: Path) -> None:
     assert ProbeSet.from_parquet(tmp_path / "x.parquet", SMALL, labels="none").labels is None
 
 
+def test_from_source__labels_none_may_mean_either():
+    with pytest.raises(
+        ProbeError, match=r"labels is None; expected 'none' to use none, 'auto' for those of the images"
+    ):
+        ProbeSet.from_source(np.zeros((4, 8, 8, 3), np.uint8), Preprocessing(3, 8, 8), labels=None)
+
+
 def test_probe_set__without_labels_has_no_origin_of_labels(folder: Path) -> None:
     probe_set = ProbeSet.from_folder(folder, SMALL, labels="none")
     assert (probe_set.labels, probe_set.classes) == (None, None)

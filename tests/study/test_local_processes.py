@@ -497,11 +497,12 @@ def test_run__a_script_without_a_main_guard_is_told_so(tmp_path):
             lambda: LocalProcesses([PLACE]).run([Task("a", "x", 1), Task("b", "x", 1), Task("a", "y", 2)], jobs.start),
             "Two tasks are named 'a'; expected unique names",
         ),
-        (lambda: local_places(0, "cpu", 0), "The number of workers is 0; expected 1 or more"),
-        (lambda: local_places(-2, "auto", 4), "The number of workers is -2; expected 1 or more"),
+        (lambda: local_places(0, "cpu", 0), "The number of workers is 0; expected a whole number of at least 1"),
+        (lambda: local_places(-2, "auto", 4), "The number of workers is -2; expected a whole"),
+        (lambda: local_places("2", "cpu", 0), "The number of workers is '2'; expected a whole"),
         (lambda: local_places(None, "cuda", 0), "torch sees no GPU here. Use 'cpu', or 'auto'"),
     ],
-    ids=["no place", "no attempt", "same name", "no worker", "fewer than no worker", "no gpu"],
+    ids=["no place", "no attempt", "same name", "no worker", "fewer than no worker", "a text for workers", "no gpu"],
 )
 def test_errors__say_what_was_expected(call, words):
     with pytest.raises(ProtocolError, match=words):

@@ -434,12 +434,18 @@ def test_train__another_run_lies_there(data, whole, tmp_path, finished):
         ("timm:resnet1", ModelError, "resnet1"),
         ("file:somewhere", ModelError, "refers to trained weights; expected an architecture"),
         ("py:layercrit.demo:small_resnet?num_classes=5", ModelError, r"has 5 classes, but the data have 3"),
+        (torch.nn.Linear(2, 2), ModelError, r"got a Linear\. Of an own network, name .*'py:my_nets:MyNet'"),
         ("timm:vit_tiny_patch16_224", ModelError, r"does not accept images of \(1, 12, 12\).*--input-size"),
     ],
 )
 def test_train__architectures_that_do_not_fit(data, tmp_path, architecture, error, text):
     with pytest.raises(error, match=text):
         train(get_method("baseline", TINY), architecture, data, tmp_path / "run", options=Options(device="cpu"))
+
+
+def test_train__images_without_a_name(tmp_path):
+    with pytest.raises(TrainingError, match=r"got a ndarray\. Save arrays as an \.npz file with the keys images and"):
+        train("baseline", "py:layercrit.demo:small_resnet", np.zeros((10, 28, 28, 1), np.uint8), tmp_path / "run")
 
 
 def test_train__settings_that_make_no_sense(data, tmp_path):

@@ -65,7 +65,13 @@ def open_images(source: Any, labels: LabelsGiven = "auto") -> ImageSource:
 
 
 def are_wanted(labels: LabelsGiven) -> bool:
-    """Return whether any labels are asked for."""
+    """Return whether any labels are asked for.
+
+    Raises:
+        ProbeError: ``labels`` is ``None``, which may mean either.
+    """
+    if labels is None:
+        raise ProbeError("labels is None; expected 'none' to use none, 'auto' for those of the images, or labels.")
     return not (isinstance(labels, str) and labels == "none")
 
 

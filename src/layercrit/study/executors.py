@@ -46,6 +46,7 @@ __all__ = [
     "Work",
     "check_attempts",
     "check_names",
+    "check_workers",
     "error_text",
     "event_of",
     "executor",
@@ -243,6 +244,16 @@ def check_attempts(attempts: int) -> None:
     """
     if attempts < 1:
         raise ProtocolError(f"The number of attempts is {attempts}; expected 1 or more.")
+
+
+def check_workers(n_workers: int | None) -> None:
+    """Make sure that there are workers, where their number is given.
+
+    Raises:
+        ProtocolError: the number is not a whole one of at least 1.
+    """
+    if n_workers is not None and (not isinstance(n_workers, int) or n_workers < 1):
+        raise ProtocolError(f"The number of workers is {n_workers!r}; expected a whole number of at least 1.")
 
 
 class Queue:

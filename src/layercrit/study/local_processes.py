@@ -36,6 +36,7 @@ from layercrit.study.executors import (
     Work,
     check_attempts,
     check_names,
+    check_workers,
     error_text,
     event_of,
     no_answer,
@@ -119,8 +120,7 @@ def local_places(n_workers: int | None, device: str, n_gpus: int, shard: Shard |
     Raises:
         ProtocolError: fewer than one worker, or ``cuda`` without a GPU.
     """
-    if n_workers is not None and n_workers < 1:
-        raise ProtocolError(f"The number of workers is {n_workers}; expected 1 or more.")
+    check_workers(n_workers)
     if device == "cuda" and n_gpus == 0:
         raise ProtocolError(
             "The device is 'cuda', but torch sees no GPU here. Use 'cpu', or 'auto' for whatever there is."

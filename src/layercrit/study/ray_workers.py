@@ -31,6 +31,7 @@ from layercrit.study.executors import (
     Task,
     check_attempts,
     check_names,
+    check_workers,
     error_text,
     event_of,
     executor,
@@ -118,8 +119,7 @@ class RayWorkers(Executor):
             StudyError: ray is not installed, or there is no cluster.
             ProtocolError: fewer than one worker, no attempts, or a device that names a GPU of one machine.
         """
-        if n_workers is not None and n_workers < 1:
-            raise ProtocolError(f"The number of workers is {n_workers}; expected 1 or more.")
+        check_workers(n_workers)
         check_attempts(attempts)
         if device.startswith("cuda:") and device != "cuda:0":
             raise ProtocolError(

@@ -18,7 +18,16 @@ def fitted_architecture(architecture: str, inputs: Inputs) -> str:
     Args:
         architecture: a model reference; its own options for classes and channels take precedence.
         inputs: inputs and classes of the network.
+
+    Raises:
+        ModelError: it is no reference but, say, a network.
     """
+    if not isinstance(architecture, str):
+        raise ModelError(
+            "The network to train is named by a model reference, so that the run can be resumed and its weights opened "
+            f"again; got a {type(architecture).__name__}. Of an own network, name the function or class that makes it: "
+            "'py:my_nets:MyNet'."
+        )
     name, _, query = architecture.partition("?")
     options = dict(part.partition("=")[::2] for part in query.split("&") if part)
     if name.partition(":")[0] == "timm":

@@ -203,6 +203,11 @@ def open_training_data(
         TrainingError: an image has no label or cannot be read, or there are fewer than two classes.
         ProbeError: the source cannot be read.
     """
+    if not isinstance(source, str | Path):
+        raise TrainingError(
+            f"Images to train on are named by a source, such as a folder or a file; got a {type(source).__name__}. "
+            "Save arrays as an .npz file with the keys images and labels."
+        )
     if plain_source(str(source))[0]:
         raise TrainingError(
             f"{str(source)!r} asks for corrupted or adversarial images, which are for measurements. To train on such "
