@@ -29,27 +29,26 @@ class Action:
 
 
 _FROZEN = (
-    "criticality could not be told from the last layers first where layers are frozen and all others "
-    "fine-tuned on noisy images: 76.3 % accuracy against 76.7 %, by chance 77.1 %, with none frozen 75.6 % "
-    "(mean of 17 networks)"
-)
-_TUNED = (
-    "criticality could not be told from the largest layers first where layers are fine-tuned on noisy images "
-    "and all others frozen: 77.0 % accuracy against 77.4 %, by chance 78.1 %, before it 60.1 % (mean of 17 "
+    "criticality could not be told from the last layers first where layers are frozen and all others fine-tuned "
+    "on noisy images: 76.3 % accuracy against 76.7 %, by chance 77.1 %, with none frozen 75.6 % (mean of 17 "
     "networks)"
 )
+_TUNED = (
+    "criticality could not be told from the largest layers first where layers are fine-tuned on noisy images and "
+    "all others frozen: 77.0 % accuracy against 77.4 %, by chance 78.1 %, before it 60.1 % (mean of 17 networks)"
+)
 _PRUNED = (
-    "criticality could not be told from the last layers first where channels are removed and nothing is "
-    "trained afterwards: 39.6 % accuracy against 41.3 %, by chance 16.0 %, before it 85.1 % (mean of 18 "
-    "networks); criticality could not be told from the largest layers first where channels are removed and the"
-    " network is trained for a moment afterwards: 78.0 % accuracy against 78.0 %, by chance 70.6 %, before it "
-    "85.1 % (mean of 16 networks); criticality could not be told from the largest layers first where half of "
-    "the weights of layers are set to 0: 84.0 % accuracy against 83.5 %, by chance 64.0 %, before it 85.1 % "
-    "(mean of 18 networks)"
+    "criticality could not be told from the last layers first where channels are removed and nothing is trained "
+    "afterwards: 39.6 % accuracy against 41.3 %, by chance 16.0 %, before it 85.1 % (mean of 18 networks); "
+    "criticality could not be told from the largest layers first where channels are removed and the network is "
+    "trained for a moment afterwards: 74.4 % accuracy against 74.4 %, by chance 67.4 %, before it 85.1 % (mean of "
+    "17 networks); criticality could not be told from the largest layers first where half of the weights of "
+    "layers are set to 0: 84.0 % accuracy against 83.5 %, by chance 64.0 %, before it 85.1 % (mean of 18 "
+    "networks)"
 )
 _QUANTISED = (
-    "criticality could not be told from the largest layers first where half of the parameters are rounded to 4"
-    " bits: 85.0 % accuracy against 84.8 %, by chance 81.1 %, before it 85.1 % (mean of 18 networks)"
+    "criticality could not be told from the largest layers first where half of the parameters are rounded to 4 "
+    "bits: 85.0 % accuracy against 84.8 %, by chance 81.1 %, before it 85.1 % (mean of 18 networks)"
 )
 
 ACTIONS = {
