@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,8 @@ def begin(*arguments, cwd, out, err, env=None, prepare=None):
     """Begin the command in a forked process, which writes to the files ``out`` and ``err``; see `layercrit`."""
     arguments = [str(argument) for argument in arguments]
     environment = dict(os.environ if env is None else env)
-    process = FORKS.Process(target=_be_layercrit, args=(arguments, str(cwd), environment, prepare, out, err))
+    heeds = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # the server may differ: another test began it
+    process = FORKS.Process(target=_be_layercrit, args=(arguments, str(cwd), environment, prepare, out, err, heeds))
     process.start()
     return process
 
@@ -72,11 +74,12 @@ def with_forked_workers(address):
     forked_workers(address).__enter__()
 
 
-def _be_layercrit(arguments, cwd, environment, prepare, out, err):
+def _be_layercrit(arguments, cwd, environment, prepare, out, err, heeds_ctrl_c):
     import torch
 
     from layercrit.cli.root import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler if heeds_ctrl_c else signal.SIG_IGN)
     atexit._clear()  # what was imported before the fork is of all processes
     os.chdir(cwd)
     os.environ.clear()

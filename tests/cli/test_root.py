@@ -362,7 +362,7 @@ def test_signals__ctrl_c_while_the_command_says_what_ended_it(measured, monkeypa
     monkeypatch.setattr(Measurement, "load", lambda folder: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(root, "_print", impatient)
     assert call(monkeypatch, "show", measured) == 130
-    assert capsys.readouterr().err == "Interrupted.\n"
+    assert capsys.readouterr().err.strip() == "Interrupted."
 
 
 @pytest.mark.usefixtures("as_before")
