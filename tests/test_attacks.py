@@ -416,6 +416,7 @@ def test_probe_set__adversarial_images_need_a_model_and_come_last(text, archive)
         ("pgd(norm='l2', eps=0.5, steps=20, seed=0)", "pgd(norm=l2, eps=0.5, steps=20)"),
         ("pgd(norm=l2, eps=0.5, random_start=False, step_size=2/255)",
          "pgd(norm=l2, eps=0.5, steps=10, step_size=2/255, random_start=false)"),
+        ("pgd(norm=l2, eps=2)", "pgd(norm=l2, eps=2, steps=10)"),
     ],
 )  # fmt: skip
 def test_pgd__is_written_as_it_can_be_read(text, written):

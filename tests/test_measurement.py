@@ -351,11 +351,20 @@ def drop(folder, key, inner=None):
     (folder / "measurement.json").write_text(json.dumps(record))
 
 
+def within(folder, *names):
+    """Leave measurements in folders of a folder, as the map over epochs does."""
+    for name in names:
+        (folder / name).mkdir()
+        shutil.copy(folder / "measurement.json", folder / name)
+    (folder / "measurement.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
         (lambda folder: (folder / "measurement.json").unlink(), "no measurement in .* measurement.json is missing"),
         (lambda folder: shutil.rmtree(folder), "There is no measurement in"),
+        (lambda folder: within(folder, "rewound-0000", "trained-0000"), r"name one: rewound-0000, trained-0000\.$"),
         (lambda folder: (folder / "cells.parquet").unlink(), "is damaged .*FileNotFoundError: .*cells.parquet"),
         (lambda folder: cut(folder / "measurement.json"), "is damaged .*JSONDecodeError"),
         (lambda folder: cut(folder / "cells.parquet"), "is damaged .*[Pp]arquet"),
@@ -374,7 +383,7 @@ def drop(folder, key, inner=None):
         ),
         (lambda folder: drop(folder, "predictions", "chance"), "measurement.json has no 'chance' in 'predictions'"),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_load__what_is_missing_or_damaged_is_said(folder, damage, text):
     damage(folder)

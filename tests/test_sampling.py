@@ -13,6 +13,8 @@ from layercrit.errors import LayercritError, ProtocolError
 from layercrit.measurement import Measurement
 from layercrit.measuring import measure
 from layercrit.precision import Components
+from layercrit.probes.images import Preprocessing
+from layercrit.probes.probe_set import ProbeSet
 from layercrit.reporting.methods_section import methods_section
 from layercrit.statistics import estimate
 from small_subjects import fresh
@@ -398,8 +400,15 @@ def test_methods_section__of_fixed_trials_names_no_pilot():
 
     assert "4 trials" in text
     assert "betting" in text
+    assert "(seed 0)" in text, "with which others draw the same images"
     assert "pilot" not in text
     assert found.summary()["covers"] == "trials"
+
+
+def test_methods_section__of_a_probe_set_that_was_drawn_by_itself():
+    drawn = ProbeSet.from_array(PIXELS, Preprocessing(3, 2, 2), n_images=20, seed=3)
+    text = methods_section(measure(network(), drawn, trials=2, progress=False))
+    assert "(seed 3 of the probe set)" in text
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,9 @@ class Pgd:
 
 
 def in_levels(value: float) -> str:
-    """Return a number as so many of 255 levels where it is, such as ``4/255``, else as it is."""
+    """Return a number as so many of 255 levels where it is, such as ``4/255``, else as it is, such as 1 in L2."""
+    if value == int(value):
+        return f"{value:g}"
     levels = Fraction(value * 255).limit_denominator(10)
     exact = abs(float(levels) / 255 - value) < 1e-12
     return f"{levels}/255" if exact and levels.denominator == 1 else repr(value)

@@ -394,10 +394,12 @@ class Measurement:
         """
         folder = Path(folder).expanduser()
         if not (folder / "measurement.json").is_file():
+            within = sorted(path.parent.name for path in folder.glob("*/measurement.json"))
             raise LayercritError(
                 f"There is no measurement in {folder}: measurement.json is missing. "
-                "Give the folder that `layercrit measure --out` wrote."
-            )
+                + (f"Of those in folders of it, name one: {', '.join(within)}." if within else
+                   "Give the folder that `layercrit measure --out` wrote.")
+            )  # fmt: skip
         try:
             record = read_json(folder / "measurement.json")
             if record["format"] != _FORMAT:

@@ -19,7 +19,7 @@ from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.flops import count_flops
 from layercrit.engine.subject import Subject
 from layercrit.errors import ProtocolError
-from layercrit.layer_sets import read_sets, sets_of
+from layercrit.layer_sets import counted_units, read_sets, sets_of
 from layercrit.layers import Group, find_layers, select_layers
 from layercrit.measurement import Measurement
 from layercrit.models.model import Model, size_explained
@@ -349,8 +349,7 @@ def _intention(subject: Subject, protocol: Protocol, n_images: int, size_before:
     if size_before is not None and size.keeps(*size_before):
         resized = " as they are"
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (model.mean, model.std))
-    n_layers = counted(len(subject.layers), "layer" if protocol.sets == "each" else "set")
-    what = n_layers + " of layers" * (protocol.sets != "each")
+    what = counted_units(len(subject.layers), protocol.sets)
     trials = counted(subject.n_trials, "trial")
     at_most = " at most" if protocol.is_planned else ""
     if protocol.half_width is not None:

@@ -260,8 +260,9 @@ class PrecisionPlan:
             if self.n_images == self.n_pilot_images
             else f", the pilot's trials again on {counted(self.n_images, 'image')}"
         )
+        of_all = f"{n_enough} of {counted(len(further), 'layer')} {'has' if n_enough == 1 else 'have'}"
         lines = [
-            f"plan for a half-width of {self.half_width:.3g}: {n_enough} of {len(further)} layers have enough after "
+            f"plan for a half-width of {self.half_width:.3g}: {of_all} enough after "
             f"the pilot of {counted(self.pilot, 'trial')} on {counted(self.n_pilot_images, 'image')}{again}; "
             f"{sum(max(n, 0) for n in further.values()):,} more trials of single layers on "
             f"{counted(self.n_images, 'image')}, {_time(self.seconds)}"

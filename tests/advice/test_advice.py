@@ -117,7 +117,7 @@ def test_advise__of_layers_that_do_not_exist(given):
     [
         ({"action": "prunne"}, "'prune'"),
         ({"action": "freeze", "budget": 30}, "give 0.3"),
-        ({"action": "freeze", "budget": 0}, "above 0"),
+        ({"action": "freeze", "budget": 0}, r"above 0 and at most 1, not 0\.$"),
         ({"action": "quantise", "budget": 3}, "from 4 to 8"),
         ({"action": "freeze", "budget": "10%"}, r"a number, such as 0\.1 for 10 %, not '10%'"),
         ({"action": "quantise", "bits": [4]}, "two or more"),
@@ -129,6 +129,15 @@ def test_advise__of_layers_that_do_not_exist(given):
 def test_advise__what_makes_no_sense(asked, message):
     with pytest.raises(AdviceError, match=message):
         advise(table(), **asked)
+
+
+@pytest.mark.parametrize("action", ["freeze", "finetune", "prune", "quantise"])
+def test_advise__where_sizes_are_not_known(action):
+    imported = table()
+    imported["n_parameters"] = imported["n_parameters"].astype(object)
+    imported.loc[2, "n_parameters"] = None
+    with pytest.raises(AdviceError, match=r"not known, such as of 'blocks.*budgets are shares.*: measure the model"):
+        advise(imported, action)
 
 
 def test_advise__of_nothing_measured():

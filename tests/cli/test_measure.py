@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -116,6 +117,11 @@ def test_layers__lists_depth_type_shape_and_share(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "conv1" in result.stdout
     assert "fc" in result.stdout
+    n_layers, n_parameters = re.search(r"^(\d+) layers, ([\d,]+) parameters; one", result.stdout, re.MULTILINE).groups()
+    assert int(n_parameters.replace(",", "")) > 1000
+    in_pairs = layercrit("layers", MODEL, "--sets", "pairs", cwd=tmp_path).stdout
+    n_pairs = int(n_layers) * (int(n_layers) + 1) // 2
+    assert f"\n{n_pairs} sets of layers; one trial of all sets costs " in in_pairs, "which share parameters"
     printed = json.loads(layercrit("layers", MODEL, "--types", "all", "--json", cwd=tmp_path).stdout)
     shares = {row["name"]: row["flops_after"] for row in printed["layers"]}
     assert shares["conv1.0"] == max(shares.values())
@@ -148,6 +154,8 @@ def test_layers__lists_depth_type_shape_and_share(tmp_path):
         (["measure", MODEL, "--images", "PHOTOGRAPHS", "--batch-size", "many"], 2, "a whole number"),
         (["measure", MODEL, "--images", "PHOTOGRAPHS", "--dtype", "float23"], 2, "float32"),
         (["measure", MODEL, "--images", "PHOTOGRAPHS", "--device", "abacus"], 1, "abacus"),
+        (["measure", MODEL, "--images", "PHOTOGRAPHS", "--pilot", "4"], 2, "limits of what --half-width or --minutes"),
+        (["measure", MODEL, "--images", "PHOTOGRAPHS", "--max-trials", "9"], 2, "or --trials alone"),
         (["show", "."], 1, "no measurement"),
         (["messure"], 2, "No such command 'messure'"),
     ],

@@ -112,6 +112,16 @@ def test_run__again_says_what_was_there_and_retry_tries_again(ran, here, tmp_pat
     (folder.parent / "damaged.safetensors").write_bytes(b"no weights")
 
 
+def test_run__its_table_says_which_reset_a_row_is_of(here, tmp_path):
+    path = write_study(tmp_path, 1, trials=2, n_images=4, protocol={"resets": ["rerandomize", "zero"]})
+    printed = call("run", path, "--out", tmp_path / "out").stdout
+    means = load_study(tmp_path / "out").by_model()
+    assert len(means) == 2
+    for row in means.to_dict("records"):
+        (line,) = (line for line in printed.splitlines() if line.split()[2:3] == [row["reset"]])
+        assert f"{row['criticality']:.3f}" in line.split()
+
+
 def test_run__names_the_folder_like_the_file(here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_study(tmp_path / "files", 1, trials=1, n_images=4)

@@ -194,6 +194,7 @@ def test_open_model__neither_reference_nor_network(thing):
         ("http://x.org/w.pth", r"is not a model reference"),
         ("unheard-of", r"is not a model reference: expected kind:name, with a kind of .*py\b[^?]*$"),
         ("weights.pth", r"Did you mean 'file:weights.pth\?arch=timm:NAME'"),
+        ("run", r"Did you mean 'file:run'\?$"),
         ("timm:", r"'timm:' is not a model reference: expected kind:name"),
         ("", r"'' is not a model reference"),
         ("timm:resnet18?pretrained", r"option 'pretrained' is not written as name=value"),
@@ -203,6 +204,8 @@ def test_open_model__neither_reference_nor_network(thing):
 )
 def test_open_model__no_reference(here, reference, message):
     (here / "weights.pth").touch()
+    (here / "run").mkdir()
+    (here / "run" / "model.json").touch()
     with pytest.raises(ModelError, match=message):
         open_model(reference)
 

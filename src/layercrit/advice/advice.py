@@ -189,6 +189,11 @@ def advise(
     left |= set(classes)
     knobs = evidence.together(knobs or {})
     asked = _checked_budget(found, budget, bits, ratio)
+    if len(unknown := layers.loc[layers["n_parameters"].isna(), "layer"]):
+        raise AdviceError(
+            f"How many parameters layers have is not known, such as of {unknown.iloc[0]!r}, and budgets are shares of "
+            "them. Imported results do not say it: measure the model, or give a table with n_parameters."
+        )
     layers["measured"] = layers["status"].isin(WHOLE) & layers["criticality"].notna()
     not_measured = list(layers.loc[~layers["measured"], "layer"])
     if not layers["measured"].any():
@@ -230,8 +235,8 @@ def _checked_budget(action: Action, budget: float | None, bits: Sequence[int], r
     if action.name != "quantise":
         if not 0 < asked <= 1:
             raise AdviceError(
-                f"The budget of {action.name!r} is a share of the parameters, above 0 and at most 1, not {asked:g}. "
-                f"For {asked:g} %, give {asked / 100:g}."
+                f"The budget of {action.name!r} is a share of the parameters, above 0 and at most 1, not {asked:g}."
+                + (f" For {asked:g} %, give {asked / 100:g}." if 1 < asked <= 100 else "")
             )
         return asked
     bits = [bits] if isinstance(bits, int) else list(bits)

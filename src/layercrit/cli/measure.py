@@ -19,6 +19,7 @@ from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_fi
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
 from layercrit.counts import counted, counted_range
 from layercrit.errors import LayercritError
+from layercrit.layer_sets import counted_units
 from layercrit.protocol import DEFAULTS, DTYPES, GROUPS, INTERVALS, NORM_STATISTICS
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.
@@ -200,8 +201,15 @@ def measure_command(
     """
     from layercrit.measuring import measure
 
-    given = context.get_parameter_source("trials") is not ParameterSource.DEFAULT
-    if given and (settings["half_width"] is not None or settings["minutes"] is not None):
+    names = ("trials", "pilot", "max_trials")
+    given = {name for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    is_planned = settings["half_width"] is not None or settings["minutes"] is not None
+    if not is_planned and given & {"pilot", "max_trials"}:
+        raise click.UsageError(
+            "--pilot and --max-trials are limits of what --half-width or --minutes plan: give one of these, or "
+            "--trials alone."
+        )
+    if is_planned and "trials" in given:
         raise click.UsageError(
             "--half-width and --minutes plan the trials: leave --trials out; the limits are --pilot and --max-trials."
         )
@@ -259,8 +267,12 @@ def layers_command(model: str, layers: str, types: str, group: str, sets: str, a
         table.add_row(str(row["depth"]), plain(row["name"]), row["type"], shape, f"{row['n_parameters']:,}", share)
     print_table(table)
     say("after: share of the forward pass's FLOPs that is run again when the layer is reset")
-    passes = f"one trial of all layers costs {found['flops_after'].sum():.1f} forward passes"
-    say(f"{counted(len(found), 'layer')}, {counted(int(found['n_parameters'].sum()), 'parameter')}; {passes}")
+    units = counted_units(len(found), sets)
+    # sets share layers, so that sums over them would count parameters more than once
+    of_parameters = "" if sets != "each" else f", {counted(int(found['n_parameters'].sum()), 'parameter')}"
+    of_all = "layers" if sets == "each" else "sets"
+    passes = f"{found['flops_after'].sum():.1f} forward passes"
+    say(f"{units}{of_parameters}; one trial of all {of_all} costs {passes}")
 
 
 @click.command("show", short_help="Print a saved measurement, and plot it again.")
@@ -365,7 +377,8 @@ def _show(measurement: "Measurement", as_json: bool, folder: Path, by: str | Non
     print_table(_layer_table(table, summary))
     if has_pairs:
         print_table(_interaction_table(measurement.interactions(), summary))
-    for line in _summary_lines(summary):
+    units = counted_units(summary["n_layers"], measurement.record["protocol"].get("sets", "each"))
+    for line in _summary_lines(summary, units):
         say(line)
     say_pitfalls(applying)
     if by:
@@ -420,7 +433,7 @@ def _interaction_table(pairs: "pd.DataFrame", summary: dict[str, Any]) -> Any:
     return shown
 
 
-def _summary_lines(summary: dict[str, Any]) -> list[str]:
+def _summary_lines(summary: dict[str, Any], units: str) -> list[str]:
     mean, matched = summary["criticality"], summary["criticality_matched"]
     lines = [""]
     if mean is not None:
@@ -461,7 +474,6 @@ def _summary_lines(summary: dict[str, Any]) -> list[str]:
         lines.append(f"new values from: {summary['donor']}")
     trials = counted_range(summary["fewest_trials"], summary["n_trials"], "trial")
     lines.append(
-        f"{counted(summary['n_layers'], 'layer')}, {trials}, "
-        f"{counted(summary['n_images'], 'image')}; {summary['dtype']}, {summary['backend']} backend"
+        f"{units}, {trials}, {counted(summary['n_images'], 'image')}; {summary['dtype']}, {summary['backend']} backend"
     )
     return [*lines, *(f"note: {note}" for note in summary["notes"])]

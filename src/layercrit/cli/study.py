@@ -370,8 +370,9 @@ def _show_means(found: "Study") -> None:
     print_warnings(found.warnings)
     title = f"{found.record.get('name', found.folder.name)}: mean criticality over all layers of each model"
     table = Table(title=plain(title), title_justify="left", box=None, pad_edge=False)
-    table.add_column("model")
-    table.add_column("category")
+    several = len(found.resets) > 1
+    for column in ("model", "category", *["reset"] * several):
+        table.add_column(column)
     for column in ("mean criticality", f"{level} interval", "matched", "top-1 accuracy", "layers", "trials"):
         table.add_column(column, justify="right")
     for row in means.dropna(subset="criticality").to_dict("records"):
@@ -379,6 +380,7 @@ def _show_means(found: "Study") -> None:
         table.add_row(
             plain(row["model"]),
             plain(row["category"] or "-"),
+            *[plain(row["reset"])] * several,
             number(row["criticality"]),
             interval,
             number(row["criticality_matched"]),

@@ -186,6 +186,8 @@ def _unknown_reference(reference: str, name: str, kind: str) -> str:
         return text
     if ":" in name:
         return f"{text} {MODEL_SOURCES.hint(kind)}"
+    if (Path(name).expanduser() / "model.json").is_file():  # a training run, which knows its architecture
+        return f"{text} Did you mean 'file:{name}'?"
     if Path(name).expanduser().exists():
         return f"{text} Did you mean 'file:{name}?arch=timm:NAME'? {OWN_NETWORK}"
     import timm

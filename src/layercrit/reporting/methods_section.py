@@ -8,9 +8,11 @@ from layercrit.counts import counted
 from layercrit.errors import LayercritError, ProtocolError
 from layercrit.foreign_text import visible
 from layercrit.intervals import excluded_share
+from layercrit.layer_sets import counted_units
 from layercrit.measurement import Measurement
 from layercrit.named_options import split_name
 from layercrit.probes.changes import plain_source
+from layercrit.seeds import probe_set_seed
 
 __all__ = ["methods_section"]
 
@@ -70,13 +72,15 @@ def methods_section(measurement: Measurement | str | Path) -> str:
     one = _GROUPS[protocol["group"]]
     sets = protocol.get("sets", "each")
     what = _SETS[sets].format(one) if isinstance(sets, str) else f"of each of {len(layers)} sets of {one}s"
-    units = counted(len(layers), "layer") if sets == "each" else f"{counted(len(layers), 'set')} of layers"
+    units = counted_units(len(layers), sets)
     size = images["preprocessing"]
+    by_protocol = images["seed"] == probe_set_seed(protocol["seed"])  # else the probe set was made by itself
+    seed = protocol["seed"] if by_protocol else f"{images['seed']} of the probe set"
     sentences = [
         f"We measured the criticality of {units} of {visible(record['model']['reference'])} with "
         f"layercrit {version}: the parameters {what} in turn were replaced by {values}, and criticality is 1 minus the "
         "cosine similarity of the softmax outputs before and after, averaged over trials (draws) and images.",
-        f"The network was shown {counted(images['n_images'], 'image')} drawn at random (seed {images['seed']}) from "
+        f"The network was shown {counted(images['n_images'], 'image')} drawn at random (seed {seed}) from "
         f"{_source(images['source'])}, of {size['height']} x {size['width']} pixels.",
         *_about_statistics(record),
         *_about_trials(measurement, summary),

@@ -288,6 +288,7 @@ class Study:
         return [
             *self.conflicts,
             *self._warnings_of_models(),
+            *self._warnings_of_half_widths(),
         ]
 
     def _warnings_of_models(self) -> list[str]:
@@ -295,6 +296,20 @@ class Study:
             f"{model}: {text}"
             for model, record in zip(self.models["model"], self.models["record"], strict=True)
             for text in record.get("warnings", [])
+        ]
+
+    def _warnings_of_half_widths(self) -> list[str]:
+        if not self.plans:
+            return []
+        missed = self._layers[self._layers["status"] == NOT_REACHED]
+        if missed.empty:
+            return []
+        of_all = f"{len(missed)} of {counted(len(self._layers), 'layer')} of all models"
+        asked = min(plan.half_width for plan in self.plans.values())
+        return [
+            f"{of_all} {'misses' if len(missed) == 1 else 'miss'} the half-width of {asked:.3g} that was asked for, by "
+            f"up to {missed['half_width'].max():.3g} (status {NOT_REACHED}); more images, or a larger max_trials, may "
+            "reach it"
         ]
 
     @property
