@@ -55,7 +55,6 @@ REAL = ROOT.parent / "shared" / "real"
 CIFAR = {"resnet20": (3, "resnet20-12fca82f.th"), "resnet56": (9, "resnet56-4bfd9763.th")}
 N_RANDOM = 20
 SHIFT = "corrupt:gaussian_noise@5:"
-RATE = 1e-3
 BUDGETS = {
     "quantise": 0.5,
     "prune-weights": 0.5,
@@ -72,7 +71,7 @@ class Sizes:
     """How many images layers are put in order by, how many are trained on, how many in all, and draws of the reset.
 
     Accuracy is that on the images that are neither. Where something is trained, it is so for some steps, with so many
-    images each.
+    images each and a rate of Adam.
     """
 
     select: int = 500
@@ -81,9 +80,12 @@ class Sizes:
     trials: int = 5
     steps: int = 40
     batch: int = 64
+    rate: float = 1e-3
 
 
-SIZES = {"efficientnet-lite0": Sizes(100, 300, 1000, 3, 10, 32)}  # of 224 x 224 pixels, and there are no more
+# There are 1,000 images of 224 x 224 pixels. Of the rates 1e-3, 1e-4 and 3e-5, this one leaves the smallest loss on the
+# first 100 when all layers are trained on noisy images (5.4 before, then 7.2, 4.1 and 4.1).
+SIZES = {"efficientnet-lite0": Sizes(100, 300, 1000, 3, 10, 32, 1e-4)}
 
 
 @dataclass
@@ -139,7 +141,7 @@ def finetune(network: nn.Module, layers: list[str], images: Images, sizes: Sizes
     """Train some layers; normalisation layers keep their statistics, so that only these layers adapt."""
     network.to(memory_format=torch.channels_last).requires_grad_(False)  # in which depthwise convolutions are faster
     parameters = [p.requires_grad_() for layer in layers for p in network.get_submodule(layer).parameters()]
-    optimizer = torch.optim.Adam(parameters, RATE)
+    optimizer = torch.optim.Adam(parameters, sizes.rate)
     generator = torch.Generator().manual_seed(0)
     for _ in range(sizes.steps):
         batch = torch.randint(len(images.labels), (sizes.batch,), generator=generator)
@@ -286,7 +288,7 @@ class Kept:
     def check(self, sizes: Sizes) -> None:
         """Make sure that what is kept was measured with today's settings; note them where nothing is kept."""
         path = self.folder / "settings.json"
-        now = {**vars(sizes), "rate": RATE, "shift": SHIFT, "budgets": BUDGETS}
+        now = {**vars(sizes), "shift": SHIFT, "budgets": BUDGETS}
         if not any(self.folder.iterdir()):
             path.write_text(json.dumps(now), encoding="utf-8")
         there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else "unknown ones"

@@ -58,6 +58,10 @@ def test_subject__each_action_is_done_to_the_layers_and_to_no_others(subject):
     assert changed(subject, subject.after("finetune", ["2"])) == ["2"]
     assert changed(subject, subject.after("freeze", ["2"])) == ["0", "6"]
     assert changed(subject, subject.after("freeze", [])) == LAYERS
+    for still in ({"rate": 0.0}, {"steps": 0}):
+        untouched = replace(subject, sizes=replace(subject.sizes, **still))
+        untouched.clean = untouched.shifted = subject.clean
+        assert changed(subject, untouched.after("freeze", [])) == []
     pruned, trained = (subject.after(action, ["0"]) for action in ("prune-channels", "prune-train"))
     assert pruned.get_submodule("0").out_channels == trained.get_submodule("0").out_channels == 4
     assert not torch.equal(pruned.get_submodule("6").weight, trained.get_submodule("6").weight)
