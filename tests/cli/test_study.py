@@ -315,6 +315,17 @@ def test_repair__names_what_is_lost_and_what_is_next(ran, tmp_path):
     assert (folder / f"{FILE}.damaged-1").read_bytes() == content
 
 
+def test_repair__nothing_is_damaged(ran, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    shutil.copyfile(ran[0] / FILE, folder / FILE)
+    result = call("repair", folder)
+    assert result.exit_code == 0
+    assert result.stdout == f"Nothing is damaged: {len(load_study(ran[0]).cells)} cells.\n"
+    assert result.stderr == ""
+    assert not list(folder.glob("*.damaged-*"))
+
+
 def test_help__lists_the_commands():
     text = call("--help").stdout
     assert [line.split()[0] for line in text.split("Commands:")[1].splitlines() if line.strip()] == [

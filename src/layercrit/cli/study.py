@@ -232,10 +232,16 @@ def merge_command(folders: tuple[Path, ...], out: Path) -> None:
 @study.command("repair", short_help="Save what can be read of a malformed study.")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 def repair_command(folder: Path) -> None:
-    """Save what can be read of a study whose file SQLite calls malformed; the damaged file is kept beside it."""
+    """Save what can be read of a study whose file SQLite calls malformed; the damaged file is kept beside it.
+
+    A study of which nothing is damaged stays as it is.
+    """
     from layercrit.study.repair import repair_study
 
     repaired = repair_study(folder)
+    if repaired.damaged is None:
+        say(f"Nothing is damaged: {counted(repaired.n_kept, 'cell')}.")
+        return
     say_damaged(repaired.lost)
     say(f"{counted(repaired.n_kept, 'cell')} kept; the damaged file is {repaired.damaged}.")
     notice(f"Next: `layercrit study run {folder}`.")
