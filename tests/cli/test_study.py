@@ -176,6 +176,9 @@ def test_plan__says_what_it_costs(ran, tmp_path):
     assert f"2 models, {n_cells} cells, {n_cells} left, 8 images each" in new.stdout.splitlines()
     assert "FLOPs left" in new.stdout
     assert "py:layercrit.demo:small_resnet" in new.stdout
+    assert "the forward passes alone take about " in new.stdout
+    assert "on top come starting workers, opening each model" in new.stdout
+    assert "at most" not in new.stdout
     assert not (tmp_path / "new").exists()
     begun = json.loads(call("plan", folder, "--json").stdout)
     assert (begun["n_cells"], begun["n_done"], begun["n_images"]) == (n_cells, len(load_study(folder).cells), 8)
