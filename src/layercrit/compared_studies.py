@@ -6,9 +6,10 @@ from typing import Any, Protocol
 
 import pandas as pd
 
+from layercrit.conditions import Condition, conditions_of
 from layercrit.statistics import needed_trials
 
-__all__ = ["ComparedStudy", "about_bad", "about_formats", "about_missing", "listed_names"]
+__all__ = ["ComparedStudy", "about_bad", "about_formats", "about_missing", "about_other_conditions", "listed_names"]
 
 
 class _Failure(Protocol):
@@ -84,6 +85,28 @@ def about_missing(
         if failure.reset == reset and failure.model in wanted
     ]
     return notes
+
+
+def about_other_conditions(
+    study: ComparedStudy, models: pd.DataFrame, condition: Condition, left_out: set[str]
+) -> list[str]:
+    """Say which models were not measured under the condition of those that are compared.
+
+    Args:
+        study: all of it.
+        models: those rows of its models that are under the condition.
+        condition: the condition.
+        left_out: names of models that are left out on request.
+    """
+    all_models, there = (table["variant_of"].fillna(table["model"]) for table in (study.models, models))
+    absent = [name for name in dict.fromkeys(all_models) if name not in {*there, *left_out}]
+    if not absent:
+        return []
+    words = condition.label(conditions_of(study.models))
+    return [
+        f"Not compared, since they were not measured under this condition ({words}): "
+        f"{listed_names(absent, len(absent))}."
+    ]
 
 
 def _about_unlike_trials(cells: pd.DataFrame, half_width: float) -> list[str]:

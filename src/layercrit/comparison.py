@@ -9,7 +9,14 @@ import numpy as np
 import pandas as pd
 
 from layercrit.categories import ADVERSARIAL
-from layercrit.compared_studies import ComparedStudy, about_bad, about_formats, about_missing, listed_names
+from layercrit.compared_studies import (
+    ComparedStudy,
+    about_bad,
+    about_formats,
+    about_missing,
+    about_other_conditions,
+    listed_names,
+)
 from layercrit.conditions import Condition, under
 from layercrit.correlations import rank_correlations
 from layercrit.counts import counted
@@ -223,12 +230,14 @@ def compare_models(
     used = str(ok["reset"].iloc[0])
     cells = study.cells[study.cells["reset"] == used]
     own = study.record.get("leave_out", [])
-    left_out = _left_out(study, chosen_models, names, own if leave_out is None else name_list(leave_out))
+    left_out = _left_out(study, names, own if leave_out is None else name_list(leave_out))
     usable = set(ok["model"])
     compared = [name for name in listed if name not in left_out and name in usable]
     if not compared:
         raise StudyError(f"No model of the study in {study.folder} is left to compare. Leave out fewer models.")
     notes = [*study.record.get("notes", []), *about_missing(study, listed, cells, used, left_out)]
+    if condition is not None:
+        notes += about_other_conditions(study, chosen_models, condition, left_out)
     chosen, about_baseline = _baseline(study, names, baseline, compared)
     first = chosen or compared[0]  # names and order of layers are its
     cells, about_layers = _aligned(cells[cells["model"].isin(compared)], first)
@@ -276,10 +285,10 @@ def compare_models(
     )
 
 
-def _left_out(study: ComparedStudy, models: pd.DataFrame, names: Mapping[str, str], given: Sequence[str]) -> set[str]:
-    """Return the models in a list of categories and models."""
-    of_category = {str(name): list(members) for name, members in models.groupby("category")["model"]}
-    known = {**{name: name for name in models["model"]}, **names}
+def _left_out(study: ComparedStudy, names: Mapping[str, str], given: Sequence[str]) -> set[str]:
+    """Return the models in a list of categories and models, under whichever conditions they were measured."""
+    of_category = {str(name): list(members) for name, members in study.models.groupby("category")["model"]}
+    known = {**{name: name for name in names.values()}, **names}
     found: set[str] = set()
     for name in given:
         if name not in known and name not in of_category:

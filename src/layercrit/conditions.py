@@ -65,7 +65,7 @@ class Condition:
     def label(self, among: Sequence["Condition"]) -> str:
         """Return what tells the condition from the others of a study, in words."""
         parts = {
-            "probe_set": f"images {self.probe_set}",
+            "probe_set": "images without a name" if self.probe_set is None else f"images {self.probe_set}",
             "norm_statistics": f"norm statistics {STATISTICS_IN_WORDS[self.norm_statistics].label}",
             "epoch": "final weights" if self.epoch is None else f"epoch {self.epoch}",
         }

@@ -186,6 +186,9 @@ def test_plan__says_what_it_costs(ran, tmp_path):
     assert f"2 models, {n_cells} cells, {n_cells} left, 8 images each" in new.stdout.splitlines()
     assert "FLOPs left" in new.stdout
     assert "py:layercrit.demo:small_resnet" in new.stdout
+    assert "the forward passes alone take about " in new.stdout
+    assert "on top come starting workers, opening each model" in new.stdout
+    assert "at most" not in new.stdout
     assert not (tmp_path / "new").exists()
     begun = json.loads(call("plan", folder, "--json").stdout)
     assert (begun["n_cells"], begun["n_done"], begun["n_images"]) == (n_cells, len(load_study(folder).cells), 8)
@@ -323,6 +326,17 @@ def test_repair__names_what_is_lost_and_what_is_next(ran, tmp_path):
     assert result.stderr.count("damaged and left out") == 1
     assert result.stdout.startswith(f"{len(left)} cells kept; ")
     assert (folder / f"{FILE}.damaged-1").read_bytes() == content
+
+
+def test_repair__nothing_is_damaged(ran, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    shutil.copyfile(ran[0] / FILE, folder / FILE)
+    result = call("repair", folder)
+    assert result.exit_code == 0
+    assert result.stdout == f"Nothing is damaged: {len(load_study(ran[0]).cells)} cells.\n"
+    assert result.stderr == ""
+    assert not list(folder.glob("*.damaged-*"))
 
 
 def test_help__lists_the_commands():

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from layercrit.comparison import compare
+from layercrit.conditions import Condition
 from layercrit.errors import StudyError
 from layercrit.study.file import read_study_file
 from layercrit.study.merging import merge_studies
@@ -12,7 +13,7 @@ from layercrit.study.published import import_published
 from layercrit.study.running import run_study
 from layercrit.study.store import FILE, CellRow, ModelRow, PlanRow, Store
 from layercrit.study.tables import load_study
-from published_results import MODELS, measured, rows_of, write_models, write_table
+from published_results import MODELS, PREDICTED, measured, rows_of, write_models, write_table
 from running_jobs import Inline
 from small_studies import N_LAYERS, OPTIONS, write_study
 
@@ -207,6 +208,136 @@ def test_merge_studies__notes_about_protocols(tmp_path):
     assert (merged.record["baseline"], merged.record["leave_out"]) == ("a", ["b"])
     assert merged.record["name"] == "merged"
     assert merged.record["merged"] == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+# Names of probe sets
+
+
+def on_images(folder, probe_sets, *, named=True, told=True):
+    """A study of one model, called like the folder: name of a probe set -> its hash, or attack and hash.
+
+    Args:
+        named: whether the study names its probe sets.
+        told: whether it says what they are, as one does that was neither imported nor merged of different ones.
+    """
+    models, about = [], {}
+    for name, content in probe_sets.items():
+        attack, sha256 = content if isinstance(content, tuple) else ("", content)
+        record = {"sha256": folder.name, "dtype": "float32", "random_trials": {"rerandomize": True}}
+        record |= {"probe_set": f"{sha256} attacked" if attack else sha256} if sha256 else {}
+        variant = f"{folder.name} ({name})" if models else folder.name
+        models.append(
+            ModelRow(variant, "py:a", record=record, variant_of=folder.name if models else None,
+                     probe_set=name if named else None)
+        )  # fmt: skip
+        about[name] = {"sha256": sha256, "n_images": 4, "source": f"{attack and f'attack:{attack}:'}{name}.npz"}
+    record = {"name": folder.name, "probe_set": next(iter(about.values()))} if told else {"name": folder.name}
+    record |= {"probe_sets": about} if told and named else {}
+    made(folder, [row.model for row in models], models=models, record=record)
+    return folder
+
+
+def names_of(study):
+    return dict(zip(study.models["model"], study.models["probe_set"], strict=True))
+
+
+@pytest.mark.parametrize("order", [("own", "several"), ("several", "own")])
+@pytest.mark.parametrize("told", [True, False], ids=["of the study", "of its models"])
+def test_merge_studies__the_same_images_with_and_without_a_name(tmp_path, order, told):
+    studies = {
+        "own": on_images(tmp_path / "own", {"images": "aa"}, named=False, told=told),
+        "several": on_images(tmp_path / "several", {"clean": "aa", "noisy": "bb"}),
+    }
+    keys = {name: set(load_study(folder).cells["key"]) for name, folder in studies.items()}
+    merged = merge_studies([studies[name] for name in order], tmp_path / "merged")
+    assert names_of(merged) == {"own": "clean", "several": "clean", "several (noisy)": "noisy"}
+    assert set(merged.cells["key"]) == keys["own"] | keys["several"]
+    notes = " ".join(merged.record["notes"])
+    assert "different images" not in notes
+    assert "own: images clean" in notes
+    assert list(merged.record["probe_sets"]) == ["clean", "noisy"]
+    assert merged.record["probe_set"]["sha256"] == "aa"
+    shown = compare(merged)
+    assert shown.criticality.index.to_list() == list(order)
+    assert not any("Not compared" in note for note in shown.notes)
+    noisy = compare(merged, probe_set="noisy")
+    assert noisy.criticality.index.to_list() == ["several (noisy)"]
+    assert "Not compared, since they were not measured under this condition (images noisy): own." in noisy.notes
+    left = compare(merged, probe_set="noisy", leave_out=["own"])
+    assert not any("Not compared" in note for note in left.notes)
+
+
+def test_merge_studies__a_named_study_beside_one_without_a_name_has_one_condition(tmp_path):
+    named = on_images(tmp_path / "named", {"clean": "aa"})
+    merged = merge_studies([on_images(tmp_path / "own", {"i": "aa"}, named=False), named], tmp_path / "merged")
+    assert merged.conditions == [Condition("clean")]
+    assert merged.record["notes"] == []
+
+
+def test_merge_studies__other_images_without_a_name(tmp_path):
+    """They are called like their study, unless another probe set is."""
+    studies = [
+        on_images(tmp_path / "own", {"images": "cc"}, named=False),
+        on_images(tmp_path / "twin", {"images": "cc"}, named=False),
+        on_images(tmp_path / "noisy", {"images": "dd"}, named=False),
+        on_images(tmp_path / "several", {"clean": "aa", "noisy": "bb"}),
+    ]
+    merged = merge_studies(studies, tmp_path / "merged")
+    assert names_of(merged) == {
+        "own": "own", "twin": "own", "noisy": "noisy 2", "several": "clean", "several (noisy)": "noisy",
+    }  # fmt: skip
+    notes = " ".join(merged.record["notes"])
+    assert f"The images of {tmp_path / 'own'} have no name. No study has a name for the same images: they are " in notes
+    assert "called 'own'" in notes
+    assert "None" not in notes
+    assert list(compare(merged).criticality.index) == ["own", "twin"]
+    assert any(note.endswith("(images own): noisy, several.") for note in compare(merged).notes)
+    assert merged.record["probe_sets"]["noisy 2"]["sha256"] == "dd"
+
+
+def test_merge_studies__published_beside_named_images(tmp_path):
+    """What no study tells of images is not taken for the same, whether or not they have a name."""
+    published = on_images(tmp_path / "published", {"images": ""}, named=False, told=False)
+    unknown = on_images(tmp_path / "unknown", {"clean": ""}, told=False)
+    merged = merge_studies([unknown, published], tmp_path / "merged")
+    assert names_of(merged) == {"unknown": "clean", "published": "not known"}
+    assert "It is not known what they are: they are called 'not known'." in " ".join(merged.record["notes"])
+    assert "probe_set" not in merged.record
+
+
+def test_merge_studies__attacked_images_are_not_those_before_the_attack(tmp_path):
+    several = {"weak": ("pgd(eps=1)", "aa"), "strong": ("pgd(eps=2)", "aa"), "clean": "aa"}
+    studies = [
+        on_images(tmp_path / "own", {"images": "aa"}, named=False),
+        on_images(tmp_path / "attacked", {"images": ("pgd(eps=2)", "aa")}, named=False),
+        on_images(tmp_path / "several", several),
+    ]
+    merged = merge_studies(studies, tmp_path / "merged")
+    assert (names_of(merged)["own"], names_of(merged)["attacked"]) == ("clean", "strong")
+
+
+def test_merge_studies__one_name_for_other_images(tmp_path):
+    studies = [on_images(tmp_path / "a", {"clean": "aa"}), on_images(tmp_path / "b", {"clean": "bb"})]
+    merged = merge_studies(studies, tmp_path / "merged")
+    assert "used different images" in " ".join(merged.record["notes"])
+    assert "probe_sets" not in merged.record
+
+
+def test_compare__a_study_merged_before_every_probe_set_had_a_name(tmp_path):
+    models = [ModelRow("a", "py:a", record=PREDICTED), ModelRow("b", "py:b", record=PREDICTED, probe_set="clean")]
+    study = made(tmp_path / "old", "ab", models=models)
+    found = compare(study)
+    assert found.condition.label(study.conditions) == "images without a name"
+    assert "Not compared, since they were not measured under this condition (images without a name): b." in found.notes
+
+
+def test_compare__a_category_that_another_condition_has(tmp_path):
+    models = [ModelRow("a", "py:a", category="x", record=PREDICTED, probe_set="clean"),
+              ModelRow("b", "py:b", category="y", record=PREDICTED, probe_set="dark")]  # fmt: skip
+    study = made(tmp_path / "study", "ab", models=models)
+    found = compare(study, leave_out=["y"])
+    assert (list(found.criticality.index), found.left_out) == (["a"], ())
+    assert not any("Not compared" in note for note in found.notes)
 
 
 # Refused

@@ -11,7 +11,7 @@ from layercrit.locks import hold
 from layercrit.study import store_file
 from layercrit.study.file import read_study_file
 from layercrit.study.migrations import MIGRATIONS
-from layercrit.study.repair import _known_schema, repair_study
+from layercrit.study.repair import Repaired, _known_schema, repair_study
 from layercrit.study.running import run_study
 from layercrit.study.store import FILE, ModelRow, PlanRow, Store
 from layercrit.study.tables import load_study
@@ -60,14 +60,63 @@ def test_repair__keeps_what_can_be_read_and_the_next_run_measures_the_rest(measu
         assert len(store._rows("SELECT DISTINCT run FROM cells")) == 1, "nothing was measured twice"
 
 
-def test_repair__a_sound_study_is_the_same_afterwards(measured, tmp_path):
+def everything_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+def test_repair__a_sound_study_stays_as_it_is(measured, tmp_path):
     folder, cells = measured
     copy = copied(folder, tmp_path, (folder / FILE).read_bytes())
-    for n_before in range(2):
+    before = everything_in(copy)
+    for _ in range(2):
+        assert repair_study(copy) == Repaired(len(cells), (), None)
+        assert everything_in(copy) == before
+
+
+def test_repair__a_sound_log_stays_where_it_is(measured, tmp_path):
+    """A process that was killed leaves it, and who reads the study next takes it in."""
+    folder, cells = measured
+    whole = copied(folder, tmp_path, (folder / FILE).read_bytes())
+    copy = tmp_path / "killed"
+    copy.mkdir()
+    with Store(whole) as store:
+        with store.transaction():
+            store.put_meta("late", "news")
+        for log in ("", "-wal"):
+            shutil.copyfile(f"{whole / FILE}{log}", f"{copy / FILE}{log}")
+    before = everything_in(copy)
+    assert repair_study(copy) == Repaired(len(cells), (), None)
+    assert everything_in(copy) == before
+    with Store(copy) as store:
+        assert store.meta("late") == "news"
+
+
+def test_repair__damage_that_one_sign_alone_tells(measured, tmp_path):
+    folder, cells = measured
+    key = cells["key"].iloc[0]
+    damages = {
+        "an index that has a row more than its table": [
+            "PRAGMA writable_schema = ON",
+            "CREATE TEMP TABLE kept AS SELECT * FROM sqlite_master WHERE name = 'plan_by_key'",
+            "DELETE FROM sqlite_master WHERE name = 'plan_by_key'",
+            "PRAGMA writable_schema = RESET",
+            f"DELETE FROM plan WHERE key = '{key}'",
+            "PRAGMA writable_schema = ON",
+            "INSERT INTO sqlite_master SELECT * FROM kept",
+        ],
+        "a trigger, without which new cells get no checksum": ["DROP TRIGGER cells_checksum"],
+        "a distance": [f"UPDATE cells SET delta_norm = delta_norm + 1 WHERE key = '{key}'"],
+        "a fact": ["UPDATE meta SET value = '7' WHERE name = 'study'"],
+    }
+    for name, statements in damages.items():
+        (tmp_path / name).mkdir()
+        copy = copied(folder, tmp_path / name, (folder / FILE).read_bytes())
+        with contextlib.closing(sqlite3.connect(copy / FILE, isolation_level=None)) as connection:
+            for statement in statements:
+                connection.execute(statement)
         repaired = repair_study(copy)
-        assert (repaired.n_kept, repaired.lost) == (len(cells), ())
-        pd.testing.assert_frame_equal(load_study(copy).cells.drop(columns=CHANGING), cells)
-        assert len(list(copy.glob("*.damaged-*"))) == n_before + 1
+        assert repaired.damaged is not None, name
+        assert repair_study(copy).damaged is None, name
 
 
 @pytest.mark.parametrize("content", [b"", b"no database at all, " * 1000])

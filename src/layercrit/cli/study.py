@@ -171,7 +171,7 @@ def _end_run(report: "RunReport") -> None:
 @click.option("--out", type=NewPath(path_type=Path), metavar="DIR", help="The study's folder, to count what is done.")
 @_JSON
 def plan_command(file: Path, out: Path | None, as_json: bool) -> None:
-    """Estimate what a study would cost: cells, FLOPs, downloads and time on this machine. Measures nothing."""
+    """Estimate what a study would cost: cells, FLOPs, downloads, and time of the forward passes. Measures nothing."""
     from layercrit.study.file import read_study_file
     from layercrit.study.planning import plan_study
 
@@ -232,10 +232,16 @@ def merge_command(folders: tuple[Path, ...], out: Path) -> None:
 @study.command("repair", short_help="Save what can be read of a malformed study.")
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 def repair_command(folder: Path) -> None:
-    """Save what can be read of a study whose file SQLite calls malformed; the damaged file is kept beside it."""
+    """Save what can be read of a study whose file SQLite calls malformed; the damaged file is kept beside it.
+
+    A study of which nothing is damaged stays as it is.
+    """
     from layercrit.study.repair import repair_study
 
     repaired = repair_study(folder)
+    if repaired.damaged is None:
+        say(f"Nothing is damaged: {counted(repaired.n_kept, 'cell')}.")
+        return
     say_damaged(repaired.lost)
     say(f"{counted(repaired.n_kept, 'cell')} kept; the damaged file is {repaired.damaged}.")
     notice(f"Next: `layercrit study run {folder}`.")
@@ -427,8 +433,12 @@ def _show_plan(found: "StudyPlan") -> None:
         ratio = found.flops_plain / found.flops
         say(f"{found.flops:.3g} FLOPs left; without reuse {found.flops_plain:.3g}, {ratio:.1f} times as many")
         say(
-            f"at most about {duration(found.seconds)} on this machine with one worker, timed on one forward pass in "
-            "float32; fused and bfloat16 replays usually take a third to a half of that"
+            f"the forward passes alone take about {duration(found.seconds)} in one worker at this machine's speed, "
+            "timed on one in float32; fused and bfloat16 replays usually take a third to a half of that"
+        )
+        say(
+            "on top come starting workers, opening each model (some seconds each), drawing resets and comparing "
+            "outputs: in a small study, most of the time"
         )
     if found.module_criticality:
         say(found.module_criticality)

@@ -310,7 +310,8 @@ def _methods(study: Study, comparison: Comparison) -> str:
     """Return how the study was measured: the resolved protocol, notes, versions, and hashes."""
     record, condition = study.record, comparison.condition or Condition()
     protocol = {**record.get("protocol", {}), "resets": comparison.reset}
-    images = record.get("probe_sets", {}).get(condition.probe_set) or record.get("probe_set", {})
+    several = record.get("probe_sets")
+    images = several.get(condition.probe_set, {}) if several else record.get("probe_set", {})
     runs = {json.dumps(run.get("versions", {}), sort_keys=True): run for run in study.runs}
     level = f"{100 * study.level:g}%"
     coverage = (

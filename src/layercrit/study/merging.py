@@ -1,10 +1,12 @@
 """Merge studies: parts of one study that several machines measured, or one's own models and published ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import pandas as pd
 
 from layercrit.errors import StudyError
 from layercrit.study.rows import ModelRow, PlanRow
@@ -25,13 +27,22 @@ _NO_DIFFERENCE = (
     "pilot",
     "max_trials",
 )
+_NOT_KNOWN = "not known"
+
+
+class _Content(NamedTuple):
+    """What a probe set shows: SHA-256 of its images, and the attack on each model by which they are changed then."""
+
+    sha256: str
+    attack: str = ""
 
 
 def merge_studies(folders: Sequence[str | Path], out: str | Path) -> Study:
     """Copy the models and cells of several studies into a new one; the studies themselves stay as they are.
 
     Cells of the same content are copied once. Models that were measured under different protocols or on different
-    images are merged all the same, and the new study's notes say so.
+    images are merged all the same, and the new study's notes say so. Where only some of the studies name their probe
+    sets, one without a name gets that of the same images in another study, or else that of its own study.
 
     Args:
         folders: of the studies, two or more; or of one that was run in shards, whose stores become one.
@@ -55,7 +66,7 @@ def merge_studies(folders: Sequence[str | Path], out: str | Path) -> Study:
         )
     if is_study(out):
         raise StudyError(f"{out} already contains a study. Name another folder with --out.")
-    studies = [load_study(path) for path in paths]
+    studies, notes = _named([load_study(path) for path in paths])
     models, plan, measured = _models(studies), *_plan(paths)
     with Store(out, create=True) as merged:
         for path in paths:
@@ -69,19 +80,88 @@ def merge_studies(folders: Sequence[str | Path], out: str | Path) -> Study:
                 for failure in study.failures:
                     if (failure.model, failure.reset, failure.trial) not in measured:
                         merged.put_failure(failure)
-            merged.put_meta("study", _record(studies, out.name))
+            merged.put_meta("study", _record(studies, out.name, notes))
             plans = {key: plan for study in studies for key, plan in study.plans.items()}
             if plans:
                 merged.put_meta("precision", [[*key, plan.to_dict()] for key, plan in plans.items()])
     return load_study(out)
 
 
+def _named(studies: Sequence[Study]) -> tuple[list[Study], list[str]]:
+    """Return the studies with a name for every probe set if any has one, and notes on names that no study gave."""
+    names: dict[_Content | None, str] = {}
+    taken: set[str] = set()
+    for study in studies:
+        contents = _contents(study)
+        for model, name in _probe_sets(study).items():
+            if name is not None:
+                taken.add(name)
+                if (content := contents[model]) is not None:
+                    names.setdefault(content, name)
+    if not taken:
+        return list(studies), []
+    found, notes = [], []
+    for study in studies:
+        contents, named = _contents(study), _probe_sets(study)
+        for model in [model for model, name in named.items() if name is None]:
+            content = contents[model]
+            if content not in names:
+                wanted = _NOT_KNOWN if content is None else str(study.record.get("name", study.folder.name))
+                names[content] = next(name for name in _numbered(wanted) if name not in taken)
+                taken.add(names[content])
+                why = "It is not known what they are" if content is None else "No study has a name for the same images"
+                notes.append(f"The images of {study.folder} have no name. {why}: they are called {names[content]!r}.")
+            named[model] = names[content]
+        probe_sets = pd.Series(list(named.values()), index=study.models.index, dtype=object)
+        record = dict(study.record)
+        if "probe_set" in record and "probe_sets" not in record:  # of the only one, which all models were shown
+            record["probe_sets"] = dict.fromkeys(probe_sets, record["probe_set"])
+        found.append(replace(study, models=study.models.assign(probe_set=probe_sets), record=record))
+    return found, notes
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """Yield a name, and it with one number after the other."""
+    yield name
+    yield from (f"{name} {number}" for number in count(2))
+
+
+def _probe_sets(study: Study) -> dict[str, str | None]:
+    """Return model -> name of its probe set."""
+    return dict(zip(study.models["model"], study.models["probe_set"], strict=True))
+
+
+def _contents(study: Study) -> dict[str, _Content | None]:
+    """Return model -> what it was shown; None: it is not known."""
+    from layercrit.probes.changes import split_change  # imports torch, for which other commands need not wait
+
+    found: dict[str, _Content | None] = {}
+    for row in study.models.to_dict("records"):
+        about = _images_by_name(study).get(row["probe_set"])
+        known = row["record"].get("probe_set")  # under an attack, the images as they are changed for this model
+        if about is not None:
+            attack = split_change("attack", about["source"])
+            found[row["model"]] = _Content(about["sha256"], attack[0] if attack else "")
+        else:
+            found[row["model"]] = None if known is None else _Content(known)
+    return found
+
+
+def _images_by_name(study: Study) -> dict[str | None, Mapping[str, Any]]:
+    """Return name -> what a study knows of the images."""
+    if several := study.record.get("probe_sets"):
+        return dict(several)
+    about = study.record.get("probe_set")
+    return {} if about is None else {None: about}
+
+
 def _models(studies: Sequence[Study]) -> list[ModelRow]:
     """Return the models of all studies, in their order, those of the same name and weights once."""
     found: dict[str, tuple[ModelRow, Study]] = {}
     for study in studies:
+        probe_sets = _probe_sets(study)
         with open_study(study.folder) as store:
-            rows = store.models()
+            rows = [replace(row, probe_set=probe_sets[row.model]) for row in store.models()]
         for row in rows:
             if row.model not in found:
                 found[row.model] = (row, study)
@@ -136,7 +216,7 @@ def _identity(row: ModelRow) -> tuple[Any, ...]:
     return tuple(record.get(name) for name in ("sha256", "probe_set", "dtype", "origin"))
 
 
-def _record(studies: Sequence[Study], name: str) -> dict[str, Any]:
+def _record(studies: Sequence[Study], name: str, about_names: Sequence[str]) -> dict[str, Any]:
     """Return the facts about the new study, with notes where the studies differ."""
     records = [study.record for study in studies]
     protocols = [record.get("protocol", {}) for record in records]
@@ -145,11 +225,16 @@ def _record(studies: Sequence[Study], name: str) -> dict[str, Any]:
     differing = sorted(key for key in {*chain(*protocols)} - {*_NO_DIFFERENCE} if _differ(protocols, key))
     if differing:
         notes.append(f"The merged studies differ in their protocol ({', '.join(differing)}).")
-    images = {str(study.folder): _images(record) for study, record in zip(studies, records, strict=True)}
-    if len(set(images.values())) > 1:
-        told = "; ".join(f"{folder}: {text}" for folder, text in images.items())
+    shown: dict[str | None, set[_Content | None]] = {}
+    for study in studies:
+        for model, content in _contents(study).items():
+            shown.setdefault(_probe_sets(study)[model], set()).add(content)
+    are_same = all(len(contents) == 1 for contents in shown.values())
+    if not are_same:
+        told = "; ".join(f"{study.folder}: {_images_in_words(study)}" for study in studies)
         notes.append(f"The merged studies used different images ({told}): differences between their models may be due "
                      "to that.")  # fmt: skip
+    notes += about_names
     conditions = {str(study.folder): [one.in_words() or "one" for one in study.conditions] for study in studies}
     if len({tuple(sorted(names)) for names in conditions.values()}) > 1:
         told = "; ".join(f"{folder}: {', '.join(names)}" for folder, names in conditions.items())
@@ -165,8 +250,11 @@ def _record(studies: Sequence[Study], name: str) -> dict[str, Any]:
         "notes": list(dict.fromkeys(notes)),
         "merged": [str(study.folder) for study in studies],
     }
-    if len(set(images.values())) == 1 and "probe_set" in records[0]:
-        merged |= {key: records[0][key] for key in ("probe_set", "probe_sets") if key in records[0]}
+    images = {name: about for study in reversed(studies) for name, about in _images_by_name(study).items()}
+    if are_same and images.keys() == shown.keys():
+        merged["probe_set"] = images[next(iter(shown))]
+        if None not in shown:
+            merged["probe_sets"] = {name: images[name] for name in shown}
     return merged
 
 
@@ -176,16 +264,12 @@ def _differ(protocols: Sequence[Mapping[str, Any]], key: str) -> bool:
     return any(value != values[0] for value in values)
 
 
-def _images(record: Mapping[str, Any]) -> str:
-    probe_set = record.get("probe_set")
-    if probe_set is None:
-        return "not known"
-    from layercrit.probes.changes import plain_source  # imports torch, for which other commands need not wait
+def _images_in_words(study: Study) -> str:
+    from layercrit.probes.changes import plain_source
 
-    several = record.get("probe_sets", {})
-    told = [
-        f"{name and f'{name}, '}{one['n_images']} of {Path(plain_source(one['source'])[1]).name}, SHA-256 "
-        f"{one['sha256'][:12]}"
-        for name, one in (several or {"": probe_set}).items()
-    ]
-    return " and ".join(told)
+    told = []
+    for name, about in _images_by_name(study).items():
+        changes, source = plain_source(about["source"])
+        of_source = f"{about['n_images']} of {changes}{Path(source).name}, SHA-256 {about['sha256'][:12]}"
+        told.append(of_source if name is None else f"{name}, {of_source}")
+    return " and ".join(told) or _NOT_KNOWN

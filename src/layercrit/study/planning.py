@@ -1,4 +1,4 @@
-"""What a study will cost, before anything is measured: cells, FLOPs, bytes to download, time on this machine."""
+"""What a study will cost, before anything is measured: cells, FLOPs, bytes to download, time of its forward passes."""
 
 import time
 from collections import Counter
@@ -63,8 +63,9 @@ class StudyPlan:
         images_mistake: why the images cannot be used, or an empty text.
         flops_plain: FLOPs of the cells left if the whole network ran for each.
         flops: FLOPs of the cells left as they will be run, everything before a reset layer once per batch.
-        seconds: time for them on this machine with one worker, at the speed of the network's own forward pass in
-            float32: an upper bound, since the fused and the bfloat16 replay are faster.
+        seconds: time for these FLOPs on this machine with one worker, at the speed of the network's own forward pass
+            in float32; the fused and the bfloat16 replay are faster. All else comes on top: starting workers, opening
+            models, drawing resets, comparing outputs. In a small study, that is most of the time.
         precision: what an asked half-width means for these numbers, in words; empty where none is asked for.
         module_criticality: what it costs at most, beside these numbers, in words; empty where none is asked for.
     """
@@ -176,7 +177,8 @@ def _module_criticality(
     return (
         f"module criticality of {counted(len(models), 'model')}, {counted(n_modules, 'module')} in all, comes on top: "
         f"at most {counted(n_modules * points * draws, 'evaluation')} ({points} points of the grid, {draws} draws), "
-        f"{flops:.3g} FLOPs and about {duration(seconds)} in one process; its search usually takes a part of these"
+        f"{flops:.3g} FLOPs, of which the forward passes alone take about {duration(seconds)} in one process; its "
+        "search usually takes a part of these"
     )
 
 

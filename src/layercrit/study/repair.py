@@ -37,16 +37,18 @@ class Repaired:
     Attributes:
         n_kept: how many cells were read as they had been written.
         lost: which rows are damaged, or known to have been there and not found, in words.
-        damaged: the damaged file under its new name.
+        damaged: the damaged file under its new name; None: nothing was damaged, and the study is as it was.
     """
 
     n_kept: int
     lost: tuple[str, ...]
-    damaged: Path
+    damaged: Path | None
 
 
 def repair_study(folder: str | Path) -> Repaired:
     """Put a new file in the place of a study's damaged one, with every row that can be read and is as it was written.
+
+    A file in which SQLite finds nothing wrong, and of which every row is as it was written, is left alone.
 
     Raises:
         StudyError: there is no study, another process runs it, or nothing of it can be read.
@@ -56,10 +58,11 @@ def repair_study(folder: str | Path) -> Repaired:
         raise StudyError(f"There is no study in {folder}: {FILE} is missing. Give the folder of a damaged study.")
     with hold(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".repair-") as scratch:
         old, new = Path(scratch) / "old" / FILE, Path(scratch)
-        old.parent.mkdir()
-        for file in (folder / FILE, *logs_of(folder / FILE)):
-            if file.exists():
-                shutil.copyfile(file, old.with_name(file.name))
+        _copy(folder / FILE, old.parent)
+        if (n_cells := _n_cells_if_sound(old, new)) is not None:
+            return Repaired(n_cells, (), None)
+        shutil.rmtree(old.parent)  # looking may have changed it
+        _copy(folder / FILE, old.parent)
         with Store(new, create=True) as store:
             n_rows = _take_all(store, old)
             lost, n_kept = tuple(store.damaged), store.n_cells()
@@ -74,6 +77,31 @@ def repair_study(folder: str | Path) -> Repaired:
             file.unlink(missing_ok=True)
         (new / FILE).replace(folder / FILE)
     return Repaired(n_kept, lost, kept)
+
+
+def _copy(file: Path, folder: Path) -> None:
+    """Copy a file of SQLite, and the logs that an interrupted process left beside it, into a new folder."""
+    folder.mkdir()
+    for one in (file, *logs_of(file)):
+        if one.exists():
+            shutil.copyfile(one, folder / one.name)
+
+
+def _n_cells_if_sound(file: Path, empty: Path) -> int | None:
+    """Return how many cells a file has in which nothing is damaged; None if something is.
+
+    Args:
+        file: may be changed.
+        empty: folder for an empty study, to compare the schema with.
+    """
+    if not any(one.exists() and one.stat().st_size for one in (file, *logs_of(file))):
+        return None  # SQLite takes an empty file for a new one
+    try:
+        with Store(file.parent) as store, Store(empty, create=True) as new:
+            is_sound = store.is_sound() and new.schema() <= store.schema()
+            return store.n_cells() if is_sound else None
+    except StudyError:
+        return None
 
 
 def _take_all(store: Store, old: Path) -> int:

@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import sqlite3
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -297,6 +298,22 @@ class Store(StoreFile):
         return sorted(found, key=lambda row: (position[row.model], row.reset, row.trial))
 
     # --- damage -----------------------------------------------------------------------------------------------------
+
+    def is_sound(self) -> bool:
+        """Return whether SQLite finds nothing wrong with the file, and all rows are as they were written.
+
+        Raises:
+            StudyError: SQLite cannot even look.
+        """
+        if self._rows("PRAGMA integrity_check(1)") != [("ok",)]:
+            return False
+        for table in COLUMNS:
+            deque(self._sound(table), maxlen=0)
+        return not self.damaged
+
+    def schema(self) -> set[tuple[str, ...]]:
+        """Return what the file says of its tables, indexes and triggers, of which new rows get their checksums."""
+        return set(self._rows("SELECT type, name, tbl_name, sql FROM sqlite_master"))
 
     def drop_damaged(self) -> None:
         """Delete all damaged rows, so that what was in them is measured anew; `damaged` says which they were."""
