@@ -44,7 +44,7 @@ class FittedTable:
 
     Args:
         title: Stands above the table.
-        otherwise: The option with which the command prints all columns anywhere.
+        otherwise: The option, or another command, that gives all columns anywhere.
     """
 
     def __init__(self, title: "str | Text | None" = None, *, otherwise: str = "--json") -> None:

@@ -368,7 +368,7 @@ def _show_means(found: "Study") -> None:
     means = found.by_model()
     print_warnings(found.warnings)
     title = f"{found.record.get('name', found.folder.name)}: mean criticality over all layers of each model"
-    table = FittedTable(plain(title))
+    table = FittedTable(plain(title), otherwise="`layercrit export`")  # --json has no means
     table.add_column("model")
     table.add_column("category", leaves=1)
     for column in ("mean criticality", f"{level} interval", "matched", "top-1 accuracy", "layers", "trials"):
