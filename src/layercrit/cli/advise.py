@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
+from layercrit.cli.fitted_table import FittedTable
 from layercrit.cli.model_options import NewPath, folder_for, is_study_folder
 from layercrit.cli.printing import bar, notice, number, plain, print_table, say
 from layercrit.cli.registered import complete_files
@@ -176,20 +177,19 @@ def _write(text: str, out: Path | None) -> None:
 def _show(advice: "Advice") -> None:
     """Print the ranking."""
     import pandas as pd
-    from rich.table import Table
 
     for line in advice.in_words():
         say(line)
     say()
     table = advice.to_pandas()
     own = [name for name in ("ratio", "bits") if name in table]
-    shown = Table(title=None, box=None, pad_edge=False)
+    shown = FittedTable(otherwise="--format json")
     shown.add_column("")
-    shown.add_column("layer", no_wrap=True)
+    shown.add_column("layer")
     for column in ("criticality", "interval", "parameters", "place", *own):
-        shown.add_column(column, justify="right", no_wrap=True)
-    shown.add_column("")
-    shown.add_column("why")
+        shown.add_column(column, "right", leaves={"parameters": 2, "place": 4}.get(column))
+    shown.add_column("", leaves=1)
+    shown.add_column("why", wraps=True, leaves=3)
     for row in table.to_dict("records"):
         interval = "-" if row["low"] != row["low"] else f"{row['low']:.3f} - {row['high']:.3f}"
         places = {row["rank_low"], row["rank_high"]}

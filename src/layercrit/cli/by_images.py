@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from layercrit.cli.fitted_table import FittedTable
 from layercrit.cli.printing import bar, number, plain, print_table, say
 
 # Everything that imports torch is imported inside the functions, so that `layercrit --help` answers at once.
@@ -48,22 +49,21 @@ def rows_by(measurement: "Measurement", by: str) -> list[dict[str, Any]]:
 
 def show_by(measurement: "Measurement", by: str) -> None:
     """Print the table of a choice of --by; of a long one the rows at both ends of each layer."""
-    from rich.table import Table
-
     table = table_by(measurement, by)
     kept = table if len(table) <= _MOST_ROWS or by == "correctness" else _ends(table)
     level = f"{100 * measurement.record['protocol']['level']:g}%"
     titles = {"class": "By class", "prediction": "By predicted class", "image": "By image",
               "correctness": "Images that the trained network names right, and wrong"}  # fmt: skip
-    shown = Table(title=titles[by], title_justify="left", box=None, pad_edge=False)
+    shown = FittedTable(titles[by])
     columns = {
         "correctness": (f"right ({table['n_correct'].iloc[0]})", f"wrong ({table['n_wrong'].iloc[0]})", "difference",
                         f"{level} interval") if by == "correctness" else (),
         "image": ("image", "label", "prediction", "criticality", "SD over trials", ""),
     }.get(by, ("class", "images", "criticality", f"{level} interval", ""))  # fmt: skip
-    shown.add_column("layer", no_wrap=True)
+    shown.add_column("layer")
+    names, leaves = ("", "class", "image", "label", "prediction"), {"": 1, "SD over trials": 2, "prediction": 3}
     for column in columns:
-        shown.add_column(column, justify="left" if column in ("", "class", "image", "label", "prediction") else "right")
+        shown.add_column(column, "left" if column in names else "right", leaves=leaves.get(column))
     for row in kept.to_dict("records"):
         shown.add_row(plain(row["layer"]), *_cells(row, by))
     say()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from layercrit.cli.fitted_table import FittedTable
 from layercrit.cli.printing import notice, number, plain, print_table, say
 from layercrit.counts import counted
 
@@ -64,12 +65,10 @@ def _sentence(found: "RankAgreement") -> str:
 
 def _table(grid: "pd.DataFrame", title: str) -> Any:
     """Return a map with a row per layer and a column per epoch."""
-    from rich.table import Table
-
-    table = Table(title=plain(title), title_justify="left", box=None, pad_edge=False)
-    table.add_column("layer", no_wrap=True)
-    for name in grid.index:
-        table.add_column(str(name), justify="right")
+    table = FittedTable(plain(title))
+    table.add_column("layer")
+    for i, name in enumerate(grid.index):  # the last but one leaves first, the first and the last stay
+        table.add_column(str(name), "right", leaves=-i if 0 < i < len(grid) - 1 else None)
     for layer in grid.columns:
         table.add_row(plain(str(layer)), *(number(value) for value in grid[layer]))
     return table

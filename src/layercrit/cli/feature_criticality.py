@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from layercrit.cli.fitted_table import FittedTable
 from layercrit.cli.model_options import check_free, folder_for, images_and_layers
 from layercrit.cli.printing import notice, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand
@@ -48,17 +49,15 @@ def feature_criticality_command(
 
 
 def _show(found: "FeatureCriticality") -> None:
-    from rich.table import Table
-
     from layercrit.attacks import in_levels
     from layercrit.models.sources import short_name
 
     summary = found.summary()
     print_warnings(summary["warnings"])
-    shown = Table(title=plain(short_name(summary["model"])), title_justify="left", box=None, pad_edge=False)
-    texts = ("layer", "type", "layer before", "")
+    shown = FittedTable(plain(short_name(summary["model"])))
+    names = ("layer", "type", "layer before", "")
     for name in ("layer", "type", "feature criticality", "largest change", "layer before", ""):
-        shown.add_column(name, justify="left" if name in texts else "right", no_wrap=True)
+        shown.add_column(name, "left" if name in names else "right", leaves=1 if name == "type" else None)
     for row in found.to_pandas().to_dict("records"):
         change = row["largest_change"]
         shown.add_row(

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from layercrit.cli.by_images import by_option, rows_by, save_by, show_by
 from layercrit.cli.epochs import measure_through_training
+from layercrit.cli.fitted_table import FittedTable
 from layercrit.cli.model_options import NewPath, folder_for, number_or_auto
 from layercrit.cli.pitfalls import say_pitfalls
 from layercrit.cli.printing import bar, notice, number, percent, plain, print_table, print_warnings, say
@@ -249,8 +250,6 @@ def layers_command(model: str, layers: str, types: str, group: str, sets: str, a
 
     "after" is the share of the forward pass's FLOPs that must be recomputed when the layer is reset.
     """
-    from rich.table import Table
-
     from layercrit.measuring import list_layers
 
     found = list_layers(model, layers=layers, types=types, group=group, sets=sets).rename(columns={"layer": "name"})
@@ -258,9 +257,10 @@ def layers_command(model: str, layers: str, types: str, group: str, sets: str, a
     if as_json:
         click.echo(json.dumps({"model": model, "layers": rows}, allow_nan=False))
         return
-    table = Table(title=plain(model), title_justify="left", box=None, pad_edge=False)
+    table = FittedTable(plain(model))
     for column in ("depth", "layer", "type", "shape", "parameters", "after"):
-        table.add_column(column, justify="left" if column in ("layer", "type", "shape") else "right")
+        left = column in ("layer", "type", "shape")
+        table.add_column(column, "left" if left else "right", leaves={"type": 1, "shape": 2}.get(column))
     for row in rows:
         shape = " x ".join(str(n) for n in row["shape"])
         share = f"{100 * row['flops_after']:.1f}%"
@@ -386,20 +386,19 @@ def _show(measurement: "Measurement", as_json: bool, folder: Path, by: str | Non
 
 
 def _layer_table(table: "pd.DataFrame", summary: dict[str, Any]) -> Any:
-    from rich.table import Table
-
     level = f"{100 * summary['level']:g}%"
-    shown = Table(title=plain(summary["name"]), title_justify="left", box=None, pad_edge=False)
-    shown.add_column("layer", no_wrap=True)
-    shown.add_column("type")
-    shown.add_column("criticality", justify="right")
-    shown.add_column(f"{level} interval", justify="right", no_wrap=True)
+    shown = FittedTable(plain(summary["name"]))
+    shown.add_column("layer")
+    shown.add_column("type", leaves=2)
+    shown.add_column("criticality", "right")
+    shown.add_column(f"{level} interval", "right")
     planned = summary["precision"] is not None
     for column in ("half-width", "trials") if planned else ():
-        shown.add_column(column, justify="right")
-    shown.add_column("", no_wrap=True)
+        shown.add_column(column, "right", leaves=3)
+    shown.add_column("", leaves=1)
     for column in ("matched", "top-1 agreement", *(["top-1 accuracy"] if "top1_accuracy" in table else []), "status"):
-        shown.add_column(column, justify="left" if column == "status" else "right")
+        leaves = {"top-1 accuracy": 4, "top-1 agreement": 5}.get(column)
+        shown.add_column(column, "left" if column == "status" else "right", leaves=leaves)
     for row in table.to_dict("records"):
         interval = "-" if row["low"] != row["low"] else f"{row['low']:.3f} - {row['high']:.3f}"
         cells = [plain(row["layer"]), plain(row["type"]), number(row["criticality"]), interval]
@@ -415,16 +414,15 @@ def _layer_table(table: "pd.DataFrame", summary: dict[str, Any]) -> Any:
 
 def _interaction_table(pairs: "pd.DataFrame", summary: dict[str, Any]) -> Any:
     """Return the strongest interactions as a table, those whose interval excludes 0 first."""
-    from rich.table import Table
-
     excluded = (pairs["low"] > 0) | (pairs["high"] < 0)
     order = pairs.assign(excluded=excluded, size=pairs["interaction"].abs()).sort_values(
         ["excluded", "size"], ascending=False, kind="stable"
     )
     title = f"strongest of {len(pairs)} interactions; of {excluded.sum()} the interval excludes 0"
-    shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    shown = FittedTable(title)
     for column in ("layers", "interaction", f"{100 * summary['level']:g}% interval", "both", "each alone"):
-        shown.add_column(column, justify="left" if column == "layers" else "right", no_wrap=True)
+        left = column == "layers"
+        shown.add_column(column, "left" if left else "right", wraps=left)
     for row in order.head(_STRONGEST).to_dict("records"):
         interval = "-" if row["low"] != row["low"] else f"{row['low']:+.3f} to {row['high']:+.3f}"
         alone = f"{number(row['criticality_i'])}, {number(row['criticality_j'])}"

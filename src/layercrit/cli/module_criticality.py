@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from layercrit.cli.fitted_table import FittedTable
 from layercrit.cli.model_options import (
     check_free,
     folder_for,
@@ -127,13 +128,11 @@ def _of_study(study: str, out: Path | None, overwrite: bool, as_json: bool, give
 
 
 def _show_study(study: str, found: "StudyModuleCriticality") -> None:
-    from rich.table import Table
-
     table = found.table
-    shown = Table(title=plain(f"{study}: module criticality"), title_justify="left", box=None, pad_edge=False)
+    shown = FittedTable(plain(f"{study}: module criticality"))
     for name in ("model", "most critical module", "sum", "modules", "loss", "allowed"):
         left = name in ("model", "most critical module")
-        shown.add_column(name, justify="left" if left else "right", no_wrap=left)
+        shown.add_column(name, "left" if left else "right", leaves={"modules": 1, "allowed": 2, "loss": 2}.get(name))
     for row in found.by_model.to_dict("records"):
         if row["left_out"]:
             continue
@@ -147,17 +146,15 @@ def _show_study(study: str, found: "StudyModuleCriticality") -> None:
 
 
 def _show(found: "ModuleCriticality") -> None:
-    from rich.table import Table
-
     from layercrit.models.sources import short_name
 
     summary = found.summary()
     print_warnings(summary["warnings"])
-    shown = Table(title=plain(short_name(summary["model"])), title_justify="left", box=None, pad_edge=False)
-    shown.add_column("module", no_wrap=True)
-    shown.add_column("type")
+    shown = FittedTable(plain(short_name(summary["model"])))
+    shown.add_column("module")
+    shown.add_column("type", leaves=1)
     for name in ("criticality", f"{100 * summary['level']:g}% limits", "a", "s", "distance", "points"):
-        shown.add_column(name, justify="right", no_wrap=True)
+        shown.add_column(name, "right", leaves={"points": 2, "distance": 3}.get(name))
     shown.add_column("")
     for row in found.to_pandas().to_dict("records"):
         limits = "-" if row["low"] != row["low"] else f"{_number(row['low'])} - {_number(row['high'])}"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from layercrit.cli.fitted_table import FittedTable
 from layercrit.cli.model_options import NewPath, check_free, default_folder, is_study_folder, refuse_options
 from layercrit.cli.printing import json_rows, notice, number, plain, print_table, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files
@@ -193,17 +194,17 @@ def _labels_of(found: "StudyProxies") -> str:
 
 def _layer_table(found: "Proxies", agreement: "Agreement | None") -> Any:
     """Return the values of the proxies, a row per layer; blank where one does not apply."""
-    from rich.table import Table
-
     from layercrit.models.sources import short_name
 
     title = plain(f"{short_name(found.record['model']['reference'])}: proxies of criticality")
-    shown = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    shown = FittedTable(title)
     exact = {} if agreement is None else agreement.by_layer.set_index("layer")["exact"].to_dict()
     names = [name for name in found.samples if not found.layers[name].isna().all()]
-    shown.add_column("layer", no_wrap=True)
-    for name in [*(["criticality"] if exact else []), *names]:
-        shown.add_column(name.replace("_", " "), justify="right")
+    shown.add_column("layer")
+    if exact:
+        shown.add_column("criticality", "right")
+    for i, name in enumerate(names):  # the last leaves first, the first stays
+        shown.add_column(name.replace("_", " "), "right", leaves=-i if i else None)
     for row in found.layers.to_dict("records"):
         cells = [number(exact.get(row["layer"], float("nan")))] if exact else []
         cells += ["" if row[name] != row[name] else f"{row[name]:.3g}" for name in names]
@@ -237,13 +238,13 @@ def _about(found: "Proxies") -> list[str]:
 
 def _agreement_table(table: "pd.DataFrame", title: str, level: float) -> Any:
     """Return rank correlations, the highest first; nulls are marked."""
-    from rich.table import Table
-
-    shown = Table(title=plain(title), title_justify="left", box=None, pad_edge=False)
+    shown = FittedTable(plain(title))
     interval = f"{100 * level:g}% interval"
-    for column in ("proxy", "", "layers", "Spearman", interval, "Kendall", interval, "k lowest", "k highest",
-                   "minus best null", interval):  # fmt: skip
-        shown.add_column(column, justify="left" if column in ("proxy", "") else "right", no_wrap=True)
+    shown.add_column("proxy", wraps=True)
+    shown.add_column("")
+    for column, leaves in (("layers", 2), ("Spearman", None), (interval, None), ("Kendall", 1), (interval, 1),
+                           ("k lowest", 3), ("k highest", 3), ("minus best null", None), (interval, None)):  # fmt: skip
+        shown.add_column(column, "right", leaves=leaves)
     for row in table.to_dict("records"):
         cells = [row["label"], "null" if row["null"] else "", str(row["n_layers"])]
         cells += [_signed(row["spearman"]), _limits(row, "spearman"), _signed(row["kendall"]), _limits(row, "kendall")]

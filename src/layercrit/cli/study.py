@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from layercrit.cli.exit_codes import ExitCode
+from layercrit.cli.fitted_table import FittedTable
 from layercrit.cli.model_options import NewPath
 from layercrit.cli.printing import (
     notice,
@@ -369,18 +370,18 @@ def _show_jobs(jobs: list[dict[str, Any]]) -> None:
 
 
 def _show_means(found: "Study") -> None:
-    from rich.table import Table
-
     level = f"{100 * found.level:g}%"
     means = found.by_model()
     print_warnings(found.warnings)
     title = f"{found.record.get('name', found.folder.name)}: mean criticality over all layers of each model"
-    table = Table(title=plain(title), title_justify="left", box=None, pad_edge=False)
+    table = FittedTable(plain(title), otherwise="`layercrit export`")  # --json has no means
     several = len(found.resets) > 1
-    for column in ("model", "category", *["reset"] * several):
-        table.add_column(column)
+    table.add_column("model")
+    table.add_column("category", leaves=1)
+    if several:
+        table.add_column("reset")
     for column in ("mean criticality", f"{level} interval", "matched", "top-1 accuracy", "layers", "trials"):
-        table.add_column(column, justify="right")
+        table.add_column(column, "right", leaves={"layers": 2, "trials": 3}.get(column))
     for row in means.dropna(subset="criticality").to_dict("records"):
         interval = "-" if row["low"] != row["low"] else f"{row['low']:.3f} - {row['high']:.3f}"
         table.add_row(
@@ -404,12 +405,10 @@ def _say_unreadable(found: "Study") -> None:
 
 
 def _show_plan(found: "StudyPlan") -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
+    table = FittedTable()
     table.add_column("architecture")
     for column in ("models", "layers", "cells", "done", "to download"):
-        table.add_column(column, justify="right")
+        table.add_column(column, "right", leaves=1 if column == "done" else None)
     good = found.models[found.models["mistake"] == ""]
     for name, models in good.groupby("architecture", sort=False):
         table.add_row(
@@ -449,12 +448,10 @@ def _show_plan(found: "StudyPlan") -> None:
 
 
 def _show_progress(progress: "pd.DataFrame") -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
+    table = FittedTable()
     table.add_column("model")
     table.add_column("state")
-    table.add_column("cells", justify="right")
+    table.add_column("cells", "right")
     for state, models in progress.groupby("state", sort=False):
         for row in models.head(_LISTED).to_dict("records"):
             planned = "?" if row["n_planned"] != row["n_planned"] else f"{row['n_planned']:.0f}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from layercrit.cli.fitted_table import FittedTable
 from layercrit.cli.model_options import NewPath
 from layercrit.cli.pitfalls import say_pitfalls
 from layercrit.cli.printing import notice, number, percent, plain, print_table, print_warnings, say, say_damaged
@@ -190,13 +191,11 @@ def show_comparison(study: "Study", comparison: "Comparison") -> None:
 
 
 def _table(title: str, names: tuple[str, ...], numbers: tuple[str, ...]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = FittedTable(title)
     for column in names:
-        table.add_column(column)
+        table.add_column(column, leaves=1 if column == "category" and len(names) > 1 else None)
     for column in numbers:
-        table.add_column(column, justify="right")
+        table.add_column(column, "right")
     return table
 
 

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from layercrit.cli.exit_codes import ExitCode
+from layercrit.cli.fitted_table import FittedTable
 from layercrit.cli.model_options import NewPath
 from layercrit.cli.printing import notice, percent, plain, print_table, say
 from layercrit.cli.registered import RegisteredOption, complete_methods
@@ -240,11 +241,10 @@ def methods_command(name: str | None, as_json: bool) -> None:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
+    table = FittedTable()
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left")
+        wraps = column in ("meaning", "what it changes")
+        table.add_column(column, "right" if column in right else "left", wraps=wraps)
     for row in rows:
         table.add_row(*(plain(cell) for cell in row))
     return table

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from layercrit.cli.fitted_table import FittedTable
 from layercrit.cli.model_options import check_free, folder_for, images_and_layers
 from layercrit.cli.printing import notice, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand
@@ -49,15 +50,14 @@ def worst_case_command(
 
 
 def _show(found: "WorstCase") -> None:
-    from rich.table import Table
-
     from layercrit.models.sources import short_name
 
     summary = found.summary()
     print_warnings(summary["warnings"])
-    shown = Table(title=plain(short_name(summary["model"])), title_justify="left", box=None, pad_edge=False)
+    shown = FittedTable(plain(short_name(summary["model"])))
     for name in ("module", "type", "worst case", "least restart", "first order", "norm", ""):
-        shown.add_column(name, justify="left" if name in ("module", "type", "") else "right", no_wrap=True)
+        left = name in ("module", "type", "")
+        shown.add_column(name, "left" if left else "right", leaves={"type": 1, "norm": 2}.get(name))
     for row in found.to_pandas().to_dict("records"):
         numbers = (number(row[name]) for name in ("worst_case", "smallest_restart", "first_order", "norm"))
         remark = plain("" if row["status"] == "ok" else row["status"])

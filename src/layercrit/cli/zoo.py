@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from layercrit.cli.fitted_table import FittedTable
 from layercrit.cli.printing import say, visible_lines
 from layercrit.cli.registered import complete_files, complete_zoo
 from layercrit.counts import counted
@@ -46,14 +47,13 @@ def list_command(pattern: str, category: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"models": [_as_data(entry) for entry in entries]}, allow_nan=False))
         return
-    from rich.table import Table
-
     from layercrit.cli.printing import plain, print_table
     from layercrit.models.zoo.fetching import is_fetched
 
-    table = Table(box=None, pad_edge=False)
+    table = FittedTable()
     for column in ("id", "category", "label", "top-1", "licence", "fetched"):
-        table.add_column(column, justify="right" if column == "top-1" else "left")
+        leaves = {"label": 1, "licence": 2, "category": 3}.get(column)
+        table.add_column(column, "right" if column == "top-1" else "left", wraps=column == "label", leaves=leaves)
     for entry in entries:
         fetched = "yes" if is_fetched(entry) else ""
         accuracy = _percent(entry.documented_accuracy)
