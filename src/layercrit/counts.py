@@ -1,6 +1,9 @@
 """Numbers with the word for what was counted, and durations: 1 layer, 3 layers, 5 min."""
 
-__all__ = ["counted", "counted_range", "duration"]
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["counted", "counted_range", "counted_units", "duration"]
 
 
 def counted(n: int, one: str) -> str:
@@ -11,6 +14,16 @@ def counted(n: int, one: str) -> str:
 def counted_range(least: int, most: int, one: str) -> str:
     """Return what `counted` does, of two numbers where these differ: ``10 to 39 trials``."""
     return counted(most, one) if least == most else f"{least:,} to {counted(most, one)}"
+
+
+def counted_units(n_units: int, sets: str | Mapping[str, Any]) -> str:
+    """Return how many units of reset there are: ``12 layers``, or ``12 sets of layers``.
+
+    Args:
+        n_units: how many.
+        sets: as in `layercrit.protocol.Protocol`.
+    """
+    return counted(n_units, "layer") if sets == "each" else f"{counted(n_units, 'set')} of layers"
 
 
 def duration(seconds: float) -> str:

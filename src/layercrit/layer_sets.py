@@ -6,14 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from layercrit.counts import counted
 from layercrit.errors import LayerError, near
 from layercrit.foreign_text import encodable
 from layercrit.layers import Layer, joined, stages_of
 from layercrit.protocol import SETS
 from layercrit.toml import tomllib
 
-__all__ = ["NamedSets", "counted_units", "members_of", "read_sets", "sets_of", "stages_of_sets"]
+__all__ = ["NamedSets", "members_of", "read_sets", "sets_of", "stages_of_sets"]
 
 NamedSets = Mapping[str, str]
 """Name of a set -> shell-style patterns on the names of its layers, comma-separated."""
@@ -53,11 +52,6 @@ def read_sets(sets: str | Path | Mapping[str, Any], folder: Path = Path()) -> st
             'early = "conv1,layer1.*".'
         ) from error
     return _named(content, str(path))
-
-
-def counted_units(n_units: int, sets: str | Mapping[str, Any]) -> str:
-    """Return how many units of reset there are: ``12 layers``, or ``12 sets of layers``."""
-    return counted(n_units, "layer") if sets == "each" else f"{counted(n_units, 'set')} of layers"
 
 
 def sets_of(layers: Sequence[Layer], sets: str | NamedSets) -> list[Layer]:

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from layercrit.attacks import Pgd, attacked, split_attack
-from layercrit.counts import counted
+from layercrit.counts import counted, counted_units
 from layercrit.distances import DISTANCES, get_distance
 from layercrit.engine.allocator import large_blocks_stay
 from layercrit.engine.flops import count_flops
 from layercrit.engine.subject import Subject
 from layercrit.errors import ProtocolError
-from layercrit.layer_sets import counted_units, read_sets, sets_of
+from layercrit.layer_sets import read_sets, sets_of
 from layercrit.layers import Group, find_layers, select_layers
 from layercrit.measurement import Measurement
 from layercrit.models.model import Model, size_explained

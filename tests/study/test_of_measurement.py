@@ -93,7 +93,11 @@ def test_study_of__model(study, measurement):
     assert found["n_trials"] == summary["n_trials_in_mean"]
     assert found["covers"] == summary["covers"]
     assert found["norm_statistics"] == measurement.record["protocol"]["norm_statistics"]
-    assert study.warnings == [f"the network: {text}" for text in summary["warnings"]]
+    missed = [text for text in study.warnings if "half-width" in text]
+    assert study.warnings == [*(f"the network: {text}" for text in summary["warnings"]), *missed]
+    n_missed = len((summary["precision"] or {}).get("not_reached", []))
+    expected = [f"{n_missed} of 5 layers of all models"] if n_missed else []
+    assert [text.partition(" miss")[0] for text in missed] == expected
     assert list(study.notes_of_models) == summary["notes"]
     assert study.level == summary["level"]
     assert study.progress()["state"].to_list() == ["done"]

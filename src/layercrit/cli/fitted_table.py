@@ -86,11 +86,14 @@ class FittedTable:
         room = options.max_width
         kept = _kept(least, room) if console.is_terminal else self.columns
         widths = _widths({column: least[column] for column in kept}, natural, room)
-        table = Table(title=self.title, title_justify="left", box=None, pad_edge=False, padding=(0, _GAP // 2))
-        for column in kept:
+        table = Table(title=self.title, title_justify="left", box=None, padding=0)
+        for place, column in enumerate(kept):
+            if place:  # a column that is the gap: versions of rich differ in how padding counts
+                table.add_column(width=_GAP)
             table.add_column(column.header, justify=column.justify, width=widths[column], overflow="fold")
         for i, style in enumerate(self.styles):
-            table.add_row(*(column.cells[i] for column in kept), style=style)
+            cells = [cell for column in kept for cell in ("", column.cells[i])]
+            table.add_row(*cells[1:], style=style)
         yield table
         if names := list(dict.fromkeys(one.header for one in self.columns if one not in kept and one.header)):
             there = f"{self.otherwise} or {_total(least)} columns show them"

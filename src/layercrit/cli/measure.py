@@ -18,9 +18,8 @@ from layercrit.cli.pitfalls import say_pitfalls
 from layercrit.cli.printing import bar, notice, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files, missing_plug_ins_named
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
-from layercrit.counts import counted, counted_range
+from layercrit.counts import counted, counted_range, counted_units
 from layercrit.errors import LayercritError
-from layercrit.layer_sets import counted_units
 from layercrit.protocol import DEFAULTS, DTYPES, GROUPS, INTERVALS, NORM_STATISTICS
 
 # Everything that imports torch is imported inside the commands, so that `layercrit --help` answers at once.

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layercrit.counts import counted
+from layercrit.counts import counted, counted_units
 from layercrit.errors import LayercritError, ProtocolError
 from layercrit.foreign_text import visible
 from layercrit.intervals import excluded_share
-from layercrit.layer_sets import counted_units
 from layercrit.measurement import Measurement
 from layercrit.named_options import split_name
 from layercrit.probes.changes import plain_source
