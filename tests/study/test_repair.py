@@ -73,9 +73,8 @@ def test_repair__a_sound_study_stays_as_it_is(measured, tmp_path):
         assert everything_in(copy) == before
 
 
-def test_repair__a_sound_log_stays_where_it_is(measured, tmp_path):
-    """A process that was killed leaves it, and who reads the study next takes it in."""
-    folder, cells = measured
+def killed(folder, tmp_path):
+    """Return a copy of a study as a process leaves it that was killed once it had written to the log."""
     whole = copied(folder, tmp_path, (folder / FILE).read_bytes())
     copy = tmp_path / "killed"
     copy.mkdir()
@@ -84,6 +83,13 @@ def test_repair__a_sound_log_stays_where_it_is(measured, tmp_path):
             store.put_meta("late", "news")
         for log in ("", "-wal"):
             shutil.copyfile(f"{whole / FILE}{log}", f"{copy / FILE}{log}")
+    return copy
+
+
+def test_repair__a_sound_log_stays_where_it_is(measured, tmp_path):
+    """A process that was killed leaves it, and who reads the study next takes it in."""
+    folder, cells = measured
+    copy = killed(folder, tmp_path)
     before = everything_in(copy)
     assert repair_study(copy) == Repaired(len(cells), (), None)
     assert everything_in(copy) == before
@@ -289,14 +295,7 @@ def test_repair__rows_between_two_damaged_ones(measured, tmp_path):
 def test_repair__what_is_only_in_the_log(measured, tmp_path, flips):
     """A process that was killed leaves rows that SQLite has not brought into the file yet."""
     folder, cells = measured
-    whole = copied(folder, tmp_path, (folder / FILE).read_bytes())
-    copy = tmp_path / "killed"
-    copy.mkdir()
-    with Store(whole) as store:
-        with store.transaction():
-            store.put_meta("late", "news")
-        for log in ("", "-wal"):
-            shutil.copyfile(f"{whole / FILE}{log}", f"{copy / FILE}{log}")
+    copy = killed(folder, tmp_path)
     content = bytearray((copy / FILE).read_bytes())
     assert b"news" not in content
     if flips:

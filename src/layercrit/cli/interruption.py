@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = ["Interruption"]
 
@@ -27,6 +27,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.cause: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
         self._over, self._lock = threading.Event(), threading.Lock()
         self._in_main_thread = threading.current_thread() is threading.main_thread()  # only there signals have handlers
 

@@ -299,17 +299,17 @@ class Study:
         ]
 
     def _warnings_of_half_widths(self) -> list[str]:
-        if not self.plans:
+        """Say, by the plans alone, how many layers will not have the half-width that was asked for."""
+        layers = [layer for plan in self.plans.values() for layer in plan.layers.values()]
+        missed = [layer.half_width for layer in layers if not layer.reached and layer.components is not None]
+        if not missed:
             return []
-        missed = self._layers[self._layers["status"] == NOT_REACHED]
-        if missed.empty:
-            return []
-        of_all = f"{len(missed)} of {counted(len(self._layers), 'layer')} of all models"
         asked = min(plan.half_width for plan in self.plans.values())
+        miss = "misses" if len(missed) == 1 else "miss"
         return [
-            f"{of_all} {'misses' if len(missed) == 1 else 'miss'} the half-width of {asked:.3g} that was asked for, by "
-            f"up to {missed['half_width'].max():.3g} (status {NOT_REACHED}); more images, or a larger max_trials, may "
-            "reach it"
+            f"{len(missed)} of {counted(len(layers), 'layer')} of all models {miss} the half-width of {asked:.3g} that "
+            f"was asked for, with up to {max(missed):.3g} (status {NOT_REACHED}); more images, or a larger max_trials, "
+            "may reach it"
         ]
 
     @property
