@@ -1,9 +1,12 @@
-"""What is particular to GPUs: cuDNN's fused operators, CUDA graphs, and that every tensor is on the device.
+"""What is particular to GPUs: fused operators, CUDA graphs, and that every tensor is on the device.
 
 Most of it is tested on the CPU, with stand-ins for what a GPU does; the tests marked so need one.
 """
 
 import contextlib
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layercrit.distances import label_scores, measure_distances
-from layercrit.engine import cuda_graphs, cudnn
+from layercrit.engine import cublas, cuda_graphs, cudnn, graph, layer_norms
 from layercrit.engine.cuda_graphs import SweepCaptures
 from layercrit.engine.exports import graph_of
 from layercrit.engine.graph import speed_up
@@ -58,19 +61,36 @@ def sweep(replay, images, values, run=None):
 
 
 @pytest.fixture
-def plain_cudnn(monkeypatch):
-    """cuDNN's operators, spelled out."""
-    monkeypatch.setattr(cudnn, "convolutions_work", lambda dtype, device: True)
+def spelled_out(monkeypatch):
+    """The fused operators, spelled out."""
+
+    def linear(x, weight, bias, activation):
+        y = nn.functional.linear(x, weight, bias)
+        return nn.functional.gelu(y, approximate="tanh") if activation == "gelu" else y.relu()
+
+    def norm(x, added, weight, bias, eps):
+        return nn.functional.layer_norm(x if added is None else x + added, x.shape[-1:], weight, bias, eps)
+
+    for module, name in ((cudnn, "convolutions_work"), (cublas, "linears_work"), (graph, "norms_work")):
+        monkeypatch.setattr(module, name, lambda dtype, device: True)
     monkeypatch.setattr(cudnn, "fused_convolution", lambda *conv: torch.conv2d(*conv).relu())
     monkeypatch.setattr(cudnn, "fused_residual", lambda *conv: (torch.conv2d(*conv[:7]) + conv[7]).relu())
+    monkeypatch.setattr(cublas, "fused_linear", linear)
+    monkeypatch.setattr(layer_norms, "normalised", norm)
 
 
-# --- cuDNN ----------------------------------------------------------------------------------------------------------
+def targets(arch, dtype):
+    """Return what the nodes of a network call that was made fast for GPUs."""
+    network, images, *_ = opened(arch)
+    return [node.target for node in speed_up(graph_of(network, images)[0], dtype, CUDA).graph.nodes]
 
 
-@pytest.mark.usefixtures("plain_cudnn")
+# --- fused operators ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("spelled_out")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_fused_convolutions__are_right_for_trained_and_for_drawn_weights(arch):
+def test_fused_operators__are_right_for_trained_and_for_drawn_weights(arch):
     network, images, layers, values = opened(arch)
     fast = GraphReplay(speed_up(graph_of(network, images)[0], torch.float32, CUDA), layers, "float32")
     expected = dict(PlainReplay(network, layers).sweep(images, values))
@@ -81,7 +101,7 @@ def test_fused_convolutions__are_right_for_trained_and_for_drawn_weights(arch):
     assert min(changed) > 1e-2
 
 
-@pytest.mark.usefixtures("plain_cudnn")
+@pytest.mark.usefixtures("spelled_out")
 def test_fused_convolutions__leave_no_bias_and_no_relu_alone():
     network, images, *_ = opened("resnet18")
     fast = speed_up(graph_of(network, images)[0], torch.float32, CUDA)
@@ -94,7 +114,7 @@ def test_fused_convolutions__leave_no_bias_and_no_relu_alone():
     assert all(node.args[2] is None for node in alone)
 
 
-@pytest.mark.usefixtures("plain_cudnn")
+@pytest.mark.usefixtures("spelled_out")
 def test_fused_convolutions__a_shortcut_that_is_read_again_keeps_its_bias():
     class Network(nn.Module):
         def __init__(self):
@@ -116,6 +136,105 @@ def test_convolutions_work__says_no_where_they_are_missing():
     assert not cudnn.convolutions_work(torch.float32, torch.device("cpu"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_linears_and_norms_work__say_no_where_there_is_no_gpu():
+    assert not cublas.linears_work(torch.bfloat16, CUDA)
+    assert not layer_norms.norms_work(torch.bfloat16, CUDA)
+
+
+@pytest.mark.usefixtures("spelled_out")
+def test_fused_linears__replace_the_exact_gelu_where_values_are_rounded_anyhow():
+    rough, exact = targets("test_vit", torch.bfloat16), targets("test_vit", torch.float32)
+    gelu = torch.ops.aten.gelu.default
+    assert exact.count(gelu) == rough.count(cublas.fused_linear) > 0
+    assert rough.count(gelu) == exact.count(cublas.fused_linear) == 0
+
+
+@pytest.mark.usefixtures("spelled_out")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_linears__know_the_approximate_gelu_and_relu(dtype):
+    with drawing(0):
+        network = nn.Sequential(
+            nn.Flatten(), nn.Linear(12, 8), nn.GELU("tanh"), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8, bias=False),
+            nn.ReLU(), nn.Linear(8, 3),
+        ).eval()  # fmt: skip
+        images = torch.randn(5, 3, 2, 2)
+    fast = speed_up(graph_of(network, images)[0], dtype, CUDA)
+    called = [node.target for node in fast.graph.nodes]
+    assert called.count(cublas.fused_linear) == 2, "a bias is what the operator begins with"
+    tolerance = 1e-6 if dtype is torch.float32 else 0.02
+    found = GraphReplay(fast, [], str(dtype).removeprefix("torch.")).logits(images)
+    torch.testing.assert_close(found, network(images).detach(), atol=tolerance, rtol=0)
+
+
+@pytest.mark.usefixtures("spelled_out")
+def test_layer_norms__add_the_biases_of_convolutions_before_them():
+    network, images, *_ = opened("test_convnext")
+    fast = speed_up(graph_of(network, images)[0], torch.float32, CUDA)
+    norms = [node for node in fast.graph.nodes if node.target is layer_norms.normalised]
+    convolutions = {node: node.args[2] for node in fast.graph.nodes if node.target is torch.ops.aten.conv2d.default}
+    assert torch.ops.aten.layer_norm.default not in [node.target for node in fast.graph.nodes]
+    before = [norm.args[0].args[0] for norm in norms if norm.args[1] is not None]
+    assert [convolutions.pop(conv) for conv in before] == [None] * len(before)
+    assert len(before) > 4
+    assert None not in convolutions.values()
+
+
+@pytest.mark.usefixtures("spelled_out")
+@pytest.mark.parametrize("what_is_read_again", ["the convolution", "what is permuted"])
+def test_layer_norms__leave_the_bias_of_a_convolution_that_is_read_again(what_is_read_again):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.LayerNorm(4, elementwise_affine=False)
+
+        def forward(self, x):
+            x = self.conv(x)
+            permuted = x.permute(0, 2, 3, 1)
+            again = permuted if what_is_read_again == "what is permuted" else x.permute(0, 2, 3, 1)
+            return (self.norm(permuted) + again).mean(dim=(1, 2))
+
+    with drawing(0):
+        network, images = Network().eval(), torch.randn(2, 3, 8, 8)
+    fast = speed_up(graph_of(network, images)[0], torch.float32, CUDA)
+    (norm,) = (node for node in fast.graph.nodes if node.target is layer_norms.normalised)
+    assert norm.args[1:4] == (None, None, None)
+    torch.testing.assert_close(GraphReplay(fast, [], "float32").logits(images), network(images).detach())
+
+
+def test_layer_norm_kernel__in_the_interpreter():
+    """Triton's interpreter runs the kernel on a CPU, but rounds to bfloat16 in a way of its own."""
+    pytest.importorskip("triton", reason="Triton is not there: torch brings it where there can be GPUs")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    checked = subprocess.run([sys.executable, "-c", CHECK_OF_NORMS, "cpu", "float32"], env=environment, check=False,
+                             capture_output=True, text=True)  # fmt: skip
+    assert checked.returncode == 0, checked.stderr
+    assert checked.stdout.split() == ["5", "widths"]
+
+
+CHECK_OF_NORMS = """
+import sys
+import torch
+from layercrit.engine.layer_norm_kernel import layer_norm
+
+device, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+generator = torch.Generator().manual_seed(0)
+shapes = (3, 7, 24), (5, 96), (2, 33, 768), (1, 4096), (9, 3000)
+for shape in shapes:
+    x = 3 + torch.randn(shape, generator=generator)
+    added, weight, bias = torch.randn(3, shape[-1], generator=generator)
+    x, added, weight, bias = (tensor.to(device, dtype) for tensor in (x, added, weight, bias))
+    for given in ((added, weight, bias), (None, None, None), (None, weight, None), (added, None, bias)):
+        a, w, b = (None if tensor is None else tensor.double() for tensor in given)
+        expected = x.double() if a is None else x.double() + a
+        expected = torch.nn.functional.layer_norm(expected, shape[-1:], w, b, 1e-6)
+        found = layer_norm(x, *given, 1e-6)
+        rounding = torch.finfo(dtype).eps
+        torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=max(2e-6, rounding / 4))
+print(len(shapes), "widths")
+"""
+
+
 # --- every tensor on the device -------------------------------------------------------------------------------------
 
 
@@ -127,7 +246,8 @@ def test_convolutions_work__says_no_where_they_are_missing():
 )  # fmt: skip
 def test_replay__every_tensor_is_on_the_gpu(arch, mode, monkeypatch):
     """Fake tensors have devices and no memory; an operator with tensors of two devices raises."""
-    monkeypatch.setattr(cudnn, "convolutions_work", lambda dtype, device: False)  # unknown to fake tensors
+    for module, name in ((cudnn, "convolutions_work"), (graph, "norms_work")):  # unknown to fake tensors
+        monkeypatch.setattr(module, name, lambda dtype, device: False)
     network, images, layers, values = opened(arch)
     exported = graph_of(network, images)[0]
     if mode != "reference":
@@ -278,6 +398,20 @@ def test_convolutions_work__on_a_gpu():
         cudnn.convolutions_work(dtype, torch.zeros(1, device="cuda").device)
         for dtype in (torch.float32, torch.bfloat16)
     )
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linears_and_norms_work__on_a_gpu(dtype):
+    device = torch.zeros(1, device="cuda").device
+    assert cublas.linears_work(dtype, device)
+    assert layer_norms.norms_work(dtype, device)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer_norm_kernel__on_a_gpu(dtype):
+    subprocess.run([sys.executable, "-c", CHECK_OF_NORMS, "cuda", dtype], check=True)
 
 
 @needs_gpu

@@ -22,9 +22,10 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from typing_extensions import override
 
-from layercrit.engine import cudnn, onednn
+from layercrit.engine import cublas, cudnn, onednn
 from layercrit.engine.attention import fuse_attention
 from layercrit.engine.functional_form import BATCH_NORM, write_functionally
+from layercrit.engine.layer_norms import fuse_layer_norms, norms_work
 from layercrit.engine.linear_layers import add_before_permuting, fold_layer_scales
 from layercrit.engine.narrowing import narrow
 from layercrit.engine.nodes import CONVOLUTIONS, output_of, value_of
@@ -155,9 +156,10 @@ def speed_up(
     Batch normalisation is folded into the convolution before it (scale ``gamma / sqrt(var + eps)``), values that depend
     on the image are kept in ``dtype`` and channels-last order, what only one token is read of is computed for it alone,
     and a convolution, the residual sum and the activation after it become one call: of oneDNN with packed weights on a
-    CPU (linear layers, too, where that is faster), of cuDNN on a GPU. On a CPU, attention that is written out becomes
-    one call, too. What depends on weights alone is computed in float32 and cast last. Logits stay float32. Without
-    ``fold_norms``, batch normalisations stay as they are.
+    CPU (linear layers, too, where that is faster), of cuDNN on a GPU. There a linear layer and its activation are one
+    call of cuBLASLt, and layer normalisations run in a kernel of their own. On a CPU, attention that is written out
+    becomes one call, too. What depends on weights alone is computed in float32 and cast last. Logits stay float32.
+    Without ``fold_norms``, batch normalisations stay as they are.
     """
     fast = weight_graph.copy()
     _hold_dtype(fast, dtype)
@@ -174,6 +176,10 @@ def speed_up(
         onednn.fuse_convolutions(fast.graph, fast.dynamic_nodes())
     if device.type == "cuda" and cudnn.convolutions_work(dtype, device):
         cudnn.fuse_convolutions(fast.graph, fast.dynamic_nodes())
+    if device.type == "cuda" and cublas.linears_work(dtype, device):
+        cublas.fuse_linears(fast.graph, fast.dynamic_nodes(), dtype)
+    if device.type == "cuda" and norms_work(dtype, device):
+        fuse_layer_norms(fast.graph, fast.dynamic_nodes())
     if device.type == "cpu" and onednn.linears_pay(dtype) and onednn.linears_work(dtype):
         onednn.fuse_linears(fast.graph, fast.dynamic_nodes())
     _cast_logits(fast)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from layercrit.engine import cublas
+from layercrit.engine.layer_norms import normalised
 from layercrit.engine.nodes import CONVOLUTIONS, alike
 from layercrit.engine.onednn import (
     fused_convolution,
@@ -35,6 +37,8 @@ KEEPS_INPUT = {
     fused_convolution,
     fused_linear,
     fused_linear_residual,
+    cublas.fused_linear,
+    normalised,
     aten.linear.default,
     aten.max_pool2d.default,
     aten.adaptive_avg_pool2d.default,
