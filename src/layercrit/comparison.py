@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from layercrit.categories import ADVERSARIAL
+from layercrit.common_layers import in_order_of_depth, means_of_cells, with_common_layers
 from layercrit.compared_studies import (
     ComparedStudy,
     about_bad,
@@ -240,9 +241,9 @@ def compare_models(
         notes += about_other_conditions(study, chosen_models, condition, left_out)
     chosen, about_baseline = _baseline(study, names, baseline, compared)
     first = chosen or compared[0]  # names and order of layers are its
-    cells, about_layers = _aligned(cells[cells["model"].isin(compared)], first)
-    grid = _grid(cells)
-    layers = _layers(cells, first)
+    cells, about_layers = with_common_layers(cells[cells["model"].isin(compared)], first)
+    grid = means_of_cells(cells)
+    layers = in_order_of_depth(cells, first)
     tables = {
         name: grid[name].unstack("layer").reindex(index=compared, columns=layers).rename_axis("model")  # noqa: PD010
         for name in ("cosine", MATCHED, "sd", "depth", "n_bad")
@@ -318,73 +319,6 @@ def _baseline(
     if asked is None and own is not None and own not in compared:
         return None, [f"There are no differences to the baseline {own}, since it is left out or has no finished cell."]
     return asked or own, []
-
-
-def _aligned(cells: pd.DataFrame, first: str) -> tuple[pd.DataFrame, list[str]]:
-    """Return the cells of the layers that all models have, under names without wrappers where that is needed."""
-    of_model = {
-        str(model): list(layers) for model, layers in cells.groupby("model", sort=False)["layer"].unique().items()
-    }
-    if all(set(layers) == set(of_model[first]) for layers in of_model.values()):
-        return cells, []
-    wrappers = {model: wrapper_of(layers) for model, layers in of_model.items()}
-    bare = {model: [name.removeprefix(wrappers[model]) for name in layers] for model, layers in of_model.items()}
-    common, unwrapped = (set[str].intersection(*map(set, names.values())) for names in (of_model, bare))
-    if len(unwrapped) > len(common):
-        common, of_model = unwrapped, bare
-        lengths = cells["model"].map({model: len(wrapper) for model, wrapper in wrappers.items()})
-        cells = cells.assign(
-            **{
-                column: [text and text[n:] for text, n in zip(cells[column], lengths, strict=True)]
-                for column in ("layer", "stage")
-            }
-        )
-    if not common:
-        examples = "; ".join(f"{model}: {listed_names(layers, 3)}" for model, layers in list(of_model.items())[:3])
-        raise StudyError(
-            f"The models have no layer in common ({examples}). Compare models of one architecture: "
-            "leave out the others."
-        )
-    return cells[cells["layer"].isin(common)], _about_layers(of_model, common)
-
-
-def _about_layers(of_model: Mapping[str, Sequence[str]], common: set[str]) -> list[str]:
-    left: dict[tuple[str, ...], list[str]] = {}
-    for model, layers in of_model.items():
-        if rest := tuple(name for name in layers if name not in common):
-            left.setdefault(rest, []).append(model)
-    if not left:
-        return []
-    parts = [
-        f"{len(names)} of the {counted(len(common) + len(names), 'layer')} of {listed_names(models)} "
-        f"({listed_names(names)})"
-        for names, models in left.items()
-    ]
-    return [
-        "The models differ in their layers, which are paired by name, wherever in the network they lie: compared are "
-        f"the {len(common)} that all models have. Left out: {'; '.join(parts)}."
-    ]
-
-
-def _layers(cells: pd.DataFrame, model: str) -> list[str]:
-    """Return the layers in the order of a model's depth."""
-    return list(cells[cells["model"] == model].sort_values("depth", kind="stable")["layer"].unique())
-
-
-def _grid(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per (model, layer): means and spread over trials, NaN where a cell is not ok."""
-    table = cells.assign(**{MATCHED: cells.get(MATCHED, math.nan), "bad": cells["status"] != "ok"})
-    groups = table.groupby(["model", "layer"], sort=False)
-    grid = groups.agg(
-        cosine=("cosine", "mean"),
-        sd=("cosine", "std"),
-        depth=("depth", "first"),
-        stage=("stage", "first"),
-        n_bad=("bad", "sum"),
-        **{MATCHED: (MATCHED, "mean")},
-    )
-    grid.loc[grid["n_bad"] > 0, ["cosine", "sd", MATCHED]] = math.nan
-    return grid
 
 
 def _models(

@@ -17,13 +17,20 @@ from layercrit.cell_columns import CELL_COLUMNS, NOT_REACHED, PER_IMAGE
 from layercrit.counts import counted, counted_range
 from layercrit.distances import DISTANCES
 from layercrit.errors import LayercritError, LayerError, ProtocolError, first_line, near
-from layercrit.foreign_files import read_json
 from layercrit.foreign_text import encodable, write_csv
 from layercrit.image_groups import Layers, by_correctness, by_group, by_image, extreme_images
 from layercrit.interactions import Pair, interactions_of
 from layercrit.intervals import excluded_share
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.layers import layer_labels
+from layercrit.measurement_files import (
+    FILES,
+    FORMAT,
+    IMAGES,
+    check_together,
+    move_files,
+    read_record,
+)
 from layercrit.models.sources import short_name
 from layercrit.precision import PrecisionPlan, recentred
 from layercrit.protocol import MATCHED
@@ -33,22 +40,7 @@ from layercrit.statistics import Estimate, estimate, estimate_mean_over_layers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CELL_COLUMNS", "FILES", "PER_IMAGE", "Measurement"]
-
-FILES = ("cells.parquet", "criticality.png", "criticality.svg", "images.parquet", "interactions.csv",
-         "interactions.png", "interactions.svg", "layers.csv", "measurement.json")  # fmt: skip
-"""Names of the files that a measurement is saved in; not every one has all."""
-
-_IMAGES = "images.parquet"
-# What a record has in any case, and what is in it.
-_INNER = {
-    "protocol": ("level", "reset"), "model": ("reference",), "probe_set": ("n_images", "source"),
-    "predictions": ("chance", "temperature", "top1_accuracy"),
-    **dict.fromkeys(("random_trials", "backend", "dtype", "notes", "versions"), ()),
-}  # fmt: skip
-_FORMAT = 1  # of the files; raised when their layout changes
-# What backends were called, under "road", in the first files.
-_FORMER_BACKENDS = {"graph": "exported graph", "recorded": "recorded outputs", "plain": "plain"}
+__all__ = ["CELL_COLUMNS", "PER_IMAGE", "Measurement"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -353,7 +345,7 @@ class Measurement:
         cells = self.cells.copy()
         for name, values in self.per_image.items():
             cells[name + PER_IMAGE] = pd.Series(list(values[self._places()]))
-        record = encodable({"format": _FORMAT, **self.record, "summary": self.summary()})
+        record = encodable({"format": FORMAT, **self.record, "summary": self.summary()})
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
@@ -361,7 +353,7 @@ class Measurement:
                 cells.to_parquet(new / "cells.parquet", index=False, compression="zstd")
                 write_csv(self.to_pandas(), new / "layers.csv")
                 if self.images is not None:
-                    self.images.write(new / _IMAGES)
+                    self.images.write(new / IMAGES)
                 if self.has_pairs:
                     write_csv(self.interactions(), new / "interactions.csv")
                 text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
@@ -372,10 +364,10 @@ class Measurement:
                         save_figure(self.plot_interactions(), new / "interactions")
                 except Exception as error:
                     if not isinstance(error, OSError):  # what goes wrong with the picture must not lose the numbers
-                        _move(new, folder)
+                        move_files(new, folder)
                     raise
                 written = {file.name for file in new.iterdir()}
-                _move(new, folder)
+                move_files(new, folder)
             for name in set(FILES) - written:
                 (folder / name).unlink(missing_ok=True)  # of another measurement, which this one replaces
         except OSError as error:
@@ -401,17 +393,9 @@ class Measurement:
                    "Give the folder that `layercrit measure --out` wrote.")
             )  # fmt: skip
         try:
-            record = read_json(folder / "measurement.json")
-            if record["format"] != _FORMAT:
-                raise LayercritError(
-                    f"The measurement in {folder} has format {record['format']}; this version reads {_FORMAT}. "
-                    "Read it with the version of layercrit that wrote it (see versions in measurement.json)."
-                )
-            if "road" in record:
-                record["backend"] = _FORMER_BACKENDS[record.pop("road")]
-            _check_whole(record)
+            record = read_record(folder)
             cells = pd.read_parquet(folder / "cells.parquet")
-            _check_together(record, cells)
+            check_together(record, cells)
             shape = (len(record["layers"]), 1 + int(cells["trial"].max()), record["probe_set"]["n_images"])
             columns = [column for column in cells.columns if column.endswith(PER_IMAGE)]
             per_image = {column.removesuffix(PER_IMAGE): np.full(shape, np.nan, np.float32) for column in columns}
@@ -421,7 +405,7 @@ class Measurement:
                 per_image[column.removesuffix(PER_IMAGE)][where] = np.stack(cells[column].to_list())
             if record.get("precision") is not None:
                 PrecisionPlan.from_dict(record["precision"])
-            images = ShownImages.read(folder / _IMAGES, shape[2]) if (folder / _IMAGES).exists() else None
+            images = ShownImages.read(folder / IMAGES, shape[2]) if (folder / IMAGES).exists() else None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LayercritError(
                 f"The measurement in {folder} is damaged ({first_line(error)}). Restore the folder, or measure again."
@@ -499,32 +483,6 @@ class Measurement:
         wanted = [name for name in distances if name not in ("cosine", MATCHED)]
         wanted += ["loss", "top1_accuracy", "top5_accuracy", "recovered_accuracy"]
         return [name for name in wanted if name in self.cells.columns]
-
-
-def _move(files: Path, folder: Path) -> None:
-    for file in sorted(files.iterdir()):
-        file.replace(folder / file.name)
-
-
-def _check_whole(record: Mapping[str, Any]) -> None:
-    """Check that the record has what every measurement has and that is read only later."""
-    for key, inner in _INNER.items():
-        if key not in record:
-            raise ValueError(f"measurement.json has no {key!r}")
-        if missing := [name for name in inner if name not in record[key]]:
-            raise ValueError(f"measurement.json has no {missing[0]!r} in {key!r}")
-
-
-def _check_together(record: Mapping[str, Any], cells: pd.DataFrame) -> None:
-    """Check that two files are of one measurement; if `save` was interrupted, one may be a trial ahead."""
-    seeds, recorded = set(cells["seed"]), set(record["trial_seeds"])
-    together = (
-        list(cells["layer"].unique()) == list(record["layers"])
-        and set(cells["model"]) == {record["model"]["reference"]}
-        and (seeds <= recorded or seeds >= recorded)
-    )
-    if not together:
-        raise ValueError("cells.parquet and measurement.json are of different measurements")
 
 
 def _limits(mean: Estimate | None) -> dict[str, float | None] | None:

@@ -323,7 +323,7 @@ class _Saver:
             measurement.save(elsewhere)
             raise LayercritError(f"{error}\n  The measurement is saved in {elsewhere} instead.") from error
         if not quietly:
-            from layercrit.measurement import FILES
+            from layercrit.measurement_files import FILES
 
             notice(f"Saved in {self.folder}: {', '.join(name for name in FILES if (self.folder / name).is_file())}")
             notice(f"For a page to explore: `layercrit report {self.folder}`.")

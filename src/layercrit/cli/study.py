@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from layercrit.study.planning import StudyPlan
-    from layercrit.study.running import RunReport
+    from layercrit.study.run_report import RunReport
     from layercrit.study.store import FailureRow
     from layercrit.study.tables import Study
 

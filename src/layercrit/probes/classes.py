@@ -19,6 +19,7 @@ __all__ = [
     "Labels",
     "as_numpy",
     "class_numbers",
+    "former_classes",
     "imagenet_names",
     "integer_label",
     "labels_of",
@@ -96,6 +97,12 @@ class Labels:
     numbers: Sequence[int | None]
     classes: Classes
     names: Mapping[int, str] = field(default_factory=dict)
+
+    def of(self, images: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Return the numbers of some images, each of which has a label, ``(n_images,)``."""
+        found = np.array([self.numbers[index] for index in images], np.int64)
+        found.flags.writeable = False
+        return found
 
     def renumbered(self, names: Sequence[str], where: str) -> "Labels":
         """Return the labels with each class numbered by the place of its name in ``names``.
@@ -255,3 +262,12 @@ def as_numpy(values: npt.ArrayLike | torch.Tensor) -> npt.NDArray[Any]:
         return np.asarray(values)
     values = values.detach().cpu()
     return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has no bfloat16
+
+
+def former_classes(about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what the labels are, of a probe set that was saved when only their origin and number were kept."""
+    if about["labels"] is None:
+        return None
+    origin, n_classes = about["label_origin"], about["n_classes"]
+    kind = "imagenet" if "ImageNet" in origin else "names" if "integers" in origin else "numbers"
+    return {"origin": origin, "kind": kind, "values": sorted({*about["labels"]}), "n_classes": n_classes}

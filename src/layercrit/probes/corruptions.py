@@ -26,7 +26,8 @@ from layercrit.probes.images import Pixels
 from layercrit.registry import Registry, summary_of
 from layercrit.seeds import seed_of
 
-__all__ = ["CORRUPTIONS", "FAMILIES", "SEVERITIES", "Corruption", "CorruptionKind", "corruption", "split_corruption"]
+__all__ = ["CORRUPTIONS", "FAMILIES", "SEVERITIES", "Corruption", "CorruptionKind", "about_corruptions", "corruption",
+           "split_corruption"]  # fmt: skip
 
 SEVERITIES = (1, 2, 3, 4, 5)
 FAMILIES = ("noise", "blur", "weather", "digital")
@@ -413,3 +414,12 @@ def _as_image(picture: Image.Image) -> Tensor:
     """Return a grey or RGB picture as an image ``(channels, height, width)`` in [0, 1], float64."""
     pixels = np.asarray(picture, np.float64) / 255
     return torch.from_numpy(np.atleast_3d(pixels).transpose(2, 0, 1).copy())
+
+
+def about_corruptions(corruptions: Sequence[Corruption], height: int, width: int, n_unchanged: int) -> list[str]:
+    """Return what the user should know about corrupted images, in words."""
+    if not corruptions:
+        return []
+    listed = ", then ".join(one.in_words() for one in corruptions)
+    note = f"the images are corrupted at the size of {height} x {width} pixels: {listed}"
+    return [note + (f"; {n_unchanged} of them came out unchanged" if n_unchanged else "")]

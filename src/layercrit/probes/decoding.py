@@ -17,7 +17,7 @@ from layercrit.probes.pixels import PixelStore
 from layercrit.probes.sources import ImageSource, Item
 from layercrit.seeds import image_order_seed
 
-__all__ = ["Draw", "Progress", "order_of"]
+__all__ = ["Draw", "Progress", "check_settings", "order_of"]
 
 _LARGE = 2**28  # bytes of an image, decoded, or of files read ahead
 Progress = Callable[[int, int], None]  # called with the number of images decoded so far, and of those wanted
@@ -30,6 +30,20 @@ def order_of(n_items: int, seed: int) -> list[int]:
     """
     words = np.random.PCG64(image_order_seed(seed)).random_raw(n_items)
     return [int(index) for index in np.argsort(words, kind="stable")]
+
+
+def check_settings(n_images: int | None, max_unreadable: float, n_threads: int | None) -> None:
+    """Check what a draw is asked for.
+
+    Raises:
+        ProbeError: a number is not positive, or a share not in [0, 1].
+    """
+    if n_images is not None and n_images < 1:
+        raise ProbeError(f"n_images must be a positive number, or None for all images; got {n_images}.")
+    if not 0 <= max_unreadable <= 1:
+        raise ProbeError(f"max_unreadable must be a share in [0, 1]; got {max_unreadable}.")
+    if n_threads is not None and n_threads < 1:
+        raise ProbeError(f"n_threads must be a positive number, or None; got {n_threads}.")
 
 
 @dataclass

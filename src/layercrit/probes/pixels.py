@@ -1,6 +1,8 @@
 """Where the pixels of a probe set are stored: in memory, in a temporary file, or in a file that is kept."""
 
 import contextlib
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -9,6 +11,7 @@ import weakref
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from layercrit.errors import DISK_FULL, ProbeError
 from layercrit.probes.images import Pixels
@@ -120,3 +123,15 @@ def _remove(path: Path, process: int) -> None:
     if os.getpid() == process:  # and not a fork of it, where this object goes earlier
         with contextlib.suppress(PermissionError):  # Windows keeps a file that is mapped
             path.unlink(missing_ok=True)
+
+
+def digest_of(store: PixelStore | KeptPixels, n_images: int, labels: npt.NDArray[np.int64] | None) -> str:
+    """Return the hash of a probe set: of the pixels of its images, their shape, and their labels if there are any."""
+    shape = (n_images, *store.shape[1:])
+    digest = hashlib.sha256(json.dumps({"shape": shape, "labels": labels is not None}).encode())
+    step = max(1, 2**24 // math.prod(store.shape[1:]))
+    for start in range(0, n_images, step):
+        digest.update(store.read(start, min(start + step, n_images)).data)
+    if labels is not None:
+        digest.update(labels.astype("<i8").tobytes())
+    return digest.hexdigest()

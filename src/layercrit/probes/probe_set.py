@@ -1,6 +1,5 @@
 """Image sources -> probe set: the images a model is shown, drawn by seed, decoded once, identified by a hash."""
 
-import hashlib
 import json
 import logging
 import math
@@ -20,14 +19,14 @@ from typing_extensions import Unpack
 from layercrit.errors import ProbeError
 from layercrit.foreign_files import read_json
 from layercrit.probes.bounds import check_room
-from layercrit.probes.classes import Classes, Labels, imagenet_names
-from layercrit.probes.corruptions import Corruption
-from layercrit.probes.decoding import Draw, Progress, order_of
+from layercrit.probes.classes import Classes, former_classes, imagenet_names
+from layercrit.probes.corruptions import Corruption, about_corruptions
+from layercrit.probes.decoding import Draw, Progress, check_settings, order_of
 from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.images import STANDARD, Pixels, Preprocessing
 from layercrit.probes.labelling import LabelsGiven, open_labelled
 from layercrit.probes.parquet import ParquetSource
-from layercrit.probes.pixels import KeptPixels, PixelStore
+from layercrit.probes.pixels import KeptPixels, PixelStore, digest_of
 from layercrit.probes.sources import ArraySource, FolderSource, ImageSource
 from layercrit.probes.tar import TarSource
 from layercrit.probes.torchvision import TorchvisionSource
@@ -148,7 +147,9 @@ class ProbeSet:
         if n_images >= self.n_images:
             return self
         labels = None if self.labels is None else self.labels[:n_images]
-        return replace(self, names=self.names[:n_images], labels=labels, sha256=_digest(self._pixels, n_images, labels))
+        return replace(
+            self, names=self.names[:n_images], labels=labels, sha256=digest_of(self._pixels, n_images, labels)
+        )
 
     def in_memory(self) -> "ProbeSet":
         """Return the same probe set without its file, to send it to a machine that does not see that."""
@@ -180,7 +181,7 @@ class ProbeSet:
             return new
 
         changed = self.changed(change, f"corrupt:{corruption}:{self.source}")
-        notes = _about_corruptions([corruption], self.preprocessing, n_unchanged)
+        notes = about_corruptions([corruption], self.preprocessing.height, self.preprocessing.width, n_unchanged)
         return replace(changed, notes=(*self.notes, *notes))
 
     def changed(self, change: Callable[[int, Pixels], Pixels], source: str) -> "ProbeSet":
@@ -196,7 +197,7 @@ class ProbeSet:
             some = change(start, self._pixels.read(start, min(start + _IMAGES_AT_ONCE, self.n_images)))
             for slot, image in enumerate(some, start):
                 pixels.write(slot, image)
-        return replace(self, source=source, sha256=_digest(pixels, self.n_images, self.labels), _pixels=pixels)
+        return replace(self, source=source, sha256=digest_of(pixels, self.n_images, self.labels), _pixels=pixels)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what identifies the probe set and how it was made, as plain data."""
@@ -266,7 +267,7 @@ class ProbeSet:
             labels = None if about["labels"] is None else np.array(about["labels"], np.int64)
             if labels is not None:
                 labels.flags.writeable = False
-            classes = about["classes"] if "classes" in about else _former_classes(about)
+            classes = about["classes"] if "classes" in about else former_classes(about)
             probe_set = cls(
                 preprocessing=Preprocessing(
                     **settings | {"resize": tuple(resize) if isinstance(resize, list) else resize}
@@ -288,7 +289,7 @@ class ProbeSet:
             raise ProbeError(
                 f"There is no complete probe set in {folder} ({error}). Delete the folder to have it made again."
             ) from error
-        if verify and _digest(probe_set._pixels, probe_set.n_images, labels) != probe_set.sha256:
+        if verify and digest_of(probe_set._pixels, probe_set.n_images, labels) != probe_set.sha256:
             raise ProbeError(f"The images in {folder} were changed. Delete the folder to have them decoded again.")
         return probe_set
 
@@ -398,7 +399,7 @@ class ProbeSet:
         """
         if isinstance(source, ProbeSet):
             return source._fitting(preprocessing, labels, classes)
-        _check_settings(n_images, max_unreadable, n_threads)
+        check_settings(n_images, max_unreadable, n_threads)
         opened, found, notes = open_labelled(source, labels, classes)
         check_room(
             _BYTES_OF_ORDER * len(opened),
@@ -411,14 +412,15 @@ class ProbeSet:
         threads = n_threads or min(8, os.cpu_count() or 1)
         draw = Draw(opened, preprocessing, seed, max_unreadable, threads, progress)
         draw.fill(store, order_of(len(opened), seed))
-        kept = None if found is None else _labels_of(draw.kept, found)
+        kept = None if found is None else found.of(draw.kept)
         _LOG.info("decoded %d images of %s, %d of them unreadable", n_wanted, opened.description, len(draw.skipped))
-        notes += _about_corruptions(opened.corruptions, preprocessing, len({*draw.unchanged} & {*draw.kept}))
+        n_unchanged = len({*draw.unchanged} & {*draw.kept})
+        notes += about_corruptions(opened.corruptions, preprocessing.height, preprocessing.width, n_unchanged)
         return cls(
             preprocessing=preprocessing,
             source=opened.description,
             seed=seed,
-            sha256=_digest(store, len(draw.kept), kept),
+            sha256=digest_of(store, len(draw.kept), kept),
             labels=kept,
             classes=None if found is None else found.classes,
             names=tuple(map(opened.name, draw.kept)),
@@ -491,47 +493,3 @@ class ProbeSet:
                 f"{wanted} are asked for. Make a probe set with the model's preprocessing."
             )
         return self
-
-
-def _check_settings(n_images: int | None, max_unreadable: float, n_threads: int | None) -> None:
-    if n_images is not None and n_images < 1:
-        raise ProbeError(f"n_images must be a positive number, or None for all images; got {n_images}.")
-    if not 0 <= max_unreadable <= 1:
-        raise ProbeError(f"max_unreadable must be a share in [0, 1]; got {max_unreadable}.")
-    if n_threads is not None and n_threads < 1:
-        raise ProbeError(f"n_threads must be a positive number, or None; got {n_threads}.")
-
-
-def _labels_of(kept: Sequence[int], labels: Labels) -> npt.NDArray[np.int64]:
-    found = np.array([labels.numbers[index] for index in kept], np.int64)
-    found.flags.writeable = False
-    return found
-
-
-def _about_corruptions(corruptions: Sequence[Corruption], model: Preprocessing, n_unchanged: int) -> list[str]:
-    """Return what the user should know about corrupted images, in words."""
-    if not corruptions:
-        return []
-    listed = ", then ".join(one.in_words() for one in corruptions)
-    note = f"the images are corrupted at the size of {model.height} x {model.width} pixels: {listed}"
-    return [note + (f"; {n_unchanged} of them came out unchanged" if n_unchanged else "")]
-
-
-def _former_classes(about: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what the labels are, of a probe set that was saved when only their origin and number were kept."""
-    if about["labels"] is None:
-        return None
-    origin, n_classes = about["label_origin"], about["n_classes"]
-    kind = "imagenet" if "ImageNet" in origin else "names" if "integers" in origin else "numbers"
-    return {"origin": origin, "kind": kind, "values": sorted({*about["labels"]}), "n_classes": n_classes}
-
-
-def _digest(store: PixelStore | KeptPixels, n_images: int, labels: npt.NDArray[np.int64] | None) -> str:
-    shape = (n_images, *store.shape[1:])
-    digest = hashlib.sha256(json.dumps({"shape": shape, "labels": labels is not None}).encode())
-    step = max(1, 2**24 // math.prod(store.shape[1:]))
-    for start in range(0, n_images, step):
-        digest.update(store.read(start, min(start + step, n_images)).data)
-    if labels is not None:
-        digest.update(labels.astype("<i8").tobytes())
-    return digest.hexdigest()

@@ -27,7 +27,6 @@ The donor of such a model, for rewind, is its initial weights unless another one
 their types, defaults and meanings, are declared in `layercrit.study.schema`.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -60,7 +59,7 @@ from layercrit.study.schema import (
 )
 from layercrit.study.shards import is_study
 from layercrit.study.training_entries import Training, TrainingRun, model_mistakes, run_of, training_mistakes
-from layercrit.toml import tomllib
+from layercrit.toml import toml_section, tomllib
 
 __all__ = ["ModelEntry", "StudyFile", "Training", "TrainingRun", "read_study_file"]
 
@@ -156,7 +155,7 @@ class StudyFile:
             *(("[[models]]", {key: value for key, value in vars(model).items() if key not in _OF_VARIANTS})
               for model in self.models if model.variant_of is None),
         ]  # fmt: skip
-        return "\n".join(_section(title, values) for title, values in sections)
+        return "\n".join(toml_section(title, values) for title, values in sections)
 
 
 def read_study_file(path: str | Path) -> StudyFile:
@@ -496,15 +495,3 @@ class _Reader:
 
 def _listed(given: str | Sequence[str]) -> list[str]:
     return list(dict.fromkeys([given] if isinstance(given, str) else given))
-
-
-def _section(title: str, values: Mapping[str, Any]) -> str:
-    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
-    return "\n".join([title, *lines, ""])
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_toml(key)} = {_toml(one)}" for key, one in value.items()) + " }"
-    # JSON's texts, numbers, truth values and lists are TOML's, too, but for one character that JSON leaves as it is
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

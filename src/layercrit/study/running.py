@@ -6,7 +6,7 @@ import math
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,39 +34,16 @@ from layercrit.study.peers import about_run, check_folder, check_peers, wait_for
 from layercrit.study.pilots import pilots_of, plans_of
 from layercrit.study.ranks import Shard
 from layercrit.study.rows import FailureRow, PlanRow, as_plain_row
+from layercrit.study.run_report import RunReport
 from layercrit.study.shards import Elsewhere, is_other_format, is_study, open_study, shard_folder
 from layercrit.study.store import Store
 from layercrit.study.tasks import Trial, deal, first_tasks, further_tasks, places_of
 from layercrit.study.worker import Job, Left, Measured, Opening, Planned, Progressed, name_of_parts, start_worker
 from layercrit.trackers.callbacks import Caller, OnCell
 
-__all__ = ["RunReport", "run_study"]
+__all__ = ["run_study"]
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass
-class RunReport:
-    """What a run did.
-
-    Attributes:
-        folder: the study's.
-        n_measured: cells measured now.
-        n_known: cells that were there already.
-        n_retryable: failures of earlier runs that were not tried again.
-        failures: everything that is not measured, and why.
-        modules_failed: model -> why its module criticality, which the study file asks for, could not be measured; with
-            the key "" what concerns all models.
-        seconds: how long the run took.
-    """
-
-    folder: Path
-    n_measured: int = 0
-    n_known: int = 0
-    n_retryable: int = 0
-    failures: list[FailureRow] = field(default_factory=list)
-    modules_failed: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
 
 
 def run_study(

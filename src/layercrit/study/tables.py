@@ -24,10 +24,11 @@ from layercrit.shown_images import GroupsOf, ShownImages
 from layercrit.statistics import estimate
 from layercrit.study import status
 from layercrit.study.cell_table import ABOUT_LAYER, mean_names
+from layercrit.study.cell_values import means_of_trials, values_per_image
 from layercrit.study.model_table import models_table
 from layercrit.study.pilots import plans_of
 from layercrit.study.rows import FailureRow
-from layercrit.study.shards import Shards, StoredStudy, holders, open_study
+from layercrit.study.shards import Shards, holders, open_study
 
 __all__ = ["Study", "load_study"]
 
@@ -429,9 +430,9 @@ class Study:
             for group in groups:
                 own = places.get(group, [])
                 if with_images.issuperset(keys[own]):
-                    values = _per_image(store, keys[own], trials[own])
+                    values = values_per_image(store, keys[own], trials[own])
                 else:
-                    values = _means_of_trials({name: column[own] for name, column in means.items()}, trials[own])
+                    values = means_of_trials({name: column[own] for name, column in means.items()}, trials[own])
                 how = self._how(*group[:2])
                 found = {
                     name: estimate(distances, **how) if np.isfinite(distances).all() else None
@@ -483,30 +484,3 @@ def _as_written(reset: str) -> str:
     with suppress(LayercritError):
         return get_reset(reset).name
     return reset
-
-
-def _per_image(
-    store: StoredStudy, keys: npt.NDArray[np.object_], trials: npt.NDArray[np.int64]
-) -> dict[str, npt.NDArray[np.float64]]:
-    """Return name -> ``(n_trials, n_images)`` of some cells, given by key and trial, the mean over those of a trial."""
-    found: dict[str, list[npt.NDArray[np.float64]]] = {}
-    for trial in np.unique(trials):
-        of_trial = keys[trials == trial]
-        sums: dict[str, npt.NDArray[np.float64]] = {}
-        for key in of_trial:
-            for name, values in store.per_image([key])[key].items():
-                if name in ("cosine", MATCHED):
-                    sums[name] = sums.get(name, 0.0) + values.astype(np.float64)
-        for name, total in sums.items():
-            found.setdefault(name, []).append(total / len(of_trial))
-    return {name: np.stack(trials) for name, trials in found.items()}
-
-
-def _means_of_trials(
-    means: Mapping[str, npt.NDArray[np.float64]], trials: npt.NDArray[np.int64]
-) -> dict[str, npt.NDArray[np.float64]]:
-    """Return name -> ``(n_trials, 1)`` of some cells of which only means are known, ``(n_cells,)`` each."""
-    return {
-        name: np.array([[values[trials == trial].mean()] for trial in np.unique(trials)])
-        for name, values in means.items()
-    }
