@@ -260,6 +260,13 @@ def test_status__many_models_are_not_all_listed(tmp_path):
     assert lines[16].split() == ["and", "5", "more", "done"]
 
 
+def test_status__a_line_more_than_are_listed_is_listed(tmp_path):
+    measured(tmp_path, cells([f"m{number}" for number in range(16)]))
+    lines = call("status", tmp_path).stdout.splitlines()
+    assert "m15" in lines[16]
+    assert not any(line.startswith("and ") for line in lines)
+
+
 def test_status__while_another_process_runs_it(tmp_path):
     measured(tmp_path, cells("a"))
     with hold(tmp_path):

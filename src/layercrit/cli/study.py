@@ -48,7 +48,7 @@ _OUT = click.option(
     help="The study's folder. [default: named like the file, without .toml, in the current directory]",
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else on stdout.")
-_LISTED = 15  # models shown of those that are alike
+_LISTED = 15  # models, shards or jobs shown of those that are alike
 
 
 @click.group()
@@ -347,12 +347,18 @@ def _show_module_criticality(folder: Path, about: "Mapping[str, Any]") -> None:
         say(f"module criticality of no model yet{left_out}: {how}")
 
 
+def _n_shown(n: int) -> int:
+    """Return how many of a list are shown: all, where the line that says how many more there are would be the last."""
+    return n if n <= _LISTED + 1 else _LISTED
+
+
 def _show_running(running: list[dict[str, Any]]) -> None:
-    for one in running[:_LISTED]:
+    n_shown = _n_shown(len(running))
+    for one in running[:n_shown]:
         of_shard = f"shard {one['shard']}, " if one["shard"] else ""
         say(f"running: {of_shard}{one['by']}")
-    if len(running) > _LISTED:
-        say(f"and {len(running) - _LISTED} more shards")
+    if len(running) > n_shown:
+        say(f"and {len(running) - n_shown} more shards")
     if not running:
         say("not running")
 
@@ -363,8 +369,9 @@ def _show_jobs(jobs: list[dict[str, Any]]) -> None:
     for job in jobs:
         alike.setdefault((job["state"], job["said"] if job["state"] != "running" else ""), []).append(job)
     for (state, words), some in alike.items():
-        listed = ", ".join(f"{job['job']}{' on ' + job['node'] if job['node'] else ''}" for job in some[:_LISTED])
-        more = f" and {len(some) - _LISTED} more" if len(some) > _LISTED else ""
+        n_shown = _n_shown(len(some))
+        listed = ", ".join(f"{job['job']}{' on ' + job['node'] if job['node'] else ''}" for job in some[:n_shown])
+        more = f" and {len(some) - n_shown} more" if len(some) > n_shown else ""
         of_words = f" ({words})" if words else ""
         say(f"jobs {state}: {listed}{more}{visible(of_words)}")
 
@@ -453,11 +460,12 @@ def _show_progress(progress: "pd.DataFrame") -> None:
     table.add_column("state")
     table.add_column("cells", "right")
     for state, models in progress.groupby("state", sort=False):
-        for row in models.head(_LISTED).to_dict("records"):
+        n_shown = _n_shown(len(models))
+        for row in models.head(n_shown).to_dict("records"):
             planned = "?" if row["n_planned"] != row["n_planned"] else f"{row['n_planned']:.0f}"
             table.add_row(plain(row["model"]), str(state), f"{row['n_done']} of {planned}")
-        if len(models) > _LISTED:
-            table.add_row(f"and {len(models) - _LISTED} more", str(state), "")
+        if len(models) > n_shown:
+            table.add_row(f"and {len(models) - n_shown} more", str(state), "")
     print_table(table)
 
 
