@@ -105,8 +105,8 @@ class Sample(NamedTuple):
     """Estimates of each layer from one measurement drawn, or of many; ``(n_layers,)`` or ``(n_samples, n_layers)``."""
 
     mean: Array
-    sd_trials: Array
-    sd_images: Array
+    sd_trial_effect: Array
+    sd_image_effect: Array
     sd_rest: Array
     low: Array
     high: Array
@@ -151,7 +151,7 @@ def stacked(samples: list[Sample]) -> Sample:
 def error(sample: Sample, n_pilot: int, n_pilot_images: int, n_trials: Any, n_images: int) -> tuple[Array, Array]:
     """Return the standard error of means over more trials and images than those of the pilot, and its df."""
     rest = sample.sd_rest**2
-    ms_trials, ms_images = n_pilot_images * sample.sd_trials**2 + rest, n_pilot * sample.sd_images**2 + rest
+    ms_trials, ms_images = n_pilot_images * sample.sd_trial_effect**2 + rest, n_pilot * sample.sd_image_effect**2 + rest
     parts = (
         (ms_trials / (n_pilot_images * n_trials), n_pilot - 1),
         (ms_images / (n_pilot * n_images), n_pilot_images - 1),
@@ -215,7 +215,7 @@ def drawn_in_two_stages(
     so_far = np.empty((repetitions, n_layers, MOST_TRIALS))  # means over the first trials
     for sample, order in enumerate(trials):
         so_far[sample] = of_trials[:, order, sample].cumsum(axis=1) / np.arange(1, MOST_TRIALS + 1)
-    components = Components(pilot.sd_trials**2, pilot.sd_images**2, pilot.sd_rest**2, PILOT, n_images)
+    components = Components(pilot.sd_trial_effect**2, pilot.sd_image_effect**2, pilot.sd_rest**2, PILOT, n_images)
     n_trials = fewest(components, n_images, asked)
     return components, np.take_along_axis(so_far, n_trials[..., None] - 1, axis=2)[..., 0], n_trials
 

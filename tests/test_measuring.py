@@ -390,6 +390,27 @@ def test_measure__a_model_that_predicts_nan_itself_is_an_error(own_reset, value)
         measure(Fragile(value).eval(), one_white(2), reset="never", **QUIET)
 
 
+class Logarithms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1)).log()
+
+
+def test_measure__nan_of_the_weights_is_blamed_on_them():
+    network = Logarithms().eval()  # of numbers below 0, too
+    with pytest.raises(ModelError, match=r"Check its normalisation \(mean, std\)\.$"):
+        measure(network, PIXELS, dtype="float32", **QUIET)
+    with pytest.raises(ModelError, match=r"Check its normalisation \(mean, std\), or use --dtype float32"):
+        measure(network, PIXELS, dtype="bfloat16", **QUIET)
+    with torch.no_grad():
+        network.fc.bias[0] = math.nan
+    with pytest.raises(ModelError, match=r"such values in its weights: fc\.bias\. Its training failed"):
+        measure(network, PIXELS, dtype="float32", **QUIET)
+
+
 def test_measure__a_model_that_predicts_nan_later_on_is_an_error_too(monkeypatch):
     """Beyond the images that are looked at first; found in the midst of the first trial."""
     monkeypatch.setattr("layercrit.engine.predictions._TEMPERATURE_IMAGES", 1)

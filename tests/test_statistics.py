@@ -1,5 +1,6 @@
 import json
 import math
+import statistics
 from itertools import combinations
 from pathlib import Path
 
@@ -58,8 +59,8 @@ def twin_estimate(d: np.ndarray, level: float) -> dict[str, float]:
         "mean": mean,
         "low": low,
         "high": high,
-        "sd_trials": math.sqrt(variance_trials),
-        "sd_images": math.sqrt(variance_images),
+        "sd_trial_effect": math.sqrt(variance_trials),
+        "sd_image_effect": math.sqrt(variance_images),
         "sd_rest": math.sqrt(ms_rest),
     }
 
@@ -81,7 +82,7 @@ def test_estimate__agreeing_trials_keep_the_few_degrees_of_freedom() -> None:
     """Without any trial effect MS_trials is below MS_rest; the interval then still counts on two degrees of freedom."""
     d = np.array([[0.1, 0.3, 0.5, 0.7], [0.3, 0.1, 0.7, 0.5], [0.2, 0.2, 0.6, 0.6]])
     got = estimate(d)
-    assert got.sd_trials == 0
+    assert got.sd_trial_effect == 0
     assert got.sd_rest > 0
     ms_images, ms_rest = 3 * d.mean(axis=0).var(ddof=1), got.sd_rest**2
     of_images, of_rest = (ms_images - ms_rest) / 12, ms_rest / 12
@@ -142,7 +143,7 @@ def test_estimate__coverage_of_skewed_distances(sd: tuple[float, float, float], 
 def test_estimate__components_are_those_simulated() -> None:
     rng = np.random.default_rng(3)
     results = [estimate(crossed(rng, 10, 100, (0.08, 0.12, 0.04))) for _ in range(400)]
-    for name, sd in (("sd_trials", 0.08), ("sd_images", 0.12), ("sd_rest", 0.04)):
+    for name, sd in (("sd_trial_effect", 0.08), ("sd_image_effect", 0.12), ("sd_rest", 0.04)):
         assert np.mean([getattr(one, name) ** 2 for one in results]) == pytest.approx(sd**2, rel=0.05), name
 
 
@@ -150,7 +151,9 @@ def test_estimate__one_trial_of_a_random_reset_has_no_interval() -> None:
     got = estimate(np.array([[0.1, 0.2, 0.6]]))
     assert got.mean == pytest.approx(0.3)
     assert got.covers == "nothing"
-    assert all(math.isnan(value) for value in (got.low, got.high, got.sd_trials, got.sd_images, got.sd_rest))
+    assert all(
+        math.isnan(value) for value in (got.low, got.high, got.sd_trial_effect, got.sd_image_effect, got.sd_rest)
+    )
 
 
 @pytest.mark.parametrize("n_trials", [1, 3])
@@ -159,9 +162,18 @@ def test_estimate__reset_without_chance_covers_images(n_trials: int) -> None:
     got = estimate(np.tile(images, (n_trials, 1)), random_trials=False)
     half_width = scipy.stats.t.ppf(0.975, 3) * images.std(ddof=1) / 2
     assert got.covers == "images"
-    assert (got.sd_trials, got.sd_rest) == (0, 0)
-    assert got.sd_images == pytest.approx(images.std(ddof=1))
+    assert (got.sd_trial_effect, got.sd_rest) == (0, 0)
+    assert got.sd_image_effect == pytest.approx(images.std(ddof=1))
     assert (got.low, got.high) == pytest.approx(score_limits(0.3, half_width))
+
+
+def test_estimate__sd_of_trials_is_that_of_their_means() -> None:
+    distances = np.array([[0.1, 0.3], [0.4, 0.8], [0.2, 0.2]])
+    means = [0.2, 0.6, 0.2]
+    assert estimate(distances).sd_trials == pytest.approx(statistics.stdev(means))
+    assert estimate(distances).sd_trial_effect < statistics.stdev(means)
+    assert estimate(distances, random_trials=False).sd_trials == 0
+    assert math.isnan(estimate(distances[:1]).sd_trials)
 
 
 def test_estimate__one_image_column_covers_trials() -> None:
@@ -169,8 +181,8 @@ def test_estimate__one_image_column_covers_trials() -> None:
     got = estimate(trials[:, None])
     half_width = scipy.stats.t.ppf(0.975, 2) * trials.std(ddof=1) / math.sqrt(3)
     assert got.covers == "trials"
-    assert got.sd_trials == pytest.approx(trials.std(ddof=1))
-    assert math.isnan(got.sd_images)
+    assert got.sd_trial_effect == pytest.approx(trials.std(ddof=1))
+    assert math.isnan(got.sd_image_effect)
     assert math.isnan(got.sd_rest)
     assert (got.low, got.high) == pytest.approx(score_limits(trials.mean(), half_width))
 
@@ -189,7 +201,7 @@ def test_estimate__a_single_value_has_no_interval(random_trials: bool) -> None:
 def test_estimate__equal_distances_give_an_interval_without_width(shape: tuple[int, int], value: float) -> None:
     got = estimate(np.full(shape, value))
     assert got.low == got.mean == got.high == value
-    assert got.sd_trials == 0
+    assert got.sd_trial_effect == 0
 
 
 def test_estimate__identical_trials_leave_the_spread_of_images() -> None:
@@ -197,7 +209,7 @@ def test_estimate__identical_trials_leave_the_spread_of_images() -> None:
     got = estimate(np.tile(images, (3, 1)))
     alone = estimate(images[None], random_trials=False)
     assert (got.low, got.high) == (pytest.approx(alone.low), pytest.approx(alone.high))
-    assert got.sd_trials == 0
+    assert got.sd_trial_effect == 0
 
 
 def test_estimate__limits_stay_in_range() -> None:
@@ -280,12 +292,12 @@ def test_estimate__betting_is_on_the_means_of_trials() -> None:
     d = crossed(np.random.default_rng(0), 8, 5, (0.1, 0.1, 0.1))
     got, students = estimate(d, level=0.9, interval="betting"), estimate(d, level=0.9)
     assert (got.low, got.high) == tuple(pytest.approx(float(end)) for end in betting(d.mean(axis=1), 0.9))
-    assert (got.covers, got.level, got.mean, got.sd_trials, got.sd_images) == (
+    assert (got.covers, got.level, got.mean, got.sd_trial_effect, got.sd_image_effect) == (
         "trials",
         0.9,
         students.mean,
-        students.sd_trials,
-        students.sd_images,
+        students.sd_trial_effect,
+        students.sd_image_effect,
     )
     doubled = estimate(2 * d, upper=2.0, level=0.9, interval="betting")
     assert (doubled.low, doubled.high) == (pytest.approx(2 * got.low), pytest.approx(2 * got.high))
@@ -373,7 +385,7 @@ def test_estimate_mean_over_layers__published_models(published) -> None:
 
 def test_estimate__published_spread_over_trials(published) -> None:
     cells, expected = published
-    spread = [100 * estimate(trials[:, None]).sd_trials for d in cells.values() for trials in d]
+    spread = [100 * estimate(trials[:, None]).sd_trial_effect for d in cells.values() for trials in d]
     assert np.mean(spread) == pytest.approx(expected["mean_of_cell_std_percent"], abs=1e-9)
     assert np.max(spread) == pytest.approx(expected["max_of_cell_std_percent"], abs=1e-9)
 

@@ -76,7 +76,11 @@ class Components:
         found = estimate(distances, random_trials=random_trials)
         known = {
             name: 0.0 if math.isnan(sd) else sd**2
-            for name, sd in (("trials", found.sd_trials), ("images", found.sd_images), ("rest", found.sd_rest))
+            for name, sd in (
+                ("trials", found.sd_trial_effect),
+                ("images", found.sd_image_effect),
+                ("rest", found.sd_rest),
+            )
         }
         return cls(**known, n_trials=found.n_trials if random_trials else 1, n_images=found.n_images)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from layercrit.errors import LayercritError
 from layercrit.figures.style import save_figure
 from layercrit.foreign_text import encodable, write_csv
+from layercrit.locks import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +27,8 @@ def write_result(
 ) -> list[Path]:
     """Write a result into a folder, which is made if need be, and return the files.
 
+    The record is written last: where it is, all else is there, and who was interrupted before can run the same again.
+
     Args:
         folder: the folder.
         name: that all names of files begin with.
@@ -42,10 +45,16 @@ def write_result(
     text = json.dumps(encodable(dict(about)), indent=2, ensure_ascii=False, allow_nan=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        record.unlink(missing_ok=True)  # of a result that this one replaces
         for end, table in tables.items():
             write_csv(table, folder / f"{name}{end}")
-        record.write_text(text + "\n", encoding="utf-8")
-        figures = [] if plot is None else save_figure(plot(), folder / name)
+        try:
+            figures = [] if plot is None else save_figure(plot(), folder / name)
+        except Exception as error:
+            if not isinstance(error, OSError):  # what goes wrong with the picture must not lose the numbers
+                write_whole(record, text + "\n")
+            raise
+        write_whole(record, text + "\n")
     except OSError as error:
         raise LayercritError(
             f"The {what} cannot be written to {folder} ({error.strerror or error}). Free some space or name another "

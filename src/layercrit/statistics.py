@@ -44,8 +44,11 @@ class Estimate:
         low: lower confidence limit, in [0, mean]; NaN where there is no interval.
         high: upper confidence limit, in [mean, the largest possible distance]; NaN where there is no interval.
         level: confidence level, such as 0.95.
-        sd_trials: standard deviation of the effect of a trial (0 if the reset is not random; NaN if unknown).
-        sd_images: standard deviation of the effect of an image (NaN if unknown).
+        sd_trials: standard deviation (ddof 1) of the trials' means over images (0 if the reset is not random; NaN with
+            one trial). It has a part of the images' scatter in it.
+        sd_trial_effect: standard deviation of the effect of a trial alone (0 if the reset is not random; NaN if
+            unknown).
+        sd_image_effect: standard deviation of the effect of an image (NaN if unknown).
         sd_rest: standard deviation of what trial and image do not explain separately (NaN if unknown).
         n_trials: number of trials.
         n_images: number of images.
@@ -57,7 +60,8 @@ class Estimate:
     high: float
     level: float
     sd_trials: float
-    sd_images: float
+    sd_trial_effect: float
+    sd_image_effect: float
     sd_rest: float
     n_trials: int
     n_images: int
@@ -102,13 +106,13 @@ def estimate(
     Notes:
         Analysis of variance of two crossed random effects without replication (Searle, Casella & McCulloch 1992,
         *Variance Components*, chapter 4). A variance that would be negative is 0. With R trials and N images the
-        variance of the mean has the parts sd_trials^2 / R, sd_images^2 / N and sd_rest^2 / (R N), whose degrees of
-        freedom are R - 1, N - 1 and, to be on the safe side, the smaller of the two: three trials that happen to agree
-        do not pass for a proof that trials agree. `layercrit.intervals.half_width` weights their quantiles, and the
-        limits are `layercrit.intervals.limits`, which reach farther towards the middle of the range. Simulated
-        coverage of 95 % intervals (50 and 200 images) with normal effects: 94 % or more from three trials on, 96 % or
-        more for two. Where trials are skewed, most near the largest distance and a few far from it, three trials can
-        hardly know of the few: coverage falls to 89 % for five trials. Rarer unlike draws stay unseen:
+        variance of the mean has the parts sd_trial_effect^2 / R, sd_image_effect^2 / N and sd_rest^2 / (R N), whose
+        degrees of freedom are R - 1, N - 1 and, to be on the safe side, the smaller of the two: three trials that
+        happen to agree do not pass for a proof that trials agree. `layercrit.intervals.half_width` weights their
+        quantiles, and the limits are `layercrit.intervals.limits`, which reach farther towards the middle of the range.
+        Simulated coverage of 95 % intervals (50 and 200 images) with normal effects: 94 % or more from three trials on,
+        96 % or more for two. Where trials are skewed, most near the largest distance and a few far from it, three
+        trials can hardly know of the few: coverage falls to 89 % for five trials. Rarer unlike draws stay unseen:
         `layercrit.intervals.excluded_share`.
     """
     values = _checked(distances, ("n_trials", "n_images"), upper)
@@ -119,18 +123,18 @@ def estimate(
     origin = float(values[0, 0])
     values = values - origin
     mean = min(max(origin + float(values.mean()), 0.0), upper)
-    reach, sd_trials, sd_images, sd_rest = nan, nan, nan, nan
+    reach, sd_trial_effect, sd_image_effect, sd_rest = nan, nan, nan, nan
     covers: Literal["trials and images", "images", "trials", "nothing"] = "nothing"
     if not random_trials:
-        sd_trials, sd_rest = 0.0, 0.0
+        sd_trial_effect, sd_rest = 0.0, 0.0
         if n_images > 1:
-            reach, sd_images = _one_way(values.mean(axis=0), level)
+            reach, sd_image_effect = _one_way(values.mean(axis=0), level)
             covers = "images"
     elif n_trials > 1 and n_images > 1:
-        reach, sd_trials, sd_images, sd_rest = _two_way(values, level)
+        reach, sd_trial_effect, sd_image_effect, sd_rest = _two_way(values, level)
         covers = "trials and images"
     elif n_trials > 1:
-        reach, sd_trials = _one_way(values[:, 0], level)
+        reach, sd_trial_effect = _one_way(values[:, 0], level)
         covers = "trials"
     if interval == "betting":
         low, high = _bets(origin + values.mean(axis=1), level, random_trials, upper)
@@ -142,8 +146,9 @@ def estimate(
         low=low,
         high=high,
         level=level,
-        sd_trials=sd_trials,
-        sd_images=sd_images,
+        sd_trials=0.0 if not random_trials else float(values.mean(axis=1).std(ddof=1)) if n_trials > 1 else nan,
+        sd_trial_effect=sd_trial_effect,
+        sd_image_effect=sd_image_effect,
         sd_rest=sd_rest,
         n_trials=n_trials,
         n_images=n_images,

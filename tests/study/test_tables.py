@@ -118,6 +118,13 @@ def test_to_pandas__agrees_with_estimates_from_the_blobs(random):
     assert set(table["n_images"]) == {5}
 
 
+def test_to_pandas__sd_of_trials_is_that_of_the_comparison(random):
+    own = random.to_pandas().set_index(["model", "layer"])["sd_trials"]
+    compared = random.compare().to_pandas().set_index(["model", "layer"])["sd_trials"]
+    assert own.min() > 0
+    np.testing.assert_allclose(own, compared.reindex(own.index), atol=1e-6)
+
+
 def test_by_model__agrees_with_estimates_from_the_blobs(random):
     table = check_means(random, {"rerandomize": True})
     assert table["model"].to_list() == ["a", "b"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layercrit.engine.calibration import calibrate
 from layercrit.engine.graph_replay import GraphReplay
@@ -78,6 +78,11 @@ class ReplayHolder:
         self._statistics = statistics
         self._wanted: str = dtype if mode is None else mode
         self._replay: Replay | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """The trained network."""
+        return self._subject.network
 
     @property
     def replay(self) -> Replay:

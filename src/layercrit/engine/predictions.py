@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layercrit.distances import label_scores
 from layercrit.engine.holder import ReplayHolder
@@ -175,10 +175,23 @@ def _logits(replay: Replay, holder: ReplayHolder, probe_set: ProbeSet, model: st
     if bad:
         raise ModelError(
             f"{model!r} itself predicts NaN or infinity for {len(bad)} of {len(logits)} "
-            f"images; the first is {probe_set.names[start + bad[0]]!r}. "
-            "Check its normalisation (mean, std), or use --dtype float32 (dtype='float32')."
+            f"images; the first is {probe_set.names[start + bad[0]]!r}. {_way_out(holder.network, replay)}"
         )
     return logits
+
+
+def _way_out(network: nn.Module, replay: Replay) -> str:
+    """Return what to do about a network whose predictions are NaN or infinite."""
+    broken = [name for name, tensor in network.named_parameters() if not bool(tensor.isfinite().all())]
+    broken += [name for name, tensor in network.named_buffers() if bool(tensor.isnan().any())]  # masks are infinite
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        return (
+            f"There are such values in its weights: {', '.join(broken[:3])}{more}. Its training failed, or its file is "
+            "damaged: take the weights of an earlier epoch, or another file."
+        )
+    other = "" if replay.mode in ("reference", "float32") else ", or use --dtype float32 (dtype='float32')"
+    return f"Check its normalisation (mean, std){other}."
 
 
 def _finite(number: float) -> float | None:
