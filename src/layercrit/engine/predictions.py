@@ -175,12 +175,12 @@ def _logits(replay: Replay, holder: ReplayHolder, probe_set: ProbeSet, model: st
     if bad:
         raise ModelError(
             f"{model!r} itself predicts NaN or infinity for {len(bad)} of {len(logits)} "
-            f"images; the first is {probe_set.names[start + bad[0]]!r}. {_way_out(holder.network, replay)}"
+            f"images; the first is {probe_set.names[start + bad[0]]!r}. {_way_out(holder.network)}"
         )
     return logits
 
 
-def _way_out(network: nn.Module, replay: Replay) -> str:
+def _way_out(network: nn.Module) -> str:
     """Return what to do about a network whose predictions are NaN or infinite."""
     broken = [name for name, tensor in network.named_parameters() if not bool(tensor.isfinite().all())]
     broken += [name for name, tensor in network.named_buffers() if bool(tensor.isnan().any())]  # masks are infinite
@@ -190,8 +190,7 @@ def _way_out(network: nn.Module, replay: Replay) -> str:
             f"There are such values in its weights: {', '.join(broken[:3])}{more}. Its training failed, or its file is "
             "damaged: take the weights of an earlier epoch, or another file."
         )
-    other = "" if replay.mode in ("reference", "float32") else ", or use --dtype float32 (dtype='float32')"
-    return f"Check its normalisation (mean, std){other}."
+    return "Check its normalisation (mean, std)."
 
 
 def _finite(number: float) -> float | None:
