@@ -460,6 +460,8 @@ def test_select_layers__a_group_stands_where_its_first_layer_is_used():
         ({"patterns": "body.1.gamma"}, r"No layer of type conv, linear matches 'body.1.gamma'; 1 of type other would"),
         ({"patterns": "n*"}, r"1 of type norm would\. Add the type with --types \(types=\.\.\.\)"),
         ({"patterns": ["fc", 3]}, r"Expected patterns of layers as texts; got 3, a int"),
+        ({"patterns": None}, r"Expected patterns of layers as texts; got None\. Leave them out"),
+        ({"types": 3}, r"Expected types of layers as texts; got 3\. Leave them out"),
         ({"types": [nn.Conv2d]}, r"Expected types of layers as texts; got <class 'torch.*Conv2d'>, a type"),
         ({"patterns": []}, r"the list of patterns is empty\. Give '\*' for all layers"),
         ({"group": "blocks"}, r"Unknown group 'blocks'\. Did you mean 'block'"),

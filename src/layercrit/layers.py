@@ -314,6 +314,8 @@ def _layer(name: str, kind: str, members: dict[str, nn.Parameter], prefix: str, 
 
 def _texts(given: Iterable[str], what: str) -> list[str]:
     """Return texts that were given with commas between them, or as a list."""
+    if not isinstance(given, Iterable):
+        raise LayerError(f"Expected {what} as texts; got {shown(given)}. Leave them out for the usual ones.")
     texts: list[object] = [*given.split(",")] if isinstance(given, str) else list(given)
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise LayerError(f"Expected {what} as texts; got {shown(wrong[0])}, a {type(wrong[0]).__name__}.")

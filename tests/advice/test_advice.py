@@ -52,6 +52,11 @@ def test_advise__chooses_within_the_budget(action, budget, chosen):
     assert advise(table(), action, budget).chosen == chosen
 
 
+def test_advise__on_nothing():
+    with pytest.raises(AdviceError, match=r"the folder of either, or a table of layers; got None\."):
+        advise(None, "freeze")
+
+
 def test_advise__layers_that_might_be_on_the_other_side_are_ties():
     """The two of block 1 are 0.01 apart, less than their half-widths; the other three are far from the cut."""
     found = advise(table(), "freeze", 0.7)

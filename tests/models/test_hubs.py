@@ -395,7 +395,9 @@ def test_hf__from_the_cache(vit, tmp_path):
 def test_hf__cached_without_its_processor_is_refused(vit, tmp_path):
     _, folder = vit
     cached_on_hub(tmp_path / "hub", "someone/vit", {path.name: path.read_bytes() for path in folder.iterdir()})
-    with pytest.raises(ModelError, match="hf:someone/vit: its files are neither cached"):
+    with pytest.raises(
+        ModelError, match=r"hf:someone/vit \(no folder here, so a repository of the hub\): its files are neither cached"
+    ):
         open_model("hf:someone/vit")
 
 
@@ -509,7 +511,7 @@ def test_hf__code_of_a_repository_is_not_run(vit, tmp_path):
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("hf:someone/nothing", "hf:someone/nothing: its files are neither cached"),
+        ("hf:someone/nothing", r"hf:someone/nothing \(no folder here, so a repository of the hub\): its files are neither cached"),
         ("hf:{folder}?num_label=4", "has no option 'num_label'. Did you mean 'num_labels'"),
         ("hf:{folder}?num_labels=4", "could not be opened"),
         ("hf:{folder}/nowhere", "its files are neither cached|could not be opened"),

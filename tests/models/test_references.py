@@ -158,6 +158,10 @@ def test_open_model__input_size():
         ({"std": (0.5, 0.0, 0.5)}, "must be finite, and std above 0"),
         ({"std": (0.5, -1.0, 0.5)}, "std above 0"),
         ({"mean": (0.5, float("nan"), 0.5)}, "must be finite"),
+        (
+            {"mean": (123.7, 116.3, 103.5)},
+            r"mean=\(123\.7,116\.3,103\.5\) is in units of 0 to 255, .* mean=\(0\.4851,0\.4561,0\.4059\)",
+        ),
         ({"mean": 0.5}, "mean must be a sequence of numbers; got 0.5"),
         ({"mean": "0.5"}, "mean must be a sequence of numbers; got '0.5'"),
         ({"input_size": (224, 224)}, r"input_size must be three whole numbers .*; got \(224, 224\)"),
@@ -195,6 +199,7 @@ def test_open_model__neither_reference_nor_network(thing):
         ("unheard-of", r"is not a model reference: expected kind:name, with a kind of .*py\b[^?]*$"),
         ("weights.pth", r"Did you mean 'file:weights.pth\?arch=timm:NAME'"),
         ("run", r"Did you mean 'file:run'\?$"),
+        ("of-transformers", r"Did you mean 'hf:of-transformers'\?$"),
         ("timm:", r"'timm:' is not a model reference: expected kind:name"),
         ("", r"'' is not a model reference"),
         ("timm:resnet18?pretrained", r"option 'pretrained' is not written as name=value"),
@@ -206,8 +211,16 @@ def test_open_model__no_reference(here, reference, message):
     (here / "weights.pth").touch()
     (here / "run").mkdir()
     (here / "run" / "model.json").touch()
+    (here / "of-transformers").mkdir()
+    (here / "of-transformers" / "config.json").touch()
     with pytest.raises(ModelError, match=message):
         open_model(reference)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, list])
+def test_open_model__normalisation_as_an_array(kind):
+    model = open_model(nn.Flatten().eval(), mean=kind([0.25, 0.5, 0.75]), std=kind([0.5, 0.5, 1.0]))
+    assert (model.mean, model.std) == ((0.25, 0.5, 0.75), (0.5, 0.5, 1.0))
 
 
 def test_open_model__options_of_the_input():

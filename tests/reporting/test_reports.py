@@ -310,6 +310,12 @@ def test_report__of_a_measurement_there_is_nothing_to_choose(of_one_model, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("given", [None, 3])
+def test_report__of_neither_a_study_nor_a_measurement(given, tmp_path):
+    with pytest.raises(StudyError, match=rf"on a study, a measurement, or the folder of either; got {given}\."):
+        report(given, tmp_path)
+
+
 def test_report__of_a_measurement_needs_a_folder(of_one_model):
     with pytest.raises(StudyError, match=r"does not know its folder\. Name the folder to write to: out=DIR"):
         report(of_one_model)

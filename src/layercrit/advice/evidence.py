@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from layercrit.advice.coupling import coupled_layers
-from layercrit.errors import AdviceError, LayercritError, near
+from layercrit.errors import AdviceError, LayercritError, near, shown
 from layercrit.layers import Shared
 from layercrit.measurement import Measurement
 from layercrit.models.references import open_model
@@ -129,6 +129,10 @@ def evidence_of(
             {name: list(one["parameters"]) for name, one in about.items()},
             _shared({name: one["shared"] for name, one in about.items() if "shared" in one}),
         )  # fmt: skip
+    if not isinstance(of, pd.DataFrame):
+        raise AdviceError(
+            f"Advice is given on a measurement, a study, the folder of either, or a table of layers; got {shown(of)}."
+        )
     return Evidence(_checked(of), model or "model")
 
 

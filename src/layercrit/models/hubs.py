@@ -203,7 +203,8 @@ class _Transformers(ModelSource):
         folder = Path(rest).expanduser()
         where = str(folder) if folder.is_dir() else rest
         pretrained, seed = options.pop("pretrained", True), options.pop("seed", 0)
-        with explained(f"hf:{rest}", options), drawing(seed):
+        what = f"hf:{rest}" if folder.is_dir() else f"hf:{rest} (no folder here, so a repository of the hub)"
+        with explained(what, options), drawing(seed):
             config, unknown = AutoConfig.from_pretrained(
                 where, trust_remote_code=False, return_unused_kwargs=True, **options
             )

@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
+
 from layercrit.errors import LayercritError, ModelError, first_line, near
 from layercrit.models.model import Model
 from layercrit.models.outputs import PROBABILITIES, Output, reader_of
@@ -188,6 +191,8 @@ def _unknown_reference(reference: str, name: str, kind: str) -> str:
         return f"{text} {MODEL_SOURCES.hint(kind)}"
     if (Path(name).expanduser() / "model.json").is_file():  # a training run, which knows its architecture
         return f"{text} Did you mean 'file:{name}'?"
+    if (Path(name).expanduser() / "config.json").is_file():  # as transformers saves models
+        return f"{text} Did you mean 'hf:{name}'?"
     if Path(name).expanduser().exists():
         return f"{text} Did you mean 'file:{name}?arch=timm:NAME'? {OWN_NETWORK}"
     import timm
@@ -222,6 +227,12 @@ def with_input(model: Model, mean: object, std: object, input_size: object) -> M
         resize = (height, width) if squash else max(height, width)
         shape = replace(shape, channels=channels, height=height, width=width, resize=resize)
     means = model.mean if mean is None else _numbers("mean", mean)
+    if mean is not None and max(means) > 1:
+        now, right = (",".join(f"{value / unit:.4g}" for value in means) for unit in (1, 255))
+        raise ModelError(
+            f"mean=({now}) is in units of 0 to 255, and pixels are in [0, 1] here: divide mean and std by 255, which "
+            f"makes mean=({right})."
+        )
     stds = model.std if std is None else _numbers("std", std)
     if input_size is not None:
         means, stds = (v[:1] * shape.channels if len(set(v)) == 1 else v for v in (means, stds))
@@ -245,6 +256,8 @@ def with_output(model: Model, output: Output | None) -> Model:
 
 
 def _numbers(name: str, values: object) -> tuple[float, ...]:
+    if isinstance(values, np.ndarray | torch.Tensor):
+        values = values.tolist()
     if isinstance(values, Sequence) and values and all(isinstance(v, int | float) for v in values):
         return tuple(values)
     raise ModelError(f"{name} must be a sequence of numbers; got {values!r}.")

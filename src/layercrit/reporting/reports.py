@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from layercrit.comparison import Comparison, about_models, compare, estimates_of
 from layercrit.conditions import conditions_of
 from layercrit.epoch_map import EpochMap
-from layercrit.errors import LayercritError, StudyError, first_line, near
+from layercrit.errors import LayercritError, StudyError, first_line, near, shown
 from layercrit.figures.style import check_formats, save_figure, svg_of
 from layercrit.layers import layer_labels
 from layercrit.measurement import Measurement
@@ -170,6 +170,8 @@ def _opened(
     if isinstance(study, Study):
         yield study, study.folder if out is None else Path(out).expanduser()
         return
+    if not isinstance(study, Measurement):
+        raise StudyError(f"A report is on a study, a measurement, or the folder of either; got {shown(study)}.")
     if out is None:
         raise StudyError("A measurement does not know its folder. Name the folder to write to: out=DIR.")
     if names := [name for name, value in asked.items() if value is not None]:
