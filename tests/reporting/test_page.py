@@ -172,7 +172,9 @@ def test_page__filters(page):
     assert rows_shown(page) == ["base", "seed", "pgd"]
     page.fill("#find", "nothing like it")
     assert rows_shown(page) == []
+    assert page.inner_text("#map-none").startswith("No model is shown")
     page.fill("#find", "")
+    assert page.inner_text("#map-none") == ""
     page.check("#categories input >> nth=1")
     assert len(rows_shown(page)) == 5
 

@@ -47,6 +47,9 @@ const BESIDE = "mean";
 export function drawMap() {
   const { measure } = state;
   const rows = visible();
+  $("map-none").textContent = rows.length
+    ? ""
+    : "No model is shown: in the categories that are ticked, none has such a name.";
   $("map-plot").style.width = `max(100%, ${14 * N_LAYERS + 300}px)`;
   $("map-about").textContent =
     `${measure.about} The numbers in the right column, means over layers, are in percent: 62 stands for 0.62. Next ` +
