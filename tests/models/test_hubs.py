@@ -15,9 +15,10 @@ import transformers
 from PIL import Image
 from torch import nn
 from torchvision import models as torchvision_models
+from torchvision.transforms.v2.functional import center_crop
 
 from layercrit.errors import CheckpointError, ModelError
-from layercrit.models.hubs import _check_hf_input, timm_input, torchvision_input
+from layercrit.models.hubs import _agrees_with_hf, timm_input, torchvision_input
 from layercrit.models.references import is_here, open_model
 from layercrit.probes.images import Preprocessing
 
@@ -415,13 +416,16 @@ def test_hf__half_precision_is_opened_in_single(vit):
         (("ViTImageProcessor", {"size": {"height": 30, "width": 40}}), Preprocessing(3, 30, 40, (30, 40), "bilinear")),
         (
             ("ConvNextImageProcessor", {"size": {"shortest_edge": 224}, "resample": 3}),
-            Preprocessing(3, 224, 224, 256, "bicubic"),
+            Preprocessing(3, 224, 224, 256, "bicubic", crop_offset="rounded down"),
         ),
         (
             ("ConvNextImageProcessor", {"size": {"shortest_edge": 384}, "resample": 3}),
             Preprocessing(3, 384, 384, (384, 384), "bicubic"),
         ),
-        (("BitImageProcessor", {}), Preprocessing(3, 224, 224, 224, "bicubic")),
+        (
+            ("BitImageProcessor", {}),
+            Preprocessing(3, 224, 224, 224, "bicubic", crop_offset="rounded down"),
+        ),
         (("DeiTImageProcessor", {}), Preprocessing(3, 224, 224, (256, 256), "bicubic")),
         (
             ("ViTImageProcessor", {"rescale_factor": 1 / 127.5, "do_normalize": False}),
@@ -445,6 +449,53 @@ def test_hf__processor(vit, processor, expected):
     assert ((theirs - ours).abs() * torch.tensor(model.std).view(-1, 1, 1)).mean() < 0.003
 
 
+def crops_alike(processor, model, height, width):
+    """Whether the network is given, up to resampling, what the processor gives for an image of this size."""
+    image = photograph(400, 400).crop((0, 0, width, height))
+    theirs = torch.as_tensor(np.asarray(processor(images=image, return_tensors="np")["pixel_values"])[0])
+    ours = seen_by_network(image, model.mean, model.std, model.preprocessing)
+    return ((theirs - ours).abs() * torch.tensor(model.std).view(-1, 1, 1)).mean() < 0.003
+
+
+@pytest.mark.parametrize("backend", ["", "Pil"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("ConvNextImageProcessor", {"size": {"shortest_edge": 224}}),
+        ("CLIPImageProcessor", {}),
+        ("ViTImageProcessor", {}),
+        ("BitImageProcessor", {"size": {"shortest_edge": 235}}),  # 11 pixels more than its crop
+        ("DeiTImageProcessor", {"size": {"height": 255, "width": 263}}),  # 31 and 39 more
+    ],
+)
+def test_hf__crops_the_pixels_that_the_processor_crops(vit, name, settings, backend):
+    """Torchvision rounds offsets of 43.5, 59.5 and 63.5 up, transformers down, in both kinds of processor."""
+    if not hasattr(transformers, name + backend):
+        pytest.skip("transformers before version 5 has no such processors")
+    _, folder = vit
+    getattr(transformers, name)(**settings).save_pretrained(folder)
+    model = open_model(f"hf:{folder}")
+    processor = getattr(transformers, name + backend)(**settings)
+    resize = model.preprocessing.resize
+    shorter = resize if isinstance(resize, int) else 256  # which is then not resized
+    for longer in (311, 343, 344, 345, 346, 347, 351):
+        assert crops_alike(processor, model, shorter, longer)
+        assert crops_alike(processor, model, longer, shorter)
+
+
+def test_hf__crops_as_processors_do_that_round(vit, monkeypatch):
+    """As torchvision's crop, which some processors of transformers 4 call."""
+    _, folder = vit
+    kind = transformers.BitImageProcessor
+    kind().save_pretrained(folder)
+    monkeypatch.setattr(
+        kind, "center_crop", lambda self, image, size, **_: center_crop(image, [size.height, size.width])
+    )
+    model = open_model(f"hf:{folder}")
+    assert model.preprocessing == Preprocessing(3, 224, 224, 224, "bicubic")
+    assert all(crops_alike(kind(), model, 224, longer) for longer in range(311, 315))
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -464,18 +515,19 @@ def test_hf__processor_without_counterpart(vit, name, settings):
 @pytest.mark.parametrize(
     "change",
     [
-        {"shape": Preprocessing(3, 224, 224, 257, "bilinear")},
+        {"shape": Preprocessing(3, 224, 224, 257, "bilinear", crop_offset="rounded down")},
+        {"shape": Preprocessing(3, 224, 224, 256, "bilinear")},
         {"mean": (0.5, 0.502, 0.5)},
         {"std": (0.5, 0.5, 0.505)},
     ],
-    ids=["resize", "mean", "std"],
+    ids=["resize", "crop", "mean", "std"],
 )
-def test_check_hf_input__notices_small_differences(change):
+def test_agrees_with_hf__notices_small_differences(change):
     processor = transformers.MobileNetV2ImageProcessor()
-    right = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "shape": Preprocessing(3, 224, 224, 256, "bilinear")}
-    _check_hf_input(processor, **right)
-    with pytest.raises(ModelError, match="MobileNetV2ImageProcessor prepares images in a way"):
-        _check_hf_input(processor, **{**right, **change})
+    shape = Preprocessing(3, 224, 224, 256, "bilinear", crop_offset="rounded down")
+    right = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "shape": shape}
+    assert _agrees_with_hf(processor, **right)
+    assert not _agrees_with_hf(processor, **{**right, **change})
 
 
 def test_hf__untrained_classifier_is_refused(vit):

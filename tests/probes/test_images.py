@@ -14,7 +14,7 @@ from torchvision.transforms._presets import ImageClassification
 from torchvision.transforms.functional import center_crop
 
 from layercrit.errors import ProbeError
-from layercrit.probes.images import FORMATS, STANDARD, SUFFIXES, Preprocessing, open_image
+from layercrit.probes.images import FORMATS, STANDARD, SUFFIXES, CropOffset, Preprocessing, open_image
 from photographs import FOLDER, NAMES, encoded, photograph, piece
 
 # (width, height); the last ones are smaller than most crops, or have odd differences to them.
@@ -125,6 +125,24 @@ def test_preprocessing__keeps_says_whether_pixels_stay(
     assert (preprocessing.keeps(*size), np.array_equal(preprocessing(image), before)) == (kept, kept)
 
 
+def test_preprocessing__offsets_of_a_half() -> None:
+    """Python and torchvision round half to even."""
+    image = Image.fromarray(np.arange(40, dtype=np.uint8)[None])  # of one row
+
+    def first(width: int, offset: CropOffset) -> int:
+        return int(Preprocessing(1, 1, width, None, crop_offset=offset)(image).flat[0])
+
+    assert [first(width, "rounded") for width in (36, 37, 38, 39)] == [2, 2, 1, 0]
+    assert [first(width, "rounded down") for width in (36, 37, 38, 39)] == [2, 1, 1, 0]
+
+
+def test_preprocessing__is_written_as_before_there_were_two_offsets() -> None:
+    """Studies compare this text with the one of the images that they have decoded."""
+    before = "Preprocessing(channels=3, height=224, width=224, resize=256, interpolation='bilinear', crop=True"
+    assert str(Preprocessing()) == f"{before})"
+    assert str(Preprocessing(crop_offset="rounded down")) == f"{before}, crop_offset='rounded down')"
+
+
 def test_preprocessing__without_crop() -> None:
     image = cut(64, 64)
     expected = np.asarray(image).transpose(2, 0, 1)
@@ -186,6 +204,7 @@ def test_preprocessing__refuses_to_grow_a_thin_image_without_end() -> None:
         ({"interpolation": "bicubik"}, "Unknown interpolation 'bicubik'. Did you mean 'bicubic'"),
         ({"crop": False}, r"Without a crop, resize=256 does not give 224 x 224 pixels. Use resize=\(224, 224\)"),
         ({"crop": False, "resize": (1, 2)}, r"Without a crop, resize=\(1, 2\)"),
+        ({"crop_offset": "rounded up"}, "Unknown crop_offset 'rounded up'. Did you mean 'rounded'"),
     ],
 )
 def test_preprocessing__refuses_settings(settings: dict, message: str) -> None:

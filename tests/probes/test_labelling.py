@@ -30,6 +30,7 @@ from labelled_images import (
 from layercrit.errors import ProbeError
 from layercrit.measuring import measure
 from layercrit.models.references import open_model
+from layercrit.probes.classes import labels_of
 from layercrit.probes.images import Preprocessing
 from layercrit.probes.probe_set import ProbeSet
 from packed_images import write_tar
@@ -99,6 +100,21 @@ def test_folders__names_in_another_order_than_the_outputs(tmp_path: Path) -> Non
     refused(folder, "'bag' is there twice", classes=[*NAMES, "bag"])
     refused(folder, "the source has 11 classes, the model 10", classes=[*NAMES, "hat"])
     refused(folder, r"'.*none\.txt' cannot be read", classes=tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (json.dumps(NAMES), r"it is JSON"),
+        (json.dumps(dict(enumerate(NAMES)), indent=1), r"it is JSON"),
+        ("".join(f"{place},{name}\n" for place, name in enumerate(NAMES)), "lists 10 classes, but not"),
+    ],
+)
+def test_folders__classes_that_are_no_plain_names(content: str, reason: str, tmp_path: Path) -> None:
+    folder = write_pngs(tmp_path / "x", "{name}/{number}.png")
+    (tmp_path / "classes.txt").write_text(content)
+    way_out = "plain names, one per line, in the order of the model's outputs .no JSON, no numbers before the names."
+    refused(folder, f"{reason}.*{way_out}", classes=tmp_path / "classes.txt")
 
 
 def test_folders__an_empty_one_more(tmp_path: Path) -> None:
@@ -493,6 +509,69 @@ def test_files__an_array(labels: np.ndarray, tmp_path: Path) -> None:
     refused(folder, r"has 59 labels without names for 60 images", labels=tmp_path / "labels.npy")
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8, bool])
+def test_files__a_one_hot_array(dtype: type, tmp_path: Path) -> None:
+    folder, path = write_pngs(tmp_path / "images"), tmp_path / "labels.npy"
+    np.save(path, np.eye(10, dtype=dtype)[LABELS])
+    assert accuracy(folder, labels=path) == RIGHT
+    np.save(path, np.eye(11, dtype=dtype)[LABELS])
+    refused(folder, "the source has 11 classes, the model 10", labels=path)
+    np.save(path, np.eye(10, dtype=dtype)[LABELS[:-1]])
+    refused(folder, "has 59 labels without names for 60 images", labels=path)
+
+
+def test_files__arrays_that_are_no_labels(tmp_path: Path) -> None:
+    folder, path = write_pngs(tmp_path / "images"), tmp_path / "labels.npy"
+    np.save(path, np.full((N_IMAGES, 10), 0.1))
+    refused(folder, r"have the shape \(60, 10\); expected \(60,\), one per image", labels=path)
+    np.save(path, np.array(3))
+    refused(folder, r"labels\.npy' has a single value\. Expected", labels=path)
+
+
+def test_files__an_image_whose_label_is_empty(tmp_path: Path) -> None:
+    """It has none, and the others keep theirs: here they say so, as the images of the file are the only ones there."""
+    folder = write_pngs(tmp_path / "images")
+    rows = rows_of("{number:03}.png")
+    (tmp_path / "x.csv").write_text(table(None, [["other.png", ""], ["another.png", " "], *rows]))
+    assert accuracy(folder, labels=tmp_path / "x.csv") == RIGHT
+    rows[7][1] = ""
+    (tmp_path / "x.csv").write_text(table(None, rows))
+    refused(folder, rf"no label for 1 of the 60 images here, such as '{rows[7][0]}'", labels=tmp_path / "x.csv")
+
+
+def test_parquet__an_empty_text_is_no_label(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", label=[*map(str, LABELS[:-1]), " "])
+    refused(path, "1 of 60 images .* have no label", labels="label")
+
+
+@pytest.mark.parametrize("other", ["3", "?"])
+def test_files__a_negative_number_among_class_numbers(other: str, tmp_path: Path) -> None:
+    """As names, all labels would be places in sorted order."""
+    folder = write_pngs(tmp_path / "images")
+    rows = rows_of("{number:03}.png")
+    rows[7][1], rows[9][1] = " -1", other
+    (tmp_path / "x.csv").write_text(table(None, rows))
+    refused(
+        folder,
+        rf"the label of '{rows[7][0]}' is '-1', which is negative.*remove the image.*--labels none",
+        labels=tmp_path / "x.csv",
+    )
+
+
+@pytest.mark.parametrize("names", [["-1", "1"], ["-1"], ["-2", "-1"], ["-1", "cat"]])
+def test_labels_of__negative_numbers_that_are_names(names: list[str]) -> None:
+    found = labels_of(names, "a list", str)
+    assert found.classes.kind == "positions"
+    assert [found.names[number] for number in found.numbers if number is not None] == names
+
+
+def test_folders__named_by_integers_of_both_signs(tmp_path: Path) -> None:
+    folder = write_pngs(tmp_path / "x", "{sign}/{number}.png", sign=["-1", "0", "1", *"23456789"])
+    packed = write_tar(tmp_path / "x.tar", {f"{LABELS[n] - 1}/{n}.png": png(n) for n in range(N_IMAGES)})
+    assert accuracy(folder) == RIGHT
+    assert accuracy(packed, labels="folders") == RIGHT
+
+
 def test_files__beside_the_folder(tmp_path: Path) -> None:
     folder = write_pngs(tmp_path / "val")
     (tmp_path / "val.txt").write_text(LISTS["val.txt"])
@@ -551,9 +630,24 @@ def test_files__same_names_in_two_folders_need_their_paths(tmp_path: Path) -> No
     ("name", "content", "message"),
     [
         ("x.csv", table(None, rows_of("{number:03}.png")[1:]), r"no label for 1 of the 60 images.*'059\.png'"),
-        ("x.csv", table(None, [*rows_of("{number:03}.png"), ["003.png", 77]]), r"several labels for '003"),
+        (
+            "x.csv",
+            table(None, [*rows_of("{number:03}.png"), ["003.png", 77]]),
+            r"several labels for 1 of the 60 images.*'003\.png'\.",
+        ),
+        (
+            "x.csv",
+            table(["id", "label"], [["003.png", 77], *rows_of("{number:03}.png")]),
+            r"labels for 1 .*'003\.png'\.",
+        ),
+        ("x.csv", table(None, [["003.png", " "], *rows_of("{number:03}.png")[:-4]]), r"no label for 4 .*'000\.png'"),
+        ("x.csv", table(None, rows_of("{number:03}.png", " ")), r"no label for 60 of the 60 images here.*'000\.png'"),
+        ("x.json", json.dumps(["", *map(str, LABELS[1:])]), r"1 of 60 images.*have no label, such as '000\.png'"),
         ("x.csv", table(None, rows_of("other-{number}.png")), r"none of the 60 images here"),
-        ("x.csv", "", r"has 0 labels without names for 60 images|no column"),
+        ("x.csv", "", r"Cannot read the labels in .*\(it is empty\)\. Expected"),
+        ("x.tsv", " \n", r"\(it is empty\)"),
+        ("x.txt", "\n", r"\(it is empty\)"),
+        ("x.json", "", r"\(it is empty\)"),
         ("x.csv", table(["a", "b", "c"], [[1, 2, 3]]), r"has no column of file names: its columns are 'a', 'b', 'c'"),
         ("x.json", "{", r"Cannot read the labels in"),
         ("x.json", "3", r"neither a mapping nor a list"),

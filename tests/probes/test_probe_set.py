@@ -702,11 +702,20 @@ def test_load__what_was_saved(memory_limit: int, folder: Path, tmp_path: Path) -
     assert loaded.sha256 == twin_hash(loaded)
 
 
-@pytest.mark.parametrize("model", [TAKEN, Preprocessing(3, 16, 16, None), Preprocessing(3, 16, 16, (16, 16))])
+@pytest.mark.parametrize(
+    "model",
+    [
+        TAKEN,
+        Preprocessing(3, 16, 16, None),
+        Preprocessing(3, 16, 16, (16, 16)),
+        Preprocessing(3, 16, 16, 20, crop_offset="rounded down"),
+    ],
+)
 def test_load__without_labels_and_every_preprocessing(model: Preprocessing, tmp_path: Path) -> None:
     probe_set = ProbeSet.from_array(pieces(3), model)
     loaded = ProbeSet.load(probe_set.save(tmp_path))
     assert (loaded.preprocessing, loaded.labels, loaded.classes) == (model, None, None)
+    assert ("crop_offset" in probe_set.to_dict()["preprocessing"]) == (model.crop_offset != "rounded")
     assert ProbeSet.load(loaded.save(tmp_path / "again")).sha256 == probe_set.sha256
 
 

@@ -303,6 +303,20 @@ def test_worker__says_where_a_model_differs_from_the_study(prepare):
     ]
 
 
+def test_worker__says_where_only_the_first_pixel_of_the_crop_differs(prepare, monkeypatch):
+    study, work = prepare()
+    own = replace(study.preprocessing, resize=2, crop_offset="rounded down")
+    monkeypatch.setattr(
+        worker_module,
+        "open_model",
+        lambda *arguments, **settings: replace(open_model(*arguments, **settings), preprocessing=own, undeclared=()),
+    )
+
+    notes = ask(work, study)[0].record["notes"]
+
+    assert any(note.endswith("bilinear, first pixel of the crop rounded down") for note in notes)
+
+
 def test_worker__images_of_the_size_that_a_model_takes_need_no_note(prepare):
     size = "&mean=(0,0,0)&std=(1,1,1)&input_size=(3,2,2)"
     study, work = prepare(models=[{"reference": f"file:m0.safetensors?{ARCHITECTURE}{size}"}])

@@ -270,8 +270,14 @@ def _hf_input(where: str, config: Any) -> ImageInput | None:
     normalised = settings.get("do_normalize", True)
     mean = tuple(m * unit for m in (settings["image_mean"] if normalised else (0.0,) * channels))
     std = tuple(s * unit for s in (settings["image_std"] if normalised else (1.0,) * channels))
-    _check_hf_input(processor, mean, std, shape)
-    return mean, std, shape
+    # Releases of transformers do not agree on where crops begin.
+    for candidate in (shape, replace(shape, crop_offset="rounded down")):
+        if _agrees_with_hf(processor, mean, std, candidate):
+            return mean, std, candidate
+    raise ModelError(
+        f"{type(processor).__name__} prepares images in a way that layercrit does not support. Load the network "
+        "yourself and call open_model(network, mean=..., std=..., input_size=...)."
+    )
 
 
 def _hf_geometry(settings: Mapping[str, Any]) -> Preprocessing:
@@ -291,19 +297,22 @@ def _hf_geometry(settings: Mapping[str, Any]) -> Preprocessing:
     return Preprocessing(height=height, width=width, resize=resize, interpolation=filters[settings["resample"]])
 
 
-def _check_hf_input(processor: Any, mean: tuple[float, ...], std: tuple[float, ...], shape: Preprocessing) -> None:
-    """Compare with the processor on ramps, where a shift by one pixel changes 0.9 of 255 grey levels on average."""
-    rows, columns = np.mgrid[0:600, 0:800]
-    ramps = np.stack([rows * 255 / 600, columns * 255 / 800, (rows + columns) * 255 / 1400], axis=2)
-    image = Image.fromarray(ramps.astype(np.uint8))
-    theirs = np.asarray(processor(images=image, return_tensors="np")["pixel_values"])[0]  # (channels, height, width)
-    ours = (shape(image) / 255 - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1))
-    # The two resample with different code, and agree to 0.003 grey levels where they mean the same.
-    if theirs.shape != ours.shape or np.abs((theirs - ours) * np.reshape(std, (-1, 1, 1))).mean() > 0.1 / 255:
-        raise ModelError(
-            f"{type(processor).__name__} prepares images in a way that layercrit does not support. Load the network "
-            "yourself and call open_model(network, mean=..., std=..., input_size=...)."
-        )
+def _agrees_with_hf(processor: Any, mean: tuple[float, ...], std: tuple[float, ...], shape: Preprocessing) -> bool:
+    """Compare with the processor on ramps, where a shift by one pixel changes 0.7 of 255 grey levels on average."""
+    sizes = [(600, 800)]
+    if isinstance(shape.resize, int):  # sides that are not resized, with every remainder of the division by 4
+        longer = [shape.resize + more for more in range(84, 88)]
+        sizes += [(shape.resize, side) for side in longer] + [(side, shape.resize) for side in longer]
+    for height, width in sizes:
+        rows, columns = np.mgrid[0:height, 0:width]
+        ramps = np.stack([rows / height, columns / width, (rows + columns) / (height + width)], axis=2) * 255
+        image = Image.fromarray(ramps.astype(np.uint8))
+        theirs = np.asarray(processor(images=image, return_tensors="np")["pixel_values"])[0]
+        ours = (shape(image) / 255 - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1))  # as theirs: (c, h, w)
+        # The two resample with different code, and agree to 0.003 grey levels where they mean the same.
+        if theirs.shape != ours.shape or np.abs((theirs - ours) * np.reshape(std, (-1, 1, 1))).mean() > 0.1 / 255:
+            return False
+    return True
 
 
 def _in_hub_cache(repository: str | None, address: str | None) -> bool:

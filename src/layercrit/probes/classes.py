@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from layercrit.errors import ProbeError, near, shown
+from layercrit.foreign_files import parse_json
 
 __all__ = [
     "Classes",
@@ -29,6 +30,7 @@ __all__ = [
 Kind = Literal["numbers", "names", "imagenet", "positions"]
 _IMAGENET = 1000  # classes of ImageNet-1k
 _EXAMPLES = 3
+_PLAIN_NAMES = "plain names, one per line, in the order of the model's outputs (no JSON, no numbers before the names)"
 
 
 @dataclass(frozen=True)
@@ -128,26 +130,29 @@ class Labels:
             raise ProbeError(
                 f"{where} lists {len(names)} classes, but not {missing[0]!r}"
                 f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} of the images. "
-                f"{near(missing[0], places)} List the names of all classes, one per line, in the order of the model's "
-                "outputs."
+                f"{near(missing[0], places)} List all classes: {_PLAIN_NAMES}."
             )
         numbers = [None if label is None else places[used[label]] for label in self.numbers]
         classes = Classes(f"places in {where}, {self.classes.origin}", "numbers", _values(numbers), len(names))
         return Labels(numbers, classes, dict(enumerate(names)))
 
 
-def labels_of(values: Sequence[Any] | npt.NDArray[Any], origin: str, name: Callable[[int], str]) -> Labels:
+def labels_of(
+    values: Sequence[Any] | npt.NDArray[Any], origin: str, name: Callable[[int], str], *, are_names: bool = False
+) -> Labels:
     """Return the labels that were stored for all images of a source.
 
     Args:
-        values: integers, or names of classes, and None for images without a label.
+        values: integers, or names of classes, and None or an empty text for images without a label.
         origin: where they are stored, in words.
         name: returns where an image is, for errors.
+        are_names: whether texts are names even where they read as integers of both signs, such as those of folders.
 
     Raises:
-        ProbeError: they are neither all integers nor all names.
+        ProbeError: they are neither all integers nor all names, or texts are class numbers and some are negative.
     """
     listed = values.tolist() if isinstance(values, np.ndarray) and values.dtype.kind in "iuU" else list(values)
+    listed = [None if isinstance(value, str) and not value.strip() else value for value in listed]
     texts = {value for value in listed if isinstance(value, str)}
     if (
         not texts
@@ -156,6 +161,8 @@ def labels_of(values: Sequence[Any] | npt.NDArray[Any], origin: str, name: Calla
     ):
         numbers = [None if value is None else integer_label(value, name(i)) for i, value in enumerate(listed)]
         return Labels(numbers, Classes(origin, "numbers", _values(numbers)))
+    if not are_names:
+        _refuse_negative(listed, name)
     label_of, kind = class_numbers(sorted(texts))
     words = {"names": "the integers", "imagenet": "ImageNet-1k's numbers of the WordNet ids",
              "positions": "positions of the sorted names"}[kind]  # fmt: skip
@@ -163,6 +170,22 @@ def labels_of(values: Sequence[Any] | npt.NDArray[Any], origin: str, name: Calla
     n_classes = len(texts) if kind == "positions" else None
     names = {number: text for text, number in label_of.items()}
     return Labels(numbers, Classes(f"{words} in {origin}", kind, _values(numbers), n_classes), names)
+
+
+def _refuse_negative(labels: Sequence[str | None], name: Callable[[int], str]) -> None:
+    """Refuse texts that are negative integers among class numbers: as names, all would be places in sorted order."""
+    texts = {label.strip() for label in labels if label is not None}
+    numbers = sorted(text for text in texts if re.fullmatch(r"[0-9]+", text))
+    negative = {text for text in texts if re.fullmatch(r"-[0-9]+", text)}
+    if not numbers or not negative or texts == {"-1", "1"}:  # which are usual names of two classes
+        return
+    first = next(i for i, label in enumerate(labels) if label is not None and label.strip() in negative)
+    raise ProbeError(
+        f"Labels such as '{numbers[0]}' are class numbers, which count from 0, but the label of '{name(first)}' is "
+        f"{shown(labels[first])}, which is negative. Correct it or remove the image, or ignore the labels with "
+        "labels='none' (--labels none). If negative numbers are names of classes, put a word before all of them, such "
+        "as 'class -1'."
+    )
 
 
 def class_numbers(names: Sequence[str]) -> tuple[dict[str, int], Kind]:
@@ -238,12 +261,14 @@ def names_in_order(classes: str | Path | Sequence[str]) -> tuple[list[str], str]
         try:
             if path.exists() and not path.is_file():
                 raise OSError("it is no file")
-            names = path.read_text(encoding="utf-8-sig").splitlines()
+            text = path.read_text(encoding="utf-8-sig")
+            if _is_json(text):
+                raise OSError("it is JSON")
         except (OSError, UnicodeDecodeError) as error:
             raise ProbeError(
-                f"The classes {where} cannot be read ({error}). Give a text file with one class per line, in the order "
-                "of the model's outputs."
+                f"The classes {where} cannot be read ({error}). Give a text file of {_PLAIN_NAMES}."
             ) from error
+        names = text.splitlines()
         while names and not names[-1].strip():
             names.pop()
     names = [str(name).strip() for name in names]
@@ -254,6 +279,14 @@ def names_in_order(classes: str | Path | Sequence[str]) -> tuple[list[str], str]
             f"{where} must list every class once, one name per line, in the order of the model's outputs: {wrong}."
         )
     return names, where
+
+
+def _is_json(text: str) -> bool:
+    """Return whether a text is a list or a mapping in JSON, on one line or several."""
+    try:
+        return text.lstrip()[:1] in ("[", "{") and isinstance(parse_json(text), list | dict)
+    except ValueError:
+        return False
 
 
 def as_numpy(values: npt.ArrayLike | torch.Tensor) -> npt.NDArray[Any]:

@@ -3,7 +3,7 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ __all__ = [
     "FORMATS",
     "STANDARD",
     "SUFFIXES",
+    "CropOffset",
     "Interpolation",
     "Pixels",
     "Preprocessing",
@@ -28,6 +29,7 @@ __all__ = [
 
 Pixels = npt.NDArray[np.uint8]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+CropOffset = Literal["rounded", "rounded down"]
 
 # Only plain raster formats: Pillow also knows formats that start other programs (EPS) or read other files.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -56,6 +58,9 @@ class Preprocessing:
         interpolation: Pillow's filter of that name, with its antialiasing.
         crop: whether to crop the central ``(height, width)`` of the resized image; a smaller image is padded with black
             on both sides.
+        crop_offset: how half of the pixels too many gives the first row and column: ``rounded`` (half to even) as in
+            torchvision and timm, ``rounded down`` as in transformers. They differ by one where 3, 7, 11, ... pixels
+            are too many.
 
     Raises:
         ProbeError: the settings contradict each other or are out of range.
@@ -67,6 +72,7 @@ class Preprocessing:
     resize: int | tuple[int, int] | None = 256
     interpolation: Interpolation = "bilinear"
     crop: bool = True
+    crop_offset: CropOffset = "rounded"
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -80,11 +86,22 @@ class Preprocessing:
             raise ProbeError(
                 f"Unknown interpolation {self.interpolation!r}. {near(self.interpolation, get_args(Interpolation))}"
             )
+        if self.crop_offset not in get_args(CropOffset):
+            raise ProbeError(
+                f"Unknown crop_offset {self.crop_offset!r}. {near(self.crop_offset, get_args(CropOffset))}"
+            )
         if not self.crop and self.resize not in (None, (self.height, self.width)):
             raise ProbeError(
                 f"Without a crop, resize={self.resize} does not give {self.height} x {self.width} pixels. "
                 f"Use resize=({self.height}, {self.width}), or crop=True."
             )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings().items())})"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the attributes by name, without a ``crop_offset`` of ``rounded``: former records have none."""
+        return {name: value for name, value in vars(self).items() if (name, value) != ("crop_offset", "rounded")}
 
     def __call__(self, image: Image.Image) -> Pixels:
         """Return the pixels of ``image``, shape ``(channels, height, width)``.
@@ -142,8 +159,8 @@ class Preprocessing:
             return pixels
         if not self.crop:
             raise ValueError(f"{pixels.shape[0]} x {pixels.shape[1]} pixels, not {self.height} x {self.width}")
-        rows, target_rows = _centre(pixels.shape[0], self.height)
-        columns, target_columns = _centre(pixels.shape[1], self.width)
+        rows, target_rows = _centre(pixels.shape[0], self.height, self.crop_offset)
+        columns, target_columns = _centre(pixels.shape[1], self.width, self.crop_offset)
         cropped = np.zeros((self.height, self.width, self.channels), np.uint8)
         cropped[target_rows, target_columns] = pixels[rows, columns]
         return cropped
@@ -152,10 +169,11 @@ class Preprocessing:
 STANDARD = Preprocessing()
 
 
-def _centre(length: int, wanted: int) -> tuple[slice, slice]:
-    """Return which part of an axis of ``length`` goes to which part of an axis of ``wanted``, as torchvision cuts."""
+def _centre(length: int, wanted: int, offset: CropOffset) -> tuple[slice, slice]:
+    """Return which part of an axis of ``length`` goes to which part of an axis of ``wanted``, padded as torchvision."""
     if length >= wanted:
-        start = round((length - wanted) / 2)
+        half = (length - wanted) / 2
+        start = round(half) if offset == "rounded" else int(half)
         return slice(start, start + wanted), slice(0, wanted)
     start = (wanted - length) // 2
     return slice(0, length), slice(start, start + length)

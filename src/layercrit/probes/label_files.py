@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from layercrit.errors import ProbeError, near
 from layercrit.foreign_files import parse_json, read_regular
@@ -38,11 +39,11 @@ class _Content:
     """What a file of labels says: labels by the name of the image, or in order."""
 
     by_name: Sequence[tuple[str, Any]] | None = None
-    in_order: Sequence[Any] | None = None
+    in_order: Sequence[Any] | npt.NDArray[Any] = ()
 
 
-def read_labels(given: str | Path, names: Sequence[str]) -> list[Any]:
-    """Return the label of each image, as a file of labels has it.
+def read_labels(given: str | Path, names: Sequence[str]) -> list[Any] | npt.NDArray[Any]:
+    """Return the label of each image, as a file of labels has it: None for an empty one, or rows of an array.
 
     Args:
         given: the path of the file; ``?column=NAME`` at its end says which column of a table has the labels.
@@ -65,15 +66,14 @@ def read_labels(given: str | Path, names: Sequence[str]) -> list[Any]:
             raise
         raise ProbeError(f"Cannot read the labels in '{path}' ({error}). Expected {_EXPECTED}.") from error
     if content.by_name is not None:
-        values = _matched(path, content.by_name, names)
-    else:
-        values = list(content.in_order or ())
-        if len(values) != len(names):
-            raise ProbeError(
-                f"'{path}' has {len(values)} labels without names for {len(names)} images; expected one for each, in "
-                "the sorted order of the images, or names beside the labels."
-            )
-    return _first_words(values)
+        return _first_words(_matched(path, [(name, _stripped(label)) for name, label in content.by_name], names))
+    values = content.in_order
+    if len(values) != len(names):
+        raise ProbeError(
+            f"'{path}' has {len(values)} labels without names for {len(names)} images; expected one for each, in "
+            "the sorted order of the images, or names beside the labels."
+        )
+    return values if isinstance(values, np.ndarray) else _first_words(list(map(_stripped, values)))
 
 
 def notes_on_files(folder: Path) -> list[str]:
@@ -116,8 +116,13 @@ def _read(file: Path, column: str | None, names: Sequence[str]) -> _Content:
         with opened(file) as array:
             if not isinstance(array, np.ndarray):
                 raise ValueError("it is an .npz file")
-            return _Content(in_order=list(array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array))
+            if array.ndim == 0:
+                raise ProbeError(f"'{file}' has a single value. Expected {_EXPECTED}.")
+            column_alone = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+            return _Content(in_order=list(column_alone) if column_alone.ndim == 1 else array)
     text = read_regular(file, _LARGEST).decode("utf-8-sig")
+    if not text.strip():
+        raise ValueError("it is empty")
     if suffix == ".json":
         return _of_json(file, parse_json(text), column)
     lines = [line for line in text.splitlines() if line.strip()]
@@ -209,32 +214,36 @@ _KEYS: tuple[Callable[[str], str], ...] = (
 
 def _matched(path: str, pairs: Sequence[tuple[str, Any]], names: Sequence[str]) -> list[Any]:
     """Return the label of each image, by the most exact part of its name that finds all images and tells them apart."""
-    best: list[Any] = [None] * len(names)
-    reason = f"none of the {len(names)} images here"
+    fewest, reason, example = len(names) + 1, f"none of the {len(names)} images here", names[0] if names else ""
     for key in _KEYS:
         wanted = [key(name) for name in names]
         labels: dict[str, Any] = {}
         clashes = {key(name) for name, label in pairs if labels.setdefault(key(name), label) != label}
         if len(set(wanted)) < len(wanted):
             continue
-        if twice := sorted(clashes.intersection(wanted)):
-            reason = f"several labels for {twice[0]!r}"
+        if twice := [name for name, one in zip(names, wanted, strict=True) if one in clashes]:
+            reason, example = f"several labels for {len(twice)} of the {len(names)} images here", twice[0]
             continue
         found = [labels.get(name) for name in wanted]
-        if found.count(None) < best.count(None):
-            best, reason = found, f"no label for {found.count(None)} of the {len(names)} images here"
-        if None not in best:
-            return best
-    example = f" such as '{names[best.index(None)]}'" if names else ""
+        missing = [name for name, label in zip(names, found, strict=True) if label is None]
+        if not missing:
+            return found
+        if len(missing) < fewest and not labels.keys().isdisjoint(wanted):
+            fewest, example = len(missing), missing[0]
+            reason = f"no label for {fewest} of the {len(names)} images here"
     raise ProbeError(
-        f"'{path}' has {reason},{example}. The first name in it is {pairs[0][0] if pairs else ''!r}. Give paths within "
-        "the folder of images, file names or their stems, each with one label."
+        f"'{path}' has {reason}, such as '{example}'. The first name in it is {pairs[0][0] if pairs else ''!r}. Give "
+        "paths within the folder of images, file names or their stems, each with one label."
     )
 
 
+def _stripped(label: Any) -> Any:
+    """Return a text without spaces around, and None for an empty one."""
+    return label.strip() or None if isinstance(label, str) else label
+
+
 def _first_words(values: list[Any]) -> list[Any]:
-    """Return WordNet ids without the boxes that follow them in ImageNet's tables, and texts without spaces around."""
-    values = [value.strip() if isinstance(value, str) else value for value in values]
+    """Return WordNet ids without the boxes that follow them in ImageNet's tables."""
     if all(isinstance(value, str) and re.fullmatch(r"n\d{8}( .*)?", value) for value in values):
         return [value.partition(" ")[0] for value in values]
     return values

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -93,7 +94,11 @@ def _labels(source: ImageSource, given: LabelsGiven) -> Labels | None:
     if isinstance(given, str | Path) and is_label_file(given):
         # Members of shards are named "shard.tar[name]".
         names = [re.sub(r"^[^/\[]*\[(.*)\]$", r"\1", source.name(index)) for index in range(len(source))]
-        found = labels_of(read_labels(given, names), f"the file '{given}'", source.name)
+        read, origin = read_labels(given, names), f"the file '{given}'"
+        if isinstance(read, np.ndarray):
+            found = labels_of_array(read, origin, source)
+        else:
+            found = labels_of(read, origin, source.name)
     elif isinstance(given, str | Path):
         stored = source.labels()
         if stored is None or not stored.classes.values:

@@ -210,7 +210,7 @@ class ProbeSet:
             "labels": self.labels is not None,
             "preprocessing": {
                 name: list(value) if isinstance(value, tuple) else value
-                for name, value in vars(self.preprocessing).items()
+                for name, value in self.preprocessing.settings().items()
             },
         }
 

@@ -127,7 +127,8 @@ class TarSource(ImageSource):
     def _labels(self) -> Labels | None:
         if self._column == FOLDERS:
             folders = [name.split("/")[self._depth : -1] for _, name, _, _ in self._images]
-            return labels_of([names[0] if names else None for names in folders], "the members' folders", self.name)
+            first = [names[0] if names else None for names in folders]
+            return labels_of(first, "the members' folders", self.name, are_names=True)
         if not self._texts and self._column is None:
             return None
         values: list[Any] = []

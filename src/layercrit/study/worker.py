@@ -424,4 +424,5 @@ def _hash(content: Any) -> str:
 
 
 def _in_words(size: Preprocessing) -> str:
-    return f"{size.channels} x {size.height} x {size.width}, resize {size.resize}, {size.interpolation}"
+    crop = "" if size.crop_offset == "rounded" else f", first pixel of the crop {size.crop_offset}"
+    return f"{size.channels} x {size.height} x {size.width}, resize {size.resize}, {size.interpolation}{crop}"
