@@ -563,7 +563,10 @@ def test_hf__code_of_a_repository_is_not_run(vit, tmp_path):
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("hf:someone/nothing", r"hf:someone/nothing \(no folder here, so a repository of the hub\): its files are neither cached"),
+        (
+            "hf:someone/nothing",
+            r"hf:someone/nothing \(no folder here, so a repository of the hub\): its files are neither cached",
+        ),
         ("hf:{folder}?num_label=4", "has no option 'num_label'. Did you mean 'num_labels'"),
         ("hf:{folder}?num_labels=4", "could not be opened"),
         ("hf:{folder}/nowhere", "its files are neither cached|could not be opened"),
