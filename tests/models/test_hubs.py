@@ -485,6 +485,8 @@ def test_hf__crops_the_pixels_that_the_processor_crops(vit, name, settings, back
 
 def test_hf__crops_as_processors_do_that_round(vit, monkeypatch):
     """As torchvision's crop, which some processors of transformers 4 call."""
+    if not hasattr(transformers, "BitImageProcessorPil"):
+        pytest.skip("before version 5, transformers gives crops other arguments")
     _, folder = vit
     kind = transformers.BitImageProcessor
     kind().save_pretrained(folder)
