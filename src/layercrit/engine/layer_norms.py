@@ -44,9 +44,6 @@ def fuse_layer_norms(graph: fx.Graph, dynamic: set[fx.Node]) -> None:
         dynamic.add(fused)
         norm.replace_all_uses_with(fused)
         graph.erase_node(norm)
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users:
-            graph.erase_node(node)
 
 
 def _without_bias(graph: fx.Graph, dynamic: set[fx.Node], x: fx.Node) -> tuple[fx.Node, fx.Node | None]:
