@@ -23,14 +23,7 @@ from layercrit.interactions import Pair, interactions_of
 from layercrit.intervals import excluded_share
 from layercrit.layer_table import estimate_columns, layer_table
 from layercrit.layers import layer_labels
-from layercrit.measurement_files import (
-    FILES,
-    FORMAT,
-    IMAGES,
-    check_together,
-    move_files,
-    read_record,
-)
+from layercrit.measurement_files import FILES, FORMAT, IMAGES, check_together, move_files, read_record
 from layercrit.models.sources import short_name
 from layercrit.precision import PrecisionPlan, recentred
 from layercrit.protocol import MATCHED
