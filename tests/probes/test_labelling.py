@@ -558,6 +558,25 @@ def test_files__a_negative_number_among_class_numbers(other: str, tmp_path: Path
     )
 
 
+@pytest.mark.parametrize("mark", ["N/A", "none", " ? "])
+def test_files__a_mark_of_no_label_among_class_numbers(mark: str, tmp_path: Path) -> None:
+    folder = write_pngs(tmp_path / "images")
+    rows = rows_of("{number:03}.png")
+    rows[7][1] = mark
+    (tmp_path / "x.csv").write_text(table(None, rows))
+    refused(
+        folder,
+        rf"the label of '{rows[7][0]}' is '{re.escape(mark.strip())}', which is no number\. Leave it empty.*'class 0'",
+        labels=tmp_path / "x.csv",
+    )
+
+
+@pytest.mark.parametrize("names", [["cat", "none"], ["20", "30", "stop"]])
+def test_labels_of__names_beside_numbers(names: list[str]) -> None:
+    found = labels_of(names, "a list", str)
+    assert [found.names[number] for number in found.numbers if number is not None] == names
+
+
 @pytest.mark.parametrize("names", [["-1", "1"], ["-1"], ["-2", "-1"], ["-1", "cat"]])
 def test_labels_of__negative_numbers_that_are_names(names: list[str]) -> None:
     found = labels_of(names, "a list", str)

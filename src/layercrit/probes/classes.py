@@ -30,6 +30,7 @@ __all__ = [
 Kind = Literal["numbers", "names", "imagenet", "positions"]
 _IMAGENET = 1000  # classes of ImageNet-1k
 _EXAMPLES = 3
+_NO_LABEL = {"?", "-", "n/a", "na", "none", "null", "nil", "missing", "unknown", "unlabeled", "unlabelled"}
 _PLAIN_NAMES = "plain names, one per line, in the order of the model's outputs (no JSON, no numbers before the names)"
 
 
@@ -162,7 +163,7 @@ def labels_of(
         numbers = [None if value is None else integer_label(value, name(i)) for i, value in enumerate(listed)]
         return Labels(numbers, Classes(origin, "numbers", _values(numbers)))
     if not are_names:
-        _refuse_negative(listed, name)
+        _refuse_among_numbers(listed, name)
     label_of, kind = class_numbers(sorted(texts))
     words = {"names": "the integers", "imagenet": "ImageNet-1k's numbers of the WordNet ids",
              "positions": "positions of the sorted names"}[kind]  # fmt: skip
@@ -172,19 +173,25 @@ def labels_of(
     return Labels(numbers, Classes(f"{words} in {origin}", kind, _values(numbers), n_classes), names)
 
 
-def _refuse_negative(labels: Sequence[str | None], name: Callable[[int], str]) -> None:
-    """Refuse texts that are negative integers among class numbers: as names, all would be places in sorted order."""
+def _refuse_among_numbers(labels: Sequence[str | None], name: Callable[[int], str]) -> None:
+    """Refuse negative integers and marks of no label among class numbers.
+
+    As names, they would make all labels places in sorted order.
+    """
     texts = {label.strip() for label in labels if label is not None}
     numbers = sorted(text for text in texts if re.fullmatch(r"[0-9]+", text))
     negative = {text for text in texts if re.fullmatch(r"-[0-9]+", text)}
-    if not numbers or not negative or texts == {"-1", "1"}:  # which are usual names of two classes
+    wrong = negative or {text for text in texts if text.casefold() in _NO_LABEL}
+    if not numbers or not wrong or texts == {"-1", "1"}:  # which are usual names of two classes
         return
-    first = next(i for i, label in enumerate(labels) if label is not None and label.strip() in negative)
+    first = next(i for i, label in enumerate(labels) if label is not None and label.strip() in wrong)
+    what = "is negative" if negative else "is no number"
+    names = "negative numbers are names of classes" if negative else "all of these are names of classes"
     raise ProbeError(
         f"Labels such as '{numbers[0]}' are class numbers, which count from 0, but the label of '{name(first)}' is "
-        f"{shown(labels[first])}, which is negative. Correct it or remove the image, or ignore the labels with "
-        "labels='none' (--labels none). If negative numbers are names of classes, put a word before all of them, such "
-        "as 'class -1'."
+        f"{shown(labels[first])}, which {what}. Correct it, remove the image, or ignore the labels with "
+        f"labels='none' (--labels none). If {names}, put a word before all of them, such as 'class "
+        f"{min(negative, default=numbers[0])}'."
     )
 
 
