@@ -566,7 +566,8 @@ def test_files__a_mark_of_no_label_among_class_numbers(mark: str, tmp_path: Path
     (tmp_path / "x.csv").write_text(table(None, rows))
     refused(
         folder,
-        rf"the label of '{rows[7][0]}' is '{re.escape(mark.strip())}', which is no number\. Correct it, remove the image.*'class 0'",
+        rf"the label of '{rows[7][0]}' is '{re.escape(mark.strip())}', which is no number\. Correct it, remove the "
+        "image.*'class 0'",
         labels=tmp_path / "x.csv",
     )
 
