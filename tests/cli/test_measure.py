@@ -279,10 +279,10 @@ def test_measure__truncated_image_is_named(photographs, tmp_path):
 
 @pytest.mark.usefixtures("interruptible")
 def test_measure__ctrl_c_keeps_finished_trials(photographs, tmp_path, monkeypatch, capsys):
-    from layercrit.cli.measure import _Saver
+    from layercrit.cli.saver import Saver
     from layercrit.measurement import Measurement
 
-    keep = _Saver.keep
+    keep = Saver.keep
 
     def keep_then_interrupt(self, so_far):
         keep(self, so_far)
@@ -290,7 +290,7 @@ def test_measure__ctrl_c_keeps_finished_trials(photographs, tmp_path, monkeypatc
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_Saver, "keep", keep_then_interrupt)
+    monkeypatch.setattr(Saver, "keep", keep_then_interrupt)
     arguments = ["measure", MODEL, "--images", str(photographs), "--trials", "50", "--out", "result"]
     monkeypatch.setattr(sys, "argv", ["layercrit", *arguments])
     with pytest.raises(SystemExit) as stopped:

@@ -7,7 +7,9 @@ import pytest
 from click.testing import CliRunner
 
 from layercrit.cli.root import cli
+from layercrit.cli.saver import Saver
 from layercrit.errors import LayercritError
+from layercrit.measurement import Measurement
 from layercrit.study.file import read_study_file
 from layercrit.study.running import run_study
 from running_jobs import Inline
@@ -67,6 +69,30 @@ def test_proxies__measured_at_once_and_given(asked, tmp_path):
     assert found["sentence"] in " ".join(given.output.split())
     assert "null" in given.output
     assert "k = 2 of 5 layers, of which chance would name 40%" in given.output
+
+
+def test_proxies__interrupted_while_it_measures(asked, tmp_path, monkeypatch):
+    """The same command goes on with the trials that are there."""
+    out, keep = tmp_path / "out", Saver.keep
+
+    def keep_then_interrupt(self, so_far):
+        keep(self, so_far)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "keep", keep_then_interrupt)
+        stopped = invoke(*asked, "--measure", "--out", out)
+    assert stopped.exit_code != 0
+    assert "1 finished trial saved" in stopped.output
+    assert not Measurement.load(out / "measurement").record["complete"]
+    measured = []
+    monkeypatch.setattr(Saver, "keep", lambda self, so_far: measured.append(so_far))
+    again = invoke(*asked, "--measure", "--out", out)
+    assert again.exit_code == 0, again.output
+    assert len(measured) == 1  # the other trial alone
+    assert set(Measurement.load(out / "measurement").cells["trial"]) == {0, 1}
+    assert (out / "against.json").is_file()
+    assert "proxies.json already" in str(invoke(*asked, "--measure", "--out", out).exception)
 
 
 def test_proxies__of_a_study(folder, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from layercrit.cli import interruption, root
-from layercrit.cli.measure import _Saver
+from layercrit.cli.saver import Saver
 from layercrit.cli.root import main
 from layercrit.measurement import Measurement
 from layercrit.study import store_file
@@ -187,7 +187,7 @@ def test_errors__lists_of_a_missing_argument_are_set_apart(monkeypatch, capsys):
 @pytest.mark.usefixtures("as_before")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_measure__a_signal_keeps_finished_trials(images, monkeypatch, capsys, number):
-    keep, save = _Saver.keep, Measurement.save
+    keep, save = Saver.keep, Measurement.save
 
     def keep_then_end(self, so_far):
         keep(self, so_far)
@@ -199,7 +199,7 @@ def test_measure__a_signal_keeps_finished_trials(images, monkeypatch, capsys, nu
         return save(self, folder)
 
     signal.signal(number, signal.SIG_DFL)  # under nohup, the command ignores SIGHUP
-    monkeypatch.setattr(_Saver, "keep", keep_then_end)
+    monkeypatch.setattr(Saver, "keep", keep_then_end)
     monkeypatch.setattr(Measurement, "save", save_while_asked_again)
     arguments = ["measure", MODEL, "--images", images, "--trials", "50", "--out", "result"]
     assert call(monkeypatch, *arguments) == 128 + number

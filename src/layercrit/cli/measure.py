@@ -1,8 +1,6 @@
 """The commands about one model: measure it, list its layers, show a measurement again."""
 
 import json
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from layercrit.cli.model_options import NewPath, folder_for, number_or_auto
 from layercrit.cli.pitfalls import say_pitfalls
 from layercrit.cli.printing import bar, notice, number, percent, plain, print_table, print_warnings, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files, missing_plug_ins_named
+from layercrit.cli.saver import Saver
 from layercrit.cli.tracking import pass_measurement, track_option, tracked_measurement
 from layercrit.counts import counted, counted_range, counted_units
 from layercrit.errors import LayercritError
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["layers_command", "measure_command", "show_command"]
 
-_SECONDS_BETWEEN_SAVES = 60.0
 _STRONGEST = 8  # interactions that are printed
 _NO_LABELS = "layercrit.no_labels"
 
@@ -220,18 +218,14 @@ def measure_command(
         measure_through_training(model, images, folder, epochs, settings, as_json)
         return
     earlier = None if overwrite else _earlier(folder, settings)
-    saver = _Saver(folder)
+    saver = Saver(folder)
     with tracked_measurement(trackers, model, settings, folder) as tracking:
         on_cell = None if tracking is None else tracking.cell
-        try:
-            with missing_plug_ins_named(lambda: {} if earlier is None else earlier.record["versions"]):
-                measurement = measure(
-                    model, images, resume=earlier, on_trial=saver.keep, on_cell=on_cell, keep_images=folder / "images",
-                    **settings,
-                )  # fmt: skip
-        except BaseException:
-            saver.save_what_is_finished()
-            raise
+        with saver, missing_plug_ins_named(lambda: {} if earlier is None else earlier.record["versions"]):
+            measurement = measure(
+                model, images, resume=earlier, on_trial=saver.keep, on_cell=on_cell, keep_images=folder / "images",
+                **settings,
+            )  # fmt: skip
         try:
             saver.save(measurement)  # before anything is printed, since that may fail
         finally:
@@ -297,48 +291,6 @@ def show_command(folder: Path, as_json: bool, by: str | None, methods: bool) -> 
             notice(path)
     except OSError as error:
         say(f"note: no figure was plotted, since {folder} cannot be written ({error.strerror})", err=True)
-
-
-class _Saver:
-    """Saves finished trials to disk during a long measurement."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.unsaved: Callable[[], Measurement] | None = None
-        self.last = time.monotonic()
-
-    def keep(self, so_far: "Callable[[], Measurement]") -> None:
-        """Remember the measurement so far; build and save it once a minute."""
-        self.unsaved = so_far
-        if time.monotonic() - self.last > _SECONDS_BETWEEN_SAVES:
-            self.save(so_far(), quietly=True)
-
-    def save(self, measurement: "Measurement", quietly: bool = False) -> None:
-        """Save a measurement, if need be in another folder than the one asked for."""
-        self.unsaved, self.last = None, time.monotonic()
-        try:
-            measurement.save(self.folder)
-        except LayercritError as error:
-            elsewhere = Path(tempfile.mkdtemp(prefix="layercrit-"))
-            measurement.save(elsewhere)
-            raise LayercritError(f"{error}\n  The measurement is saved in {elsewhere} instead.") from error
-        if not quietly:
-            from layercrit.measurement_files import FILES
-
-            notice(f"Saved in {self.folder}: {', '.join(name for name in FILES if (self.folder / name).is_file())}")
-            notice(f"For a page to explore: `layercrit report {self.folder}`.")
-
-    def save_what_is_finished(self) -> None:
-        """Save the trials that were finished before an interruption."""
-        if self.unsaved is not None:
-            measurement = self.unsaved()
-            trials = measurement.cells["trial"].nunique()
-            self.save(measurement, quietly=True)
-            say(
-                f"Stopped; {counted(trials, 'finished trial')} saved in {self.folder}. Run the same command again to "
-                "resume.",
-                err=True,
-            )
 
 
 def _earlier(folder: Path, settings: dict[str, Any]) -> "Measurement | None":

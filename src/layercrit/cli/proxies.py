@@ -10,6 +10,7 @@ from layercrit.cli.fitted_table import FittedTable
 from layercrit.cli.model_options import NewPath, check_free, default_folder, is_study_folder, refuse_options
 from layercrit.cli.printing import json_rows, notice, number, plain, print_table, say
 from layercrit.cli.registered import ModelCommand, RegisteredOption, complete_files
+from layercrit.cli.saver import Saver
 from layercrit.counts import counted
 from layercrit.errors import LayercritError
 from layercrit.protocol import DEFAULTS, GROUPS
@@ -102,8 +103,10 @@ def proxies_command(
     folder = out or default_folder("layercrit-proxies", model)
     of_study = is_study_folder(model)
     refuse_options(context, _OF_MODEL if of_study else _OF_STUDY, of_study)
+    begun, done = (folder / "measurement").is_dir(), (folder / "against.json").exists()
+    is_interrupted = asked["measure_too"] and begun and not done  # while exact values were measured
     for file in ("proxies.json", "proxies.csv"):
-        check_free(folder / file, overwrite)
+        check_free(folder / file, overwrite or is_interrupted)
     if of_study:
         _of_study(model, folder, as_json, None if models is None else models.split(","), asked)
     else:
@@ -161,7 +164,10 @@ def _measured(model: str, folder: Path, settings: dict[str, Any]) -> Path:
     from layercrit.measuring import measure
 
     known = Measurement.load(folder) if (folder / "measurement.json").exists() else None
-    return measure(model, resume=known, distances="cosine", **settings).save(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Saver(folder) as saver:
+        measured = measure(model, resume=known, on_trial=saver.keep, distances="cosine", **settings)
+    return measured.save(folder)
 
 
 def _of_study(study: str, folder: Path, as_json: bool, models: list[str] | None, asked: dict[str, Any]) -> None:
