@@ -95,6 +95,19 @@ def test_proxies__interrupted_while_it_measures(asked, tmp_path, monkeypatch):
     assert "proxies.json already" in str(invoke(*asked, "--measure", "--out", out).exception)
 
 
+@pytest.mark.parametrize("options", [("--layers", "conv1,fc"), ("--k", "9"), ("--level", "2")])
+def test_proxies__what_cannot_be_compared_is_not_measured(asked, tmp_path, options):
+    assert invoke(*asked, "--measure", *options, "--out", tmp_path).exit_code == 1
+    assert not (tmp_path / "measurement").exists()
+
+
+def test_proxies__overwrite_measures_anew(asked, tmp_path):
+    few = ("--labels", "none", "--measure", "--out", tmp_path)
+    assert invoke(*asked, *few).exit_code == 0
+    assert invoke(*asked, "--trials", "1", *few, "--overwrite").exit_code == 0
+    assert set(Measurement.load(tmp_path / "measurement").cells["trial"]) == {0}
+
+
 def test_proxies__of_a_study(folder, tmp_path):
     shown = invoke("proxies", folder / "out", *FEW, "--out", tmp_path / "out")
     assert shown.exit_code == 0, shown.output

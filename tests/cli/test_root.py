@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from layercrit.cli import interruption, root
-from layercrit.cli.saver import Saver
 from layercrit.cli.root import main
+from layercrit.cli.saver import Saver
 from layercrit.measurement import Measurement
 from layercrit.study import store_file
 from layercrit.study.store import Store

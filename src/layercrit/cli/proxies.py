@@ -110,10 +110,11 @@ def proxies_command(
     if of_study:
         _of_study(model, folder, as_json, None if models is None else models.split(","), asked)
     else:
-        _of_model(model, folder, as_json, asked)
+        _of_model(model, folder, as_json, overwrite, asked)
 
 
-def _of_model(model: str, folder: Path, as_json: bool, asked: dict[str, Any]) -> None:
+def _of_model(model: str, folder: Path, as_json: bool, overwrite: bool, asked: dict[str, Any]) -> None:
+    from layercrit.proxies.agreement import check_level, check_ranks
     from layercrit.proxies.values import measure_proxies
 
     if asked["images"] is None:
@@ -130,8 +131,11 @@ def _of_model(model: str, folder: Path, as_json: bool, asked: dict[str, Any]) ->
     files = found.save(folder)
     exact: Any = against
     if measure_too:
-        only_proxies = ("initial", "radius", "hessian_images")
-        exact = _measured(model, folder / "measurement", {n: v for n, v in shared.items() if n not in only_proxies})
+        names = list(found.about["layer"])
+        check_ranks(k, len(names), names)  # before the work, as what follows asks for it
+        check_level(DEFAULTS.level if level is None else level)
+        settings = {n: v for n, v in shared.items() if n not in ("initial", "radius", "hessian_images")}
+        exact = _measured(model, folder / "measurement", overwrite, settings)
     agreement = None
     if exact is not None:
         how = {} if level is None else {"level": level}
@@ -158,12 +162,13 @@ def _of_model(model: str, folder: Path, as_json: bool, asked: dict[str, Any]) ->
     notice(f"Saved in {folder}: {', '.join(path.name for path in files)}")
 
 
-def _measured(model: str, folder: Path, settings: dict[str, Any]) -> Path:
-    """Measure exact values; those that are there are gone on with."""
+def _measured(model: str, folder: Path, overwrite: bool, settings: dict[str, Any]) -> Path:
+    """Measure exact values; those that are there are gone on with, or replaced."""
     from layercrit.measurement import Measurement
     from layercrit.measuring import measure
 
-    known = Measurement.load(folder) if (folder / "measurement.json").exists() else None
+    is_there = (folder / "measurement.json").exists()
+    known = Measurement.load(folder) if is_there and not overwrite else None
     folder.mkdir(parents=True, exist_ok=True)
     with Saver(folder) as saver:
         measured = measure(model, resume=known, on_trial=saver.keep, distances="cosine", **settings)

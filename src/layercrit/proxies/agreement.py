@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,14 +182,8 @@ def agreement(
     place = {name: number for number, name in enumerate(layers)}
     values = exact.criticality
     rows = [number for number, name in enumerate(exact.layers) if name in place and np.isfinite(values[number])]
-    if len(rows) < _FEWEST:
-        raise ProtocolError(
-            f"Proxies and exact values have {len(rows)} layers in common; ranks need at least {_FEWEST}. The exact "
-            f"values are of {', '.join(map(repr, exact.layers[:3]))}, ...; measure the same layers on both sides "
-            "(--layers, --types, --group)."
-        )
+    k = check_ranks(k, len(rows), exact.layers)
     names = [exact.layers[row] for row in rows]
-    k = check_k(k, len(rows))
     mine = [place[name] for name in names]
     samples = {name: found[mine] for name, found in samples.items()}
     own = {name: PROXIES[name].value(found) for name, found in samples.items()}
@@ -215,12 +210,33 @@ def agreement(
     return Agreement(table, shown, best, k, level, weights.in_words(), title)
 
 
-def check_k(k: int | None, n_layers: int) -> int:
-    """Return how many layers are lowest and highest: a quarter by default, at least one.
+def check_level(level: float) -> None:
+    """Refuse what is no confidence level.
 
     Raises:
-        ProtocolError: it is no number from 1 to ``n_layers``.
+        ProtocolError: it is not between 0 and 1.
     """
+    if not isinstance(level, Real) or not 0 < level < 1:
+        raise ProtocolError(f"level must be between 0 and 1, such as 0.95; got {level!r}.")
+
+
+def check_ranks(k: int | None, n_layers: int, exact: Sequence[str]) -> int:
+    """Return how many of ``n_layers`` that are ranked are lowest and highest: a quarter by default, at least one.
+
+    Args:
+        k: how many were asked for.
+        n_layers: how many layers proxies and exact values have in common.
+        exact: the layers that have exact values.
+
+    Raises:
+        ProtocolError: there are fewer than three layers, or k is no number from 1 to ``n_layers``.
+    """
+    if n_layers < _FEWEST:
+        named = f"{', '.join(map(repr, exact[:_FEWEST]))}{', ...' * (len(exact) > _FEWEST)}"
+        raise ProtocolError(
+            f"Proxies and exact values have {n_layers} layers in common; ranks need at least {_FEWEST}. The exact "
+            f"values are of {named}; measure the same layers on both sides (--layers, --types, --group)."
+        )
     if k is None:
         return max(1, round(n_layers / 4))
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n_layers:

@@ -30,7 +30,7 @@ from layercrit.probes.probe_set import ProbeSet
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
 from layercrit.provenance import versions_with
-from layercrit.proxies.agreement import Agreement, Exact, agreement
+from layercrit.proxies.agreement import Agreement, Exact, agreement, check_level
 from layercrit.proxies.formulas import PROXIES
 from layercrit.proxies.sweep import HESSIAN_IMAGES, Sweep, of_parameters
 from layercrit.resets import get_reset
@@ -93,8 +93,7 @@ class Proxies:
         """
         if not isinstance(exact, Exact):
             exact = self._exact_of(exact)
-        if not isinstance(level, Real) or not 0 < level < 1:
-            raise ProtocolError(f"level must be between 0 and 1, such as 0.95; got {level!r}.")
+        check_level(level)
         return agreement(
             self.samples,
             list(self.about["layer"]),
