@@ -31,7 +31,6 @@ __all__ = ["DemoResult", "copy_family", "example_study", "run_demo", "small_resn
 STUDY_FILE = "fashion.toml"
 EPOCHS_RUN = "baseline-epochs"  # the baseline's recipe, trained anew with epochs that were kept
 _N_IMAGES = 200  # of its map, which then takes seconds
-_N_WORKERS = 4  # at most; more would gain little, as each takes seconds to begin and half a gigabyte
 _WIDTHS, _BLOCKS, _STEM = (12, 24, 48), (2, 2, 2), 32
 
 
@@ -158,7 +157,7 @@ def run_demo(folder: str | Path, say: Callable[[str], Any] = print) -> DemoResul
         f"Resetting each layer of {n_models} small networks in turn, {trials} draws each, and running "
         f"{counted(study_file.n_images, 'image')} through them ..."
     )
-    ran = run_study(study_file, folder / "study", n_workers=min(_N_WORKERS, os.cpu_count() or 1))
+    ran = run_study(study_file, folder / "study", n_workers=min(2, os.cpu_count() or 1))
     if ran.failures:
         failure = ran.failures[0]
         raise StudyError(f"The demo could not measure {failure.model}: {failure.error}")
