@@ -456,6 +456,14 @@ def test_chance_level__of_equal_and_of_disjoint_predictions() -> None:
     assert disjoint.value == pytest.approx(0.0, abs=1e-12)
 
 
+def test_chance_level__of_equal_predictions_is_at_most_one() -> None:
+    """Rounding would give 1.0000000000000002, so that an unrelated prediction were at the distance -0.000."""
+    for n in range(2, 40):
+        level = ChanceLevel()
+        level.add(torch.tensor([[0.1, 0.2, 0.7]]).repeat(n, 1))
+        assert 1 - 1e-12 < level.value <= 1
+
+
 def test_chance_level__needs_two_images() -> None:
     level = ChanceLevel()
     assert math.isnan(level.value)

@@ -373,4 +373,5 @@ class ChanceLevel:
         n = self._n_images
         if self._sum is None or n < 2:
             return nan
-        return (float(self._sum.square().sum()) - n) / (n * (n - 1))
+        mean = (float(self._sum.square().sum()) - n) / (n * (n - 1))
+        return min(max(mean, 0.0), 1.0)  # which rounding may pass

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -570,6 +571,30 @@ def test_files__a_mark_of_no_label_among_class_numbers(mark: str, tmp_path: Path
         "image.*'class 0'",
         labels=tmp_path / "x.csv",
     )
+
+
+def test_files__whole_floats(tmp_path: Path) -> None:
+    """As pandas writes integers where one is missing; here that is of no image here."""
+    folder = write_pngs(tmp_path / "images")
+    for missing in ("", "nan"):
+        rows = [["other.png", missing], *rows_of("{number:03}.png", "{label}.0")]
+        (tmp_path / "x.csv").write_text(table(None, rows))
+        assert accuracy(folder, labels=tmp_path / "x.csv") == RIGHT
+    parquet = write_parquet(tmp_path / "x.parquet", label=[float(label) for label in LABELS])
+    assert accuracy(parquet, labels="label") == RIGHT
+
+
+@pytest.mark.parametrize("missing", [np.nan, None])
+def test_labels_of__whole_floats_and_a_missing_one(missing: float | None) -> None:
+    found = labels_of(np.array([9.0, 0.0, missing], dtype=None if missing else object), "an array", str)
+    assert list(found.numbers) == [9, 0, None]
+    assert found.classes.kind == "numbers"
+
+
+@pytest.mark.parametrize("wrong", [1.5, "1.5", math.inf, "inf", 1e300])
+def test_labels_of__floats_that_are_not_whole(wrong: object) -> None:
+    with pytest.raises(ProbeError, match=rf"Labels must be integers.* that of '1' is {re.escape(repr(wrong))}\."):
+        labels_of([0.0 if isinstance(wrong, float) else "0", wrong], "a list", str)
 
 
 @pytest.mark.parametrize("names", [["cat", "none"], ["20", "30", "stop"]])

@@ -211,6 +211,17 @@ def test_probe_set__share(share: float, folder: Path) -> None:
         ProbeSet.from_folder(folder, SMALL, max_unreadable=share)
 
 
+@pytest.mark.parametrize("memory_limit", [0, 2**30])
+def test_probe_set__copies(memory_limit: int) -> None:
+    """Of two images in three hundred nothing is said, of four as much as there is to say."""
+    images = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3), np.uint8)
+    images[[5, 17]] = images[40]
+    assert not ProbeSet.from_source(images, TAKEN, memory_limit=memory_limit).notes
+    images[[70, 71]] = images[[5, 80]]
+    (note,) = ProbeSet.from_source(images, TAKEN, memory_limit=memory_limit).notes
+    assert note.startswith("4 of the 300 images are copies of others, pixel by pixel")
+
+
 def test_probe_set__number_of_threads(folder: Path) -> None:
     with pytest.raises(ProbeError, match="n_threads must be a positive number, or None; got 0"):
         ProbeSet.from_folder(folder, SMALL, n_threads=0)

@@ -144,7 +144,8 @@ def labels_of(
     """Return the labels that were stored for all images of a source.
 
     Args:
-        values: integers, or names of classes, and None or an empty text for images without a label.
+        values: integers, also as floats or texts such as 3.0, or names of classes; None, NaN or an empty text for
+            images without a label.
         origin: where they are stored, in words.
         name: returns where an image is, for errors.
         are_names: whether texts are names even where they read as integers of both signs, such as those of folders.
@@ -160,7 +161,8 @@ def labels_of(
         or any(map(_is_fraction, texts))
         or not all(value is None or isinstance(value, str) for value in listed)
     ):
-        numbers = [None if value is None else integer_label(value, name(i)) for i, value in enumerate(listed)]
+        whole = map(_as_integer, listed)
+        numbers = [None if value is None else integer_label(value, name(i)) for i, value in enumerate(whole)]
         return Labels(numbers, Classes(origin, "numbers", _values(numbers)))
     if not are_names:
         _refuse_among_numbers(listed, name)
@@ -204,6 +206,20 @@ def class_numbers(names: Sequence[str]) -> tuple[dict[str, int], Kind]:
         if set(names) <= numbers.keys():
             return {name: numbers[name] for name in names}, "imagenet"
     return {name: i for i, name in enumerate(names)}, "positions"
+
+
+def _as_integer(label: Any) -> Any:
+    """Return a whole float or text as an integer, None for NaN: so tables have integers where one is missing."""
+    if isinstance(label, str):
+        text = label.strip()
+        if text.casefold() == "nan":
+            return None
+        return int(text.partition(".")[0]) if re.fullmatch(r"[+-]?[0-9]{1,18}(\.0*)?", text) else label
+    if isinstance(label, float | np.floating):
+        if np.isnan(label):
+            return None
+        return int(label) if float(label).is_integer() and abs(label) <= 2**53 else float(label)
+    return label
 
 
 def integer_label(value: object, name: str) -> int:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from layercrit.errors import DISK_FULL, ProbeError
 from layercrit.probes.images import Pixels
 
+_MANY_COPIES = 0.01  # share of the images from which on copies are mentioned
 
 class KeptPixels:
     """uint8 images of one shape in a ``.npy`` file; a pickled copy, as for another process, reads the same file."""
@@ -123,6 +124,22 @@ def _remove(path: Path, process: int) -> None:
     if os.getpid() == process:  # and not a fork of it, where this object goes earlier
         with contextlib.suppress(PermissionError):  # Windows keeps a file that is mapped
             path.unlink(missing_ok=True)
+
+
+def about_copies(store: PixelStore, n_images: int) -> list[str]:
+    """Return what the user should know where many of the first images equal one before them, in words."""
+    step = max(1, 2**24 // math.prod(store.shape[1:]))
+    seen: set[bytes] = set()
+    for start in range(0, n_images, step):
+        for image in store.read(start, min(start + step, n_images)):
+            seen.add(hashlib.blake2b(image.data, digest_size=16).digest())
+    n_same = n_images - len(seen)
+    if n_same < _MANY_COPIES * n_images:
+        return []
+    return [
+        f"{n_same:,} of the {n_images:,} images are copies of others, pixel by pixel: means weigh those images more, "
+        "and intervals, which count copies as images, are too narrow"
+    ]
 
 
 def digest_of(store: PixelStore | KeptPixels, n_images: int, labels: npt.NDArray[np.int64] | None) -> str:

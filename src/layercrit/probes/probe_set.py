@@ -26,7 +26,7 @@ from layercrit.probes.hugging_face import HuggingFaceSource
 from layercrit.probes.images import STANDARD, Pixels, Preprocessing
 from layercrit.probes.labelling import LabelsGiven, open_labelled
 from layercrit.probes.parquet import ParquetSource
-from layercrit.probes.pixels import KeptPixels, PixelStore, digest_of
+from layercrit.probes.pixels import KeptPixels, PixelStore, about_copies, digest_of
 from layercrit.probes.sources import ArraySource, FolderSource, ImageSource
 from layercrit.probes.tar import TarSource
 from layercrit.probes.torchvision import TorchvisionSource
@@ -415,6 +415,7 @@ class ProbeSet:
         kept = None if found is None else found.of(draw.kept)
         _LOG.info("decoded %d images of %s, %d of them unreadable", n_wanted, opened.description, len(draw.skipped))
         n_unchanged = len({*draw.unchanged} & {*draw.kept})
+        notes += about_copies(store, len(draw.kept))
         notes += about_corruptions(opened.corruptions, preprocessing.height, preprocessing.width, n_unchanged)
         return cls(
             preprocessing=preprocessing,

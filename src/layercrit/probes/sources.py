@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from layercrit.counts import counted
 from layercrit.errors import ProbeError, near
 from layercrit.foreign_files import kind_of_special
 from layercrit.probes.classes import Classes, Kind, Labels, as_numpy, class_numbers, labels_of
@@ -385,6 +386,13 @@ def _channels_last(images: npt.NDArray[Any], description: str) -> npt.NDArray[An
 def _as_uint8(pixels: npt.NDArray[Any], name: str) -> Pixels:
     if pixels.dtype == np.uint8:
         return pixels
+    n_missing = np.size(pixels) - np.count_nonzero(np.isfinite(pixels))
+    if n_missing:
+        raise ProbeError(
+            f"{counted(n_missing, 'value')} of the pixels of '{name}' {'is' if n_missing == 1 else 'are'} NaN or "
+            "infinite. Find out why, then correct the image or leave it out: a conversion to uint8 would make any value "
+            "of it."
+        )
     levels = np.rint(pixels.astype(np.float64) * 255).clip(0, 255)
     # A division by 255 in the array's own precision is off by half a last digit, a product with 1/255 by one.
     if not (np.abs(levels / 255 - pixels) <= np.finfo(pixels.dtype).eps).all():
