@@ -597,7 +597,7 @@ def test_labels_of__floats_that_are_not_whole(wrong: object) -> None:
         labels_of([0.0 if isinstance(wrong, float) else "0", wrong], "a list", str)
 
 
-@pytest.mark.parametrize("names", [["cat", "none"], ["20", "30", "stop"]])
+@pytest.mark.parametrize("names", [["cat", "none"], ["20", "30", "stop"], ["0", "?", "A"]])
 def test_labels_of__names_beside_numbers(names: list[str]) -> None:
     found = labels_of(names, "a list", str)
     assert [found.names[number] for number in found.numbers if number is not None] == names

@@ -183,7 +183,8 @@ def _refuse_among_numbers(labels: Sequence[str | None], name: Callable[[int], st
     texts = {label.strip() for label in labels if label is not None}
     numbers = sorted(text for text in texts if re.fullmatch(r"[0-9]+", text))
     negative = {text for text in texts if re.fullmatch(r"-[0-9]+", text)}
-    wrong = negative or {text for text in texts if text.casefold() in _NO_LABEL}
+    marks = {text for text in texts if text.casefold() in _NO_LABEL}
+    wrong = negative or (marks if texts - marks == set(numbers) else set())  # beside other names, a mark is a name
     if not numbers or not wrong or texts == {"-1", "1"}:  # which are usual names of two classes
         return
     first = next(i for i, label in enumerate(labels) if label is not None and label.strip() in wrong)

@@ -18,6 +18,7 @@ from layercrit.probes.images import Pixels
 
 _MANY_COPIES = 0.01  # share of the images from which on copies are mentioned
 
+
 class KeptPixels:
     """uint8 images of one shape in a ``.npy`` file; a pickled copy, as for another process, reads the same file."""
 
