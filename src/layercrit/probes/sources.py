@@ -390,8 +390,7 @@ def _as_uint8(pixels: npt.NDArray[Any], name: str) -> Pixels:
     if n_missing:
         raise ProbeError(
             f"{counted(n_missing, 'value')} of the pixels of '{name}' {'is' if n_missing == 1 else 'are'} NaN or "
-            "infinite. Find out why, then correct the image or leave it out: a conversion to uint8 would make any value "
-            "of it."
+            "infinite. Find out why, then correct the image or leave it out: converted to uint8, they could be any value."
         )
     levels = np.rint(pixels.astype(np.float64) * 255).clip(0, 255)
     # A division by 255 in the array's own precision is off by half a last digit, a product with 1/255 by one.
