@@ -1,5 +1,6 @@
 """Labels of images, and the numbers of classes that they stand for."""
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -217,9 +218,10 @@ def _as_integer(label: Any) -> Any:
             return None
         return int(text.partition(".")[0]) if re.fullmatch(r"[+-]?[0-9]{1,18}(\.0*)?", text) else label
     if isinstance(label, float | np.floating):
-        if np.isnan(label):
+        number = float(label)
+        if math.isnan(number):
             return None
-        return int(label) if float(label).is_integer() and abs(label) <= 2**53 else float(label)
+        return int(number) if number.is_integer() and abs(number) <= 2**53 else number
     return label
 
 

@@ -386,11 +386,11 @@ def _channels_last(images: npt.NDArray[Any], description: str) -> npt.NDArray[An
 def _as_uint8(pixels: npt.NDArray[Any], name: str) -> Pixels:
     if pixels.dtype == np.uint8:
         return pixels
-    n_missing = np.size(pixels) - np.count_nonzero(np.isfinite(pixels))
+    n_missing = np.count_nonzero(~np.isfinite(pixels))
     if n_missing:
         raise ProbeError(
             f"{counted(n_missing, 'value')} of the pixels of '{name}' {'is' if n_missing == 1 else 'are'} NaN or "
-            "infinite. Find out why, then correct the image or leave it out: converted to uint8, they could be any value."
+            "infinite. Find out why, then correct the image or leave it out: in uint8 they could be any value."
         )
     levels = np.rint(pixels.astype(np.float64) * 255).clip(0, 255)
     # A division by 255 in the array's own precision is off by half a last digit, a product with 1/255 by one.
