@@ -386,7 +386,7 @@ def _channels_last(images: npt.NDArray[Any], description: str) -> npt.NDArray[An
 def _as_uint8(pixels: npt.NDArray[Any], name: str) -> Pixels:
     if pixels.dtype == np.uint8:
         return pixels
-    n_missing = np.count_nonzero(~np.isfinite(pixels))
+    n_missing = int(np.count_nonzero(~np.isfinite(pixels)))
     if n_missing:
         raise ProbeError(
             f"{counted(n_missing, 'value')} of the pixels of '{name}' {'is' if n_missing == 1 else 'are'} NaN or "
