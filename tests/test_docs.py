@@ -245,6 +245,7 @@ class Block:
     file: str | None
     mark: str
     shown: str | None
+    heading: str
 
 
 _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -266,6 +267,7 @@ def blocks(path: Path, *languages: str) -> Iterator[Block]:
             file=named[1] if named else None,
             mark=above.strip(),
             shown=behind[3] if behind and behind[2] == "text" else None,
+            heading=re.findall(r"^#+ (.*)$", text[: found.start()], re.MULTILINE)[-1],
         )
 
 
@@ -330,6 +332,9 @@ def test_page__code_does_what_is_shown(path, as_a_reader):
             if block.language == "toml":
                 read_study_file(as_a_reader / block.file)
         elif block.language == "python":
+            if block.heading == "Test it":  # which is to become a file of its own
+                assert "my_" in block.code, where
+                namespace = {"__name__": "__main__"}
             program = compile(block.code, where, "exec")
             if block.mark.startswith("<!-- not run: "):
                 continue

@@ -1,6 +1,7 @@
 """The page and the commands of a study that has several conditions."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from click.testing import CliRunner
 
 from browser import needs_browser, opened_browser, opened_page, violations
 from conditioned_studies import write
-from layercrit.cli import cli
+from layercrit.cli import cli, tables
 from layercrit.comparison import compare
 from layercrit.conditions import Condition
 from layercrit.figures.heat_maps import heat_map
@@ -100,10 +101,27 @@ def invoke(*arguments):
     return result
 
 
-def test_compare_command__under_a_condition(study):
+def test_compare_command__under_a_condition(study, monkeypatch):
     asked = ("compare", study.folder, "--probe-set", "dark", "--norm-statistics", "reestimate")
     found = json.loads(invoke(*asked, "--json").stdout)
     assert found["condition"] == {"probe_set": "dark", "norm_statistics": "reestimate", "epoch": None}
     assert found["baseline"] == "m0 (dark, statistics re-estimated)"
     said = invoke("compare", study.folder).stderr
     assert f"there are also: {'; '.join(CONDITIONS[1:])}" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "_OTHERS", 2)
+        said = invoke("compare", study.folder).stderr
+    assert f"there are also: {'; '.join(CONDITIONS[1:3])}; and {len(CONDITIONS) - 3} more" in said
+
+
+def test_compare_command__warns_of_what_is_compared(study, monkeypatch):
+    """And not of the study's other conditions."""
+    loaded = load_study(study.folder)
+    names = loaded.models["model"]
+    records = [{**record, "warnings": ["in doubt"]} for record in loaded.models["record"]]
+    doubtful = replace(loaded, models=loaded.models.assign(record=records))
+    monkeypatch.setattr("layercrit.study.tables.load_study", lambda folder: doubtful)
+    said = invoke("compare", study.folder, "--probe-set", "dark", "--norm-statistics", "reestimate").stderr
+    warned = {name for name in names if f"{name}: in doubt" in said}
+    assert warned == {name for name in names if "(dark, statistics re-estimated)" in name}
+    assert len(warned) < len(names) == len(doubtful.warnings)

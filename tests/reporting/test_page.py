@@ -440,7 +440,9 @@ def test_page__what_was_not_tested_is_not_called_equal(browser, tmp_path):
     study = made_up(tmp_path, trials=1)
     with opened_page(browser, write_page(study, compare(study), tmp_path / "r.html")) as page:
         assert page.evaluate("() => D.models.every((model) => model.layers_that_differ === null)")
-        assert "0 of 0 tested layers differ significantly" in page.inner_text("#compare-said")
+        assert "no layer can be tested" in page.inner_text("#compare-said")
+        assert "at least two trials on each side" in page.inner_text("#compare-said")
+        assert not page.inner_text("#compare-notes")
 
 
 def test_page__a_model_against_itself(page):

@@ -268,6 +268,13 @@ def test_report__what_cannot_be_drawn_is_left_out_with_its_reason(tmp_path):
     assert facts(result.page).startswith("2 models, 1 layer in common, 1 trial of")
 
 
+def test_report__of_studies_with_other_numbers_of_images(tmp_path):
+    study = measured(tmp_path, cells_of("ab", trials=1), n_images=20)
+    cells = study.cells.assign(n_images=np.where(study.cells["model"] == "a", 20, 30))
+    page = report(dataclasses.replace(study, cells=cells), tmp_path / "out", figures=["ranking"], formats=["png"]).page
+    assert "of the reset rerandomize on 20 to 30 images" in facts(page)
+
+
 def test_report__of_one_model_nothing_compares_models(bare):
     result = report(bare, formats=["png"])
     assert {name: [path.name for path in paths] for name, paths in result.figures.items()} == {

@@ -198,7 +198,7 @@ def test_run_study__fewer_trials_and_models_show_no_others(tmp_path, folder):
     report = run(smaller, folder)
 
     run(smaller, tmp_path / "fresh")
-    assert (report.n_known, report.n_measured) == (6, 0)
+    assert (report.n_known, report.n_measured, report.n_equal) == (6, 0, 0)
     assert_same_tables(tables(folder), tables(tmp_path / "fresh"))
 
 
@@ -208,7 +208,7 @@ def test_run_study__the_same_weights_under_another_name_are_known(tmp_path, fold
 
     report = run(path, folder)
 
-    assert (report.n_measured, report.n_known) == (6, 6)
+    assert (report.n_measured, report.n_known, report.n_equal) == (6, 6, 6)
     cells = load_study(folder).cells.set_index("model")
     assert list(cells.loc["m0", "cosine"]) == list(cells.loc["m1", "cosine"])
 

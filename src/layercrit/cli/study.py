@@ -128,10 +128,7 @@ def run_command(
         say(f"Stopped. What has been measured is kept in {folder}; run the same command again to resume.", err=True)
         raise
     if own is not None and not as_json:
-        say(
-            f"shard {own}: {counted(report.n_measured, 'cell')} measured, {report.n_known} were already there "
-            f"({duration(report.seconds)})."
-        )
+        say(f"shard {own}: {_did(report)}")
         notice(f"Saved in {folder}; next: `layercrit study status {folder}`.")
         if read.module_criticality is not None:
             notice(f"Module criticality, once all shards are finished: `layercrit module-criticality {folder}`.")
@@ -143,15 +140,18 @@ def run_command(
     else:
         _show_means(found)
         go_on = f"; next: `layercrit report {folder}`, or `layercrit compare {folder}`" if len(found.cells) else ""
-        say(
-            f"{counted(report.n_measured, 'cell')} measured, {report.n_known} were already there "
-            f"({duration(report.seconds)})."
-        )
+        say(_did(report))
         if (about := _modules(found)) is not None and about["measured"]:
             _show_module_criticality(folder, about)
         notice(f"Saved in {folder}{go_on}.")
     _say_unreadable(found)
     _end_run(report)
+
+
+def _did(report: "RunReport") -> str:
+    equal = f" (of which {report.n_equal} equal cells measured now)" if report.n_equal else ""
+    measured = counted(report.n_measured, "cell")
+    return f"{measured} measured, {report.n_known} were already there{equal} ({duration(report.seconds)})."
 
 
 def _end_run(report: "RunReport") -> None:

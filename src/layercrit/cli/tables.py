@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["compare_command", "comparison_options", "export_command", "import_command", "show_comparison"]
 
 
+_OTHERS = 5  # further conditions of a study that are listed
 _FEWEST = 3  # models from which there is a rank correlation
 
 
@@ -148,13 +149,15 @@ def compare_command(folder: Path, as_json: bool, **asked: Any) -> None:
     from layercrit.study.tables import load_study
 
     study = load_study(folder)
-    print_warnings(study.warnings, err=True)
     say_damaged(study.damaged)
     comparison = compare(study, **asked)
+    compared = study.models["model"].isin(comparison.models.index)
+    print_warnings(study.warnings_of(study.models[compared]), err=True)
     if comparison.condition and len(study.conditions) > 1:
         words = comparison.condition.label(study.conditions)
         others = [one.label(study.conditions) for one in study.conditions if one != comparison.condition]
-        notice(f"note: {words}{(others and '; there are also: ' + '; '.join(others)) or ''}")
+        more = f"; and {len(others) - _OTHERS} more" if len(others) > _OTHERS else ""
+        notice(f"note: {words}; there are also: {'; '.join(others[:_OTHERS])}{more}")
     if comparison.caution:
         say(f"note: {comparison.caution}", err=True)
     if as_json:

@@ -230,8 +230,8 @@ def _zipped(data: bytes) -> str:
 
 
 def _facts(study: Study, comparison: Comparison) -> str:
-    n_images = study.of_reset(comparison.reset)["n_images"].max()
-    images = "" if math.isnan(n_images) else f" on {counted(int(n_images), 'image')}"
+    n_images = study.of_reset(comparison.reset)["n_images"].dropna()
+    images = f" on {counted_range(int(n_images.min()), int(n_images.max()), 'image')}" if len(n_images) else ""
     against = f"; differences are relative to {comparison.baseline}" if comparison.baseline else ""
     origin, common = comparison.origin, " in common" if len(comparison.models) > 1 else ""
     trials = counted_range(origin["fewest_trials"], origin["trials"], "trial")

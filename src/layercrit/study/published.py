@@ -372,7 +372,10 @@ def _record(path: Path, sha256: str, numbers: pd.DataFrame, rows: Sequence[Model
     if any(row.category == _LEFT_OUT for row in rows):
         record["leave_out"] = [_LEFT_OUT]
     if unknown := [row.model for row in rows if row.category is None]:
-        record["notes"].append(f"No category is known for {', '.join(unknown)}.")
+        record["notes"].append(
+            f"No category is known for {', '.join(unknown)}; a table of models gives them (--models FILE), such as the "
+            "models.csv that is exported beside results.csv."
+        )
     return record
 
 

@@ -16,6 +16,7 @@ class RunReport:
         folder: the study's.
         n_measured: cells measured now.
         n_known: cells that were there already.
+        n_equal: those of them that were measured now, as another condition or model has equal ones.
         n_retryable: failures of earlier runs that were not tried again.
         failures: everything that is not measured, and why.
         modules_failed: model -> why its module criticality, which the study file asks for, could not be measured; with
@@ -26,6 +27,7 @@ class RunReport:
     folder: Path
     n_measured: int = 0
     n_known: int = 0
+    n_equal: int = 0
     n_retryable: int = 0
     failures: list[FailureRow] = field(default_factory=list)
     modules_failed: dict[str, str] = field(default_factory=dict)

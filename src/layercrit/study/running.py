@@ -142,6 +142,7 @@ class _Run:
         self.done: dict[str, float] = {}  # task name -> cells, parts of them while under way
         self.planned: dict[str, dict[str, PlanRow]] = {}  # task name -> key of a cell -> what it is
         self.whole: dict[str, int] = {}  # task name -> cells, without parts of them
+        self.measured: set[str] = set()  # keys of the cells that this run measured
 
     def begin(self, retry: bool) -> None:
         """Write down what the study is about, and make sure of its images."""
@@ -415,6 +416,7 @@ class _Run:
             self.planned[name], self.whole[name] = {row.key: row for row in planned.plan}, len(known)
         if name not in self.opened:  # else its worker died, and another one begins anew
             self.report.n_known += len(known)
+            self.report.n_equal += len(known & self.measured)
         self.opened.add(name)
         parts = name_of_parts(keys - known)
         return Left(known, parts, self.store.parts(parts))
@@ -444,6 +446,7 @@ class _Run:
                 for where in places:
                     self.store.drop_failures(*where)
                 self.report.n_measured += len(cells)
+                self.measured |= {cell.key for cell in cells}
                 self.done[name] = self.expected[name]
 
     def _say_about(self, model: str, record: Mapping[str, Any]) -> None:

@@ -286,17 +286,18 @@ class Study:
     @property
     def warnings(self) -> list[str]:
         """What puts the numbers of a model in doubt, such as an accuracy no better than guessing, in words."""
+        return self.warnings_of(self.models)
+
+    def warnings_of(self, models: pd.DataFrame) -> list[str]:
+        """Return those of the `warnings` that are about some rows of ``models``, or about the study."""
         return [
             *self.conflicts,
-            *self._warnings_of_models(),
+            *(
+                f"{model}: {text}"
+                for model, record in zip(models["model"], models["record"], strict=True)
+                for text in record.get("warnings", [])
+            ),
             *self._warnings_of_half_widths(),
-        ]
-
-    def _warnings_of_models(self) -> list[str]:
-        return [
-            f"{model}: {text}"
-            for model, record in zip(self.models["model"], self.models["record"], strict=True)
-            for text in record.get("warnings", [])
         ]
 
     def _warnings_of_half_widths(self) -> list[str]:

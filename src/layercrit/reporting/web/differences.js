@@ -67,23 +67,27 @@ export function drawCompare() {
   }
   const control = CONTROLS[state.control];
   const pair = { first: D[kind][first], second: D[kind][second] };
-  tellDifferences(rows, control, pair, block.notes);
+  tellDifferences(rows, control, pair, unit, block.notes);
   drawDifferences(rows, control);
   tabulateDifferences(rows, control, pair);
 }
 
-function tellDifferences(rows, control, { first, second }, notes) {
+function tellDifferences(rows, control, { first, second }, unit, notes) {
   const tested = rows.filter((row) => known(row.p_value)).length;
   const found = rows.filter((row) => row[control.column]).length;
   const middle = mean(rows.map((row) => row.difference));
+  const outcome = tested
+    ? `${found} of ${tested} tested layers differ significantly ` +
+      `(${control.label}, level ${D.differences.alpha}, over the layers of this pair)`
+    : `no layer can be tested, nor has it an interval: that takes at least two ${unit} on each side`;
   $("compare-said").textContent =
-    `${first.label} minus ${second.label}: ${found} of ${tested} tested layers differ significantly ` +
-    `(${control.label}, level ${D.differences.alpha}, over the layers of this pair). ` +
+    `${first.label} minus ${second.label}: ${outcome}. ` +
     `Mean difference ${known(middle) ? signed(middle, 3) : "not known"}.`;
   const unadjusted =
     `The plotted ${100 * D.level}% intervals are not adjusted for multiple testing: ` +
     "one may exclude 0 although its difference is not significant.";
-  $("compare-notes").replaceChildren(...[unadjusted, ...notes].map((text) => element("li", { textContent: text })));
+  const said = tested ? [unadjusted, ...notes] : [];
+  $("compare-notes").replaceChildren(...said.map((text) => element("li", { textContent: text })));
 }
 
 function drawDifferences(rows, control) {

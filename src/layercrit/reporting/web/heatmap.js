@@ -49,7 +49,7 @@ export function drawMap() {
   const rows = visible();
   $("map-none").textContent = rows.length
     ? ""
-    : "No model is shown: in the categories that are ticked, none has such a name.";
+    : "No model is shown: none has such a name and one of the categories that are ticked.";
   $("map-plot").style.width = `max(100%, ${14 * N_LAYERS + 300}px)`;
   $("map-about").textContent =
     `${measure.about} The numbers in the right column, means over layers, are in percent: 62 stands for 0.62. Next ` +

@@ -116,7 +116,7 @@ function listen() {
   });
   for (const id of ["first", "second", "values", "unit"]) onChoice(id, drawCompare);
   $("find").oninput = (event) => {
-    state.find = event.target.value.toLowerCase();
+    state.find = event.target.value.trim().toLowerCase();
     drawMap();
     drawLayer();
   };

@@ -15,7 +15,7 @@ class Lines(Tracker):
 
     def cell(self, row):
         """Write a line."""
-        self.file.write(json.dumps({metric_of(row): row["cosine"], "trial": row["trial"]}) + "\n")
+        self.file.write(json.dumps({metric_of(row): round(row["cosine"], 3), "trial": row["trial"]}) + "\n")
 
     def end(self, ok):
         """Close the file."""
