@@ -27,8 +27,8 @@ from layercrit.models.sources import short_name
 from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
-from layercrit.provenance import about_session
-from layercrit.result_files import write_result
+from layercrit.provenance import about_session, identity_of
+from layercrit.result_files import KeptRows, write_result
 from layercrit.seeds import seed_of
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ def measure_feature_criticality(
     labels: LabelsGiven = "auto",
     classes: str | Path | Sequence[str] | None = None,
     keep_images: str | Path | None = None,
+    keep_rows: str | Path | None = None,
     progress: bool = True,
 ) -> FeatureCriticality:
     """Measure how far small perturbations of the image move each layer's output, relative to the layer before.
@@ -163,6 +164,8 @@ def measure_feature_criticality(
         labels: likewise; they serve for loss and accuracy in the summary, and for an attack.
         classes: likewise.
         keep_images: likewise.
+        keep_rows: a file for the rows of layers that are finished, with which an interrupted measurement of the same
+            model, images and settings goes on. None: they are not kept.
         progress: whether to show a progress bar on a terminal.
 
     Raises:
@@ -195,7 +198,9 @@ def measure_feature_criticality(
         outputs = LayerOutputs(subject, subject.layers, torch.cat([first, first.flip(-1)]))
         ascent = _Ascent(session, outputs, norm, radius, steps, length, restarts, seed)
         parts = {name for layer in chosen for name in layer.parameters}
-        rows = _rows(subject.layers, parts, outputs, ascent, first, bar)
+        asked = {"norm": norm, "eps": radius, "steps": steps, "step_size": length, "restarts": restarts, "seed": seed}
+        kept = KeptRows(keep_rows, {**identity_of(session), **asked})
+        rows = _rows(subject.layers, parts, outputs, ascent, first, bar, kept)
         about = {
             "norm": norm,
             "eps": radius,
@@ -369,16 +374,24 @@ def _check(changes: Tensor, names: Sequence[str], layer: str | None, step: int) 
 
 
 def _rows(
-    layers: Sequence[Layer], parts: set[str], outputs: LayerOutputs, ascent: _Ascent, image: Tensor, bar: Bar
+    layers: Sequence[Layer],
+    parts: set[str],
+    outputs: LayerOutputs,
+    ascent: _Ascent,
+    image: Tensor,
+    bar: Bar,
+    kept: KeptRows,
 ) -> list[dict[str, Any]]:
-    """Return a row for each layer that has some of the parameters ``parts``."""
+    """Return a row for each layer that has some of the parameters ``parts``; those that are kept are as they were."""
     wanted = [layer for layer in layers if not parts.isdisjoint(layer.parameters)]
     rows: list[dict[str, Any]] = []
     before: str | None = None
     for layer in layers:
         output = outputs.module_of(layer.name)
         if layer in wanted:
-            rows.append(_row(layer, output, before, outputs, ascent, image))
+            if layer.name not in kept.known:
+                kept.add(layer.name, _row(layer, output, before, outputs, ascent, image))
+            rows.append(kept.known[layer.name])
             bar.measured(len(rows), len(wanted))
         if output is not None:
             before = layer.name

@@ -16,7 +16,7 @@ from layercrit.probes.kinds import IMAGE_SOURCES, kind_of
 from layercrit.registry import Registry
 from layercrit.resets import RESETS
 
-__all__ = ["about_session", "missing_plug_ins", "versions_with"]
+__all__ = ["about_session", "identity_of", "missing_plug_ins", "versions_with"]
 
 
 def versions_with(
@@ -62,6 +62,19 @@ def about_session(session: Session) -> dict[str, Any]:
         "warnings": predictions.warnings(),
         "notes": list(dict.fromkeys(session.notes)),
         "versions": versions_with(models=[model.reference, model.architecture], images=[session.probe_set.source]),
+    }
+
+
+def identity_of(session: Session) -> dict[str, Any]:
+    """Return the model, the images, their labels, and what computes, as plain data: equal ones give equal numbers."""
+    model, about = session.subject.model, about_session(session)
+    return {
+        **{name: about[name] for name in ("architecture", "sha256", "dtype", "backend", "device", "versions")},
+        "images": session.probe_set.sha256,
+        "output": model.output_in_words,
+        "normalisation": [list(model.mean), list(model.std)],
+        "labels": None if session.labels is None else session.labels.tolist(),
+        "layers": {layer.name: list(layer.parameters) for layer in session.subject.layers},
     }
 
 

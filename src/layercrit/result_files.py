@@ -1,5 +1,6 @@
-"""The files of a result about the layers of one model: tables, a record, and a figure."""
+"""The files of a result about the layers of one model: tables, a record, a figure, and rows of an unfinished one."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from layercrit.errors import LayercritError
 from layercrit.figures.style import save_figure
+from layercrit.foreign_files import read_json
 from layercrit.foreign_text import encodable, write_csv
 from layercrit.locks import write_whole
 
@@ -14,7 +16,47 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["write_result"]
+__all__ = ["KeptRows", "write_result"]
+
+
+class KeptRows:
+    """Rows of layers that are finished, in a file, with which an interrupted measurement goes on.
+
+    Attributes:
+        known: name of a layer -> its row.
+
+    Args:
+        path: of the file, which holds one measurement; its folder is made. None: rows are not kept.
+        of: what identifies the measurement, as plain data: rows of another one are replaced.
+    """
+
+    def __init__(self, path: str | Path | None, of: Mapping[str, Any]) -> None:
+        self._path = None if path is None else Path(path).expanduser()
+        self._of = json.loads(json.dumps(encodable(dict(of))))
+        self.known: dict[str, dict[str, Any]] = {}
+        if self._path is not None:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged
+                kept = read_json(self._path)
+                if kept["of"] == self._of:
+                    self.known = {str(name): dict(row) for name, row in kept["rows"].items()}
+
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        """Keep the row of a further layer.
+
+        Raises:
+            LayercritError: the file cannot be written.
+        """
+        self.known[name] = row
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._path, json.dumps({"of": self._of, "rows": self.known}))
+        except OSError as error:
+            raise LayercritError(
+                f"Finished layers cannot be kept in {self._path} ({error.strerror or error}). Free some space or name "
+                "another folder (--out)."
+            ) from error
 
 
 def write_result(

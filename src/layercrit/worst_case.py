@@ -22,8 +22,8 @@ from layercrit.models.sources import short_name
 from layercrit.probes.labelling import LabelsGiven, are_wanted
 from layercrit.progress_bar import Bar
 from layercrit.protocol import DEFAULTS, Protocol
-from layercrit.provenance import about_session
-from layercrit.result_files import write_result
+from layercrit.provenance import about_session, identity_of
+from layercrit.result_files import KeptRows, write_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,6 +122,7 @@ def measure_worst_case(
     labels: LabelsGiven = "auto",
     classes: str | Path | Sequence[str] | None = None,
     keep_images: str | Path | None = None,
+    keep_rows: str | Path | None = None,
     progress: bool = True,
 ) -> WorstCase:
     """Find the change of each module, of a given relative size, that raises the loss most, the rest being trained.
@@ -153,6 +154,8 @@ def measure_worst_case(
         labels: likewise.
         classes: likewise.
         keep_images: likewise.
+        keep_rows: a file for the rows of modules that are finished, with which an interrupted measurement of the same
+            model, images and settings goes on. None: they are not kept.
         progress: whether to show a progress bar on a terminal.
 
     Raises:
@@ -186,10 +189,13 @@ def measure_worst_case(
         raised: Literal["loss", "cosine"] = "cosine" if objective == "cosine" or session.labels is None else "loss"
         size = 2.5 / steps if step_size is None else step_size
         ascent = Ascent(session, raised, radius=radius, steps=steps, step_size=size, restarts=restarts, seed=seed)
-        rows = []
+        asked = {"objective": raised, "radius": radius, "steps": steps, "step_size": size, "restarts": restarts}
+        kept = KeptRows(keep_rows, {**identity_of(session), **asked, "seed": seed})
         for number, layer in enumerate(subject.layers):
-            rows.append(_row(ascent.of(layer)))
+            if layer.name not in kept.known:
+                kept.add(layer.name, _row(ascent.of(layer)))
             bar.measured(number + 1, len(subject.layers))
+        rows = [kept.known[layer.name] for layer in subject.layers]
         about = {
             "objective": raised,
             "relative_radius": radius,

@@ -39,8 +39,10 @@ def feature_criticality_command(
 
     folder = folder_for(model, out)
     check_free(folder / "feature-criticality.json", overwrite)
-    found = measure_feature_criticality(model, images, keep_images=folder / "images", **settings)
+    kept = folder / "feature-criticality-kept-rows.json"
+    found = measure_feature_criticality(model, images, keep_images=folder / "images", keep_rows=kept, **settings)
     files = found.save(folder)
+    kept.unlink(missing_ok=True)
     if as_json:
         click.echo(json.dumps({**found.to_dict(), "folder": str(folder)}, allow_nan=False))
         return

@@ -40,8 +40,10 @@ def worst_case_command(
 
     folder = folder_for(model, out)
     check_free(folder / "worst-case.json", overwrite)
-    found = measure_worst_case(model, images, keep_images=folder / "images", **settings)
+    kept = folder / "worst-case-kept-rows.json"
+    found = measure_worst_case(model, images, keep_images=folder / "images", keep_rows=kept, **settings)
     files = found.save(folder)
+    kept.unlink(missing_ok=True)
     if as_json:
         click.echo(json.dumps({**found.to_dict(), "folder": str(folder)}, allow_nan=False))
         return
